@@ -1,0 +1,23 @@
+"""The vocabulary and the store of Potstill: teacher targets on disk, by corpus, shard and segment.
+
+`import cache` is fast: what needs zarr is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from cache.types import Fields, Provenance, Targets, TeacherIdentity, TeacherLimits
+
+if TYPE_CHECKING:
+    from cache.cache import Cache
+
+__all__ = ["Cache", "Fields", "Provenance", "Targets", "TeacherIdentity", "TeacherLimits"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Cache":
+        from cache.cache import Cache  # noqa: PLC0415 -- zarr takes a second to import
+
+        return Cache
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,77 @@
+"""Open a cache root and find what is in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from cache.corpus import Corpus, list_corpora
+from cache.encoding import encoding_by_name
+from cache.errors import InvalidInput
+from cache.store import Root
+from cache.targets import TargetSet, TargetSpec, has_targets
+from cache.types import Fields, TeacherIdentity
+
+Mode = Literal["r", "r+"]
+
+
+class Cache:
+    """A cache in a local folder or an object store. Safe to share between threads."""
+
+    def __init__(self, root: Root, mode: Mode) -> None:
+        self.root = root
+        self.mode = mode
+        self._corpora: dict[str, Corpus] = {}
+
+    @classmethod
+    def open(cls, url: str | Path, mode: Mode = "r") -> Self:
+        """Open by path or URL; `r+` may write and makes a local folder that is not there.
+
+        Raises:
+            InvalidInput: no such folder, an unknown mode or URL scheme.
+        """
+        if mode not in ("r", "r+"):
+            raise InvalidInput(f"mode {mode!r} is unknown; take 'r' to read or 'r+' to write too")
+        return cls(Root.open(url, create=mode == "r+"), mode)
+
+    def corpora(self) -> list[str]:
+        """Names of the sealed corpora."""
+        return list_corpora(self.root)
+
+    def corpus(self, name: str) -> Corpus:
+        """A corpus by name; sealed ones never change, so it is opened once.
+
+        Raises:
+            UnknownCorpus: there is none.
+        """
+        if name not in self._corpora:
+            self._corpora[name] = Corpus.open(self.root, name)
+        return self._corpora[name]
+
+    def teachers(self, corpus: str) -> list[str]:
+        """Names of the teachers that have targets for a corpus, complete or not."""
+        names = self.root.children("targets")
+        return [name for name in names if has_targets(self.root, name, corpus)]
+
+    def targets(self, teacher: str, corpus: str) -> TargetSet:
+        """A teacher's targets for a corpus.
+
+        Raises:
+            UnknownCorpus, UnknownTeacher: there are none.
+        """
+        return TargetSet.open(self.root, teacher, self.corpus(corpus))
+
+    def plan_targets(
+        self, teacher: str, corpus: str, identity: TeacherIdentity, *, fields: Fields, encoding: str = "u8"
+    ) -> TargetSet:
+        """A target set to write; nothing is stored before its first shard is.
+
+        Raises:
+            SpecMismatch: it exists with another spec, or the teacher does not fit the corpus.
+            InvalidInput: the cache was opened to read, or the encoding is unknown.
+        """
+        if self.mode != "r+":
+            raise InvalidInput(f"cache {self.root.url!r} was opened to read; open it with mode 'r+' to write")
+        fields.require_only_top_k("a target set")
+        spec = TargetSpec(identity=identity, fields=fields, encoding=encoding_by_name(encoding))
+        return TargetSet.plan(self.root, teacher, self.corpus(corpus), spec)

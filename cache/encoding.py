@@ -1,0 +1,275 @@
+"""Targets <-> the arrays that are stored. Pure: numpy in, numpy out.
+
+Ids become frequency ranks (`RankTable`), which compress better. Logprobs are kept by one of:
+
+    name  stored                                               largest error in nats, after scaling
+    u8    gaps between neighbours at 1/16 nat, [P, K-1] uint8   1/16 + 0.001; gaps over 15.9 nats saturate
+    f16   the logprobs, [P, K] float16                          0.016 down to -32 nats
+    f32   the logprobs, [P, K] float32                          0
+
+`u8` quantises the running sum of the gaps, so that rounding never adds up: each entry is within 1/32 nat
+of its distance to the top one. `u8` and `f16` then scale the decoded top-k to hold exactly 1 - tail, which
+moves all entries together by at most another 1/32 nat and gives the top logprob of `u8`, which is not stored.
+The extra 0.001 is the float16 tail. `log_tail` and `label_logprob` are float16 (relative error 2**-11) in `u8` and
+`f16`, float32 in `f32`. Everything is computed position by position, so how positions are batched changes no bit.
+
+Shape legend:  P positions, K kept entries, V vocabulary size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache.errors import FormatError, InvalidInput, TeacherFailed
+from cache.types import JSON, Targets
+
+STEP = 1 / 16
+"""Width of a `u8` gap code, in nats."""
+_SATURATED = 255
+# float16 has no number between this and zero; a tail that is all of the mass but for less is kept as this.
+_LEAST_LOG_TAIL = np.float16(-6e-8)
+_ERROR_BLOCK = 65_536
+# float32 logprobs of a large vocabulary sum to 1 within about 1e-5; more means a broken teacher.
+_MASS_TOLERANCE = 1e-3
+
+StoredArrays = dict[str, NDArray[np.generic]]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """One way to keep logprobs: its name and the largest |error| in nats it promises."""
+
+    name: str
+    max_abs_error: float
+
+    def to_json(self) -> dict[str, JSON]:
+        """`{"name", "max_abs_error"}`."""
+        return {"name": self.name, "max_abs_error": self.max_abs_error}
+
+
+ENCODINGS: Mapping[str, Encoding] = {
+    "u8": Encoding("u8", 0.0635),
+    "f16": Encoding("f16", 0.016),
+    "f32": Encoding("f32", 0.0),
+}
+
+
+def encoding_by_name(name: str) -> Encoding:
+    """The encoding with this name.
+
+    Raises:
+        InvalidInput: there is none.
+    """
+    if name not in ENCODINGS:
+        raise InvalidInput(f"encoding {name!r} is unknown; known are {', '.join(ENCODINGS)}")
+    return ENCODINGS[name]
+
+
+@dataclass(frozen=True, eq=False)
+class RankTable:
+    """A permutation of the vocabulary: `ids_by_rank[r]` is the id stored as rank `r`."""
+
+    ids_by_rank: NDArray[np.uint32]
+
+    @classmethod
+    def plain(cls, vocab_size: int) -> RankTable:
+        """Ids stored as they are."""
+        return cls(np.arange(vocab_size, dtype=np.uint32))
+
+    @classmethod
+    def by_frequency(cls, top_ids: NDArray[np.uint32], tokens: NDArray[np.uint32], vocab_size: int) -> RankTable:
+        """Most frequent among `top_ids` first; ties by count in `tokens`, then by id."""
+        in_top = np.bincount(top_ids.reshape(-1), minlength=vocab_size)
+        in_text = np.bincount(tokens, minlength=vocab_size)
+        return cls(np.lexsort((np.arange(vocab_size), -in_text, -in_top)).astype(np.uint32))
+
+    @cached_property
+    def ranks_by_id(self) -> NDArray[np.uint32]:
+        """The inverse permutation, [V]."""
+        inverse = np.empty_like(self.ids_by_rank)
+        inverse[self.ids_by_rank] = np.arange(len(self.ids_by_rank), dtype=np.uint32)
+        return inverse
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the permutation's little-endian bytes, in hex."""
+        return hashlib.sha256(self.ids_by_rank.astype("<u4").tobytes()).hexdigest()
+
+    @property
+    def dtype(self) -> type[np.uint16 | np.uint32]:
+        """The narrowest type that holds a rank."""
+        return np.uint16 if len(self.ids_by_rank) <= 2**16 else np.uint32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodingError:
+    """How far decoded targets are from the exact ones they were encoded from."""
+
+    max_abs: float
+    """Largest |logprob difference| in nats over entries that did not saturate."""
+    mean_abs: float
+    mean_kl: float
+    """Mean over positions of KL(exact || decoded) over the top-k and the tail bucket, in nats."""
+    p999_kl: float
+    saturated: int
+    """Entries further than 15.9 nats below their neighbour, or of no mass at all."""
+    saturated_mass: float
+    """Their exact mass, averaged over positions."""
+
+    def to_json(self) -> dict[str, JSON]:
+        """A JSON object with one key per attribute."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+def encode(targets: Targets, encoding: Encoding, ranks: RankTable) -> StoredArrays:
+    """The arrays to store: `ids`, `log_tail`, `label_logprob`, and `gaps` or `logprobs`.
+
+    Raises:
+        TeacherFailed: NaN, entries not sorted by falling logprob, mass that is not 1, an id over the vocabulary.
+    """
+    _check(targets, len(ranks.ids_by_rank))
+    stored: StoredArrays = {"ids": ranks.ranks_by_id[targets.ids].astype(ranks.dtype)}
+    if encoding.name == "u8":
+        stored["gaps"] = _gaps(targets.logprobs)
+    else:
+        stored["logprobs"] = targets.logprobs.astype(np.float32 if encoding.name == "f32" else np.float16)
+    if encoding.name == "f32":
+        stored["log_tail"], stored["label_logprob"] = targets.log_tail, targets.label_logprob
+    else:
+        stored["log_tail"] = np.minimum(targets.log_tail.astype(np.float16), _LEAST_LOG_TAIL)
+        stored["label_logprob"] = targets.label_logprob.astype(np.float16)
+    return stored
+
+
+def decode(stored: Mapping[str, NDArray[np.generic]], encoding: Encoding, ranks: RankTable) -> Targets:
+    """The targets that `encode` stored, within the encoding's error.
+
+    Raises:
+        FormatError: a rank over the vocabulary.
+    """
+    codes = stored["ids"]
+    if codes.size and int(codes.max()) >= len(ranks.ids_by_rank):
+        raise FormatError(f"a stored rank is {int(codes.max())}, the vocabulary has {len(ranks.ids_by_rank)}")
+    log_tail = stored["log_tail"].astype(np.float32)
+    if encoding.name == "u8":
+        logprobs = _from_gaps(stored["gaps"].astype(np.uint8, copy=False), log_tail)
+    elif encoding.name == "f16":
+        logprobs = _from_float16(stored["logprobs"].astype(np.float64), log_tail)
+    else:
+        logprobs = stored["logprobs"].astype(np.float32)
+    return Targets(
+        ids=ranks.ids_by_rank[codes],
+        logprobs=logprobs,
+        log_tail=log_tail,
+        label_logprob=stored["label_logprob"].astype(np.float32),
+    )
+
+
+def round_trip(targets: Targets, encoding: Encoding, ranks: RankTable) -> Targets:
+    """What a read of the stored targets will give."""
+    return decode(encode(targets, encoding, ranks), encoding, ranks)
+
+
+def measure_error(exact: Targets, decoded: Targets) -> EncodingError:
+    """How far `decoded` is from `exact`, position by position; both have the same ids."""
+    max_abs, sum_abs, count, saturated, mass = 0.0, 0.0, 0, 0, 0.0
+    kls = []
+    for start in range(0, exact.num_positions, _ERROR_BLOCK):
+        part = slice(start, start + _ERROR_BLOCK)
+        p = exact.logprobs[part].astype(np.float64)
+        q = decoded.logprobs[part].astype(np.float64)
+        lost = _beyond_codes(p)
+        difference = np.abs(p[~lost] - q[~lost])
+        max_abs = max(max_abs, float(difference.max(initial=0.0)))
+        sum_abs, count = sum_abs + float(difference.sum()), count + difference.size
+        saturated, mass = saturated + int(lost.sum()), mass + float(np.exp(p[lost]).sum())
+        tails = exact.log_tail[part].astype(np.float64), decoded.log_tail[part].astype(np.float64)
+        kls.append(_kl_terms(p, q).sum(axis=1) + _kl_terms(*tails))
+    kl = np.concatenate(kls) if kls else np.zeros(1)
+    return EncodingError(
+        max_abs=max_abs,
+        mean_abs=sum_abs / max(count, 1),
+        mean_kl=float(kl.mean()),
+        p999_kl=float(np.quantile(kl, 0.999)),
+        saturated=saturated,
+        saturated_mass=mass / max(exact.num_positions, 1),
+    )
+
+
+def log1mexp(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """log(1 - exp(x)) for x <= 0, accurate at both ends (Maechler 2012, "Accurately computing log(1-exp(-|a|))")."""
+    with np.errstate(divide="ignore"):
+        return np.where(x > -np.log(2.0), np.log(-np.expm1(x)), np.log1p(-np.exp(x)))
+
+
+def _check(targets: Targets, vocab_size: int) -> None:
+    if np.isnan(targets.logprobs).any() or np.isnan(targets.log_tail).any():
+        raise TeacherFailed("the teacher answered NaN logprobs; its targets are not kept")
+    if (targets.logprobs[:, 1:] > targets.logprobs[:, :-1]).any():
+        raise TeacherFailed("the teacher's entries are not sorted by falling logprob; they are not kept")
+    mass = np.exp(targets.logprobs.astype(np.float64)).sum(axis=1) + np.exp(targets.log_tail.astype(np.float64))
+    off = np.abs(mass - 1.0).max(initial=0.0)
+    if off > _MASS_TOLERANCE:
+        raise TeacherFailed(f"the teacher's top-k and tail sum to 1 only within {off:.1e}; they are not kept")
+    if targets.ids.size and int(targets.ids.max()) >= vocab_size:
+        raise TeacherFailed(f"the teacher answered id {int(targets.ids.max())}, its vocabulary has {vocab_size}")
+
+
+def _gaps(logprobs: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """[P, K-1] gap codes. Where a gap saturates, the next ones make up for what it could not hold."""
+    top = logprobs[:, :1].astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        steps = np.rint((top - logprobs) / STEP)
+    positions = np.nan_to_num(steps, nan=0.0, posinf=2.0**40).astype(np.int64)
+    gaps = np.diff(positions, axis=1)
+    for row in np.flatnonzero((gaps > _SATURATED).any(axis=1)):
+        reached = 0
+        for column, position in enumerate(positions[row, 1:]):
+            gaps[row, column] = min(_SATURATED, position - reached)
+            reached += gaps[row, column]
+    return gaps.astype(np.uint8)
+
+
+def _beyond_codes(logprobs: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """[P, K] entries whose distance to the top one exceeds what saturated gaps can reach."""
+    with np.errstate(invalid="ignore"):
+        drop = np.nan_to_num(logprobs[:, :1] - logprobs, nan=np.inf, posinf=np.inf)
+        gap = np.diff(drop, axis=1, prepend=0.0)
+    # A gap over the widest code starts a saturated run; entries stay lost until the codes have caught up.
+    lost = np.zeros(drop.shape, dtype=bool)
+    wide = (np.nan_to_num(gap, nan=0.0, posinf=np.inf) > _SATURATED * STEP) | np.isinf(drop)
+    for row in np.flatnonzero(wide.any(axis=1)):
+        reachable = 0.0
+        for column in range(1, drop.shape[1]):
+            reachable = min(drop[row, column], reachable + _SATURATED * STEP)
+            lost[row, column] = drop[row, column] - reachable > STEP
+    return lost
+
+
+def _from_gaps(gaps: NDArray[np.uint8], log_tail: NDArray[np.float32]) -> NDArray[np.float32]:
+    """[P, K] logprobs that fall by the gaps and hold exactly 1 - tail."""
+    num_positions, k = gaps.shape[0], gaps.shape[1] + 1
+    positions = np.zeros((num_positions, k), dtype=np.int64)
+    np.cumsum(gaps, axis=1, out=positions[:, 1:])
+    # One table of exp(-i/16) instead of exp per entry: faster, and the same bits however rows are batched.
+    weights = np.exp(-STEP * np.arange(_SATURATED * (k - 1) + 1))
+    top = log1mexp(log_tail.astype(np.float64)) - np.log(weights[positions].sum(axis=1))
+    return (top[:, None] - STEP * positions).astype(np.float32)
+
+
+def _from_float16(logprobs: NDArray[np.float64], log_tail: NDArray[np.float32]) -> NDArray[np.float32]:
+    kept = np.log(np.exp(logprobs).sum(axis=1))
+    scale = log1mexp(log_tail.astype(np.float64)) - kept
+    return (logprobs + scale[:, None]).astype(np.float32)
+
+
+def _kl_terms(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.float64]:
+    """exp(p) * (p - q), zero where p has no mass. Less than no mass in q where p has some counts as 1e-45."""
+    floor = np.maximum(q, -103.0)
+    return np.where(np.isneginf(p), 0.0, np.exp(p) * (np.where(np.isneginf(p), 0.0, p) - floor))

@@ -1,0 +1,53 @@
+"""Commands and teacher factories, found by name so that packages need not import each other."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
+from importlib.metadata import EntryPoint, entry_points
+from typing import Protocol, cast
+
+from cache.errors import InvalidInput
+from cache.types import JSON, Teacher
+
+
+class Command(Protocol):
+    """What a module under `potstill.commands` offers."""
+
+    SUMMARY: str
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the command's arguments."""
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Do it; the process's exit status."""
+
+
+class TeacherFactory(Protocol):
+    """What `potstill.teachers` names: opens the teacher that a model name, path or URL means."""
+
+    def __call__(
+        self, spec: str, *, options: Mapping[str, JSON] | None = None
+    ) -> AbstractAsyncContextManager[Teacher]: ...
+
+
+def command_entry_points() -> dict[str, EntryPoint]:
+    """Every command by name; loading an entry point gives its `Command` module."""
+    return {point.name: point for point in sorted(entry_points(group="potstill.commands"), key=lambda p: p.name)}
+
+
+def open_teacher(
+    spec: str, *, options: Mapping[str, JSON] | None = None
+) -> AbstractAsyncContextManager[Teacher]:
+    """Open the teacher that `spec` means: `http://...` a running service, a plain path or model name vLLM.
+
+    Raises:
+        InvalidInput: no factory for that URL scheme; what the factory raises on entering.
+    """
+    scheme = spec.split("://", 1)[0] if "://" in spec else "vllm"
+    factories = {point.name: point for point in entry_points(group="potstill.teachers")}
+    if scheme not in factories:
+        known = ", ".join(sorted(factories))
+        raise InvalidInput(f"no teacher for {spec!r}: scheme {scheme!r} is unknown, known are {known}")
+    return cast("TeacherFactory", factories[scheme].load())(spec, options=options)

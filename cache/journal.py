@@ -1,0 +1,209 @@
+"""What a service keeps of rows that were asked for over HTTP and belong to no corpus.
+
+    journal/<process>/<teacher>-<n>/       a segment with its own tokens, row starts and row keys
+    journal/<process>/<teacher>-<n>.json   its record, created last: identity, fields, encoding, objects
+
+Every process writes below a name of its own, so no two writers share an object. Rows are held in memory until a
+segment is worth writing or has waited long enough; a crash loses those rows' work, never anything's truth.
+
+The index of keys is in memory: about 150 bytes a row.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cache.corpus import KEY_BYTES
+from cache.encoding import RankTable, StoredArrays, encode, encoding_by_name
+from cache.errors import CorruptSegment, FormatError, InvalidInput
+from cache.groups import GroupReader, GroupWriter, Layout, objects_from_json, objects_to_json
+from cache.record import read_record, record_bytes
+from cache.segment import SegmentReader, write_targets
+from cache.store import Root, StoredObject, check_name
+from cache.types import Provenance, Targets, TeacherIdentity, Tokens
+
+_KEY_LAYOUT = Layout((1 << 14, KEY_BYTES))
+_AXIS_LAYOUT = Layout((1 << 16,))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JournalPolicy:
+    """When waiting rows become a segment: at whichever comes first."""
+
+    encoding: str = "u8"
+    segment_positions: int = 65_536
+    segment_seconds: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class JournalRow:
+    """One row to keep, with the targets that were answered for it."""
+
+    key: bytes
+    tokens: Tokens
+    targets: Targets
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """Where a kept row lies."""
+
+    segment: SegmentReader
+    start: int
+    stop: int
+    k: int
+
+
+class Journal:
+    """One process's journal of one teacher, and what earlier processes kept of the same identity. Thread-safe."""
+
+    def __init__(self, root: Root, teacher: str, identity: TeacherIdentity, policy: JournalPolicy) -> None:
+        self._root = root
+        self._teacher = check_name("teacher", teacher)
+        self._identity = identity
+        self._encoding = encoding_by_name(policy.encoding)
+        self._policy = policy
+        self._ranks = RankTable.plain(identity.vocab_size)
+        self._lock = threading.Lock()
+        self._writing = threading.Lock()
+        self._index: dict[bytes, list[_Stored]] = {}
+        self._waiting: dict[bytes, dict[int, JournalRow]] = {}
+        self._waiting_positions = 0
+        self._oldest = 0.0
+        self._next = 0
+        host = "".join(c if c.isalnum() else "-" for c in socket.gethostname())[:24].strip("-") or "host"
+        self._process = f"{host}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self.skipped: list[str] = []
+        """One line per journal segment that could not be used."""
+        self._load()
+
+    def find(self, key: bytes, k: int) -> Targets | None:
+        """The kept targets of a row with at least `k` entries, all of them; None when there are none.
+
+        Raises:
+            CorruptSegment: the stored row is damaged.
+        """
+        with self._lock:
+            stored = next((s for s in self._index.get(key, ()) if s.k >= k), None)
+            waiting = next((row for kept, row in self._waiting.get(key, {}).items() if kept >= k), None)
+        if stored is not None:
+            return stored.segment.read(stored.start, stored.stop)
+        return None if waiting is None else waiting.targets
+
+    def add(self, rows: list[JournalRow]) -> None:
+        """Keep rows; they are found from now on, and stored by a later `flush`."""
+        with self._lock:
+            if not self._waiting:
+                self._oldest = time.monotonic()
+            for row in rows:
+                held = self._waiting.setdefault(row.key, {})
+                if row.targets.k not in held:
+                    held[row.targets.k] = row
+                    self._waiting_positions += row.targets.num_positions
+
+    def due(self) -> bool:
+        """Whether the waiting rows are enough, or old enough, for a segment."""
+        with self._lock:
+            if not self._waiting:
+                return False
+            old = time.monotonic() - self._oldest >= self._policy.segment_seconds
+            return old or self._waiting_positions >= self._policy.segment_positions
+
+    def flush(self, provenance: Provenance) -> int:
+        """Store the waiting rows, one segment per K; how many rows were stored.
+
+        Raises:
+            StoreError: the store is full; the rows go on waiting.
+        """
+        with self._writing:
+            with self._lock:
+                rows = [row for held in self._waiting.values() for row in held.values()]
+            for k in sorted({row.targets.k for row in rows}):
+                self._write([row for row in rows if row.targets.k == k], k, provenance)
+            return len(rows)
+
+    def _write(self, rows: list[JournalRow], k: int, provenance: Provenance) -> None:
+        name = f"{self._teacher}-{self._next:06d}"
+        self._next += 1
+        path = f"journal/{self._process}/{name}"
+        targets = Targets.concat([row.targets for row in rows])
+        try:
+            objects = self._write_group(path, rows, encode(targets, self._encoding, self._ranks))
+            record = {
+                "teacher": self._teacher,
+                "identity": self._identity.to_json(),
+                "k": k,
+                "encoding": self._encoding.name,
+                "rows": len(rows),
+                "positions": targets.num_positions,
+                "objects": objects_to_json(objects),
+                "provenance": provenance.to_json(),
+            }
+            created = self._root.create(f"{path}.json", record_bytes("journal", record))
+            assert created, "a process's journal names are its own"
+        except BaseException:
+            self._root.delete(path)
+            raise
+        self._register(path, record)
+        with self._lock:
+            for row in rows:
+                held = self._waiting[row.key]
+                del held[k]
+                if not held:
+                    del self._waiting[row.key]
+                self._waiting_positions -= row.targets.num_positions
+            self._oldest = time.monotonic()
+
+    def _write_group(self, path: str, rows: list[JournalRow], stored: StoredArrays) -> tuple[StoredObject, ...]:
+        writer = GroupWriter(self._root, path)
+        starts = np.cumsum([0, *(len(row.tokens) for row in rows)], dtype=np.int64)
+        keys = np.frombuffer(b"".join(row.key for row in rows), dtype=np.uint8).reshape(-1, KEY_BYTES)
+        writer.write("tokens", np.concatenate([row.tokens for row in rows]), _AXIS_LAYOUT)
+        writer.write("row_starts", starts, _AXIS_LAYOUT)
+        writer.write("row_keys", keys, _KEY_LAYOUT)
+        write_targets(writer, stored)
+        return writer.finish()
+
+    def _load(self) -> None:
+        """Index what other processes kept of this teacher; damaged segments are left out and named."""
+        for process in self._root.children("journal"):
+            folder = f"journal/{process}"
+            for name in self._root.children(folder):
+                if not name.endswith(".json") or not name.startswith(f"{self._teacher}-"):
+                    continue
+                try:
+                    record = read_record(self._root, f"{folder}/{name}", "journal")
+                    if record is not None and record.get("teacher") == self._teacher:
+                        self._register(f"{folder}/{name.removesuffix('.json')}", record)
+                except (CorruptSegment, FormatError) as error:
+                    self.skipped.append(error.detail)
+
+    def _register(self, path: str, record: dict[str, Any]) -> None:
+        try:
+            if TeacherIdentity.from_json(record["identity"]) != self._identity:
+                return
+            encoding = encoding_by_name(record["encoding"])
+            k, num_rows, num_positions = (int(record[n]) for n in ("k", "rows", "positions"))
+            group = GroupReader(self._root, path, objects_from_json(record["objects"]))
+        except (KeyError, TypeError, ValueError, InvalidInput) as error:
+            raise FormatError(f"{path}.json is not a journal record: {error!r}") from error
+        group.expect("row_keys", (num_rows, KEY_BYTES), ("uint8",))
+        group.expect("row_starts", (num_rows + 1,), ("int64",))
+        segment = SegmentReader(group, num_positions, k, encoding, self._ranks)
+        keys = group.read_all("row_keys").tobytes()
+        starts = group.read_all("row_starts").tolist()
+        if starts[0] != 0 or starts[-1] != num_positions or starts != sorted(starts):
+            raise CorruptSegment(f"{path}/row_starts does not rise from 0 to {num_positions}")
+        with self._lock:
+            for row in range(num_rows):
+                key = keys[row * KEY_BYTES : (row + 1) * KEY_BYTES]
+                place = _Stored(segment, starts[row], starts[row + 1], k)
+                self._index.setdefault(key, []).append(place)

@@ -1,0 +1,255 @@
+"""Rows, fields and targets on the wire: Arrow IPC streams, and JSON for people and curl.
+
+A request is one record batch with the column `row` (list of uint32). An answer has one record batch
+per row. Both carry the wire version in their schema metadata, so that a client and a service of
+different versions refuse each other in one clear line instead of misreading.
+
+JSON has no infinities: `null` stands for -inf in `logprobs` and `log_tail`, and for "no label" in
+`label_logprob`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from cache.errors import FormatError, InvalidInput, WireVersionError
+from cache.types import JSON, Fields, Targets, TeacherIdentity, Tokens
+
+ARROW_MEDIA_TYPE = "application/vnd.apache.arrow.stream"
+JSON_MEDIA_TYPE = "application/json"
+WIRE_VERSION = "1"
+
+_FORMAT = b"potstill.format"
+_FIELDS = b"potstill.fields"
+_IDENTITY = b"potstill.identity"
+
+# Column -> whether it is a fixed-size list per position (True) or one float per position.
+_OPTIONAL_COLUMNS = {"entropy": False, "log_z": True, "dense": True}
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRequest:
+    """What a client asks: rows of token ids, each [T] uint32, and the fields it wants."""
+
+    rows: list[Tokens]
+    fields: Fields
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreAnswer:
+    """What a service answers: whose targets they are, and one `Targets` per row, in order."""
+
+    identity: TeacherIdentity
+    targets: list[Targets]
+
+
+def request_to_arrow(request: ScoreRequest) -> bytes:
+    """The request as an Arrow IPC stream."""
+    metadata = {_FORMAT: WIRE_VERSION.encode(), _FIELDS: json.dumps(request.fields.to_json()).encode()}
+    schema = pa.schema([pa.field("row", pa.list_(pa.uint32()))], metadata=metadata)
+    lengths = np.cumsum([0, *map(len, request.rows)], dtype=np.int32)
+    flat = np.concatenate([np.empty(0, np.uint32), *request.rows]).astype(np.uint32, copy=False)
+    column = pa.ListArray.from_arrays(pa.array(lengths), pa.array(flat))
+    return _stream(schema, [pa.record_batch([column], schema=schema)])
+
+
+def request_from_arrow(body: bytes) -> ScoreRequest:
+    """Read a request stream.
+
+    Raises:
+        WireVersionError: another wire version. InvalidInput: not an Arrow stream of this shape.
+    """
+    schema, batches = _open(body)
+    fields = Fields.from_json(_metadata_json(schema, _FIELDS))
+    rows: list[Tokens] = []
+    for batch in batches:
+        column = _column(batch, "row", pa.list_(pa.uint32()))
+        if column.null_count or column.values.null_count:
+            raise InvalidInput("column 'row' has nulls; every row is a list of token ids")
+        values = column.values.to_numpy()
+        offsets = column.offsets.to_numpy()
+        rows.extend(values[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True))
+    return ScoreRequest(rows, fields)
+
+
+def answer_to_arrow(answer: ScoreAnswer, fields: Fields) -> bytes:
+    """The answer as an Arrow IPC stream, one record batch per row; `fields` gives K when there is no row."""
+    metadata = {_FORMAT: WIRE_VERSION.encode(), _IDENTITY: json.dumps(answer.identity.to_json()).encode()}
+    if not answer.targets:
+        schema = pa.schema(_answer_schema(fields.k, {}), metadata=metadata)
+        return _stream(schema, [])
+    extras = _extra_widths(answer.targets[0])
+    schema = pa.schema(_answer_schema(answer.targets[0].k, extras), metadata=metadata)
+    return _stream(schema, [_to_batch(targets, schema) for targets in answer.targets])
+
+
+def answer_from_arrow(body: bytes) -> ScoreAnswer:
+    """Read an answer stream.
+
+    Raises:
+        WireVersionError: another wire version. InvalidInput: not an Arrow stream of this shape.
+    """
+    schema, batches = _open(body)
+    try:
+        identity = TeacherIdentity.from_json(_metadata_json(schema, _IDENTITY))
+    except FormatError as error:
+        raise InvalidInput(f"schema metadata potstill.identity: {error}") from error
+    return ScoreAnswer(identity, [_from_batch(batch) for batch in batches])
+
+
+def request_from_json(value: Any) -> ScoreRequest:
+    """Read `{"rows": [[id, ...]], "fields": {"k": 64}}`.
+
+    Raises:
+        InvalidInput: another shape, or an id that is not a whole number in [0, 2**32).
+    """
+    if not isinstance(value, dict) or not isinstance(value.get("rows"), list):
+        raise InvalidInput('the body must be a JSON object like {"rows": [[1, 2]], "fields": {"k": 64}}')
+    unknown = sorted(set(value) - {"rows", "fields"})
+    if unknown:
+        raise InvalidInput(f"the body has the unknown key {unknown[0]!r}; known are rows, fields")
+    rows = [_row_from_json(index, row) for index, row in enumerate(value["rows"])]
+    return ScoreRequest(rows, Fields.from_json(value.get("fields", {})))
+
+
+def answer_to_json(answer: ScoreAnswer) -> dict[str, JSON]:
+    """`{"identity": {...}, "rows": [{"ids", "logprobs", "log_tail", "label_logprob", ...}]}`."""
+    return {"identity": answer.identity.to_json(), "rows": [targets_to_json(t) for t in answer.targets]}
+
+
+def targets_to_json(targets: Targets) -> dict[str, JSON]:
+    """One row's targets as lists; see the module docstring for `null`."""
+    row: dict[str, JSON] = {"ids": targets.ids.tolist()}
+    for name in ("logprobs", "log_tail", "label_logprob", *_OPTIONAL_COLUMNS):
+        array = getattr(targets, name)
+        if array is not None:
+            row[name] = np.where(np.isfinite(array), array, None).tolist()
+    return row
+
+
+def targets_to_arrow(identity: TeacherIdentity, targets: Targets) -> bytes:
+    """A range of positions as an answer stream of one record batch."""
+    return answer_to_arrow(ScoreAnswer(identity, [targets]), Fields(k=targets.k))
+
+
+def _row_from_json(index: int, row: Any) -> Tokens:
+    if not isinstance(row, list):
+        raise InvalidInput(f"rows[{index}] must be a list of token ids")
+    for token in row:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < 2**32:
+            raise InvalidInput(f"rows[{index}] has {token!r}; a token id is a whole number in [0, 2**32)")
+    return np.array(row, dtype=np.uint32)
+
+
+def _answer_schema(k: int, extras: Mapping[str, int]) -> list[Any]:
+    fields = [
+        pa.field("ids", pa.list_(pa.uint32(), k)),
+        pa.field("logprobs", pa.list_(pa.float32(), k)),
+        pa.field("log_tail", pa.float32()),
+        pa.field("label_logprob", pa.float32()),
+    ]
+    for name, width in extras.items():
+        wide = _OPTIONAL_COLUMNS[name]
+        fields.append(pa.field(name, pa.list_(pa.float32(), width) if wide else pa.float32()))
+    return fields
+
+
+def _extra_widths(targets: Targets) -> dict[str, int]:
+    present = {name: getattr(targets, name) for name in _OPTIONAL_COLUMNS}
+    return {name: array.shape[-1] for name, array in present.items() if array is not None}
+
+
+def _to_batch(targets: Targets, schema: Any) -> Any:
+    columns = []
+    for field in schema:
+        array = getattr(targets, field.name)
+        flat = pa.array(np.ascontiguousarray(array).reshape(-1))
+        fixed = pa.types.is_fixed_size_list(field.type)
+        columns.append(pa.FixedSizeListArray.from_arrays(flat, field.type.list_size) if fixed else flat)
+    return pa.record_batch(columns, schema=schema)
+
+
+def _from_batch(batch: Any) -> Targets:
+    names = set(batch.schema.names)
+    lists = {name: _list_column(batch, name, pa.uint32() if name == "ids" else pa.float32()) for name in _list_names(names)}
+    scalars = {
+        name: _numpy(_column(batch, name, pa.float32()))
+        for name in ("log_tail", "label_logprob", *(["entropy"] if "entropy" in names else []))
+    }
+    if lists["ids"].shape != lists["logprobs"].shape:
+        raise InvalidInput("columns 'ids' and 'logprobs' have different widths")
+    return Targets(**lists, **scalars)
+
+
+def _list_names(names: set[str]) -> list[str]:
+    return ["ids", "logprobs", *(name for name, wide in _OPTIONAL_COLUMNS.items() if wide and name in names)]
+
+
+def _list_column(batch: Any, name: str, item: Any) -> NDArray[Any]:
+    column = batch.column(name) if name in batch.schema.names else None
+    if column is None or not pa.types.is_fixed_size_list(column.type) or column.type.value_type != item:
+        raise InvalidInput(f"column {name!r} must be a fixed-size list of {item}")
+    if column.null_count:
+        raise InvalidInput(f"column {name!r} has nulls")
+    return _numpy(column.flatten()).reshape(len(column), column.type.list_size)
+
+
+def _column(batch: Any, name: str, kind: Any) -> Any:
+    if name not in batch.schema.names or batch.column(name).type != kind:
+        raise InvalidInput(f"there must be a column {name!r} of type {kind}")
+    return batch.column(name)
+
+
+def _numpy(column: Any) -> NDArray[Any]:
+    if column.null_count:
+        raise InvalidInput("a column has nulls; every position has a value")
+    array: NDArray[Any] = column.to_numpy(zero_copy_only=False)
+    return array
+
+
+def _stream(schema: Any, batches: Sequence[Any]) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+def _open(body: bytes) -> tuple[Any, list[Any]]:
+    try:
+        with pa.ipc.open_stream(body) as reader:
+            schema = reader.schema
+            _check_version(schema)
+            batches = list(reader)
+        for batch in batches:
+            batch.validate(full=True)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise InvalidInput(f"the body is not an Arrow IPC stream of this format: {error}") from error
+    return schema, batches
+
+
+def _check_version(schema: Any) -> None:
+    version = (schema.metadata or {}).get(_FORMAT, b"none").decode(errors="replace")
+    if version != WIRE_VERSION:
+        raise WireVersionError(
+            f"the body has wire version {version[:40]!r}, this end speaks {WIRE_VERSION!r}; "
+            "install the same potstill version on both ends"
+        )
+
+
+def _metadata_json(schema: Any, key: bytes) -> Any:
+    raw = (schema.metadata or {}).get(key)
+    if raw is None:
+        raise InvalidInput(f"the schema metadata has no {key.decode()!r}")
+    try:
+        return json.loads(raw)
+    except ValueError as error:
+        raise InvalidInput(f"the schema metadata {key.decode()!r} is not JSON: {error}") from error

@@ -1,0 +1,26 @@
+"""Talking to a Potstill service: `HttpTeacher`, its form for threads, and the `potstill` command.
+
+`import clients` is fast: httpx and pyarrow are imported when a name that needs them is first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clients.http_teacher import HttpTeacher, SyncHttpTeacher
+    from clients.retry import RetryPolicy
+
+__all__ = ["HttpTeacher", "RetryPolicy", "SyncHttpTeacher"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "RetryPolicy":
+        from clients import retry  # noqa: PLC0415  only when it is used
+
+        return retry.RetryPolicy
+    if name in __all__:
+        from clients import http_teacher  # noqa: PLC0415  the same
+
+        return getattr(http_teacher, name)
+    raise AttributeError(f"module 'clients' has no attribute {name!r}")

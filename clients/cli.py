@@ -1,0 +1,109 @@
+"""The `potstill` command. Its subcommands are modules found by the entry points `potstill.commands`.
+
+A module has SUMMARY, add_arguments(parser) and run(args) -> exit status. Only the chosen one is loaded.
+
+Exit status: 0 done, 1 a `PotstillError` (one line `kind: detail` on stderr), 2 wrong usage, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
+from typing import Protocol, cast
+
+from cache.errors import PotstillError
+
+_GROUP = "potstill.commands"
+_INTERRUPTED = 128 + 2  # as shells report SIGINT
+
+
+class Command(Protocol):
+    """What a command's module offers."""
+
+    SUMMARY: str
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Describe the command line."""
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Do it; returns the exit status."""
+        ...
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit status, or leaves by SystemExit(2) on wrong usage."""
+    try:
+        status = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except PotstillError as error:
+        print(f"{error.kind}: {error.detail}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has had enough. Python's own flush at exit must not complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return status
+
+
+def _dispatch(argv: list[str]) -> int:
+    commands = {point.name: point for point in entry_points(group=_GROUP)}
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview(commands), file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"potstill {_version()}")
+        return 0
+    if argv[0] not in commands:
+        what = "option" if argv[0].startswith("-") else "command"
+        print(
+            f"potstill: unknown {what} {argv[0]!r}; commands are {', '.join(sorted(commands))}",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        command = _load(commands[argv[0]])
+    except ModuleNotFoundError as error:
+        print(f"potstill {argv[0]}: {_missing(error)}", file=sys.stderr)
+        return 1
+    parser = argparse.ArgumentParser(prog=f"potstill {argv[0]}", description=command.SUMMARY)
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(argv[1:]))
+
+
+def _overview(commands: Mapping[str, EntryPoint]) -> str:
+    width = max(map(len, commands), default=0)
+    lines = [f"  {name:{width}}  {_summary(commands[name])}" for name in sorted(commands)]
+    usage = "usage: potstill [--version] [--help] COMMAND ...\n\ncommands:"
+    return "\n".join([usage, *lines, "\n`potstill COMMAND --help` tells more about one."])
+
+
+def _summary(point: EntryPoint) -> str:
+    try:
+        return _load(point).SUMMARY
+    except ModuleNotFoundError as error:
+        return f"({_missing(error)})"
+
+
+def _load(point: EntryPoint) -> Command:
+    return cast(Command, point.load())
+
+
+def _missing(error: ModuleNotFoundError) -> str:
+    return f"needs the module {error.name!r}; install the potstill extra that has it (teacher, trainer)"
+
+
+def _version() -> str:
+    try:
+        return version("potstill")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

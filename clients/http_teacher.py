@@ -1,0 +1,340 @@
+"""A teacher behind HTTP: the same `Teacher` protocol, spoken to a Potstill service.
+
+`HttpTeacher` is for async code, `SyncHttpTeacher` the same for threads, `open_http_teacher` the factory
+behind `http://host:port#NAME` wherever a teacher can be named.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Self, TypeVar, cast
+from urllib.parse import quote
+
+from cache import wire
+from cache.errors import FormatError, InvalidInput, SpecMismatch, TeacherFailed, Unavailable
+from cache.types import JSON, Fields, Provenance, Targets, TeacherIdentity, Tokens
+from clients.retry import Connection, RetryPolicy
+
+T = TypeVar("T")
+REQUEST_TOKENS = 8192
+"""Tokens per request: enough to fill an engine's batch, little enough to retry."""
+_ANSWER_BYTES = 64 * 2**20  # what one answer may hold before a request is split further
+
+
+class HttpTeacher:
+    """Scores rows on a service. Open it with `async with HttpTeacher.open(url, name) as teacher`."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        name: str,
+        description: Mapping[str, Any],
+        *,
+        request_tokens: int,
+        store: bool,
+    ) -> None:
+        self._connection = connection
+        self._name = name
+        self._store = store
+        self._request_tokens = request_tokens
+        try:
+            self._identity = TeacherIdentity.from_json(description.get("identity"))
+        except FormatError as error:
+            raise TeacherFailed(f"{connection.url} describes teacher {name!r} badly: {error}") from error
+        self._provenance = Provenance.from_json(_table(description, "provenance"))
+        self._limits = _table(description, "limits")
+
+    @classmethod
+    @asynccontextmanager
+    async def open(
+        cls,
+        url: str,
+        name: str,
+        *,
+        api_key: str | None = None,
+        timeout: float = 600.0,  # noqa: ASYNC109
+        max_in_flight: int = 8,
+        request_tokens: int = REQUEST_TOKENS,
+        retry: RetryPolicy | None = None,
+        store: bool = True,
+    ) -> AsyncIterator[HttpTeacher]:
+        """Connect and fetch the teacher's identity; while the teacher starts, wait for it.
+
+        Args:
+            url: where the service is, like `http://127.0.0.1:8700`.
+            name: the teacher's name there.
+            api_key: sent as a bearer token.
+            timeout: seconds that one `score` call, with all its retries, may take.
+            max_in_flight: requests under way at once, over all `score` calls.
+            request_tokens: rows are sent in requests of at most this many tokens (one row is never split).
+            retry: how to try again what may be tried again; `RetryPolicy()` when not given.
+            store: False asks the service to answer straight from the teacher and to keep nothing.
+
+        Raises:
+            InvalidInput: a bad URL or number. UnknownTeacher: no such name there.
+            Unavailable: nobody answers. DeadlineExceeded: not within `timeout`.
+        """
+        if max_in_flight < 1 or request_tokens < 1:
+            raise InvalidInput("max_in_flight and request_tokens must be at least 1")
+        async with Connection.open(
+            url, api_key=api_key, timeout=timeout, max_in_flight=max_in_flight, retry=retry or RetryPolicy()
+        ) as connection:
+            description = await connection.get_json(teacher_path(name))
+            yield cls(connection, name, description, request_tokens=request_tokens, store=store)
+
+    @property
+    def identity(self) -> TeacherIdentity:
+        """As it was on opening; an answer of another identity raises `SpecMismatch`."""
+        return self._identity
+
+    @property
+    def provenance(self) -> Provenance:
+        """What the service said on opening."""
+        return self._provenance
+
+    @property
+    def max_top_k(self) -> int:
+        """The largest K the service takes."""
+        return int(self._limits.get("max_top_k") or self._identity.vocab_size)
+
+    @property
+    def max_row_tokens(self) -> int | None:
+        """The longest row the service takes, or None when it states no limit."""
+        limit = self._limits.get("max_row_tokens")
+        return None if limit is None else int(limit)
+
+    async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
+        """One `Targets` per row, in order; see `cache.types.Teacher`.
+
+        Raises:
+            SpecMismatch: the service now has another teacher under this name.
+            DeadlineExceeded: not within the timeout. Unavailable, Overloaded: still so after all retries.
+            TeacherFailed: an answer that does not fit the question.
+            PotstillError: whatever else the service refused with, as the same class.
+        """
+        deadline = asyncio.get_running_loop().time() + self._connection.timeout
+        budget = min(self._request_tokens, max(1, _ANSWER_BYTES // _bytes_per_position(want, self._identity)))
+        requests = [
+            asyncio.create_task(self._request(part, want, deadline)) for part in split_rows(rows, budget)
+        ]
+        try:
+            return [targets for answer in await asyncio.gather(*requests) for targets in answer]
+        finally:
+            for request in requests:
+                request.cancel()
+            await asyncio.gather(*requests, return_exceptions=True)
+
+    async def _request(self, rows: Sequence[Tokens], want: Fields, deadline: float) -> list[Targets]:
+        body = wire.request_to_arrow(wire.ScoreRequest(list(rows), want))
+        headers = {"content-type": wire.ARROW_MEDIA_TYPE, "accept": wire.ARROW_MEDIA_TYPE}
+        if not self._store:
+            headers["cache-control"] = "no-store"
+        path = f"{teacher_path(self._name)}/score"
+        content = await self._connection.post(path, body, headers=headers, deadline=deadline)
+        try:
+            answer = wire.answer_from_arrow(content)
+        except InvalidInput as error:
+            raise TeacherFailed(f"{self._connection.url}{path} answered nonsense: {error.detail}") from error
+        self._check(answer, rows, want)
+        return answer.targets
+
+    def _check(self, answer: wire.ScoreAnswer, rows: Sequence[Tokens], want: Fields) -> None:
+        differences = self._identity.differences(answer.identity)
+        if differences:
+            raise SpecMismatch(
+                f"teacher {self._name!r} at {self._connection.url} was exchanged: {differences}"
+            )
+        who = f"teacher {self._name!r} at {self._connection.url}"
+        if len(answer.targets) != len(rows):
+            raise TeacherFailed(f"{who} answered {len(answer.targets)} rows for {len(rows)}")
+        for row, targets in zip(rows, answer.targets, strict=True):
+            if targets.num_positions != len(row) or targets.k != want.k:
+                raise TeacherFailed(
+                    f"{who} answered {targets.num_positions} positions of k={targets.k} "
+                    f"for a row of {len(row)} tokens and k={want.k}"
+                )
+            if (want.entropy and targets.entropy is None) or (want.dense and targets.dense is None):
+                raise TeacherFailed(f"{who} left out a field that was asked for")
+            if want.temperatures and (
+                targets.log_z is None or targets.log_z.shape[1] != len(want.temperatures)
+            ):
+                raise TeacherFailed(f"{who} left out log_z at some temperatures")
+
+
+def teacher_path(name: str) -> str:
+    """The route of a teacher, whatever characters its name has."""
+    return f"/v1/teachers/{quote(name, safe='')}"
+
+
+def split_rows(rows: Sequence[Tokens], request_tokens: int) -> Iterator[Sequence[Tokens]]:
+    """Consecutive rows in parts of at most `request_tokens`, or of one longer row."""
+    start = 0
+    held = 0
+    for index, row in enumerate(rows):
+        if index > start and held + len(row) > request_tokens:
+            yield rows[start:index]
+            start, held = index, 0
+        held += len(row)
+    if start < len(rows):
+        yield rows[start:]
+
+
+def _table(description: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = description.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _bytes_per_position(want: Fields, identity: TeacherIdentity) -> int:
+    return 8 * want.k + 4 * (2 + len(want.temperatures)) + (4 * identity.vocab_size if want.dense else 0)
+
+
+class SyncHttpTeacher:
+    """`HttpTeacher` for code without an event loop; any number of threads may call it at once.
+
+    A context manager: `with SyncHttpTeacher(url, name) as teacher`. The arguments are those of
+    `HttpTeacher.open`. The loop runs in one background thread, from entering to leaving.
+    """
+
+    def __init__(self, url: str, name: str, **options: Any) -> None:
+        self._opening = HttpTeacher.open(url, name, **options)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=f"teacher {name}", daemon=True)
+        self._teacher: HttpTeacher | None = None
+
+    def __enter__(self) -> Self:
+        """Connect. Raises what `HttpTeacher.open` does."""
+        self._thread.start()
+        try:
+            self._teacher = self._wait(self._opening.__aenter__())
+        finally:
+            if self._teacher is None:
+                self._stop()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Give up what other threads still wait for (they see `Unavailable`) and disconnect."""
+        self._teacher = None
+        try:
+            self._wait(self._close())
+        finally:
+            self._stop()
+
+    @property
+    def identity(self) -> TeacherIdentity:
+        """As it was on opening."""
+        return self._opened().identity
+
+    @property
+    def provenance(self) -> Provenance:
+        """What the service said on opening."""
+        return self._opened().provenance
+
+    def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
+        """What `HttpTeacher.score` returns and raises.
+
+        Raises:
+            Unavailable: not opened, or closed while waiting.
+        """
+        return self._wait(self._opened().score(rows, want))
+
+    def _opened(self) -> HttpTeacher:
+        if self._teacher is None:
+            raise Unavailable("this teacher is not open; use it inside its with block")
+        return self._teacher
+
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except concurrent.futures.CancelledError as error:
+            raise Unavailable("this teacher was closed") from error
+        finally:
+            future.cancel()  # Ctrl-C in the waiting thread ends the work too
+
+    async def _close(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self._opening.__aexit__(None, None, None)
+
+    def _stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+@asynccontextmanager
+async def open_http_teacher(
+    spec: str, *, options: Mapping[str, JSON] | None = None
+) -> AsyncIterator[HttpTeacher]:
+    """The teacher factory of `http://` and `https://`: `URL#NAME`, or `URL` when there is only one teacher.
+
+    Nothing is kept by the service: who opens a teacher by its spec keeps the targets itself. `options` may
+    hold api_key, timeout, max_in_flight, request_tokens and attempts.
+
+    Raises:
+        InvalidInput: several teachers and no name, or an unknown or bad option.
+    """
+    url, _, name = spec.partition("#")
+    arguments = _arguments(options or {})
+    if not name:
+        names = [
+            str(teacher.get("name")) for teacher in await list_teachers(url, api_key=arguments.get("api_key"))
+        ]
+        if len(names) != 1:
+            raise InvalidInput(
+                f"{url} has the teachers {', '.join(names)}: choose one, like {url}#{names[0]}"
+            )
+        name = names[0]
+    async with HttpTeacher.open(url, name, store=False, **arguments) as teacher:
+        yield teacher
+
+
+def _arguments(options: Mapping[str, JSON]) -> dict[str, Any]:
+    kinds: dict[str, type | tuple[type, ...]] = {
+        "api_key": str,
+        "timeout": (int, float),
+        "max_in_flight": int,
+        "request_tokens": int,
+        "attempts": int,
+    }
+    for key, value in options.items():
+        if key not in kinds:
+            raise InvalidInput(f"unknown option {key!r} of an HTTP teacher; known are {', '.join(kinds)}")
+        if isinstance(value, bool) or not isinstance(value, kinds[key]):
+            shown = "" if key == "api_key" else f" {value!r}"
+            raise InvalidInput(f"option {key!r} of an HTTP teacher has a value{shown} of the wrong type")
+    arguments: dict[str, Any] = {key: value for key, value in options.items() if key != "attempts"}
+    if "attempts" in options:
+        arguments["retry"] = RetryPolicy(attempts=cast(int, options["attempts"]))
+    return arguments
+
+
+async def list_teachers(url: str, *, api_key: str | None = None) -> list[dict[str, Any]]:
+    """Every teacher of a service: name, state and, once it is up, identity, provenance and limits."""
+    async with Connection.open(url, api_key=api_key) as connection:
+        teachers = (await connection.get_json("/v1/teachers")).get("teachers")
+    if not isinstance(teachers, list) or not all(isinstance(teacher, dict) for teacher in teachers):
+        raise TeacherFailed(f"{url} does not list its teachers; is it a Potstill service?")
+    return teachers
+
+
+async def get_replicas(url: str, name: str, *, api_key: str | None = None) -> dict[str, Any]:
+    """`{"replicas", "target", "max"}` of a teacher."""
+    async with Connection.open(url, api_key=api_key) as connection:
+        return await connection.get_json(f"{teacher_path(name)}/replicas")
+
+
+async def put_replicas(url: str, name: str, replicas: int, *, api_key: str | None = None) -> dict[str, Any]:
+    """Ask for another number of replicas; returns what `get_replicas` does.
+
+    Raises:
+        LimitExceeded: the service cannot have that many.
+    """
+    async with Connection.open(url, api_key=api_key) as connection:
+        return await connection.put_json(f"{teacher_path(name)}/replicas", {"replicas": replicas})

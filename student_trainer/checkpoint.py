@@ -1,0 +1,203 @@
+"""Checkpoints: a folder each, complete or not there.
+
+    <run>/checkpoints/step-00000500/
+        model/            what `AutoModelForCausalLM.from_pretrained` loads
+        optimizer.pt      tensors and plain values, read with weights_only=True: nothing is unpickled
+        state.json        step, sample order state, totals
+        .complete         written last; a folder without it is not a checkpoint
+
+A checkpoint is written under another name, flushed to disk, renamed, then marked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from cache.errors import FormatError, SpecMismatch, StoreError
+from student_trainer.models import load_student, save_student
+
+_COMPLETE = ".complete"
+_PARTIAL = ".partial-"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainState:
+    """Where a run is. The sample order follows from the first four values."""
+
+    step: int
+    """Optimizer steps taken."""
+    seed: int
+    epoch: int
+    cursor: int
+    """Rows drawn since the start of the run."""
+    corpus_fingerprint: str
+    tokens: int
+    """Positions trained on since the start of the run."""
+    seconds: float
+    """Time spent training, over all sessions."""
+
+    def check_corpus(self, fingerprint: str) -> None:
+        """Check that a run resumes on the corpus it began with.
+
+        Raises:
+            SpecMismatch: it is another one under the same name.
+        """
+        if fingerprint != self.corpus_fingerprint:
+            raise SpecMismatch(
+                f"data.corpus has fingerprint {fingerprint[:12]}, but the run was started on "
+                f"{self.corpus_fingerprint[:12]}; choose another train.out"
+            )
+
+
+def save_checkpoint(
+    folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, state: TrainState, *, keep: int
+) -> Path:
+    """Write a checkpoint below `folder`, then remove all but the newest `keep`. For rank 0 only.
+
+    Raises:
+        StoreError: the disk does not take it.
+    """
+    final = folder / f"step-{state.step:08d}"
+    partial = folder / f"{_PARTIAL}{final.name}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        save_student(model, partial / "model")
+        torch.save(optimizer.state_dict(), partial / "optimizer.pt")
+        (partial / "state.json").write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
+        _flush(partial)
+        if final.exists():  # renamed, but never marked
+            shutil.rmtree(final)
+        partial.rename(final)
+        (final / _COMPLETE).touch()
+        _flush(final)
+        _flush_one(folder)
+    except OSError as error:
+        raise StoreError(f"checkpoint {str(final)!r} could not be written: {error}") from error
+    _remove_old(folder, keep)
+    return final
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint below `folder`, or None."""
+    complete = _complete(folder)
+    return complete[-1] if complete else None
+
+
+def newest_step(folder: Path) -> int:
+    """The step of the newest complete checkpoint below `folder`; -1 for none."""
+    checkpoint = newest_checkpoint(folder)
+    return -1 if checkpoint is None else load_state(checkpoint).step
+
+
+def load_state(checkpoint: Path) -> TrainState:
+    """Read where the run was.
+
+    Raises:
+        FormatError: written by another version.
+    """
+    try:
+        return TrainState(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
+    except (OSError, TypeError, json.JSONDecodeError) as error:
+        raise FormatError(f"{str(checkpoint / 'state.json')!r} cannot be read: {error}") from error
+
+
+def load_model(checkpoint: Path) -> PreTrainedModel:
+    """The student of a checkpoint, float32, on the CPU."""
+    return load_student(checkpoint / "model")
+
+
+def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Put the optimizer where it was.
+
+    Raises:
+        FormatError: the file holds anything but tensors and plain values, or another optimizer's.
+    """
+    file = checkpoint / "optimizer.pt"
+    try:
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(state)
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise FormatError(f"{str(file)!r} cannot be read: {error}") from error
+    except Exception as error:
+        # weights_only raises pickle.UnpicklingError; importing pickle to name it would read as if we unpickled.
+        if type(error).__name__ != "UnpicklingError":
+            raise
+        raise FormatError(f"{str(file)!r} holds more than tensors and is not read") from error
+
+
+def write_json(file: Path, value: object) -> None:
+    """Replace a JSON file as a whole: a reader sees the old one or the new one.
+
+    Raises:
+        StoreError: the disk does not take it.
+    """
+    write_lines(file, [json.dumps(value, indent=1)])
+
+
+def write_lines(file: Path, lines: Sequence[str]) -> None:
+    """Replace a text file as a whole.
+
+    Raises:
+        StoreError: the disk does not take it.
+    """
+    partial = file.with_name(f"{_PARTIAL}{file.name}")
+    try:
+        partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        _flush_one(partial)
+        partial.replace(file)
+    except OSError as error:
+        raise StoreError(f"{str(file)!r} could not be written: {error}") from error
+
+
+def publish_model(folder: Path, model: PreTrainedModel) -> None:
+    """Save the final model at `folder`, replacing one that is there.
+
+    Raises:
+        StoreError: the disk does not take it.
+    """
+    partial = folder.with_name(f"{_PARTIAL}{folder.name}")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        save_student(model, partial)
+        _flush(partial)
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+        _flush_one(folder.parent)
+    except OSError as error:
+        raise StoreError(f"{str(folder)!r} could not be written: {error}") from error
+
+
+def _complete(folder: Path) -> list[Path]:
+    return sorted(path.parent for path in folder.glob(f"step-*/{_COMPLETE}"))
+
+
+def _remove_old(folder: Path, keep: int) -> None:
+    for old in _complete(folder)[:-keep]:
+        (old / _COMPLETE).unlink()  # first no longer a checkpoint, then no longer there
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(folder: Path) -> None:
+    for path in sorted(folder.rglob("*"), reverse=True):
+        _flush_one(path)
+    _flush_one(folder)
+
+
+def _flush_one(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

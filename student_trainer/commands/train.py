@@ -1,0 +1,53 @@
+"""`potstill train CONFIG.toml`: train a student, or go on with one."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+SUMMARY = "train a student from cached or served teacher targets"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("config", metavar="CONFIG.toml", type=Path, help="what to train, on what, from whom")
+    parser.add_argument("--out", metavar="DIR", help="the run's folder, instead of the config's train.out")
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--no-ray", action="store_true", help="train in this process, with one worker")
+    place.add_argument(
+        "--ray", metavar="ADDRESS", help="use the Ray cluster at ADDRESS; by default Ray is started on this machine"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train until done or asked to stop. 0 when done; 128 + signal when stopped, with a checkpoint."""
+    from rich.console import Console
+
+    from student_trainer.config import TrainConfig
+
+    config = TrainConfig.from_toml(args.config, out=args.out)
+    if args.no_ray and config.train.workers > 1:
+        from cache.errors import InvalidInput
+
+        raise InvalidInput(f"train.workers is {config.train.workers}, but --no-ray trains with 1; set it to 1")
+
+    from student_trainer.interrupt import stop_on_signals
+    from student_trainer.loop import train
+    from student_trainer.progress import held_out_text, showing
+
+    console = Console()
+    with stop_on_signals() as stop, showing(config.train.steps, console) as show:
+        if args.no_ray:
+            result = train(config, should_stop=stop, on_record=show)
+        else:
+            from student_trainer.ray_train import train_with_ray
+
+            result = train_with_ray(config, address=args.ray, should_stop=stop, on_record=show)
+    if not result.finished:
+        print(f"stopped at step {result.step} of {config.train.steps}; the same command goes on from there")
+        return 128 + stop.signal_number
+    print(f"trained on {result.tokens:,} tokens in {result.seconds:,.0f} s")
+    if result.held_out is not None:
+        print(f"held-out {held_out_text(result.held_out.to_json())}")
+    print(f"model: {result.run_dir / 'model'}")
+    return 0

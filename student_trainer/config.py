@@ -1,0 +1,276 @@
+"""What a training run is: one frozen value, read once from TOML or built in Python.
+
+```toml
+[data]
+cache = "cache"            # folder or URL of the cache that holds the corpus
+corpus = "docs"
+held_out = 64              # rows kept for evaluation: a count, or a share below 1
+
+[[teachers]]
+name = "big"               # as `potstill inspect` lists it
+weight = 1.0
+
+[student]
+config = { model_type = "llama", hidden_size = 128, num_hidden_layers = 2, num_attention_heads = 4 }
+
+[train]
+out = "runs/first"
+steps = 1000
+batch_rows = 32
+alpha = 0.5                # share of the distillation loss; 0 is plain cross-entropy
+```
+
+Relative paths are taken from the current folder, like those on the command line.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cache.errors import InvalidInput, SpecMismatch
+from cache.types import JSON
+
+_FREE_ON_RESUME = frozenset(
+    {
+        "data.cache",
+        "teachers.url",
+        "train.steps",
+        "train.micro_batch_rows",
+        "train.eval_every",
+        "train.checkpoint_every",
+        "train.keep_checkpoints",
+        "train.workers",
+        "train.max_failures",
+        "train.out",
+    }
+)
+"""What may change when a run goes on: where things are, how long it runs, how often it looks up."""
+
+_Count = Annotated[int, Field(ge=1, strict=True)]
+_Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class DataConfig(_Frozen):
+    """Which rows, and in what order."""
+
+    cache: str = Field(min_length=1)
+    """Folder or URL of the cache."""
+    corpus: str = Field(min_length=1)
+    held_out: Annotated[int | float, Field(ge=0)] = 0.02
+    """Rows never trained on: a whole number is a count, a number below 1 a share of the corpus."""
+    held_out_seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
+    """Chooses the held-out rows; apart from `train.seed`, so that runs of several seeds compare."""
+    window_shards: _Count = 8
+    """Rows are shuffled within this many (shuffled) shards; more is more random and reads more objects."""
+    prefetch: _Count = 4
+    """Micro-batches read ahead."""
+
+    @model_validator(mode="after")
+    def _whole_or_share(self) -> Self:
+        if self.held_out >= 1 and self.held_out != int(self.held_out):
+            raise ValueError("must be a whole number of rows, or a share below 1")
+        return self
+
+
+class TeacherConfig(_Frozen):
+    """One teacher and its share of the distillation loss."""
+
+    name: str = Field(min_length=1)
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Relative: weights are divided by their sum."""
+    k: _Count | None = None
+    """Use this many of the kept ids; by default all that the cache holds, 64 from a service."""
+    source: Literal["cache", "service"] = "cache"
+    """`cache` reads committed targets; `service` asks a running one, row by row."""
+    url: str | None = None
+    """Of the service; only with source = "service"."""
+
+    @model_validator(mode="after")
+    def _url_with_service(self) -> Self:
+        if (self.source == "service") != (self.url is not None):
+            raise ValueError('url goes with source = "service", and only with it')
+        return self
+
+
+class StudentConfig(_Frozen):
+    """Exactly one of a `transformers` config (random weights under `train.seed`) or a checkpoint."""
+
+    config: str | dict[str, Any] | None = None
+    """A folder or file with a config.json, or its keys (with model_type); vocab_size defaults to the corpus's."""
+    checkpoint: str | None = None
+    """A folder or hub name that `AutoModelForCausalLM.from_pretrained` takes."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if (self.config is None) == (self.checkpoint is None):
+            raise ValueError("give exactly one of config and checkpoint")
+        if isinstance(self.config, dict) and "model_type" not in self.config:
+            raise ValueError("config needs a model_type, like 'llama'")
+        return self
+
+
+class LoopConfig(_Frozen):
+    """How the student is trained. Lengths are in steps, batches in rows."""
+
+    out: str = Field(min_length=1)
+    """The run's folder; all workers must see the same one."""
+    steps: _Count
+    batch_rows: _Count = 32
+    """Rows of one optimizer step, over all workers."""
+    micro_batch_rows: _Count = 8
+    """Rows of one forward pass of one worker; smaller saves memory, the result is the same but for rounding."""
+    lr: Annotated[float, Field(gt=0)] = 3e-4
+    warmup: Annotated[int, Field(ge=0, strict=True)] = 0
+    """Steps of linear warm-up."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After warm-up: cosine to `min_lr`, constant, or constant with a linear fall over the last `decay` share."""
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Where cosine and wsd end."""
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Share of the steps that wsd falls over."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """AdamW's, on matrices only."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    grad_clip: Annotated[float, Field(gt=0)] = 1.0
+    """Largest gradient norm."""
+    alpha: _Share = 0.5
+    """(1 - alpha) * cross-entropy + alpha * distillation."""
+    seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
+    """Of the initial weights, the sample order and dropout."""
+    eval_every: _Count = 100
+    checkpoint_every: _Count = 500
+    keep_checkpoints: _Count = 2
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the forward pass; weights and optimizer stay float32."""
+    workers: _Count = 1
+    """Ray workers, one GPU each where there are GPUs."""
+    max_failures: Annotated[int, Field(ge=0, strict=True)] = 3
+    """How often killed workers are started again from the newest checkpoint."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.batch_rows < self.workers:
+            raise ValueError(f"batch_rows {self.batch_rows} is less than one row for each of {self.workers} workers")
+        return self
+
+
+class TrainConfig(_Frozen):
+    """A whole run."""
+
+    data: DataConfig
+    teachers: tuple[TeacherConfig, ...] = ()
+    student: StudentConfig
+    train: LoopConfig
+
+    @model_validator(mode="after")
+    def _teachers_match_alpha(self) -> Self:
+        if self.train.alpha > 0 and not self.teachers:
+            raise ValueError(f"train.alpha is {self.train.alpha} but there is no teacher: add one, or set it to 0")
+        names = [teacher.name for teacher in self.teachers]
+        if len(set(names)) != len(names):
+            raise ValueError("teachers must have different names")
+        return self
+
+    @classmethod
+    def of(cls, value: Mapping[str, Any]) -> TrainConfig:
+        """Check a mapping of TOML's shape.
+
+        Raises:
+            InvalidInput: naming the first bad key, its value and the limit.
+        """
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            raise InvalidInput(_one_line(error)) from error
+
+    @classmethod
+    def from_toml(cls, path: str | Path, *, out: str | None = None) -> TrainConfig:
+        """Read a file; `out` replaces its `train.out`.
+
+        Raises:
+            InvalidInput: no such file, not TOML, or a bad value.
+        """
+        try:
+            value = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise InvalidInput(f"{str(path)!r} cannot be read as TOML: {error}") from error
+        if out is not None and isinstance(value.setdefault("train", {}), dict):
+            value["train"]["out"] = out
+        return cls.of(value)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The teachers' weights, summing to 1."""
+        total = sum(teacher.weight for teacher in self.teachers)
+        return tuple(teacher.weight / total for teacher in self.teachers)
+
+    @property
+    def run_dir(self) -> Path:
+        """`train.out` as a path."""
+        return Path(self.train.out)
+
+    def absolute(self) -> TrainConfig:
+        """The same run with its folders made absolute, for processes that start elsewhere."""
+        student = self.student
+        paths = {name: _absolute(value) for name in ("config", "checkpoint") if (value := getattr(student, name))}
+        return self.model_copy(
+            update={
+                "data": self.data.model_copy(update={"cache": _absolute(self.data.cache, always=True)}),
+                "student": student.model_copy(update=paths),
+                "train": self.train.model_copy(update={"out": str(self.run_dir.absolute())}),
+            }
+        )
+
+    def to_json(self) -> dict[str, JSON]:
+        """A JSON object that `of` reads back to an equal config."""
+        value: dict[str, JSON] = json.loads(self.model_dump_json())
+        return value
+
+    def check_continues(self, before: TrainConfig) -> None:
+        """Check that a run started under `before` may go on under this config.
+
+        Raises:
+            SpecMismatch: naming the first key whose change would make it another run.
+        """
+        ours, theirs = _leaves(self.to_json()), _leaves(before.to_json())
+        for key in sorted(ours.keys() | theirs.keys()):
+            name = ".".join(part for part in key.split(".") if not part.isdigit())
+            if name not in _FREE_ON_RESUME and ours.get(key) != theirs.get(key):
+                raise SpecMismatch(
+                    f"{key} is {ours.get(key)!r}, but the run in {self.train.out!r} was started with "
+                    f"{theirs.get(key)!r}; change it back, or choose another train.out"
+                )
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"]) or "config"
+    message = first["msg"].removeprefix("Value error, ")
+    if isinstance(first["input"], dict | BaseModel):
+        return f"{key}: {message}"
+    return f"{key} is {first['input']!r}: {message}"
+
+
+def _absolute(value: Any, *, always: bool = False) -> Any:
+    """A folder as an absolute path; a URL, a hub name or a table of keys as it is."""
+    if isinstance(value, str) and "://" not in value and (always or Path(value).exists()):
+        return str(Path(value).absolute())
+    return value
+
+
+def _leaves(value: JSON, prefix: str = "") -> dict[str, JSON]:
+    """{"a": {"b": 1}} as {"a.b": 1}; list items under their index."""
+    if isinstance(value, dict | list):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for key, item in pairs for k, v in _leaves(item, f"{prefix}{key}.").items()}
+    return {prefix.removesuffix("."): value}

@@ -1,0 +1,182 @@
+"""Rows and targets as padded tensors, read ahead of the training step.
+
+Reading is the same for every source, order and number of workers: row indexes go in, a `Batch` comes out.
+One background thread reads the next few batches; it is the only place where training waits for I/O.
+
+Shape legend:  B rows, T tokens of the longest row, K kept ids, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cache.errors import TeacherFailed
+from cache.types import Targets, Tokens
+from student_trainer.loss import NO_LABEL, TeacherTargets
+from student_trainer.sources import CorpusRows, TargetSource
+
+_NO_ID = np.iinfo(np.int32).max
+"""Fills the id axis where a row has fewer ids: over any vocabulary, so no real id leaves the tail."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Some rows, padded on the right."""
+
+    tokens: Tensor
+    """[B, T] int64; 0 where padded."""
+    mask: Tensor
+    """[B, T] bool; False where padded."""
+    labels: Tensor
+    """[B, T] int64: the next token; `NO_LABEL` at the last token of a row and where padded."""
+    teachers: tuple[TeacherTargets, ...]
+    """One per source: ids int32 [B, T, K], logprobs and log_tail float32; nothing (-inf) where padded."""
+
+    @property
+    def num_positions(self) -> int:
+        """Tokens that are not padding: as many as there are targets."""
+        return int(self.mask.sum())
+
+    @property
+    def num_labels(self) -> int:
+        """Positions with a next token."""
+        return int((self.labels != NO_LABEL).sum())
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on a device."""
+        if device == self.tokens.device:
+            return self
+        teachers = tuple(
+            TeacherTargets(t.ids.to(device), t.logprobs.to(device), t.log_tail.to(device), t.weight)
+            for t in self.teachers
+        )
+        return Batch(self.tokens.to(device), self.mask.to(device), self.labels.to(device), teachers)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BatchReader:
+    """Reads rows of a corpus with every source's targets."""
+
+    corpus: CorpusRows
+    sources: tuple[TargetSource, ...] = ()
+    weights: tuple[float, ...] = ()
+    """One per source."""
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    """Training reads ahead while evaluation reads: corpus and sources see one caller at a time."""
+
+    def without_targets(self) -> BatchReader:
+        """The same rows without any source's targets."""
+        return replace(self, sources=(), weights=())
+
+    def read(self, indexes: Sequence[int] | NDArray[np.int64]) -> Batch:
+        """The rows at `indexes`, in order.
+
+        Raises:
+            TeacherFailed: a source answers with another number of rows or positions than it was asked for.
+            PotstillError: whatever a source raises.
+        """
+        wanted = [int(i) for i in indexes]
+        with self.lock:
+            rows = [np.asarray(self.corpus.row(i)) for i in wanted]
+            answers = [source.read(wanted, rows) for source in self.sources]
+        for source, targets in zip(self.sources, answers, strict=True):
+            _check_lengths(source.name, rows, targets)
+        tokens, mask, labels = _pad_rows(rows)
+        teachers = tuple(
+            _pad_targets(targets, tokens.shape[1], weight)
+            for targets, weight in zip(answers, self.weights, strict=True)
+        )
+        return Batch(tokens, mask, labels, teachers)
+
+
+@contextmanager
+def read_ahead(
+    reader: BatchReader, pieces: Iterable[NDArray[np.int64]], depth: int
+) -> Iterator[Iterator[Batch]]:
+    """An iterator over `reader.read(piece)`, of which at most `depth` are read before they are asked for.
+
+    An error of a read is raised where its batch would have come. Leaving the block stops the thread after
+    the read that is under way.
+    """
+    waiting: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)
+    stopped = threading.Event()
+
+    def put(item: Batch | BaseException | None) -> bool:
+        while not stopped.is_set():
+            try:
+                waiting.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    def work() -> None:
+        try:
+            for piece in pieces:
+                if not put(reader.read(piece)):
+                    return
+        except BaseException as error:  # noqa: BLE001 -- carried to the thread that asked, whatever it is
+            put(error)
+        else:
+            put(None)
+
+    thread = threading.Thread(target=work, name="read-ahead", daemon=True)
+    thread.start()
+    try:
+        yield _received(waiting)
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def _received(waiting: queue.Queue[Batch | BaseException | None]) -> Iterator[Batch]:
+    while (item := waiting.get()) is not None:
+        if isinstance(item, BaseException):
+            raise item
+        yield item
+
+
+def _check_lengths(name: str, rows: Sequence[Tokens], answers: Sequence[Targets]) -> None:
+    if len(answers) != len(rows):
+        raise TeacherFailed(f"teacher {name!r} answered {len(answers)} rows of {len(rows)}")
+    for row, targets in zip(rows, answers, strict=True):
+        if targets.num_positions != len(row):
+            raise TeacherFailed(
+                f"teacher {name!r} gave {targets.num_positions} targets for a row of {len(row)} tokens"
+            )
+
+
+def _pad_rows(rows: Sequence[Tokens]) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (len(rows), max(len(row) for row in rows))
+    tokens = np.zeros(shape, dtype=np.int64)
+    mask = np.zeros(shape, dtype=np.bool_)
+    labels = np.full(shape, NO_LABEL, dtype=np.int64)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = row
+        mask[i, : len(row)] = True
+        labels[i, : len(row) - 1] = row[1:]
+    return torch.from_numpy(tokens), torch.from_numpy(mask), torch.from_numpy(labels)
+
+
+def _pad_targets(answers: Sequence[Targets], length: int, weight: float) -> TeacherTargets:
+    k = max(targets.k for targets in answers)
+    ids = np.full((len(answers), length, k), _NO_ID, dtype=np.int32)
+    logprobs = np.full((len(answers), length, k), -np.inf, dtype=np.float32)
+    log_tail = np.full((len(answers), length), -np.inf, dtype=np.float32)
+    for i, targets in enumerate(answers):
+        t = targets.num_positions
+        ids[i, :t, : targets.k] = targets.ids
+        logprobs[i, :t, : targets.k] = targets.logprobs
+        log_tail[i, :t] = targets.log_tail
+    return TeacherTargets(
+        torch.from_numpy(ids), torch.from_numpy(logprobs), torch.from_numpy(log_tail), weight
+    )

@@ -1,0 +1,166 @@
+"""How good a student is on rows it never saw: cross-entropy, and how near it is to each teacher.
+
+Sums are float64 and reduced over the workers, so the numbers do not depend on how many there are, but for
+the rounding of the forward passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from student_trainer.group import Alone, Group
+from student_trainer.loss import NO_LABEL, TeacherTargets, kl_and_overlap
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from cache.types import JSON
+    from student_trainer.data import Batch, BatchReader
+
+_CHUNK_POSITIONS = 512
+"""Positions whose [chunk, V] float32 logits are looked at together."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherAgreement:
+    """Means over the held-out positions."""
+
+    kl: float
+    """Top-k + tail forward KL to the teacher, nats per token."""
+    top1_agreement: float
+    """Share of positions at which both find the same token most likely."""
+    student_mass_on_top_k: float
+    """The student's probability of the teacher's top-k."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """A student on some rows."""
+
+    rows: int
+    tokens: int
+    ce: float
+    """Cross-entropy, nats per labelled token."""
+    teachers: dict[str, TeacherAgreement]
+
+    def to_json(self) -> dict[str, JSON]:
+        """A JSON object with one key per attribute."""
+        value: dict[str, JSON] = asdict(self)
+        return value
+
+
+def evaluate_student(
+    model: nn.Module,
+    reader: BatchReader,
+    rows: Sequence[int] | NDArray[np.int64],
+    *,
+    batch_rows: int = 8,
+    group: Group | None = None,
+    dtype: str = "float32",
+) -> Evaluation:
+    """Evaluate on `rows` of the reader's corpus, against the reader's sources.
+
+    Args:
+        model: a causal language model on the group's device; left in the mode it was in.
+        reader: rows and targets; a reader without sources gives the cross-entropy only.
+        rows: row indexes, at least one.
+        batch_rows: rows of one forward pass.
+        group: the workers that share the work; every one gets the result.
+        dtype: of the forward pass, `float32` or `bfloat16`.
+
+    Raises:
+        PotstillError: whatever reading raises.
+    """
+    group = group or Alone()
+    names = [source.name for source in reader.sources]
+    sums = torch.zeros(3 + 3 * len(names), dtype=torch.float64, device=group.device)
+    mine = np.asarray(rows)[group.rank :: group.world_size]
+    with _evaluating(model):
+        for start in range(0, len(mine), batch_rows):
+            batch = reader.read(mine[start : start + batch_rows]).to(group.device)
+            with autocast(group.device, dtype):
+                logits = model(input_ids=batch.tokens, use_cache=False).logits
+            sums += _sums(logits, batch)
+    group.all_reduce_sum(sums)
+    ce, labels, positions, *rest = sums.tolist()
+    per_teacher = {
+        name: TeacherAgreement(
+            kl=rest[3 * m] / positions,
+            top1_agreement=rest[3 * m + 1] / positions,
+            student_mass_on_top_k=rest[3 * m + 2] / positions,
+        )
+        for m, name in enumerate(names)
+    }
+    return Evaluation(rows=len(rows), tokens=int(positions), ce=ce / max(labels, 1), teachers=per_teacher)
+
+
+def evaluate_run(run_dir: Path, *, group: Group | None = None) -> Evaluation:
+    """Evaluate a run's final model, or its newest checkpoint, on the run's held-out rows.
+
+    Raises:
+        NotFound: no run, or nothing trained yet, in the folder.
+        PotstillError: whatever opening the cache or the teachers raises.
+    """
+    from student_trainer.models import load_student  # noqa: PLC0415 -- opening a run needs the heavy parts
+    from student_trainer.run import open_run, trained_model  # noqa: PLC0415
+
+    group = group or Alone()
+    config, folder = trained_model(run_dir)
+    with open_run(config) as run:
+        model = load_student(folder).to(group.device)
+        return evaluate_student(
+            model,
+            run.reader,
+            run.order.held_out,
+            batch_rows=config.train.micro_batch_rows,
+            group=group,
+            dtype=config.train.dtype,
+        )
+
+
+def autocast(device: torch.device, dtype: str) -> torch.autocast:
+    """The context of a forward pass in `float32` or `bfloat16`."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def _sums(logits: Tensor, batch: Batch) -> Tensor:
+    """CE, labels, positions, then per teacher KL, agreement and mass, summed; float64."""
+    mask = batch.mask.reshape(-1)
+    flat = logits.reshape(-1, logits.shape[-1])[mask]
+    labels = batch.labels.reshape(-1)[mask]
+    teachers = [
+        TeacherTargets(t.ids.flatten(0, 1)[mask], t.logprobs.flatten(0, 1)[mask], t.log_tail.flatten()[mask])
+        for t in batch.teachers
+    ]
+    values = [flat.new_zeros((), dtype=torch.float64) for _ in range(3 * len(teachers))]
+    ce = flat.new_zeros((), dtype=torch.float64)
+    for start in range(0, len(labels), _CHUNK_POSITIONS):
+        part = slice(start, start + _CHUNK_POSITIONS)
+        z = flat[part].float()
+        ce += nn.functional.cross_entropy(z, labels[part], ignore_index=NO_LABEL, reduction="sum").double()
+        for m, t in enumerate(teachers):
+            found = kl_and_overlap(z, TeacherTargets(t.ids[part], t.logprobs[part].float(), t.log_tail[part]))
+            for i, value in enumerate(found):
+                values[3 * m + i] += value.sum(dtype=torch.float64)
+    counts = [ce.new_tensor(float((labels != NO_LABEL).sum())), ce.new_tensor(float(len(labels)))]
+    return torch.stack([ce, *counts, *values])
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)

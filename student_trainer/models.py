@@ -1,0 +1,97 @@
+"""Students: any causal language model of `transformers`, from a config or a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from cache.errors import InvalidInput, LimitExceeded
+from student_trainer.config import StudentConfig
+
+
+def build_student(student: StudentConfig, *, seed: int, vocab_size: int, row_tokens: int) -> PreTrainedModel:
+    """A float32 model on the CPU; random weights depend on the config and the seed only.
+
+    Args:
+        student: what to build.
+        seed: of the random weights; unused for a checkpoint.
+        vocab_size: the corpus's; the student needs at least as many ids, and takes it where its config
+            names none.
+        row_tokens: the corpus's longest row, in tokens.
+
+    Raises:
+        InvalidInput: transformers cannot make a causal language model of it, or the vocabulary is too small.
+        LimitExceeded: rows are longer than the student's positions.
+    """
+    with quiet_transformers():
+        try:
+            model = _load(student, seed, vocab_size)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InvalidInput(f"student cannot be built from {_shown(student)}: {error}") from error
+    config = model.config
+    if config.vocab_size < vocab_size:
+        raise InvalidInput(
+            f"student vocab_size is {config.vocab_size}; the corpus's tokenizer has {vocab_size} ids: use at least that"
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and positions < row_tokens:
+        raise LimitExceeded(
+            f"student max_position_embeddings is {positions}, but the corpus has a row of {row_tokens} tokens"
+        )
+    return model
+
+
+def load_student(folder: Path) -> PreTrainedModel:
+    """A student saved by `save_student`, float32, bit for bit."""
+    with quiet_transformers():
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
+        )
+    return model
+
+
+def save_student(model: PreTrainedModel, folder: Path) -> None:
+    """config.json and safetensors that `AutoModelForCausalLM.from_pretrained` loads."""
+    with quiet_transformers():
+        model.save_pretrained(folder)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars of transformers' own within the block: ours shares the terminal."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _load(student: StudentConfig, seed: int, vocab_size: int) -> PreTrainedModel:
+    if student.checkpoint is not None:
+        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            student.checkpoint, dtype=torch.float32, use_safetensors=True
+        )
+        return loaded
+    config = _config(student, vocab_size)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model
+
+
+def _config(student: StudentConfig, vocab_size: int) -> Any:
+    if isinstance(student.config, dict):
+        return AutoConfig.for_model(**{"vocab_size": vocab_size, **student.config})
+    return AutoConfig.from_pretrained(student.config)
+
+
+def _shown(student: StudentConfig) -> str:
+    return repr(student.checkpoint if student.checkpoint is not None else student.config)

@@ -1,0 +1,145 @@
+"""Which rows come when: a pure function of (seed, epoch, the corpus's shards), whatever the number of workers.
+
+An epoch shuffles the shards, then the rows within each window of consecutive shuffled shards: fully random
+rows would read an object per row. Keys are a splitmix64 hash of (seed, epoch, index) sorted stably, not a
+library's random stream, so an order never changes under another version of anything. A global cursor counts
+rows since the start of the run; the resume state is (seed, epoch, cursor, corpus fingerprint), and the epoch
+follows from the cursor.
+
+Held-out rows are drawn by the same hash from `held_out_seed` alone and belong to no epoch.
+
+Shape legend:  R rows of the corpus, S shards, H held-out rows, B rows of a batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache.errors import InvalidInput
+
+_SHARDS, _ROWS, _HELD_OUT = np.uint64(1), np.uint64(2), np.uint64(3)
+
+
+def hashed(indexes: NDArray[np.int64], *salt: int | np.uint64) -> NDArray[np.uint64]:
+    """A uint64 hash of every index under the salts: splitmix64 (Steele et al. 2014), chained."""
+    state = np.zeros(indexes.shape, dtype=np.uint64)
+    for part in (*salt, indexes.astype(np.uint64)):
+        state = _mix((state ^ np.uint64(part)) + np.uint64(0x9E3779B97F4A7C15))
+    return state
+
+
+def held_out_rows(num_rows: int, held_out: float, seed: int) -> NDArray[np.int64]:
+    """[H] row indexes, rising. `held_out` is a count, or a share below 1 (rounded, at least one row).
+
+    Raises:
+        InvalidInput: no row would be left to train on.
+    """
+    count = int(held_out) if held_out >= 1 or held_out == 0 else max(1, round(held_out * num_rows))
+    if count >= num_rows:
+        raise InvalidInput(
+            f"data.held_out is {held_out!r}, {count} rows, of a corpus of {num_rows}; leave some to train on"
+        )
+    if 2 * count > num_rows:  # draw the smaller side
+        rest = _distinct(num_rows, num_rows - count, seed)
+        return np.setdiff1d(np.arange(num_rows, dtype=np.int64), rest, assume_unique=True)
+    return _distinct(num_rows, count, seed)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SampleOrder:
+    """The endless sequence of training rows."""
+
+    shard_rows: NDArray[np.int64]
+    """[S+1] first row of each shard, and the number of rows."""
+    held_out: NDArray[np.int64]
+    """[H] rows left out, rising."""
+    seed: int
+    window_shards: int = 8
+    _plans: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = field(
+        default_factory=dict, init=False, repr=False
+    )
+    _windows: dict[tuple[int, int], NDArray[np.int64]] = field(default_factory=dict, init=False, repr=False)
+    """The epoch and window that the last call ended in; computing them again is all that is lost without."""
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Training rows, each once per epoch."""
+        return int(self.shard_rows[-1]) - len(self.held_out)
+
+    def epoch(self, cursor: int) -> int:
+        """The epoch that the row at `cursor` belongs to."""
+        return cursor // self.rows_per_epoch
+
+    def take(self, cursor: int, count: int) -> NDArray[np.int64]:
+        """[count] row indexes from the global cursor on; epochs follow each other without a gap."""
+        parts: list[NDArray[np.int64]] = []
+        while count > 0:
+            epoch, offset = divmod(cursor, self.rows_per_epoch)
+            part = self._take_in_epoch(epoch, offset, min(count, self.rows_per_epoch - offset))
+            parts.append(part)
+            cursor, count = cursor + len(part), count - len(part)
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+    def rank_slice(self, step: int, batch_rows: int, rank: int, world_size: int) -> NDArray[np.int64]:
+        """The rows of global batch `step` that fall to `rank`: a contiguous, nearly equal part."""
+        start, stop = batch_rows * rank // world_size, batch_rows * (rank + 1) // world_size
+        return self.take(step * batch_rows + start, stop - start)
+
+    def _take_in_epoch(self, epoch: int, offset: int, count: int) -> NDArray[np.int64]:
+        shards, window_starts = self._plan(epoch)
+        window = int(np.searchsorted(window_starts, offset, side="right")) - 1
+        rows = self._window(epoch, window, shards)
+        start = offset - int(window_starts[window])
+        return rows[start : start + count]
+
+    def _plan(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The epoch's shards in order [S], and where in the epoch each window of them starts."""
+        plan = self._plans.get(epoch)
+        if plan is None:
+            plan = self._new_plan(epoch)
+            self._plans.clear()
+            self._plans[epoch] = plan
+        return plan
+
+    def _new_plan(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        num_shards = len(self.shard_rows) - 1
+        keys = hashed(np.arange(num_shards, dtype=np.int64), self.seed, epoch, _SHARDS)
+        shards = np.argsort(keys, kind="stable").astype(np.int64)
+        held_before = np.searchsorted(self.held_out, self.shard_rows)
+        kept = (np.diff(self.shard_rows) - np.diff(held_before))[shards]
+        starts = np.concatenate([[0], np.cumsum(kept)])[:: self.window_shards]
+        # A window of held-out rows only is empty; searchsorted on the right skips it.
+        return shards, starts.astype(np.int64)
+
+    def _window(self, epoch: int, window: int, shards: NDArray[np.int64]) -> NDArray[np.int64]:
+        found = self._windows.get((epoch, window))
+        if found is None:
+            chosen = shards[window * self.window_shards : (window + 1) * self.window_shards]
+            bounds = zip(self.shard_rows[chosen], self.shard_rows[chosen + 1], strict=True)
+            rows = np.concatenate([np.arange(a, b, dtype=np.int64) for a, b in bounds])
+            rows = rows[~np.isin(rows, self.held_out, assume_unique=True)]
+            order = np.argsort(hashed(rows, self.seed, epoch, _ROWS), kind="stable")
+            found = rows[order]
+            self._windows.clear()  # two threads may ask: each goes on with what it found or made
+            self._windows[epoch, window] = found
+        return found
+
+
+def _distinct(num_rows: int, count: int, seed: int) -> NDArray[np.int64]:
+    """[count] distinct rows, rising: the first ones of a hashed sequence, so memory follows the count."""
+    num_draws = 2 * count + 16
+    while True:
+        draws = hashed(np.arange(num_draws, dtype=np.int64), seed, _HELD_OUT) % np.uint64(num_rows)
+        rows, first = np.unique(draws.astype(np.int64), return_index=True)
+        if len(rows) >= count:
+            return np.sort(rows[np.argsort(first)[:count]])
+        num_draws *= 2
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

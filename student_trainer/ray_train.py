@@ -1,0 +1,174 @@
+"""The training loop on Ray Train: one worker per process, restarted from the newest checkpoint when one dies.
+
+Ray places and restarts the workers and joins them into a process group; everything else is `loop.train`. The
+run's folder, the cache and a student's checkpoint must be where every worker sees them. While Ray works, this
+process follows `metrics.jsonl` for the caller's progress display, and passes a wish to stop on as a file.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from torch import Tensor, distributed, nn
+
+from cache.errors import PotstillError, Unavailable
+from student_trainer.checkpoint import newest_step
+from student_trainer.config import TrainConfig
+from student_trainer.loop import TrainResult, train
+from student_trainer.metrics import MetricsFollower, Record
+from student_trainer.run import open_run, prepare_run_dir
+
+_STOP_FILE = ".stop"
+_POLL_SECONDS = 0.5
+
+
+def train_with_ray(
+    config: TrainConfig,
+    *,
+    address: str | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    on_record: Callable[[Record], None] = lambda _: None,
+) -> TrainResult:
+    """What `loop.train` does, by `config.train.workers` Ray workers.
+
+    Args:
+        config: the run.
+        address: of a Ray cluster, like `auto` or `ray://host:10001`; None uses the Ray this process is
+            already connected to, or starts one on this machine for the duration of the call.
+        should_stop: asked twice a second; then the workers write a checkpoint and return.
+        on_record: called in this process with every record of `metrics.jsonl`.
+
+    Raises:
+        PotstillError: as `loop.train`; what cannot work is found before Ray starts.
+    """
+    config = config.absolute()
+    prepare_run_dir(config, write=True)
+    with open_run(config):
+        pass  # a missing corpus, teacher or shard is an error here, not three restarts later
+    stop_file = config.run_dir / _STOP_FILE
+    stop_file.unlink(missing_ok=True)
+    follower = MetricsFollower(config.run_dir, after_step=newest_step(config.run_dir / "checkpoints"))
+    with _ray(address):
+        outcome = _Fit(_trainer(config))
+        thread = threading.Thread(target=outcome.run, name="ray-train", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(_POLL_SECONDS)
+            for record in follower.read():
+                on_record(record)
+            if should_stop() and not stop_file.exists():
+                stop_file.touch()
+    stop_file.unlink(missing_ok=True)
+    return outcome.result()
+
+
+@dataclass(slots=True, eq=False)
+class _Fit:
+    """One `fit`, in a thread: in the main thread it would take over Ctrl-C and abort without a checkpoint."""
+
+    trainer: ray.train.torch.TorchTrainer
+    found: TrainResult | None = None
+    error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self.found = self.trainer.fit().return_value
+        except BaseException as error:  # noqa: BLE001 -- carried to the thread that waits, whatever it is
+            self.error = error
+
+    def result(self) -> TrainResult:
+        if isinstance(self.error, ray.train.v2.api.exceptions.WorkerGroupError):
+            raise _cause(self.error) from self.error
+        if self.error is not None:
+            raise self.error
+        assert self.found is not None, "a fit that ends without an error returns rank 0's result"
+        return self.found
+
+
+@dataclass(frozen=True, slots=True)
+class _RayGroup:
+    """This worker and its peers, as Ray Train joined them."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        wrapped: nn.Module = ray.train.torch.prepare_model(
+            model, parallel_strategy_kwargs={"broadcast_buffers": False}
+        )
+        return wrapped
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        distributed.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        distributed.barrier()
+
+
+def _worker(arguments: Mapping[str, Any]) -> TrainResult:
+    """One worker's part, in its own process."""
+    config = TrainConfig.of(arguments["config"])
+    context = ray.train.get_context()
+    group = _RayGroup(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+    stop_file = config.run_dir / _STOP_FILE
+    return train(config, group, should_stop=stop_file.exists)
+
+
+def _trainer(config: TrainConfig) -> ray.train.torch.TorchTrainer:
+    use_gpu = ray.cluster_resources().get("GPU", 0) >= config.train.workers
+    return ray.train.torch.TorchTrainer(
+        _worker,
+        train_loop_config={"config": config.to_json()},
+        scaling_config=ray.train.ScalingConfig(num_workers=config.train.workers, use_gpu=use_gpu),
+        run_config=ray.train.RunConfig(
+            name=f"session-{uuid.uuid4().hex[:8]}",
+            storage_path=str(config.run_dir / "ray"),
+            failure_config=ray.train.FailureConfig(max_failures=config.train.max_failures),
+        ),
+    )
+
+
+@contextmanager
+def _ray(address: str | None) -> Iterator[None]:
+    """A connection to Ray; shut down at the end only if made here."""
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Without this Ray packs and uploads the current folder when this was started by `uv run`.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    started_here: dict[str, Any] = {} if address else {"include_dashboard": False}
+    try:
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **started_here)
+    except ConnectionError as error:
+        raise Unavailable(f"no Ray at {address!r}: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _cause(error: ray.train.v2.api.exceptions.WorkerGroupError) -> PotstillError:
+    """The workers' own error of ours, or one line about theirs."""
+    failures = list(error.worker_failures.values())
+    for failure in failures:
+        cause = getattr(failure, "cause", None) or failure.__cause__ or failure
+        if isinstance(cause, PotstillError):
+            return cause
+    first = failures[0] if failures else error
+    lines = str(first).strip().splitlines() or [type(first).__name__]
+    return PotstillError(f"training workers failed: {lines[-1]}")

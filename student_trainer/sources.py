@@ -1,0 +1,168 @@
+"""Where a student's targets come from: the cache's folder, or a running service. Rows in, targets out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache.cache import Cache
+from cache.errors import NotCommitted, SpecMismatch, UnsupportedField
+from cache.targets import TargetSet
+from cache.types import Fields, Targets, TeacherIdentity, Tokens
+from clients.http_teacher import SyncHttpTeacher
+from student_trainer.config import TeacherConfig, TrainConfig
+
+
+class CorpusRows(Protocol):
+    """What the trainer needs of a corpus; `cache.corpus.Corpus` has it."""
+
+    @property
+    def row_starts(self) -> NDArray[np.int64]:
+        """[R+1] first position of each row."""
+        ...
+
+    @property
+    def shard_rows(self) -> NDArray[np.int64]:
+        """[S+1] first row of each shard."""
+        ...
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        """Of the tokenizer that made the rows."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """The tokenizer's."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the content."""
+        ...
+
+    def row(self, index: int) -> Tokens:
+        """uint32 token ids [T]."""
+        ...
+
+
+class TargetSource(Protocol):
+    """One teacher's targets of any rows of one corpus."""
+
+    @property
+    def name(self) -> str:
+        """The teacher's."""
+        ...
+
+    @property
+    def identity(self) -> TeacherIdentity:
+        """The teacher's."""
+        ...
+
+    def read(self, indexes: Sequence[int], rows: Sequence[Tokens]) -> list[Targets]:
+        """One `Targets` per row, given both as indexes into the corpus and as tokens.
+
+        Raises:
+            NotCommitted, CorruptSegment: from a cache.
+            Unavailable, Overloaded, DeadlineExceeded, TeacherFailed: from a service.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSource:
+    """Committed targets of the corpus, by row index."""
+
+    name: str
+    targets: TargetSet
+    k: int | None = None
+
+    @property
+    def identity(self) -> TeacherIdentity:
+        """The teacher's, as recorded in the cache."""
+        return self.targets.identity
+
+    def read(self, indexes: Sequence[int], rows: Sequence[Tokens]) -> list[Targets]:  # noqa: ARG002
+        """Read from the store; the tokens are not needed."""
+        found = self.targets.read_rows(list(indexes))
+        return found if self.k is None else [targets.prefix(self.k) for targets in found]
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceSource:
+    """A running service, asked for every row; what it keeps is up to the service."""
+
+    name: str
+    teacher: SyncHttpTeacher
+    k: int | None = None
+
+    @property
+    def identity(self) -> TeacherIdentity:
+        """The teacher's, as the service states it."""
+        return self.teacher.identity
+
+    def read(self, indexes: Sequence[int], rows: Sequence[Tokens]) -> list[Targets]:  # noqa: ARG002
+        """Ask the service; the indexes mean nothing to it."""
+        return self.teacher.score(rows, Fields() if self.k is None else Fields(k=self.k))
+
+
+@contextmanager
+def open_sources(config: TrainConfig, cache: Cache, corpus: CorpusRows) -> Iterator[tuple[TargetSource, ...]]:
+    """The sources of all of the run's teachers, in the config's order, checked against the corpus.
+
+    Raises:
+        SpecMismatch: a teacher with another tokenizer than the corpus.
+        NotCommitted: a target set with shards that are not there yet.
+        UnknownTeacher, UnsupportedField, Unavailable: as the cache or the service says.
+    """
+    with ExitStack() as stack:
+        yield tuple(_open(teacher, config.data.corpus, cache, corpus, stack) for teacher in config.teachers)
+
+
+def check_tokenizer(source: TargetSource, corpus: CorpusRows) -> None:
+    """Check that the teacher's ids mean what the corpus's ids mean.
+
+    Raises:
+        SpecMismatch: they do not.
+    """
+    theirs = source.identity.tokenizer_sha256
+    if theirs != corpus.tokenizer_sha256:
+        raise SpecMismatch(
+            f"teacher {source.name!r} has tokenizer {theirs[:12]}, but the corpus was made with "
+            f"{corpus.tokenizer_sha256[:12]}; use a corpus of the teacher's tokenizer"
+        )
+
+
+def _open(
+    teacher: TeacherConfig, corpus_name: str, cache: Cache, corpus: CorpusRows, stack: ExitStack
+) -> TargetSource:
+    source: TargetSource
+    if teacher.source == "service":
+        assert teacher.url is not None, "the config refuses a service without a url"
+        client = stack.enter_context(SyncHttpTeacher.open(teacher.url, teacher.name))
+        source = ServiceSource(teacher.name, client, teacher.k)
+    else:
+        targets = cache.targets(teacher.name, corpus_name)
+        teacher_k, kept = teacher.k or 1, targets.fields.k
+        if teacher_k > kept:
+            raise UnsupportedField(f"teachers.k is {teacher_k} for {teacher.name!r}, but the cache holds k={kept}")
+        _check_committed(teacher.name, targets)
+        source = CacheSource(teacher.name, targets, teacher.k)
+    check_tokenizer(source, corpus)
+    return source
+
+
+def _check_committed(name: str, targets: TargetSet) -> None:
+    committed = np.asarray(targets.committed)
+    missing = int((~committed).sum())
+    if missing:
+        first = int(np.argmin(committed))
+        raise NotCommitted(
+            f"teacher {name!r} lacks {missing} of {committed.size} shards, the first is {first}; "
+            f"run `potstill prefill` for it"
+        )

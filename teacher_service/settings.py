@@ -1,0 +1,169 @@
+"""Settings of `potstill serve`: built once from the command line, the environment and one TOML file.
+
+Precedence: command line, then environment, then file, then default. A value is taken whole from the
+first that has it: one `--teacher` replaces the file's list of teachers. The result is frozen.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeAlias
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+
+from cache.errors import InvalidInput
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z"
+ENVIRONMENT = {"POTSTILL_HOST": "host", "POTSTILL_PORT": "port", "POTSTILL_CACHE": "cache"}
+"""Every environment variable the service reads, and the setting it sets."""
+
+Count: TypeAlias = Annotated[int, Field(ge=1, strict=True)]
+
+
+class _Frozen(BaseModel):
+    # Defaults are checked like everything else, so that a wrong one fails at the first start.
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class KeepSettings(_Frozen):
+    """What the cache keeps of the rows that are asked for over HTTP."""
+
+    k: Count = 64
+    """Kept entries per position; a question for more goes to the teacher and is not kept."""
+    encoding: Literal["u8", "f16", "f32"] = "u8"
+
+
+class LimitSettings(_Frozen):
+    """What one request, and all requests together, may ask for. Over it: `LimitExceeded` or `Overloaded`."""
+
+    max_body_bytes: Count = 64 * 2**20
+    max_answer_bytes: Count = 512 * 2**20
+    """Of one answer's arrays, estimated from tokens, K and fields before any work is done."""
+    max_rows: Count = 4096
+    """Rows per request."""
+    max_range_positions: Count = 65_536
+    """Positions per read of a corpus' targets."""
+    max_tokens_in_flight: Count = 262_144
+    """Tokens of all requests that are being scored; also the most that one request can hold."""
+    max_requests_in_flight: Count = 256
+    """Score requests that are being read, scored or answered."""
+
+
+class TeacherSettings(_Frozen):
+    """One teacher: the name it is served under and where it comes from."""
+
+    name: Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
+    model: Annotated[str, StringConstraints(min_length=1)]
+    """A model name or path for vLLM, or the URL of another service."""
+    options: dict[str, JsonValue] = Field(default_factory=dict)
+    """Handed to the teacher's factory as they are."""
+
+
+class ServiceSettings(_Frozen):
+    """Everything `potstill serve` can be told."""
+
+    host: Annotated[str, StringConstraints(min_length=1)] = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65_535)] = 8700
+    """0 takes a free one, which the ready line names."""
+    cache: Annotated[str, StringConstraints(min_length=1)] | None = None
+    """Folder or URL of the cache root; without it nothing is kept."""
+    grace_seconds: Annotated[int, Field(ge=0, le=3600)] = 30
+    """How long a stopping service waits for the requests in flight."""
+    keep: KeepSettings = KeepSettings()
+    limits: LimitSettings = LimitSettings()
+    teachers: Annotated[tuple[TeacherSettings, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Self:
+        names = [teacher.name for teacher in self.teachers]
+        doubled = next((name for name in names if names.count(name) > 1), None)
+        if doubled is not None:
+            raise ValueError(f"two teachers are called {doubled!r}; every teacher needs its own name")
+        return self
+
+
+def load_settings(
+    config: Path | None, *, command_line: Mapping[str, Any], environment: Mapping[str, str]
+) -> ServiceSettings:
+    """Merge the three sources and check the result.
+
+    `command_line` holds settings by name; `None` means that the option was not given.
+
+    Raises:
+        InvalidInput: a file that cannot be read, an unknown key or variable, a bad value. The message is
+            one line that names the source, the key and what is allowed.
+    """
+    given = {key: value for key, value in command_line.items() if value is not None}
+    from_environment = _from_environment(environment)
+    from_file = {} if config is None else _from_file(config)
+    merged = {**from_file, **from_environment, **given}
+    if not merged.get("teachers"):
+        raise InvalidInput("no teacher to serve; give --teacher NAME=MODEL or [[teachers]] in the TOML file")
+    try:
+        return ServiceSettings.model_validate(merged)
+    except ValidationError as error:
+        key = str(error.errors()[0]["loc"][0]) if error.errors()[0]["loc"] else "teachers"
+        variable = next((name for name, setting in ENVIRONMENT.items() if setting == key), key)
+        source = "command line" if key in given else variable if key in from_environment else str(config)
+        raise InvalidInput(f"{source}: {_explain(error)}") from error
+
+
+def teacher_from_argument(text: str) -> dict[str, str]:
+    """`NAME=MODEL` of the command line, as a `TeacherSettings` in the making.
+
+    Raises:
+        InvalidInput: there is no `=`, or one side of it is empty.
+    """
+    name, equals, model = text.partition("=")
+    if not (name and equals and model):
+        raise InvalidInput(f"--teacher {text!r}: write NAME=MODEL, like smol=HuggingFaceTB/SmolLM2-135M")
+    return {"name": name, "model": model}
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    unknown = sorted(name for name in environment if name.startswith("POTSTILL_") and name not in ENVIRONMENT)
+    if unknown:
+        raise InvalidInput(f"unknown environment variable {unknown[0]}; known are {', '.join(ENVIRONMENT)}")
+    return {key: environment[name] for name, key in ENVIRONMENT.items() if name in environment}
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidInput(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"{path}: not TOML: {error}") from error
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_context=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {where}; known are {', '.join(_known_keys(first['loc'][:-1]))}"
+    if first["type"] == "string_pattern_mismatch":
+        return f"{where} is {first['input']!r}; a name is 1 to 64 letters, digits, '.', '_' or '-'"
+    message = re.sub(r"^Value error, ", "", first["msg"])
+    return f"{where} is {first['input']!r}: {message}" if where else message
+
+
+def _known_keys(table: tuple[int | str, ...]) -> list[str]:
+    models: dict[str, type[BaseModel]] = {
+        "keep": KeepSettings,
+        "limits": LimitSettings,
+        "teachers": TeacherSettings,
+    }
+    return list(
+        models.get(str(table[0]), ServiceSettings).model_fields if table else ServiceSettings.model_fields
+    )

@@ -1,0 +1,82 @@
+"""Deterministic stand-ins for the parts a test does not exercise. They implement the real protocols."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import numpy as np
+
+from cache import Fields, Provenance, Targets, TeacherIdentity
+from cache.errors import LimitExceeded
+from cache.types import TeacherLimits, Tokens
+
+
+def fake_identity(*, vocab_size: int = 64, tokenizer_sha256: str = "0" * 64, model: str = "fake") -> TeacherIdentity:
+    return TeacherIdentity(
+        model=model,
+        revision="1",
+        weights_sha256="f" * 64,
+        tokenizer_sha256=tokenizer_sha256,
+        vocab_size=vocab_size,
+        dtype="float32",
+        head_dtype="float32",
+    )
+
+
+class FakeTeacher:
+    """A distribution that depends on the tokens up to each position only, so any batching gives the same bits.
+
+    `tokens_per_second` paces it; `scored` counts the rows it was really asked for.
+    """
+
+    def __init__(self, identity: TeacherIdentity | None = None, *, tokens_per_second: float = 0.0) -> None:
+        self._identity = identity or fake_identity()
+        self._tokens_per_second = tokens_per_second
+        self.scored: list[bytes] = []
+
+    @property
+    def identity(self) -> TeacherIdentity:
+        return self._identity
+
+    @property
+    def provenance(self) -> Provenance:
+        return Provenance(engine="fake", engine_version="1", device="none", capture_path="fake")
+
+    @property
+    def limits(self) -> TeacherLimits:
+        return TeacherLimits(max_top_k=self._identity.vocab_size)
+
+    async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
+        want.require_only_top_k("FakeTeacher")
+        if want.k > self._identity.vocab_size:
+            raise LimitExceeded(f"k={want.k} is over the vocabulary of {self._identity.vocab_size}")
+        self.scored.extend(row.tobytes() for row in rows)
+        answers = [self.distribution(row, want.k) for row in rows]
+        seconds = sum(map(len, rows)) / self._tokens_per_second if self._tokens_per_second else 0.0
+        await asyncio.sleep(seconds)
+        return answers
+
+    def dense_logprobs(self, row: Tokens) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+        """[T, V] full logprobs in float64: what a test compares with."""
+        state = np.cumsum((row.astype(np.int64) + 1) * 2654435761 % 1_000_003)
+        vocab = np.arange(self._identity.vocab_size, dtype=np.int64)
+        phase = (state[:, None] * 31 + vocab[None, :] * 7919) % 10_007
+        logits = 8.0 * np.sin(phase.astype(np.float64)) - 0.5 * np.log1p(vocab)
+        return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+
+    def distribution(self, row: Tokens, k: int) -> Targets:
+        dense = self.dense_logprobs(row)
+        ids = np.argsort(-dense, axis=1, kind="stable")[:, :k]
+        logprobs = np.take_along_axis(dense, ids, axis=1)
+        tail = 1.0 - np.exp(logprobs).sum(axis=1)
+        log_tail = np.full(len(row), -np.inf)
+        np.log(tail, out=log_tail, where=tail > 1e-12)
+        label = np.full(len(row), np.nan)
+        label[:-1] = dense[np.arange(len(row) - 1), row[1:]]
+        return Targets(
+            ids=ids.astype(np.uint32),
+            logprobs=logprobs.astype(np.float32),
+            log_tail=log_tail.astype(np.float32),
+            label_logprob=label.astype(np.float32),
+        )
