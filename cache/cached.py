@@ -91,13 +91,13 @@ class CachedTeacher:
         if cache.mode != "r+":
             raise InvalidInput(f"cache {cache.root.url!r} was opened to read; a service needs mode 'r+'")
         teacher = await asyncio.to_thread(cls, inner, name, cache, policy or KeepPolicy())
-        flushing = asyncio.create_task(teacher._flush_forever())
+        flushing = asyncio.create_task(teacher._flush_forever())  # noqa: SLF001 -- its own class
         try:
             yield teacher
         finally:
             flushing.cancel()
             await asyncio.gather(flushing, return_exceptions=True)
-            await teacher._finish()
+            await teacher._finish()  # noqa: SLF001 -- its own class
 
     @property
     def identity(self) -> TeacherIdentity:

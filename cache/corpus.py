@@ -13,6 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -156,7 +157,7 @@ class Corpus:
             raise InvalidInput(f"rows {start} to {stop} are outside corpus {self.name!r} of {len(self)} rows")
         starts = self.row_starts[start : stop + 1]
         flat = self.tokens(int(starts[0]), int(starts[-1]))
-        return [flat[a - starts[0] : b - starts[0]] for a, b in zip(starts[:-1], starts[1:], strict=True)]
+        return [flat[a - starts[0] : b - starts[0]] for a, b in pairwise(starts)]
 
     def tokens(self, start: int, stop: int) -> Tokens:
         """The tokens at positions `start` to `stop`, [stop - start]."""
@@ -177,8 +178,7 @@ class Corpus:
         places = np.searchsorted(ordered, wanted)
         inside = np.minimum(places, len(ordered) - 1)
         return [
-            int(order[place]) if match else None
-            for place, match in zip(inside, ordered[inside] == wanted, strict=True)
+            int(order[place]) if match else None for place, match in zip(inside, ordered[inside] == wanted, strict=True)
         ]
 
     def shard_of_row(self, row: int) -> int:

@@ -260,13 +260,15 @@ def _from_gaps(gaps: NDArray[np.uint8], log_tail: NDArray[np.float32]) -> NDArra
     # One table of exp(-i/16) instead of exp per entry: faster, and the same bits however rows are batched.
     weights = np.exp(-STEP * np.arange(_SATURATED * (k - 1) + 1))
     top = log1mexp(log_tail.astype(np.float64)) - np.log(weights[positions].sum(axis=1))
-    return (top[:, None] - STEP * positions).astype(np.float32)
+    logprobs: NDArray[np.float32] = (top[:, None] - STEP * positions).astype(np.float32)
+    return logprobs
 
 
 def _from_float16(logprobs: NDArray[np.float64], log_tail: NDArray[np.float32]) -> NDArray[np.float32]:
     kept = np.log(np.exp(logprobs).sum(axis=1))
     scale = log1mexp(log_tail.astype(np.float64)) - kept
-    return (logprobs + scale[:, None]).astype(np.float32)
+    scaled: NDArray[np.float32] = (logprobs + scale[:, None]).astype(np.float32)
+    return scaled
 
 
 def _kl_terms(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.float64]:

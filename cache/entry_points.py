@@ -37,9 +37,7 @@ def command_entry_points() -> dict[str, EntryPoint]:
     return {point.name: point for point in sorted(entry_points(group="potstill.commands"), key=lambda p: p.name)}
 
 
-def open_teacher(
-    spec: str, *, options: Mapping[str, JSON] | None = None
-) -> AbstractAsyncContextManager[Teacher]:
+def open_teacher(spec: str, *, options: Mapping[str, JSON] | None = None) -> AbstractAsyncContextManager[Teacher]:
     """Open the teacher that `spec` means: `http://...` a running service, a plain path or model name vLLM.
 
     Raises:

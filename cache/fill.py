@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,7 +106,11 @@ class _Run:
     """State of one fill: batches in flight, the shard being gathered, the shard being written."""
 
     def __init__(
-        self, teacher: Teacher, targets: TargetSet, shards: list[int], on_progress: Callable[[FillProgress], None]
+        self,
+        teacher: Teacher,
+        targets: TargetSet,
+        shards: list[int],
+        on_progress: Callable[[FillProgress], None],
     ) -> None:
         self._teacher = teacher
         self._targets = targets
@@ -145,15 +150,16 @@ class _Run:
             await asyncio.gather(*(task for _, task in waiting), return_exceptions=True)
 
     async def finish_writing(self) -> None:
-        """Wait for the write under way, also when the run itself is being cancelled."""
-        if self._writing is not None:
-            writing, self._writing = self._writing, None
-            while not writing.done():
-                try:
-                    await asyncio.shield(writing)
-                except asyncio.CancelledError:
-                    if writing.cancelled():
-                        raise
+        """Wait for the write under way, however often the run is cancelled meanwhile."""
+        while self._writing is not None and not self._writing.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait([self._writing])
+        self._written()
+
+    def _written(self) -> None:
+        """Raise what the last write raised, once."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
             writing.result()
 
     async def _take(self, batch: _Batch, answers: list[Targets]) -> None:
@@ -163,7 +169,9 @@ class _Run:
         self._gathered.extend(answers)
         self.positions_scored += sum(map(len, batch.rows))
         if batch.last:
-            await self.finish_writing()
+            if self._writing is not None:
+                await asyncio.shield(self._writing)
+                self._written()
             shard_targets, self._gathered = self._gathered, []
             self._writing = asyncio.create_task(self._write(batch.shard, shard_targets))
         self._report()

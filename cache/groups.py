@@ -13,7 +13,7 @@ import math
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import zarr
@@ -29,7 +29,16 @@ from cache.errors import CorruptSegment
 from cache.store import Root, StoredObject, store_errors
 
 # What a damaged or lying object can make zarr, numcodecs or the store raise while reading.
-_READ_FAILURES = (BaseError, BaseZarrError, OSError, ValueError, TypeError, KeyError, RuntimeError, IndexError)
+_READ_FAILURES = (
+    BaseError,
+    BaseZarrError,
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    RuntimeError,
+    IndexError,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +68,7 @@ class GroupWriter:
         """A new array; write it in blocks of whole objects, each block once."""
         rows = layout.object_rows or max(shape[0], 1)
         whole = (rows, *shape[1:])
-        shards = tuple(
-            math.ceil(max(size, 1) / chunk) * chunk for size, chunk in zip(whole, layout.chunk, strict=True)
-        )
+        shards = tuple(math.ceil(max(size, 1) / chunk) * chunk for size, chunk in zip(whole, layout.chunk, strict=True))
         codecs = [BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle"), Crc32cCodec()]
         with store_errors(f"{self.path}/{name}"):
             array = self._group.create_array(
@@ -73,7 +80,7 @@ class GroupWriter:
                 compressors=codecs,
                 config={"write_empty_chunks": True},
             )
-        return cast("zarr.Array[Any]", array)
+        return array
 
     def write(self, name: str, data: NDArray[Any], layout: Layout) -> None:
         """A whole array at once."""
@@ -91,8 +98,7 @@ class GroupWriter:
         self._root.flush(self.path)
         cut = len(self.path) + 1
         return tuple(
-            StoredObject(path[cut:], size, sha256)
-            for path, (size, sha256) in sorted(self._store.written.items())
+            StoredObject(path[cut:], size, sha256) for path, (size, sha256) in sorted(self._store.written.items())
         )
 
 
@@ -165,12 +171,23 @@ class GroupReader:
 
     def _open(self, name: str) -> zarr.Array[Any]:
         if name not in self._arrays:
+            self._check_metadata(f"{name}/zarr.json")
             try:
                 store = ObjectStore(self._root.store, read_only=True)
                 self._arrays[name] = zarr.open_array(store, path=f"{self.path}/{name}", mode="r")
             except _READ_FAILURES as error:
                 raise CorruptSegment(f"{self.path}/{name} cannot be opened: {error}") from error
         return self._arrays[name]
+
+
+    def _check_metadata(self, path: str) -> None:
+        """Metadata decides how bytes are read, and has no checksum of its own: compare it whole."""
+        recorded = next((item for item in self._objects if item.path == path), None)
+        if recorded is None:
+            raise CorruptSegment(f"{self.path}/{path} is not among the objects that were committed")
+        data = self._root.get(f"{self.path}/{path}")
+        if data is None or hashlib.sha256(data).hexdigest() != recorded.sha256:
+            raise CorruptSegment(f"{self.path}/{path} is not the one that was committed")
 
 
 class _RecordingStore(WrapperStore[Store]):

@@ -248,7 +248,10 @@ def _key_order(keys: NDArray[np.uint8]) -> tuple[NDArray[np.int64], int]:
 
 
 def _content_hash(
-    tokenizer_sha256: str, tokens: NDArray[np.uint32], row_starts: NDArray[np.int64], shard_rows: NDArray[np.int64]
+    tokenizer_sha256: str,
+    tokens: NDArray[np.uint32],
+    row_starts: NDArray[np.int64],
+    shard_rows: NDArray[np.int64],
 ) -> str:
     digest = hashlib.sha256(bytes.fromhex(tokenizer_sha256))
     for start in range(0, len(tokens), _OBJECT_ROWS):
@@ -264,5 +267,3 @@ def _plain_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
     plain.no_truncation()
     plain.no_padding()
     return plain
-
-

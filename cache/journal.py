@@ -174,17 +174,13 @@ class Journal:
 
     def _load(self) -> None:
         """Index what other processes kept of this teacher; damaged segments are left out and named."""
-        for process in self._root.children("journal"):
-            folder = f"journal/{process}"
-            for name in self._root.children(folder):
-                if not name.endswith(".json") or not name.startswith(f"{self._teacher}-"):
-                    continue
-                try:
-                    record = read_record(self._root, f"{folder}/{name}", "journal")
-                    if record is not None and record.get("teacher") == self._teacher:
-                        self._register(f"{folder}/{name.removesuffix('.json')}", record)
-                except (CorruptSegment, FormatError) as error:
-                    self.skipped.append(error.detail)
+        for path in journal_records(self._root):
+            try:
+                record = read_record(self._root, f"{path}.json", "journal")
+                if record is not None and record.get("teacher") == self._teacher:
+                    self._register(path, record)
+            except (CorruptSegment, FormatError) as error:
+                self.skipped.append(error.detail)
 
     def _register(self, path: str, record: dict[str, Any]) -> None:
         try:
@@ -192,9 +188,9 @@ class Journal:
                 return
             encoding = encoding_by_name(record["encoding"])
             k, num_rows, num_positions = (int(record[n]) for n in ("k", "rows", "positions"))
-            group = GroupReader(self._root, path, objects_from_json(record["objects"]))
         except (KeyError, TypeError, ValueError, InvalidInput) as error:
             raise FormatError(f"{path}.json is not a journal record: {error!r}") from error
+        group = _open_group(self._root, path, record)
         group.expect("row_keys", (num_rows, KEY_BYTES), ("uint8",))
         group.expect("row_starts", (num_rows + 1,), ("int64",))
         segment = SegmentReader(group, num_positions, k, encoding, self._ranks)
@@ -207,3 +203,29 @@ class Journal:
                 key = keys[row * KEY_BYTES : (row + 1) * KEY_BYTES]
                 place = _Stored(segment, starts[row], starts[row + 1], k)
                 self._index.setdefault(key, []).append(place)
+
+
+def journal_records(root: Root) -> list[str]:
+    """The path, without `.json`, of every journal record of every process."""
+    return [
+        f"journal/{process}/{name.removesuffix('.json')}"
+        for process in root.children("journal")
+        for name in root.children(f"journal/{process}")
+        if name.endswith(".json")
+    ]
+
+
+def corrupt_journal_objects(root: Root, path: str) -> list[str]:
+    """One line per object of a journal segment that is not what its record says."""
+    try:
+        record = read_record(root, f"{path}.json", "journal")
+        return [] if record is None else _open_group(root, path, record).corrupt_objects()
+    except (CorruptSegment, FormatError) as error:
+        return [error.detail]
+
+
+def _open_group(root: Root, path: str, record: dict[str, Any]) -> GroupReader:
+    try:
+        return GroupReader(root, path, objects_from_json(record["objects"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise FormatError(f"{path}.json is not a journal record: {error!r}") from error

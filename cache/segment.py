@@ -32,9 +32,7 @@ def write_targets(writer: GroupWriter, stored: StoredArrays) -> None:
 class SegmentReader:
     """Decoded targets of one segment, positions counted from its start."""
 
-    def __init__(
-        self, group: GroupReader, num_positions: int, k: int, encoding: Encoding, ranks: RankTable
-    ) -> None:
+    def __init__(self, group: GroupReader, num_positions: int, k: int, encoding: Encoding, ranks: RankTable) -> None:
         self._group = group
         self._encoding = encoding
         self._ranks = ranks
@@ -61,10 +59,6 @@ class SegmentReader:
         if not _plausible(targets.log_tail):
             raise CorruptSegment(f"{self._group.path}/log_tail holds NaN or a tail of more than all mass")
         return targets
-
-    def corrupt_objects(self) -> list[str]:
-        """One line per stored object that is not what was committed."""
-        return self._group.corrupt_objects()
 
 
 def _layout(name: str, shape: tuple[int, ...]) -> Layout:

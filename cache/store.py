@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
@@ -89,6 +90,12 @@ class Root:
             batches = obstore.list(self.store, prefix)
             return {meta["path"][len(prefix) + 1 :]: int(meta["size"]) for batch in batches for meta in batch}
 
+    def seconds_since_write(self, prefix: str) -> float | None:
+        """Seconds since anything below `prefix` was last written, by the store's clock; None when there is nothing."""
+        with _translated(prefix):
+            times = [meta["last_modified"] for batch in obstore.list(self.store, prefix) for meta in batch]
+        return (datetime.now(UTC) - max(times)).total_seconds() if times else None
+
     def children(self, prefix: str) -> list[str]:
         """Names directly below `prefix`, sorted: those that hold objects, and objects themselves."""
         with _translated(prefix):
@@ -134,7 +141,8 @@ def check_name(kind: str, name: str) -> str:
     plain = name.isascii() and all(char.isalnum() or char in "._-" for char in name)
     if not plain or not name[:1].isalnum() or len(name) > 64:
         raise InvalidInput(
-            f"{kind} name {name!r} cannot be used: take 1 to 64 letters, digits, '.', '_' or '-', first a letter or digit"
+            f"{kind} name {name!r} cannot be used: take 1 to 64 letters, digits, '.', '_' or '-', "
+            "first a letter or digit"
         )
     return name
 
@@ -189,5 +197,5 @@ def _fsync_parents(path: Path, root: Path) -> None:
 
 def _remove_empty_folders(folder: Path) -> None:
     for parent, _, _ in os.walk(folder, topdown=False):
-        if not os.listdir(parent):  # noqa: PTH208 -- os.walk hands out strings
-            os.rmdir(parent)  # noqa: PTH106
+        if not os.listdir(parent):
+            os.rmdir(parent)

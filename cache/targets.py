@@ -208,12 +208,15 @@ class TargetSet:
         return f"{self._path}/segments/{segment}"
 
     def corrupt_objects(self, shard: int) -> list[str]:
-        """One line per object of a committed shard that is not what was committed, or cannot be decoded."""
+        """One line per object of a committed shard that is not what was committed.
+
+        Raises:
+            NotCommitted: the shard has no commit. FormatError: it has one that cannot be read.
+        """
         try:
-            reader = self._open_segment(shard)
+            return self._open_group(shard).corrupt_objects()
         except CorruptSegment as error:
-            return [str(error)]
-        return reader.corrupt_objects()
+            return [error.detail]
 
     def _write_segment(
         self, shard: int, segment: str, path: str, targets: Targets, ranks: RankTable, provenance: Provenance
@@ -238,6 +241,13 @@ class TargetSet:
         return self._readers[shard]
 
     def _open_segment(self, shard: int) -> SegmentReader:
+        low, high = (int(p) for p in self.corpus.shard_starts[shard : shard + 2])
+        group = self._open_group(shard)
+        ranks = self._read_ranks()
+        assert ranks is not None, "checked when the group was opened"
+        return SegmentReader(group, high - low, self.fields.k, self.encoding, ranks)
+
+    def _open_group(self, shard: int) -> GroupReader:
         commit = self.commit_of(shard)
         if commit is None:
             raise NotCommitted(
@@ -247,9 +257,7 @@ class TargetSet:
         ranks = self._read_ranks()
         if ranks is None or ranks.sha256 != commit.ranks_sha256:
             raise CorruptSegment(f"{self._path}: the rank table is not the one that shard {shard} was written with")
-        low, high = (int(p) for p in self.corpus.shard_starts[shard : shard + 2])
-        group = GroupReader(self._root, self.segment_path(commit.segment), commit.objects)
-        return SegmentReader(group, high - low, self.fields.k, self.encoding, ranks)
+        return GroupReader(self._root, self.segment_path(commit.segment), commit.objects)
 
     def _publish_spec(self) -> None:
         if self._published:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from cache.errors import FormatError, InvalidInput, UnsupportedField
 
-JSON: TypeAlias = "None | bool | int | float | str | list[JSON] | dict[str, JSON]"
+JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 Tokens: TypeAlias = NDArray[np.uint32]
 """One row: token ids, shape [T]."""
 
@@ -192,9 +192,10 @@ class Targets:
 
     def __getitem__(self, positions: slice) -> Targets:
         """The same fields of a range of positions, as views."""
-        return Targets(
-            **{name: None if array is None else array[positions] for name, array in self._arrays().items()}
-        )
+        part: dict[str, Any] = {
+            name: None if array is None else array[positions] for name, array in self._arrays().items()
+        }
+        return Targets(**part)
 
     def prefix(self, k: int) -> Targets:
         """The top `k` of the kept K; the mass that is dropped moves into the tail.
@@ -224,12 +225,10 @@ class Targets:
         if len(parts) == 1:
             return parts[0]
         columns = {name: [part._arrays()[name] for part in parts] for name in parts[0]._arrays()}  # noqa: SLF001
-        return Targets(
-            **{
-                name: None if column[0] is None else np.concatenate([a for a in column if a is not None])
-                for name, column in columns.items()
-            }
-        )
+        joined: dict[str, Any] = {
+            name: None if column[0] is None else np.concatenate(column) for name, column in columns.items()
+        }
+        return Targets(**joined)
 
     def _arrays(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}

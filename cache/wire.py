@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -75,7 +76,7 @@ def request_from_arrow(body: bytes) -> ScoreRequest:
             raise InvalidInput("column 'row' has nulls; every row is a list of token ids")
         values = column.values.to_numpy()
         offsets = column.offsets.to_numpy()
-        rows.extend(values[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True))
+        rows.extend(values[a:b] for a, b in pairwise(offsets))
     return ScoreRequest(rows, fields)
 
 
@@ -130,7 +131,9 @@ def targets_to_json(targets: Targets) -> dict[str, JSON]:
     for name in ("logprobs", "log_tail", "label_logprob", *_OPTIONAL_COLUMNS):
         array = getattr(targets, name)
         if array is not None:
-            row[name] = np.where(np.isfinite(array), array, None).tolist()
+            values = array.astype(object)
+            values[~np.isfinite(array)] = None
+            row[name] = values.tolist()
     return row
 
 
@@ -178,7 +181,9 @@ def _to_batch(targets: Targets, schema: Any) -> Any:
 
 def _from_batch(batch: Any) -> Targets:
     names = set(batch.schema.names)
-    lists = {name: _list_column(batch, name, pa.uint32() if name == "ids" else pa.float32()) for name in _list_names(names)}
+    lists = {
+        name: _list_column(batch, name, pa.uint32() if name == "ids" else pa.float32()) for name in _list_names(names)
+    }
     scalars = {
         name: _numpy(_column(batch, name, pa.float32()))
         for name in ("log_tail", "label_logprob", *(["entropy"] if "entropy" in names else []))
@@ -193,17 +198,20 @@ def _list_names(names: set[str]) -> list[str]:
 
 
 def _list_column(batch: Any, name: str, item: Any) -> NDArray[Any]:
-    column = batch.column(name) if name in batch.schema.names else None
+    # A name that is there twice cannot be looked up by name, so the names are counted first.
+    column = batch.column(name) if batch.schema.names.count(name) == 1 else None
     if column is None or not pa.types.is_fixed_size_list(column.type) or column.type.value_type != item:
-        raise InvalidInput(f"column {name!r} must be a fixed-size list of {item}")
+        raise InvalidInput(f"there must be one column {name!r}, a fixed-size list of {item}")
+    if column.type.list_size < 1:
+        raise InvalidInput(f"column {name!r} has lists of no entries")
     if column.null_count:
         raise InvalidInput(f"column {name!r} has nulls")
     return _numpy(column.flatten()).reshape(len(column), column.type.list_size)
 
 
 def _column(batch: Any, name: str, kind: Any) -> Any:
-    if name not in batch.schema.names or batch.column(name).type != kind:
-        raise InvalidInput(f"there must be a column {name!r} of type {kind}")
+    if batch.schema.names.count(name) != 1 or batch.column(name).type != kind:
+        raise InvalidInput(f"there must be one column {name!r} of type {kind}")
     return batch.column(name)
 
 
@@ -228,6 +236,7 @@ def _open(body: bytes) -> tuple[Any, list[Any]]:
         with pa.ipc.open_stream(body) as reader:
             schema = reader.schema
             _check_version(schema)
+            _ = schema.names  # a name that is not UTF-8 is found when it is asked for
             batches = list(reader)
         for batch in batches:
             batch.validate(full=True)
@@ -251,5 +260,5 @@ def _metadata_json(schema: Any, key: bytes) -> Any:
         raise InvalidInput(f"the schema metadata has no {key.decode()!r}")
     try:
         return json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidInput(f"the schema metadata {key.decode()!r} is not JSON: {error}") from error

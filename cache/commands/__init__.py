@@ -1,1 +1,1 @@
-"""."""
+"""The commands that need only the store: each module has SUMMARY, add_arguments and run."""

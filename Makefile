@@ -1,0 +1,34 @@
+# Every target sets up what it needs, from Python 3.11 and nothing else.
+.PHONY: setup demo test test-slow lint format bench clean
+
+BIN := .venv/bin
+
+setup:
+	@scripts/setup
+
+# The main job on a real small teacher; writes demo/report.json and demo/report.html.
+demo: setup
+	$(BIN)/potstill demo
+
+# Lint, types and tests: what CI runs.
+test: lint
+	$(BIN)/pytest -q
+
+test-slow: setup
+	$(BIN)/pytest -q -m slow
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Every figure of the README and the issues; each script can be run alone.
+bench: setup
+	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf .venv .cache demo

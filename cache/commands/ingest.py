@@ -1,0 +1,48 @@
+"""`potstill ingest`: text -> sealed corpus."""
+
+from __future__ import annotations
+
+import argparse
+
+from cache.progress import Step, progress
+
+SUMMARY = "make a sealed corpus of text, JSONL or Parquet"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="a file, or a folder of files")
+    parser.add_argument("--cache", required=True, metavar="ROOT", help="folder or URL; a new folder is made")
+    parser.add_argument("--corpus", required=True, metavar="NAME")
+    parser.add_argument("--tokenizer", required=True, metavar="PATH", help="tokenizer.json, or a folder with one")
+    parser.add_argument("--row-tokens", type=int, default=512, help="longest row, in tokens (default %(default)s)")
+    parser.add_argument("--shard-positions", type=int, default=1 << 20, help="positions a shard (default %(default)s)")
+    parser.add_argument("--text-field", default="text", help="key or column of JSONL and Parquet (default %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Ingest, and say what came of it."""
+    from cache.cache import Cache
+    from cache.documents import source_files
+    from cache.ingest import IngestPlan, IngestProgress, ingest
+    from cache.store import check_name
+    from cache.tokenizer import load_tokenizer
+
+    plan = IngestPlan(row_tokens=args.row_tokens, shard_positions=args.shard_positions, text_field=args.text_field)
+    check_name("corpus", args.corpus)
+    source_files(args.sources)
+    tokenizer = load_tokenizer(args.tokenizer)
+    cache = Cache.open(args.cache, mode="r+")
+    with progress("ingest", "tokens") as show:
+
+        def on_progress(at: IngestProgress) -> None:
+            show(Step(at.tokens, None, f"{at.files_done}/{at.files} files"))
+
+        corpus = ingest(cache.root, args.corpus, args.sources, tokenizer, plan, on_progress=on_progress)
+    spec = corpus.spec
+    print(
+        f"corpus {corpus.name}: {spec.num_positions:,} positions in {spec.num_rows:,} rows and {spec.num_shards:,} "
+        f"shards from {sum(s.documents for s in spec.sources):,} documents of {len(spec.sources):,} files; "
+        f"{spec.duplicate_rows:,} duplicate rows"
+    )
+    return 0

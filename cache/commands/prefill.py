@@ -1,0 +1,137 @@
+"""`potstill prefill`: score the uncommitted shards of a corpus with a teacher."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any
+
+from cache.entry_points import open_teacher
+from cache.errors import InvalidInput, LimitExceeded
+from cache.progress import Step, progress
+from cache.types import Fields, Teacher
+
+if TYPE_CHECKING:
+    from cache.cache import Cache
+    from cache.corpus import Corpus
+    from cache.fill import FillPlan, FillReport
+    from cache.targets import TargetSet
+
+SUMMARY = "score a corpus with a teacher and keep its targets"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("--cache", required=True, metavar="ROOT")
+    parser.add_argument("--corpus", required=True, metavar="NAME")
+    parser.add_argument(
+        "--teacher",
+        required=True,
+        action="append",
+        metavar="NAME=MODEL_OR_URL",
+        help="a model folder or name (the engine runs in this process), or http://host:port#NAME "
+        "(a running service); may be given again",
+    )
+    parser.add_argument("--top-k", type=int, default=64, help="entries kept a position (default %(default)s)")
+    parser.add_argument("--encoding", default="u8", help="u8, f16 or f32 (default %(default)s)")
+    parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens a batch (default %(default)s)")
+    parser.add_argument("--in-flight", type=int, default=4, help="batches at the teacher (default %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fill one teacher after the other; what is committed stays, the same command goes on from there."""
+    from cache.cache import Cache
+    from cache.encoding import encoding_by_name
+    from cache.fill import FillPlan
+    from cache.store import check_name
+
+    fields = Fields(k=args.top_k)
+    encoding_by_name(args.encoding)
+    plan = FillPlan(batch_tokens=args.batch_tokens, in_flight=args.in_flight)
+    teachers = [_name_and_spec(text) for text in args.teacher]
+    for name, _ in teachers:
+        check_name("teacher", name)
+    cache = Cache.open(args.cache)
+    cache.corpus(args.corpus)
+    cache = Cache.open(args.cache, mode="r+")
+    for name, spec in teachers:
+        _run_until_signal(_prefill(cache, args.corpus, name, spec, fields, args.encoding, plan))
+    return 0
+
+
+async def _prefill(
+    cache: Cache, corpus_name: str, name: str, spec: str, fields: Fields, encoding: str, plan: FillPlan
+) -> None:
+    corpus = cache.corpus(corpus_name)
+    async with open_teacher(spec) as teacher:
+        _check_limits(teacher, corpus, fields)
+        targets = cache.plan_targets(name, corpus_name, teacher.identity, fields=fields, encoding=encoding)
+        try:
+            report = await _fill_with_progress(teacher, targets, plan)
+        except BaseException:
+            missing = int((~targets.committed).sum())
+            print(
+                f"{name}: stopped; {corpus.num_shards - missing} of {corpus.num_shards} shards are committed, "
+                "the same command goes on with the rest"
+            )
+            raise
+    stored = sum(commit.num_bytes for commit in targets.commits()) / max(corpus.num_positions, 1)
+    print(_summary(name, targets, report) + f"; {stored:.1f} bytes/position")
+
+
+async def _fill_with_progress(teacher: Teacher, targets: TargetSet, plan: FillPlan) -> FillReport:
+    from cache.fill import FillProgress, fill
+
+    with progress(f"prefill {targets.teacher}", "tokens") as show:
+
+        def on_progress(at: FillProgress) -> None:
+            show(Step(at.positions_scored, at.positions, f"{at.shards_committed}/{at.shards} shards"))
+
+        return await fill(teacher, targets, plan, on_progress=on_progress)
+
+
+def _check_limits(teacher: Teacher, corpus: Corpus, fields: Fields) -> None:
+    """Refuse before anything is written what the teacher would refuse in the middle."""
+    limits, longest = teacher.limits, corpus.spec.longest_row
+    if limits.max_row_tokens is not None and longest > limits.max_row_tokens:
+        raise LimitExceeded(
+            f"corpus {corpus.name!r} has a row of {longest} tokens, the teacher reads {limits.max_row_tokens}; "
+            f"ingest it again with --row-tokens {limits.max_row_tokens}"
+        )
+    if limits.max_top_k is not None and fields.k > limits.max_top_k:
+        raise LimitExceeded(
+            f"--top-k {fields.k} is over the teacher's limit of {limits.max_top_k}; ask for at most that"
+        )
+
+
+def _summary(name: str, targets: TargetSet, report: FillReport) -> str:
+    shards = targets.corpus.num_shards
+    lost = f", {report.shards_lost} by another writer meanwhile" if report.shards_lost else ""
+    return (
+        f"{name}: {shards} of {shards} shards committed ({report.shards_before} before{lost}); scored "
+        f"{report.positions_scored:,} positions in {report.seconds:.1f} s, "
+        f"{report.positions_scored / max(report.seconds, 1e-9):,.0f} tokens/s"
+    )
+
+
+def _name_and_spec(text: str) -> tuple[str, str]:
+    name, equals, spec = text.partition("=")
+    if not equals or not spec:
+        raise InvalidInput(f"--teacher {text!r} must be NAME=MODEL_OR_URL")
+    return name, spec
+
+
+def _run_until_signal(work: Coroutine[Any, Any, None]) -> None:
+    """`asyncio.run`, with SIGTERM stopping as cleanly as Ctrl-C does."""
+
+    async def main() -> None:
+        task = asyncio.ensure_future(work)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        try:
+            await task
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None
+
+    asyncio.run(main())

@@ -1,0 +1,94 @@
+"""Progress of long work on a terminal: a rich bar, or a plain line now and then where there is none."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+_LINE_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Where the work stands: `done` of `total` (None when nobody knows) units, and a word beside it."""
+
+    done: int
+    total: int | None
+    note: str = ""
+
+
+@contextmanager
+def progress(title: str, unit: str) -> Iterator[Callable[[Step], None]]:
+    """Show steps until the block ends; rate in units a second and time left come from the steps themselves."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with _bar(console, title, unit) as show:
+            yield show
+    else:
+        yield _lines(title, unit)
+
+
+@contextmanager
+def _bar(console: Console, title: str, unit: str) -> Iterator[Callable[[Step], None]]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f} " + unit),
+        _Rate(unit),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, speed_estimate_period=120) as bars:
+        task = bars.add_task(title, total=1, note="")
+
+        def show(step: Step) -> None:
+            bars.update(task, completed=step.done, total=step.total or step.done or 1, note=step.note)
+
+        yield show
+
+
+def _lines(title: str, unit: str) -> Callable[[Step], None]:
+    began = shown = time.monotonic()
+
+    def show(step: Step) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if now - shown < _LINE_SECONDS and step.done != step.total:
+            return
+        shown = now
+        rate = step.done / max(now - began, 1e-9)
+        of = left = ""
+        if step.total:
+            of = f"/{step.total:,}"
+            left = f", {(step.total - step.done) / rate:,.0f} s left" if rate else ""
+        note = f", {step.note}" if step.note else ""
+        sys.stderr.write(f"{title}: {step.done:,}{of} {unit}, {rate:,.0f} {unit}/s{note}{left}\n")
+        sys.stderr.flush()
+
+    return show
+
+
+class _Rate(ProgressColumn):
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.0f} {self._unit}/s" if speed else "")

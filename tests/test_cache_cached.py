@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cache import Cache, Fields, Targets
+from cache.cached import CachedTeacher, KeepPolicy
+from cache.commands import verify
+from cache.errors import InvalidInput, TeacherFailed, UnsupportedField
+from cache.fill import FillPlan, fill
+from cache.types import Tokens
+from tests.corpora import make_corpus, plan_targets, teacher_for
+from tests.fakes import FakeTeacher, fake_identity
+
+POLICY = KeepPolicy(k=16)
+WANT = Fields(k=16)
+
+
+def row(*ids: int) -> Tokens:
+    return np.array(ids, dtype=np.uint32)
+
+
+def same(a: Targets, b: Targets) -> bool:
+    names = ("ids", "logprobs", "log_tail", "label_logprob")
+    return all(np.array_equal(getattr(a, n), getattr(b, n), equal_nan=n != "ids") for n in names)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    return Cache.open(tmp_path / "c", mode="r+")
+
+
+class Gated(FakeTeacher):
+    """Answers only when told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = asyncio.Event()
+
+    async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
+        answers = await super().score(rows, want)
+        await self.gate.wait()
+        return answers
+
+
+async def test_a_row_asked_for_twice_is_scored_once_and_answered_alike_also_after_a_restart(cache: Cache) -> None:
+    teacher = FakeTeacher()
+    async with CachedTeacher.open(teacher, name="smol", cache=cache, policy=POLICY) as cached:
+        (first,) = await cached.score([row(1, 2, 3)], WANT)
+        (second,) = await cached.score([row(1, 2, 3)], WANT)
+        assert (cached.counters.misses, cached.counters.hits) == (1, 1)
+    async with CachedTeacher.open(teacher, name="smol", cache=cache, policy=POLICY) as cached:
+        (third,) = await cached.score([row(1, 2, 3)], WANT)
+    assert len(teacher.scored) == 1
+    assert same(first, second)
+    assert same(first, third)
+    exact = teacher.distribution(row(1, 2, 3), 16)
+    assert np.array_equal(first.ids, exact.ids)
+    assert np.abs(first.logprobs - exact.logprobs).max() <= 0.0635
+
+
+async def test_callers_that_ask_at_the_same_time_share_one_score(cache: Cache) -> None:
+    teacher = Gated()
+    async with CachedTeacher.open(teacher, name="smol", cache=cache, policy=POLICY) as cached:
+        asking = [asyncio.create_task(cached.score([row(1, 2), row(i)], WANT)) for i in range(10, 20)]
+        while len(teacher.scored) < 11:
+            await asyncio.sleep(0.01)
+        teacher.gate.set()
+        answers = await asyncio.gather(*asking)
+    assert teacher.scored.count(row(1, 2).tobytes()) == 1
+    assert all(same(answer[0], answers[0][0]) for answer in answers)
+    assert cached.counters.joined == 9
+
+
+async def test_a_caller_that_leaves_does_not_fail_the_others(cache: Cache) -> None:
+    teacher = Gated()
+    async with CachedTeacher.open(teacher, name="smol", cache=cache, policy=POLICY) as cached:
+        leaving = asyncio.create_task(cached.score([row(1)], WANT))
+        while not teacher.scored:
+            await asyncio.sleep(0.01)
+        staying = asyncio.create_task(cached.score([row(1)], WANT))
+        await asyncio.sleep(0.05)
+        leaving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        teacher.gate.set()
+        assert (await staying)[0].num_positions == 1
+    assert len(teacher.scored) == 1
+
+
+async def test_a_failed_score_fails_all_who_wait_and_is_tried_again_by_the_next(cache: Cache) -> None:
+    class Failing(FakeTeacher):
+        fail = True
+
+        async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
+            await asyncio.sleep(0.05)
+            if self.fail:
+                raise TeacherFailed("the engine died")
+            return await super().score(rows, want)
+
+    teacher = Failing()
+    async with CachedTeacher.open(teacher, name="smol", cache=cache, policy=POLICY) as cached:
+        results = await asyncio.gather(*(cached.score([row(1)], WANT) for _ in range(3)), return_exceptions=True)
+        assert all(isinstance(result, TeacherFailed) for result in results)
+        teacher.fail = False
+        assert (await cached.score([row(1)], WANT))[0].k == 16
+
+
+async def test_a_smaller_k_is_a_hit_and_a_larger_one_is_scored_again_without_changing_the_first(
+    cache: Cache,
+) -> None:
+    teacher = FakeTeacher()
+    async with CachedTeacher.open(teacher, name="smol", cache=cache, policy=POLICY) as cached:
+        (small,) = await cached.score([row(5, 6)], Fields(k=4))
+        (kept,) = await cached.score([row(5, 6)], WANT)
+        assert same(kept.prefix(4), small)
+        assert len(teacher.scored) == 1
+        (large,) = await cached.score([row(5, 6)], Fields(k=32))
+        assert large.k == 32
+        assert len(teacher.scored) == 2
+        assert same((await cached.score([row(5, 6)], WANT))[0], kept)
+        with pytest.raises(UnsupportedField):
+            await cached.score([row(5, 6)], Fields(k=4, entropy=True))
+
+
+async def test_a_committed_corpus_answers_without_the_teacher_also_when_it_is_filled_later(tmp_path: Path) -> None:
+    cache, corpus = make_corpus(tmp_path / "c")
+    teacher = teacher_for(corpus)
+    async with CachedTeacher.open(teacher, name="fake", cache=cache, policy=POLICY) as cached:
+        await cached.score([row(9, 9, 9)], WANT)
+        writer = teacher_for(corpus)
+        await fill(writer, plan_targets(cache, writer), FillPlan())
+        cached._sets_read = float("-inf")  # as if the refresh time had passed
+        teacher.scored.clear()
+        answers = await cached.score([corpus.row(4), corpus.row(9)], WANT)
+        assert teacher.scored == []
+        stored = cache.targets("fake", "docs").read_rows([4, 9])
+        assert all(same(a, b) for a, b in zip(answers, stored, strict=True))
+
+
+async def test_another_identity_under_the_same_name_never_answers_for_this_one(cache: Cache) -> None:
+    old, new = FakeTeacher(), FakeTeacher(fake_identity(model="retrained"))
+    async with CachedTeacher.open(old, name="smol", cache=cache, policy=POLICY) as cached:
+        await cached.score([row(1)], WANT)
+    async with CachedTeacher.open(new, name="smol", cache=cache, policy=POLICY) as cached:
+        await cached.score([row(1)], WANT)
+    assert len(new.scored) == 1
+
+
+async def test_a_damaged_journal_is_scored_again_and_named_by_verify(
+    cache: Cache, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import argparse
+
+    teacher = FakeTeacher()
+    async with CachedTeacher.open(teacher, name="smol", cache=cache, policy=POLICY) as cached:
+        await cached.score([row(1, 2)], WANT)
+    gaps = next(Path(cache.root.url).rglob("gaps/c/0/0"))
+    data = bytearray(gaps.read_bytes())
+    data[3] ^= 1
+    gaps.write_bytes(data)
+    assert verify.run(argparse.Namespace(root=cache.root.url, json=False)) == 1
+    assert "gaps/c/0/0 has sha256" in capsys.readouterr().out
+    async with CachedTeacher.open(teacher, name="smol", cache=cache, policy=POLICY) as cached:
+        assert (await cached.score([row(1, 2)], WANT))[0].num_positions == 2
+        assert "cannot be read" in cached.store_error
+    assert len(teacher.scored) == 2
+
+
+async def test_rows_are_stored_when_they_have_waited_long_enough(cache: Cache) -> None:
+    policy = KeepPolicy(k=16, segment_seconds=0.1)
+    async with CachedTeacher.open(FakeTeacher(), name="smol", cache=cache, policy=policy) as cached:
+        await cached.score([row(1, 2)], WANT)
+        for _ in range(100):
+            if list(Path(cache.root.url).rglob("smol-*.json")):
+                break
+            await asyncio.sleep(0.05)
+        assert len(list(Path(cache.root.url).rglob("smol-*.json"))) == 1
+        (again,) = await cached.score([row(1, 2)], WANT)
+        assert again.num_positions == 2
+        assert cached.counters.hits == 1
+
+
+async def test_a_cache_opened_to_read_and_bad_policies_are_refused(cache: Cache) -> None:
+    with pytest.raises(InvalidInput, match="a service needs mode 'r\\+'"):
+        async with CachedTeacher.open(FakeTeacher(), name="smol", cache=Cache.open(cache.root.url)):
+            pass
+    with pytest.raises(InvalidInput, match="fields.k is 0"):
+        KeepPolicy(k=0)
+    with pytest.raises(InvalidInput, match="encoding 'u9' is unknown"):
+        KeepPolicy(encoding="u9")
