@@ -27,9 +27,9 @@ class Command(Protocol):
 class TeacherFactory(Protocol):
     """What `potstill.teachers` names: opens the teacher that a model name, path or URL means."""
 
-    def __call__(
-        self, spec: str, *, options: Mapping[str, JSON] | None = None
-    ) -> AbstractAsyncContextManager[Teacher]: ...
+    def __call__(self, spec: str, *, options: Mapping[str, JSON] | None = None) -> AbstractAsyncContextManager[Teacher]:
+        """Open `spec` with the factory's own options by name."""
+        ...
 
 
 def command_entry_points() -> dict[str, EntryPoint]:

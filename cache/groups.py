@@ -71,7 +71,7 @@ class GroupWriter:
         shards = tuple(math.ceil(max(size, 1) / chunk) * chunk for size, chunk in zip(whole, layout.chunk, strict=True))
         codecs = [BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle"), Crc32cCodec()]
         with store_errors(f"{self.path}/{name}"):
-            array = self._group.create_array(
+            return self._group.create_array(
                 name,
                 shape=shape,
                 dtype=dtype,
@@ -80,7 +80,6 @@ class GroupWriter:
                 compressors=codecs,
                 config={"write_empty_chunks": True},
             )
-        return array
 
     def write(self, name: str, data: NDArray[Any], layout: Layout) -> None:
         """A whole array at once."""
@@ -178,7 +177,6 @@ class GroupReader:
             except _READ_FAILURES as error:
                 raise CorruptSegment(f"{self.path}/{name} cannot be opened: {error}") from error
         return self._arrays[name]
-
 
     def _check_metadata(self, path: str) -> None:
         """Metadata decides how bytes are read, and has no checksum of its own: compare it whole."""

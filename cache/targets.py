@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cache.commit import Commit, commit_bytes, commit_from_json, commit_name, shard_of_commit
 from cache.corpus import Corpus
 from cache.encoding import Encoding, RankTable, decode, encode, encoding_by_name, measure_error
 from cache.errors import CorruptSegment, FormatError, InvalidInput, NotCommitted, SpecMismatch, UnknownTeacher
 from cache.groups import GroupReader, GroupWriter, Layout, attempt_name, objects_from_json, objects_to_json
 from cache.record import group_metadata, read_group_metadata, read_record, record_bytes
 from cache.segment import SegmentReader, write_targets
-from cache.store import Root, StoredObject, check_name
+from cache.store import Root, check_name
 from cache.types import Fields, Provenance, Targets, TeacherIdentity
 
 _PILOT_POSITIONS = 65_536
@@ -38,24 +39,6 @@ class TargetSpec:
     identity: TeacherIdentity
     fields: Fields
     encoding: Encoding
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Commit:
-    """The record that makes one segment a shard's targets."""
-
-    shard: int
-    segment: str
-    ranks_sha256: str
-    objects: tuple[StoredObject, ...]
-    provenance: Provenance
-    error: dict[str, float]
-    """The encoding error measured when the segment was written (`cache.encoding.EncodingError`)."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Stored size of the segment."""
-        return sum(item.size for item in self.objects)
 
 
 class TargetSet:
@@ -124,7 +107,7 @@ class TargetSet:
         """[S] which shards have a commit right now; a query of the store at every call."""
         done = np.zeros(self.corpus.num_shards, dtype=bool)
         for name in self._root.children(f"{self._path}/commits"):
-            shard = _shard_of(name)
+            shard = shard_of_commit(name)
             if shard is not None and shard < len(done):
                 done[shard] = True
         return done
@@ -132,11 +115,11 @@ class TargetSet:
     def commit_of(self, shard: int) -> Commit | None:
         """The commit of a shard, or None. Commits never change, so a found one is remembered."""
         if shard not in self._commits:
-            path = f"{self._path}/commits/{_commit_name(shard)}"
+            path = f"{self._path}/commits/{commit_name(shard)}"
             record = read_record(self._root, path, "commit")
             if record is None:
                 return None
-            self._commits[shard] = _commit_from_json(path, shard, record)
+            self._commits[shard] = commit_from_json(path, shard, record)
         return self._commits[shard]
 
     def commits(self) -> list[Commit]:
@@ -190,7 +173,7 @@ class TargetSet:
         path = f"{self._path}/segments/{segment}"
         try:
             commit = self._write_segment(shard, segment, path, targets, ranks, provenance)
-            if self._root.create(f"{self._path}/commits/{_commit_name(shard)}", _commit_bytes(commit)):
+            if self._root.create(f"{self._path}/commits/{commit_name(shard)}", commit_bytes(commit)):
                 self._commits[shard] = commit
                 return commit
         except BaseException:
@@ -368,41 +351,3 @@ def _ranks_from_json(root: Root, path: str, record: dict[str, Any], vocab_size: 
     if ranks.sha256 != expected or not np.array_equal(np.sort(ranks.ids_by_rank), np.arange(vocab_size)):
         raise CorruptSegment(f"{reader.path}/ids_by_rank is not the permutation that ranks.json recorded")
     return ranks
-
-
-def _commit_name(shard: int) -> str:
-    return f"{shard:06d}.json"
-
-
-def _shard_of(commit_name: str) -> int | None:
-    stem, dot, suffix = commit_name.partition(".")
-    return int(stem) if dot and suffix == "json" and stem.isdecimal() else None
-
-
-def _commit_bytes(commit: Commit) -> bytes:
-    record = {
-        "shard": commit.shard,
-        "segment": commit.segment,
-        "ranks_sha256": commit.ranks_sha256,
-        "objects": objects_to_json(commit.objects),
-        "provenance": commit.provenance.to_json(),
-        "error": commit.error,
-    }
-    return record_bytes("commit", record)
-
-
-def _commit_from_json(path: str, shard: int, record: dict[str, Any]) -> Commit:
-    try:
-        commit = Commit(
-            shard=int(record["shard"]),
-            segment=check_name("segment", record["segment"]),
-            ranks_sha256=str(record["ranks_sha256"]),
-            objects=objects_from_json(record["objects"]),
-            provenance=Provenance.from_json(record["provenance"]),
-            error=dict(record["error"]),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError, InvalidInput) as error:
-        raise FormatError(f"{path} is not a commit: {error!r}") from error
-    if commit.shard != shard or not commit.segment.startswith(f"{shard:06d}-"):
-        raise CorruptSegment(f"{path} is the commit of shard {commit.shard}, not of shard {shard}")
-    return commit

@@ -2,7 +2,8 @@
 
 A request is one record batch with the column `row` (list of uint32). An answer has one record batch
 per row. Both carry the wire version in their schema metadata, so that a client and a service of
-different versions refuse each other in one clear line instead of misreading.
+different versions refuse each other in one clear line instead of misreading. Record batches are not
+compressed: HTTP can do that, and a small compressed body could unpack to any size.
 
 JSON has no infinities: `null` stands for -inf in `logprobs` and `log_tail`, and for "no label" in
 `label_logprob`.
@@ -11,6 +12,7 @@ JSON has no infinities: `null` stands for -inf in `logprobs` and `log_tail`, and
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -30,6 +32,7 @@ WIRE_VERSION = "1"
 _FORMAT = b"potstill.format"
 _FIELDS = b"potstill.fields"
 _IDENTITY = b"potstill.identity"
+_RECORD_BATCH = 3  # in MessageHeader of Arrow's Message.fbs
 
 # Column -> whether it is a fixed-size list per position (True) or one float per position.
 _OPTIONAL_COLUMNS = {"entropy": False, "log_z": True, "dense": True}
@@ -237,12 +240,44 @@ def _open(body: bytes) -> tuple[Any, list[Any]]:
             schema = reader.schema
             _check_version(schema)
             _ = schema.names  # a name that is not UTF-8 is found when it is asked for
+            _refuse_compression(body)
             batches = list(reader)
         for batch in batches:
             batch.validate(full=True)
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError, struct.error) as error:
         raise InvalidInput(f"the body is not an Arrow IPC stream of this format: {error}") from error
     return schema, batches
+
+
+def _refuse_compression(body: bytes) -> None:
+    # 13 kB of zstd unpack to 400 MB, and pyarrow has no bound for that: only plain batches have a known size.
+    for message in pa.ipc.MessageReader.open_stream(body):
+        if message.type == "dictionary" or _is_compressed(message.metadata.to_pybytes()):
+            raise InvalidInput("the body has compressed or dictionary batches; write plain, uncompressed ones")
+
+
+def _is_compressed(metadata: bytes) -> bool:
+    """Whether a message is a record batch with compression, which pyarrow does not tell before unpacking."""
+    # Flatbuffers: Message has the fields version, kind, header; RecordBatch length, nodes, buffers, compression.
+    (message,) = struct.unpack_from("<I", metadata, 0)
+    kind = _flatbuffer_field(metadata, message, 1)
+    if kind is None or metadata[kind] != _RECORD_BATCH:
+        return False
+    header = _flatbuffer_field(metadata, message, 2)
+    if header is None:
+        return False
+    (batch,) = struct.unpack_from("<I", metadata, header)
+    return _flatbuffer_field(metadata, header + batch, 3) is not None
+
+
+def _flatbuffer_field(data: bytes, table: int, number: int) -> int | None:
+    """Where a table keeps its field of that number, or None when it is absent."""
+    (back,) = struct.unpack_from("<i", data, table)
+    vtable = table - back
+    (size,) = struct.unpack_from("<H", data, vtable)
+    entry = 4 + 2 * number
+    (offset,) = struct.unpack_from("<H", data, vtable + entry) if entry < size else (0,)
+    return table + offset if offset else None
 
 
 def _check_version(schema: Any) -> None:

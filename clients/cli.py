@@ -1,6 +1,6 @@
 """The `potstill` command. Its subcommands are modules found by the entry points `potstill.commands`.
 
-A module has SUMMARY, add_arguments(parser) and run(args) -> exit status. Only the chosen one is loaded.
+Only the chosen one is loaded.
 
 Exit status: 0 done, 1 a `PotstillError` (one line `kind: detail` on stderr), 2 wrong usage, 130 Ctrl-C.
 """
@@ -11,26 +11,13 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
-from typing import Protocol, cast
+from importlib.metadata import EntryPoint, PackageNotFoundError, version
+from typing import cast
 
+from cache.entry_points import Command, command_entry_points
 from cache.errors import PotstillError
 
-_GROUP = "potstill.commands"
 _INTERRUPTED = 128 + 2  # as shells report SIGINT
-
-
-class Command(Protocol):
-    """What a command's module offers."""
-
-    SUMMARY: str
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Describe the command line."""
-
-    def run(self, args: argparse.Namespace) -> int:
-        """Do it; returns the exit status."""
-        ...
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(argv: list[str]) -> int:
-    commands = {point.name: point for point in entry_points(group=_GROUP)}
+    commands = command_entry_points()
     if not argv or argv[0] in ("-h", "--help"):
         print(_overview(commands), file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2

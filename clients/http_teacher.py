@@ -15,13 +15,15 @@ from typing import Any, Self, TypeVar, cast
 from urllib.parse import quote
 
 from cache import wire
-from cache.errors import FormatError, InvalidInput, SpecMismatch, TeacherFailed, Unavailable
-from cache.types import JSON, Fields, Provenance, Targets, TeacherIdentity, Tokens
+from cache.errors import FormatError, InvalidInput, SpecMismatch, TeacherFailed, Unavailable, WireVersionError
+from cache.types import JSON, Fields, Provenance, Targets, TeacherIdentity, TeacherLimits, Tokens
 from clients.retry import Connection, RetryPolicy
 
 T = TypeVar("T")
 REQUEST_TOKENS = 8192
 """Tokens per request: enough to fill an engine's batch, little enough to retry."""
+_REQUEST_ROWS = 1024
+_ADMIN_RETRY = RetryPolicy(attempts=3)  # a person waits for it
 _ANSWER_BYTES = 64 * 2**20  # what one answer may hold before a request is split further
 
 
@@ -46,7 +48,10 @@ class HttpTeacher:
         except FormatError as error:
             raise TeacherFailed(f"{connection.url} describes teacher {name!r} badly: {error}") from error
         self._provenance = Provenance.from_json(_table(description, "provenance"))
-        self._limits = _table(description, "limits")
+        limits = _table(description, "limits")
+        self._limits = TeacherLimits(
+            max_top_k=_count(limits.get("max_top_k")), max_row_tokens=_count(limits.get("max_row_tokens"))
+        )
 
     @classmethod
     @asynccontextmanager
@@ -97,15 +102,9 @@ class HttpTeacher:
         return self._provenance
 
     @property
-    def max_top_k(self) -> int:
-        """The largest K the service takes."""
-        return int(self._limits.get("max_top_k") or self._identity.vocab_size)
-
-    @property
-    def max_row_tokens(self) -> int | None:
-        """The longest row the service takes, or None when it states no limit."""
-        limit = self._limits.get("max_row_tokens")
-        return None if limit is None else int(limit)
+    def limits(self) -> TeacherLimits:
+        """What the service said on opening."""
+        return self._limits
 
     async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
         """One `Targets` per row, in order; see `cache.types.Teacher`.
@@ -113,14 +112,12 @@ class HttpTeacher:
         Raises:
             SpecMismatch: the service now has another teacher under this name.
             DeadlineExceeded: not within the timeout. Unavailable, Overloaded: still so after all retries.
-            TeacherFailed: an answer that does not fit the question.
+            TeacherFailed: an answer that does not fit the question. WireVersionError: of another version.
             PotstillError: whatever else the service refused with, as the same class.
         """
         deadline = asyncio.get_running_loop().time() + self._connection.timeout
         budget = min(self._request_tokens, max(1, _ANSWER_BYTES // _bytes_per_position(want, self._identity)))
-        requests = [
-            asyncio.create_task(self._request(part, want, deadline)) for part in split_rows(rows, budget)
-        ]
+        requests = [asyncio.create_task(self._request(part, want, deadline)) for part in split_rows(rows, budget)]
         try:
             return [targets for answer in await asyncio.gather(*requests) for targets in answer]
         finally:
@@ -137,6 +134,8 @@ class HttpTeacher:
         content = await self._connection.post(path, body, headers=headers, deadline=deadline)
         try:
             answer = wire.answer_from_arrow(content)
+        except WireVersionError:
+            raise
         except InvalidInput as error:
             raise TeacherFailed(f"{self._connection.url}{path} answered nonsense: {error.detail}") from error
         self._check(answer, rows, want)
@@ -145,9 +144,7 @@ class HttpTeacher:
     def _check(self, answer: wire.ScoreAnswer, rows: Sequence[Tokens], want: Fields) -> None:
         differences = self._identity.differences(answer.identity)
         if differences:
-            raise SpecMismatch(
-                f"teacher {self._name!r} at {self._connection.url} was exchanged: {differences}"
-            )
+            raise SpecMismatch(f"teacher {self._name!r} at {self._connection.url} was exchanged: {differences}")
         who = f"teacher {self._name!r} at {self._connection.url}"
         if len(answer.targets) != len(rows):
             raise TeacherFailed(f"{who} answered {len(answer.targets)} rows for {len(rows)}")
@@ -159,9 +156,7 @@ class HttpTeacher:
                 )
             if (want.entropy and targets.entropy is None) or (want.dense and targets.dense is None):
                 raise TeacherFailed(f"{who} left out a field that was asked for")
-            if want.temperatures and (
-                targets.log_z is None or targets.log_z.shape[1] != len(want.temperatures)
-            ):
+            if want.temperatures and (targets.log_z is None or targets.log_z.shape[1] != len(want.temperatures)):
                 raise TeacherFailed(f"{who} left out log_z at some temperatures")
 
 
@@ -171,11 +166,11 @@ def teacher_path(name: str) -> str:
 
 
 def split_rows(rows: Sequence[Tokens], request_tokens: int) -> Iterator[Sequence[Tokens]]:
-    """Consecutive rows in parts of at most `request_tokens`, or of one longer row."""
+    """Consecutive rows in parts of at most `request_tokens` and 1024 rows, or of one longer row."""
     start = 0
     held = 0
     for index, row in enumerate(rows):
-        if index > start and held + len(row) > request_tokens:
+        if index > start and (held + len(row) > request_tokens or index - start == _REQUEST_ROWS):
             yield rows[start:index]
             start, held = index, 0
         held += len(row)
@@ -186,6 +181,10 @@ def split_rows(rows: Sequence[Tokens], request_tokens: int) -> Iterator[Sequence
 def _table(description: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     value = description.get(key)
     return value if isinstance(value, dict) else {}
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
 def _bytes_per_position(want: Fields, identity: TeacherIdentity) -> int:
@@ -233,6 +232,11 @@ class SyncHttpTeacher:
         """What the service said on opening."""
         return self._opened().provenance
 
+    @property
+    def limits(self) -> TeacherLimits:
+        """What the service said on opening."""
+        return self._opened().limits
+
     def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
         """What `HttpTeacher.score` returns and raises.
 
@@ -269,9 +273,7 @@ class SyncHttpTeacher:
 
 
 @asynccontextmanager
-async def open_http_teacher(
-    spec: str, *, options: Mapping[str, JSON] | None = None
-) -> AsyncIterator[HttpTeacher]:
+async def open_http_teacher(spec: str, *, options: Mapping[str, JSON] | None = None) -> AsyncIterator[HttpTeacher]:
     """The teacher factory of `http://` and `https://`: `URL#NAME`, or `URL` when there is only one teacher.
 
     Nothing is kept by the service: who opens a teacher by its spec keeps the targets itself. `options` may
@@ -283,13 +285,9 @@ async def open_http_teacher(
     url, _, name = spec.partition("#")
     arguments = _arguments(options or {})
     if not name:
-        names = [
-            str(teacher.get("name")) for teacher in await list_teachers(url, api_key=arguments.get("api_key"))
-        ]
+        names = [str(teacher.get("name")) for teacher in await list_teachers(url, api_key=arguments.get("api_key"))]
         if len(names) != 1:
-            raise InvalidInput(
-                f"{url} has the teachers {', '.join(names)}: choose one, like {url}#{names[0]}"
-            )
+            raise InvalidInput(f"{url} has the teachers {', '.join(names)}: choose one, like {url}#{names[0]}")
         name = names[0]
     async with HttpTeacher.open(url, name, store=False, **arguments) as teacher:
         yield teacher
@@ -315,9 +313,11 @@ def _arguments(options: Mapping[str, JSON]) -> dict[str, Any]:
     return arguments
 
 
-async def list_teachers(url: str, *, api_key: str | None = None) -> list[dict[str, Any]]:
+async def list_teachers(
+    url: str, *, api_key: str | None = None, retry: RetryPolicy = _ADMIN_RETRY
+) -> list[dict[str, Any]]:
     """Every teacher of a service: name, state and, once it is up, identity, provenance and limits."""
-    async with Connection.open(url, api_key=api_key) as connection:
+    async with Connection.open(url, api_key=api_key, retry=retry) as connection:
         teachers = (await connection.get_json("/v1/teachers")).get("teachers")
     if not isinstance(teachers, list) or not all(isinstance(teacher, dict) for teacher in teachers):
         raise TeacherFailed(f"{url} does not list its teachers; is it a Potstill service?")
@@ -326,7 +326,7 @@ async def list_teachers(url: str, *, api_key: str | None = None) -> list[dict[st
 
 async def get_replicas(url: str, name: str, *, api_key: str | None = None) -> dict[str, Any]:
     """`{"replicas", "target", "max"}` of a teacher."""
-    async with Connection.open(url, api_key=api_key) as connection:
+    async with Connection.open(url, api_key=api_key, timeout=60.0, retry=_ADMIN_RETRY) as connection:
         return await connection.get_json(f"{teacher_path(name)}/replicas")
 
 
@@ -336,5 +336,5 @@ async def put_replicas(url: str, name: str, replicas: int, *, api_key: str | Non
     Raises:
         LimitExceeded: the service cannot have that many.
     """
-    async with Connection.open(url, api_key=api_key) as connection:
+    async with Connection.open(url, api_key=api_key, timeout=60.0, retry=_ADMIN_RETRY) as connection:
         return await connection.put_json(f"{teacher_path(name)}/replicas", {"replicas": replicas})

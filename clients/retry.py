@@ -27,6 +27,15 @@ from cache.types import JSON
 T = TypeVar("T")
 
 
+class Refusal(Exception):
+    """An error, and the seconds after which the service wants to hear from us again."""
+
+    def __init__(self, error: PotstillError, retry_after: float | None = None) -> None:
+        super().__init__(error.detail)
+        self.error = error
+        self.retry_after = retry_after
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryPolicy:
     """Exponential backoff with full jitter: a random wait, so that clients turned away together spread out.
@@ -36,7 +45,8 @@ class RetryPolicy:
     """
 
     attempts: int = 8
-    """Calls in total; 1 never tries again."""
+    """Calls in total; 1 never tries again. While the service itself names a time to come back (Retry-After:
+    it is there, but starting or busy), only the deadline ends the tries."""
     base: float = 0.25
     """Seconds: the upper end of the first wait; each later one doubles it."""
     cap: float = 15.0
@@ -46,19 +56,15 @@ class RetryPolicy:
         if self.attempts < 1 or self.base < 0 or self.cap < 0:
             raise InvalidInput(f"{self} needs at least one attempt and no negative seconds")
 
+    def tries_again(self, failures: int, refusal: Refusal) -> bool:
+        """Whether to call again after that many failures."""
+        invited = refusal.retry_after is not None and self.attempts > 1
+        return refusal.error.retryable and (invited or failures < self.attempts)
+
     def wait_seconds(self, failures: int, retry_after: float | None) -> float:
         """How long to wait after that many failures; at least `retry_after`, plus jitter."""
         jitter = random.uniform(0.0, min(self.cap, self.base * 2.0 ** min(failures - 1, 60)))  # noqa: S311
         return jitter if retry_after is None else retry_after + jitter
-
-
-class Refusal(Exception):  # noqa: N818  not an error of its own: it carries one from a reply to the retry loop
-    """An error, and the seconds after which the service wants to hear from us again."""
-
-    def __init__(self, error: PotstillError, retry_after: float | None = None) -> None:
-        super().__init__(error.detail)
-        self.error = error
-        self.retry_after = retry_after
 
 
 async def with_retries(policy: RetryPolicy, call: Callable[[], Awaitable[T]], *, deadline: float) -> T:
@@ -81,7 +87,7 @@ async def with_retries(policy: RetryPolicy, call: Callable[[], Awaitable[T]], *,
             raise DeadlineExceeded(f"the deadline passed; {last}") from error
         except Refusal as refusal:
             failures += 1
-            if not refusal.error.retryable or failures >= policy.attempts:
+            if not policy.tries_again(failures, refusal):
                 raise refusal.error from refusal.__cause__
             last = f"attempt {failures} met {refusal.error.kind}: {refusal.error.detail}"
             wait = policy.wait_seconds(failures, refusal.retry_after)
@@ -161,9 +167,7 @@ class Connection:
             async with self._slots:
                 remaining = f"{max(0.001, ends - clock()):.3f}"
                 all_headers = {**(headers or {}), "potstill-timeout": remaining}
-                return await self._send(
-                    self._client.build_request(method, path, content=body, headers=all_headers)
-                )
+                return await self._send(self._client.build_request(method, path, content=body, headers=all_headers))
 
         return await with_retries(self._retry, once, deadline=ends)
 

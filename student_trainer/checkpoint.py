@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import torch
 from transformers import PreTrainedModel
 
 from cache.errors import FormatError, SpecMismatch, StoreError
+from cache.types import JSON, TeacherIdentity
 from student_trainer.models import load_student, save_student
 
 _COMPLETE = ".complete"
@@ -44,18 +45,24 @@ class TrainState:
     """Positions trained on since the start of the run."""
     seconds: float
     """Time spent training, over all sessions."""
+    teachers: dict[str, dict[str, JSON]]
+    """Identity of each teacher, by name."""
 
-    def check_corpus(self, fingerprint: str) -> None:
-        """Check that a run resumes on the corpus it began with.
+    def check_same(self, fingerprint: str, teachers: Mapping[str, TeacherIdentity]) -> None:
+        """Check that a run resumes on the corpus and with the teachers it began with.
 
         Raises:
-            SpecMismatch: it is another one under the same name.
+            SpecMismatch: one of them is another under the same name.
         """
         if fingerprint != self.corpus_fingerprint:
             raise SpecMismatch(
                 f"data.corpus has fingerprint {fingerprint[:12]}, but the run was started on "
                 f"{self.corpus_fingerprint[:12]}; choose another train.out"
             )
+        for name, identity in teachers.items():
+            differences = identity.differences(TeacherIdentity.from_json(self.teachers.get(name)))
+            if differences:
+                raise SpecMismatch(f"teacher {name!r} is not the one the run was started with: {differences}")
 
 
 def save_checkpoint(

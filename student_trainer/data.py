@@ -19,13 +19,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cache.corpus import Corpus
 from cache.errors import TeacherFailed
 from cache.types import Targets, Tokens
 from student_trainer.loss import NO_LABEL, TeacherTargets
-from student_trainer.sources import CorpusRows, TargetSource
+from student_trainer.sources import TargetSource
 
 _NO_ID = np.iinfo(np.int32).max
 """Fills the id axis where a row has fewer ids: over any vocabulary, so no real id leaves the tail."""
+
+_CLOSE_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,7 +69,7 @@ class Batch:
 class BatchReader:
     """Reads rows of a corpus with every source's targets."""
 
-    corpus: CorpusRows
+    corpus: Corpus
     sources: tuple[TargetSource, ...] = ()
     weights: tuple[float, ...] = ()
     """One per source."""
@@ -105,7 +108,7 @@ def read_ahead(
     """An iterator over `reader.read(piece)`, of which at most `depth` are read before they are asked for.
 
     An error of a read is raised where its batch would have come. Leaving the block stops the thread after
-    the read that is under way.
+    the read that is under way, but waits no longer than a few seconds for it: closing the sources ends it.
     """
     waiting: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)
     stopped = threading.Event()
@@ -135,7 +138,7 @@ def read_ahead(
         yield _received(waiting)
     finally:
         stopped.set()
-        thread.join()
+        thread.join(_CLOSE_SECONDS)
 
 
 def _received(waiting: queue.Queue[Batch | BaseException | None]) -> Iterator[Batch]:

@@ -6,25 +6,20 @@ the rounding of the forward passes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from cache.types import JSON
+from student_trainer.data import Batch, BatchReader
 from student_trainer.group import Alone, Group
 from student_trainer.loss import NO_LABEL, TeacherTargets, kl_and_overlap
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
-    from cache.types import JSON
-    from student_trainer.data import Batch, BatchReader
 
 _CHUNK_POSITIONS = 512
 """Positions whose [chunk, V] float32 logits are looked at together."""
@@ -51,6 +46,12 @@ class Evaluation:
     ce: float
     """Cross-entropy, nats per labelled token."""
     teachers: dict[str, TeacherAgreement]
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Evaluation:
+        """Read what `to_json` wrote."""
+        teachers = {name: TeacherAgreement(**found) for name, found in value["teachers"].items()}
+        return cls(**{**value, "teachers": teachers})
 
     def to_json(self) -> dict[str, JSON]:
         """A JSON object with one key per attribute."""
@@ -101,30 +102,6 @@ def evaluate_student(
         for m, name in enumerate(names)
     }
     return Evaluation(rows=len(rows), tokens=int(positions), ce=ce / max(labels, 1), teachers=per_teacher)
-
-
-def evaluate_run(run_dir: Path, *, group: Group | None = None) -> Evaluation:
-    """Evaluate a run's final model, or its newest checkpoint, on the run's held-out rows.
-
-    Raises:
-        NotFound: no run, or nothing trained yet, in the folder.
-        PotstillError: whatever opening the cache or the teachers raises.
-    """
-    from student_trainer.models import load_student  # noqa: PLC0415 -- opening a run needs the heavy parts
-    from student_trainer.run import open_run, trained_model  # noqa: PLC0415
-
-    group = group or Alone()
-    config, folder = trained_model(run_dir)
-    with open_run(config) as run:
-        model = load_student(folder).to(group.device)
-        return evaluate_student(
-            model,
-            run.reader,
-            run.order.held_out,
-            batch_rows=config.train.micro_batch_rows,
-            group=group,
-            dtype=config.train.dtype,
-        )
 
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:

@@ -18,9 +18,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,6 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from cache.errors import InvalidInput
-from cache.types import JSON
 from student_trainer.checkpoint import (
     TrainState,
     load_model,
@@ -40,43 +38,18 @@ from student_trainer.checkpoint import (
     newest_checkpoint,
     publish_model,
     save_checkpoint,
-    write_json,
 )
-from student_trainer.config import LoopConfig, TrainConfig
+from student_trainer.config import TrainConfig
 from student_trainer.data import Batch, read_ahead
 from student_trainer.evaluate import Evaluation, autocast, evaluate_student
 from student_trainer.group import Alone, Group
 from student_trainer.loss import distillation_loss
 from student_trainer.metrics import MetricsWriter, Record
 from student_trainer.models import build_student
+from student_trainer.optimizer import learning_rate, make_optimizer, set_rate
 from student_trainer.order import hashed
-from student_trainer.run import OpenRun, open_run, prepare_run_dir
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainResult:
-    """How a call of `train` ended."""
-
-    run_dir: Path
-    finished: bool
-    """False when it was stopped; the same call goes on from `step`."""
-    step: int
-    tokens: int
-    """Positions trained on since the start of the run."""
-    seconds: float
-    """Spent since the start of the run, evaluations included."""
-    held_out: Evaluation | None
-    """Of the final model; None without held-out rows, or when stopped."""
-
-    def to_json(self) -> dict[str, JSON]:
-        """What summary.json holds."""
-        return {
-            "finished": self.finished,
-            "step": self.step,
-            "tokens": self.tokens,
-            "seconds": round(self.seconds, 3),
-            "held_out": None if self.held_out is None else self.held_out.to_json(),
-        }
+from student_trainer.result import TrainResult, finished_result, remove_summary, write_summary
+from student_trainer.run import OpenRun, only_trainer, open_run, prepare_run_dir
 
 
 def train(
@@ -95,32 +68,27 @@ def train(
         on_record: called on rank 0 with every record of `metrics.jsonl`.
 
     Raises:
-        SpecMismatch: the folder holds a run of another config or corpus, or a teacher does not fit.
+        SpecMismatch: the folder holds a run of another config, corpus or teacher, or a teacher does not fit.
         InvalidInput: the config asks for what cannot be, or the loss is no longer a number.
+        Unavailable: another process is training in the same folder.
         PotstillError: whatever reading rows and targets raises.
     """
     group = group or Alone()
     config = config.absolute()
     prepare_run_dir(config, write=group.rank == 0)
-    group.barrier()
-    with open_run(config) as run, torch.random.fork_rng():
-        session = _begin(config, group, run)
-        with closing(session.writer) if session.writer else nullcontext():
-            return session.run_to_end(should_stop, on_record)
-
-
-def learning_rate(step: int, config: LoopConfig) -> float:
-    """The rate of the optimizer step after `step` steps."""
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    if config.schedule == "constant":
-        return config.lr
-    if config.schedule == "cosine":
-        done = (step - config.warmup) / max(1, config.steps - config.warmup)
-        return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-    falling = max(1, round(config.decay * config.steps))
-    left = min(1.0, (config.steps - step) / falling)
-    return config.min_lr + (config.lr - config.min_lr) * left
+    finished = finished_result(config)
+    if finished is not None:
+        return finished
+    with ExitStack() as stack:
+        if group.rank == 0:
+            stack.enter_context(only_trainer(config.run_dir))
+        group.barrier()
+        run = stack.enter_context(open_run(config))
+        stack.enter_context(torch.random.fork_rng([group.device] if group.device.type == "cuda" else []))
+        session = _begin(config, group, run, on_record)
+        if session.writer is not None:
+            stack.enter_context(closing(session.writer))
+        return session.run_to_end(should_stop)
 
 
 @dataclass(slots=True, eq=False)
@@ -134,48 +102,47 @@ class _Session:
     model: nn.Module  # the student, or a DistributedDataParallel around it
     optimizer: torch.optim.Optimizer
     writer: MetricsWriter | None  # rank 0's
+    on_record: Callable[[Record], None]
+    began: float  # on the monotonic clock, less what earlier sessions took
     step: int
     tokens: int
-    seconds: float  # of earlier sessions
 
-    def run_to_end(
-        self, should_stop: Callable[[], bool], on_record: Callable[[Record], None]
-    ) -> TrainResult:
-        loop, began, saved = self.config.train, time.monotonic(), self.step
-        earlier = self.seconds
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+    def run_to_end(self, should_stop: Callable[[], bool]) -> TrainResult:
+        loop = self.config.train
         reader = self.run.reader if loop.alpha > 0 else self.run.reader.without_targets()
         held_out, stopped = None, False
-        if self.step == 0:
-            held_out = self._evaluate(on_record)
+        if self.step in (
+            0,
+            loop.steps,
+        ):  # at the end: it was cut off between its last checkpoint and its summary
+            held_out = self._evaluate()
         with read_ahead(reader, self._pieces(), self.config.data.prefetch) as batches:
             while self.step < loop.steps and not stopped:
                 record, stopped = self._step(batches, should_stop)
-                self.seconds = earlier + time.monotonic() - began
-                self._record({**record, "seconds": round(self.seconds, 3)}, on_record)
+                self._record(record)
                 if self.step % loop.eval_every == 0 or self.step == loop.steps:
-                    held_out = self._evaluate(on_record)
-                self.seconds = earlier + time.monotonic() - began
-                if stopped or self.step % loop.checkpoint_every == 0 or self.step == loop.steps:
+                    held_out = self._evaluate()
+                if self.step % loop.checkpoint_every == 0 or self.step == loop.steps or stopped:
                     self._save()
-                    saved = self.step
-        assert saved == self.step, "every way out of the loop writes a checkpoint"
-        return self._end(held_out, on_record)
+        return self._end(held_out)
 
-    def _end(self, held_out: Evaluation | None, on_record: Callable[[Record], None]) -> TrainResult:
+    def _end(self, held_out: Evaluation | None) -> TrainResult:
         finished = self.step >= self.config.train.steps
-        if finished and held_out is None:  # it was finished before: evaluate what is there
-            held_out = self._evaluate(on_record)
         result = TrainResult(
             run_dir=self.config.run_dir,
             finished=finished,
             step=self.step,
             tokens=self.tokens,
-            seconds=self.seconds,
+            seconds=round(self.seconds, 3),
             held_out=held_out if finished else None,
         )
         if finished and self.group.rank == 0:
             publish_model(self.config.run_dir / "model", self.student)
-            write_json(self.config.run_dir / "summary.json", result.to_json())
+            write_summary(result)
         self.group.barrier()
         return result
 
@@ -190,35 +157,41 @@ class _Session:
         sums = torch.zeros(2 + num_teachers, dtype=torch.float64, device=self.group.device)
         self.optimizer.zero_grad(set_to_none=True)
         for i in range(num_pieces):
-            with self._gradients_stay_here(last=i == num_pieces - 1):
+            with self._sync_gradients(now=i == num_pieces - 1):
                 sums[:-1] += self._forward_backward(next(batches), num_labels, num_positions)
         sums[-1] = float(should_stop())
         self.group.all_reduce_sum(sums)
         ce_sum, *kl_sums, stop = sums.tolist()
-        ce, kls = ce_sum / max(num_labels, 1), [kl / num_positions for kl in kl_sums]
+        record = self._means(ce_sum / max(num_labels, 1), [kl / num_positions for kl in kl_sums])
+        record |= self._update(record["loss"])
+        self.tokens += num_positions
+        record["tokens"] = self.tokens
+        record["tokens_per_second"] = round(num_positions / (time.monotonic() - began), 1)
+        record["seconds"] = round(self.seconds, 3)
+        return record, stop > 0
+
+    def _means(self, ce: float, kls: list[float]) -> dict[str, Any]:
+        """The step's losses, nats per token of the global batch, before the update."""
+        alpha = self.config.train.alpha
         weighted = sum(w * kl for w, kl in zip(self.config.weights, kls, strict=False))
-        loss = (1 - loop.alpha) * ce + loop.alpha * weighted
-        if not math.isfinite(loss):
-            raise InvalidInput(f"the loss is {loss} at step {self.step}: try a lower train.lr or a longer train.warmup")
-        grad_norm = nn.utils.clip_grad_norm_(self.student.parameters(), loop.grad_clip)
-        rate = learning_rate(self.step, loop)
-        for parameters in self.optimizer.param_groups:
-            parameters["lr"] = rate
+        names = (teacher.name for teacher in self.config.teachers)
+        loss = (1 - alpha) * ce + alpha * weighted
+        return {"step": self.step + 1, "loss": loss, "ce": ce, "kl": dict(zip(names, kls, strict=False))}
+
+    def _update(self, loss: float) -> dict[str, Any]:
+        """Clip, take the optimizer's step and count it."""
+        grad_norm = float(nn.utils.clip_grad_norm_(self.student.parameters(), self.config.train.grad_clip))
+        if not math.isfinite(loss + grad_norm):
+            raise InvalidInput(
+                f"at step {self.step + 1} the loss is {loss} and the gradient norm {grad_norm}; "
+                "try a lower train.lr or a longer train.warmup"
+            )
+        rate = learning_rate(self.step, self.config.train)
+        set_rate(self.optimizer, rate)
         self.optimizer.step()
         self.step += 1
-        self.tokens += num_positions
-        record: dict[str, Any] = {
-            "step": self.step,
-            "loss": loss,
-            "ce": ce,
-            "kl": dict(zip((t.name for t in self.config.teachers), kls, strict=False)),
-            "lr": rate,
-            "grad_norm": float(grad_norm),
-            "epoch": self.run.order.epoch(self.step * loop.batch_rows - 1),
-            "tokens": self.tokens,
-            "tokens_per_second": round(num_positions / (time.monotonic() - began), 1),
-        }
-        return record, stop > 0
+        epoch = self.run.order.epoch(self.step * self.config.train.batch_rows - 1)
+        return {"lr": rate, "grad_norm": grad_norm, "epoch": epoch}
 
     def _forward_backward(self, batch: Batch, num_labels: int, num_positions: int) -> Tensor:
         """Add one micro-batch's gradient; [1 + M] float64, its undivided CE and KLs."""
@@ -239,9 +212,9 @@ class _Session:
         (loss.total * self.group.world_size).backward()  # type: ignore[no-untyped-call]
         return torch.cat([loss.ce_sum[None], loss.kl_sums])
 
-    def _gradients_stay_here(self, *, last: bool) -> AbstractContextManager[None]:
-        """Until the last micro-batch of a step, gradients are not sent to other workers."""
-        if not last and isinstance(self.model, DistributedDataParallel):
+    def _sync_gradients(self, *, now: bool) -> AbstractContextManager[None]:
+        """Gradients go to the other workers once a step, with the last micro-batch."""
+        if not now and isinstance(self.model, DistributedDataParallel):
             return self.model.no_sync()
         return nullcontext()
 
@@ -261,25 +234,25 @@ class _Session:
         for step in range(self.step, self.config.train.steps):
             yield from self._rank_pieces(step)
 
-    def _evaluate(self, on_record: Callable[[Record], None]) -> Evaluation | None:
-        if not len(self.run.order.held_out):
+    def _evaluate(self) -> Evaluation | None:
+        if not len(self.run.held_out):
             return None
         loop = self.config.train
         evaluation = evaluate_student(
             self.student,
             self.run.reader,
-            self.run.order.held_out,
+            self.run.held_out,
             batch_rows=loop.micro_batch_rows,
             group=self.group,
             dtype=loop.dtype,
         )
-        self._record({"step": self.step, "held_out": evaluation.to_json()}, on_record)
+        self._record({"step": self.step, "held_out": evaluation.to_json()})
         return evaluation
 
-    def _record(self, record: Record, on_record: Callable[[Record], None]) -> None:
+    def _record(self, record: Record) -> None:
         if self.writer is not None:
             self.writer.write(record)
-            on_record(record)
+            self.on_record(record)
 
     def _save(self) -> None:
         loop = self.config.train
@@ -293,34 +266,36 @@ class _Session:
                 corpus_fingerprint=self.run.corpus.fingerprint,
                 tokens=self.tokens,
                 seconds=self.seconds,
+                teachers={name: identity.to_json() for name, identity in self.run.teachers.items()},
             )
             folder = self.config.run_dir / "checkpoints"
             save_checkpoint(folder, self.student, self.optimizer, state, keep=loop.keep_checkpoints)
         self.group.barrier()
 
 
-def _begin(config: TrainConfig, group: Group, run: OpenRun) -> _Session:
+def _begin(config: TrainConfig, group: Group, run: OpenRun, on_record: Callable[[Record], None]) -> _Session:
+    """Start at the newest checkpoint, or with a new student."""
     checkpoint = newest_checkpoint(config.run_dir / "checkpoints")
     group.barrier()  # all have seen the same newest checkpoint before one writes the next
-    if checkpoint is None:
+    state = None if checkpoint is None else load_state(checkpoint)
+    if checkpoint is None or state is None:
         student = build_student(
-            config.student, seed=config.train.seed, vocab_size=run.corpus.vocab_size, row_tokens=run.longest_row
+            config.student,
+            seed=config.train.seed,
+            vocab_size=run.corpus.vocab_size,
+            row_tokens=run.longest_row,
         )
-        state = None
     else:
-        state = load_state(checkpoint)
-        state.check_corpus(run.corpus.fingerprint)
+        state.check_same(run.corpus.fingerprint, run.teachers)
         student = load_model(checkpoint)
     student.train()
     model = group.wrap(student)
-    optimizer = _optimizer(student, config.train)
+    optimizer = make_optimizer(student, config.train)
     if checkpoint is not None:
         load_optimizer(checkpoint, optimizer)
     step = 0 if state is None else state.step
-    writer = None
     if group.rank == 0:
-        (config.run_dir / "summary.json").unlink(missing_ok=True)
-        writer = MetricsWriter(config.run_dir, step=step)
+        remove_summary(config.run_dir)
     return _Session(
         config=config,
         group=group,
@@ -328,18 +303,9 @@ def _begin(config: TrainConfig, group: Group, run: OpenRun) -> _Session:
         student=student,
         model=model,
         optimizer=optimizer,
-        writer=writer,
+        writer=MetricsWriter(config.run_dir, step=step) if group.rank == 0 else None,
+        on_record=on_record,
+        began=time.monotonic() - (0.0 if state is None else state.seconds),
         step=step,
         tokens=0 if state is None else state.tokens,
-        seconds=0.0 if state is None else state.seconds,
     )
-
-
-def _optimizer(student: nn.Module, config: LoopConfig) -> torch.optim.Optimizer:
-    """AdamW; weight decay on matrices, not on norms and biases."""
-    parameters = [p for p in student.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)

@@ -258,7 +258,7 @@ class _SparseDistillation(torch.autograd.Function):
         return total.to(dtype), ce_sum, kl_sums
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor, None]:
         logits, lse, lse_tails = ctx.saved_tensors
         flat: _Flat = ctx.flat

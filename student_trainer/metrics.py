@@ -32,7 +32,7 @@ class MetricsWriter:
         kept = [line for line, record in _lines(self._file) if record["step"] <= step]
         write_lines(self._file, kept)
         self._out = self._file.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)  # type: ignore[no-untyped-call]
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 
     def write(self, record: Record) -> None:
         """Append one record; it has a `step`."""
@@ -40,12 +40,12 @@ class MetricsWriter:
         self._out.flush()
         for name, value in _flat(record):
             if name != "step":
-                self._board.add_scalar(name, value, record["step"])  # type: ignore[no-untyped-call]
+                self._board.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
         """Flush and close both files."""
         self._out.close()
-        self._board.close()  # type: ignore[no-untyped-call]
+        self._board.close()
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from cache.errors import InvalidInput, LimitExceeded
@@ -32,7 +34,7 @@ def build_student(student: StudentConfig, *, seed: int, vocab_size: int, row_tok
     with quiet_transformers():
         try:
             model = _load(student, seed, vocab_size)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
             raise InvalidInput(f"student cannot be built from {_shown(student)}: {error}") from error
     config = model.config
     if config.vocab_size < vocab_size:
@@ -81,16 +83,26 @@ def _load(student: StudentConfig, seed: int, vocab_size: int) -> PreTrainedModel
         )
         return loaded
     config = _config(student, vocab_size)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return model
 
 
 def _config(student: StudentConfig, vocab_size: int) -> Any:
-    if isinstance(student.config, dict):
-        return AutoConfig.for_model(**{"vocab_size": vocab_size, **student.config})
-    return AutoConfig.from_pretrained(student.config)
+    if not isinstance(student.config, dict):
+        return AutoConfig.from_pretrained(student.config)
+    config = AutoConfig.for_model(**{"vocab_size": vocab_size, **student.config})
+    # A key that a model type does not have is kept as it is, unread: a typo would go unseen.
+    known = {
+        *inspect.signature(type(config).__init__).parameters,
+        *PretrainedConfig().to_dict(),
+        *config.attribute_map,
+    }
+    unknown = sorted(student.config.keys() & config.to_dict().keys() - known)
+    if unknown:
+        raise ValueError(f"model_type {config.model_type!r} has no key {unknown[0]!r}")
+    return config
 
 
 def _shown(student: StudentConfig) -> str:

@@ -6,20 +6,24 @@ library's random stream, so an order never changes under another version of anyt
 rows since the start of the run; the resume state is (seed, epoch, cursor, corpus fingerprint), and the epoch
 follows from the cursor.
 
-Held-out rows are drawn by the same hash from `held_out_seed` alone and belong to no epoch.
+Held-out rows are drawn by the same hash from `held_out_seed` alone; they and rows of the same tokens belong to
+no epoch.
 
 Shape legend:  R rows of the corpus, S shards, H held-out rows, B rows of a batch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cache.corpus import KEY_BYTES, Corpus
 from cache.errors import InvalidInput
 
+_KEYS_AT_ONCE = 1 << 20
 _SHARDS, _ROWS, _HELD_OUT = np.uint64(1), np.uint64(2), np.uint64(3)
 
 
@@ -31,7 +35,7 @@ def hashed(indexes: NDArray[np.int64], *salt: int | np.uint64) -> NDArray[np.uin
     return state
 
 
-def held_out_rows(num_rows: int, held_out: float, seed: int) -> NDArray[np.int64]:
+def choose_held_out(num_rows: int, held_out: float, seed: int) -> NDArray[np.int64]:
     """[H] row indexes, rising. `held_out` is a count, or a share below 1 (rounded, at least one row).
 
     Raises:
@@ -48,14 +52,34 @@ def held_out_rows(num_rows: int, held_out: float, seed: int) -> NDArray[np.int64
     return _distinct(num_rows, count, seed)
 
 
+def with_copies(corpus: Corpus, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The given rows and every other row with the same tokens, rising: what must not be trained on.
+
+    Where the corpus has repeated rows, their keys are read twice from end to end, 16 bytes a row.
+    """
+    if corpus.spec.duplicate_rows == 0 or not len(rows):
+        return rows
+    wanted = np.concatenate(
+        [keys[rows[(rows >= a) & (rows < a + len(keys))] - a] for a, keys in _keys(corpus)]
+    )
+    return np.concatenate([a + np.flatnonzero(np.isin(keys, wanted)) for a, keys in _keys(corpus)])
+
+
+def _keys(corpus: Corpus) -> Iterator[tuple[int, NDArray[np.bytes_]]]:
+    """All row keys, as the first row of a block and the block's keys."""
+    for start in range(0, len(corpus), _KEYS_AT_ONCE):
+        block = corpus.row_keys(start, min(start + _KEYS_AT_ONCE, len(corpus)))
+        yield start, np.ascontiguousarray(block).reshape(-1).view(f"S{KEY_BYTES}")
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class SampleOrder:
     """The endless sequence of training rows."""
 
     shard_rows: NDArray[np.int64]
     """[S+1] first row of each shard, and the number of rows."""
-    held_out: NDArray[np.int64]
-    """[H] rows left out, rising."""
+    left_out: NDArray[np.int64]
+    """[H] rows that are never drawn, rising: those held out and their copies."""
     seed: int
     window_shards: int = 8
     _plans: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = field(
@@ -67,7 +91,7 @@ class SampleOrder:
     @property
     def rows_per_epoch(self) -> int:
         """Training rows, each once per epoch."""
-        return int(self.shard_rows[-1]) - len(self.held_out)
+        return int(self.shard_rows[-1]) - len(self.left_out)
 
     def epoch(self, cursor: int) -> int:
         """The epoch that the row at `cursor` belongs to."""
@@ -108,10 +132,10 @@ class SampleOrder:
         num_shards = len(self.shard_rows) - 1
         keys = hashed(np.arange(num_shards, dtype=np.int64), self.seed, epoch, _SHARDS)
         shards = np.argsort(keys, kind="stable").astype(np.int64)
-        held_before = np.searchsorted(self.held_out, self.shard_rows)
+        held_before = np.searchsorted(self.left_out, self.shard_rows)
         kept = (np.diff(self.shard_rows) - np.diff(held_before))[shards]
         starts = np.concatenate([[0], np.cumsum(kept)])[:: self.window_shards]
-        # A window of held-out rows only is empty; searchsorted on the right skips it.
+        # A window of left-out rows only is empty; searchsorted on the right skips it.
         return shards, starts.astype(np.int64)
 
     def _window(self, epoch: int, window: int, shards: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -120,7 +144,7 @@ class SampleOrder:
             chosen = shards[window * self.window_shards : (window + 1) * self.window_shards]
             bounds = zip(self.shard_rows[chosen], self.shard_rows[chosen + 1], strict=True)
             rows = np.concatenate([np.arange(a, b, dtype=np.int64) for a, b in bounds])
-            rows = rows[~np.isin(rows, self.held_out, assume_unique=True)]
+            rows = rows[~np.isin(rows, self.left_out, assume_unique=True)]
             order = np.argsort(hashed(rows, self.seed, epoch, _ROWS), kind="stable")
             found = rows[order]
             self._windows.clear()  # two threads may ask: each goes on with what it found or made

@@ -14,7 +14,6 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -26,8 +25,9 @@ from torch import Tensor, distributed, nn
 from cache.errors import PotstillError, Unavailable
 from student_trainer.checkpoint import newest_step
 from student_trainer.config import TrainConfig
-from student_trainer.loop import TrainResult, train
+from student_trainer.loop import train
 from student_trainer.metrics import MetricsFollower, Record
+from student_trainer.result import TrainResult
 from student_trainer.run import open_run, prepare_run_dir
 
 _STOP_FILE = ".stop"
@@ -60,7 +60,7 @@ def train_with_ray(
     stop_file = config.run_dir / _STOP_FILE
     stop_file.unlink(missing_ok=True)
     follower = MetricsFollower(config.run_dir, after_step=newest_step(config.run_dir / "checkpoints"))
-    with _ray(address):
+    with _ray(address, config.train.workers):
         outcome = _Fit(_trainer(config))
         thread = threading.Thread(target=outcome.run, name="ray-train", daemon=True)
         thread.start()
@@ -89,7 +89,7 @@ class _Fit:
             self.error = error
 
     def result(self) -> TrainResult:
-        if isinstance(self.error, ray.train.v2.api.exceptions.WorkerGroupError):
+        if isinstance(self.error, ray.train.WorkerGroupError):
             raise _cause(self.error) from self.error
         if self.error is not None:
             raise self.error
@@ -143,7 +143,7 @@ def _trainer(config: TrainConfig) -> ray.train.torch.TorchTrainer:
 
 
 @contextmanager
-def _ray(address: str | None) -> Iterator[None]:
+def _ray(address: str | None, workers: int) -> Iterator[None]:
     """A connection to Ray; shut down at the end only if made here."""
     if ray.is_initialized():
         yield
@@ -151,9 +151,11 @@ def _ray(address: str | None) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Without this Ray packs and uploads the current folder when this was started by `uv run`.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    started_here: dict[str, Any] = {} if address else {"include_dashboard": False}
+    address = address or os.environ.get("RAY_ADDRESS")
+    cpus = max(workers, os.cpu_count() or 1)  # more workers than cores are slow, not stuck
+    started_here: dict[str, Any] = {} if address else {"include_dashboard": False, "num_cpus": cpus}
     try:
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **started_here)
+        ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **started_here)
     except ConnectionError as error:
         raise Unavailable(f"no Ray at {address!r}: {error}") from error
     try:
@@ -162,7 +164,7 @@ def _ray(address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
-def _cause(error: ray.train.v2.api.exceptions.WorkerGroupError) -> PotstillError:
+def _cause(error: ray.train.WorkerGroupError) -> PotstillError:
     """The workers' own error of ours, or one line about theirs."""
     failures = list(error.worker_failures.values())
     for failure in failures:

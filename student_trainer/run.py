@@ -1,41 +1,60 @@
 """A run's folder and what a run reads.
 
-    <run>/config.json     as given, with absolute paths
-    <run>/metrics.jsonl   tensorboard/   checkpoints/   ray/
-    <run>/model/          the final student       summary.json    its held-out numbers; only when finished
+<run>/config.json     as given, with absolute paths
+<run>/metrics.jsonl   tensorboard/   checkpoints/   ray/
+<run>/model/          the final student       summary.json    its held-out numbers; only when finished
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cache.cache import Cache
-from cache.errors import FormatError, NotFound, StoreError
+from cache.corpus import Corpus
+from cache.errors import FormatError, InvalidInput, NotFound, StoreError, Unavailable
+from cache.types import TeacherIdentity
 from student_trainer.checkpoint import newest_checkpoint, write_json
 from student_trainer.config import TrainConfig
 from student_trainer.data import BatchReader
-from student_trainer.order import SampleOrder, held_out_rows
-from student_trainer.sources import CorpusRows, open_sources
+from student_trainer.evaluate import Evaluation, evaluate_student
+from student_trainer.group import Alone, Group
+from student_trainer.models import load_student
+from student_trainer.order import SampleOrder, choose_held_out, with_copies
+from student_trainer.result import finished_result
+from student_trainer.sources import open_sources
+
+_LOCK_SECONDS = 5.0
+"""Workers that Ray replaces may take this long to be gone."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OpenRun:
     """The corpus, the order of its rows, and a reader of rows with all teachers' targets."""
 
-    corpus: CorpusRows
+    corpus: Corpus
+    held_out: NDArray[np.int64]
+    """[H] rows to evaluate on, rising."""
     order: SampleOrder
     reader: BatchReader
 
     @property
+    def teachers(self) -> dict[str, TeacherIdentity]:
+        """Identities by name."""
+        return {source.name: source.identity for source in self.reader.sources}
+
+    @property
     def longest_row(self) -> int:
         """Tokens."""
-        return int(np.diff(self.corpus.row_starts).max())
+        return self.corpus.spec.longest_row
 
 
 @contextmanager
@@ -48,10 +67,15 @@ def open_run(config: TrainConfig) -> Iterator[OpenRun]:
     """
     cache = Cache.open(config.data.cache)
     corpus = cache.corpus(config.data.corpus)
-    held_out = held_out_rows(int(corpus.shard_rows[-1]), config.data.held_out, config.data.held_out_seed)
-    order = SampleOrder(corpus.shard_rows, held_out, config.train.seed, config.data.window_shards)
+    held_out = choose_held_out(len(corpus), config.data.held_out, config.data.held_out_seed)
+    left_out = with_copies(corpus, held_out)
+    if len(left_out) == len(corpus):
+        raise InvalidInput(
+            f"data.held_out leaves no row to train on: all {len(corpus)} rows are copies of those"
+        )
+    order = SampleOrder(corpus.shard_rows, left_out, config.train.seed, config.data.window_shards)
     with open_sources(config, cache, corpus) as sources:
-        yield OpenRun(corpus, order, BatchReader(corpus, sources, config.weights))
+        yield OpenRun(corpus, held_out, order, BatchReader(corpus, sources, config.weights))
 
 
 def prepare_run_dir(config: TrainConfig, *, write: bool) -> None:
@@ -70,6 +94,28 @@ def prepare_run_dir(config: TrainConfig, *, write: bool) -> None:
         except OSError as error:
             raise StoreError(f"train.out {str(run_dir)!r} cannot be made: {error}") from error
         write_json(run_dir / "config.json", config.to_json())
+
+
+@contextmanager
+def only_trainer(run_dir: Path) -> Iterator[None]:
+    """Hold the run's folder for this process; a killed holder lets go by itself.
+
+    Raises:
+        Unavailable: another process trains there, and still does after some seconds.
+    """
+    with (run_dir / ".lock").open("w") as file:
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise Unavailable(
+                        f"another process is training in {str(run_dir)!r}; wait for it, or stop it"
+                    ) from error
+                time.sleep(0.1)
+        yield
 
 
 def read_config(run_dir: Path) -> TrainConfig:
@@ -96,8 +142,30 @@ def trained_model(run_dir: Path) -> tuple[TrainConfig, Path]:
     config = read_config(run_dir)
     checkpoint = newest_checkpoint(run_dir / "checkpoints")
     finished = run_dir / "model"
-    if (run_dir / "summary.json").exists() and finished.exists():
+    # A run that goes on after it was finished has newer checkpoints than its model.
+    if finished_result(config) is not None and finished.exists():
         return config, finished
     if checkpoint is None:
         raise NotFound(f"run {str(run_dir)!r} has no model and no complete checkpoint yet")
     return config, checkpoint / "model"
+
+
+def evaluate_run(run_dir: Path, *, group: Group | None = None) -> Evaluation:
+    """Evaluate a run's final model, or its newest checkpoint, on the run's held-out rows.
+
+    Raises:
+        NotFound: no run, or nothing trained yet, in the folder.
+        PotstillError: whatever opening the cache or the teachers raises.
+    """
+    group = group or Alone()
+    config, folder = trained_model(run_dir)
+    with open_run(config) as run:
+        model = load_student(folder).to(group.device)
+        return evaluate_student(
+            model,
+            run.reader,
+            run.held_out,
+            batch_rows=config.train.micro_batch_rows,
+            group=group,
+            dtype=config.train.dtype,
+        )

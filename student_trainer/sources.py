@@ -2,53 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cache.cache import Cache
-from cache.errors import NotCommitted, SpecMismatch, UnsupportedField
+from cache.corpus import Corpus
+from cache.errors import InvalidInput, NotCommitted, SpecMismatch, UnsupportedField
 from cache.targets import TargetSet
 from cache.types import Fields, Targets, TeacherIdentity, Tokens
 from clients.http_teacher import SyncHttpTeacher
 from student_trainer.config import TeacherConfig, TrainConfig
-
-
-class CorpusRows(Protocol):
-    """What the trainer needs of a corpus; `cache.corpus.Corpus` has it."""
-
-    @property
-    def row_starts(self) -> NDArray[np.int64]:
-        """[R+1] first position of each row."""
-        ...
-
-    @property
-    def shard_rows(self) -> NDArray[np.int64]:
-        """[S+1] first row of each shard."""
-        ...
-
-    @property
-    def tokenizer_sha256(self) -> str:
-        """Of the tokenizer that made the rows."""
-        ...
-
-    @property
-    def vocab_size(self) -> int:
-        """The tokenizer's."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """sha256 of the content."""
-        ...
-
-    def row(self, index: int) -> Tokens:
-        """uint32 token ids [T]."""
-        ...
 
 
 class TargetSource(Protocol):
@@ -112,7 +80,7 @@ class ServiceSource:
 
 
 @contextmanager
-def open_sources(config: TrainConfig, cache: Cache, corpus: CorpusRows) -> Iterator[tuple[TargetSource, ...]]:
+def open_sources(config: TrainConfig, cache: Cache, corpus: Corpus) -> Iterator[tuple[TargetSource, ...]]:
     """The sources of all of the run's teachers, in the config's order, checked against the corpus.
 
     Raises:
@@ -124,7 +92,7 @@ def open_sources(config: TrainConfig, cache: Cache, corpus: CorpusRows) -> Itera
         yield tuple(_open(teacher, config.data.corpus, cache, corpus, stack) for teacher in config.teachers)
 
 
-def check_tokenizer(source: TargetSource, corpus: CorpusRows) -> None:
+def check_tokenizer(source: TargetSource, corpus: Corpus) -> None:
     """Check that the teacher's ids mean what the corpus's ids mean.
 
     Raises:
@@ -139,22 +107,34 @@ def check_tokenizer(source: TargetSource, corpus: CorpusRows) -> None:
 
 
 def _open(
-    teacher: TeacherConfig, corpus_name: str, cache: Cache, corpus: CorpusRows, stack: ExitStack
+    teacher: TeacherConfig, corpus_name: str, cache: Cache, corpus: Corpus, stack: ExitStack
 ) -> TargetSource:
     source: TargetSource
     if teacher.source == "service":
         assert teacher.url is not None, "the config refuses a service without a url"
-        client = stack.enter_context(SyncHttpTeacher.open(teacher.url, teacher.name))
+        client = stack.enter_context(SyncHttpTeacher(teacher.url, teacher.name, api_key=_api_key(teacher)))
         source = ServiceSource(teacher.name, client, teacher.k)
     else:
         targets = cache.targets(teacher.name, corpus_name)
         teacher_k, kept = teacher.k or 1, targets.fields.k
         if teacher_k > kept:
-            raise UnsupportedField(f"teachers.k is {teacher_k} for {teacher.name!r}, but the cache holds k={kept}")
+            raise UnsupportedField(
+                f"teachers.k is {teacher_k} for {teacher.name!r}, but the cache holds k={kept}"
+            )
         _check_committed(teacher.name, targets)
         source = CacheSource(teacher.name, targets, teacher.k)
     check_tokenizer(source, corpus)
     return source
+
+
+def _api_key(teacher: TeacherConfig) -> str | None:
+    """The key in the environment, so that no config and no run folder holds one."""
+    name = teacher.api_key_env
+    if name is None:
+        return None
+    if name not in os.environ:
+        raise InvalidInput(f"teachers.api_key_env names {name!r}, but that is not set")
+    return os.environ[name]
 
 
 def _check_committed(name: str, targets: TargetSet) -> None:

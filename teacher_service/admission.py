@@ -14,8 +14,7 @@ from starlette.requests import Request
 
 from cache import wire
 from cache.errors import BodyTooLarge, InvalidInput, LimitExceeded, MediaTypeError, Overloaded
-from cache.types import Fields, Tokens
-from teacher_service.replicas import TeacherLimits
+from cache.types import Fields, Teacher, Tokens
 from teacher_service.settings import LimitSettings
 
 TIMEOUT_HEADER = "potstill-timeout"
@@ -38,9 +37,7 @@ class Admission:
             Overloaded: `max_requests_in_flight` are there already.
         """
         if self.requests_in_flight >= self.limits.max_requests_in_flight:
-            raise Overloaded(
-                f"{self.requests_in_flight} score requests are in flight, the most allowed; retry later"
-            )
+            raise Overloaded(f"{self.requests_in_flight} score requests are in flight, the most allowed; retry later")
         self.requests_in_flight += 1
         try:
             yield
@@ -67,9 +64,7 @@ class Admission:
             self.tokens_in_flight -= num_tokens
 
 
-def check_request(
-    rows: Sequence[Tokens], want: Fields, *, teacher: TeacherLimits, limits: LimitSettings
-) -> int:
+def check_request(rows: Sequence[Tokens], want: Fields, *, teacher: Teacher, limits: LimitSettings) -> int:
     """Refuse what can never be scored; returns the number of tokens.
 
     Raises:
@@ -79,24 +74,21 @@ def check_request(
     if len(rows) > limits.max_rows:
         raise LimitExceeded(f"{len(rows)} rows are over max_rows={limits.max_rows}; send fewer per request")
     longest = max(map(len, rows), default=0)
-    if teacher.max_row_tokens is not None and longest > teacher.max_row_tokens:
-        raise LimitExceeded(
-            f"a row of {longest} tokens is over the teacher's {teacher.max_row_tokens}; cut it"
-        )
+    max_row_tokens, vocab_size = teacher.limits.max_row_tokens, teacher.identity.vocab_size
+    if max_row_tokens is not None and longest > max_row_tokens:
+        raise LimitExceeded(f"a row of {longest} tokens is over the teacher's {max_row_tokens}; cut it")
     num_tokens = sum(map(len, rows))
     if num_tokens > limits.max_tokens_in_flight:
         raise LimitExceeded(
-            f"{num_tokens} tokens are over max_tokens_in_flight={limits.max_tokens_in_flight}; "
-            "send fewer rows"
+            f"{num_tokens} tokens are over max_tokens_in_flight={limits.max_tokens_in_flight}; send fewer rows"
         )
-    if want.k > teacher.max_top_k:
-        raise LimitExceeded(f"k={want.k} is over this teacher's {teacher.max_top_k}; ask for at most that")
+    max_top_k = min(vocab_size, teacher.limits.max_top_k or vocab_size)
+    if want.k > max_top_k:
+        raise LimitExceeded(f"k={want.k} is over this teacher's {max_top_k}; ask for at most that")
     highest = max((int(row.max()) for row in rows if len(row)), default=0)
-    if highest >= teacher.vocab_size:
-        raise LimitExceeded(
-            f"token id {highest} is over a vocabulary of {teacher.vocab_size}: another tokenizer?"
-        )
-    num_bytes = num_tokens * _bytes_per_position(want, teacher.vocab_size)
+    if highest >= vocab_size:
+        raise LimitExceeded(f"token id {highest} is over a vocabulary of {vocab_size}: another tokenizer?")
+    num_bytes = num_tokens * _bytes_per_position(want, vocab_size)
     if num_bytes > limits.max_answer_bytes:
         raise LimitExceeded(
             f"the answer would hold {num_bytes} bytes, over max_answer_bytes={limits.max_answer_bytes}; "
@@ -145,9 +137,7 @@ def request_format(request: Request) -> str:
 
 def answer_format(request: Request, default: str) -> str:
     """The first of our media types that the caller accepts, else `default`."""
-    accepted = [
-        part.partition(";")[0].strip().lower() for part in request.headers.get("accept", "").split(",")
-    ]
+    accepted = [part.partition(";")[0].strip().lower() for part in request.headers.get("accept", "").split(",")]
     return next((kind for kind in accepted if kind in (wire.ARROW_MEDIA_TYPE, wire.JSON_MEDIA_TYPE)), default)
 
 

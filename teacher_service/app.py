@@ -8,6 +8,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from fastapi import FastAPI, Query, Request, Response
@@ -42,10 +43,12 @@ from teacher_service.settings import LimitSettings
 
 if TYPE_CHECKING:
     from cache.cache import Cache
+    from cache.targets import TargetSet
 
 T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 _RETRY_AFTER_SECONDS = 1
+_DETAIL_CHARACTERS = 1000
 _SMALL_BYTES = 64 * 2**10  # (de)serialised on the event loop: less than a millisecond
 
 
@@ -182,9 +185,17 @@ def _add_teacher_routes(app: FastAPI, service: Service) -> None:
 
 
 def _add_corpus_routes(app: FastAPI, service: Service) -> None:
+    cache = service.cache
+
+    # Opened sets stay open: a reader of many ranges pays for the metadata once.
+    @lru_cache(maxsize=64)
+    def open_targets(teacher: str, corpus: str) -> TargetSet:
+        if cache is None:
+            raise UnknownCorpus("this service has no cache; start it with --cache")
+        return cache.targets(teacher, corpus)
+
     @app.get("/v1/corpora")
     async def list_corpora() -> dict[str, Any]:
-        cache = service.cache
         return {"corpora": [] if cache is None else await asyncio.to_thread(_describe_corpora, cache)}
 
     @app.get("/v1/corpora/{corpus}/targets/{teacher}")
@@ -196,21 +207,19 @@ def _add_corpus_routes(app: FastAPI, service: Service) -> None:
         stop: Annotated[int, Query(ge=0)],
     ) -> Response:
         writes = answer_format(request, wire.ARROW_MEDIA_TYPE)
-        cache = service.cache
-        if cache is None:
-            raise UnknownCorpus("this service has no cache; start it with --cache")
         bound = service.limits.max_range_positions
-        if stop < start:
-            raise InvalidInput(f"stop={stop} is before start={start}")
+        if stop <= start:
+            raise InvalidInput(f"stop={stop} is not after start={start}")
         if stop - start > bound:
             raise LimitExceeded(f"{stop - start} positions are over max_range_positions={bound}; read fewer")
         with service.admission.request():
-            return await asyncio.to_thread(_read_range, cache, (corpus, teacher), (start, stop), writes)
+            return await asyncio.to_thread(lambda: _read_range(open_targets(teacher, corpus), (start, stop), writes))
 
 
 def _add_error_answers(app: FastAPI, metrics: Metrics) -> None:
     def answer(status: int, kind: str, detail: str, headers: Mapping[str, str] | None = None) -> Response:
         metrics.refusals.labels(kind).inc()
+        detail = detail[:_DETAIL_CHARACTERS]  # a message may quote what the caller sent
         return JSONResponse({"kind": kind, "detail": detail}, status_code=status, headers=headers)
 
     @app.exception_handler(PotstillError)
@@ -252,19 +261,28 @@ def _describe(teacher: HostedTeacher) -> dict[str, JSON]:
 
 
 def _describe_corpora(cache: Cache) -> list[dict[str, JSON]]:
-    return [{"name": corpus, "teachers": list(cache.teachers(corpus))} for corpus in cache.corpora()]
+    described: list[dict[str, JSON]] = []
+    for name in cache.corpora():
+        corpus = cache.corpus(name)
+        described.append(
+            {
+                "name": name,
+                "rows": len(corpus),
+                "positions": corpus.num_positions,
+                "shards": corpus.num_shards,
+                "tokenizer_sha256": corpus.tokenizer_sha256,
+                "teachers": list(cache.teachers(name)),
+            }
+        )
+    return described
 
 
-def _read_range(cache: Cache, names: tuple[str, str], positions: tuple[int, int], writes: str) -> Response:
-    corpus, teacher = names
-    target_set = cache.targets(teacher, corpus)
+def _read_range(target_set: TargetSet, positions: tuple[int, int], writes: str) -> Response:
     targets = target_set.read(*positions)
     return _answer(wire.ScoreAnswer(target_set.identity, [targets]), Fields(k=targets.k), writes)
 
 
-async def _prepare_score(
-    service: Service, teacher: HostedTeacher, request: Request
-) -> Coroutine[Any, Any, Response]:
+async def _prepare_score(service: Service, teacher: HostedTeacher, request: Request) -> Coroutine[Any, Any, Response]:
     """Check and read everything that needs no teacher; the coroutine does the rest."""
     reads = request_format(request)
     writes = answer_format(request, reads)
@@ -275,8 +293,7 @@ async def _prepare_score(
 
     async def finish() -> Response:
         asked = await _off_loop(len(body), lambda: decode(body))
-        limits = teacher.pool.limits
-        num_tokens = check_request(asked.rows, asked.fields, teacher=limits, limits=service.limits)
+        num_tokens = check_request(asked.rows, asked.fields, teacher=front, limits=service.limits)
         with service.admission.tokens(num_tokens):
             targets = await _within(seconds, front.score(asked.rows, asked.fields))
         service.metrics.rows.labels(teacher.name).inc(len(targets))

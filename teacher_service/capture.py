@@ -119,9 +119,7 @@ def _refuse_nonsense(logprobs: NDArray[np.float32], labels: NDArray[np.float32])
     for name, values in (("top-k", logprobs), ("label", labels)):
         if not np.all(values < np.inf):  # False for NaN too
             position = int(np.argwhere(~(values < np.inf))[0][0])
-            raise TeacherFailed(
-                f"the engine answered a {name} logprob that is not a number at position {position}"
-            )
+            raise TeacherFailed(f"the engine answered a {name} logprob that is not a number at position {position}")
 
 
 def _by_falling_logprob(

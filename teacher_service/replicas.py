@@ -1,4 +1,4 @@
-"""Teachers as the service holds them: a pool of replicas, its limits, and its life from start to stop."""
+"""Teachers as the service holds them: a pool of replicas, and its life from start to stop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from cache.errors import LimitExceeded, PotstillError, TeacherFailed, Unavailable
-from cache.types import Fields, Provenance, Targets, Teacher, TeacherIdentity, Tokens
+from cache.types import Fields, Provenance, Targets, Teacher, TeacherIdentity, TeacherLimits, Tokens
 
 if TYPE_CHECKING:
     from cache.cache import Cache
@@ -19,25 +19,6 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 State: TypeAlias = Literal["starting", "ready", "stopped", "failed"]
 OpenTeacher: TypeAlias = Callable[[], AbstractAsyncContextManager[Teacher]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TeacherLimits:
-    """What one teacher can take."""
-
-    vocab_size: int
-    max_top_k: int
-    """The largest K; the vocabulary when the teacher states none."""
-    max_row_tokens: int | None
-    """The longest row, or None when the teacher states none."""
-
-    @classmethod
-    def of(cls, teacher: Teacher) -> TeacherLimits:
-        """Ask a teacher. Stating limits is optional, so this is the one place that looks for them."""
-        vocab_size = teacher.identity.vocab_size
-        max_top_k: int = getattr(teacher, "max_top_k", vocab_size)
-        max_row_tokens: int | None = getattr(teacher, "max_row_tokens", None)
-        return cls(vocab_size=vocab_size, max_top_k=min(max_top_k, vocab_size), max_row_tokens=max_row_tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +48,8 @@ class ReplicaPool:
 
     @property
     def limits(self) -> TeacherLimits:
-        """What one replica can take."""
-        return TeacherLimits.of(self._replica)
+        """What every replica accepts."""
+        return self._replica.limits
 
     @property
     def status(self) -> ReplicaStatus:
@@ -195,9 +176,7 @@ class HostedTeacher:
             if self._keep is not None:
                 from cache.cached import CachedTeacher  # noqa: PLC0415  zarr and obstore, only when used
 
-                opened = CachedTeacher.open(
-                    pool, name=self.name, cache=self._keep.cache, policy=self._keep.policy
-                )
+                opened = CachedTeacher.open(pool, name=self.name, cache=self._keep.cache, policy=self._keep.policy)
                 self._cached = await stack.enter_async_context(opened)
             self._pool = pool
             self._settled.set()

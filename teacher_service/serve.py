@@ -28,18 +28,14 @@ SUMMARY = "serve teachers over HTTP, with the cache in front of them"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
-    parser.add_argument(
-        "config", nargs="?", type=Path, metavar="CONFIG.toml", help="settings; options win over it"
-    )
+    parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG.toml", help="settings; options win over it")
     parser.add_argument(
         "--teacher",
         action="append",
         metavar="NAME=MODEL",
         help="serve MODEL (a model name, a path, or the URL of another service) as NAME; may be repeated",
     )
-    parser.add_argument(
-        "--cache", metavar="ROOT", help="folder or URL of the cache; without it nothing is kept"
-    )
+    parser.add_argument("--cache", metavar="ROOT", help="folder or URL of the cache; without it nothing is kept")
     parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, help="port to listen on; 0 takes a free one (default: 8700)")
 
@@ -54,9 +50,7 @@ def run(args: argparse.Namespace) -> int:
     named = None if args.teacher is None else [teacher_from_argument(text) for text in args.teacher]
     command_line = {"host": args.host, "port": args.port, "cache": args.cache, "teachers": named}
     settings = load_settings(args.config, command_line=command_line, environment=os.environ)
-    logging.basicConfig(
-        level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s"
-    )
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     # The port first: who has to choose another one should not wait for engines.
     with bind(settings.host, settings.port) as listener:
         asyncio.run(_serve(settings, listener))
@@ -127,6 +121,7 @@ async def _serve(settings: ServiceSettings, listener: socket.socket) -> None:
     config = uvicorn.Config(
         create_app(service),
         lifespan="off",
+        ws="none",
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=settings.grace_seconds,

@@ -24,7 +24,7 @@ from pydantic import (
 
 from cache.errors import InvalidInput
 
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z"
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 ENVIRONMENT = {"POTSTILL_HOST": "host", "POTSTILL_PORT": "port", "POTSTILL_CACHE": "cache"}
 """Every environment variable the service reads, and the setting it sets."""
 
@@ -47,7 +47,8 @@ class KeepSettings(_Frozen):
 class LimitSettings(_Frozen):
     """What one request, and all requests together, may ask for. Over it: `LimitExceeded` or `Overloaded`."""
 
-    max_body_bytes: Count = 64 * 2**20
+    max_body_bytes: Count = 8 * 2**20
+    """Of one request; the default holds twice the default `max_tokens_in_flight` even as JSON."""
     max_answer_bytes: Count = 512 * 2**20
     """Of one answer's arrays, estimated from tokens, K and fields before any work is done."""
     max_rows: Count = 4096
@@ -164,6 +165,4 @@ def _known_keys(table: tuple[int | str, ...]) -> list[str]:
         "limits": LimitSettings,
         "teachers": TeacherSettings,
     }
-    return list(
-        models.get(str(table[0]), ServiceSettings).model_fields if table else ServiceSettings.model_fields
-    )
+    return list(models.get(str(table[0]), ServiceSettings).model_fields if table else ServiceSettings.model_fields)

@@ -63,7 +63,10 @@ class FakeTeacher:
         vocab = np.arange(self._identity.vocab_size, dtype=np.int64)
         phase = (state[:, None] * 31 + vocab[None, :] * 7919) % 10_007
         logits = 8.0 * np.sin(phase.astype(np.float64)) - 0.5 * np.log1p(vocab)
-        return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+        logprobs: np.ndarray[tuple[int, int], np.dtype[np.float64]] = logits - np.logaddexp.reduce(
+            logits, axis=1, keepdims=True
+        )
+        return logprobs
 
     def distribution(self, row: Tokens, k: int) -> Targets:
         dense = self.dense_logprobs(row)

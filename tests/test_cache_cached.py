@@ -40,9 +40,17 @@ class Gated(FakeTeacher):
     def __init__(self) -> None:
         super().__init__()
         self.gate = asyncio.Event()
+        self._asked = asyncio.Condition()
+
+    async def asked(self, num_rows: int) -> None:
+        """Wait until so many rows have come."""
+        async with self._asked:
+            await self._asked.wait_for(lambda: len(self.scored) >= num_rows)
 
     async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
         answers = await super().score(rows, want)
+        async with self._asked:
+            self._asked.notify_all()
         await self.gate.wait()
         return answers
 
@@ -67,8 +75,7 @@ async def test_callers_that_ask_at_the_same_time_share_one_score(cache: Cache) -
     teacher = Gated()
     async with CachedTeacher.open(teacher, name="smol", cache=cache, policy=POLICY) as cached:
         asking = [asyncio.create_task(cached.score([row(1, 2), row(i)], WANT)) for i in range(10, 20)]
-        while len(teacher.scored) < 11:
-            await asyncio.sleep(0.01)
+        await teacher.asked(11)
         teacher.gate.set()
         answers = await asyncio.gather(*asking)
     assert teacher.scored.count(row(1, 2).tobytes()) == 1
@@ -80,8 +87,7 @@ async def test_a_caller_that_leaves_does_not_fail_the_others(cache: Cache) -> No
     teacher = Gated()
     async with CachedTeacher.open(teacher, name="smol", cache=cache, policy=POLICY) as cached:
         leaving = asyncio.create_task(cached.score([row(1)], WANT))
-        while not teacher.scored:
-            await asyncio.sleep(0.01)
+        await teacher.asked(1)
         staying = asyncio.create_task(cached.score([row(1)], WANT))
         await asyncio.sleep(0.05)
         leaving.cancel()

@@ -108,9 +108,7 @@ def test_a_json_answer_is_strict_json_with_null_for_no_number(answer: wire.Score
 def some_answer() -> bytes:
     teacher = FakeTeacher()
     row = np.arange(9, dtype=np.uint32)
-    return wire.answer_to_arrow(
-        wire.ScoreAnswer(teacher.identity, [teacher.distribution(row, 3)] * 2), Fields(k=3)
-    )
+    return wire.answer_to_arrow(wire.ScoreAnswer(teacher.identity, [teacher.distribution(row, 3)] * 2), Fields(k=3))
 
 
 def some_request() -> bytes:
@@ -180,9 +178,7 @@ META = {b"potstill.format": b"1", b"potstill.fields": b'{"k": 2}'}
 ROWS = pa.array([[1, 2], [3]], type=pa.list_(pa.uint32()))
 
 
-def row_schema(
-    kind: pa.DataType = ROWS.type, *, metadata: Mapping[bytes, bytes] = MappingProxyType(META)
-) -> pa.Schema:
+def row_schema(kind: pa.DataType = ROWS.type, *, metadata: Mapping[bytes, bytes] = MappingProxyType(META)) -> pa.Schema:
     return pa.schema([pa.field("row", kind)], metadata=dict(metadata))
 
 
@@ -238,6 +234,27 @@ def test_rows_of_a_sliced_batch_and_of_several_batches_are_read_in_order() -> No
         writer.write_batch(batch.slice(0, 1))
     rows = wire.request_from_arrow(sink.getvalue().to_pybytes()).rows
     assert [row.tolist() for row in rows] == [[1, 2], [3], [9]]
+
+
+@pytest.mark.parametrize("codec", ["lz4", "zstd"])
+def test_a_small_body_that_unpacks_to_a_huge_one_is_refused_before_it_is_unpacked(codec: str) -> None:
+    column = pa.ListArray.from_arrays(pa.array([0, 4_000_000], pa.int32()), pa.array(np.zeros(4_000_000, np.uint32)))
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, row_schema(), options=pa.ipc.IpcWriteOptions(compression=codec)) as writer:
+        writer.write_batch(pa.record_batch([column], schema=row_schema()))
+    del column
+    before = pa.total_allocated_bytes()
+    with pytest.raises(InvalidInput, match="uncompressed"):
+        wire.request_from_arrow(sink.getvalue().to_pybytes())
+    assert pa.total_allocated_bytes() - before < 1_000_000
+
+
+def test_dictionaries_are_refused() -> None:
+    kind = pa.dictionary(pa.int32(), pa.string())
+    schema = pa.schema([row_schema().field(0), pa.field("extra", kind)], metadata=META)
+    body = stream(schema, ROWS, pa.array(["a", "b"], pa.string()).dictionary_encode())
+    with pytest.raises(InvalidInput, match="dictionary"):
+        wire.request_from_arrow(body)
 
 
 def answer_stream(columns: dict[str, pa.Array], identity: bytes | None = None) -> bytes:

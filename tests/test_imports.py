@@ -19,7 +19,7 @@ ALLOWED = {
     "teacher_service": {"cache", "teacher_service"},
 }
 HEAVY = {
-    "vllm": {"teacher_service/engine.py", "teacher_service/vllm_teacher.py", "teacher_service/capture.py"},
+    "vllm": {"teacher_service/vllm_engine.py"},
     "ray": {"student_trainer/ray_train.py"},
     "zarr": {"cache/groups.py"},
     "obstore": {"cache/store.py", "cache/groups.py"},

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cache.errors import InvalidInput
 from student_trainer.loss import MIN_TAIL_MASS, NO_LABEL, TeacherTargets, distillation_loss, kl_and_overlap
@@ -16,7 +18,9 @@ from tests.fakes import FakeTeacher, fake_identity
 B, T, V, K = 2, 5, 23, 6
 
 
-def random_targets(seed: int, *, k: int = K, vocab: int = V, weight: float = 1.0) -> tuple[TeacherTargets, Tensor]:
+def random_targets(
+    seed: int, *, k: int = K, vocab: int = V, weight: float = 1.0
+) -> tuple[TeacherTargets, Tensor]:
     """Top-k targets of a random dense float64 distribution, and that distribution."""
     generator = torch.Generator().manual_seed(seed)
     dense = torch.log_softmax(3 * torch.randn(B, T, vocab, generator=generator, dtype=torch.float64), -1)
@@ -49,12 +53,20 @@ def random_batch(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def reference(
-    z: Tensor, labels: Tensor, mask: Tensor, teachers: list[TeacherTargets], alpha: float, nl: float, np_: float
+    z: Tensor,
+    labels: Tensor,
+    mask: Tensor,
+    teachers: list[TeacherTargets],
+    alpha: float,
+    nl: float,
+    np_: float,
 ) -> Tensor:
     ce = torch.nn.functional.cross_entropy(
         z.reshape(-1, V), labels.reshape(-1), ignore_index=NO_LABEL, reduction="sum"
     )
-    kl = sum((t.weight * (dense_kl(z, t) * mask).sum() for t in teachers), torch.zeros((), dtype=torch.float64))
+    kl = sum(
+        (t.weight * (dense_kl(z, t) * mask).sum() for t in teachers), torch.zeros((), dtype=torch.float64)
+    )
     return (1 - alpha) * ce / nl + alpha * kl / np_
 
 
@@ -127,7 +139,9 @@ def test_full_support_is_the_plain_forward_kl() -> None:
     logits, labels, mask = random_batch(12)
     targets, dense = random_targets(13, k=V)
     loss = distillation_loss(logits, labels, [targets], alpha=1, mask=mask, num_labels=1, num_positions=1)
-    full = torch.nn.functional.kl_div(torch.log_softmax(logits, -1), dense, reduction="none", log_target=True).sum(-1)
+    full = torch.nn.functional.kl_div(
+        torch.log_softmax(logits, -1), dense, reduction="none", log_target=True
+    ).sum(-1)
     assert loss.total.item() == pytest.approx((full * mask).sum().item())
 
 
@@ -177,7 +191,9 @@ def test_a_peaked_student_keeps_an_exact_tail() -> None:
     z[0, 4] = 0.0
     targets = one_position([4], [math.log(0.9)], math.log(0.1))
     value, grad = kl_of(z, targets)
-    exact = TeacherTargets(targets.ids[None], targets.logprobs[None].double(), targets.log_tail[None].double())
+    exact = TeacherTargets(
+        targets.ids[None], targets.logprobs[None].double(), targets.log_tail[None].double()
+    )
     assert value == pytest.approx(dense_kl(z[None], exact).item(), rel=1e-6)
     tail = grad[0, [i for i in range(V) if i != 4]]
     torch.testing.assert_close(tail, torch.full_like(tail, -0.1 / (V - 1)), rtol=1e-5, atol=1e-7)
@@ -289,6 +305,48 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     logits, labels, mask = random_batch()
     with pytest.raises(InvalidInput, match="do not agree"):
         distillation_loss(logits[:, 1:], labels, alpha=0.0, mask=mask, num_labels=1, num_positions=1)
-    targets = TeacherTargets(*(x[:, 1:] for x in (lambda t: (t.ids, t.logprobs, t.log_tail))(random_targets(0)[0])))
+    whole, _ = random_targets(0)
+    targets = TeacherTargets(whole.ids[:, 1:], whole.logprobs[:, 1:], whole.log_tail[:, 1:])
     with pytest.raises(InvalidInput, match="teacher 0"):
         distillation_loss(logits, labels, [targets], alpha=0.5, mask=mask, num_labels=1, num_positions=1)
+
+
+class _Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the largest float32 array that any operation makes."""
+
+    def __init__(self, ignored: torch.Size) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.ignored = ignored
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, Tensor) and tensor.dtype == torch.float32 and tensor.shape != self.ignored:
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+def test_no_float32_array_is_larger_than_a_chunk() -> None:
+    rows, chunk = 64, 4
+    logits = torch.randn(rows, V, dtype=torch.bfloat16).requires_grad_()
+    targets, _ = random_targets(25)
+    few = TeacherTargets(
+        targets.ids.flatten(0, 1).repeat(7, 1)[:rows],
+        targets.logprobs.flatten(0, 1).repeat(7, 1)[:rows].float(),
+        targets.log_tail.flatten().repeat(7)[:rows].float(),
+    )
+    labels, mask = torch.zeros(rows, dtype=torch.long), torch.ones(rows, dtype=torch.bool)
+    with _Largest(ignored=few.ids.shape) as largest:
+        loss = distillation_loss(
+            logits,
+            labels,
+            [few],
+            alpha=0.5,
+            mask=mask,
+            num_labels=rows,
+            num_positions=rows,
+            chunk_positions=chunk,
+        )
+        loss.total.backward()  # type: ignore[no-untyped-call]
+    assert 0 < largest.elements <= chunk * (V + 1)

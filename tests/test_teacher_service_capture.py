@@ -140,7 +140,5 @@ def test_a_sum_past_one_leaves_no_tail() -> None:
 def test_top_k_and_tail_hold_all_the_mass(k: int, seed: int, length: int) -> None:
     tokens = [t % VOCAB for t in range(length)]
     targets = capture(tokens, dense_logprobs(tokens, seed), k=k)
-    total = np.exp(targets.logprobs.astype(np.float64)).sum(axis=1) + np.exp(
-        targets.log_tail.astype(np.float64)
-    )
+    total = np.exp(targets.logprobs.astype(np.float64)).sum(axis=1) + np.exp(targets.log_tail.astype(np.float64))
     np.testing.assert_allclose(total, 1.0, atol=2 * TAIL_FLOOR)

@@ -57,13 +57,20 @@ def run(args: argparse.Namespace) -> int:
     cache.corpus(args.corpus)
     cache = Cache.open(args.cache, mode="r+")
     for name, spec in teachers:
-        _run_until_signal(_prefill(cache, args.corpus, name, spec, fields, args.encoding, plan))
+        work = prefill(cache, args.corpus, name, spec, fields=fields, encoding=args.encoding, plan=plan)
+        _run_until_signal(work)
     return 0
 
 
-async def _prefill(
-    cache: Cache, corpus_name: str, name: str, spec: str, fields: Fields, encoding: str, plan: FillPlan
+async def prefill(
+    cache: Cache, corpus_name: str, name: str, spec: str, *, fields: Fields, encoding: str, plan: FillPlan
 ) -> None:
+    """Open the teacher that `spec` means and fill what is missing of its targets, with progress and a summary.
+
+    Raises:
+        LimitExceeded, SpecMismatch: the teacher does not fit the corpus or the targets; nothing was written.
+        PotstillError: whatever opening, scoring or writing raises; what is committed stays.
+    """
     corpus = cache.corpus(corpus_name)
     async with open_teacher(spec) as teacher:
         _check_limits(teacher, corpus, fields)

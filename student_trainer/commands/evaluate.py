@@ -10,7 +10,9 @@ SUMMARY = "evaluate a trained student on held-out rows"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the folder of a run of `potstill train`")
+    parser.add_argument(
+        "run_dir", metavar="RUN_DIR", type=Path, help="the folder of a run of `potstill train`"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -18,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate the final model, or the newest checkpoint of a run that is not finished."""
     import json
 
-    from student_trainer.evaluate import evaluate_run
+    from student_trainer.run import evaluate_run
 
     found = evaluate_run(args.run_dir)
     if args.json:

@@ -15,7 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     place = parser.add_mutually_exclusive_group()
     place.add_argument("--no-ray", action="store_true", help="train in this process, with one worker")
     place.add_argument(
-        "--ray", metavar="ADDRESS", help="use the Ray cluster at ADDRESS; by default Ray is started on this machine"
+        "--ray",
+        metavar="ADDRESS",
+        help="use the Ray cluster at ADDRESS; by default Ray is started on this machine",
     )
 
 
@@ -29,7 +31,9 @@ def run(args: argparse.Namespace) -> int:
     if args.no_ray and config.train.workers > 1:
         from cache.errors import InvalidInput
 
-        raise InvalidInput(f"train.workers is {config.train.workers}, but --no-ray trains with 1; set it to 1")
+        raise InvalidInput(
+            f"train.workers is {config.train.workers}, but --no-ray trains with 1; set it to 1"
+        )
 
     from student_trainer.interrupt import stop_on_signals
     from student_trainer.loop import train

@@ -1,0 +1,66 @@
+"""`potstill demo`: the main job on a real small teacher, from text to a distilled student."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from student_trainer.demo.plan import DemoPlan
+    from student_trainer.result import TrainResult
+
+SUMMARY = "distil a real small teacher, from text to report, in under ten minutes"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="default %(default)s")
+    parser.add_argument("--models", type=Path, metavar="DIR", help="where the teacher is unpacked and kept")
+    parser.add_argument("--seed", type=int, default=0, help="of the students (default %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run every stage and print what came of it."""
+    from rich.console import Console
+
+    from student_trainer.demo.plan import DemoPlan
+    from student_trainer.demo.run import run_demo
+    from student_trainer.demo.smollm2 import default_models_folder
+
+    console = Console()
+    plan = DemoPlan(out=args.out, models=args.models or default_models_folder(), seed=args.seed)
+    report = run_demo(plan, console, lambda p, student: _train(p, student, console))
+    _print_outcome(console, plan, report)
+    return 0
+
+
+def _train(plan: DemoPlan, student: str, console: Console) -> TrainResult:
+    from student_trainer.interrupt import stop_on_signals
+    from student_trainer.progress import showing
+    from student_trainer.ray_train import train_with_ray
+
+    config = plan.train_config(student, plan.alpha if student == "distilled" else 0.0)
+    with stop_on_signals() as stop, showing(config.train.steps, console) as show:
+        result = train_with_ray(config, should_stop=stop, on_record=show)
+    if not result.finished:
+        raise KeyboardInterrupt
+    return result
+
+
+def _print_outcome(console: Console, plan: DemoPlan, report: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table("student", "held-out loss", "KL to the teacher", "same top-1")
+    for name, student in report["students"].items():
+        numbers = f"{student['held_out_loss']:.4f}", f"{student['kl_to_teacher']:.4f}"
+        table.add_row(name, *numbers, f"{student['top1_agreement']:.1%}")
+    console.print(table)
+    targets = report["targets"]
+    console.print(
+        f"top-{targets['k']} of {report['corpus']['positions']:,} positions in {targets['bytes_per_position']:.1f} "
+        f"bytes each; {sum(report['seconds'].values()):.0f} s in all; {plan.out / 'report.html'}",
+        highlight=False,
+    )

@@ -1,0 +1,81 @@
+"""What the demo does, in numbers, and where it keeps things."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from student_trainer.config import TrainConfig
+
+TEACHER = "smollm2"
+CORPUS = "pydoc"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoPlan:
+    """Sized for two cores: the teacher reads about 130 tokens/s there, a student step takes about a second."""
+
+    out: Path
+    models: Path
+    text_tokens: int = 16_000
+    """Text is taken, document by document, until there is about this much."""
+    row_tokens: int = 256
+    shard_positions: int = 2_048
+    k: int = 64
+    encoding: str = "u8"
+    held_out_rows: int = 12
+    steps: int = 120
+    batch_rows: int = 6
+    lr: float = 2e-3
+    alpha: float = 1.0
+    """Share of the distillation loss in the distilled student; the other one has none."""
+    seed: int = 0
+    hidden_size: int = 128
+    layers: int = 2
+    eval_every: int = 10
+
+    @property
+    def cache(self) -> Path:
+        """The cache's root."""
+        return self.out / "cache"
+
+    @property
+    def text(self) -> Path:
+        """The source files."""
+        return self.out / "text"
+
+    def run_dir(self, student: str) -> Path:
+        """A student's run."""
+        return self.out / "runs" / student
+
+    def train_config(self, student: str, alpha: float) -> TrainConfig:
+        """The two students differ in `alpha` only: same seed, same rows in the same order, same steps."""
+        config: dict[str, Any] = {
+            "data": {"cache": str(self.cache), "corpus": CORPUS, "held_out": self.held_out_rows},
+            "teachers": [{"name": TEACHER}],
+            "student": {
+                "config": {
+                    "model_type": "llama",
+                    "hidden_size": self.hidden_size,
+                    "intermediate_size": 3 * self.hidden_size,
+                    "num_hidden_layers": self.layers,
+                    "num_attention_heads": 4,
+                    "num_key_value_heads": 4,
+                    "tie_word_embeddings": True,
+                }
+            },
+            "train": {
+                "out": str(self.run_dir(student)),
+                "steps": self.steps,
+                "batch_rows": self.batch_rows,
+                "micro_batch_rows": self.batch_rows,
+                "lr": self.lr,
+                "warmup": max(1, self.steps // 12),
+                "alpha": alpha,
+                "seed": self.seed,
+                "eval_every": self.eval_every,
+                "checkpoint_every": self.steps,
+            },
+        }
+        return TrainConfig.of(config)

@@ -1,0 +1,178 @@
+"""The stages of the demo, in order. Interrupted, the same call goes on where it was; finished, it starts anew."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cache.cache import Cache
+from cache.commands.prefill import prefill
+from cache.corpus import Corpus
+from cache.fill import FillPlan
+from cache.ingest import IngestPlan, ingest
+from cache.tokenizer import load_tokenizer
+from cache.types import JSON, Fields
+from clients.http_teacher import HttpTeacher
+from student_trainer.demo.plan import CORPUS, TEACHER, DemoPlan
+from student_trainer.demo.report import write_report
+from student_trainer.demo.service import running_service
+from student_trainer.demo.smollm2 import is_materialised, materialise
+from student_trainer.demo.text import write_text
+from student_trainer.metrics import Record
+from student_trainer.result import TrainResult
+
+_STUDENTS = ("cross-entropy", "distilled")
+
+
+@dataclass(slots=True)
+class _Stages:
+    """Says what happens while it happens, and how long each stage took, in seconds."""
+
+    console: Console
+    total: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str, what: str) -> Iterator[None]:
+        self.console.print(f"[bold][{len(self.seconds) + 1}/{self.total}][/bold] {what}", highlight=False)
+        began = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - began, 1)
+        self.console.print(f"      {self.seconds[name]:.0f} s", style="dim", highlight=False)
+
+
+def run_demo(
+    plan: DemoPlan, console: Console, train: Callable[[DemoPlan, str], TrainResult], *, page: bool = True
+) -> dict[str, Any]:
+    """Run every stage; the report, which is also written to `plan.out`.
+
+    Raises:
+        PotstillError: whatever a stage raises; what was done so far is kept for the next call.
+    """
+    _begin(plan)
+    stages = _Stages(console, 6)
+    with stages.stage("teacher", _teacher_text(plan)):
+        model = materialise(plan.models)
+    with stages.stage("ingest", "ingest the help topics of the standard library into a sealed corpus"):
+        cache, corpus = _ingest(plan, model)
+        console.print(f"      {corpus.num_positions:,} tokens in {len(corpus)} rows, {corpus.num_shards} shards")
+    log = plan.out / "service.log"
+    with (
+        stages.stage("prefill", "start the service and prefill the cache through it"),
+        running_service(TEACHER, model, plan.cache, log) as url,
+    ):
+        console.print(f"      serving at {url}; log: {log}")
+        asyncio.run(_prefill(plan, cache, url))
+        console.print(f"      {asyncio.run(_ask_service(url, corpus))}")
+    results = {}
+    for student in _STUDENTS:
+        with stages.stage(student, f"train the {student} student on Ray, {plan.steps} steps"):
+            results[student] = train(plan, student)
+    with stages.stage("report", "compare the two students and write the report"):
+        report = _report(plan, cache, corpus, results)
+    report["seconds"] = stages.seconds
+    write_report(plan.out, report, page=page)
+    return report
+
+
+def _begin(plan: DemoPlan) -> None:
+    """A finished demo is cleared away; an unfinished one of the same plan goes on."""
+    stamp = plan.out / "plan.json"
+    text = json.dumps({**{n: str(getattr(plan, n)) for n in plan.__dataclass_fields__}}, indent=1)
+    unfinished = stamp.is_file() and stamp.read_text() == text and not (plan.out / "report.json").is_file()
+    if not unfinished:
+        for name in ("cache", "runs", "text"):
+            shutil.rmtree(plan.out / name, ignore_errors=True)
+        (plan.out / "report.json").unlink(missing_ok=True)
+    plan.out.mkdir(parents=True, exist_ok=True)
+    stamp.write_text(text)
+
+
+def _teacher_text(plan: DemoPlan) -> str:
+    if is_materialised(plan.models):
+        return f"the teacher SmolLM2-135M is ready in {plan.models}"
+    return f"unpack the teacher SmolLM2-135M into {plan.models} (once; about a minute)"
+
+
+def _ingest(plan: DemoPlan, model: Path) -> tuple[Cache, Corpus]:
+    cache = Cache.open(plan.cache, mode="r+")
+    if CORPUS in cache.corpora():
+        return cache, cache.corpus(CORPUS)
+    tokenizer = load_tokenizer(model)
+    write_text(plan.text, tokenizer, plan.text_tokens)
+    how = IngestPlan(row_tokens=plan.row_tokens, shard_positions=plan.shard_positions)
+    return cache, ingest(cache.root, CORPUS, [plan.text], tokenizer, how)
+
+
+async def _prefill(plan: DemoPlan, cache: Cache, url: str) -> None:
+    how = FillPlan(batch_tokens=4 * plan.row_tokens, in_flight=2)
+    fields = Fields(k=plan.k)
+    await prefill(cache, CORPUS, TEACHER, f"{url}#{TEACHER}", fields=fields, encoding=plan.encoding, plan=how)
+
+
+async def _ask_service(url: str, corpus: Corpus) -> str:
+    """One row over HTTP, as any trainer would ask for it: answered from what was just prefilled."""
+    row = corpus.row(0)
+    async with HttpTeacher.open(url, TEACHER) as teacher:
+        began = time.monotonic()
+        (targets,) = await teacher.score([row], Fields(k=8))
+        seconds = time.monotonic() - began
+    return f"row 0 over HTTP from the cache: {targets.num_positions} positions in {1000 * seconds:.0f} ms"
+
+
+def _report(plan: DemoPlan, cache: Cache, corpus: Corpus, results: dict[str, TrainResult]) -> dict[str, Any]:
+    from student_trainer.demo.samples import samples
+    from student_trainer.order import choose_held_out
+
+    targets = cache.targets(TEACHER, CORPUS)
+    commits = targets.commits()
+    held_out = choose_held_out(len(corpus), plan.held_out_rows, 0)
+    rows = [int(row) for row in held_out if len(corpus.row(int(row))) >= plan.row_tokens // 2][:4]
+    models = {name: result.run_dir / "model" for name, result in results.items()}
+    shown = samples(corpus, rows, targets.read_rows(rows), "teacher", models)
+    return {
+        "teacher": targets.identity.to_json(),
+        "corpus": {"rows": len(corpus), "positions": corpus.num_positions, "shards": corpus.num_shards},
+        "targets": {
+            "k": targets.fields.k,
+            "encoding": targets.encoding.to_json(),
+            "bytes_per_position": sum(c.num_bytes for c in commits) / corpus.num_positions,
+            "max_abs_error": max(c.error["max_abs"] for c in commits),
+            "mean_kl": max(c.error["mean_kl"] for c in commits),
+        },
+        "students": {name: _student(result) for name, result in results.items()},
+        "plan": {n: str(v) if isinstance(v := getattr(plan, n), Path) else v for n in _PLAN_NUMBERS},
+        "samples": [sample.to_json() for sample in shown],
+    }
+
+
+_PLAN_NUMBERS = ("row_tokens", "held_out_rows", "steps", "batch_rows", "lr", "alpha", "seed", "hidden_size", "layers")
+
+
+def _student(result: TrainResult) -> dict[str, JSON]:
+    assert result.held_out is not None, "the demo always holds rows out"
+    of_teacher = result.held_out.teachers[TEACHER]
+    return {
+        "held_out_loss": result.held_out.ce,
+        "kl_to_teacher": of_teacher.kl,
+        "top1_agreement": of_teacher.top1_agreement,
+        "curve": [
+            {"step": record["step"], "held_out_loss": record["held_out"]["ce"], "kl_to_teacher": kl}
+            for record in _records(result.run_dir)
+            if "held_out" in record and (kl := record["held_out"]["teachers"][TEACHER]["kl"]) is not None
+        ],
+    }
+
+
+def _records(run_dir: Path) -> list[Record]:
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]

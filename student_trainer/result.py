@@ -1,0 +1,78 @@
+"""How a run ended: what `train` returns and `summary.json` holds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from cache.errors import FormatError
+from cache.types import JSON
+from student_trainer.checkpoint import write_json
+from student_trainer.config import TrainConfig
+from student_trainer.evaluate import Evaluation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainResult:
+    """How a call of `train` ended."""
+
+    run_dir: Path
+    finished: bool
+    """False when it was stopped; the same call goes on from `step`."""
+    step: int
+    tokens: int
+    """Positions trained on since the start of the run."""
+    seconds: float
+    """Spent since the start of the run, evaluations included."""
+    held_out: Evaluation | None
+    """Of the final model; None without held-out rows, or when stopped."""
+
+    def to_json(self) -> dict[str, JSON]:
+        """What summary.json holds."""
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "held_out": None if self.held_out is None else self.held_out.to_json(),
+        }
+
+
+def write_summary(result: TrainResult) -> None:
+    """Keep the result of a finished run in its folder.
+
+    Raises:
+        StoreError: the disk does not take it.
+    """
+    write_json(result.run_dir / "summary.json", result.to_json())
+
+
+def remove_summary(run_dir: Path) -> None:
+    """The run goes on: what it ended with no longer holds."""
+    (run_dir / "summary.json").unlink(missing_ok=True)
+
+
+def finished_result(config: TrainConfig) -> TrainResult | None:
+    """The result of the run in `config.train.out`, if it is finished under this config.
+
+    Raises:
+        FormatError: a summary of another version.
+    """
+    file = config.run_dir / "summary.json"
+    if not file.exists():
+        return None
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+        if value["step"] != config.train.steps:
+            return None
+        held_out = None if value["held_out"] is None else Evaluation.from_json(value["held_out"])
+        return TrainResult(
+            run_dir=config.run_dir,
+            finished=True,
+            step=value["step"],
+            tokens=value["tokens"],
+            seconds=value["seconds"],
+            held_out=held_out,
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FormatError(f"{str(file)!r} cannot be read: {error!r}") from error

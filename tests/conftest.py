@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from cache.types import Tokens
+from teacher_service.vllm_teacher import VllmOptions, VllmTeacher
+from tests.tiny_models import make_tiny_llama
+
+Forward = Callable[[Tokens], NDArray[np.float32]]
+
+# What vLLM and torch do on import and start; ours stay errors.
+ENGINE_WARNINGS = (
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
+    "ignore:`torch.distributed.reduce_op` is deprecated:FutureWarning",
+    "ignore:Unclosed context <zmq.Context:ResourceWarning",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in ENGINE_WARNINGS:
+        config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder: Llama, V=512, 256 tokens of context, with its tokenizer."""
+    return make_tiny_llama(tmp_path_factory.mktemp("models") / "tiny-llama", seed=0)
+
+
+@pytest.fixture(scope="session")
+def vllm_teacher(tiny_llama: Path) -> Iterator[VllmTeacher]:
+    """The session's one engine inside this process; steps of 64 tokens, so longer rows come in chunks."""
+    options = VllmOptions(model=str(tiny_llama), dtype="float32", max_batch_tokens=64)
+    teacher = asyncio.run(VllmTeacher.open(options))
+    yield teacher
+    asyncio.run(teacher.close())
+
+
+@pytest.fixture(scope="session")
+def tiny_forward(tiny_llama: Path) -> Forward:
+    """Row [T] -> float32 logprobs [T, V] of a plain transformers forward."""
+    return plain_forward(tiny_llama)
+
+
+def plain_forward(folder: Path) -> Forward:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def forward(row: Tokens) -> NDArray[np.float32]:
+        with torch.no_grad():
+            logits = model(torch.from_numpy(row.astype(np.int64))[None]).logits[0]
+        answer: NDArray[np.float32] = logits.log_softmax(-1).numpy()
+        return answer
+
+    return forward

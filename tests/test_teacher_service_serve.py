@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from cache import Fields
+from cache.errors import InvalidInput
+from clients import SyncHttpTeacher
+from teacher_service.serve import bind
+from tests.fakes import FakeTeacher
+from tests.test_clients_http_teacher import assert_scored, rows_of
+from tests.test_teacher_service_app import GatedTeacher, hosted, serving_teachers, until
+
+COMMAND = [sys.executable, "-m", "clients.cli", "serve"]
+WANT = Fields(k=4)
+
+
+def environment() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if not key.startswith("POTSTILL_")}
+
+
+def refused(*arguments: str, **variables: str) -> str:
+    """Run `potstill serve`, which must give up with one line on stderr; returns that line."""
+    done = subprocess.run(
+        [*COMMAND, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**environment(), **variables},
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+class Serving:
+    """A real `potstill serve` process that is up."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.process = subprocess.Popen(
+            [*COMMAND, "--port", "0", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        )
+        assert self.process.stdout is not None
+        self.ready = self.process.stdout.readline()
+        match = re.match(r"ready: (http://\S+) teachers ", self.ready)
+        if match is None:
+            self.process.kill()
+            pytest.fail(f"not ready: {self.ready!r} {self.process.communicate()[1]}")
+        self.url = match[1]
+
+    def stop(self, number: int = signal.SIGTERM) -> tuple[int, str]:
+        """Send a signal; returns the exit status and what was written to stderr."""
+        self.process.send_signal(number)
+        return self.finish()
+
+    def finish(self) -> tuple[int, str]:
+        _, stderr = self.process.communicate(timeout=60)
+        return self.process.returncode, stderr
+
+
+@pytest.fixture
+def behind() -> FakeTeacher:
+    return FakeTeacher()
+
+
+@pytest.fixture
+def behind_url(behind: FakeTeacher) -> Iterator[str]:
+    """The served process has this service as its teacher, so that no engine is needed."""
+    with serving_teachers(hosted("deep", behind)) as url:
+        yield url
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_it_serves_and_stops_when_told(behind_url: str, number: int) -> None:
+    serving = Serving("--teacher", f"smol={behind_url}#deep")
+    assert serving.ready == f"ready: {serving.url} teachers smol ({behind_url}#deep)\n"
+    assert httpx.get(f"{serving.url}/readyz").status_code == 200
+    with SyncHttpTeacher(serving.url, "smol") as teacher:
+        assert_scored(rows_of(5, 2), teacher.score(rows_of(5, 2), WANT))
+    assert serving.stop(number) == (0, "")
+
+
+def test_the_cache_keeps_rows_over_a_restart(behind_url: str, behind: FakeTeacher, tmp_path: Path) -> None:
+    config = tmp_path / "serve.toml"
+    root = tmp_path / "cache"
+    config.write_text(f'cache = "{root}"\n[[teachers]]\nname = "smol"\nmodel = "{behind_url}"\n')
+    answers = []
+    for _ in range(2):
+        serving = Serving(str(config))
+        with SyncHttpTeacher(serving.url, "smol") as teacher:
+            answers.append(teacher.score(rows_of(5, 2), WANT))
+        assert httpx.get(f"{serving.url}/v1/corpora").json() == {"corpora": []}
+        assert serving.stop() == (0, "")
+    assert len(behind.scored) == 2
+    for before, after in zip(*answers, strict=True):
+        assert before.ids.tolist() == after.ids.tolist()
+        assert before.logprobs.tolist() == after.logprobs.tolist()
+
+
+def test_what_is_in_flight_is_finished_before_it_stops() -> None:
+    gated = GatedTeacher()
+    with serving_teachers(hosted("deep", gated)) as behind_url:
+        serving = Serving("--teacher", f"smol={behind_url}")
+        got: list[Any] = []
+
+        def ask() -> None:
+            with SyncHttpTeacher(serving.url, "smol") as teacher:
+                got.extend(teacher.score(rows_of(3), WANT))
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        until(lambda: gated.waiting == 1)
+        serving.process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{serving.url}/healthz")
+        assert serving.process.poll() is None
+        gated.gate.set()
+        asking.join(timeout=30)
+        assert_scored(rows_of(3), got)
+        assert serving.finish() == (0, "")
+
+
+def test_the_grace_time_ends(tmp_path: Path) -> None:
+    gated = GatedTeacher()
+    with serving_teachers(hosted("deep", gated)) as behind_url:
+        config = tmp_path / "serve.toml"
+        config.write_text("grace_seconds = 1\n")
+        serving = Serving(str(config), "--teacher", f"smol={behind_url}")
+        address = f"{serving.url}/v1/teachers/smol/score"
+        asking = threading.Thread(target=lambda: _ignore_errors(address))
+        asking.start()
+        until(lambda: gated.waiting == 1)
+        begin = time.monotonic()
+        status, _ = serving.stop()
+        assert status == 0
+        assert 0.9 < time.monotonic() - begin < 10
+        asking.join(timeout=30)
+        until(lambda: gated.cancelled == 1)
+
+
+def _ignore_errors(address: str) -> None:
+    try:
+        httpx.post(address, json={"rows": [[1]]}, timeout=30)
+    except httpx.TransportError:
+        return
+
+
+def test_a_port_in_use_is_named_with_a_way_out() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        line = refused("--teacher", "smol=m", "--port", str(port))
+    assert line.startswith(f"invalid_input: port {port} on 127.0.0.1 is in use")
+    assert "--port" in line
+
+
+def test_other_hosts_are_refused_without_keys() -> None:
+    line = refused("--teacher", "smol=m", "--host", "0.0.0.0")
+    assert line == "invalid_input: host '0.0.0.0' is open to others; without API keys it binds to loopback only\n"
+    assert "loopback only" in refused("--teacher", "smol=m", POTSTILL_HOST="0.0.0.0")
+    with pytest.raises(InvalidInput, match="no address"):
+        bind("no-such-host.invalid", 0)
+    for host in ("127.0.0.1", "localhost", "127.0.0.2"):
+        bind(host, 0).close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "no teacher to serve"),
+        (["--teacher", "smol"], "NAME=MODEL"),
+        (["--teacher", "a=m", "--teacher", "a=n"], "two teachers are called 'a'"),
+        (["--teacher", "a b=m"], "teachers.0.name is 'a b'"),
+        (["--teacher", "a=m", "--port", "70000"], "port is 70000"),
+        (["nowhere.toml"], "nowhere.toml: cannot be read"),
+        (["--port", "0", "--teacher", "a=gopher://x"], "teacher 'a' did not start"),
+        (["--port", "0", "--teacher", "a=http://x#a#b c"], "teacher 'a' did not start"),
+    ],
+)
+def test_bad_settings_are_one_line(arguments: list[str], words: str) -> None:
+    assert words in refused(*arguments)
+
+
+def test_an_unknown_variable_is_refused() -> None:
+    assert "unknown environment variable POTSTILL_PROT" in refused("--teacher", "a=m", POTSTILL_PROT="1")
+
+
+def test_a_teacher_that_does_not_start_ends_the_process_with_one_line(behind_url: str) -> None:
+    line = refused("--port", "0", "--teacher", f"good={behind_url}", "--teacher", f"bad={behind_url}#nobody")
+    assert line == "unknown_teacher: teacher 'bad' did not start: there is no teacher 'nobody'; known are deep\n"
+
+
+def test_it_stops_while_a_teacher_still_starts() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        process = subprocess.Popen(
+            [*COMMAND, "--port", "0", "--teacher", f"a=http://127.0.0.1:{port}#x"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        )
+        silent.settimeout(30)
+        connection, _ = silent.accept()
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        stdout, stderr = process.communicate(timeout=30)
+        connection.close()
+    assert (process.returncode, stdout, stderr) == (0, "", "")
