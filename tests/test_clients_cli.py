@@ -15,7 +15,7 @@ import pytest
 
 from clients import cli
 from tests.fakes import FakeTeacher
-from tests.test_teacher_service_app import hosted, serving_teachers
+from tests.servers import hosted, serving_teachers
 
 COMMAND = [sys.executable, "-m", "clients.cli"]
 

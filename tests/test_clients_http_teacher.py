@@ -34,14 +34,8 @@ from clients.http_teacher import get_replicas, list_teachers, open_http_teacher,
 from teacher_service.replicas import HostedTeacher
 from teacher_service.settings import LimitSettings
 from tests.fakes import FakeTeacher, fake_identity
-from tests.test_teacher_service_app import (
-    BrokenTeacher,
-    GatedTeacher,
-    hosted,
-    serving,
-    serving_teachers,
-    until,
-)
+from tests.servers import hosted, serving, serving_teachers
+from tests.test_teacher_service_app import BrokenTeacher, GatedTeacher, until
 
 FAST = RetryPolicy(attempts=4, base=0.01, cap=0.05)
 ONCE = RetryPolicy(attempts=1)

@@ -53,14 +53,10 @@ def test_a_file_is_read_and_written_back(tmp_path: Path) -> None:
 
 def test_folders_become_absolute_and_names_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    config = config_of(
-        Path("cache"), Path("run"), student={"config": None, "checkpoint": "org/model"}
-    ).absolute()
+    config = config_of(Path("cache"), Path("run"), student={"config": None, "checkpoint": "org/model"}).absolute()
     assert (config.data.cache, config.train.out) == (str(tmp_path / "cache"), str(tmp_path / "run"))
     assert config.student.checkpoint == "org/model"
-    assert (
-        config_of(Path("s3:"), OUT, data={"cache": "s3://bucket/x"}).absolute().data.cache == "s3://bucket/x"
-    )
+    assert config_of(Path("s3:"), OUT, data={"cache": "s3://bucket/x"}).absolute().data.cache == "s3://bucket/x"
 
 
 @pytest.mark.parametrize(

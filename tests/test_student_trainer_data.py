@@ -27,7 +27,7 @@ from student_trainer.data import Batch, BatchReader, read_ahead
 from student_trainer.loss import NO_LABEL
 from student_trainer.sources import CacheSource, open_sources
 from tests.fakes import FakeTeacher
-from tests.test_teacher_service_app import hosted, serving_teachers
+from tests.servers import hosted, serving_teachers
 from tests.tiny_runs import K, config_of, fake_teacher, fill, write_cache
 
 
@@ -45,9 +45,7 @@ def with_teacher(root: Path, tmp_path: Path, **teacher: object) -> TrainConfig:
 class ScriptedSource:
     """A source that answers from a function, and counts its calls."""
 
-    def __init__(
-        self, identity: TeacherIdentity, answer: FakeTeacher, *, drop: int = 0, fail_at: int = -1
-    ) -> None:
+    def __init__(self, identity: TeacherIdentity, answer: FakeTeacher, *, drop: int = 0, fail_at: int = -1) -> None:
         self.name = "scripted"
         self.identity = identity
         self.answer = answer

@@ -32,7 +32,7 @@ from student_trainer.models import build_student
 from student_trainer.optimizer import learning_rate
 from student_trainer.result import TrainResult
 from student_trainer.run import evaluate_run, only_trainer
-from tests.test_teacher_service_app import hosted, serving_teachers
+from tests.servers import hosted, serving_teachers
 from tests.tiny_runs import STUDENT, VOCAB, config_of, fake_teacher, write_cache
 
 
@@ -137,9 +137,7 @@ def test_a_resumed_run_is_bit_for_bit_the_straight_one(root: Path, tmp_path: Pat
     assert (second.finished, second.step) == (True, 10)
     assert losses(tmp_path / "straight") == losses(tmp_path / "resumed")
     assert same_weights(tmp_path / "straight", tmp_path / "resumed")
-    assert without_times(read_metrics(tmp_path / "straight")) == without_times(
-        read_metrics(tmp_path / "resumed")
-    )
+    assert without_times(read_metrics(tmp_path / "straight")) == without_times(read_metrics(tmp_path / "resumed"))
 
 
 def test_steps_after_the_checkpoint_are_taken_again(root: Path, tmp_path: Path) -> None:
@@ -301,9 +299,7 @@ def test_a_diverging_run_says_so_and_keeps_its_checkpoint(root: Path, tmp_path: 
         ("/no/such/folder", InvalidInput, "student cannot be built"),
     ],
 )
-def test_a_student_that_cannot_be(
-    root: Path, tmp_path: Path, student: Any, error: type, message: str
-) -> None:
+def test_a_student_that_cannot_be(root: Path, tmp_path: Path, student: Any, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         train(config_of(root, tmp_path / "run", student={"config": student}))
 

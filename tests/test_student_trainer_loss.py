@@ -18,9 +18,7 @@ from tests.fakes import FakeTeacher, fake_identity
 B, T, V, K = 2, 5, 23, 6
 
 
-def random_targets(
-    seed: int, *, k: int = K, vocab: int = V, weight: float = 1.0
-) -> tuple[TeacherTargets, Tensor]:
+def random_targets(seed: int, *, k: int = K, vocab: int = V, weight: float = 1.0) -> tuple[TeacherTargets, Tensor]:
     """Top-k targets of a random dense float64 distribution, and that distribution."""
     generator = torch.Generator().manual_seed(seed)
     dense = torch.log_softmax(3 * torch.randn(B, T, vocab, generator=generator, dtype=torch.float64), -1)
@@ -61,12 +59,8 @@ def reference(
     nl: float,
     np_: float,
 ) -> Tensor:
-    ce = torch.nn.functional.cross_entropy(
-        z.reshape(-1, V), labels.reshape(-1), ignore_index=NO_LABEL, reduction="sum"
-    )
-    kl = sum(
-        (t.weight * (dense_kl(z, t) * mask).sum() for t in teachers), torch.zeros((), dtype=torch.float64)
-    )
+    ce = torch.nn.functional.cross_entropy(z.reshape(-1, V), labels.reshape(-1), ignore_index=NO_LABEL, reduction="sum")
+    kl = sum((t.weight * (dense_kl(z, t) * mask).sum() for t in teachers), torch.zeros((), dtype=torch.float64))
     return (1 - alpha) * ce / nl + alpha * kl / np_
 
 
@@ -139,16 +133,12 @@ def test_full_support_is_the_plain_forward_kl() -> None:
     logits, labels, mask = random_batch(12)
     targets, dense = random_targets(13, k=V)
     loss = distillation_loss(logits, labels, [targets], alpha=1, mask=mask, num_labels=1, num_positions=1)
-    full = torch.nn.functional.kl_div(
-        torch.log_softmax(logits, -1), dense, reduction="none", log_target=True
-    ).sum(-1)
+    full = torch.nn.functional.kl_div(torch.log_softmax(logits, -1), dense, reduction="none", log_target=True).sum(-1)
     assert loss.total.item() == pytest.approx((full * mask).sum().item())
 
 
 def one_position(ids: list[int], logprobs: list[float], log_tail: float) -> TeacherTargets:
-    return TeacherTargets(
-        torch.tensor([ids]), torch.tensor([logprobs], dtype=torch.float32), torch.tensor([log_tail])
-    )
+    return TeacherTargets(torch.tensor([ids]), torch.tensor([logprobs], dtype=torch.float32), torch.tensor([log_tail]))
 
 
 def kl_of(z: Tensor, targets: TeacherTargets) -> tuple[float, Tensor]:
@@ -191,9 +181,7 @@ def test_a_peaked_student_keeps_an_exact_tail() -> None:
     z[0, 4] = 0.0
     targets = one_position([4], [math.log(0.9)], math.log(0.1))
     value, grad = kl_of(z, targets)
-    exact = TeacherTargets(
-        targets.ids[None], targets.logprobs[None].double(), targets.log_tail[None].double()
-    )
+    exact = TeacherTargets(targets.ids[None], targets.logprobs[None].double(), targets.log_tail[None].double())
     assert value == pytest.approx(dense_kl(z[None], exact).item(), rel=1e-6)
     tail = grad[0, [i for i in range(V) if i != 4]]
     torch.testing.assert_close(tail, torch.full_like(tail, -0.1 / (V - 1)), rtol=1e-5, atol=1e-7)

@@ -30,9 +30,7 @@ def orders(draw: st.DrawFn) -> SampleOrder:
     shards = draw(st.lists(st.integers(1, 7), min_size=1, max_size=8))
     rows = sum(shards)
     left_out = draw(st.sets(st.integers(0, rows - 1), max_size=rows - 1))
-    return order_of(
-        shards, sorted(left_out), seed=draw(st.integers(0, 2**63 - 1)), window=draw(st.integers(1, 9))
-    )
+    return order_of(shards, sorted(left_out), seed=draw(st.integers(0, 2**63 - 1)), window=draw(st.integers(1, 9)))
 
 
 @given(order=orders(), epoch=st.integers(0, 3))

@@ -73,9 +73,7 @@ def test_two_workers_train_like_one(root: Path, tmp_path: Path, marker: str) -> 
     assert (tmp_path / "two" / "model" / "config.json").exists()
 
 
-def test_a_wish_to_stop_reaches_the_workers_and_the_run_goes_on_alone(
-    root: Path, tmp_path: Path, marker: str
-) -> None:
+def test_a_wish_to_stop_reaches_the_workers_and_the_run_goes_on_alone(root: Path, tmp_path: Path, marker: str) -> None:
     from student_trainer.ray_train import train_with_ray
 
     steps: list[int] = []
@@ -105,9 +103,7 @@ def test_errors_come_back_as_what_they_are(root: Path, tmp_path: Path, marker: s
 
 
 @pytest.mark.slow
-def test_a_killed_worker_is_replaced_and_the_result_is_the_same(
-    root: Path, tmp_path: Path, marker: str
-) -> None:
+def test_a_killed_worker_is_replaced_and_the_result_is_the_same(root: Path, tmp_path: Path, marker: str) -> None:
     from student_trainer.ray_train import train_with_ray
 
     long = {"workers": 2, "steps": 150, "eval_every": 150, "checkpoint_every": 20}

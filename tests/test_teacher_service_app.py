@@ -3,11 +3,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import httpx
 import numpy as np
 import pyarrow as pa
 import pytest
-import uvicorn
 
 from cache import Fields, Targets, wire
 from cache.cache import Cache
@@ -27,52 +25,10 @@ from teacher_service.replicas import HostedTeacher, Keep, ReplicaPool
 from teacher_service.settings import LimitSettings
 from tests.corpora import make_corpus, plan_targets, teacher_for
 from tests.fakes import FakeTeacher
+from tests.servers import hosted, serving, serving_teachers, wait_ready
 
 ARROW = "application/vnd.apache.arrow.stream"
 ROWS = [[1, 2, 3], [4, 5], [6]]
-
-
-@contextmanager
-def serving(app: Any) -> Iterator[str]:
-    """Run an ASGI app on a free loopback port, in a thread; yields its URL."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(app, log_config=None, ws="none", timeout_graceful_shutdown=2)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
-        listener.close()
-
-
-def opens(teacher: Teacher) -> Callable[[], AbstractAsyncContextManager[Teacher]]:
-    @asynccontextmanager
-    async def open_it() -> AsyncIterator[Teacher]:
-        yield teacher
-
-    return open_it
-
-
-def hosted(name: str, teacher: Teacher, keep: Keep | None = None) -> HostedTeacher:
-    return HostedTeacher(name, opens(teacher), keep)
-
-
-def wait_ready(url: str) -> None:
-    deadline = time.monotonic() + 10
-    while httpx.get(f"{url}/readyz").status_code != 200:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-@contextmanager
-def serving_teachers(*teachers: HostedTeacher, **options: Any) -> Iterator[str]:
-    """Run a service on these teachers until they are up; yields its URL."""
-    with serving(create_app(Service.of(teachers, **options))) as url:
-        wait_ready(url)
-        yield url
 
 
 class GatedTeacher(FakeTeacher):

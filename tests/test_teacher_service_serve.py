@@ -20,8 +20,9 @@ from cache.errors import InvalidInput
 from clients import SyncHttpTeacher
 from teacher_service.serve import bind
 from tests.fakes import FakeTeacher
+from tests.servers import hosted, serving_teachers
 from tests.test_clients_http_teacher import assert_scored, rows_of
-from tests.test_teacher_service_app import GatedTeacher, hosted, serving_teachers, until
+from tests.test_teacher_service_app import GatedTeacher, until
 
 COMMAND = [sys.executable, "-m", "clients.cli", "serve"]
 WANT = Fields(k=4)

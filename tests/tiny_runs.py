@@ -52,9 +52,7 @@ def write_cache(
 ) -> Path:
     """Ingest random documents of 5 to 30 words and fill every teacher's targets; returns the cache's folder."""
     random = np.random.default_rng(seed)
-    texts = [
-        " ".join(f"w{i}" for i in random.integers(1, VOCAB, random.integers(5, 31))) for _ in range(documents)
-    ]
+    texts = [" ".join(f"w{i}" for i in random.integers(1, VOCAB, random.integers(5, 31))) for _ in range(documents)]
     root = write_texts_cache(folder, texts, corpus=corpus)
     for name in teachers:
         fill(root, name, corpus)

@@ -1,1 +1,1 @@
-"""."""
+"""The trainer's `potstill` commands."""
