@@ -163,9 +163,7 @@ class LoopConfig(_Frozen):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.batch_rows < self.workers:
-            raise ValueError(
-                f"batch_rows {self.batch_rows} is less than one row for each of {self.workers} workers"
-            )
+            raise ValueError(f"batch_rows {self.batch_rows} is less than one row for each of {self.workers} workers")
         return self
 
 
@@ -180,9 +178,7 @@ class TrainConfig(_Frozen):
     @model_validator(mode="after")
     def _teachers_match_alpha(self) -> Self:
         if self.train.alpha > 0 and not self.teachers:
-            raise ValueError(
-                f"train.alpha is {self.train.alpha} but there is no teacher: add one, or set it to 0"
-            )
+            raise ValueError(f"train.alpha is {self.train.alpha} but there is no teacher: add one, or set it to 0")
         names = [teacher.name for teacher in self.teachers]
         if len(set(names)) != len(names):
             raise ValueError("teachers must have different names")
@@ -229,9 +225,7 @@ class TrainConfig(_Frozen):
     def absolute(self) -> TrainConfig:
         """The same run with its folders made absolute, for processes that start elsewhere."""
         student = self.student
-        paths = {
-            name: _absolute(value) for name in ("config", "checkpoint") if (value := getattr(student, name))
-        }
+        paths = {name: _absolute(value) for name in ("config", "checkpoint") if (value := getattr(student, name))}
         return self.model_copy(
             update={
                 "data": self.data.model_copy(update={"cache": _absolute(self.data.cache, always=True)}),

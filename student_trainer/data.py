@@ -102,9 +102,7 @@ class BatchReader:
 
 
 @contextmanager
-def read_ahead(
-    reader: BatchReader, pieces: Iterable[NDArray[np.int64]], depth: int
-) -> Iterator[Iterator[Batch]]:
+def read_ahead(reader: BatchReader, pieces: Iterable[NDArray[np.int64]], depth: int) -> Iterator[Iterator[Batch]]:
     """An iterator over `reader.read(piece)`, of which at most `depth` are read before they are asked for.
 
     An error of a read is raised where its batch would have come. Leaving the block stops the thread after
@@ -153,9 +151,7 @@ def _check_lengths(name: str, rows: Sequence[Tokens], answers: Sequence[Targets]
         raise TeacherFailed(f"teacher {name!r} answered {len(answers)} rows of {len(rows)}")
     for row, targets in zip(rows, answers, strict=True):
         if targets.num_positions != len(row):
-            raise TeacherFailed(
-                f"teacher {name!r} gave {targets.num_positions} targets for a row of {len(row)} tokens"
-            )
+            raise TeacherFailed(f"teacher {name!r} gave {targets.num_positions} targets for a row of {len(row)} tokens")
 
 
 def _pad_rows(rows: Sequence[Tokens]) -> tuple[Tensor, Tensor, Tensor]:
@@ -180,6 +176,4 @@ def _pad_targets(answers: Sequence[Targets], length: int, weight: float) -> Teac
         ids[i, :t, : targets.k] = targets.ids
         logprobs[i, :t, : targets.k] = targets.logprobs
         log_tail[i, :t] = targets.log_tail
-    return TeacherTargets(
-        torch.from_numpy(ids), torch.from_numpy(logprobs), torch.from_numpy(log_tail), weight
-    )
+    return TeacherTargets(torch.from_numpy(ids), torch.from_numpy(logprobs), torch.from_numpy(log_tail), weight)

@@ -19,9 +19,9 @@ compare truncated and bucketed targets. Distillation with soft targets: Hinton e
 the mix with cross-entropy in pre-training: Peng et al., arXiv 2410.16215. Temperature is 1: at another
 one a top-k says little unless the full partition function is known.
 
-Numerics: log p_r re-reduces the logits with K masked to -inf; 1 - sum_K p would cancel to nothing on a
-peaked row. A tail under `MIN_TAIL_MASS` counts as exactly zero. Float32 top-k masses may sum to slightly
-over 1; nothing here takes 1 - sum.
+Numerics: log p_r is log(1 - sum_K p) only where the student has a tenth of its mass or more outside K; on
+peaked rows that would cancel to nothing, and the logits are reduced again with K masked to -inf. A teacher's
+tail under `MIN_TAIL_MASS` counts as exactly zero; its float32 top-k may sum to slightly over 1.
 
 Memory: the gradient is analytic and recomputed in backward, chunk by chunk. Beside the logits and their
 gradient (in the logits' dtype) at most three [chunk, V] float32 arrays live at once.
@@ -47,6 +47,12 @@ NO_LABEL = -100
 
 MIN_TAIL_MASS = 1e-6
 """A teacher's tail below this mass is float32 rounding of the top-k and counts as zero."""
+
+_PEAKED = 0.9
+"""Student mass on K over which its tail is reduced from the logits instead of taken from 1."""
+
+_LOST = 20.0
+"""log(1 / p_r) over which p_j / p_r is taken from the logits instead of from p_j."""
 
 _CHUNK_ELEMENTS = 1 << 24
 """Default [chunk, V] size: 16M float32, 64 MiB."""
@@ -200,21 +206,31 @@ class _Chunk:
         """[n, K] logits of the kept ids; those outside the vocabulary give some finite value."""
         return z.gather(-1, self.ids.clamp(max=z.shape[-1] - 1))
 
-    def tail_lse(self, z: Tensor) -> Tensor:
+    def tail_lse(self, z: Tensor, lse: Tensor, log_p: Tensor) -> Tensor:
         """[n] log-sum-exp of the logits outside K; -inf when K covers the vocabulary."""
-        return torch.logsumexp(self._outside(z), dim=-1)
+        kept = log_p.exp().masked_fill(~self.inside, 0.0).sum(dim=-1)
+        lse_tail = lse + torch.log1p(-kept.clamp(max=_PEAKED))
+        peaked = (kept > _PEAKED).nonzero().squeeze(-1)
+        if len(peaked):
+            outside = _fill(z[peaked], self.ids[peaked], -math.inf)
+            lse_tail[peaked] = torch.logsumexp(outside, dim=-1)
+        return lse_tail
 
-    def tail_softmax(self, z: Tensor, lse_tail: Tensor) -> Tensor:
-        """[n, V] p_j / p_r outside K, 0 inside."""
-        outside = self._outside(z)
-        outside -= lse_tail.masked_fill(lse_tail == -math.inf, 0.0)[:, None]
-        return outside.exp_()[:, :-1]
+    def sub_tail(self, grad: Tensor, *, z: Tensor, p: Tensor, lse: Tensor, lse_tail: Tensor, scale: Tensor) -> None:
+        """grad[n, V] -= scale * p_j / p_r outside K, given p = softmax(z)."""
+        log_factor = lse - lse_tail.masked_fill(lse_tail == -math.inf, 0.0)
+        tail = p * (scale * torch.exp(log_factor.clamp(max=_LOST)))[:, None]
+        # Where p_r is so small that p_j has lost its digits, start from the logits again.
+        lost = (log_factor > _LOST).nonzero().squeeze(-1)
+        if len(lost):
+            tail[lost] = torch.exp(z[lost] - lse_tail[lost, None]) * scale[lost, None]
+        grad.sub_(_fill(tail, self.ids, 0.0))
 
     def kl(self, z: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         """KL [n], and the tail's log-sum-exp [n]."""
         log_p = self.gather(z) - lse[:, None]
         kept = torch.where(self.t > 0, self.t * (self.logprobs - log_p), 0.0).sum(dim=-1)
-        lse_tail = self.tail_lse(z)
+        lse_tail = self.tail_lse(z, lse, log_p)
         # Where K covers the whole vocabulary, a tail has nowhere to go and cannot be learnt: it is dropped.
         live = (self.r > 0) & (lse_tail > -math.inf)
         tail = torch.where(live, self.r * (self.log_r - (lse_tail - lse)), 0.0)
@@ -224,10 +240,14 @@ class _Chunk:
         """[n] r, or 0 where no id is outside K."""
         return torch.where(lse_tail > -math.inf, self.r, 0.0)
 
-    def _outside(self, z: Tensor) -> Tensor:
-        # One spare column takes the writes of ids that the student does not have.
-        padded = torch.cat([z, z.new_full((z.shape[0], 1), -math.inf)], dim=-1)
-        return padded.scatter_(-1, self.ids, -math.inf)
+
+def _fill(values: Tensor, ids: Tensor, value: float) -> Tensor:
+    """[n, V] `values` with `value` at `ids`; may write to `values`. An id of V is one the student does not have."""
+    if bool((ids < values.shape[-1]).all()):
+        return values.scatter_(-1, ids, value)
+    # One spare column takes the writes of the ids that are not there.
+    padded = torch.cat([values, values.new_zeros((values.shape[0], 1))], dim=-1)
+    return padded.scatter_(-1, ids, value)[:, :-1]
 
 
 class _SparseDistillation(torch.autograd.Function):
@@ -274,6 +294,7 @@ def _gradient(z: Tensor, lse: Tensor, lse_tails: Tensor, flat: _Flat, part: slic
     labels, mask = flat.labels[part], flat.mask[part].to(z.dtype)
     label_scale = flat.ce_scale * (labels != NO_LABEL).to(z.dtype)
     p_scale = label_scale.clone()
+    p = (z - lse[:, None]).exp_()
     grad = torch.zeros_like(z)
     grad.scatter_(-1, labels.clamp(min=0)[:, None], -label_scale[:, None])
     for teacher, lse_tail in zip(flat.teachers if flat.kl_scale else (), lse_tails, strict=False):
@@ -281,10 +302,10 @@ def _gradient(z: Tensor, lse: Tensor, lse_tails: Tensor, flat: _Flat, part: slic
         r = target.live_r(lse_tail)
         scale = flat.kl_scale * teacher.weight * mask
         p_scale += scale * (target.t.sum(dim=-1) + r)
-        grad.sub_(target.tail_softmax(z, lse_tail).mul_((scale * r)[:, None]))
+        target.sub_tail(grad, z=z, p=p, lse=lse, lse_tail=lse_tail, scale=scale * r)
         kept = -(scale[:, None] * target.t)
         grad.scatter_add_(-1, target.ids.clamp(max=z.shape[-1] - 1), kept)
-    return grad.add_((z - lse[:, None]).exp_().mul_(p_scale[:, None]))
+    return grad.add_(p.mul_(p_scale[:, None]))
 
 
 def _cross_entropy(z: Tensor, lse: Tensor, labels: Tensor) -> Tensor:
@@ -297,9 +318,7 @@ def _compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def _check(
-    logits: Tensor, labels: Tensor, teachers: Sequence[TeacherTargets], alpha: float, mask: Tensor
-) -> None:
+def _check(logits: Tensor, labels: Tensor, teachers: Sequence[TeacherTargets], alpha: float, mask: Tensor) -> None:
     if not 0.0 <= alpha <= 1.0:
         raise InvalidInput(f"alpha is {alpha!r}; it must be in [0, 1]")
     positions = labels.shape

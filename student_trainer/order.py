@@ -59,9 +59,7 @@ def with_copies(corpus: Corpus, rows: NDArray[np.int64]) -> NDArray[np.int64]:
     """
     if corpus.spec.duplicate_rows == 0 or not len(rows):
         return rows
-    wanted = np.concatenate(
-        [keys[rows[(rows >= a) & (rows < a + len(keys))] - a] for a, keys in _keys(corpus)]
-    )
+    wanted = np.concatenate([keys[rows[(rows >= a) & (rows < a + len(keys))] - a] for a, keys in _keys(corpus)])
     return np.concatenate([a + np.flatnonzero(np.isin(keys, wanted)) for a, keys in _keys(corpus)])
 
 
@@ -82,9 +80,7 @@ class SampleOrder:
     """[H] rows that are never drawn, rising: those held out and their copies."""
     seed: int
     window_shards: int = 8
-    _plans: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = field(
-        default_factory=dict, init=False, repr=False
-    )
+    _plans: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = field(default_factory=dict, init=False, repr=False)
     _windows: dict[tuple[int, int], NDArray[np.int64]] = field(default_factory=dict, init=False, repr=False)
     """The epoch and window that the last call ended in; computing them again is all that is lost without."""
 

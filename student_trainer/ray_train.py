@@ -106,9 +106,7 @@ class _RayGroup:
     device: torch.device
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        wrapped: nn.Module = ray.train.torch.prepare_model(
-            model, parallel_strategy_kwargs={"broadcast_buffers": False}
-        )
+        wrapped: nn.Module = ray.train.torch.prepare_model(model, parallel_strategy_kwargs={"broadcast_buffers": False})
         return wrapped
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
@@ -129,11 +127,16 @@ def _worker(arguments: Mapping[str, Any]) -> TrainResult:
 
 
 def _trainer(config: TrainConfig) -> ray.train.torch.TorchTrainer:
-    use_gpu = ray.cluster_resources().get("GPU", 0) >= config.train.workers
+    workers, resources = config.train.workers, ray.cluster_resources()
+    use_gpu = resources.get("GPU", 0) >= workers
+    # Ray gives a worker as many torch threads as CPUs, and by default one.
+    cpus = 1 if use_gpu else max(1, int(resources.get("CPU", 1) / workers))
     return ray.train.torch.TorchTrainer(
         _worker,
         train_loop_config={"config": config.to_json()},
-        scaling_config=ray.train.ScalingConfig(num_workers=config.train.workers, use_gpu=use_gpu),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": cpus, **({"GPU": 1} if use_gpu else {})}
+        ),
         run_config=ray.train.RunConfig(
             name=f"session-{uuid.uuid4().hex[:8]}",
             storage_path=str(config.run_dir / "ray"),

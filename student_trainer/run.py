@@ -70,9 +70,7 @@ def open_run(config: TrainConfig) -> Iterator[OpenRun]:
     held_out = choose_held_out(len(corpus), config.data.held_out, config.data.held_out_seed)
     left_out = with_copies(corpus, held_out)
     if len(left_out) == len(corpus):
-        raise InvalidInput(
-            f"data.held_out leaves no row to train on: all {len(corpus)} rows are copies of those"
-        )
+        raise InvalidInput(f"data.held_out leaves no row to train on: all {len(corpus)} rows are copies of those")
     order = SampleOrder(corpus.shard_rows, left_out, config.train.seed, config.data.window_shards)
     with open_sources(config, cache, corpus) as sources:
         yield OpenRun(corpus, held_out, order, BatchReader(corpus, sources, config.weights))

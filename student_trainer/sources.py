@@ -106,9 +106,7 @@ def check_tokenizer(source: TargetSource, corpus: Corpus) -> None:
         )
 
 
-def _open(
-    teacher: TeacherConfig, corpus_name: str, cache: Cache, corpus: Corpus, stack: ExitStack
-) -> TargetSource:
+def _open(teacher: TeacherConfig, corpus_name: str, cache: Cache, corpus: Corpus, stack: ExitStack) -> TargetSource:
     source: TargetSource
     if teacher.source == "service":
         assert teacher.url is not None, "the config refuses a service without a url"
@@ -118,9 +116,7 @@ def _open(
         targets = cache.targets(teacher.name, corpus_name)
         teacher_k, kept = teacher.k or 1, targets.fields.k
         if teacher_k > kept:
-            raise UnsupportedField(
-                f"teachers.k is {teacher_k} for {teacher.name!r}, but the cache holds k={kept}"
-            )
+            raise UnsupportedField(f"teachers.k is {teacher_k} for {teacher.name!r}, but the cache holds k={kept}")
         _check_committed(teacher.name, targets)
         source = CacheSource(teacher.name, targets, teacher.k)
     check_tokenizer(source, corpus)

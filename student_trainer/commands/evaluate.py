@@ -10,9 +10,7 @@ SUMMARY = "evaluate a trained student on held-out rows"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument(
-        "run_dir", metavar="RUN_DIR", type=Path, help="the folder of a run of `potstill train`"
-    )
+    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the folder of a run of `potstill train`")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

@@ -31,9 +31,7 @@ def run(args: argparse.Namespace) -> int:
     if args.no_ray and config.train.workers > 1:
         from cache.errors import InvalidInput
 
-        raise InvalidInput(
-            f"train.workers is {config.train.workers}, but --no-ray trains with 1; set it to 1"
-        )
+        raise InvalidInput(f"train.workers is {config.train.workers}, but --no-ray trains with 1; set it to 1")
 
     from student_trainer.interrupt import stop_on_signals
     from student_trainer.loop import train

@@ -18,16 +18,16 @@ class DemoPlan:
 
     out: Path
     models: Path
-    text_tokens: int = 16_000
+    text_tokens: int = 10_000
     """Text is taken, document by document, until there is about this much."""
     row_tokens: int = 256
     shard_positions: int = 2_048
     k: int = 64
     encoding: str = "u8"
-    held_out_rows: int = 12
-    steps: int = 120
-    batch_rows: int = 6
-    lr: float = 2e-3
+    held_out_rows: int = 10
+    steps: int = 80
+    batch_rows: int = 4
+    lr: float = 4e-3
     alpha: float = 1.0
     """Share of the distillation loss in the distilled student; the other one has none."""
     seed: int = 0

@@ -68,7 +68,7 @@ def run_demo(
     log = plan.out / "service.log"
     with (
         stages.stage("prefill", "start the service and prefill the cache through it"),
-        running_service(TEACHER, model, plan.cache, log) as url,
+        running_service(["--teacher", f"{TEACHER}={model}", "--cache", str(plan.cache), "--port", "0"], log) as url,
     ):
         console.print(f"      serving at {url}; log: {log}")
         asyncio.run(_prefill(plan, cache, url))

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from cache import Targets
 from cache.corpus import Corpus
@@ -46,6 +47,7 @@ def samples(
     corpus: Corpus, rows: Sequence[int], targets: Sequence[Targets], teacher: str, students: Mapping[str, Path]
 ) -> list[Sample]:
     """Two positions of each row: after a half and after four fifths of it."""
+    logging.disable_progress_bar()
     models = {name: AutoModelForCausalLM.from_pretrained(path).eval() for name, path in students.items()}
     found = []
     for index, of_row in zip(rows, targets, strict=True):

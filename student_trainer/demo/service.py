@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,14 +17,13 @@ _READY = "ready: "
 
 
 @contextmanager
-def running_service(teacher: str, model: Path, cache: Path, log: Path) -> Iterator[str]:
-    """Serve one teacher on a free port until the block ends; the service's URL.
+def running_service(arguments: Sequence[str], log: Path) -> Iterator[str]:
+    """`potstill serve ARGUMENTS` until the block ends; the service's URL. What it prints goes to `log`.
 
     Raises:
         Unavailable: the service did not start; its last line says why.
     """
-    command = [sys.executable, "-m", "clients.cli", "serve", "--port", "0"]
-    command += ["--teacher", f"{teacher}={model}", "--cache", str(cache)]
+    command = [sys.executable, "-m", "clients.cli", "serve", *arguments]
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
         try:

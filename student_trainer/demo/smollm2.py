@@ -66,7 +66,9 @@ def _packaged_gguf() -> Path:
 def _convert(source: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     options = {"gguf_file": source.name}
     loaded = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **options)
     config = loaded.config
