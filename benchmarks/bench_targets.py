@@ -77,9 +77,8 @@ def parity(scored: Targets, corpus: Corpus, row: int, model: Path) -> bool:
     overlap = np.mean([len(set(a) & set(b)) for a, b in zip(np.argsort(-dense)[:, :K], scored.ids, strict=True)]) / K
     print(f"vLLM against transformers float32, SmolLM2-135M, {len(tokens)} positions, top-{K}:")
     print(f"  max |dlogprob| {top.max():.2e}   mean {top.mean():.2e}   same ids {overlap:.4%}")
-    print(
-        f"  labels: max |dlogprob| {label.max():.2e} over {len(label)}; the last has none: {np.isnan(scored.label_logprob[-1])}"
-    )
+    none = bool(np.isnan(scored.label_logprob[-1]))
+    print(f"  labels: max |dlogprob| {label.max():.2e} over {len(label)}; the last has none: {none}")
     print(f"  last target: max |dlogprob| {top[-1].max():.2e}   tail mass: max |d| {tail.max():.2e}")
     return bool(max(top.max(), label.max()) > PARITY_BOUND)
 
