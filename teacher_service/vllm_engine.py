@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import textwrap
 import threading
 import time
@@ -164,6 +165,10 @@ def _import_vllm() -> Any:
     """The module, imported with the settings it reads from the environment; takes seconds the first time."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    compilers = filter(None, (os.environ.get("CXX"), "g++", "clang++"))
+    if not any(map(shutil.which, compilers)):
+        # vLLM compiles one small kernel for logprobs; without a compiler it runs as it is written, somewhat slower.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     # torch's own wrapper around a deprecated name, met by vLLM's start on every machine without Triton.
     warnings.filterwarnings("ignore", "`torch.distributed.reduce_op` is deprecated", FutureWarning)
     import vllm.inputs  # noqa: PLC0415 -- only now, see above
