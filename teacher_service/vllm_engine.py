@@ -7,8 +7,8 @@ it, and every further one in a process of its own, which costs about ten seconds
 one more import of vLLM. Such a process is spawned, so a script that opens a second teacher needs
 the usual `if __name__ == "__main__":`.
 
-torch compiles one small kernel on the first request, which on a CPU needs a C++ compiler and takes up to
-half a minute the first time on a machine; a warm-up at the start takes that from the first caller.
+torch compiles one small kernel on the first request, which takes up to half a minute the first time on a
+machine; a warm-up at the start takes that from the first caller. Without a C++ compiler it is not compiled.
 
 Run with vLLM 0.32 on CPUs; not run on a GPU.
 """

@@ -175,16 +175,18 @@ def test_a_float32_top_k_that_sums_to_more_than_one_is_harmless() -> None:
     assert torch.isfinite(grad).all()
 
 
-def test_a_peaked_student_keeps_an_exact_tail() -> None:
-    """1 - sum(p) would cancel to zero in float32; the masked log-sum-exp does not."""
-    z = torch.full((1, V), -18.0)
+@pytest.mark.parametrize("others", [-3.0, -6.0, -18.0, -40.0, -120.0])
+def test_a_peaked_student_keeps_an_exact_tail(others: float) -> None:
+    """1 - sum(p) would cancel to zero in float32, and p itself underflows; value and gradient stay exact."""
+    z = torch.full((1, V), others)
     z[0, 4] = 0.0
     targets = one_position([4], [math.log(0.9)], math.log(0.1))
     value, grad = kl_of(z, targets)
     exact = TeacherTargets(targets.ids[None], targets.logprobs[None].double(), targets.log_tail[None].double())
-    assert value == pytest.approx(dense_kl(z[None], exact).item(), rel=1e-6)
+    assert value == pytest.approx(dense_kl(z[None], exact).item(), rel=1e-6, abs=3e-7)
     tail = grad[0, [i for i in range(V) if i != 4]]
-    torch.testing.assert_close(tail, torch.full_like(tail, -0.1 / (V - 1)), rtol=1e-5, atol=1e-7)
+    mass = (V - 1) * math.exp(others) / (1 + (V - 1) * math.exp(others))
+    torch.testing.assert_close(tail, torch.full_like(tail, (mass - 0.1) / (V - 1)), rtol=1e-5, atol=1e-7)
 
 
 def test_a_peaked_teacher_and_entries_of_zero_mass() -> None:
