@@ -51,6 +51,10 @@ class FakeTeacher:
         want.require_only_top_k("FakeTeacher")
         if want.k > self._identity.vocab_size:
             raise LimitExceeded(f"k={want.k} is over the vocabulary of {self._identity.vocab_size}")
+        for index, row in enumerate(rows):
+            if len(row) and int(row.max()) >= self._identity.vocab_size:
+                size = self._identity.vocab_size
+                raise LimitExceeded(f"row {index} has the token id {row.max()}, outside the vocabulary of {size}")
         self.scored.extend(row.tobytes() for row in rows)
         answers = [self.distribution(row, want.k) for row in rows]
         seconds = sum(map(len, rows)) / self._tokens_per_second if self._tokens_per_second else 0.0

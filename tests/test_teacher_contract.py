@@ -1,0 +1,53 @@
+"""Every teacher there is, held to one contract: they nest because they are alike."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from cache import Cache
+from cache.cached import CachedTeacher, KeepPolicy
+from cache.types import Teacher
+from clients import HttpTeacher
+from teacher_service.replicas import Keep, ReplicaPool
+from teacher_service.vllm_teacher import VllmTeacher
+from tests.contracts import TeacherContract
+from tests.fakes import FakeTeacher
+from tests.servers import hosted, serving_teachers
+
+
+class TestFake(TeacherContract):
+    @pytest.fixture
+    def teacher(self) -> Teacher:
+        return FakeTeacher()
+
+
+class TestPool(TeacherContract):
+    @pytest.fixture
+    def teacher(self) -> Teacher:
+        return ReplicaPool(FakeTeacher())
+
+
+class TestVllm(TeacherContract):
+    @pytest.fixture
+    def teacher(self, vllm_teacher: VllmTeacher) -> Teacher:
+        return vllm_teacher
+
+
+class TestCachedVllm(TeacherContract):
+    @pytest.fixture
+    async def teacher(self, vllm_teacher: VllmTeacher, tmp_path: Path) -> AsyncIterator[Teacher]:
+        cache = Cache.open(tmp_path / "c", mode="r+")
+        async with CachedTeacher.open(vllm_teacher, name="tiny", cache=cache, policy=KeepPolicy(k=64)) as cached:
+            yield cached
+
+
+class TestHttpBeforeCacheBeforeFake(TeacherContract):
+    @pytest.fixture
+    async def teacher(self, tmp_path: Path) -> AsyncIterator[Teacher]:
+        keep = Keep(Cache.open(tmp_path / "c", mode="r+"), KeepPolicy(k=64))
+        with serving_teachers(hosted("fake", FakeTeacher(), keep)) as url:
+            async with HttpTeacher.open(url, "fake") as client:
+                yield client
