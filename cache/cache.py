@@ -50,7 +50,7 @@ class Cache:
 
     def teachers(self, corpus: str) -> list[str]:
         """Names of the teachers that have targets for a corpus, complete or not."""
-        names = self.root.children("targets")
+        names = self.root.folders("targets")
         return [name for name in names if has_targets(self.root, name, corpus)]
 
     def targets(self, teacher: str, corpus: str) -> TargetSet:

@@ -8,6 +8,7 @@ through the journal's encoding, so that the answer is what a later hit returns.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -16,10 +17,20 @@ from dataclasses import dataclass, replace
 from cache.cache import Cache
 from cache.corpus import row_key
 from cache.encoding import RankTable, encoding_by_name, round_trip
-from cache.errors import CorruptSegment, InvalidInput, PotstillError, StoreError, Unavailable
+from cache.errors import (
+    CorruptSegment,
+    FormatError,
+    InvalidInput,
+    PotstillError,
+    StoreError,
+    TeacherFailed,
+    Unavailable,
+)
 from cache.journal import Journal, JournalPolicy, JournalRow
 from cache.targets import TargetSet, has_targets
 from cache.types import Fields, Provenance, Targets, Teacher, TeacherIdentity, TeacherLimits, Tokens
+
+_LOG = logging.getLogger(__name__)
 
 # How often the store is asked for target sets that began since; a shard's commit is looked up at once.
 _REFRESH_SECONDS = 2.0
@@ -54,6 +65,23 @@ class CacheCounters:
     joined: int = 0
 
 
+@dataclass(slots=True, eq=False)
+class _Batch:
+    """Rows of one caller's misses on their way through the teacher behind."""
+
+    keep: Fields
+    rows: dict[bytes, Tokens]
+    answers: asyncio.Future[dict[bytes, Targets]]
+    task: asyncio.Task[None] | None = None
+    waiters: int = 0
+
+    def fail(self, error: PotstillError) -> None:
+        """Tell every waiter, unless there is an answer already."""
+        if not self.answers.done():
+            self.answers.set_exception(error)
+            self.answers.exception()  # retrieved: a caller that has left will not
+
+
 class CachedTeacher:
     """A `Teacher` in front of another one. Open with `open`, which also closes it."""
 
@@ -67,8 +95,7 @@ class CachedTeacher:
         self._policy = policy
         self._encoding = encoding_by_name(policy.encoding)
         self._ranks = RankTable.plain(inner.identity.vocab_size)
-        self._in_flight: dict[tuple[bytes, int], asyncio.Future[Targets]] = {}
-        self._scoring: set[asyncio.Task[None]] = set()
+        self._in_flight: dict[bytes, list[_Batch]] = {}
         self._sets: list[TargetSet] = []
         self._sets_read = float("-inf")
         journal_policy = JournalPolicy(
@@ -123,70 +150,72 @@ class CachedTeacher:
         want.require_only_top_k("the cache")
         keys = [row_key(self.identity.tokenizer_sha256, row) for row in rows]
         found = await asyncio.to_thread(self._find_all, keys, want.k)
-        hits = sum(targets is not None for targets in found)
         missing = {key: row for key, row, targets in zip(keys, rows, found, strict=True) if targets is None}
-        futures, scored = self._join_or_score(missing, want)
-        new = len(scored)
-        self.counters = replace(
-            self.counters,
-            hits=self.counters.hits + hits,
-            misses=self.counters.misses + new,
-            joined=self.counters.joined + len(rows) - hits - new,
-        )
-        # A cancelled caller must not cancel what others wait for.
-        answers = {key: await asyncio.shield(future) for key, future in futures.items()}
+        batches, misses = self._join_or_score(missing, want)
+        self._count(hits=len(rows) - found.count(None), misses=misses, rows=len(rows))
+        answers = await self._wait_for(batches)
         return [
             (targets if targets is not None else answers[key]).prefix(want.k)
             for key, targets in zip(keys, found, strict=True)
         ]
 
-    def _join_or_score(
-        self, missing: dict[bytes, Tokens], want: Fields
-    ) -> tuple[dict[bytes, asyncio.Future[Targets]], dict[bytes, Tokens]]:
-        """The future of every missing row; rows that nobody scores yet are handed to the teacher."""
+    def _count(self, *, hits: int, misses: int, rows: int) -> None:
+        old = self.counters
+        joined = old.joined + rows - hits - misses
+        self.counters = CacheCounters(hits=old.hits + hits, misses=old.misses + misses, joined=joined)
+
+    def _join_or_score(self, missing: dict[bytes, Tokens], want: Fields) -> tuple[dict[bytes, _Batch], int]:
+        """The batch that scores each missing row, and how many of the rows nobody scored yet."""
         limit = min(self.identity.vocab_size, self.limits.max_top_k or self.identity.vocab_size)
         keep = replace(want, k=max(want.k, min(self._policy.k, limit)))
-        loop = asyncio.get_running_loop()
-        futures: dict[bytes, asyncio.Future[Targets]] = {}
-        mine: dict[bytes, Tokens] = {}
-        for key, row in missing.items():
-            future = self._in_flight.get((key, keep.k))
-            if future is None:
-                future = self._in_flight[key, keep.k] = loop.create_future()
-                mine[key] = row
-            futures[key] = future
+        batches = {key: batch for key in missing if (batch := self._joinable(key, keep.k)) is not None}
+        mine = {key: row for key, row in missing.items() if key not in batches}
         if mine:
-            task = asyncio.create_task(self._score_missing(mine, keep))
-            self._scoring.add(task)
-            task.add_done_callback(self._scoring.discard)
-        return futures, mine
+            batch = _Batch(keep, mine, asyncio.get_running_loop().create_future())
+            for key in mine:
+                self._in_flight.setdefault(key, []).append(batch)
+                batches[key] = batch
+            batch.task = asyncio.create_task(self._score_batch(batch))
+        return batches, len(mine)
 
-    async def _score_missing(self, missing: dict[bytes, Tokens], keep: Fields) -> None:
+    def _joinable(self, key: bytes, k: int) -> _Batch | None:
+        """Of the batches that score this row with enough entries, the one with the fewest: as the journal will."""
+        enough = (batch for batch in self._in_flight.get(key, ()) if batch.keep.k >= k)
+        return min(enough, key=lambda batch: batch.keep.k, default=None)
+
+    async def _wait_for(self, batches: dict[bytes, _Batch]) -> dict[bytes, Targets]:
+        """The answers by key. A caller that leaves fails nobody; a batch that nobody waits for is dropped."""
+        different = list(dict.fromkeys(batches.values()))
+        for batch in different:
+            batch.waiters += 1
         try:
-            targets = await self.inner.score(list(missing.values()), keep)
-            answers = await asyncio.to_thread(self._through_encoding, targets)
-            kept = zip(missing.items(), answers, strict=True)
-            # In the journal before it leaves the futures: a row is never scored twice in between.
-            self._journal.add([JournalRow(key, row, answer) for (key, row), answer in kept])
-            for key, answer in zip(missing, answers, strict=True):
-                self._settle(key, keep.k, answer)
-        except PotstillError as error:
-            self._fail(missing, keep.k, error)
+            return {key: (await asyncio.shield(batch.answers))[key] for key, batch in batches.items()}
         finally:
-            # Whatever ended the scoring, its callers must not hang: settled rows are not touched.
-            self._fail(missing, keep.k, Unavailable("scoring was stopped before there was an answer; ask again"))
+            for batch in different:
+                batch.waiters -= 1
+                if not batch.waiters and batch.task is not None:
+                    batch.task.cancel()
 
-    def _settle(self, key: bytes, k: int, answer: Targets) -> None:
-        future = self._in_flight.pop((key, k))
-        if not future.done():
-            future.set_result(answer)
-
-    def _fail(self, missing: dict[bytes, Tokens], k: int, error: PotstillError) -> None:
-        for key in missing:
-            future = self._in_flight.pop((key, k), None)
-            if future is not None and not future.done():
-                future.set_exception(error)
-                future.exception()  # retrieved: a cancelled caller will not
+    async def _score_batch(self, batch: _Batch) -> None:
+        try:
+            exact = await self.inner.score(list(batch.rows.values()), batch.keep)
+            answers = await asyncio.to_thread(self._through_encoding, exact)
+            kept = zip(batch.rows.items(), exact, answers, strict=True)
+            # In the journal before it is answered: a row is never scored twice in between.
+            self._journal.add([JournalRow(key, row, scored, answer) for (key, row), scored, answer in kept])
+            batch.answers.set_result(dict(zip(batch.rows, answers, strict=True)))
+        except PotstillError as error:
+            batch.fail(error)
+        except asyncio.CancelledError:
+            batch.fail(Unavailable("scoring was stopped before there was an answer; ask again"))
+            raise
+        finally:
+            # What else ended it is a bug, which the task reports; its callers must not hang.
+            batch.fail(TeacherFailed("the teacher ended without an answer; the service's log says why"))
+            for key in batch.rows:
+                self._in_flight[key].remove(batch)
+                if not self._in_flight[key]:
+                    del self._in_flight[key]
 
     def _through_encoding(self, targets: list[Targets]) -> list[Targets]:
         return [round_trip(row, self._encoding, self._ranks) for row in targets]
@@ -199,8 +228,8 @@ class CachedTeacher:
         try:
             kept = self._journal.find(key, k)
             return kept if kept is not None else self._find_in_corpora(key, k)
-        except (CorruptSegment, StoreError) as error:
-            self.store_error = error.detail
+        except (CorruptSegment, FormatError, StoreError) as error:
+            self._trouble(error)
             return None
 
     def _find_in_corpora(self, key: bytes, k: int) -> Targets | None:
@@ -227,7 +256,7 @@ class CachedTeacher:
             try:
                 targets = self._cache.targets(self._name, corpus)
             except PotstillError as error:
-                self.store_error = error.detail
+                self._trouble(error)
                 continue
             if targets.identity == self.identity:
                 self._sets = [*self._sets, targets]
@@ -242,12 +271,20 @@ class CachedTeacher:
         try:
             await asyncio.to_thread(self._journal.flush, self.provenance)
             self.store_error = ""
-        except StoreError as error:
+        except PotstillError as error:
             # The answers were given; the rows wait for the next try.
+            self._trouble(error)
+
+    def _trouble(self, error: PotstillError) -> None:
+        """Keep serving, and say once what is wrong with the store."""
+        if self.store_error != error.detail:
             self.store_error = error.detail
+            _LOG.warning("teacher %s: %s", self._name, error.detail)
 
     async def _finish(self) -> None:
-        for task in self._scoring:
+        batches = {batch for waiting in self._in_flight.values() for batch in waiting}
+        tasks = [batch.task for batch in batches if batch.task is not None]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._scoring, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._flush()

@@ -211,7 +211,7 @@ class Corpus:
 
 def list_corpora(root: Root) -> list[str]:
     """Names of the sealed corpora."""
-    return [name for name in root.children("corpora") if root.get(f"corpora/{name}/zarr.json") is not None]
+    return [name for name in root.folders("corpora") if root.get(f"corpora/{name}/zarr.json") is not None]
 
 
 def seal_corpus(root: Root, name: str, spec: CorpusSpec) -> bool:

@@ -36,7 +36,8 @@ def source_files(sources: Sequence[str | Path]) -> list[SourceFile]:
     files: list[SourceFile] = []
     for source in map(Path, sources):
         if source.is_dir():
-            inside = [p for p in sorted(source.rglob("*")) if p.suffix.lower() in _TEXT | _JSONL | _PARQUET]
+            known = (p for p in sorted(source.rglob("*")) if p.suffix.lower() in _TEXT | _JSONL | _PARQUET)
+            inside = [p for p in known if p.is_file()]
             if not inside:
                 raise InvalidInput(f"folder {str(source)!r} holds no .txt, .md, .rst, .jsonl or .parquet file")
             files.extend(SourceFile(p, str(p.relative_to(source))) for p in inside)
@@ -81,12 +82,12 @@ def _jsonl(path: Path, text_field: str) -> Iterator[str]:
             where = f"{path}:{number}"
             try:
                 record = json.loads(_utf8(line, where))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InvalidInput(f"{where} is not JSON: {error}") from error
             text = record.get(text_field) if isinstance(record, dict) else None
             if not isinstance(text, str):
                 raise InvalidInput(f"{where} has no text under {text_field!r}; name the key with --text-field")
-            yield text
+            yield _encodable(text, where)
 
 
 def _parquet(path: Path, text_field: str) -> Iterator[str]:
@@ -102,6 +103,15 @@ def _parquet(path: Path, text_field: str) -> Iterator[str]:
                     yield text
     except (pa.ArrowException, OSError) as error:
         raise InvalidInput(f"{path} cannot be read as Parquet: {error}") from error
+
+
+def _encodable(text: str, where: str) -> str:
+    """JSON may spell half a surrogate pair, which is no character."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InvalidInput(f"{where} has half a surrogate pair at character {error.start}") from error
+    return text
 
 
 def _utf8(data: bytes, where: str) -> str:

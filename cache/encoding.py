@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -34,7 +34,8 @@ STEP = 1 / 16
 _SATURATED = 255
 # float16 has no number between this and zero; a tail that is all of the mass but for less is kept as this.
 _LEAST_LOG_TAIL = np.float16(-6e-8)
-_ERROR_BLOCK = 65_536
+# Positions that are encoded and measured together.
+_BLOCK = 65_536
 # float32 logprobs of a large vocabulary sum to 1 within about 1e-5; more means a broken teacher.
 _MASS_TOLERANCE = 1e-3
 
@@ -122,7 +123,7 @@ class EncodingError:
     saturated_mass: float
     """Their exact mass, averaged over positions."""
 
-    def to_json(self) -> dict[str, JSON]:
+    def to_json(self) -> dict[str, float]:
         """A JSON object with one key per attribute."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
@@ -133,7 +134,7 @@ def encode(targets: Targets, encoding: Encoding, ranks: RankTable) -> StoredArra
     Raises:
         TeacherFailed: NaN, entries not sorted by falling logprob, mass that is not 1, an id over the vocabulary.
     """
-    _check(targets, len(ranks.ids_by_rank))
+    check_targets(targets, len(ranks.ids_by_rank))
     stored: StoredArrays = {"ids": ranks.ranks_by_id[targets.ids].astype(ranks.dtype)}
     if encoding.name == "u8":
         stored["gaps"] = _gaps(targets.logprobs)
@@ -176,30 +177,66 @@ def round_trip(targets: Targets, encoding: Encoding, ranks: RankTable) -> Target
     return decode(encode(targets, encoding, ranks), encoding, ranks)
 
 
+def encode_measured(targets: Targets, encoding: Encoding, ranks: RankTable) -> tuple[StoredArrays, EncodingError]:
+    """The arrays to store, and how far they decode from `targets`; in blocks, so that memory stays near the targets'.
+
+    Raises:
+        TeacherFailed: as `encode`.
+    """
+    blocks: list[StoredArrays] = []
+    measured = _Measured()
+    for start in range(0, targets.num_positions, _BLOCK):
+        exact = targets[start : start + _BLOCK]
+        blocks.append(encode(exact, encoding, ranks))
+        measured.add(exact, decode(blocks[-1], encoding, ranks))
+    stored = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+    return stored, measured.error()
+
+
 def measure_error(exact: Targets, decoded: Targets) -> EncodingError:
     """How far `decoded` is from `exact`, position by position; both have the same ids."""
-    max_abs, sum_abs, count, saturated, mass = 0.0, 0.0, 0, 0, 0.0
-    kls = []
-    for start in range(0, exact.num_positions, _ERROR_BLOCK):
-        part = slice(start, start + _ERROR_BLOCK)
-        p = exact.logprobs[part].astype(np.float64)
-        q = decoded.logprobs[part].astype(np.float64)
+    measured = _Measured()
+    for start in range(0, exact.num_positions, _BLOCK):
+        part = slice(start, start + _BLOCK)
+        measured.add(exact[part], decoded[part])
+    return measured.error()
+
+
+@dataclass(slots=True)
+class _Measured:
+    """Sums over blocks of positions."""
+
+    positions: int = 0
+    entries: int = 0
+    max_abs: float = 0.0
+    sum_abs: float = 0.0
+    saturated: int = 0
+    saturated_mass: float = 0.0
+    kl: list[NDArray[np.float64]] = field(default_factory=list)
+
+    def add(self, exact: Targets, decoded: Targets) -> None:
+        p, q = exact.logprobs.astype(np.float64), decoded.logprobs.astype(np.float64)
         lost = _beyond_codes(p)
         difference = np.abs(p[~lost] - q[~lost])
-        max_abs = max(max_abs, float(difference.max(initial=0.0)))
-        sum_abs, count = sum_abs + float(difference.sum()), count + difference.size
-        saturated, mass = saturated + int(lost.sum()), mass + float(np.exp(p[lost]).sum())
-        tails = exact.log_tail[part].astype(np.float64), decoded.log_tail[part].astype(np.float64)
-        kls.append(_kl_terms(p, q).sum(axis=1) + _kl_terms(*tails))
-    kl = np.concatenate(kls) if kls else np.zeros(1)
-    return EncodingError(
-        max_abs=max_abs,
-        mean_abs=sum_abs / max(count, 1),
-        mean_kl=float(kl.mean()),
-        p999_kl=float(np.quantile(kl, 0.999)),
-        saturated=saturated,
-        saturated_mass=mass / max(exact.num_positions, 1),
-    )
+        self.positions += len(p)
+        self.entries += difference.size
+        self.max_abs = max(self.max_abs, float(difference.max(initial=0.0)))
+        self.sum_abs += float(difference.sum())
+        self.saturated += int(lost.sum())
+        self.saturated_mass += float(np.exp(p[lost]).sum())
+        tails = exact.log_tail.astype(np.float64), decoded.log_tail.astype(np.float64)
+        self.kl.append(_kl_terms(p, q).sum(axis=1) + _kl_terms(*tails))
+
+    def error(self) -> EncodingError:
+        kl = np.concatenate(self.kl) if self.kl else np.zeros(1)
+        return EncodingError(
+            max_abs=self.max_abs,
+            mean_abs=self.sum_abs / max(self.entries, 1),
+            mean_kl=float(kl.mean()),
+            p999_kl=float(np.quantile(kl, 0.999)),
+            saturated=self.saturated,
+            saturated_mass=self.saturated_mass / max(self.positions, 1),
+        )
 
 
 def log1mexp(x: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -208,7 +245,12 @@ def log1mexp(x: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.where(x > -np.log(2.0), np.log(-np.expm1(x)), np.log1p(-np.exp(x)))
 
 
-def _check(targets: Targets, vocab_size: int) -> None:
+def check_targets(targets: Targets, vocab_size: int) -> None:
+    """Refuse what no teacher can mean.
+
+    Raises:
+        TeacherFailed: NaN, entries not sorted by falling logprob, mass that is not 1, an id over the vocabulary.
+    """
     if np.isnan(targets.logprobs).any() or np.isnan(targets.log_tail).any():
         raise TeacherFailed("the teacher answered NaN logprobs; its targets are not kept")
     if (targets.logprobs[:, 1:] > targets.logprobs[:, :-1]).any():

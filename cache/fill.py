@@ -10,7 +10,6 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -150,11 +149,16 @@ class _Run:
             await asyncio.gather(*(task for _, task in waiting), return_exceptions=True)
 
     async def finish_writing(self) -> None:
-        """Wait for the write under way, however often the run is cancelled meanwhile."""
+        """Wait for the write under way, also when cancelled meanwhile; a cancellation is passed on after it."""
+        cancelled = False
         while self._writing is not None and not self._writing.done():
-            with suppress(asyncio.CancelledError):
+            try:
                 await asyncio.wait([self._writing])
+            except asyncio.CancelledError:
+                cancelled = True
         self._written()
+        if cancelled:
+            raise asyncio.CancelledError
 
     def _written(self) -> None:
         """Raise what the last write raised, once."""
@@ -194,6 +198,9 @@ class _Run:
     def _batches(self, batch_tokens: int) -> Iterator[_Batch]:
         corpus = self._targets.corpus
         for shard in self._shards:
+            if self._targets.commit_of(shard) is not None:
+                self.shards_lost += 1  # another job was faster: its shard is not scored again
+                continue
             start, stop = (int(row) for row in corpus.shard_rows[shard : shard + 2])
             while start < stop:
                 limit = corpus.row_starts[start] + batch_tokens

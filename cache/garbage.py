@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from cache.corpus import Corpus, list_corpora
-from cache.errors import UnknownTeacher
-from cache.record import read_record
-from cache.store import Root
-from cache.targets import TargetSet
+from cache.record import read_group_metadata, read_record
+from cache.store import TEMPORARY, Root
+from cache.targets import target_set_paths
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +21,7 @@ class Garbage:
 def find_garbage(root: Root, *, min_age_seconds: float) -> list[Garbage]:
     """Unnamed groups that nothing was written to for `min_age_seconds`; a live writer's group is younger."""
     found = []
-    for path in (*_corpus_garbage(root), *_target_garbage(root), *_journal_garbage(root)):
+    for path in (TEMPORARY, *_corpus_garbage(root), *_target_garbage(root), *_journal_garbage(root)):
         age = root.seconds_since_write(path)
         if age is not None and age >= min_age_seconds:
             found.append(Garbage(path, sum(root.sizes(path).values())))
@@ -36,39 +34,34 @@ def remove_garbage(root: Root, item: Garbage) -> None:
 
 
 def _corpus_garbage(root: Root) -> Iterator[str]:
-    sealed = set(list_corpora(root))
-    for name in root.children("corpora"):
-        data = Corpus.open(root, name).spec.data if name in sealed else None
-        for child in root.children(f"corpora/{name}"):
-            if child.startswith("data-") and child != data:
+    for name in root.folders("corpora"):
+        seal = read_group_metadata(root, f"corpora/{name}", "corpus")
+        for child in root.folders(f"corpora/{name}"):
+            if child.startswith("data-") and (seal is None or child != seal.get("data")):
                 yield f"corpora/{name}/{child}"
 
 
 def _target_garbage(root: Root) -> Iterator[str]:
-    for teacher in root.children("targets"):
-        for corpus in root.children(f"targets/{teacher}"):
-            path = f"targets/{teacher}/{corpus}"
-            ranks = read_record(root, f"{path}/ranks.json", "ranks")
-            for child in root.children(path):
-                if child.startswith("ranks-") and child != (ranks or {}).get("group"):
-                    yield f"{path}/{child}"
-            named = _committed_segments(root, teacher, corpus)
-            for segment in root.children(f"{path}/segments"):
-                if segment not in named:
-                    yield f"{path}/segments/{segment}"
+    for path in target_set_paths(root):
+        ranks = read_record(root, f"{path}/ranks.json", "ranks") or {}
+        for child in root.folders(path):
+            if child.startswith("ranks-") and child != ranks.get("group"):
+                yield f"{path}/{child}"
+        named = _committed_segments(root, path)
+        for segment in root.folders(f"{path}/segments"):
+            if segment not in named:
+                yield f"{path}/segments/{segment}"
 
 
-def _committed_segments(root: Root, teacher: str, corpus: str) -> set[str]:
-    try:
-        targets = TargetSet.open(root, teacher, Corpus.open(root, corpus))
-    except UnknownTeacher:
-        return set()
-    return {commit.segment for commit in targets.commits()}
+def _committed_segments(root: Root, path: str) -> set[str]:
+    """What the commits name, whatever else of the target set is there or not."""
+    records = (read_record(root, f"{path}/commits/{name}", "commit") for name in root.objects(f"{path}/commits"))
+    return {str(record.get("segment")) for record in records if record is not None}
 
 
 def _journal_garbage(root: Root) -> Iterator[str]:
-    for process in root.children("journal"):
-        names = set(root.children(f"journal/{process}"))
-        for name in sorted(names):
-            if not name.endswith(".json") and f"{name}.json" not in names:
+    for process in root.folders("journal"):
+        records = set(root.objects(f"journal/{process}"))
+        for name in root.folders(f"journal/{process}"):
+            if f"{name}.json" not in records:
                 yield f"journal/{process}/{name}"

@@ -22,7 +22,7 @@ from cache.corpus import KEY_BYTES, Corpus, CorpusSpec, Source, corpus_path, row
 from cache.documents import SourceFile, documents, file_sha256, source_files
 from cache.errors import AlreadyExists, InvalidInput
 from cache.groups import GroupWriter, Layout, attempt_name
-from cache.store import Root, StoredObject
+from cache.store import Root, StoredObject, store_errors
 from cache.tokenizer import fingerprint
 from cache.types import Tokens
 
@@ -86,18 +86,20 @@ def ingest(
     tokenizer = _plain_tokenizer(tokenizer)
     with tempfile.TemporaryDirectory(prefix="potstill-ingest-") as folder:
         spool = _Spool(Path(folder), fingerprint(tokenizer))
-        with spool:
+        with spool, store_errors(f"temporary files in {folder}"):
             recorded = tuple(_ingest_files(files, tokenizer, plan, spool, on_progress))
         if not spool.num_rows:
             raise InvalidInput(f"there is no token in {', '.join(map(str, sources))}; a corpus cannot be empty")
         group = f"{path}/{attempt_name('data')}"
         try:
             spec = _write(root, group, spool, tokenizer, recorded, plan)
-            if not seal_corpus(root, name, spec):
-                raise taken
         except BaseException:
             root.delete(group)
             raise
+        # From here on the seal may name the group, also when sealing raises: it is not ours to delete.
+        if not seal_corpus(root, name, spec):
+            root.delete(group)
+            raise taken
     return Corpus.open(root, name)
 
 

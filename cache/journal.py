@@ -11,6 +11,7 @@ The index of keys is in memory: about 150 bytes a row.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import threading
@@ -23,12 +24,14 @@ import numpy as np
 
 from cache.corpus import KEY_BYTES
 from cache.encoding import RankTable, StoredArrays, encode, encoding_by_name
-from cache.errors import CorruptSegment, FormatError, InvalidInput
+from cache.errors import CorruptSegment, FormatError, InvalidInput, PotstillError
 from cache.groups import GroupReader, GroupWriter, Layout, objects_from_json, objects_to_json
 from cache.record import read_record, record_bytes
 from cache.segment import SegmentReader, write_targets
 from cache.store import Root, StoredObject, check_name
 from cache.types import Provenance, Targets, TeacherIdentity, Tokens
+
+_LOG = logging.getLogger(__name__)
 
 _KEY_LAYOUT = Layout((1 << 14, KEY_BYTES))
 _AXIS_LAYOUT = Layout((1 << 16,))
@@ -41,15 +44,20 @@ class JournalPolicy:
     encoding: str = "u8"
     segment_positions: int = 65_536
     segment_seconds: float = 10.0
+    waiting_positions: int = 262_144
+    """Rows are answered but not kept while more than this waits, because the store takes nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class JournalRow:
-    """One row to keep, with the targets that were answered for it."""
+    """One row to keep."""
 
     key: bytes
     tokens: Tokens
-    targets: Targets
+    exact: Targets
+    """What the teacher answered: this is stored, so that nothing is encoded twice."""
+    answer: Targets
+    """The same through the journal's encoding: what callers get, now and when it is read back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,15 +96,23 @@ class Journal:
     def find(self, key: bytes, k: int) -> Targets | None:
         """The kept targets of a row with at least `k` entries, all of them; None when there are none.
 
-        Raises:
-            CorruptSegment: the stored row is damaged.
+        Of several the one with the fewest entries answers, stored or not, so that an answer does not change when
+        the row is stored, or scored again with more. A stored row that is damaged is forgotten, and named in `skipped`.
         """
-        with self._lock:
-            stored = next((s for s in self._index.get(key, ()) if s.k >= k), None)
-            waiting = next((row for kept, row in self._waiting.get(key, {}).items() if kept >= k), None)
-        if stored is not None:
-            return stored.segment.read(stored.start, stored.stop)
-        return None if waiting is None else waiting.targets
+        while True:
+            with self._lock:
+                stored = [place for place in self._index.get(key, ()) if place.k >= k]
+                waiting = [row for kept, row in self._waiting.get(key, {}).items() if kept >= k]
+            place = min(stored, key=lambda place: place.k, default=None)
+            row = min(waiting, key=lambda row: row.exact.k, default=None)
+            if place is None or (row is not None and row.exact.k < place.k):
+                return None if row is None else row.answer
+            try:
+                return place.segment.read(place.start, place.stop)
+            except CorruptSegment as error:
+                self._skip(error)
+                with self._lock:
+                    self._index[key] = [other for other in self._index[key] if other is not place]
 
     def add(self, rows: list[JournalRow]) -> None:
         """Keep rows; they are found from now on, and stored by a later `flush`."""
@@ -104,10 +120,12 @@ class Journal:
             if not self._waiting:
                 self._oldest = time.monotonic()
             for row in rows:
+                if self._waiting_positions >= self._policy.waiting_positions:
+                    return
                 held = self._waiting.setdefault(row.key, {})
-                if row.targets.k not in held:
-                    held[row.targets.k] = row
-                    self._waiting_positions += row.targets.num_positions
+                if row.exact.k not in held:
+                    held[row.exact.k] = row
+                    self._waiting_positions += row.exact.num_positions
 
     def due(self) -> bool:
         """Whether the waiting rows are enough, or old enough, for a segment."""
@@ -126,32 +144,32 @@ class Journal:
         with self._writing:
             with self._lock:
                 rows = [row for held in self._waiting.values() for row in held.values()]
-            for k in sorted({row.targets.k for row in rows}):
-                self._write([row for row in rows if row.targets.k == k], k, provenance)
+            for k in sorted({row.exact.k for row in rows}):
+                self._write([row for row in rows if row.exact.k == k], k, provenance)
             return len(rows)
 
     def _write(self, rows: list[JournalRow], k: int, provenance: Provenance) -> None:
         name = f"{self._teacher}-{self._next:06d}"
         self._next += 1
         path = f"journal/{self._process}/{name}"
-        targets = Targets.concat([row.targets for row in rows])
+        targets = Targets.concat([row.exact for row in rows])
         try:
             objects = self._write_group(path, rows, encode(targets, self._encoding, self._ranks))
-            record = {
-                "teacher": self._teacher,
-                "identity": self._identity.to_json(),
-                "k": k,
-                "encoding": self._encoding.name,
-                "rows": len(rows),
-                "positions": targets.num_positions,
-                "objects": objects_to_json(objects),
-                "provenance": provenance.to_json(),
-            }
-            created = self._root.create(f"{path}.json", record_bytes("journal", record))
-            assert created, "a process's journal names are its own"
         except BaseException:
             self._root.delete(path)
             raise
+        record = {
+            "teacher": self._teacher,
+            "identity": self._identity.to_json(),
+            "k": k,
+            "encoding": self._encoding.name,
+            "rows": len(rows),
+            "positions": targets.num_positions,
+            "objects": objects_to_json(objects),
+            "provenance": provenance.to_json(),
+        }
+        created = self._root.create(f"{path}.json", record_bytes("journal", record))
+        assert created, "a process's journal names are its own"
         self._register(path, record)
         with self._lock:
             for row in rows:
@@ -159,7 +177,7 @@ class Journal:
                 del held[k]
                 if not held:
                     del self._waiting[row.key]
-                self._waiting_positions -= row.targets.num_positions
+                self._waiting_positions -= row.exact.num_positions
             self._oldest = time.monotonic()
 
     def _write_group(self, path: str, rows: list[JournalRow], stored: StoredArrays) -> tuple[StoredObject, ...]:
@@ -180,7 +198,11 @@ class Journal:
                 if record is not None and record.get("teacher") == self._teacher:
                     self._register(path, record)
             except (CorruptSegment, FormatError) as error:
-                self.skipped.append(error.detail)
+                self._skip(error)
+
+    def _skip(self, error: PotstillError) -> None:
+        self.skipped.append(error.detail)
+        _LOG.warning("journal of teacher %s: %s; its rows are scored again", self._teacher, error.detail)
 
     def _register(self, path: str, record: dict[str, Any]) -> None:
         try:
@@ -209,8 +231,8 @@ def journal_records(root: Root) -> list[str]:
     """The path, without `.json`, of every journal record of every process."""
     return [
         f"journal/{process}/{name.removesuffix('.json')}"
-        for process in root.children("journal")
-        for name in root.children(f"journal/{process}")
+        for process in root.folders("journal")
+        for name in root.objects(f"journal/{process}")
         if name.endswith(".json")
     ]
 

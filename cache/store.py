@@ -25,6 +25,9 @@ from cache.errors import InvalidInput, StoreError
 
 _HASH_BLOCK = 4 << 20
 
+TEMPORARY = ".potstill-tmp"
+"""Folder of a local root in which a record is completed before it appears under its name."""
+
 
 @dataclass(frozen=True, slots=True)
 class StoredObject:
@@ -74,15 +77,17 @@ class Root:
                 return None
 
     def create(self, path: str, data: bytes) -> bool:
-        """Put an object only if there is none; durable when it returns True, False when it was there."""
+        """Put an object only if there is none; whether the object there is now this one.
+
+        True also when an earlier try put it and only its answer was lost. When this raises, the object may
+        exist all the same: what it names must not be deleted.
+        """
         with _translated(path):
             if self._folder is not None:
-                return _create_file(self._folder / path, data)
-            try:
-                obstore.put(self.store, path, data, mode="create", use_multipart=False)
-            except AlreadyExistsError:
-                return False
-            return True
+                created = _create_file(self._folder, self._folder / path, data)
+            else:
+                created = _put_new(self.store, path, data)
+        return created or self.get(path) == data
 
     def sizes(self, prefix: str) -> dict[str, int]:
         """Size in bytes of every object below `prefix`, by its path relative to `prefix`."""
@@ -96,12 +101,19 @@ class Root:
             times = [meta["last_modified"] for batch in obstore.list(self.store, prefix) for meta in batch]
         return (datetime.now(UTC) - max(times)).total_seconds() if times else None
 
-    def children(self, prefix: str) -> list[str]:
-        """Names directly below `prefix`, sorted: those that hold objects, and objects themselves."""
+    def folders(self, prefix: str) -> list[str]:
+        """Names directly below `prefix` that hold objects and that this project could have given, sorted."""
         with _translated(prefix):
             listing = obstore.list_with_delimiter(self.store, prefix)
-        paths = [*listing["common_prefixes"], *(meta["path"] for meta in listing["objects"])]
-        return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in paths)
+        names = (path.rstrip("/").rsplit("/", 1)[-1] for path in listing["common_prefixes"])
+        return sorted(name for name in names if is_name(name))
+
+    def objects(self, prefix: str) -> list[str]:
+        """Names of the objects directly below `prefix`, sorted; hidden ones are left out."""
+        with _translated(prefix):
+            listing = obstore.list_with_delimiter(self.store, prefix)
+        names = (meta["path"].rsplit("/", 1)[-1] for meta in listing["objects"])
+        return sorted(name for name in names if not name.startswith("."))
 
     def sha256(self, path: str) -> str:
         """The hash of an object's bytes, in hex, read in blocks."""
@@ -132,14 +144,19 @@ class Root:
             _fsync_parents(self._folder / prefix, self._folder)
 
 
+def is_name(name: str) -> bool:
+    """Whether a name can be a path segment of a cache."""
+    plain = name.isascii() and all(char.isalnum() or char in "._-" for char in name)
+    return plain and name[:1].isalnum() and len(name) <= 64
+
+
 def check_name(kind: str, name: str) -> str:
     """The name, if it can be a path segment of a cache.
 
     Raises:
         InvalidInput: anything but letters, digits, `.`, `_`, `-`, or a leading dot, or over 64 characters.
     """
-    plain = name.isascii() and all(char.isalnum() or char in "._-" for char in name)
-    if not plain or not name[:1].isalnum() or len(name) > 64:
+    if not isinstance(name, str) or not is_name(name):
         raise InvalidInput(
             f"{kind} name {name!r} cannot be used: take 1 to 64 letters, digits, '.', '_' or '-', "
             "first a letter or digit"
@@ -162,10 +179,19 @@ def _translated(what: str) -> Iterator[None]:
         raise StoreError(f"{what}: {error}; free space or mend access, then run it again") from error
 
 
-def _create_file(path: Path, data: bytes) -> bool:
+def _put_new(store: Any, path: str, data: bytes) -> bool:
+    try:
+        obstore.put(store, path, data, mode="create", use_multipart=False)
+    except AlreadyExistsError:
+        return False
+    return True
+
+
+def _create_file(root: Path, path: Path, data: bytes) -> bool:
     """Exclusive create through a synced temporary file and a hard link, so that no reader sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    (root / TEMPORARY).mkdir(exist_ok=True)
+    temporary = root / TEMPORARY / uuid.uuid4().hex
     try:
         with temporary.open("xb") as file:
             file.write(data)
@@ -178,6 +204,7 @@ def _create_file(path: Path, data: bytes) -> bool:
     finally:
         temporary.unlink(missing_ok=True)
     _fsync(path.parent)
+    _fsync_parents(path.parent, root)
     return True
 
 

@@ -11,7 +11,9 @@ only a segment that no commit names.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -21,7 +23,7 @@ from numpy.typing import NDArray
 
 from cache.commit import Commit, commit_bytes, commit_from_json, commit_name, shard_of_commit
 from cache.corpus import Corpus
-from cache.encoding import Encoding, RankTable, decode, encode, encoding_by_name, measure_error
+from cache.encoding import Encoding, RankTable, check_targets, encode_measured, encoding_by_name
 from cache.errors import CorruptSegment, FormatError, InvalidInput, NotCommitted, SpecMismatch, UnknownTeacher
 from cache.groups import GroupReader, GroupWriter, Layout, attempt_name, objects_from_json, objects_to_json
 from cache.record import group_metadata, read_group_metadata, read_record, record_bytes
@@ -30,6 +32,8 @@ from cache.store import Root, check_name
 from cache.types import Fields, Provenance, Targets, TeacherIdentity
 
 _PILOT_POSITIONS = 65_536
+# About 27 KB each; opening one again costs some milliseconds.
+_OPEN_SEGMENTS = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +55,7 @@ class TargetSet:
         self._root = root
         self._path = targets_path(teacher, corpus.name)
         self._commits: dict[int, Commit] = {}
-        self._readers: dict[int, SegmentReader] = {}
+        self._readers: OrderedDict[int, SegmentReader] = OrderedDict()
         self._ranks: RankTable | None = None
         self._published = False
 
@@ -106,7 +110,7 @@ class TargetSet:
     def committed(self) -> NDArray[np.bool_]:
         """[S] which shards have a commit right now; a query of the store at every call."""
         done = np.zeros(self.corpus.num_shards, dtype=bool)
-        for name in self._root.children(f"{self._path}/commits"):
+        for name in self._root.objects(f"{self._path}/commits"):
             shard = shard_of_commit(name)
             if shard is not None and shard < len(done):
                 done[shard] = True
@@ -148,7 +152,7 @@ class TargetSet:
                 break
             reader = self._reader(shard)
             parts.append(reader.read(max(start, low) - low, min(stop, high) - low))
-        return Targets.concat(parts).prefix(k or self.fields.k)
+        return Targets.concat(parts).prefix(self.fields.k if k is None else k)
 
     def read_rows(self, rows: Sequence[int], *, k: int | None = None) -> list[Targets]:
         """One `Targets` per row index, in order; raises as `read` does."""
@@ -167,24 +171,26 @@ class TargetSet:
         """
         expected = int(np.diff(self.corpus.shard_starts[shard : shard + 2])[0])
         assert targets.num_positions == expected, f"shard {shard} has {expected} positions"
+        check_targets(targets, self.identity.vocab_size)
         self._publish_spec()
         ranks = self._rank_table(targets)
         segment = attempt_name(f"{shard:06d}")
         path = f"{self._path}/segments/{segment}"
         try:
             commit = self._write_segment(shard, segment, path, targets, ranks, provenance)
-            if self._root.create(f"{self._path}/commits/{commit_name(shard)}", commit_bytes(commit)):
-                self._commits[shard] = commit
-                return commit
         except BaseException:
             self._root.delete(path)
             raise
+        # From here on a commit may name the segment, also when `create` raises: it is not ours to delete.
+        if self._root.create(f"{self._path}/commits/{commit_name(shard)}", commit_bytes(commit)):
+            self._commits[shard] = commit
+            return commit
         self._root.delete(path)
         return None
 
     def segment_names(self) -> list[str]:
         """Every segment stored, committed or not."""
-        return self._root.children(f"{self._path}/segments")
+        return self._root.folders(f"{self._path}/segments")
 
     def segment_path(self, segment: str) -> str:
         """Where a segment lives below the root."""
@@ -204,8 +210,7 @@ class TargetSet:
     def _write_segment(
         self, shard: int, segment: str, path: str, targets: Targets, ranks: RankTable, provenance: Provenance
     ) -> Commit:
-        stored = encode(targets, self.encoding, ranks)
-        error = measure_error(targets, decode(stored, self.encoding, ranks))
+        stored, error = encode_measured(targets, self.encoding, ranks)
         writer = GroupWriter(self._root, path)
         write_targets(writer, stored)
         now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -215,13 +220,18 @@ class TargetSet:
             ranks_sha256=ranks.sha256,
             objects=writer.finish(),
             provenance=replace(provenance, captured_at=now),
-            error={name: getattr(error, name) for name in error.__dataclass_fields__},
+            error=error.to_json(),
         )
 
     def _reader(self, shard: int) -> SegmentReader:
-        if shard not in self._readers:
-            self._readers[shard] = self._open_segment(shard)
-        return self._readers[shard]
+        reader = self._readers.get(shard)
+        if reader is None:
+            reader = self._readers[shard] = self._open_segment(shard)
+            if len(self._readers) > _OPEN_SEGMENTS:
+                # Another thread may have been faster; then there is nothing left to close.
+                with suppress(KeyError):
+                    self._readers.popitem(last=False)
+        return reader
 
     def _open_segment(self, shard: int) -> SegmentReader:
         low, high = (int(p) for p in self.corpus.shard_starts[shard : shard + 2])
@@ -287,6 +297,15 @@ class TargetSet:
 def targets_path(teacher: str, corpus: str) -> str:
     """Where a target set lives below the root."""
     return f"targets/{check_name('teacher', teacher)}/{check_name('corpus', corpus)}"
+
+
+def target_set_paths(root: Root) -> list[str]:
+    """Where every target set lives, complete or not."""
+    return [
+        f"targets/{teacher}/{corpus}"
+        for teacher in root.folders("targets")
+        for corpus in root.folders(f"targets/{teacher}")
+    ]
 
 
 def has_targets(root: Root, teacher: str, corpus: str) -> bool:

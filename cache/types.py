@@ -38,6 +38,10 @@ class TeacherIdentity:
     prefix_ids: tuple[int, ...] = ()
     """Put in front of every row before the teacher sees it (BOS); their targets are dropped."""
 
+    def __post_init__(self) -> None:
+        # As JSON has it, so that an identity equals its round trip.
+        object.__setattr__(self, "overrides", _plain(self.overrides))
+
     def to_json(self) -> dict[str, JSON]:
         """A JSON object that `from_json` reads back to an equal identity."""
         return cast("dict[str, JSON]", _plain(asdict(self)))
@@ -203,6 +207,8 @@ class Targets:
         Raises:
             UnsupportedField: `k` is more than is kept.
         """
+        if k < 1:
+            raise InvalidInput(f"k is {k}; it must be at least 1")
         if k > self.k:
             raise UnsupportedField(f"k={k} was asked for, but only k={self.k} is kept; ask for at most {self.k}")
         if k == self.k:

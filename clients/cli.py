@@ -28,6 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PotstillError as error:
         print(f"{error.kind}: {error.detail}", file=sys.stderr)
         return 1
+    except ModuleNotFoundError as error:
+        # Heavy packages are imported when a command runs, and belong to extras that may not be installed.
+        if (error.name or "").partition(".")[0] in ("cache", "clients", "student_trainer", "teacher_service"):
+            raise
+        print(f"potstill: {_missing(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return _INTERRUPTED

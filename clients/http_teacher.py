@@ -286,6 +286,8 @@ async def open_http_teacher(spec: str, *, options: Mapping[str, JSON] | None = N
     arguments = _arguments(options or {})
     if not name:
         names = [str(teacher.get("name")) for teacher in await list_teachers(url, api_key=arguments.get("api_key"))]
+        if not names:
+            raise InvalidInput(f"{url} has no teacher; name a service that has one")
         if len(names) != 1:
             raise InvalidInput(f"{url} has the teachers {', '.join(names)}: choose one, like {url}#{names[0]}")
         name = names[0]

@@ -200,6 +200,8 @@ def checked_url(url: str) -> str:
         parsed = httpx.URL(url)
     except (httpx.InvalidURL, TypeError) as error:
         raise InvalidInput(f"{url!r} is not a URL: {error}; write http://host:port") from error
+    if parsed.port is not None and not 0 < parsed.port < 2**16:
+        raise InvalidInput(f"{url!r} has port {parsed.port}; a port is a number from 1 to 65535")
     if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or parsed.fragment:
         raise InvalidInput(f"{url!r} is not the URL of a service; write http://host:port")
     return str(parsed).rstrip("/")

@@ -47,8 +47,10 @@ class TrainState:
     """Time spent training, over all sessions."""
     teachers: dict[str, dict[str, JSON]]
     """Identity of each teacher, by name."""
+    held: dict[str, str]
+    """What is read of each teacher's targets, by name."""
 
-    def check_same(self, fingerprint: str, teachers: Mapping[str, TeacherIdentity]) -> None:
+    def check_same(self, fingerprint: str, teachers: Mapping[str, TeacherIdentity], held: Mapping[str, str]) -> None:
         """Check that a run resumes on the corpus and with the teachers it began with.
 
         Raises:
@@ -63,6 +65,11 @@ class TrainState:
             differences = identity.differences(TeacherIdentity.from_json(self.teachers.get(name)))
             if differences:
                 raise SpecMismatch(f"teacher {name!r} is not the one the run was started with: {differences}")
+            if held[name] != self.held.get(name):
+                raise SpecMismatch(
+                    f"the targets of teacher {name!r} have {held[name]}, but the run was started with "
+                    f"{self.held.get(name)}; choose another train.out"
+                )
 
 
 def save_checkpoint(
@@ -115,7 +122,7 @@ def load_state(checkpoint: Path) -> TrainState:
     """
     try:
         return TrainState(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
-    except (OSError, TypeError, json.JSONDecodeError) as error:
+    except (OSError, TypeError, ValueError) as error:
         raise FormatError(f"{str(checkpoint / 'state.json')!r} cannot be read: {error}") from error
 
 

@@ -267,6 +267,7 @@ class _Session:
                 tokens=self.tokens,
                 seconds=self.seconds,
                 teachers={name: identity.to_json() for name, identity in self.run.teachers.items()},
+                held=self.run.held,
             )
             folder = self.config.run_dir / "checkpoints"
             save_checkpoint(folder, self.student, self.optimizer, state, keep=loop.keep_checkpoints)
@@ -286,7 +287,12 @@ def _begin(config: TrainConfig, group: Group, run: OpenRun, on_record: Callable[
             row_tokens=run.longest_row,
         )
     else:
-        state.check_same(run.corpus.fingerprint, run.teachers)
+        state.check_same(run.corpus.fingerprint, run.teachers, run.held)
+        if state.step > config.train.steps:
+            raise InvalidInput(
+                f"train.steps is {config.train.steps}, but the run in {config.train.out!r} has taken {state.step}; "
+                "ask for as many or more, or choose another train.out"
+            )
         student = load_model(checkpoint)
     student.train()
     model = group.wrap(student)

@@ -221,7 +221,7 @@ class _Chunk:
         log_factor = lse - lse_tail.masked_fill(lse_tail == -math.inf, 0.0)
         tail = p * (scale * torch.exp(log_factor.clamp(max=_LOST)))[:, None]
         # Where p_r is so small that p_j has lost its digits, start from the logits again.
-        lost = (log_factor > _LOST).nonzero().squeeze(-1)
+        lost = ((log_factor > _LOST) & (lse_tail > -math.inf)).nonzero().squeeze(-1)
         if len(lost):
             tail[lost] = torch.exp(z[lost] - lse_tail[lost, None]) * scale[lost, None]
         grad.sub_(_fill(tail, self.ids, 0.0))

@@ -52,6 +52,11 @@ class OpenRun:
         return {source.name: source.identity for source in self.reader.sources}
 
     @property
+    def held(self) -> dict[str, str]:
+        """What is read of each teacher's targets, by name."""
+        return {source.name: source.held for source in self.reader.sources}
+
+    @property
     def longest_row(self) -> int:
         """Tokens."""
         return self.corpus.spec.longest_row

@@ -32,6 +32,11 @@ class TargetSource(Protocol):
         """The teacher's."""
         ...
 
+    @property
+    def held(self) -> str:
+        """What is read of its targets: another one makes another run."""
+        ...
+
     def read(self, indexes: Sequence[int], rows: Sequence[Tokens]) -> list[Targets]:
         """One `Targets` per row, given both as indexes into the corpus and as tokens.
 
@@ -55,6 +60,11 @@ class CacheSource:
         """The teacher's, as recorded in the cache."""
         return self.targets.identity
 
+    @property
+    def held(self) -> str:
+        """K and encoding."""
+        return f"k={self.k or self.targets.fields.k}, encoding {self.targets.encoding.name}"
+
     def read(self, indexes: Sequence[int], rows: Sequence[Tokens]) -> list[Targets]:  # noqa: ARG002
         """Read from the store; the tokens are not needed."""
         found = self.targets.read_rows(list(indexes))
@@ -73,6 +83,11 @@ class ServiceSource:
     def identity(self) -> TeacherIdentity:
         """The teacher's, as the service states it."""
         return self.teacher.identity
+
+    @property
+    def held(self) -> str:
+        """K; the encoding is up to the service."""
+        return f"k={self.k or Fields().k}, from a service"
 
     def read(self, indexes: Sequence[int], rows: Sequence[Tokens]) -> list[Targets]:  # noqa: ARG002
         """Ask the service; the indexes mean nothing to it."""

@@ -68,11 +68,15 @@ def check_request(rows: Sequence[Tokens], want: Fields, *, teacher: Teacher, lim
     """Refuse what can never be scored; returns the number of tokens.
 
     Raises:
+        InvalidInput: an empty row.
         LimitExceeded: too many rows or tokens, a row over the context, an id or K over the vocabulary, or
             an answer that would be too big.
     """
     if len(rows) > limits.max_rows:
         raise LimitExceeded(f"{len(rows)} rows are over max_rows={limits.max_rows}; send fewer per request")
+    for index, row in enumerate(rows):
+        if not len(row):
+            raise InvalidInput(f"row {index} is empty; a row has at least one token")
     longest = max(map(len, rows), default=0)
     max_row_tokens, vocab_size = teacher.limits.max_row_tokens, teacher.identity.vocab_size
     if max_row_tokens is not None and longest > max_row_tokens:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from numpy.typing import NDArray
 
 from cache.types import Tokens
@@ -20,6 +21,11 @@ ENGINE_WARNINGS = (
     "ignore:`torch.distributed.reduce_op` is deprecated:FutureWarning",
     "ignore:Unclosed context <zmq.Context:ResourceWarning",
 )
+
+
+# Timings belong in benchmarks; a busy machine must not fail a property.
+settings.register_profile("no-deadline", deadline=None)
+settings.load_profile("no-deadline")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -158,7 +158,7 @@ async def test_another_identity_under_the_same_name_never_answers_for_this_one(c
 
 
 async def test_a_damaged_journal_is_scored_again_and_named_by_verify(
-    cache: Cache, capsys: pytest.CaptureFixture[str]
+    cache: Cache, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     import argparse
 
@@ -173,8 +173,9 @@ async def test_a_damaged_journal_is_scored_again_and_named_by_verify(
     assert "gaps/c/0/0 has sha256" in capsys.readouterr().out
     async with CachedTeacher.open(teacher, name="smol", cache=cache, policy=POLICY) as cached:
         assert (await cached.score([row(1, 2)], WANT))[0].num_positions == 2
-        assert "cannot be read" in cached.store_error
-    assert len(teacher.scored) == 2
+        assert "its rows are scored again" in caplog.text
+        await cached.score([row(1, 2)], WANT)
+    assert len(teacher.scored) == 2, "scored again once, then kept again"
 
 
 async def test_rows_are_stored_when_they_have_waited_long_enough(cache: Cache) -> None:
@@ -189,6 +190,81 @@ async def test_rows_are_stored_when_they_have_waited_long_enough(cache: Cache) -
         (again,) = await cached.score([row(1, 2)], WANT)
         assert again.num_positions == 2
         assert cached.counters.hits == 1
+
+
+@pytest.mark.parametrize("encoding", ["u8", "f16", "f32"])
+async def test_an_answer_is_what_is_read_back_in_every_encoding(cache: Cache, encoding: str) -> None:
+    policy = KeepPolicy(k=16, encoding=encoding)
+    rows = [row(*range(i, i + 40)) for i in range(20)]
+    async with CachedTeacher.open(FakeTeacher(), name="smol", cache=cache, policy=policy) as cached:
+        first = await cached.score(rows, WANT)
+    async with CachedTeacher.open(FakeTeacher(), name="smol", cache=cache, policy=policy) as cached:
+        again = await cached.score(rows, WANT)
+        assert cached.counters.misses == 0
+    assert all(same(a, b) for a, b in zip(first, again, strict=True))
+
+
+async def test_a_row_asked_for_with_two_k_at_once_keeps_its_answers(cache: Cache) -> None:
+    teacher = Gated()
+    async with CachedTeacher.open(teacher, name="smol", cache=cache, policy=POLICY) as cached:
+        wide = asyncio.create_task(cached.score([row(1, 2)], Fields(k=40)))
+        await teacher.asked(1)
+        narrow = asyncio.create_task(cached.score([row(1, 2)], Fields(k=20)))
+        await asyncio.sleep(0.05)
+        teacher.gate.set()
+        (first,), (joined,) = await narrow, await wide
+        assert same(joined.prefix(20), first)
+        assert len(teacher.scored) == 1
+        await cached.score([row(1, 2)], Fields(k=50))
+        assert same((await cached.score([row(1, 2)], Fields(k=20)))[0], first)
+    async with CachedTeacher.open(teacher, name="smol", cache=cache, policy=POLICY) as cached:
+        assert same((await cached.score([row(1, 2)], Fields(k=20)))[0], first)
+    assert len(teacher.scored) == 2
+
+
+async def test_work_that_nobody_waits_for_any_more_is_dropped(cache: Cache) -> None:
+    teacher = Gated()
+    async with CachedTeacher.open(teacher, name="smol", cache=cache, policy=POLICY) as cached:
+        leaving = [asyncio.create_task(cached.score([row(1)], WANT)) for _ in range(2)]
+        await teacher.asked(1)
+        for task in leaving:
+            task.cancel()
+        await asyncio.gather(*leaving, return_exceptions=True)
+        await asyncio.sleep(0.05)
+        assert cached._in_flight == {}
+        teacher.gate.set()
+        assert (await cached.score([row(1)], WANT))[0].num_positions == 1
+    assert len(teacher.scored) == 2
+
+
+async def test_a_bug_in_a_teacher_is_not_told_as_something_to_try_again(cache: Cache) -> None:
+    class Buggy(FakeTeacher):
+        async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
+            await asyncio.sleep(0)
+            raise ZeroDivisionError
+
+    async with CachedTeacher.open(Buggy(), name="smol", cache=cache, policy=POLICY) as cached:
+        with pytest.raises(TeacherFailed, match="ended without an answer"):
+            await cached.score([row(1)], WANT)
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)  # the task reports the bug
+
+
+async def test_a_store_that_takes_nothing_costs_neither_answers_nor_memory(cache: Cache) -> None:
+    policy = KeepPolicy(k=16, segment_seconds=0.05)
+    async with CachedTeacher.open(FakeTeacher(), name="smol", cache=cache, policy=policy) as cached:
+        blocker = Path(cache.root.url) / "journal"
+        blocker.write_text("not a folder")
+        for i in range(5):
+            await cached.score([row(i)], WANT)
+        for _ in range(100):
+            if cached.store_error:
+                break
+            await asyncio.sleep(0.05)
+        assert "journal" in cached.store_error
+        blocker.unlink()
+    async with CachedTeacher.open(FakeTeacher(), name="smol", cache=cache, policy=policy) as cached:
+        await cached.score([row(i) for i in range(5)], WANT)
+        assert cached.counters.hits == 5, "kept once the store was mended"
 
 
 async def test_a_cache_opened_to_read_and_bad_policies_are_refused(cache: Cache) -> None:

@@ -147,6 +147,23 @@ async def test_cancelled_it_commits_the_shard_being_written_and_no_other(tmp_pat
     assert find_garbage(cache.root, min_age_seconds=0) == []
 
 
+async def test_cancelled_during_the_last_write_it_commits_and_is_cancelled_all_the_same(tmp_path: Path) -> None:
+    cache, corpus = make_corpus(tmp_path / "c", shard_positions=100_000)
+    teacher = teacher_for(corpus)
+    scored = asyncio.Event()
+
+    def on_progress(at: FillProgress) -> None:
+        if at.positions_scored == at.positions and not at.shards_committed:
+            scored.set()
+
+    job = asyncio.create_task(fill(teacher, plan_targets(cache, teacher), PLAN, on_progress=on_progress))
+    await scored.wait()
+    job.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await job
+    assert cache.targets("fake", "docs").committed.all()
+
+
 class Broken(FakeTeacher):
     """Answers well a few times, then as told."""
 

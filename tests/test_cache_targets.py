@@ -9,17 +9,19 @@ import pytest
 import zarr
 
 from cache import Cache, Fields, Targets
-from cache.commands import gc
+from cache.commands import gc, verify
 from cache.errors import (
     CorruptSegment,
     FormatError,
     InvalidInput,
     NotCommitted,
     SpecMismatch,
+    TeacherFailed,
     UnknownTeacher,
     UnsupportedField,
 )
 from cache.garbage import find_garbage
+from cache.store import Root
 from cache.targets import TargetSet
 from tests.corpora import make_corpus, plan_targets, teacher_for
 from tests.fakes import FakeTeacher, fake_identity
@@ -84,6 +86,8 @@ def test_reading_where_nothing_is_committed_says_which_shard(two_shards: tuple[C
         targets.read_rows([99_999])
     with pytest.raises(UnsupportedField, match="only k=16 is kept"):
         targets.read(0, 10, k=17)
+    with pytest.raises(InvalidInput, match="k is 0"):
+        targets.read(0, 10, k=0)
     assert targets.read(0, 10, k=3).k == 3
 
 
@@ -206,6 +210,75 @@ def test_a_commit_of_another_shard_or_format_is_refused(two_shards: tuple[Cache,
         (commits / "000001.json").write_text(broken)
         with pytest.raises(FormatError, match=message):
             Cache.open(cache.root.url).targets("fake", "docs").read(start, start + 1)
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("lost", ["answer", "all"])
+def test_a_commit_whose_answer_is_lost_keeps_its_segment(
+    two_shards: tuple[Cache, TargetSet, FakeTeacher], monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    """The record is there, but the call that made it failed or was tried again: its segment must stay."""
+    cache, targets, teacher = two_shards
+    create = Root.create
+
+    def create_twice(self: Root, path: str, data: bytes) -> bool:
+        assert create(self, path, data)
+        if lost == "all":
+            raise Interrupted
+        return create(self, path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Root, "create", create_twice)
+        if lost == "all":
+            with pytest.raises(Interrupted):
+                write(targets, teacher, 1)
+        else:
+            write(targets, teacher, 1)
+    fresh = cache.targets("fake", "docs")
+    assert fresh.committed[1]
+    assert fresh.corrupt_objects(1) == []
+    assert find_garbage(cache.root, min_age_seconds=0) == []
+
+
+def test_a_set_that_lost_its_record_is_reported_and_its_segments_are_no_garbage(
+    two_shards: tuple[Cache, TargetSet, FakeTeacher], capsys: pytest.CaptureFixture[str]
+) -> None:
+    import argparse
+
+    cache, _, _ = two_shards
+    (Path(cache.root.url) / "targets" / "fake" / "docs" / "zarr.json").unlink()
+    assert verify.run(argparse.Namespace(root=cache.root.url, json=False)) == 1
+    assert "has no targets for corpus 'docs'" in capsys.readouterr().out
+    assert find_garbage(cache.root, min_age_seconds=0) == []
+
+
+def test_stray_files_are_no_part_of_a_cache(two_shards: tuple[Cache, TargetSet, FakeTeacher]) -> None:
+    import argparse
+
+    cache, _, _ = two_shards
+    for place in ("targets/.DS_Store", "corpora/README", "targets/fake/.DS_Store", "targets/.cache/x", "notes.txt"):
+        stray = Path(cache.root.url) / place
+        stray.parent.mkdir(exist_ok=True)
+        stray.write_text("stray")
+    assert cache.corpora() == ["docs"]
+    assert cache.teachers("docs") == ["fake"]
+    assert verify.run(argparse.Namespace(root=cache.root.url, json=True)) == 0
+
+
+def test_an_id_over_the_vocabulary_in_the_first_shard_is_the_teachers_failure(tmp_path: Path) -> None:
+    cache, corpus = make_corpus(tmp_path / "c")
+    teacher = teacher_for(corpus)
+    targets = plan_targets(cache, teacher)
+    good = shard_targets(targets, teacher, 0)
+    ids = good.ids.copy()
+    ids[0, 0] = 256
+    bad = Targets(ids=ids, logprobs=good.logprobs, log_tail=good.log_tail, label_logprob=good.label_logprob)
+    with pytest.raises(TeacherFailed, match="answered id 256, its vocabulary has 256"):
+        targets.write_shard(0, bad, teacher.provenance)
+    assert not (tmp_path / "c" / "targets").exists()
 
 
 def test_gc_removes_only_what_no_commit_names(

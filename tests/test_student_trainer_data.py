@@ -47,6 +47,7 @@ class ScriptedSource:
 
     def __init__(self, identity: TeacherIdentity, answer: FakeTeacher, *, drop: int = 0, fail_at: int = -1) -> None:
         self.name = "scripted"
+        self.held = "k=8, encoding f32"
         self.identity = identity
         self.answer = answer
         self.drop = drop

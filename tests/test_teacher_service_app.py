@@ -148,10 +148,10 @@ def test_accept_chooses_the_answer(url: str) -> None:
     assert len(wire.answer_from_arrow(reply.content).targets) == 3
 
 
-def test_no_rows_and_a_row_of_no_tokens_are_answered(url: str) -> None:
+def test_no_rows_are_answered_and_an_empty_row_is_refused(url: str) -> None:
     assert post_json(url, {"rows": []}).json()["rows"] == []
     assert post_arrow(url, hand_built([])).status_code == 200
-    assert post_json(url, {"rows": [[]], "fields": {"k": 2}}).json()["rows"][0]["ids"] == []
+    assert "row 1 is empty" in refused(post_json(url, {"rows": [[1], []]}), 422, "invalid_input")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from cache.errors import CorruptSegment, FormatError
+from cache.errors import CorruptSegment, FormatError, NotFound, PotstillError, SpecMismatch, UnknownCorpus
 from cache.progress import Step, progress
 
 if TYPE_CHECKING:
@@ -48,27 +48,34 @@ Check = Callable[[], list[str]]
 
 def _checks(cache: Cache) -> Iterator[tuple[bool, Check]]:
     """(whether it is a shard, what to call) for everything that is published."""
-    for name in cache.corpora():
+    from cache.targets import target_set_paths
+
+    for name in cache.root.folders("corpora"):
         try:
             corpus = cache.corpus(name)
+        except UnknownCorpus:
+            continue  # never sealed: garbage
         except (CorruptSegment, FormatError) as error:
             yield False, _known(error)
             continue
         yield False, corpus.corrupt_objects
-        for teacher in cache.teachers(name):
-            yield from _target_checks(cache, teacher, name)
+    for path in target_set_paths(cache.root):
+        yield from _target_checks(cache, path)
     yield from _journal_checks(cache)
 
 
-def _target_checks(cache: Cache, teacher: str, corpus: str) -> Iterator[tuple[bool, Check]]:
+def _target_checks(cache: Cache, path: str) -> Iterator[tuple[bool, Check]]:
+    """A set with commits must open, whatever was lost of it or of its corpus."""
+    _, teacher, corpus = path.split("/")
+    if not cache.root.objects(f"{path}/commits"):
+        return
     try:
         targets = cache.targets(teacher, corpus)
-        shards = [int(shard) for shard in targets.committed.nonzero()[0]]
-    except (CorruptSegment, FormatError) as error:
+    except (CorruptSegment, FormatError, SpecMismatch, NotFound) as error:
         yield False, _known(error)
         return
-    for shard in shards:
-        yield True, _shard_check(targets, shard)
+    for shard in targets.committed.nonzero()[0]:
+        yield True, _shard_check(targets, int(shard))
 
 
 def _shard_check(targets: TargetSet, shard: int) -> Check:
@@ -92,5 +99,5 @@ def _journal_checks(cache: Cache) -> Iterator[tuple[bool, Check]]:
         yield False, check
 
 
-def _known(error: CorruptSegment | FormatError) -> Check:
+def _known(error: PotstillError) -> Check:
     return lambda: [error.detail]

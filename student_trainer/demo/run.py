@@ -17,6 +17,7 @@ from rich.console import Console
 from cache.cache import Cache
 from cache.commands.prefill import prefill
 from cache.corpus import Corpus
+from cache.errors import InvalidInput
 from cache.fill import FillPlan
 from cache.ingest import IngestPlan, ingest
 from cache.tokenizer import load_tokenizer
@@ -29,6 +30,9 @@ from student_trainer.demo.smollm2 import is_materialised, materialise
 from student_trainer.demo.text import write_text
 from student_trainer.metrics import Record
 from student_trainer.result import TrainResult
+
+_STAMP = ".potstill-demo.json"
+"""Says that a folder is a demo's, and of which plan."""
 
 _STUDENTS = ("cross-entropy", "distilled")
 
@@ -85,8 +89,14 @@ def run_demo(
 
 
 def _begin(plan: DemoPlan) -> None:
-    """A finished demo is cleared away; an unfinished one of the same plan goes on."""
-    stamp = plan.out / "plan.json"
+    """A finished demo is cleared away; an unfinished one of the same plan goes on.
+
+    Raises:
+        InvalidInput: the folder holds something else; nothing in it is touched.
+    """
+    stamp = plan.out / _STAMP
+    if not stamp.is_file() and plan.out.exists() and (not plan.out.is_dir() or any(plan.out.iterdir())):
+        raise InvalidInput(f"--out {str(plan.out)!r} is not empty and holds no demo; choose another folder")
     text = json.dumps({**{n: str(getattr(plan, n)) for n in plan.__dataclass_fields__}}, indent=1)
     unfinished = stamp.is_file() and stamp.read_text() == text and not (plan.out / "report.json").is_file()
     if not unfinished:
