@@ -1,0 +1,48 @@
+"""Caches that earlier versions wrote are read for ever."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cache import Cache, Fields
+from cache.cached import CachedTeacher, KeepPolicy
+from cache.record import FORMAT_VERSION
+from tests.fakes import FakeTeacher
+from tests.golden.make import JOURNAL_ROW, TEXTS, K
+
+GOLDEN = Path(__file__).resolve().parent / "golden"
+FORMATS = sorted(GOLDEN.glob("format-*"))
+
+
+def test_this_version_has_left_its_cache() -> None:
+    assert GOLDEN / f"format-{FORMAT_VERSION}" in FORMATS
+
+
+@pytest.mark.parametrize("root", FORMATS, ids=lambda root: root.name)
+def test_a_cache_of_every_format_reads_as_it_was_written(root: Path, tmp_path: Path) -> None:
+    cache = Cache.open(root)
+    corpus = cache.corpus("docs")
+    rows = corpus.rows(0, len(corpus))
+    assert corpus.corrupt_objects() == []
+    assert "".join(corpus.tokenizer.decode(row.tolist()) for row in rows) == "".join(TEXTS)
+    for name in ("u8", "f16", "f32"):
+        targets = cache.targets(name, "docs")
+        teacher = FakeTeacher(targets.identity)
+        for row, read in zip(rows, targets.read_rows(range(len(rows))), strict=True):
+            exact = teacher.distribution(row, K)
+            assert np.array_equal(read.ids, exact.ids)
+            assert np.abs(read.logprobs - exact.logprobs).max() <= targets.encoding.max_abs_error + 1e-6
+
+
+async def test_its_journal_answers_without_the_teacher(tmp_path: Path) -> None:
+    for root in FORMATS:
+        shutil.copytree(root, tmp_path / root.name)
+        cache = Cache.open(tmp_path / root.name, mode="r+")
+        teacher = FakeTeacher(cache.targets("u8", "docs").identity)
+        async with CachedTeacher.open(teacher, name="asked", cache=cache, policy=KeepPolicy(k=K)) as cached:
+            await cached.score([JOURNAL_ROW], Fields(k=K))
+        assert teacher.scored == []
