@@ -97,6 +97,7 @@ class CachedTeacher:
         self._ranks = RankTable.plain(inner.identity.vocab_size)
         self._in_flight: dict[bytes, list[_Batch]] = {}
         self._sets: list[TargetSet] = []
+        self._strangers: set[str] = set()
         self._sets_read = float("-inf")
         journal_policy = JournalPolicy(
             encoding=policy.encoding,
@@ -258,8 +259,12 @@ class CachedTeacher:
             except PotstillError as error:
                 self._trouble(error)
                 continue
-            if targets.identity == self.identity:
+            differences = targets.identity.differences(self.identity)
+            if not differences:
                 self._sets = [*self._sets, targets]
+            elif corpus not in self._strangers:
+                self._strangers.add(corpus)
+                _LOG.warning("teacher %s: its targets of corpus %s are not used: %s", self._name, corpus, differences)
 
     async def _flush_forever(self) -> None:
         while True:

@@ -248,7 +248,9 @@ class TargetSet:
                 "run `potstill prefill` for it"
             )
         ranks = self._read_ranks()
-        if ranks is None or ranks.sha256 != commit.ranks_sha256:
+        if ranks is None:
+            raise CorruptSegment(f"{self._path}/ranks.json is missing, and shard {shard} was written with a rank table")
+        if ranks.sha256 != commit.ranks_sha256:
             raise CorruptSegment(f"{self._path}: the rank table is not the one that shard {shard} was written with")
         return GroupReader(self._root, self.segment_path(commit.segment), commit.objects)
 

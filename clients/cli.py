@@ -64,7 +64,7 @@ def _dispatch(argv: list[str]) -> int:
     except ModuleNotFoundError as error:
         print(f"potstill {argv[0]}: {_missing(error)}", file=sys.stderr)
         return 1
-    parser = argparse.ArgumentParser(prog=f"potstill {argv[0]}", description=command.SUMMARY)
+    parser = argparse.ArgumentParser(prog=f"potstill {argv[0]}", description=command.SUMMARY, allow_abbrev=False)
     command.add_arguments(parser)
     return command.run(parser.parse_args(argv[1:]))
 

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from tokenizers import Tokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cache.errors import FormatError, SpecMismatch, StoreError
 from cache.types import JSON, TeacherIdentity
@@ -174,8 +175,8 @@ def write_lines(file: Path, lines: Sequence[str]) -> None:
         raise StoreError(f"{str(file)!r} could not be written: {error}") from error
 
 
-def publish_model(folder: Path, model: PreTrainedModel) -> None:
-    """Save the final model at `folder`, replacing one that is there.
+def publish_model(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer) -> None:
+    """Save the final model with the corpus's tokenizer at `folder`, replacing one that is there.
 
     Raises:
         StoreError: the disk does not take it.
@@ -184,6 +185,7 @@ def publish_model(folder: Path, model: PreTrainedModel) -> None:
     try:
         shutil.rmtree(partial, ignore_errors=True)
         save_student(model, partial)
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(partial)
         _flush(partial)
         if folder.exists():
             shutil.rmtree(folder)

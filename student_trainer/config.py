@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -256,12 +256,26 @@ class TrainConfig(_Frozen):
 
 
 def _one_line(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
+    errors = error.errors(include_url=False)
+    # A misspelt key leaves the right one missing: name the former, which is what was typed.
+    first = next((found for found in errors if found["type"] == "extra_forbidden"), errors[0])
     key = ".".join(str(part) for part in first["loc"]) or "config"
     message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        return f"{key} is unknown; known are {', '.join(_known_keys(first['loc'][0], first['loc']))}"
     if isinstance(first["input"], dict | BaseModel):
         return f"{key}: {message}"
     return f"{key} is {first['input']!r}: {message}"
+
+
+def _known_keys(section: int | str, loc: tuple[int | str, ...]) -> Iterable[str]:
+    models: dict[int | str, type[BaseModel]] = {
+        "data": DataConfig,
+        "teachers": TeacherConfig,
+        "student": StudentConfig,
+        "train": LoopConfig,
+    }
+    return (models[section] if len(loc) > 1 else TrainConfig).model_fields
 
 
 def _absolute(value: Any, *, always: bool = False) -> Any:

@@ -49,7 +49,7 @@ from student_trainer.models import build_student
 from student_trainer.optimizer import learning_rate, make_optimizer, set_rate
 from student_trainer.order import hashed
 from student_trainer.result import TrainResult, finished_result, remove_summary, write_summary
-from student_trainer.run import OpenRun, only_trainer, open_run, prepare_run_dir
+from student_trainer.run import OpenRun, check_run_dir, keep_config, only_trainer, open_run
 
 
 def train(
@@ -75,19 +75,20 @@ def train(
     """
     group = group or Alone()
     config = config.absolute()
-    prepare_run_dir(config, write=group.rank == 0)
+    check_run_dir(config)
     finished = finished_result(config)
     if finished is not None:
         return finished
     with ExitStack() as stack:
+        run = stack.enter_context(open_run(config))
         if group.rank == 0:
             stack.enter_context(only_trainer(config.run_dir))
         group.barrier()
-        run = stack.enter_context(open_run(config))
         stack.enter_context(torch.random.fork_rng([group.device] if group.device.type == "cuda" else []))
         session = _begin(config, group, run, on_record)
         if session.writer is not None:
             stack.enter_context(closing(session.writer))
+            keep_config(config)
         return session.run_to_end(should_stop)
 
 
@@ -141,7 +142,7 @@ class _Session:
             held_out=held_out if finished else None,
         )
         if finished and self.group.rank == 0:
-            publish_model(self.config.run_dir / "model", self.student)
+            publish_model(self.config.run_dir / "model", self.student, self.run.corpus.tokenizer)
             write_summary(result)
         self.group.barrier()
         return result

@@ -28,7 +28,7 @@ from student_trainer.config import TrainConfig
 from student_trainer.loop import train
 from student_trainer.metrics import MetricsFollower, Record
 from student_trainer.result import TrainResult
-from student_trainer.run import open_run, prepare_run_dir
+from student_trainer.run import check_run_dir, open_run
 
 _STOP_FILE = ".stop"
 _POLL_SECONDS = 0.5
@@ -54,7 +54,7 @@ def train_with_ray(
         PotstillError: as `loop.train`; what cannot work is found before Ray starts.
     """
     config = config.absolute()
-    prepare_run_dir(config, write=True)
+    check_run_dir(config)
     with open_run(config):
         pass  # a missing corpus, teacher or shard is an error here, not three restarts later
     stop_file = config.run_dir / _STOP_FILE

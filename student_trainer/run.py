@@ -81,22 +81,23 @@ def open_run(config: TrainConfig) -> Iterator[OpenRun]:
         yield OpenRun(corpus, held_out, order, BatchReader(corpus, sources, config.weights))
 
 
-def prepare_run_dir(config: TrainConfig, *, write: bool) -> None:
-    """Check that the folder is new or holds the same run; with `write`, make it and keep the config.
+def check_run_dir(config: TrainConfig) -> None:
+    """Check that the folder is new or holds the same run.
 
     Raises:
         SpecMismatch: it holds another run.
+    """
+    if (config.run_dir / "config.json").exists():
+        config.check_continues(read_config(config.run_dir))
+
+
+def keep_config(config: TrainConfig) -> None:
+    """Say in the folder which run it holds; only when everything the run needs is there.
+
+    Raises:
         StoreError: it cannot be written.
     """
-    run_dir = config.run_dir
-    if (run_dir / "config.json").exists():
-        config.check_continues(read_config(run_dir))
-    if write:
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreError(f"train.out {str(run_dir)!r} cannot be made: {error}") from error
-        write_json(run_dir / "config.json", config.to_json())
+    write_json(config.run_dir / "config.json", config.to_json())
 
 
 @contextmanager
@@ -105,7 +106,12 @@ def only_trainer(run_dir: Path) -> Iterator[None]:
 
     Raises:
         Unavailable: another process trains there, and still does after some seconds.
+        StoreError: the folder cannot be made.
     """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"train.out {str(run_dir)!r} cannot be made: {error}") from error
     with (run_dir / ".lock").open("w") as file:
         deadline = time.monotonic() + _LOCK_SECONDS
         while True:
@@ -132,8 +138,10 @@ def read_config(run_dir: Path) -> TrainConfig:
         raise NotFound(f"no run in {str(run_dir)!r}: there is no config.json")
     try:
         return TrainConfig.of(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise FormatError(f"{str(file)!r} cannot be read: {error}") from error
+    except InvalidInput as error:
+        raise FormatError(f"{str(file)!r} is not the config of a run of `potstill train`: {error}") from error
 
 
 def trained_model(run_dir: Path) -> tuple[TrainConfig, Path]:

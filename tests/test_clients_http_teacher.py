@@ -74,7 +74,7 @@ async def test_it_is_the_teacher_behind_it(url: str, teacher: FakeTeacher) -> No
         assert as_teacher.identity == teacher.identity
         assert as_teacher.provenance == teacher.provenance
         assert as_teacher.limits == TeacherLimits(max_top_k=64, max_row_tokens=None)
-        rows = rows_of(5, 1, 0, 9)
+        rows = rows_of(5, 1, 2, 9)
         assert_scored(rows, await as_teacher.score(rows, WANT))
         assert await as_teacher.score([], WANT) == []
 

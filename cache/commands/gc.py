@@ -34,6 +34,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"{item.path}  {item.size:,} bytes")
         if not args.dry_run:
             remove_garbage(root, item)
+    younger = len(find_garbage(root, min_age_seconds=0.0)) - (len(garbage) if args.dry_run else 0)
+    if younger:
+        print(f"{younger:,} more groups are younger than {args.min_age_hours:g} h (--min-age-hours)")
     verb = "would be removed" if args.dry_run else "removed"
     print(f"{len(garbage):,} groups of {sum(item.size for item in garbage):,} bytes {verb}")
     return 0

@@ -26,6 +26,8 @@ def run(args: argparse.Namespace) -> int:
     found = describe(Cache.open(args.root))
     if args.json:
         print(json.dumps(found, indent=1))
+    elif not found["corpora"]:
+        print(f"there is no corpus in {args.root}; `potstill ingest` makes one")
     else:
         _print_tables(found)
     return 0

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     """Exit status 1 when anything is not as committed."""
     from cache.cache import Cache
 
-    with progress("verify", "objects groups") as show:
+    with progress("verify", "groups") as show:
         checks = list(_checks(Cache.open(args.root)))
         corrupt: list[str] = []
         for done, (_, check) in enumerate(checks, start=1):
@@ -39,6 +39,11 @@ def run(args: argparse.Namespace) -> int:
     else:
         for line in corrupt:
             print(f"corrupt: {line}")
+        if corrupt:
+            print(
+                "to score a damaged shard again: delete its record, targets/<teacher>/<corpus>/commits/<shard>.json, "
+            )
+            print("and run the same `potstill prefill`; `potstill gc` removes what is left of the damaged segment")
         print(f"{shards:,} shards and {len(checks) - shards:,} other groups checked, {len(corrupt):,} corrupt objects")
     return 1 if corrupt else 0
 

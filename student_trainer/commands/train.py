@@ -33,11 +33,15 @@ def run(args: argparse.Namespace) -> int:
 
         raise InvalidInput(f"train.workers is {config.train.workers}, but --no-ray trains with 1; set it to 1")
 
+    from student_trainer.checkpoint import newest_step
     from student_trainer.interrupt import stop_on_signals
     from student_trainer.loop import train
     from student_trainer.progress import held_out_text, showing
 
     console = Console()
+    begun = newest_step(config.run_dir / "checkpoints")
+    where = "in this process" if args.no_ray else "on Ray, whose start takes half a minute"
+    console.print(f"{f'resuming from step {begun}' if begun else 'training'} {where}", highlight=False)
     with stop_on_signals() as stop, showing(config.train.steps, console) as show:
         if args.no_ray:
             result = train(config, should_stop=stop, on_record=show)
