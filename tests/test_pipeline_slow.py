@@ -110,10 +110,10 @@ def test_two_teachers_through_one_service_and_one_cache_into_one_student(tmp_pat
         assert result.held_out.teachers[name].kl < 0.8 * untrained.held_out.teachers[name].kl
 
 
-def start_prefill(root: Path, model: Path) -> subprocess.Popen[str]:
+def start_prefill(root: Path, model: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "clients.cli", "prefill", "--cache", str(root), "--corpus", "docs"]
     command += ["--teacher", f"tiny={model}", "--encoding", "f32", "--top-k", "32", "--batch-tokens", "512"]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
 
 
 def segment_bytes(root: Path) -> dict[tuple[int, str], bytes]:
