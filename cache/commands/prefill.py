@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import signal
-import sys
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +72,7 @@ async def prefill(
         PotstillError: whatever opening, scoring or writing raises; what is committed stays.
     """
     corpus = cache.corpus(corpus_name)
-    sys.stderr.write(f"prefill {name}: opening the teacher {spec}\n")
+    print(f"{name}: opening the teacher {spec}", flush=True)
     async with open_teacher(spec) as teacher:
         _check_limits(teacher, corpus, fields)
         targets = cache.plan_targets(name, corpus_name, teacher.identity, fields=fields, encoding=encoding)
