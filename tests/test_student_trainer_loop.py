@@ -33,7 +33,7 @@ from student_trainer.optimizer import learning_rate
 from student_trainer.result import TrainResult
 from student_trainer.run import evaluate_run, only_trainer
 from tests.servers import hosted, serving_teachers
-from tests.tiny_runs import STUDENT, VOCAB, config_of, fake_teacher, write_cache
+from tests.tiny_runs import STUDENT, VOCAB, config_of, fake_teacher, fill, write_cache
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -252,6 +252,26 @@ def test_another_corpus_under_the_same_name_is_refused(root: Path, tmp_path: Pat
     other = write_cache(tmp_path / "other", seed=1)
     with pytest.raises(SpecMismatch, match=r"data\.corpus has fingerprint"):
         train(config_of(other, tmp_path / "run", train={"steps": 2}))
+
+
+def test_other_targets_of_the_same_teacher_are_refused(root: Path, tmp_path: Path) -> None:
+    train(config_of(root, tmp_path / "run", train={"steps": 1}))
+    coarser = write_cache(tmp_path / "coarser", teachers=())
+    fill(coarser, "fake", encoding="u8")
+    with pytest.raises(SpecMismatch, match="have k=8, encoding u8, but the run was started with k=8, encoding f32"):
+        train(config_of(coarser, tmp_path / "run", train={"steps": 2}))
+
+
+def test_fewer_steps_than_were_taken_are_refused(root: Path, tmp_path: Path) -> None:
+    train(config_of(root, tmp_path / "run", train={"steps": 3}))
+    with pytest.raises(InvalidInput, match="train.steps is 2, but the run in .* has taken 3"):
+        train(config_of(root, tmp_path / "run", train={"steps": 2}))
+
+
+def test_a_config_that_cannot_begin_leaves_its_folder_free(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(NotFound):
+        train(config_of(root, tmp_path / "run", data={"corpus": "dics"}, train={"steps": 1}))
+    assert train(config_of(root, tmp_path / "run", train={"steps": 1})).finished
 
 
 def test_another_teacher_under_the_same_name_is_refused(root: Path, tmp_path: Path) -> None:

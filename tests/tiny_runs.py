@@ -67,11 +67,11 @@ def write_texts_cache(folder: Path, texts: list[str], *, corpus: str = "docs") -
     return folder / "cache"
 
 
-def fill(root: Path, name: str, corpus: str = "docs", *, shards: int | None = None) -> None:
+def fill(root: Path, name: str, corpus: str = "docs", *, shards: int | None = None, encoding: str = "f32") -> None:
     """Commit a fake teacher's targets for the first shards of a corpus, all by default."""
     teacher, cache = fake_teacher(name), Cache.open(root, "r+")
     rows = cache.corpus(corpus)
-    targets = cache.plan_targets(name, corpus, teacher.identity, fields=Fields(k=K), encoding="f32")
+    targets = cache.plan_targets(name, corpus, teacher.identity, fields=Fields(k=K), encoding=encoding)
     for shard in range(rows.num_shards if shards is None else shards):
         start, stop = (int(r) for r in rows.shard_rows[shard : shard + 2])
         scored = asyncio.run(teacher.score(rows.rows(start, stop), Fields(k=K)))
