@@ -75,6 +75,11 @@ class _Batch:
     task: asyncio.Task[None] | None = None
     waiters: int = 0
 
+    @property
+    def dropped(self) -> bool:
+        """Whether it is being cancelled, because its last waiter left."""
+        return self.task is not None and self.task.cancelling() > 0
+
     def fail(self, error: PotstillError) -> None:
         """Tell every waiter, unless there is an answer already."""
         if not self.answers.done():
@@ -151,6 +156,9 @@ class CachedTeacher:
         want.require_only_top_k("the cache")
         keys = [row_key(self.identity.tokenizer_sha256, row) for row in rows]
         found = await asyncio.to_thread(self._find_all, keys, want.k)
+        # A score may have ended while we looked: nothing may come between seeing that it did not and joining.
+        while any(kept is None and self._journal.holds(key, want.k) for key, kept in zip(keys, found, strict=True)):
+            found = await asyncio.to_thread(self._find_all, keys, want.k)
         missing = {key: row for key, row, targets in zip(keys, rows, found, strict=True) if targets is None}
         batches, misses = self._join_or_score(missing, want)
         self._count(hits=len(rows) - found.count(None), misses=misses, rows=len(rows))
@@ -181,7 +189,7 @@ class CachedTeacher:
 
     def _joinable(self, key: bytes, k: int) -> _Batch | None:
         """Of the batches that score this row with enough entries, the one with the fewest: as the journal will."""
-        enough = (batch for batch in self._in_flight.get(key, ()) if batch.keep.k >= k)
+        enough = (batch for batch in self._in_flight.get(key, ()) if batch.keep.k >= k and not batch.dropped)
         return min(enough, key=lambda batch: batch.keep.k, default=None)
 
     async def _wait_for(self, batches: dict[bytes, _Batch]) -> dict[bytes, Targets]:

@@ -259,6 +259,15 @@ def check_targets(targets: Targets, vocab_size: int) -> None:
     off = np.abs(mass - 1.0).max(initial=0.0)
     if off > _MASS_TOLERANCE:
         raise TeacherFailed(f"the teacher's top-k and tail sum to 1 only within {off:.1e}; they are not kept")
+    check_ids(targets, vocab_size)
+
+
+def check_ids(targets: Targets, vocab_size: int) -> None:
+    """The part of `check_targets` that is cheap on a whole shard.
+
+    Raises:
+        TeacherFailed: an id over the vocabulary.
+    """
     if targets.ids.size and int(targets.ids.max()) >= vocab_size:
         raise TeacherFailed(f"the teacher answered id {int(targets.ids.max())}, its vocabulary has {vocab_size}")
 

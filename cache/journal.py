@@ -114,6 +114,12 @@ class Journal:
                 with self._lock:
                     self._index[key] = [other for other in self._index[key] if other is not place]
 
+    def holds(self, key: bytes, k: int) -> bool:
+        """Whether `find` has something to look at; reads nothing."""
+        with self._lock:
+            stored = any(place.k >= k for place in self._index.get(key, ()))
+            return stored or any(kept >= k for kept in self._waiting.get(key, {}))
+
     def add(self, rows: list[JournalRow]) -> None:
         """Keep rows; they are found from now on, and stored by a later `flush`."""
         with self._lock:

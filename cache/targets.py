@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from cache.commit import Commit, commit_bytes, commit_from_json, commit_name, shard_of_commit
 from cache.corpus import Corpus
-from cache.encoding import Encoding, RankTable, check_targets, encode_measured, encoding_by_name
+from cache.encoding import Encoding, RankTable, check_ids, encode_measured, encoding_by_name
 from cache.errors import CorruptSegment, FormatError, InvalidInput, NotCommitted, SpecMismatch, UnknownTeacher
 from cache.groups import GroupReader, GroupWriter, Layout, attempt_name, objects_from_json, objects_to_json
 from cache.record import group_metadata, read_group_metadata, read_record, record_bytes
@@ -171,7 +171,7 @@ class TargetSet:
         """
         expected = int(np.diff(self.corpus.shard_starts[shard : shard + 2])[0])
         assert targets.num_positions == expected, f"shard {shard} has {expected} positions"
-        check_targets(targets, self.identity.vocab_size)
+        check_ids(targets, self.identity.vocab_size)
         self._publish_spec()
         ranks = self._rank_table(targets)
         segment = attempt_name(f"{shard:06d}")

@@ -237,6 +237,36 @@ async def test_work_that_nobody_waits_for_any_more_is_dropped(cache: Cache) -> N
     assert len(teacher.scored) == 2
 
 
+async def test_callers_that_come_while_a_score_ends_never_cause_a_second_one(cache: Cache) -> None:
+    teacher = FakeTeacher()
+
+    async def ask(number: int, seconds: float) -> Targets:
+        await asyncio.sleep(seconds)
+        return (await cached.score([row(number, number)], WANT))[0]
+
+    async with CachedTeacher.open(teacher, name="smol", cache=cache, policy=POLICY) as cached:
+        for number in range(60):
+            answers = await asyncio.gather(*(ask(number, i * 0.0004) for i in range(8)))
+            assert all(same(answer, answers[0]) for answer in answers)
+    assert len(teacher.scored) == 60
+
+
+async def test_a_caller_that_comes_as_the_last_one_leaves_gets_a_score_of_its_own(cache: Cache) -> None:
+    teacher = Gated()
+    async with CachedTeacher.open(teacher, name="smol", cache=cache, policy=POLICY) as cached:
+        leaving = asyncio.create_task(cached.score([row(1)], WANT))
+        await teacher.asked(1)
+        ((key, (batch,)),) = cached._in_flight.items()
+        leaving.cancel()
+        while not batch.dropped:  # noqa: ASYNC110 -- turns of the loop, not time
+            await asyncio.sleep(0)
+        assert cached._in_flight == {key: [batch]}, "on its way out, and not out yet"
+        joining, _ = cached._join_or_score({key: row(1)}, WANT)
+        assert not any(batch.dropped for batch in joining.values())
+        teacher.gate.set()
+        await cached._wait_for(joining)
+
+
 async def test_a_bug_in_a_teacher_is_not_told_as_something_to_try_again(cache: Cache) -> None:
     class Buggy(FakeTeacher):
         async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
