@@ -86,8 +86,8 @@ def parity(scored: Targets, corpus: Corpus, row: int, model: Path) -> bool:
 def report(cache: Cache, teacher: Teacher, name: str, exact: Targets) -> bool:
     """Whether the encoding exceeds its bound; stores the exact targets and reads them back through a new cache."""
     targets = cache.plan_targets(f"smollm2-{name}", "topics", teacher.identity, fields=Fields(k=K), encoding=name)
-    commit = targets.write_shard(0, exact, teacher.provenance)
-    assert commit is not None
+    assert targets.write_shard(0, exact, teacher.provenance)
+    (commit,) = targets.sets[0].commits()
     read = Cache.open(cache.root.url).targets(f"smollm2-{name}", "topics").read(0, exact.num_positions)
     p, q = exact.logprobs.astype(np.float64), read.logprobs.astype(np.float64)
     difference = np.abs(p - q)

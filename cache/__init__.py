@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cache.types import Fields, Provenance, Targets, TeacherIdentity, TeacherLimits
+from cache.types import Draws, Fields, Provenance, Targets, TeacherIdentity, TeacherLimits
 
 if TYPE_CHECKING:
     from cache.cache import Cache
 
-__all__ = ["Cache", "Fields", "Provenance", "Targets", "TeacherIdentity", "TeacherLimits"]
+__all__ = ["Cache", "Draws", "Fields", "Provenance", "Targets", "TeacherIdentity", "TeacherLimits"]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,8 +8,10 @@ from typing import Literal, Self
 from cache.corpus import Corpus, list_corpora
 from cache.encoding import encoding_by_name
 from cache.errors import InvalidInput
+from cache.groups import Reading
+from cache.segment_set import SetSpec
 from cache.store import Root
-from cache.targets import TargetSet, TargetSpec, has_targets
+from cache.targets import TargetSet, has_targets
 from cache.types import Fields, TeacherIdentity
 
 Mode = Literal["r", "r+"]
@@ -18,21 +20,27 @@ Mode = Literal["r", "r+"]
 class Cache:
     """A cache in a local folder or an object store. Safe to share between threads."""
 
-    def __init__(self, root: Root, mode: Mode) -> None:
+    def __init__(self, root: Root, mode: Mode, reading: Reading) -> None:
         self.root = root
         self.mode = mode
+        self._reading = reading
         self._corpora: dict[str, Corpus] = {}
 
     @classmethod
-    def open(cls, url: str | Path, mode: Mode = "r") -> Self:
+    def open(
+        cls, url: str | Path, mode: Mode = "r", *, chunk_cache_bytes: int = 128 << 20, pipeline: str | None = None
+    ) -> Self:
         """Open by path or URL; `r+` may write and makes a local folder that is not there.
+
+        All target sets opened through it share one cache of decoded chunks of at most `chunk_cache_bytes`, and
+        zarr's codec pipeline: `zarrs` when it is installed, else `stock`.
 
         Raises:
             InvalidInput: no such folder, an unknown mode or URL scheme.
         """
         if mode not in ("r", "r+"):
             raise InvalidInput(f"mode {mode!r} is unknown; take 'r' to read or 'r+' to write too")
-        return cls(Root.open(url, create=mode == "r+"), mode)
+        return cls(Root.open(url, create=mode == "r+"), mode, Reading.open(chunk_cache_bytes, pipeline))
 
     def corpora(self) -> list[str]:
         """Names of the sealed corpora."""
@@ -45,7 +53,7 @@ class Cache:
             UnknownCorpus: there is none.
         """
         if name not in self._corpora:
-            self._corpora[name] = Corpus.open(self.root, name)
+            self._corpora[name] = Corpus.open(self.root, name, self._reading)
         return self._corpora[name]
 
     def teachers(self, corpus: str) -> list[str]:
@@ -59,19 +67,18 @@ class Cache:
         Raises:
             UnknownCorpus, UnknownTeacher: there are none.
         """
-        return TargetSet.open(self.root, teacher, self.corpus(corpus))
+        return TargetSet.open(self.root, teacher, self.corpus(corpus), self._reading)
 
     def plan_targets(
         self, teacher: str, corpus: str, identity: TeacherIdentity, *, fields: Fields, encoding: str = "u8"
     ) -> TargetSet:
-        """A target set to write; nothing is stored before its first shard is.
+        """What is to be filled so that `fields` are there; see `TargetSet.plan`.
 
         Raises:
-            SpecMismatch: it exists with another spec, or the teacher does not fit the corpus.
+            SpecMismatch: they are there with other parameters, or the teacher does not fit the corpus.
             InvalidInput: the cache was opened to read, or the encoding is unknown.
         """
         if self.mode != "r+":
             raise InvalidInput(f"cache {self.root.url!r} was opened to read; open it with mode 'r+' to write")
-        fields.require_only_top_k("a target set")
-        spec = TargetSpec(identity=identity, fields=fields, encoding=encoding_by_name(encoding))
-        return TargetSet.plan(self.root, teacher, self.corpus(corpus), spec)
+        spec = SetSpec(identity=identity, fields=fields, encoding=encoding_by_name(encoding))
+        return TargetSet.plan(self.root, teacher, self.corpus(corpus), spec, self._reading)

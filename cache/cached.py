@@ -1,39 +1,33 @@
 """CachedTeacher: a teacher behind what is already known of it.
 
 A row is looked for in the journal, then in every corpus that has committed targets of the same teacher and
-identity; only a miss reaches the teacher behind, once, however many callers wait for it. A miss is answered
-through the journal's encoding, so that the answer is what a later hit returns.
+identity (`cache.known_targets`); of those with enough entries the fewest answer. Only a miss reaches the teacher
+behind, once, however many callers wait for it. A miss is answered through the journal's encoding, so that the answer
+is what a later hit returns.
+
+Only the top-k is kept of what is asked for here. A wish for draws, entropy, temperatures or dense logprobs is answered
+by corpora that hold exactly these fields (the same draws, seed and temperatures); what they do not hold is passed on to
+the teacher behind, whose answer is exact, not kept and not shared between callers.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
 from cache.cache import Cache
-from cache.corpus import row_key
-from cache.encoding import RankTable, encoding_by_name, round_trip
-from cache.errors import (
-    CorruptSegment,
-    FormatError,
-    InvalidInput,
-    PotstillError,
-    StoreError,
-    TeacherFailed,
-    Unavailable,
-)
-from cache.journal import Journal, JournalPolicy, JournalRow
-from cache.targets import TargetSet, has_targets
+from cache.errors import InvalidInput, PotstillError, TeacherFailed, Unavailable
+from cache.journal import Journal, JournalPolicy
+from cache.journal_segment import JournalRow
+from cache.keys import row_key
+from cache.known_targets import KnownTargets
 from cache.types import Fields, Provenance, Targets, Teacher, TeacherIdentity, TeacherLimits, Tokens
 
 _LOG = logging.getLogger(__name__)
 
-# How often the store is asked for target sets that began since; a shard's commit is looked up at once.
-_REFRESH_SECONDS = 2.0
 _FLUSH_CHECK_SECONDS = 0.5
 
 
@@ -42,7 +36,7 @@ class KeepPolicy:
     """What is kept of a scored row, and when it is written.
 
     Raises:
-        InvalidInput: k below 1 or an unknown encoding.
+        InvalidInput: k below 1, an encoding that journals do not use, or a negative quota.
     """
 
     k: int = 64
@@ -50,10 +44,24 @@ class KeepPolicy:
     encoding: str = "u8"
     segment_positions: int = 65_536
     segment_seconds: float = 10.0
+    quota_bytes: int = 10 << 30
+    """Of the journals of all processes for one teacher; see `JournalPolicy`."""
+    tidy_seconds: float = 30.0
+    """How often the journals are kept within the quota and small segments joined."""
 
     def __post_init__(self) -> None:
-        Fields(k=self.k)
-        encoding_by_name(self.encoding)
+        if self.k < 1:
+            raise InvalidInput(f"k is {self.k}; it must be at least 1")
+        self.journal()
+
+    def journal(self) -> JournalPolicy:
+        """The part that is the journal's."""
+        return JournalPolicy(
+            encoding=self.encoding,
+            segment_positions=self.segment_positions,
+            segment_seconds=self.segment_seconds,
+            quota_bytes=self.quota_bytes,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +95,13 @@ class _Batch:
             self.answers.exception()  # retrieved: a caller that has left will not
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Look:
+    """A lookup on its way, and the rows that came into the journal meanwhile."""
+
+    landed: set[bytes]
+
+
 class CachedTeacher:
     """A `Teacher` in front of another one. Open with `open`, which also closes it."""
 
@@ -98,18 +113,11 @@ class CachedTeacher:
         self._name = name
         self._cache = cache
         self._policy = policy
-        self._encoding = encoding_by_name(policy.encoding)
-        self._ranks = RankTable.plain(inner.identity.vocab_size)
         self._in_flight: dict[bytes, list[_Batch]] = {}
-        self._sets: list[TargetSet] = []
-        self._strangers: set[str] = set()
-        self._sets_read = float("-inf")
-        journal_policy = JournalPolicy(
-            encoding=policy.encoding,
-            segment_positions=policy.segment_positions,
-            segment_seconds=policy.segment_seconds,
-        )
-        self._journal = Journal(cache.root, name, inner.identity, journal_policy)
+        self._looks: set[_Look] = set()
+        self._journal = Journal(cache.root, name, inner.identity, policy.journal(), self._trouble)
+        self._known = KnownTargets(cache, name, inner.identity, self._trouble)
+        self._losses = self._journal.losses
 
     @classmethod
     @asynccontextmanager
@@ -124,12 +132,14 @@ class CachedTeacher:
         if cache.mode != "r+":
             raise InvalidInput(f"cache {cache.root.url!r} was opened to read; a service needs mode 'r+'")
         teacher = await asyncio.to_thread(cls, inner, name, cache, policy or KeepPolicy())
-        flushing = asyncio.create_task(teacher._flush_forever())  # noqa: SLF001 -- its own class
+        forever = (teacher._flush_forever(), teacher._tidy_forever())  # noqa: SLF001 -- its own class
+        tasks = [asyncio.create_task(work) for work in forever]
         try:
             yield teacher
         finally:
-            flushing.cancel()
-            await asyncio.gather(flushing, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await teacher._finish()  # noqa: SLF001 -- its own class
 
     @property
@@ -151,14 +161,12 @@ class CachedTeacher:
         """One `Targets` per row, in order, with exactly `want.k` entries.
 
         Raises:
-            UnsupportedField: more than the top-k is asked for. What the teacher behind raises on a miss.
+            What the teacher behind raises on a miss.
         """
-        want.require_only_top_k("the cache")
         keys = [row_key(self.identity.tokenizer_sha256, row) for row in rows]
-        found = await asyncio.to_thread(self._find_all, keys, want.k)
-        # A score may have ended while we looked: nothing may come between seeing that it did not and joining.
-        while any(kept is None and self._journal.holds(key, want.k) for key, kept in zip(keys, found, strict=True)):
-            found = await asyncio.to_thread(self._find_all, keys, want.k)
+        if not want.only_top_k:
+            return await self._score_beyond(rows, keys, want)
+        found = await self._look(keys, want)
         missing = {key: row for key, row, targets in zip(keys, rows, found, strict=True) if targets is None}
         batches, misses = self._join_or_score(missing, want)
         self._count(hits=len(rows) - found.count(None), misses=misses, rows=len(rows))
@@ -167,6 +175,26 @@ class CachedTeacher:
             (targets if targets is not None else answers[key]).prefix(want.k)
             for key, targets in zip(keys, found, strict=True)
         ]
+
+    async def _score_beyond(self, rows: Sequence[Tokens], keys: list[bytes], want: Fields) -> list[Targets]:
+        """The same with more than the top-k: from corpora, or from the teacher behind as it answers."""
+        found = await asyncio.to_thread(self._known.find, keys, want)
+        missing = [row for row, targets in zip(rows, found, strict=True) if targets is None]
+        scored = iter(await self.inner.score(missing, want) if missing else [])
+        self._count(hits=len(rows) - len(missing), misses=len(missing), rows=len(rows))
+        return [targets if targets is not None else next(scored) for targets in found]
+
+    async def _look(self, keys: list[bytes], want: Fields) -> list[Targets | None]:
+        """What is kept of each row. A score that ends while we look is seen: nothing comes between that and joining."""
+        while True:
+            look = _Look(set())
+            self._looks.add(look)
+            try:
+                found = await asyncio.to_thread(self._find_all, keys, want)
+            finally:
+                self._looks.remove(look)
+            if not any(kept is None and key in look.landed for key, kept in zip(keys, found, strict=True)):
+                return found
 
     def _count(self, *, hits: int, misses: int, rows: int) -> None:
         old = self.counters
@@ -208,10 +236,11 @@ class CachedTeacher:
     async def _score_batch(self, batch: _Batch) -> None:
         try:
             exact = await self.inner.score(list(batch.rows.values()), batch.keep)
-            answers = await asyncio.to_thread(self._through_encoding, exact)
-            kept = zip(batch.rows.items(), exact, answers, strict=True)
+            rows, answers = await asyncio.to_thread(self._through_encoding, batch.rows, exact)
             # In the journal before it is answered: a row is never scored twice in between.
-            self._journal.add([JournalRow(key, row, scored, answer) for (key, row), scored, answer in kept])
+            self._journal.add(rows)
+            for look in self._looks:
+                look.landed.update(batch.rows)
             batch.answers.set_result(dict(zip(batch.rows, answers, strict=True)))
         except PotstillError as error:
             batch.fail(error)
@@ -226,53 +255,29 @@ class CachedTeacher:
                 if not self._in_flight[key]:
                     del self._in_flight[key]
 
-    def _through_encoding(self, targets: list[Targets]) -> list[Targets]:
-        return [round_trip(row, self._encoding, self._ranks) for row in targets]
+    def _through_encoding(
+        self, rows: dict[bytes, Tokens], exact: list[Targets]
+    ) -> tuple[list[JournalRow], list[Targets]]:
+        encoding, ranks = self._journal.encoding, self._journal.ranks
+        scored = zip(rows.items(), exact, strict=True)
+        kept = [JournalRow.of(key, row, targets, encoding, ranks) for (key, row), targets in scored]
+        return [row for row, _ in kept], [answer for _, answer in kept]
 
-    def _find_all(self, keys: list[bytes], k: int) -> list[Targets | None]:
-        return [self._find(key, k) for key in keys]
-
-    def _find(self, key: bytes, k: int) -> Targets | None:
-        """What is kept of a row; damaged targets count as a miss here and as an error in `verify`."""
-        try:
-            kept = self._journal.find(key, k)
-            return kept if kept is not None else self._find_in_corpora(key, k)
-        except (CorruptSegment, FormatError, StoreError) as error:
-            self._trouble(error)
-            return None
-
-    def _find_in_corpora(self, key: bytes, k: int) -> Targets | None:
-        self._refresh_sets()
-        for targets in self._sets:
-            if targets.fields.k < k:
-                continue
-            row = targets.corpus.find([key])[0]
-            if row is None:
-                continue
-            if targets.commit_of(targets.corpus.shard_of_row(row)) is not None:
-                return targets.read_rows([row])[0]
-        return None
-
-    def _refresh_sets(self) -> None:
-        now = time.monotonic()
-        if now - self._sets_read < _REFRESH_SECONDS:
-            return
-        self._sets_read = now
-        known = {targets.corpus.name for targets in self._sets}
-        for corpus in self._cache.corpora():
-            if corpus in known or not has_targets(self._cache.root, self._name, corpus):
-                continue
-            try:
-                targets = self._cache.targets(self._name, corpus)
-            except PotstillError as error:
-                self._trouble(error)
-                continue
-            differences = targets.identity.differences(self.identity)
-            if not differences:
-                self._sets = [*self._sets, targets]
-            elif corpus not in self._strangers:
-                self._strangers.add(corpus)
-                _LOG.warning("teacher %s: its targets of corpus %s are not used: %s", self._name, corpus, differences)
+    def _find_all(self, keys: list[bytes], want: Fields) -> list[Targets | None]:
+        """What is kept of rows; damaged targets count as a miss here and as an error in `verify`."""
+        found = self._journal.find(keys, want.k)
+        if self._losses != self._journal.losses:
+            # Rows that left the journal may be in a corpus that was made of it just now.
+            self._losses = self._journal.losses
+            self._known.look_again()
+        # Of all that is kept of a row the fewest entries answer: as before they moved into a corpus.
+        held = [None if targets is None else targets.k for targets in found]
+        left = [i for i, k in enumerate(held) if k is None or k > want.k]
+        if left:
+            committed = self._known.find([keys[i] for i in left], want, [held[i] for i in left])
+            for i, targets in zip(left, committed, strict=True):
+                found[i] = found[i] if targets is None else targets
+        return found
 
     async def _flush_forever(self) -> None:
         while True:
@@ -288,6 +293,14 @@ class CachedTeacher:
             # The answers were given; the rows wait for the next try.
             self._trouble(error)
 
+    async def _tidy_forever(self) -> None:
+        while True:
+            await asyncio.sleep(self._policy.tidy_seconds)
+            try:
+                await asyncio.to_thread(self._journal.tidy)
+            except PotstillError as error:
+                self._trouble(error)
+
     def _trouble(self, error: PotstillError) -> None:
         """Keep serving, and say once what is wrong with the store."""
         if self.store_error != error.detail:
@@ -301,3 +314,4 @@ class CachedTeacher:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._flush()
+        await asyncio.to_thread(self._journal.close)

@@ -7,7 +7,7 @@ from typing import Any
 
 from cache.errors import CorruptSegment, FormatError, InvalidInput
 from cache.groups import objects_from_json, objects_to_json
-from cache.record import record_bytes
+from cache.record import Record, record_bytes
 from cache.store import StoredObject, check_name
 from cache.types import Provenance
 
@@ -18,7 +18,10 @@ class Commit:
 
     shard: int
     segment: str
+    spec_sha256: str
+    """Of the stored record of the segment set, so that a commit of another set is refused; empty in format 1."""
     ranks_sha256: str
+    """Empty when the set stores no ids."""
     objects: tuple[StoredObject, ...]
     provenance: Provenance
     error: dict[str, float]
@@ -31,7 +34,7 @@ class Commit:
 
 
 def commit_name(shard: int) -> str:
-    """The record's name among a target set's commits."""
+    """The record's name among a segment set's commits."""
     return f"{shard:06d}.json"
 
 
@@ -43,9 +46,10 @@ def shard_of_commit(commit_name: str) -> int | None:
 
 def commit_bytes(commit: Commit) -> bytes:
     """The record as it is stored."""
-    record = {
+    record: dict[str, Any] = {
         "shard": commit.shard,
         "segment": commit.segment,
+        "spec_sha256": commit.spec_sha256,
         "ranks_sha256": commit.ranks_sha256,
         "objects": objects_to_json(commit.objects),
         "provenance": commit.provenance.to_json(),
@@ -54,7 +58,7 @@ def commit_bytes(commit: Commit) -> bytes:
     return record_bytes("commit", record)
 
 
-def commit_from_json(path: str, shard: int, record: dict[str, Any]) -> Commit:
+def commit_from_json(path: str, shard: int, record: Record) -> Commit:
     """Read a shard's record.
 
     Raises:
@@ -64,6 +68,7 @@ def commit_from_json(path: str, shard: int, record: dict[str, Any]) -> Commit:
         commit = Commit(
             shard=int(record["shard"]),
             segment=check_name("segment", record["segment"]),
+            spec_sha256=str(record.get("spec_sha256", "")),
             ranks_sha256=str(record["ranks_sha256"]),
             objects=objects_from_json(record["objects"]),
             provenance=Provenance.from_json(record["provenance"]),

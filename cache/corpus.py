@@ -8,7 +8,6 @@ Shape legend:  P positions, R rows, S shards.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,13 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from cache.errors import FormatError, InvalidInput, UnknownCorpus
-from cache.groups import GroupReader, objects_from_json, objects_to_json
+from cache.annotations import AnnotatedCorpus, corrupt_annotations, list_annotations, read_annotation
+from cache.errors import CorruptSegment, FormatError, InvalidInput, UnknownCorpus
+from cache.groups import GroupReader, Reading, objects_from_json, objects_to_json
+from cache.keys import KEY_BYTES, KEY_ORDER, SORTED_KEYS, KeyIndex, KeysInMemory, row_key
 from cache.record import group_metadata, read_group_metadata
-from cache.store import Root, StoredObject, check_name
+from cache.store import Root, StoredObject, check_name, is_name
 from cache.types import JSON, Tokens
 
-KEY_BYTES = 16
+# Row starts are read by pages of this many, which is how they are cut on disk.
+_PAGE_ROWS = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,25 +71,18 @@ def corpus_path(name: str) -> str:
     return f"corpora/{check_name('corpus', name)}"
 
 
-def row_key(tokenizer_sha256: str, row: Tokens) -> bytes:
-    """The 16-byte key of a row: a hash of its tokenizer and its token ids."""
-    digest = hashlib.blake2b(digest_size=KEY_BYTES)
-    digest.update(bytes.fromhex(tokenizer_sha256))
-    digest.update(row.astype("<u4").tobytes())
-    return digest.digest()
-
-
 class Corpus:
     """Read a sealed corpus: `len(corpus)` rows, `corpus.row(i)` their tokens."""
 
-    def __init__(self, name: str, spec: CorpusSpec, reader: GroupReader) -> None:
+    def __init__(self, root: Root, name: str, spec: CorpusSpec, reader: GroupReader) -> None:
         self.name = name
         self.spec = spec
+        self._root = root
         self._reader = reader
 
     @classmethod
-    def open(cls, root: Root, name: str) -> Corpus:
-        """Open by name.
+    def open(cls, root: Root, name: str, reading: Reading | None = None) -> Corpus:
+        """Open by name; what is read goes through `reading`, or a small chunk cache of its own.
 
         Raises:
             UnknownCorpus: no sealed corpus under that name. FormatError: a seal this version cannot read.
@@ -98,7 +93,7 @@ class Corpus:
             known = ", ".join(list_corpora(root)) or "none"
             raise UnknownCorpus(f"no corpus {name!r} in {root.url}; there are: {known}")
         spec = _spec_from_json(path, seal)
-        return cls(name, spec, GroupReader(root, f"{path}/{spec.data}", spec.objects))
+        return cls(root, name, spec, GroupReader(root, f"{path}/{spec.data}", spec.objects, reading))
 
     def __len__(self) -> int:
         return self.spec.num_rows
@@ -130,7 +125,10 @@ class Corpus:
 
     @cached_property
     def row_starts(self) -> NDArray[np.int64]:
-        """[R+1] position at which each row starts, and the end."""
+        """[R+1] position at which each row starts, and the end: 8 bytes a row that stay in memory.
+
+        `starts` and `spans` read only what is asked for.
+        """
         return self._axis("row_starts", self.spec.num_rows, self.spec.num_positions)
 
     @cached_property
@@ -141,10 +139,12 @@ class Corpus:
     @cached_property
     def shard_starts(self) -> NDArray[np.int64]:
         """[S+1] position at which each shard starts, and the end."""
+        if self._reader.has("shard_starts"):
+            return self._axis("shard_starts", self.spec.num_shards, self.spec.num_positions)
         return self.row_starts[self.shard_rows]
 
     def row(self, index: int) -> Tokens:
-        """The tokens of one row, [T]."""
+        """The tokens of one row."""
         return self.rows(index, index + 1)[0]
 
     def rows(self, start: int, stop: int) -> list[Tokens]:
@@ -153,11 +153,43 @@ class Corpus:
         Raises:
             InvalidInput: a range outside the corpus.
         """
-        if not 0 <= start <= stop <= len(self):
-            raise InvalidInput(f"rows {start} to {stop} are outside corpus {self.name!r} of {len(self)} rows")
-        starts = self.row_starts[start : stop + 1]
+        starts = self.starts(start, stop)
         flat = self.tokens(int(starts[0]), int(starts[-1]))
         return [flat[a - starts[0] : b - starts[0]] for a, b in pairwise(starts)]
+
+    def starts(self, start: int, stop: int) -> NDArray[np.int64]:
+        """[stop - start + 1] positions at which rows `start` to `stop` start, and the end of the last one.
+
+        Raises:
+            InvalidInput: a range outside the corpus. CorruptSegment: stored bytes are damaged.
+        """
+        if not 0 <= start <= stop <= len(self):
+            raise InvalidInput(f"rows {start} to {stop} are outside corpus {self.name!r} of {len(self)} rows")
+        self._reader.expect("row_starts", (len(self) + 1,), ("int64",))
+        starts = self._reader.read("row_starts", start, stop + 1).astype(np.int64, copy=False)
+        if starts[0] < start or starts[-1] > self.num_positions or (np.diff(starts) < 1).any():
+            raise CorruptSegment(f"{self._reader.path}/row_starts does not rise from row {start} to {stop}")
+        return starts
+
+    def spans(self, rows: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+        """[N, 2] position at which each of N rows starts and ends; rows may come in any order and again.
+
+        Raises:
+            InvalidInput: a row outside the corpus. CorruptSegment: stored bytes are damaged.
+        """
+        wanted = np.asarray(rows, dtype=np.int64)
+        outside = (wanted < 0) | (wanted >= len(self))
+        if outside.any():
+            row = wanted[outside.argmax()]
+            raise InvalidInput(f"row {row} is outside corpus {self.name!r} of {len(self)} rows")
+        spans = np.empty((len(wanted), 2), dtype=np.int64)
+        pages = wanted // _PAGE_ROWS
+        for page in np.unique(pages):
+            here = np.flatnonzero(pages == page)
+            first = int(wanted[here].min())
+            starts = self.starts(first, int(wanted[here].max()) + 1)
+            spans[here, 0], spans[here, 1] = starts[wanted[here] - first], starts[wanted[here] - first + 1]
+        return spans
 
     def tokens(self, start: int, stop: int) -> Tokens:
         """The tokens at positions `start` to `stop`, [stop - start]."""
@@ -169,17 +201,17 @@ class Corpus:
         self._reader.expect("row_keys", (len(self), KEY_BYTES), ("uint8",))
         return self._reader.read("row_keys", start, stop).astype(np.uint8, copy=False)
 
+    def key(self, row: Tokens) -> bytes:
+        """The key of a row of tokens, in this corpus or not."""
+        return row_key(self.tokenizer_sha256, row)
+
     def find(self, keys: Sequence[bytes]) -> list[int | None]:
-        """The first row with each key, or None. The sorted keys are held in memory, 24 bytes a row."""
-        order, ordered = self._key_index
-        if not len(ordered):
-            return [None] * len(keys)
-        wanted = np.frombuffer(b"".join(keys), dtype=f"S{KEY_BYTES}")
-        places = np.searchsorted(ordered, wanted)
-        inside = np.minimum(places, len(ordered) - 1)
-        return [
-            int(order[place]) if match else None for place, match in zip(inside, ordered[inside] == wanted, strict=True)
-        ]
+        """The first row with each key, or None.
+
+        Looked up on disk, best many at a time. A corpus of format 1 has no sorted keys: they are made in memory,
+        24 bytes a row.
+        """
+        return self._key_index.find(keys)
 
     def shard_of_row(self, row: int) -> int:
         """The shard a row belongs to."""
@@ -190,16 +222,37 @@ class Corpus:
         """The tokenizer the corpus was made with, as it was kept beside the tokens."""
         return Tokenizer.from_str(self._reader.read_all("tokenizer_json").tobytes().decode())
 
+    @property
+    def annotated(self) -> AnnotatedCorpus:
+        """What annotations are compared with."""
+        return AnnotatedCorpus(corpus_path(self.name), self.name, self.fingerprint, len(self))
+
+    def annotations(self) -> list[str]:
+        """Names of the annotations that lie beside the corpus right now; a query of the store at every call."""
+        return list_annotations(self._root, self.annotated)
+
+    def annotation(self, name: str) -> NDArray[Any]:
+        """[R] a value of each row: bool, int or float.
+
+        Raises:
+            NotFound: there is none of this name. SpecMismatch: it is of another corpus.
+            CorruptSegment: stored bytes are damaged.
+        """
+        return read_annotation(self._root, self.annotated, name)
+
     def corrupt_objects(self) -> list[str]:
-        """One line per stored object that is not what was sealed."""
-        return self._reader.corrupt_objects()
+        """One line per stored object, those of annotations included, that is not what was sealed."""
+        return self._reader.corrupt_objects() + corrupt_annotations(self._root, self.annotated)
 
     @cached_property
-    def _key_index(self) -> tuple[NDArray[np.int64], NDArray[np.bytes_]]:
-        self._reader.expect("key_order", (len(self),), ("int64",))
-        order = self._reader.read_all("key_order").astype(np.int64)
-        keys = np.ascontiguousarray(self.row_keys(0, len(self))).reshape(-1).view(f"S{KEY_BYTES}")
-        return order, keys[order]
+    def _key_index(self) -> KeyIndex | KeysInMemory:
+        if self._reader.has(SORTED_KEYS):
+            return KeyIndex(self._reader, len(self))
+        self._reader.expect(KEY_ORDER, (len(self),), ("int64",))
+        order = self._reader.read_all(KEY_ORDER).astype(np.int64)
+        if order.min() < 0 or order.max() >= len(self):
+            raise CorruptSegment(f"{self._reader.path}/{KEY_ORDER} names rows outside 0 to {len(self)}")
+        return KeysInMemory(self.row_keys(0, len(self)), order)
 
     def _axis(self, name: str, count: int, end: int) -> NDArray[np.int64]:
         self._reader.expect(name, (count + 1,), ("int64",))
@@ -233,7 +286,11 @@ def _spec_from_json(path: str, seal: dict[str, Any]) -> CorpusSpec:
     except (KeyError, TypeError, ValueError) as error:
         raise FormatError(f"{path}/zarr.json is not the seal of a corpus: {error!r}") from error
     counts = (spec.num_rows, spec.num_positions, spec.num_shards, spec.vocab_size, spec.longest_row)
-    if not all(isinstance(n, int) and 0 < n < 2**62 for n in counts):
+    if not all(type(n) is int and 0 < n < 2**62 for n in counts):
         raise FormatError(f"{path}/zarr.json has impossible counts: {json.dumps(counts)}")
-    check_name("data group", str(spec.data))
+    texts = (spec.data, spec.fingerprint, spec.tokenizer_sha256)
+    if not all(isinstance(text, str) for text in texts) or not is_name(spec.data):
+        raise FormatError(f"{path}/zarr.json has impossible names: {json.dumps(texts)}")
+    if type(spec.max_token_id) is not int:
+        raise FormatError(f"{path}/zarr.json has impossible counts: max_token_id {spec.max_token_id!r}")
     return spec

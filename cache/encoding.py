@@ -21,25 +21,31 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cache.errors import FormatError, InvalidInput, TeacherFailed
-from cache.types import JSON, Targets
+from cache.types import JSON, Targets, folded_tail
 
 STEP = 1 / 16
 """Width of a `u8` gap code, in nats."""
 _SATURATED = 255
+# More steps than any codes reach, in an int32.
+_UNREACHABLE = 2.0**30
 # float16 has no number between this and zero; a tail that is all of the mass but for less is kept as this.
 _LEAST_LOG_TAIL = np.float16(-6e-8)
-# Positions that are encoded and measured together.
-_BLOCK = 65_536
+# Positions that are encoded and measured together: their float64 stays in a core's L2 cache.
+_BLOCK = 2048
+# Entries that are decoded together, for the same reason.
+_DECODE_ENTRIES = 1 << 16
 # float32 logprobs of a large vocabulary sum to 1 within about 1e-5; more means a broken teacher.
 _MASS_TOLERANCE = 1e-3
 
 StoredArrays = dict[str, NDArray[np.generic]]
+_Number = TypeVar("_Number", np.int32, np.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +55,11 @@ class Encoding:
     name: str
     max_abs_error: float
 
+    @property
+    def packed(self) -> bool:
+        """Whether its arrays are packed in blocks (`cache.archive`) instead of one by one."""
+        return self.name == "archive"
+
     def to_json(self) -> dict[str, JSON]:
         """`{"name", "max_abs_error"}`."""
         return {"name": self.name, "max_abs_error": self.max_abs_error}
@@ -56,6 +67,7 @@ class Encoding:
 
 ENCODINGS: Mapping[str, Encoding] = {
     "u8": Encoding("u8", 0.0635),
+    "archive": Encoding("archive", 0.0635),
     "f16": Encoding("f16", 0.016),
     "f32": Encoding("f32", 0.0),
 }
@@ -135,11 +147,12 @@ def encode(targets: Targets, encoding: Encoding, ranks: RankTable) -> StoredArra
         TeacherFailed: NaN, entries not sorted by falling logprob, mass that is not 1, an id over the vocabulary.
     """
     check_targets(targets, len(ranks.ids_by_rank))
-    stored: StoredArrays = {"ids": ranks.ranks_by_id[targets.ids].astype(ranks.dtype)}
-    if encoding.name == "u8":
+    stored: StoredArrays = {"ids": _gathered(ranks.ranks_by_id, targets.ids).astype(ranks.dtype)}
+    if encoding.name in ("u8", "archive"):
         stored["gaps"] = _gaps(targets.logprobs)
     else:
-        stored["logprobs"] = targets.logprobs.astype(np.float32 if encoding.name == "f32" else np.float16)
+        with np.errstate(over="ignore"):  # no mass in float16: -inf
+            stored["logprobs"] = targets.logprobs.astype(np.float32 if encoding.name == "f32" else np.float16)
     if encoding.name == "f32":
         stored["log_tail"], stored["label_logprob"] = targets.log_tail, targets.label_logprob
     else:
@@ -148,25 +161,32 @@ def encode(targets: Targets, encoding: Encoding, ranks: RankTable) -> StoredArra
     return stored
 
 
-def decode(stored: Mapping[str, NDArray[np.generic]], encoding: Encoding, ranks: RankTable) -> Targets:
-    """The targets that `encode` stored, within the encoding's error.
+def decode(
+    stored: Mapping[str, NDArray[np.generic]], encoding: Encoding, ranks: RankTable, *, k: int | None = None
+) -> Targets:
+    """The targets that `encode` stored, within the encoding's error; of each position the top `k`, by default all.
+
+    `ids` may have fewer columns than the logprobs, at least `k`.
 
     Raises:
         FormatError: a rank over the vocabulary.
     """
-    codes = stored["ids"]
+    codes = stored["ids"][:, :k]
     if codes.size and int(codes.max()) >= len(ranks.ids_by_rank):
         raise FormatError(f"a stored rank is {int(codes.max())}, the vocabulary has {len(ranks.ids_by_rank)}")
     log_tail = stored["log_tail"].astype(np.float32)
-    if encoding.name == "u8":
+    if "gaps" in stored:
         logprobs = _from_gaps(stored["gaps"].astype(np.uint8, copy=False), log_tail)
     elif encoding.name == "f16":
-        logprobs = _from_float16(stored["logprobs"].astype(np.float64), log_tail)
+        logprobs = _from_float16(stored["logprobs"], log_tail)
     else:
         logprobs = stored["logprobs"].astype(np.float32)
+    kept = codes.shape[1]
+    if kept < logprobs.shape[1]:
+        log_tail = folded_tail(log_tail, logprobs[:, kept:])
     return Targets(
-        ids=ranks.ids_by_rank[codes],
-        logprobs=logprobs,
+        ids=_gathered(ranks.ids_by_rank, codes),
+        logprobs=logprobs[:, :kept],
         log_tail=log_tail,
         label_logprob=stored["label_logprob"].astype(np.float32),
     )
@@ -184,7 +204,7 @@ def encode_measured(targets: Targets, encoding: Encoding, ranks: RankTable) -> t
         TeacherFailed: as `encode`.
     """
     blocks: list[StoredArrays] = []
-    measured = _Measured()
+    measured = Measured()
     for start in range(0, targets.num_positions, _BLOCK):
         exact = targets[start : start + _BLOCK]
         blocks.append(encode(exact, encoding, ranks))
@@ -195,7 +215,7 @@ def encode_measured(targets: Targets, encoding: Encoding, ranks: RankTable) -> t
 
 def measure_error(exact: Targets, decoded: Targets) -> EncodingError:
     """How far `decoded` is from `exact`, position by position; both have the same ids."""
-    measured = _Measured()
+    measured = Measured()
     for start in range(0, exact.num_positions, _BLOCK):
         part = slice(start, start + _BLOCK)
         measured.add(exact[part], decoded[part])
@@ -203,8 +223,8 @@ def measure_error(exact: Targets, decoded: Targets) -> EncodingError:
 
 
 @dataclass(slots=True)
-class _Measured:
-    """Sums over blocks of positions."""
+class Measured:
+    """The encoding error of positions that come block by block."""
 
     positions: int = 0
     entries: int = 0
@@ -215,19 +235,26 @@ class _Measured:
     kl: list[NDArray[np.float64]] = field(default_factory=list)
 
     def add(self, exact: Targets, decoded: Targets) -> None:
+        """Take up some positions."""
         p, q = exact.logprobs.astype(np.float64), decoded.logprobs.astype(np.float64)
         lost = _beyond_codes(p)
-        difference = np.abs(p[~lost] - q[~lost])
+        with np.errstate(invalid="ignore"):
+            difference = np.abs(p - q)
+        if np.isnan(difference.max(initial=0.0)):
+            difference[p == q] = 0.0  # no mass in both
+        difference = difference if lost is None else difference[~lost]
         self.positions += len(p)
         self.entries += difference.size
         self.max_abs = max(self.max_abs, float(difference.max(initial=0.0)))
         self.sum_abs += float(difference.sum())
-        self.saturated += int(lost.sum())
-        self.saturated_mass += float(np.exp(p[lost]).sum())
+        if lost is not None:
+            self.saturated += int(lost.sum())
+            self.saturated_mass += float(np.exp(p[lost]).sum())
         tails = exact.log_tail.astype(np.float64), decoded.log_tail.astype(np.float64)
         self.kl.append(_kl_terms(p, q).sum(axis=1) + _kl_terms(*tails))
 
     def error(self) -> EncodingError:
+        """Over all positions so far."""
         kl = np.concatenate(self.kl) if self.kl else np.zeros(1)
         return EncodingError(
             max_abs=self.max_abs,
@@ -272,57 +299,101 @@ def check_ids(targets: Targets, vocab_size: int) -> None:
         raise TeacherFailed(f"the teacher answered id {int(targets.ids.max())}, its vocabulary has {vocab_size}")
 
 
+def _gathered(table: NDArray[np.uint32], codes: NDArray[np.generic]) -> NDArray[np.uint32]:
+    """`table[codes]` for [P, K] codes that were checked to be inside; in blocks, and so twice as fast."""
+    out = np.empty(codes.shape, np.uint32)
+    block = max(_DECODE_ENTRIES // max(codes.shape[1], 1), 1)
+    for start in range(0, len(codes), block):
+        np.take(table, codes[start : start + block].astype(np.intp), out=out[start : start + block], mode="clip")
+    return out
+
+
 def _gaps(logprobs: NDArray[np.float32]) -> NDArray[np.uint8]:
     """[P, K-1] gap codes. Where a gap saturates, the next ones make up for what it could not hold."""
-    top = logprobs[:, :1].astype(np.float64)
     with np.errstate(invalid="ignore"):
-        steps = np.rint((top - logprobs) / STEP)
-    positions = np.nan_to_num(steps, nan=0.0, posinf=2.0**40).astype(np.int64)
+        steps = logprobs[:, :1].astype(np.float64) - logprobs
+    np.rint(np.multiply(steps, 1 / STEP, out=steps), out=steps)
+    if not np.isfinite(steps).all():
+        np.nan_to_num(steps, copy=False, nan=0.0, posinf=_UNREACHABLE)
+    positions = np.minimum(steps, _UNREACHABLE, out=steps).astype(np.int32)
     gaps = np.diff(positions, axis=1)
-    for row in np.flatnonzero((gaps > _SATURATED).any(axis=1)):
-        reached = 0
-        for column, position in enumerate(positions[row, 1:]):
-            gaps[row, column] = min(_SATURATED, position - reached)
-            reached += gaps[row, column]
+    rows = (gaps > _SATURATED).any(axis=1)
+    if rows.any():
+        gaps[rows] = np.diff(_reached(positions[rows], _SATURATED), axis=1)
     return gaps.astype(np.uint8)
 
 
-def _beyond_codes(logprobs: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """[P, K] entries whose distance to the top one exceeds what saturated gaps can reach."""
+def _reached(drops: NDArray[_Number], most: float) -> NDArray[_Number]:
+    """How far below the top one each entry can be said to be, when a step down is at most `most`.
+
+    Unrolls r[j] = min(d[j], r[j-1] + most), r[0] = d[0] = 0, to most * j + min(d[i] - most * i for i <= j).
+    """
+    slack = (most * np.arange(drops.shape[1])).astype(drops.dtype)
+    return np.minimum.accumulate(drops - slack, axis=1) + slack
+
+
+def _beyond_codes(logprobs: NDArray[np.float64]) -> NDArray[np.bool_] | None:
+    """[P, K] entries whose distance to the top one exceeds what saturated gaps can reach; None when there are none."""
     with np.errstate(invalid="ignore"):
-        drop = np.nan_to_num(logprobs[:, :1] - logprobs, nan=np.inf, posinf=np.inf)
-        gap = np.diff(drop, axis=1, prepend=0.0)
+        drop = logprobs[:, :1] - logprobs
+        # Also true of the NaN between two entries without mass.
+        wide = ~(np.diff(drop, axis=1) <= _SATURATED * STEP)
+    if not wide.any():
+        return None
     # A gap over the widest code starts a saturated run; entries stay lost until the codes have caught up.
+    rows = wide.any(axis=1)
+    far = np.nan_to_num(drop[rows], nan=np.inf, posinf=np.inf)
+    far[:, 0] = 0.0
     lost = np.zeros(drop.shape, dtype=bool)
-    wide = (np.nan_to_num(gap, nan=0.0, posinf=np.inf) > _SATURATED * STEP) | np.isinf(drop)
-    for row in np.flatnonzero(wide.any(axis=1)):
-        reachable = 0.0
-        for column in range(1, drop.shape[1]):
-            reachable = min(drop[row, column], reachable + _SATURATED * STEP)
-            lost[row, column] = drop[row, column] - reachable > STEP
+    lost[rows] = far - _reached(far, _SATURATED * STEP) > STEP
     return lost
+
+
+@lru_cache(maxsize=8)
+def _weights(k: int) -> NDArray[np.float64]:
+    """exp(-i/16) for every sum of k - 1 gap codes."""
+    weights: NDArray[np.float64] = np.exp(-STEP * np.arange(_SATURATED * (k - 1) + 1))
+    return weights
 
 
 def _from_gaps(gaps: NDArray[np.uint8], log_tail: NDArray[np.float32]) -> NDArray[np.float32]:
     """[P, K] logprobs that fall by the gaps and hold exactly 1 - tail."""
     num_positions, k = gaps.shape[0], gaps.shape[1] + 1
-    positions = np.zeros((num_positions, k), dtype=np.int64)
-    np.cumsum(gaps, axis=1, out=positions[:, 1:])
     # One table of exp(-i/16) instead of exp per entry: faster, and the same bits however rows are batched.
-    weights = np.exp(-STEP * np.arange(_SATURATED * (k - 1) + 1))
-    top = log1mexp(log_tail.astype(np.float64)) - np.log(weights[positions].sum(axis=1))
-    logprobs: NDArray[np.float32] = (top[:, None] - STEP * positions).astype(np.float32)
+    weights = _weights(k)
+    kept = log1mexp(log_tail.astype(np.float64))
+    logprobs = np.empty((num_positions, k), np.float32)
+    block = min(max(_DECODE_ENTRIES // k, 1), max(num_positions, 1))
+    positions, scratch = np.zeros((block, k), np.int32), np.empty((block, k))
+    for start in range(0, num_positions, block):
+        part = slice(start, start + block)
+        count = len(logprobs[part])
+        steps, values = positions[:count], scratch[:count]
+        np.cumsum(gaps[part], axis=1, dtype=np.int32, out=steps[:, 1:])
+        np.take(weights, steps, out=values, mode="clip")
+        top = kept[part] - np.log(values.sum(axis=1))
+        np.multiply(steps, STEP, out=values)
+        np.subtract(top[:, None], values, out=logprobs[part], casting="same_kind")
     return logprobs
 
 
-def _from_float16(logprobs: NDArray[np.float64], log_tail: NDArray[np.float32]) -> NDArray[np.float32]:
-    kept = np.log(np.exp(logprobs).sum(axis=1))
-    scale = log1mexp(log_tail.astype(np.float64)) - kept
-    scaled: NDArray[np.float32] = (logprobs + scale[:, None]).astype(np.float32)
+def _from_float16(logprobs: NDArray[np.generic], log_tail: NDArray[np.float32]) -> NDArray[np.float32]:
+    kept = log1mexp(log_tail.astype(np.float64))
+    scaled = np.empty(logprobs.shape, np.float32)
+    block = max(_DECODE_ENTRIES // max(logprobs.shape[1], 1), 1)
+    for start in range(0, len(logprobs), block):
+        part = slice(start, start + block)
+        values = logprobs[part].astype(np.float64)
+        mass = np.exp(values).sum(axis=1)
+        # Entries without mass stay without: there is nothing to scale.
+        scale = np.where(mass > 0, kept[part] - np.log(np.where(mass > 0, mass, 1.0)), 0.0)
+        np.add(values, scale[:, None], out=scaled[part], casting="same_kind")
     return scaled
 
 
 def _kl_terms(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.float64]:
     """exp(p) * (p - q), zero where p has no mass. Less than no mass in q where p has some counts as 1e-45."""
-    floor = np.maximum(q, -103.0)
-    return np.where(np.isneginf(p), 0.0, np.exp(p) * (np.where(np.isneginf(p), 0.0, p) - floor))
+    none = np.isneginf(p)
+    terms: NDArray[np.float64] = (np.where(none, 0.0, p) if none.any() else p) - np.maximum(q, -103.0)
+    terms *= np.exp(p.astype(np.float32))
+    return terms

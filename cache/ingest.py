@@ -1,8 +1,8 @@
-"""Text -> sealed corpus.
+"""Text or rows of tokens -> sealed corpus.
 
-Documents are tokenized in batches, cut into rows that never cross a document, and spooled to temporary
-files, so that memory stays flat; the spool is then written to a new Zarr group, and the seal makes it a corpus.
-Stopped or failed, nothing is sealed and what was written is removed.
+Documents are tokenized in batches and cut into rows that never cross a document; rows that are tokens already are
+kept as they are. Both are spooled to temporary files, so that memory stays flat; the spool is then written to a
+new Zarr group, and the seal makes it a corpus. Stopped or failed, nothing is sealed and what was written is removed.
 """
 
 from __future__ import annotations
@@ -12,25 +12,30 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from cache.corpus import KEY_BYTES, Corpus, CorpusSpec, Source, corpus_path, row_key, seal_corpus
+from cache.corpus import Corpus, CorpusSpec, Source, corpus_path, seal_corpus
 from cache.documents import SourceFile, documents, file_sha256, source_files
 from cache.errors import AlreadyExists, InvalidInput
 from cache.groups import GroupWriter, Layout, attempt_name
-from cache.store import Root, StoredObject, store_errors
+from cache.keys import KEY_BYTES, sort_file, write_key_index
+from cache.spool import RowSpool
+from cache.store import Root, StoredObject
 from cache.tokenizer import fingerprint
 from cache.types import Tokens
 
 _BATCH_DOCUMENTS = 256
 _BATCH_CHARACTERS = 4 << 20
-_CHUNK = 1 << 16
-# Elements of one object: 256 MiB of tokens before compression.
-_OBJECT_ROWS = 1 << 26
+_PROGRESS_ROWS = 8192
+_TOKEN_CHUNK = 1 << 16
+_ROW_CHUNK = 4096
+# Elements of one object: 256 MiB of tokens before compression, 16 MiB of row starts.
+_OBJECT_TOKENS = 1 << 26
+_OBJECT_ROWS = 1 << 21
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,29 +83,45 @@ def ingest(
         AlreadyExists: the name is taken. InvalidInput: a bad source, or no token in all of them.
         StoreError: the store is full or cannot be written; nothing is left behind.
     """
-    path = corpus_path(name)
-    taken = AlreadyExists(f"corpus {name!r} is sealed in {root.url}; ingest under another name")
-    if root.get(f"{path}/zarr.json") is not None:
-        raise taken
+    _require_free(root, name)
     files = source_files(sources)
     tokenizer = _plain_tokenizer(tokenizer)
-    with tempfile.TemporaryDirectory(prefix="potstill-ingest-") as folder:
-        spool = _Spool(Path(folder), fingerprint(tokenizer))
-        with spool, store_errors(f"temporary files in {folder}"):
-            recorded = tuple(_ingest_files(files, tokenizer, plan, spool, on_progress))
-        if not spool.num_rows:
-            raise InvalidInput(f"there is no token in {', '.join(map(str, sources))}; a corpus cannot be empty")
-        group = f"{path}/{attempt_name('data')}"
-        try:
-            spec = _write(root, group, spool, tokenizer, recorded, plan)
-        except BaseException:
-            root.delete(group)
-            raise
-        # From here on the seal may name the group, also when sealing raises: it is not ours to delete.
-        if not seal_corpus(root, name, spec):
-            root.delete(group)
-            raise taken
-    return Corpus.open(root, name)
+
+    def fill(spool: RowSpool) -> tuple[Source, ...]:
+        return tuple(_ingest_files(files, tokenizer, plan, spool, on_progress))
+
+    return _make_corpus(root, name, tokenizer, plan, fill, what=", ".join(map(str, sources)))
+
+
+def ingest_rows(
+    root: Root,
+    name: str,
+    rows: Iterable[Tokens],
+    tokenizer: Tokenizer,
+    plan: IngestPlan,
+    *,
+    sources: tuple[Source, ...] = (),
+    on_progress: Callable[[IngestProgress], None] = lambda _: None,
+) -> Corpus:
+    """Make the corpus `name` of rows that are token ids of `tokenizer` already, as they are: nothing is cut.
+
+    The arrays must not be changed after they were yielded; `sources` says where they come from.
+
+    Raises:
+        AlreadyExists: the name is taken. InvalidInput: no row at all, an empty row, one over `plan.row_tokens`, an id
+            that the tokenizer does not have.
+        StoreError: the store is full or cannot be written; nothing is left behind.
+    """
+    _require_free(root, name)
+
+    def fill(spool: RowSpool) -> tuple[Source, ...]:
+        for count, row in enumerate(rows, start=1):
+            spool.add(row)
+            if count % _PROGRESS_ROWS == 0:
+                on_progress(IngestProgress(0, len(sources), spool.num_positions))
+        return sources
+
+    return _make_corpus(root, name, _plain_tokenizer(tokenizer), plan, fill, what="the rows")
 
 
 def cut(tokens: Tokens, row_tokens: int) -> Iterator[Tokens]:
@@ -120,50 +141,51 @@ def shard_bounds(row_starts: NDArray[np.int64], shard_positions: int) -> NDArray
     return np.array(bounds, dtype=np.int64)
 
 
-class _Spool:
-    """Rows on their way to disk: flat tokens, row lengths and keys in three temporary files."""
+def _require_free(root: Root, name: str) -> None:
+    if root.get(f"{corpus_path(name)}/zarr.json") is not None:
+        raise _taken(root, name)
 
-    def __init__(self, folder: Path, tokenizer_sha256: str) -> None:
-        self.tokenizer_sha256 = tokenizer_sha256
-        self.num_rows = 0
-        self.num_positions = 0
-        self._paths = {name: folder / name for name in ("tokens", "lengths", "keys")}
-        self._files: dict[str, BinaryIO] = {}
 
-    def __enter__(self) -> None:
-        self._files = {name: path.open("wb") for name, path in self._paths.items()}
+def _taken(root: Root, name: str) -> AlreadyExists:
+    return AlreadyExists(f"corpus {name!r} is sealed in {root.url}; ingest under another name")
 
-    def __exit__(self, *_: object) -> None:
-        for file in self._files.values():
-            file.close()
 
-    def add(self, row: Tokens) -> None:
-        """Keep one row."""
-        self._files["tokens"].write(row.tobytes())
-        self._files["lengths"].write(len(row).to_bytes(8, "little"))
-        self._files["keys"].write(row_key(self.tokenizer_sha256, row))
-        self.num_rows += 1
-        self.num_positions += len(row)
-
-    def tokens(self) -> NDArray[np.uint32]:
-        """[P], mapped, not read."""
-        return np.memmap(self._paths["tokens"], dtype=np.uint32, mode="r")
-
-    def row_starts(self) -> NDArray[np.int64]:
-        """[R+1]."""
-        lengths = np.fromfile(self._paths["lengths"], dtype=np.int64)
-        return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-
-    def keys(self) -> NDArray[np.uint8]:
-        """[R, 16]."""
-        return np.fromfile(self._paths["keys"], dtype=np.uint8).reshape(-1, KEY_BYTES)
+def _make_corpus(
+    root: Root,
+    name: str,
+    tokenizer: Tokenizer,
+    plan: IngestPlan,
+    fill: Callable[[RowSpool], tuple[Source, ...]],
+    *,
+    what: str,
+) -> Corpus:
+    """Write what `fill` spools to a new group, and seal it."""
+    # The vocabulary may have holes, so its size is one more than the largest id.
+    vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    with tempfile.TemporaryDirectory(prefix="potstill-ingest-") as folder:
+        spool = RowSpool(Path(folder), fingerprint(tokenizer), vocab_size, plan.row_tokens)
+        with spool:
+            sources = fill(spool)
+        if not spool.num_rows:
+            raise InvalidInput(f"there is no token in {what}; a corpus cannot be empty")
+        group = f"{corpus_path(name)}/{attempt_name('data')}"
+        try:
+            spec = _write(root, group, spool, tokenizer, sources, plan)
+        except BaseException:
+            root.delete(group)
+            raise
+        # From here on the seal may name the group, also when sealing raises: it is not ours to delete.
+        if not seal_corpus(root, name, spec):
+            root.delete(group)
+            raise _taken(root, name)
+    return Corpus.open(root, name)
 
 
 def _ingest_files(
     files: list[SourceFile],
     tokenizer: Tokenizer,
     plan: IngestPlan,
-    spool: _Spool,
+    spool: RowSpool,
     on_progress: Callable[[IngestProgress], None],
 ) -> Iterator[Source]:
     for number, file in enumerate(files):
@@ -192,25 +214,28 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _write(
-    root: Root, group: str, spool: _Spool, tokenizer: Tokenizer, sources: tuple[Source, ...], plan: IngestPlan
+    root: Root, group: str, spool: RowSpool, tokenizer: Tokenizer, sources: tuple[Source, ...], plan: IngestPlan
 ) -> CorpusSpec:
-    row_starts, keys = spool.row_starts(), spool.keys()
+    row_starts = spool.row_starts()
     shard_rows = shard_bounds(row_starts, plan.shard_positions)
-    order, duplicates = _key_order(keys)
-    tokens = spool.tokens()
-    # The vocabulary may have holes, so its size is one more than the largest id.
-    vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-    objects = _write_arrays(root, group, tokens, row_starts, keys, order, shard_rows, tokenizer)
+    writer = GroupWriter(root, group)
+    digest = hashlib.sha256(bytes.fromhex(spool.tokenizer_sha256))
+    _stream(writer, "tokens", spool.token_blocks, (spool.num_positions,), np.uint32, digest)
+    _stream(writer, "row_starts", spool.start_blocks, (spool.num_rows + 1,), np.int64, digest)
+    digest.update(shard_rows.astype("<i8").tobytes())
+    _stream(writer, "row_keys", spool.key_blocks, (spool.num_rows, KEY_BYTES), np.uint8)
+    duplicates = write_key_index(writer, sort_file(spool.key_path), spool.num_rows)
+    objects = _write_small(writer, shard_rows, row_starts[shard_rows], tokenizer)
     return CorpusSpec(
         data=group.rsplit("/", 1)[-1],
-        fingerprint=_content_hash(spool.tokenizer_sha256, tokens, row_starts, shard_rows),
+        fingerprint=digest.hexdigest(),
         tokenizer_sha256=spool.tokenizer_sha256,
-        vocab_size=vocab_size,
+        vocab_size=spool.vocab_size,
         num_rows=spool.num_rows,
         num_positions=spool.num_positions,
         num_shards=len(shard_rows) - 1,
-        longest_row=int(np.diff(row_starts).max()),
-        max_token_id=int(tokens.max()),
+        longest_row=spool.longest_row,
+        max_token_id=spool.max_token_id,
         row_tokens=plan.row_tokens,
         duplicate_rows=duplicates,
         sources=sources,
@@ -218,49 +243,32 @@ def _write(
     )
 
 
-def _write_arrays(
-    root: Root,
-    group: str,
-    tokens: NDArray[np.uint32],
-    row_starts: NDArray[np.int64],
-    keys: NDArray[np.uint8],
-    order: NDArray[np.int64],
-    shard_rows: NDArray[np.int64],
-    tokenizer: Tokenizer,
+def _stream(
+    writer: GroupWriter,
+    name: str,
+    blocks: Callable[[int], Iterator[NDArray[Any]]],
+    shape: tuple[int, ...],
+    dtype: type[np.generic],
+    digest: hashlib._Hash | None = None,
+) -> None:
+    """Write an array object by object; what is hashed is part of the corpus' fingerprint."""
+    chunk, most = (_TOKEN_CHUNK, _OBJECT_TOKENS) if name == "tokens" else (_ROW_CHUNK, _OBJECT_ROWS)
+    size = min(most, shape[0])
+    array = writer.array(name, shape, dtype, Layout((chunk, *shape[1:]), size))
+    for number, block in enumerate(blocks(size)):
+        if digest is not None:
+            digest.update(block.astype(block.dtype.newbyteorder("<"), copy=False).tobytes())
+        writer.put(array, number * size, block)
+
+
+def _write_small(
+    writer: GroupWriter, shard_rows: NDArray[np.int64], shard_starts: NDArray[np.int64], tokenizer: Tokenizer
 ) -> tuple[StoredObject, ...]:
-    writer = GroupWriter(root, group)
-    array = writer.array("tokens", tokens.shape, np.uint32, Layout((_CHUNK,), min(_OBJECT_ROWS, len(tokens))))
-    for start in range(0, len(tokens), _OBJECT_ROWS):
-        writer.put(array, start, np.asarray(tokens[start : start + _OBJECT_ROWS]))
-    writer.write("row_starts", row_starts, Layout((_CHUNK,)))
-    writer.write("row_keys", keys, Layout((_CHUNK, KEY_BYTES)))
-    writer.write("key_order", order, Layout((_CHUNK,)))
-    writer.write("shard_rows", shard_rows, Layout((_CHUNK,)))
+    writer.write("shard_rows", shard_rows, Layout((_TOKEN_CHUNK,)))
+    writer.write("shard_starts", shard_starts, Layout((_TOKEN_CHUNK,)))
     text = np.frombuffer(tokenizer.to_str().encode(), dtype=np.uint8)
     writer.write("tokenizer_json", text, Layout((1 << 20,)))
     return writer.finish()
-
-
-def _key_order(keys: NDArray[np.uint8]) -> tuple[NDArray[np.int64], int]:
-    """Row numbers by rising key, the earliest of equal ones first; how many rows repeat an earlier key."""
-    flat = np.ascontiguousarray(keys).reshape(-1).view(f"S{KEY_BYTES}")
-    order = np.argsort(flat, kind="stable").astype(np.int64)
-    ordered = flat[order]
-    return order, int((ordered[1:] == ordered[:-1]).sum())
-
-
-def _content_hash(
-    tokenizer_sha256: str,
-    tokens: NDArray[np.uint32],
-    row_starts: NDArray[np.int64],
-    shard_rows: NDArray[np.int64],
-) -> str:
-    digest = hashlib.sha256(bytes.fromhex(tokenizer_sha256))
-    for start in range(0, len(tokens), _OBJECT_ROWS):
-        digest.update(tokens[start : start + _OBJECT_ROWS].astype("<u4").tobytes())
-    for axis in (row_starts, shard_rows):
-        digest.update(axis.astype("<i8").tobytes())
-    return digest.hexdigest()
 
 
 def _plain_tokenizer(tokenizer: Tokenizer) -> Tokenizer:

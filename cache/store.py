@@ -1,8 +1,8 @@
 """Where bytes live: a local folder, `s3://`, `gs://`, `az://` or `memory://`, behind one small class.
 
-The only importer of obstore. Two guarantees are made here and used everywhere: `create` puts an object
-only if there is none and reports who won, and `flush` returns only when what was written before it
-survives a power cut (object stores promise that on every put; a local folder has to be told).
+Two guarantees are made here and used everywhere: `create` puts an object only if there is none and reports
+who won, and `flush` returns only when what was written before it survives a power cut (object stores
+promise that on every put; a local folder has to be told).
 """
 
 from __future__ import annotations
@@ -10,23 +10,33 @@ from __future__ import annotations
 import hashlib
 import os
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
+from urllib.parse import unquote, urlsplit
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError
-from obstore.store import LocalStore, from_url
+from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
+from obstore.store import LocalStore
 
 from cache.errors import InvalidInput, StoreError
+from cache.object_stores import explain, is_absent, is_cut_short, open_object_store
 
-_HASH_BLOCK = 4 << 20
+# Also what one request asks of an object store: it has a minute to answer.
+_HASH_BLOCK = 16 << 20
+# Beside what obstore tries again by itself: of a conditional put, of an answer that breaks off, and of a delete
+# while others delete the same.
+_TRIES = 3
+# Each needs another process to remove the empty folder in the same instant.
+_LINK_TRIES = 100
 
 TEMPORARY = ".potstill-tmp"
 """Folder of a local root in which a record is completed before it appears under its name."""
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,109 +49,188 @@ class StoredObject:
 
 
 class Root:
-    """The root of a cache. Paths are relative to it and use `/`."""
+    """The root of a cache. Paths are relative to it and use `/`. Safe to share between threads."""
 
     def __init__(self, url: str, store: Any, folder: Path | None) -> None:
         self.url = url
         self.store = store
         """The obstore store: what zarr's `ObjectStore` wraps."""
         self._folder = folder
+        self._clock_ahead: float | None = None
 
     @classmethod
     def open(cls, url: str | Path, *, create: bool = False) -> Self:
-        """Open a root by path or URL.
+        """Open a root by path or URL, for writing too if `create`; an object store is reached once.
 
         Raises:
-            InvalidInput: a local folder that does not exist, unless `create`; an unknown URL scheme.
+            InvalidInput: a local folder that does not exist, unless `create`; an unknown URL scheme; an object
+                store without conditional puts.
+            StoreError: the folder cannot be made; the bucket is missing, denied or not reached in about 20 seconds.
         """
         text = str(url)
-        if "://" not in text:
-            folder = Path(text).expanduser().absolute()
-            if create:
-                with _translated(text):
-                    folder.mkdir(parents=True, exist_ok=True)
-            if not folder.is_dir():
-                raise InvalidInput(f"no cache at {text!r}: the folder does not exist; `potstill ingest` makes one")
-            return cls(text, LocalStore(folder), folder)
-        try:
-            return cls(text, from_url(text), None)
-        except (BaseError, ValueError) as error:
-            raise InvalidInput(f"cannot open {text!r}: {error}") from error
+        parts = urlsplit(text)
+        if "://" in text and parts.scheme != "file":
+            return cls(text, open_object_store(text, write=create), None)
+        folder = Path(unquote(parts.path) if parts.scheme == "file" else text).expanduser().absolute()
+        if create:
+            with _translated(text):
+                folder.mkdir(parents=True, exist_ok=True)
+        if not folder.is_dir():
+            raise InvalidInput(f"no cache at {text!r}: the folder does not exist; `potstill ingest` makes one")
+        return cls(text, LocalStore(folder), folder)
 
     def get(self, path: str) -> bytes | None:
         """The bytes of an object, or None when there is none."""
-        with _translated(path):
+        with self._errors(path):
             try:
-                return bytes(obstore.get(self.store, path).bytes())
-            except FileNotFoundError:
-                return None
+                return _whole(lambda: bytes(obstore.get(self.store, path).bytes()))
+            except FileNotFoundError as error:
+                if is_absent(error):
+                    return None
+                raise
 
-    def create(self, path: str, data: bytes) -> bool:
+    def create(self, path: str, data: bytes, *, durable: bool = True) -> bool:
         """Put an object only if there is none; whether the object there is now this one.
 
         True also when an earlier try put it and only its answer was lost. When this raises, the object may
-        exist all the same: what it names must not be deleted.
+        exist all the same: what it names must not be deleted. Without `durable` a local folder may lose it
+        in a power cut.
         """
-        with _translated(path):
+        with self._errors(path):
             if self._folder is not None:
-                created = _create_file(self._folder, self._folder / path, data)
+                created = _create_file(self._folder, self._folder / path, data, durable=durable)
             else:
-                created = _put_new(self.store, path, data)
+                created = self._put_new(path, data)
         return created or self.get(path) == data
 
     def sizes(self, prefix: str) -> dict[str, int]:
         """Size in bytes of every object below `prefix`, by its path relative to `prefix`."""
-        with _translated(prefix):
-            batches = obstore.list(self.store, prefix)
-            return {meta["path"][len(prefix) + 1 :]: int(meta["size"]) for batch in batches for meta in batch}
+        return {path: size for path, (size, _) in self._objects_below(prefix).items()}
 
     def seconds_since_write(self, prefix: str) -> float | None:
         """Seconds since anything below `prefix` was last written, by the store's clock; None when there is nothing."""
-        with _translated(prefix):
-            times = [meta["last_modified"] for batch in obstore.list(self.store, prefix) for meta in batch]
-        return (datetime.now(UTC) - max(times)).total_seconds() if times else None
+        times = [written for _, written in self._objects_below(prefix).values()]
+        return datetime.now(UTC).timestamp() + self._store_clock_ahead() - max(times) if times else None
 
     def folders(self, prefix: str) -> list[str]:
         """Names directly below `prefix` that hold objects and that this project could have given, sorted."""
-        with _translated(prefix):
-            listing = obstore.list_with_delimiter(self.store, prefix)
+        with self._errors(prefix):
+            listing = _whole(lambda: obstore.list_with_delimiter(self.store, prefix))
         names = (path.rstrip("/").rsplit("/", 1)[-1] for path in listing["common_prefixes"])
         return sorted(name for name in names if is_name(name))
 
     def objects(self, prefix: str) -> list[str]:
         """Names of the objects directly below `prefix`, sorted; hidden ones are left out."""
-        with _translated(prefix):
-            listing = obstore.list_with_delimiter(self.store, prefix)
-        names = (meta["path"].rsplit("/", 1)[-1] for meta in listing["objects"])
-        return sorted(name for name in names if not name.startswith("."))
+        return sorted(self.versions(prefix))
+
+    def versions(self, prefix: str) -> dict[str, str]:
+        """The objects directly below `prefix` by name, each with a text that another object of that name has not."""
+        with self._errors(prefix):
+            listing = _whole(lambda: obstore.list_with_delimiter(self.store, prefix))
+        found = ((meta["path"].rsplit("/", 1)[-1], meta) for meta in listing["objects"])
+        return {
+            name: f"{meta['e_tag']} {meta['last_modified'].timestamp()} {meta['size']}"
+            for name, meta in found
+            if not name.startswith(".")
+        }
 
     def sha256(self, path: str) -> str:
         """The hash of an object's bytes, in hex, read in blocks."""
         digest = hashlib.sha256()
-        with _translated(path):
-            for block in obstore.get(self.store, path).stream(min_chunk_size=_HASH_BLOCK):
-                digest.update(block)
+        with self._errors(path):
+            size = int(obstore.head(self.store, path)["size"])
+            for start in range(0, size, _HASH_BLOCK):
+                digest.update(obstore.get_range(self.store, path, start=start, end=min(start + _HASH_BLOCK, size)))
         return digest.hexdigest()
+
+    def remove(self, path: str) -> None:
+        """Remove one object, if it is there."""
+        with self._errors(path), suppress(FileNotFoundError):
+            _whole(lambda: obstore.delete(self.store, path))
 
     def delete(self, prefix: str) -> None:
         """Remove every object below `prefix`, and the empty folders a local root is left with."""
-        paths = [f"{prefix}/{path}" for path in self.sizes(prefix)]
-        with _translated(prefix):
-            if paths:
-                obstore.delete(self.store, paths)
+        with self._errors(prefix):
             if self._folder is not None:
-                _remove_empty_folders(self._folder / prefix)
+                _remove_tree(self._folder / prefix)
+                return
+            for tries_left in reversed(range(_TRIES)):
+                paths = [f"{prefix}/{path}" for path in self.sizes(prefix)]
+                try:
+                    obstore.delete(self.store, paths)
+                except (BaseError, FileNotFoundError):
+                    # Some stores refuse to delete what another process deleted a moment ago.
+                    if not tries_left:
+                        raise
+                else:
+                    return
+
+    def prune(self, prefix: str) -> None:
+        """Remove a folder that is empty, and those above that are then; only a local root has any."""
+        if self._folder is not None:
+            for folder in [self._folder / prefix, *(self._folder / prefix).parents]:
+                try:
+                    if folder == self._folder:
+                        return
+                    folder.rmdir()
+                except OSError:
+                    return  # not empty, or gone
 
     def flush(self, prefix: str) -> None:
         """Return when everything below `prefix` is on stable storage."""
         if self._folder is None:
             return
-        with _translated(prefix):
+        with self._errors(prefix):
             for parent, _, files in os.walk(self._folder / prefix):
                 for name in files:
                     _fsync(Path(parent) / name)
                 _fsync(Path(parent))
             _fsync_parents(self._folder / prefix, self._folder)
+
+    def _errors(self, path: str) -> Any:
+        return _translated(path if self._folder is not None else f"{self.url.rstrip('/')}/{path}")
+
+    def _objects_below(self, prefix: str) -> dict[str, tuple[int, float]]:
+        """Size and time of the last write, in seconds since 1970, by path relative to `prefix`."""
+        with self._errors(prefix):
+            if self._folder is not None:
+                return dict(_files_below(self._folder / prefix))
+            metas = _whole(lambda: obstore.list(self.store, prefix).collect())
+            return {
+                meta["path"][len(prefix) + 1 :]: (int(meta["size"]), meta["last_modified"].timestamp())
+                for meta in metas
+            }
+
+    def _put_new(self, path: str, data: bytes) -> bool:
+        for tries_left in reversed(range(_TRIES)):
+            try:
+                obstore.put(self.store, path, data, mode="create", use_multipart=False)
+            except AlreadyExistsError:
+                return False
+            except (PermissionDeniedError, UnauthenticatedError, FileNotFoundError):
+                raise
+            except BaseError:
+                # The request may have been carried out and only its answer lost.
+                if self.get(path) is not None:
+                    return False
+                if not tries_left:
+                    raise
+            else:
+                return True
+        raise AssertionError("the last try returns or raises")
+
+    def _store_clock_ahead(self) -> float:
+        """Seconds by which the store's clock is ahead of this machine's; ages are of the store's times."""
+        if self._clock_ahead is None:
+            self._clock_ahead = 0.0
+            if self._folder is None:
+                path = f"{TEMPORARY}/{uuid.uuid4().hex}"
+                with self._errors(path):
+                    obstore.put(self.store, path, b"", use_multipart=False)
+                    written = obstore.head(self.store, path)["last_modified"].timestamp()
+                self.remove(path)
+                self._clock_ahead = written - datetime.now(UTC).timestamp()
+        return self._clock_ahead
 
 
 def is_name(name: str) -> bool:
@@ -176,36 +265,61 @@ def _translated(what: str) -> Iterator[None]:
     try:
         yield
     except (BaseError, OSError) as error:
-        raise StoreError(f"{what}: {error}; free space or mend access, then run it again") from error
+        raise StoreError(f"{what}: {explain(error)}") from error
 
 
-def _put_new(store: Any, path: str, data: bytes) -> bool:
-    try:
-        obstore.put(store, path, data, mode="create", use_multipart=False)
-    except AlreadyExistsError:
-        return False
-    return True
+def _whole(ask: Callable[[], _T]) -> _T:
+    """The answer, asked for again when it breaks off."""
+    for _ in range(_TRIES - 1):
+        try:
+            return ask()
+        except BaseError as error:
+            if not is_cut_short(error):
+                raise
+    return ask()
 
 
-def _create_file(root: Path, path: Path, data: bytes) -> bool:
-    """Exclusive create through a synced temporary file and a hard link, so that no reader sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _create_file(root: Path, path: Path, data: bytes, *, durable: bool) -> bool:
+    """Exclusive create through a temporary file and a hard link, so that no reader sees half of it."""
     (root / TEMPORARY).mkdir(exist_ok=True)
     temporary = root / TEMPORARY / uuid.uuid4().hex
     try:
         with temporary.open("xb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         try:
-            os.link(temporary, path)
+            _link(temporary, path)
         except FileExistsError:
             return False
     finally:
         temporary.unlink(missing_ok=True)
-    _fsync(path.parent)
-    _fsync_parents(path.parent, root)
+    if durable:
+        _fsync(path.parent)
+        _fsync_parents(path.parent, root)
     return True
+
+
+def _link(temporary: Path, path: Path) -> None:
+    for _ in range(_LINK_TRIES):
+        # Another process may find the folder empty, and remove it, right before.
+        with suppress(FileNotFoundError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.link(temporary, path)
+            return
+    os.link(temporary, path)
+
+
+def _files_below(folder: Path) -> Iterator[tuple[str, tuple[int, float]]]:
+    """Every file with its size and time; also what an interrupted put left, which obstore does not list."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = Path(parent) / name
+            # Others may be removing the same.
+            with suppress(FileNotFoundError):
+                found = path.stat()
+                yield path.relative_to(folder).as_posix(), (found.st_size, found.st_mtime)
 
 
 def _fsync(path: Path) -> None:
@@ -222,7 +336,11 @@ def _fsync_parents(path: Path, root: Path) -> None:
         _fsync(path)
 
 
-def _remove_empty_folders(folder: Path) -> None:
-    for parent, _, _ in os.walk(folder, topdown=False):
-        if not os.listdir(parent):
+def _remove_tree(folder: Path) -> None:
+    """Files, then folders that are empty by then; others may be removing the same."""
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            (Path(parent) / name).unlink(missing_ok=True)
+        # A folder that is not empty, or already gone, is left to whoever uses it.
+        with suppress(OSError):
             os.rmdir(parent)

@@ -1,6 +1,6 @@
 """The vocabulary every package shares: what a teacher is, what is asked of it, what it answers.
 
-Shape legend:  P positions, K kept entries, V vocabulary size, N draws.
+Shape legend:  P positions, K kept entries, V vocabulary size, N draws, U unique ids among the draws of all positions.
 Logprobs are natural logs of the full-vocabulary softmax at temperature 1.
 """
 
@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeAlias, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.errors import FormatError, InvalidInput, UnsupportedField
+from cache.errors import FormatError, InvalidInput, SpecMismatch, UnsupportedField
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 Tokens: TypeAlias = NDArray[np.uint32]
@@ -97,21 +97,28 @@ class Fields:
     """What is asked of a teacher, or what a target set holds.
 
     Raises:
-        InvalidInput: a value no teacher could serve.
+        InvalidInput: a value no teacher could serve, or nothing at all.
     """
 
     k: int = 64
+    """Top-k entries; they come with the tail and the label's logprob. 0 for none of the three."""
     draws: int = 0
+    """Draws with replacement a position (Sparse Logit Sampling, arXiv 2503.16870)."""
     seed: int = 0
+    """Of the draws; it means nothing without them."""
     entropy: bool = False
     temperatures: tuple[float, ...] = ()
+    """Of each T, log of the sum of p**(1/T)."""
     dense: bool = False
+    """All V logprobs: for small evaluation splits."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
-            raise InvalidInput(f"fields.k is {self.k!r}; it must be a whole number of at least 1")
-        if isinstance(self.draws, bool) or not isinstance(self.draws, int) or self.draws < 0:
-            raise InvalidInput(f"fields.draws is {self.draws!r}; it must be a whole number of at least 0")
+        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 0:
+            raise InvalidInput(f"fields.k is {self.k!r}; it must be a whole number of at least 0")
+        if not self.k and self.only_top_k:
+            raise InvalidInput("fields ask for nothing: k is 0 and no draws, entropy, temperatures or dense")
+        if isinstance(self.draws, bool) or not isinstance(self.draws, int) or not 0 <= self.draws < 2**16:
+            raise InvalidInput(f"fields.draws is {self.draws!r}; it must be a whole number in [0, 65535]")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise InvalidInput(f"fields.seed is {self.seed!r}; it must be a whole number in [0, 2**63)")
         for t in self.temperatures:
@@ -148,11 +155,72 @@ class Fields:
         """Whether nothing beside the top-k, its tail and the label is asked for."""
         return not (self.draws or self.entropy or self.temperatures or self.dense)
 
+    def without(self, other: Fields) -> Fields | None:
+        """What of these fields `other` does not have, or None when it has all of them.
+
+        Raises:
+            SpecMismatch: both have the top-k, the draws or the temperatures, but not the same ones.
+        """
+        ours, theirs = (self.k, (self.draws, self.seed), self.temperatures), (other.k, (other.draws, other.seed))
+        for mine, there, name in zip(ours, (*theirs, other.temperatures), ("k", "draws", "temperatures"), strict=True):
+            if getattr(self, name) and getattr(other, name) and mine != there:
+                raise SpecMismatch(f"{name} {there} is kept already, {mine} was asked for; use another teacher name")
+        left: dict[str, Any] = {
+            "k": 0 if other.k else self.k,
+            "draws": 0 if other.draws else self.draws,
+            "entropy": self.entropy and not other.entropy,
+            "temperatures": () if other.temperatures else self.temperatures,
+            "dense": self.dense and not other.dense,
+        }
+        return Fields(**left, seed=self.seed if left["draws"] else 0) if any(left.values()) else None
+
+    def joined(self, other: Fields) -> Fields:
+        """Both together; `other` has only what these have not (`without`)."""
+        return Fields(
+            k=self.k or other.k,
+            draws=self.draws or other.draws,
+            seed=self.seed if self.draws else other.seed,
+            entropy=self.entropy or other.entropy,
+            temperatures=self.temperatures or other.temperatures,
+            dense=self.dense or other.dense,
+        )
+
     def require_only_top_k(self, who: str) -> None:
         """Raise `UnsupportedField`, naming `who`, when more than the top-k is asked for."""
         if not self.only_top_k:
             asked = [n for n in ("draws", "entropy", "temperatures", "dense") if getattr(self, n)]
             raise UnsupportedField(f"{who} holds the top-k only; {', '.join(asked)} is not there: ask without it")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Draws:
+    """N draws with replacement of each position, as unique ids with counts; ragged."""
+
+    offsets: NDArray[np.int64]
+    """[P+1] where each position's ids begin, and their end; the first is 0."""
+    ids: NDArray[np.uint32]
+    """[U] unique within a position, rising."""
+    counts: NDArray[np.uint16]
+    """[U] how often each was drawn, at least once; a position's sum is N."""
+
+    def __post_init__(self) -> None:
+        assert self.ids.shape == self.counts.shape == (int(self.offsets[-1] - self.offsets[0]),), "ragged draws"
+
+    def __getitem__(self, positions: slice) -> Draws:
+        """The draws of a range of positions; ids and counts as views."""
+        start, stop, step = positions.indices(len(self.offsets) - 1)
+        assert step == 1, "a range of positions"
+        offsets = self.offsets[start : max(start, stop) + 1]
+        inside = slice(int(offsets[0]), int(offsets[-1]))
+        return Draws(offsets - offsets[0], self.ids[inside], self.counts[inside])
+
+    @staticmethod
+    def concat(parts: Sequence[Draws]) -> Draws:
+        """All positions of `parts`, one after the other."""
+        lengths = [np.diff(part.offsets) for part in parts]
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(lengths), dtype=np.int64)])
+        ids, counts = (np.concatenate([getattr(part, name) for part in parts]) for name in ("ids", "counts"))
+        return Draws(offsets, ids, counts)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -177,12 +245,15 @@ class Targets:
     """[P, temperatures] log of the sum of p**(1/T), or None."""
     dense: NDArray[np.float32] | None = None
     """[P, V] logprobs, or None."""
+    draws: Draws | None = None
+    """N draws with replacement, or None."""
 
     def __post_init__(self) -> None:
         num_positions, k = self.ids.shape
         assert self.logprobs.shape == (num_positions, k), "logprobs do not match ids"
         assert self.log_tail.shape == (num_positions,), "log_tail does not match ids"
         assert self.label_logprob.shape == (num_positions,), "label_logprob does not match ids"
+        assert self.draws is None or len(self.draws.offsets) == num_positions + 1, "draws do not match ids"
 
     @property
     def num_positions(self) -> int:
@@ -207,20 +278,33 @@ class Targets:
         Raises:
             UnsupportedField: `k` is more than is kept.
         """
-        if k < 1:
-            raise InvalidInput(f"k is {k}; it must be at least 1")
+        if k < 0:
+            raise InvalidInput(f"k is {k}; it must be at least 0")
         if k > self.k:
             raise UnsupportedField(f"k={k} was asked for, but only k={self.k} is kept; ask for at most {self.k}")
         if k == self.k:
             return self
-        dropped = np.logaddexp.reduce(self.logprobs[:, k:].astype(np.float64), axis=1)
-        log_tail = np.logaddexp(self.log_tail.astype(np.float64), dropped)
+        if k == 0:
+            return self.without_top_k()
         return Targets(
             **{
                 **self._arrays(),
                 "ids": self.ids[:, :k],
                 "logprobs": self.logprobs[:, :k],
-                "log_tail": np.minimum(log_tail, 0.0).astype(np.float32),
+                "log_tail": folded_tail(self.log_tail, self.logprobs[:, k:]),
+            }
+        )
+
+    def without_top_k(self) -> Targets:
+        """The other fields alone: K is 0, all mass is in the tail, and no label has a logprob."""
+        num_positions = self.num_positions
+        return Targets(
+            **{
+                **self._arrays(),
+                "ids": np.empty((num_positions, 0), np.uint32),
+                "logprobs": np.empty((num_positions, 0), np.float32),
+                "log_tail": np.zeros(num_positions, np.float32),
+                "label_logprob": np.full(num_positions, np.nan, np.float32),
             }
         )
 
@@ -232,7 +316,7 @@ class Targets:
             return parts[0]
         columns = {name: [part._arrays()[name] for part in parts] for name in parts[0]._arrays()}  # noqa: SLF001
         joined: dict[str, Any] = {
-            name: None if column[0] is None else np.concatenate(column) for name, column in columns.items()
+            name: None if column[0] is None else _concat(column) for name, column in columns.items()
         }
         return Targets(**joined)
 
@@ -274,6 +358,21 @@ class Teacher(Protocol):
             UnsupportedField: a field this teacher cannot give.
         """
         ...
+
+
+def folded_tail(log_tail: NDArray[np.float32], dropped: NDArray[np.float32]) -> NDArray[np.float32]:
+    """[P] log of a tail's mass and that of the [P, D] logprobs dropped into it."""
+    # All in one exp: the largest of the dropped ones is first, or the tail is.
+    top = np.maximum(log_tail, dropped[:, 0]).astype(np.float64)
+    top = np.where(np.isneginf(top), 0.0, top)
+    mass = np.exp(dropped - top[:, None]).sum(axis=1) + np.exp(log_tail - top)
+    with np.errstate(divide="ignore"):
+        folded: NDArray[np.float32] = np.minimum(np.log(mass) + top, 0.0).astype(np.float32)
+    return folded
+
+
+def _concat(column: list[Any]) -> Any:
+    return Draws.concat(column) if isinstance(column[0], Draws) else np.concatenate(column)
 
 
 def _plain(value: Any) -> JSON:

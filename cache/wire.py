@@ -5,15 +5,22 @@ per row. Both carry the wire version in their schema metadata, so that a client 
 different versions refuse each other in one clear line instead of misreading. Record batches are not
 compressed: HTTP can do that, and a small compressed body could unpack to any size.
 
-JSON has no infinities: `null` stands for -inf in `logprobs` and `log_tail`, and for "no label" in
-`label_logprob`.
+    column                          Arrow type                      there when
+    ids, logprobs                   fixed-size lists of K           k > 0
+    log_tail, label_logprob         float32                         always
+    entropy                         float32                         asked for
+    log_z, dense                    fixed-size lists of float32     asked for
+    draw_ids, draw_counts           lists of uint32, uint16         asked for
+
+JSON has the same names, every column a list of positions. It has no infinities: `null` stands for -inf in `logprobs`,
+`log_tail` and `dense`, and for "no label" in `label_logprob`.
 """
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -23,7 +30,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from cache.errors import FormatError, InvalidInput, WireVersionError
-from cache.types import JSON, Fields, Targets, TeacherIdentity, Tokens
+from cache.types import JSON, Draws, Fields, Targets, TeacherIdentity, Tokens
 
 ARROW_MEDIA_TYPE = "application/vnd.apache.arrow.stream"
 JSON_MEDIA_TYPE = "application/json"
@@ -36,6 +43,7 @@ _RECORD_BATCH = 3  # in MessageHeader of Arrow's Message.fbs
 
 # Column -> whether it is a fixed-size list per position (True) or one float per position.
 _OPTIONAL_COLUMNS = {"entropy": False, "log_z": True, "dense": True}
+_DRAW_COLUMNS = {"draw_ids": pa.list_(pa.uint32()), "draw_counts": pa.list_(pa.uint16())}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +93,7 @@ def request_from_arrow(body: bytes) -> ScoreRequest:
 
 def answer_to_arrow(answer: ScoreAnswer, fields: Fields) -> bytes:
     """The answer as an Arrow IPC stream, one record batch per row; `fields` gives K when there is no row."""
-    metadata = {_FORMAT: WIRE_VERSION.encode(), _IDENTITY: json.dumps(answer.identity.to_json()).encode()}
-    if not answer.targets:
-        schema = pa.schema(_answer_schema(fields.k, {}), metadata=metadata)
-        return _stream(schema, [])
-    extras = _extra_widths(answer.targets[0])
-    schema = pa.schema(_answer_schema(answer.targets[0].k, extras), metadata=metadata)
-    return _stream(schema, [_to_batch(targets, schema) for targets in answer.targets])
+    return _answer_stream(answer, fields.k)
 
 
 def answer_from_arrow(body: bytes) -> ScoreAnswer:
@@ -137,12 +139,16 @@ def targets_to_json(targets: Targets) -> dict[str, JSON]:
             values = array.astype(object)
             values[~np.isfinite(array)] = None
             row[name] = values.tolist()
+    if targets.draws is not None:
+        bounds = list(pairwise(targets.draws.offsets.tolist()))
+        row["draw_ids"] = [targets.draws.ids[a:b].tolist() for a, b in bounds]
+        row["draw_counts"] = [targets.draws.counts[a:b].tolist() for a, b in bounds]
     return row
 
 
 def targets_to_arrow(identity: TeacherIdentity, targets: Targets) -> bytes:
     """A range of positions as an answer stream of one record batch."""
-    return answer_to_arrow(ScoreAnswer(identity, [targets]), Fields(k=targets.k))
+    return _answer_stream(ScoreAnswer(identity, [targets]), targets.k)
 
 
 def _row_from_json(index: int, row: Any) -> Tokens:
@@ -154,50 +160,79 @@ def _row_from_json(index: int, row: Any) -> Tokens:
     return np.array(row, dtype=np.uint32)
 
 
-def _answer_schema(k: int, extras: Mapping[str, int]) -> list[Any]:
-    fields = [
-        pa.field("ids", pa.list_(pa.uint32(), k)),
-        pa.field("logprobs", pa.list_(pa.float32(), k)),
-        pa.field("log_tail", pa.float32()),
-        pa.field("label_logprob", pa.float32()),
-    ]
-    for name, width in extras.items():
-        wide = _OPTIONAL_COLUMNS[name]
-        fields.append(pa.field(name, pa.list_(pa.float32(), width) if wide else pa.float32()))
-    return fields
+def _answer_stream(answer: ScoreAnswer, k: int) -> bytes:
+    """`k` is used when there is no row."""
+    metadata = {_FORMAT: WIRE_VERSION.encode(), _IDENTITY: json.dumps(answer.identity.to_json()).encode()}
+    columns = _answer_columns(answer.targets[0]) if answer.targets else _top_k_columns(k)
+    schema = pa.schema(columns, metadata=metadata)
+    return _stream(schema, [_to_batch(targets, schema) for targets in answer.targets])
 
 
-def _extra_widths(targets: Targets) -> dict[str, int]:
-    present = {name: getattr(targets, name) for name in _OPTIONAL_COLUMNS}
-    return {name: array.shape[-1] for name, array in present.items() if array is not None}
+def _top_k_columns(k: int) -> list[Any]:
+    lists = [pa.field("ids", pa.list_(pa.uint32(), k)), pa.field("logprobs", pa.list_(pa.float32(), k))]
+    return [*(lists if k else []), pa.field("log_tail", pa.float32()), pa.field("label_logprob", pa.float32())]
+
+
+def _answer_columns(targets: Targets) -> list[Any]:
+    columns = _top_k_columns(targets.k)
+    for name, wide in _OPTIONAL_COLUMNS.items():
+        array = getattr(targets, name)
+        if array is not None:
+            columns.append(pa.field(name, pa.list_(pa.float32(), array.shape[1]) if wide else pa.float32()))
+    if targets.draws is not None:
+        columns.extend(pa.field(name, kind) for name, kind in _DRAW_COLUMNS.items())
+    return columns
 
 
 def _to_batch(targets: Targets, schema: Any) -> Any:
-    columns = []
-    for field in schema:
-        array = getattr(targets, field.name)
-        flat = pa.array(np.ascontiguousarray(array).reshape(-1))
-        fixed = pa.types.is_fixed_size_list(field.type)
-        columns.append(pa.FixedSizeListArray.from_arrays(flat, field.type.list_size) if fixed else flat)
-    return pa.record_batch(columns, schema=schema)
+    return pa.record_batch([_to_column(targets, field) for field in schema], schema=schema)
+
+
+def _to_column(targets: Targets, field: Any) -> Any:
+    if field.name in _DRAW_COLUMNS:
+        draws = targets.draws
+        assert draws is not None, "every row of an answer has the same fields"
+        values = draws.ids if field.name == "draw_ids" else draws.counts
+        return pa.ListArray.from_arrays(pa.array(draws.offsets.astype(np.int32)), pa.array(values))
+    flat = pa.array(np.ascontiguousarray(getattr(targets, field.name)).reshape(-1))
+    fixed = pa.types.is_fixed_size_list(field.type)
+    return pa.FixedSizeListArray.from_arrays(flat, field.type.list_size) if fixed else flat
 
 
 def _from_batch(batch: Any) -> Targets:
     names = set(batch.schema.names)
-    lists = {
-        name: _list_column(batch, name, pa.uint32() if name == "ids" else pa.float32()) for name in _list_names(names)
-    }
+    lists = {name: _list_column(batch, name, pa.float32()) for name in ("log_z", "dense") if name in names}
     scalars = {
         name: _numpy(_column(batch, name, pa.float32()))
         for name in ("log_tail", "label_logprob", *(["entropy"] if "entropy" in names else []))
     }
-    if lists["ids"].shape != lists["logprobs"].shape:
+    if names & {"ids", "logprobs"}:
+        ids, logprobs = _list_column(batch, "ids", pa.uint32()), _list_column(batch, "logprobs", pa.float32())
+    else:
+        ids, logprobs = np.empty((batch.num_rows, 0), np.uint32), np.empty((batch.num_rows, 0), np.float32)
+    if ids.shape != logprobs.shape:
         raise InvalidInput("columns 'ids' and 'logprobs' have different widths")
-    return Targets(**lists, **scalars)
+    draws = _draws(batch) if names & set(_DRAW_COLUMNS) else None
+    return Targets(ids=ids, logprobs=logprobs, **lists, **scalars, draws=draws)
 
 
-def _list_names(names: set[str]) -> list[str]:
-    return ["ids", "logprobs", *(name for name, wide in _OPTIONAL_COLUMNS.items() if wide and name in names)]
+def _draws(batch: Any) -> Draws:
+    (id_offsets, ids), (count_offsets, counts) = (
+        _ragged_column(batch, name, kind) for name, kind in _DRAW_COLUMNS.items()
+    )
+    if not np.array_equal(id_offsets, count_offsets):
+        raise InvalidInput("columns 'draw_ids' and 'draw_counts' have lists of different lengths")
+    return Draws(id_offsets, ids, counts)
+
+
+def _ragged_column(batch: Any, name: str, kind: Any) -> tuple[NDArray[np.int64], NDArray[Any]]:
+    """The offsets from 0, and all entries one after the other."""
+    column = _column(batch, name, kind)
+    if column.null_count:
+        raise InvalidInput(f"column {name!r} has nulls")
+    # An array of no lists may have no offsets at all.
+    offsets = column.offsets.to_numpy().astype(np.int64) if len(column) else np.zeros(1, np.int64)
+    return offsets - offsets[0], _numpy(column.values[int(offsets[0]) : int(offsets[-1])])
 
 
 def _list_column(batch: Any, name: str, item: Any) -> NDArray[Any]:

@@ -16,6 +16,7 @@ from urllib.parse import quote
 
 from cache import wire
 from cache.errors import FormatError, InvalidInput, SpecMismatch, TeacherFailed, Unavailable, WireVersionError
+from cache.fields import check_fields
 from cache.types import JSON, Fields, Provenance, Targets, TeacherIdentity, TeacherLimits, Tokens
 from clients.retry import Connection, RetryPolicy
 
@@ -154,10 +155,10 @@ class HttpTeacher:
                     f"{who} answered {targets.num_positions} positions of k={targets.k} "
                     f"for a row of {len(row)} tokens and k={want.k}"
                 )
-            if (want.entropy and targets.entropy is None) or (want.dense and targets.dense is None):
-                raise TeacherFailed(f"{who} left out a field that was asked for")
-            if want.temperatures and (targets.log_z is None or targets.log_z.shape[1] != len(want.temperatures)):
-                raise TeacherFailed(f"{who} left out log_z at some temperatures")
+            try:
+                check_fields(targets, want, self._identity.vocab_size)
+            except TeacherFailed as error:
+                raise TeacherFailed(f"{who}: {error.detail}") from error
 
 
 def teacher_path(name: str) -> str:
@@ -188,7 +189,8 @@ def _count(value: Any) -> int | None:
 
 
 def _bytes_per_position(want: Fields, identity: TeacherIdentity) -> int:
-    return 8 * want.k + 4 * (2 + len(want.temperatures)) + (4 * identity.vocab_size if want.dense else 0)
+    draws = 6 * min(want.draws, identity.vocab_size)
+    return 8 * want.k + 4 * (3 + len(want.temperatures)) + draws + (4 * identity.vocab_size if want.dense else 0)
 
 
 class SyncHttpTeacher:

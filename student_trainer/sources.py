@@ -128,7 +128,7 @@ def _open(teacher: TeacherConfig, corpus_name: str, cache: Cache, corpus: Corpus
         client = stack.enter_context(SyncHttpTeacher(teacher.url, teacher.name, api_key=_api_key(teacher)))
         source = ServiceSource(teacher.name, client, teacher.k)
     else:
-        targets = cache.targets(teacher.name, corpus_name)
+        targets = cache.targets(teacher.name, corpus_name).top_k_only()
         teacher_k, kept = teacher.k or 1, targets.fields.k
         if teacher_k > kept:
             raise UnsupportedField(f"teachers.k is {teacher_k} for {teacher.name!r}, but the cache holds k={kept}")

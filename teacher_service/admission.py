@@ -92,7 +92,7 @@ def check_request(rows: Sequence[Tokens], want: Fields, *, teacher: Teacher, lim
     highest = max((int(row.max()) for row in rows if len(row)), default=0)
     if highest >= vocab_size:
         raise LimitExceeded(f"token id {highest} is over a vocabulary of {vocab_size}: another tokenizer?")
-    num_bytes = num_tokens * _bytes_per_position(want, vocab_size)
+    num_bytes = num_tokens * bytes_per_position(want, vocab_size)
     if num_bytes > limits.max_answer_bytes:
         raise LimitExceeded(
             f"the answer would hold {num_bytes} bytes, over max_answer_bytes={limits.max_answer_bytes}; "
@@ -101,9 +101,11 @@ def check_request(rows: Sequence[Tokens], want: Fields, *, teacher: Teacher, lim
     return num_tokens
 
 
-def _bytes_per_position(want: Fields, vocab_size: int) -> int:
+def bytes_per_position(want: Fields, vocab_size: int) -> int:
+    """What an answer holds at most, as arrays: N draws are N ids and counts, a dense row V logprobs."""
     scalars = 2 + want.entropy + len(want.temperatures)
-    return 8 * want.k + 4 * scalars + 8 * want.draws + (4 * vocab_size if want.dense else 0)
+    draws = 8 + 6 * min(want.draws, vocab_size) if want.draws else 0
+    return 8 * want.k + 4 * scalars + draws + (4 * vocab_size if want.dense else 0)
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:

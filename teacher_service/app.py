@@ -32,6 +32,7 @@ from cache.types import JSON, Fields, Targets
 from teacher_service.admission import (
     Admission,
     answer_format,
+    bytes_per_position,
     check_request,
     read_body,
     request_format,
@@ -192,7 +193,7 @@ def _add_corpus_routes(app: FastAPI, service: Service) -> None:
     def open_targets(teacher: str, corpus: str) -> TargetSet:
         if cache is None:
             raise UnknownCorpus("this service has no cache; start it with --cache")
-        return cache.targets(teacher, corpus)
+        return cache.targets(teacher, corpus).top_k_only()
 
     @app.get("/v1/corpora")
     async def list_corpora() -> dict[str, Any]:
@@ -299,7 +300,7 @@ async def _prepare_score(service: Service, teacher: HostedTeacher, request: Requ
         service.metrics.rows.labels(teacher.name).inc(len(targets))
         service.metrics.tokens.labels(teacher.name).inc(num_tokens)
         answer = wire.ScoreAnswer(front.identity, targets)
-        size = num_tokens * 8 * asked.fields.k
+        size = num_tokens * bytes_per_position(asked.fields, front.identity.vocab_size)
         return await _off_loop(size, lambda: _answer(answer, asked.fields, writes))
 
     return finish()

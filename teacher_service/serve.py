@@ -90,7 +90,8 @@ def service_of(settings: ServiceSettings) -> Service:
     from cache.entry_points import open_teacher  # noqa: PLC0415
 
     cache = None if settings.cache is None else Cache.open(settings.cache, mode="r+")
-    policy = KeepPolicy(k=settings.keep.k, encoding=settings.keep.encoding)
+    quota_bytes = int(settings.keep.journal_quota_gib * 2**30)
+    policy = KeepPolicy(k=settings.keep.k, encoding=settings.keep.encoding, quota_bytes=quota_bytes)
     keep = None if cache is None else Keep(cache, policy)
     teachers = [
         HostedTeacher(teacher.name, partial(open_teacher, teacher.model, options=teacher.options), keep)

@@ -42,6 +42,8 @@ class KeepSettings(_Frozen):
     k: Count = 64
     """Kept entries per position; a question for more goes to the teacher and is not kept."""
     encoding: Literal["u8", "f16", "f32"] = "u8"
+    journal_quota_gib: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10.0
+    """GiB kept of each teacher's answers that belong to no corpus; over it the oldest are removed. 0 keeps none."""
 
 
 class LimitSettings(_Frozen):

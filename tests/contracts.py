@@ -3,19 +3,51 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from cache import Fields
 from cache.errors import LimitExceeded, PotstillError, UnsupportedField
-from cache.types import Teacher, TeacherIdentity, Tokens
+from cache.fields import check_fields
+from cache.types import Targets, Teacher, TeacherIdentity, Tokens
+
+FIELDS = {
+    "draws": Fields(k=4, draws=20, seed=3),
+    "entropy": Fields(k=4, entropy=True),
+    "temperatures": Fields(k=4, temperatures=(0.5, 2.0)),
+    "dense": Fields(k=4, dense=True),
+    "draws without a top-k": Fields(k=0, draws=20, seed=3),
+}
+"""Wishes for more than a top-k, by name."""
 
 
 def rows(*lengths: int) -> list[Tokens]:
     """Rows of small, different token ids."""
     rng = np.random.default_rng(sum(lengths))
     return [rng.integers(0, 40, length).astype(np.uint32) for length in lengths]
+
+
+def drawn(targets: Targets) -> tuple[list[int], list[int]]:
+    """Ids and counts of all positions."""
+    assert targets.draws is not None
+    return targets.draws.ids.tolist(), targets.draws.counts.tolist()
+
+
+def assert_exactly(targets: Targets, want: Fields, vocab_size: int) -> None:
+    """All that was asked for, possible, of the right types, and nothing else."""
+    check_fields(targets, want, vocab_size)
+    asked = {"entropy": want.entropy, "log_z": bool(want.temperatures), "dense": want.dense, "draws": bool(want.draws)}
+    assert {name: getattr(targets, name) is not None for name in asked} == asked
+    for name in ("entropy", "log_z", "dense"):
+        assert not asked[name] or getattr(targets, name).dtype == np.float32
+    if targets.draws is not None:
+        arrays = targets.draws.offsets, targets.draws.ids, targets.draws.counts
+        assert [str(array.dtype) for array in arrays] == ["int64", "uint32", "uint16"]
+    if not want.k:
+        assert (targets.log_tail == 0).all()
+        assert np.isnan(targets.label_logprob).all()
 
 
 class TeacherContract:
@@ -64,12 +96,10 @@ class TeacherContract:
     async def test_no_rows_is_no_answer(self, teacher: Teacher) -> None:
         assert await teacher.score([], Fields(k=4)) == []
 
-    async def test_what_it_cannot_give_is_refused(self, teacher: Teacher) -> None:
+    async def test_more_entries_than_it_can_give_are_refused(self, teacher: Teacher) -> None:
         limit = teacher.limits.max_top_k or teacher.identity.vocab_size
         with pytest.raises(LimitExceeded):
             await teacher.score(rows(3), Fields(k=limit + 1))
-        with pytest.raises(UnsupportedField):
-            await teacher.score(rows(3), Fields(k=4, entropy=True))
 
     async def test_an_id_over_the_vocabulary_is_refused(self, teacher: Teacher) -> None:
         row = np.array([1, teacher.identity.vocab_size], dtype=np.uint32)
@@ -80,3 +110,63 @@ class TeacherContract:
         assert TeacherIdentity.from_json(teacher.identity.to_json()) == teacher.identity
         assert len(teacher.identity.tokenizer_sha256) == 64
         assert teacher.provenance.engine
+
+
+class TopKTeacherContract(TeacherContract):
+    """A `Teacher` that gives the top-k and nothing else."""
+
+    @pytest.mark.parametrize("name", FIELDS)
+    async def test_a_field_that_it_cannot_give_is_refused_in_one_line(self, teacher: Teacher, name: str) -> None:
+        with pytest.raises(UnsupportedField, match=name.split(maxsplit=1)[0]) as refused:
+            await teacher.score(rows(5, 9), FIELDS[name])
+        assert "\n" not in str(refused.value)
+
+
+class FieldsTeacherContract(TeacherContract):
+    """A `Teacher` that gives every field."""
+
+    @pytest.mark.parametrize("name", FIELDS)
+    async def test_a_field_is_given_as_it_was_asked_for(self, teacher: Teacher, name: str) -> None:
+        want = FIELDS[name]
+        answers = await teacher.score(rows(5, 1, 9), want)
+        assert [(a.num_positions, a.k) for a in answers] == [(5, want.k), (1, want.k), (9, want.k)]
+        for answer in answers:
+            assert_exactly(answer, want, teacher.identity.vocab_size)
+
+    async def test_fields_agree_with_the_full_distribution(self, teacher: Teacher) -> None:
+        want = Fields(k=8, draws=20, seed=3, entropy=True, temperatures=(0.5, 2.0), dense=True)
+        (answer,) = await teacher.score(rows(12), want)
+        assert_exactly(answer, want, teacher.identity.vocab_size)
+        assert answer.dense is not None
+        assert answer.entropy is not None
+        assert answer.log_z is not None
+        dense = answer.dense.astype(np.float64)
+        np.testing.assert_allclose(answer.entropy, -(np.exp(dense) * dense).sum(1), atol=0.02)
+        tempered = np.stack([np.logaddexp.reduce(dense / t, axis=1) for t in want.temperatures], axis=1)
+        np.testing.assert_allclose(answer.log_z, tempered, atol=0.05)
+        np.testing.assert_allclose(
+            np.take_along_axis(dense, answer.ids.astype(int), axis=1), answer.logprobs, atol=0.07
+        )
+
+    async def test_a_row_scored_twice_gives_the_same_draws_and_another_seed_others(self, teacher: Teacher) -> None:
+        asked, want = rows(12, 7), FIELDS["draws"]
+        together = await teacher.score(asked, want)
+        (alone,) = await teacher.score(asked[1:], want)
+        (reseeded,) = await teacher.score(asked[1:], replace(want, seed=4))
+        assert drawn(alone) == drawn(together[1])
+        assert drawn(alone) != drawn(reseeded)
+
+    async def test_draws_follow_the_distribution(self, teacher: Teacher) -> None:
+        (answer,) = await teacher.score(rows(3), Fields(k=0, draws=20_000, seed=1, dense=True))
+        assert answer.draws is not None
+        assert answer.dense is not None
+        for position, dense in enumerate(answer.dense):
+            there = answer.draws[position : position + 1]
+            share = np.zeros(len(dense))
+            share[there.ids] = there.counts / 20_000
+            # Five standard deviations of a binomial share, which is at most 0.0036.
+            np.testing.assert_allclose(share, np.exp(dense), atol=0.018)
+
+    async def test_more_draws_than_can_be_kept_are_refused(self, teacher: Teacher) -> None:
+        with pytest.raises(LimitExceeded, match="65535"):
+            await teacher.score(rows(3), Fields(k=4, draws=65_536))

@@ -57,5 +57,8 @@ def teacher_for(corpus: Corpus, *, tokens_per_second: float = 0.0, model: str = 
     return FakeTeacher(identity, tokens_per_second=tokens_per_second)
 
 
-def plan_targets(cache: Cache, teacher: FakeTeacher, *, k: int = 16, encoding: str = "u8") -> TargetSet:
-    return cache.plan_targets("fake", "docs", teacher.identity, fields=Fields(k=k), encoding=encoding)
+def plan_targets(
+    cache: Cache, teacher: FakeTeacher, *, k: int = 16, encoding: str = "u8", fields: Fields | None = None
+) -> TargetSet:
+    """`k` is used when there are no `fields`."""
+    return cache.plan_targets("fake", "docs", teacher.identity, fields=fields or Fields(k=k), encoding=encoding)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from cache import Fields, Provenance, Targets, TeacherIdentity
+from cache.draws import check_num_draws, draw_rows
 from cache.errors import LimitExceeded
 from cache.types import TeacherLimits, Tokens
 
@@ -27,12 +29,17 @@ def fake_identity(*, vocab_size: int = 64, tokenizer_sha256: str = "0" * 64, mod
 class FakeTeacher:
     """A distribution that depends on the tokens up to each position only, so any batching gives the same bits.
 
-    `tokens_per_second` paces it; `scored` counts the rows it was really asked for.
+    It answers every field, or with `top_k_only` refuses all but the top-k. `tokens_per_second` paces it, however many
+    callers there are; `scored` counts the rows it was really asked for.
     """
 
-    def __init__(self, identity: TeacherIdentity | None = None, *, tokens_per_second: float = 0.0) -> None:
+    def __init__(
+        self, identity: TeacherIdentity | None = None, *, tokens_per_second: float = 0.0, top_k_only: bool = False
+    ) -> None:
         self._identity = identity or fake_identity()
         self._tokens_per_second = tokens_per_second
+        self._top_k_only = top_k_only
+        self._busy_until = 0.0
         self.scored: list[bytes] = []
 
     @property
@@ -48,7 +55,10 @@ class FakeTeacher:
         return TeacherLimits(max_top_k=self._identity.vocab_size)
 
     async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
-        want.require_only_top_k("FakeTeacher")
+        if self._top_k_only:
+            want.require_only_top_k("this teacher")
+        if want.draws:
+            check_num_draws(want.draws)
         if want.k > self._identity.vocab_size:
             raise LimitExceeded(f"k={want.k} is over the vocabulary of {self._identity.vocab_size}")
         for index, row in enumerate(rows):
@@ -56,10 +66,16 @@ class FakeTeacher:
                 size = self._identity.vocab_size
                 raise LimitExceeded(f"row {index} has the token id {row.max()}, outside the vocabulary of {size}")
         self.scored.extend(row.tobytes() for row in rows)
-        answers = [self.distribution(row, want.k) for row in rows]
-        seconds = sum(map(len, rows)) / self._tokens_per_second if self._tokens_per_second else 0.0
-        await asyncio.sleep(seconds)
+        done = self._reserve(sum(map(len, rows)))
+        answers = [self.targets(row, want) for row in rows]
+        await asyncio.sleep(max(0.0, done - asyncio.get_running_loop().time()))
         return answers
+
+    def _reserve(self, num_tokens: int) -> float:
+        """When these tokens are scored, after all that came before them."""
+        begin = max(asyncio.get_running_loop().time(), self._busy_until)
+        self._busy_until = begin + (num_tokens / self._tokens_per_second if self._tokens_per_second else 0.0)
+        return self._busy_until
 
     def dense_logprobs(self, row: Tokens) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
         """[T, V] full logprobs in float64: what a test compares with."""
@@ -72,7 +88,21 @@ class FakeTeacher:
         )
         return logprobs
 
+    def targets(self, row: Tokens, want: Fields) -> Targets:
+        """Everything that is wanted of one row, computed plainly in float64."""
+        dense = self.dense_logprobs(row)
+        top_k = self.distribution(row, want.k) if want.k else self.distribution(row, 1).without_top_k()
+        tempered = [np.logaddexp.reduce(dense / t, axis=1) for t in want.temperatures]
+        return replace(
+            top_k,
+            entropy=-(np.exp(dense) * dense).sum(axis=1).astype(np.float32) if want.entropy else None,
+            log_z=np.stack(tempered, axis=1).astype(np.float32) if tempered else None,
+            dense=dense.astype(np.float32) if want.dense else None,
+            draws=draw_rows(dense, want.draws, want.seed, row.tobytes()) if want.draws else None,
+        )
+
     def distribution(self, row: Tokens, k: int) -> Targets:
+        """The top `k` of one row."""
         dense = self.dense_logprobs(row)
         ids = np.argsort(-dense, axis=1, kind="stable")[:, :k]
         logprobs = np.take_along_axis(dense, ids, axis=1)

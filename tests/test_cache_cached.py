@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from cache import Cache, Fields, Targets
 from cache.cached import CachedTeacher, KeepPolicy
 from cache.commands import verify
-from cache.errors import InvalidInput, TeacherFailed, UnsupportedField
+from cache.errors import InvalidInput, TeacherFailed
 from cache.fill import FillPlan, fill
 from cache.types import Tokens
 from tests.corpora import make_corpus, plan_targets, teacher_for
@@ -26,7 +27,18 @@ def row(*ids: int) -> Tokens:
 
 def same(a: Targets, b: Targets) -> bool:
     names = ("ids", "logprobs", "log_tail", "label_logprob")
-    return all(np.array_equal(getattr(a, n), getattr(b, n), equal_nan=n != "ids") for n in names)
+    if not all(np.array_equal(getattr(a, n), getattr(b, n), equal_nan=n != "ids") for n in names):
+        return False
+    others = [(getattr(a, n), getattr(b, n)) for n in ("entropy", "log_z", "dense")]
+    others += [(getattr(a.draws, n, None), getattr(b.draws, n, None)) for n in ("offsets", "ids", "counts")]
+    return all((x is None and y is None) or np.array_equal(x, y) for x, y in others)
+
+
+def verified(cache: Cache) -> int:
+    """The exit status of `potstill verify`."""
+    parser = argparse.ArgumentParser()
+    verify.add_arguments(parser)
+    return verify.run(parser.parse_args([cache.root.url]))
 
 
 @pytest.fixture
@@ -129,8 +141,6 @@ async def test_a_smaller_k_is_a_hit_and_a_larger_one_is_scored_again_without_cha
         assert large.k == 32
         assert len(teacher.scored) == 2
         assert same((await cached.score([row(5, 6)], WANT))[0], kept)
-        with pytest.raises(UnsupportedField):
-            await cached.score([row(5, 6)], Fields(k=4, entropy=True))
 
 
 async def test_a_committed_corpus_answers_without_the_teacher_also_when_it_is_filled_later(tmp_path: Path) -> None:
@@ -140,7 +150,7 @@ async def test_a_committed_corpus_answers_without_the_teacher_also_when_it_is_fi
         await cached.score([row(9, 9, 9)], WANT)
         writer = teacher_for(corpus)
         await fill(writer, plan_targets(cache, writer), FillPlan())
-        cached._sets_read = float("-inf")  # as if the refresh time had passed
+        cached._known.look_again()  # as if the refresh time had passed
         teacher.scored.clear()
         answers = await cached.score([corpus.row(4), corpus.row(9)], WANT)
         assert teacher.scored == []
@@ -160,8 +170,6 @@ async def test_another_identity_under_the_same_name_never_answers_for_this_one(c
 async def test_a_damaged_journal_is_scored_again_and_named_by_verify(
     cache: Cache, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    import argparse
-
     teacher = FakeTeacher()
     async with CachedTeacher.open(teacher, name="smol", cache=cache, policy=POLICY) as cached:
         await cached.score([row(1, 2)], WANT)
@@ -169,7 +177,7 @@ async def test_a_damaged_journal_is_scored_again_and_named_by_verify(
     data = bytearray(gaps.read_bytes())
     data[3] ^= 1
     gaps.write_bytes(data)
-    assert verify.run(argparse.Namespace(root=cache.root.url, json=False)) == 1
+    assert verified(cache) == 1
     assert "gaps/c/0/0 has sha256" in capsys.readouterr().out
     async with CachedTeacher.open(teacher, name="smol", cache=cache, policy=POLICY) as cached:
         assert (await cached.score([row(1, 2)], WANT))[0].num_positions == 2
@@ -301,7 +309,93 @@ async def test_a_cache_opened_to_read_and_bad_policies_are_refused(cache: Cache)
     with pytest.raises(InvalidInput, match="a service needs mode 'r\\+'"):
         async with CachedTeacher.open(FakeTeacher(), name="smol", cache=Cache.open(cache.root.url)):
             pass
-    with pytest.raises(InvalidInput, match="fields.k is 0"):
+    with pytest.raises(InvalidInput, match="k is 0; it must be at least 1"):
         KeepPolicy(k=0)
     with pytest.raises(InvalidInput, match="encoding 'u9' is unknown"):
         KeepPolicy(encoding="u9")
+    with pytest.raises(InvalidInput, match="encoding 'archive' is for corpora"):
+        KeepPolicy(encoding="archive")
+    with pytest.raises(InvalidInput, match="quota is -5 bytes"):
+        KeepPolicy(quota_bytes=-5)
+
+
+async def test_more_than_the_top_k_comes_from_a_corpus_that_has_exactly_it_or_from_the_teacher_behind(
+    tmp_path: Path,
+) -> None:
+    cache, corpus = make_corpus(tmp_path / "c")
+    teacher, writer = teacher_for(corpus), teacher_for(corpus)
+    held = Fields(k=8, draws=5, seed=3, entropy=True)
+    await fill(writer, cache.plan_targets("fake", "docs", writer.identity, fields=held), FillPlan())
+    async with CachedTeacher.open(teacher, name="fake", cache=cache, policy=POLICY) as cached:
+        for want in (held, Fields(k=4, entropy=True), Fields(k=0, draws=5, seed=3)):
+            (answer,) = await cached.score([corpus.row(4)], want)
+            (stored,) = cache.targets("fake", "docs").read_rows([4], fields=want)
+            assert same(answer, stored)
+            assert (answer.entropy is None, answer.draws is None) == (not want.entropy, not want.draws)
+        assert teacher.scored == []
+        for want in (Fields(k=8, draws=5, seed=4), Fields(k=8, temperatures=(2.0,)), Fields(k=16, entropy=True)):
+            answers = await cached.score([row(1, 2), corpus.row(4)], want)
+            exact = await writer.score([row(1, 2), corpus.row(4)], want)
+            assert all(same(a, b) for a, b in zip(answers, exact, strict=True))
+        assert len(teacher.scored) == 6, "not kept: asked for again, scored again"
+        mixed = await cached.score([row(7, 7), corpus.row(4)], held)
+        assert [targets.num_positions for targets in mixed] == [2, len(corpus.row(4))]
+        assert len(teacher.scored) == 7
+
+
+async def test_a_field_that_is_added_to_a_corpus_later_is_found(tmp_path: Path) -> None:
+    cache, corpus = make_corpus(tmp_path / "c")
+    teacher, writer = teacher_for(corpus), teacher_for(corpus)
+    await fill(writer, cache.plan_targets("fake", "docs", writer.identity, fields=Fields(k=8)), FillPlan())
+    want = Fields(k=8, entropy=True)
+    async with CachedTeacher.open(teacher, name="fake", cache=cache, policy=POLICY) as cached:
+        await cached.score([corpus.row(1)], want)
+        assert len(teacher.scored) == 1
+        await fill(writer, cache.plan_targets("fake", "docs", writer.identity, fields=want), FillPlan())
+        cached._known.look_again()
+        await cached.score([corpus.row(1)], want)
+        assert len(teacher.scored) == 1
+
+
+async def test_a_damaged_row_of_a_corpus_is_scored_again_and_its_neighbours_are_not(tmp_path: Path) -> None:
+    cache, corpus = make_corpus(tmp_path / "c", row_tokens=2048, shard_positions=1 << 20, texts=["word " * 2000])
+    writer = teacher_for(corpus)
+    await fill(writer, plan_targets(cache, writer), FillPlan())
+    path = next(Path(cache.root.url, "targets").rglob("gaps/c/0/0"))
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+    teacher = teacher_for(corpus)
+    async with CachedTeacher.open(teacher, name="fake", cache=cache, policy=POLICY) as cached:
+        rows = corpus.rows(0, len(corpus))
+        assert len(rows) > 2
+        await cached.score(rows, WANT)
+        assert teacher.scored == [rows[0].tobytes()]
+        assert "gaps" in cached.store_error
+
+
+async def test_a_quota_of_nothing_still_answers_and_scores_once_for_those_who_wait_together(cache: Cache) -> None:
+    teacher = FakeTeacher()
+    policy = KeepPolicy(k=16, quota_bytes=0)
+    async with CachedTeacher.open(teacher, name="smol", cache=cache, policy=policy) as cached:
+        await asyncio.gather(*(cached.score([row(1, 2)], WANT) for _ in range(3)))
+        assert len(teacher.scored) == 1
+        await cached.score([row(1, 2)], WANT)
+        assert len(teacher.scored) == 2
+    assert cache.root.sizes("journal") == {}
+
+
+async def test_a_running_service_keeps_its_journal_within_the_quota(cache: Cache) -> None:
+    policy = KeepPolicy(k=16, tidy_seconds=0.05, quota_bytes=40_000)
+    async with CachedTeacher.open(FakeTeacher(), name="smol", cache=cache, policy=policy) as cached:
+        for i in range(8):
+            await cached.score([row(*range(i, i + 40))], WANT)
+            await cached._flush()
+        for _ in range(200):
+            await asyncio.sleep(0.05)
+            if sum(cache.root.sizes("journal").values()) <= 60_000:
+                break
+        assert sum(cache.root.sizes("journal").values()) <= 60_000, "records come on top of the arrays"
+        assert cached.store_error == ""
+        (answer,) = await cached.score([row(*range(7, 47))], WANT)
+        assert answer.num_positions == 40

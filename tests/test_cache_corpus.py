@@ -2,18 +2,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from cache import Cache
-from cache.corpus import Corpus, row_key
+from cache.corpus import Corpus, Source
 from cache.documents import documents, source_files
 from cache.errors import AlreadyExists, CorruptSegment, FormatError, InvalidInput, UnknownCorpus
-from cache.ingest import IngestPlan, cut, ingest, shard_bounds
+from cache.ingest import IngestPlan, IngestProgress, cut, ingest, ingest_rows, shard_bounds
+from cache.keys import row_key
+from cache.record import FORMAT_VERSION
 from cache.store import Root
 from cache.tokenizer import fingerprint, load_tokenizer
 from tests.corpora import byte_tokenizer, make_corpus, topics, write_texts
@@ -131,7 +137,7 @@ def test_a_corpus_of_a_newer_format_is_refused_by_name(tmp_path: Path) -> None:
     metadata = json.loads(seal.read_text())
     metadata["attributes"]["potstill"]["format"] = 99
     seal.write_text(json.dumps(metadata))
-    with pytest.raises(FormatError, match="has format 99, this version reads up to 1; install a newer potstill"):
+    with pytest.raises(FormatError, match=f"has format 99, this version reads up to {FORMAT_VERSION}; install"):
         Cache.open(tmp_path / "c").corpus("docs")
 
 
@@ -164,3 +170,91 @@ def test_truncation_a_tokenizer_file_asks_for_is_not_applied(tmp_path: Path) -> 
     root = Root.open(tmp_path / "c", create=True)
     source = write_texts(tmp_path / "text", ["x" * 40])
     assert ingest(root, "docs", [source], tokenizer, IngestPlan()).num_positions == 40
+
+
+TOKENS = st.lists(st.lists(st.integers(0, 255), min_size=1, max_size=9), min_size=1, max_size=40)
+
+
+@settings(max_examples=40)
+@given(rows=TOKENS, shard_positions=st.integers(1, 50))
+def test_rows_of_tokens_are_kept_as_they_are(rows: list[list[int]], shard_positions: int) -> None:
+    plan = IngestPlan(row_tokens=9, shard_positions=shard_positions)
+    arrays = [np.array(row, dtype=np.uint32) for row in rows]
+    corpus = ingest_rows(Root.open("memory://", create=True), "rows", iter(arrays), byte_tokenizer(), plan)
+    assert [row.tolist() for row in corpus.rows(0, len(corpus))] == rows
+    assert corpus.find([corpus.key(row) for row in arrays]) == [rows.index(row) for row in rows]
+    assert corpus.spec.duplicate_rows == len(rows) - len(set(map(tuple, rows)))
+    assert (corpus.spec.longest_row, corpus.spec.max_token_id) == (max(map(len, rows)), max(map(max, rows)))
+    assert corpus.row_starts.tolist() == np.cumsum([0, *map(len, rows)]).tolist()
+    assert np.array_equal(corpus.shard_starts, corpus.row_starts[corpus.shard_rows])
+    assert np.array_equal(corpus.shard_rows, shard_bounds(corpus.row_starts, shard_positions))
+
+
+def test_the_same_rows_are_the_same_corpus_whether_they_came_as_text_or_as_tokens(tmp_path: Path) -> None:
+    cache, corpus = make_corpus(tmp_path / "c")
+    rows = corpus.rows(0, len(corpus))
+    came = Source(name="rows.parquet", sha256="0" * 64, documents=len(rows))
+    seen: list[IngestProgress] = []
+    again = ingest_rows(
+        cache.root,
+        "again",
+        (row for _ in range(100) for row in rows),
+        byte_tokenizer(),
+        IngestPlan(row_tokens=50, shard_positions=1000),
+        sources=(came,),
+        on_progress=seen.append,
+    )
+    assert again.spec.sources == (came,)
+    assert again.spec.duplicate_rows >= 99 * len(rows)
+    assert seen[0].tokens > 0
+    once = ingest_rows(cache.root, "once", rows, byte_tokenizer(), IngestPlan(row_tokens=50, shard_positions=1000))
+    assert once.fingerprint == corpus.fingerprint != again.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (np.zeros(0, np.uint32), "row 1 is empty; a row has at least one token: leave it out"),
+        (np.zeros(10, np.uint32), "row 1 has 10 tokens, the corpus takes rows of up to 9; raise --row-tokens or cut"),
+        (np.array([1, 256], np.uint32), "row 1 has the token id 256, the tokenizer's ids end at 255; give the"),
+        (np.array([3, -1]), "row 1 has the token id -1"),
+        (np.array([0.5]), "row 1 is float64"),
+        (np.zeros((2, 2), np.uint32), "row 1 is uint32"),
+    ],
+)
+def test_a_row_that_cannot_be_is_named_and_nothing_is_left(tmp_path: Path, row: NDArray[Any], message: str) -> None:
+    rows = [np.array([1, 2], np.uint32), row, np.array([1], np.uint32)]
+    with pytest.raises(InvalidInput, match=message):
+        ingest_rows(Root.open(tmp_path), "docs", rows, byte_tokenizer(), IngestPlan(row_tokens=9))
+    with pytest.raises(InvalidInput, match="a corpus cannot be empty"):
+        ingest_rows(Root.open(tmp_path), "docs", [], byte_tokenizer(), IngestPlan())
+    assert list(tmp_path.rglob("*")) == []
+
+
+def test_starts_and_spans_read_what_row_starts_holds(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 6, 10_000)
+    tokens = rng.integers(0, 256, int(lengths.sum()), dtype=np.uint32)
+    rows = np.split(tokens, np.cumsum(lengths)[:-1])
+    corpus = ingest_rows(Root.open(tmp_path), "docs", rows, byte_tokenizer(), IngestPlan())
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    for start, stop in ((0, 0), (0, 1), (4095, 4097), (9999, 10_000), (10_000, 10_000), (0, 10_000)):
+        assert np.array_equal(corpus.starts(start, stop), starts[start : stop + 1])
+    some = rng.integers(0, 10_000, 500)
+    assert np.array_equal(corpus.spans(some), np.stack([starts[some], starts[some + 1]], axis=1))
+    assert corpus.spans([]).shape == (0, 2)
+    assert "row_starts" not in vars(corpus), "the whole axis stays on disk"
+    assert np.array_equal(corpus.row(4096), rows[4096])
+    for bad in ((-1, 1), (0, 10_001), (3, 2)):
+        with pytest.raises(InvalidInput, match="are outside corpus 'docs' of 10000 rows"):
+            corpus.starts(*bad)
+    with pytest.raises(InvalidInput, match="row 10000 is outside corpus 'docs' of 10000 rows"):
+        corpus.spans([0, 10_000])
+
+
+def test_a_corpus_of_format_1_is_searched_in_memory() -> None:
+    corpus = Cache.open(Path(__file__).parent / "golden" / "format-1").corpus("docs")
+    rows = corpus.rows(0, len(corpus))
+    assert corpus.find([*(corpus.key(row) for row in rows), b"\0" * 16]) == [*range(len(rows)), None]
+    assert np.array_equal(corpus.shard_starts, corpus.row_starts[corpus.shard_rows])
+    assert corpus.annotations() == []

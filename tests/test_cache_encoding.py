@@ -139,7 +139,7 @@ def test_a_stored_rank_over_the_vocabulary_is_refused() -> None:
 
 
 def test_an_unknown_encoding_is_named_with_the_known_ones() -> None:
-    with pytest.raises(InvalidInput, match="'u4' is unknown; known are u8, f16, f32"):
+    with pytest.raises(InvalidInput, match="'u4' is unknown; known are u8, archive, f16, f32"):
         encoding_by_name("u4")
 
 

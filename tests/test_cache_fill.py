@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import resource
 import signal
@@ -13,27 +14,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache import Cache, Fields, Targets
+from cache import Fields, Targets
 from cache.errors import InvalidInput, TeacherFailed
 from cache.fill import FillPlan, FillProgress, fill
-from cache.garbage import find_garbage
+from cache.garbage import find_garbage, remove_garbage
 from cache.targets import TargetSet
 from cache.types import Tokens
+from clients.cli import main
 from tests.corpora import make_corpus, plan_targets, teacher_for, topics
 from tests.fakes import FakeTeacher
+from tests.fill_job import assert_whole, fill_job, report_of, segment_bytes, step_of
 
 PLAN = FillPlan(batch_tokens=200, in_flight=2)
-
-
-def segment_bytes(cache: Cache) -> dict[tuple[int, str], bytes]:
-    """Every committed object's bytes, by shard and path within its segment."""
-    targets = cache.targets("fake", "docs")
-    folder = Path(cache.root.url)
-    return {
-        (commit.shard, item.path): (folder / targets.segment_path(commit.segment) / item.path).read_bytes()
-        for commit in targets.commits()
-        for item in commit.objects
-    }
+# No ids are kept, so there is no rank table, and no pilot that is scored before the first shard.
+NO_PILOT = Fields(k=0, entropy=True)
 
 
 async def test_a_fill_commits_every_shard_and_a_second_one_finds_nothing_to_do(tmp_path: Path) -> None:
@@ -43,6 +37,7 @@ async def test_a_fill_commits_every_shard_and_a_second_one_finds_nothing_to_do(t
     report = await fill(teacher, plan_targets(cache, teacher), PLAN, on_progress=seen.append)
     assert report.shards_committed == corpus.num_shards
     assert report.positions_scored == corpus.num_positions
+    assert sorted(teacher.scored) == sorted(corpus.row(row).tobytes() for row in range(len(corpus)))
     assert seen[-1] == FillProgress(corpus.num_positions, corpus.num_positions, corpus.num_shards, corpus.num_shards)
     targets = cache.targets("fake", "docs")
     assert targets.committed.all()
@@ -79,26 +74,19 @@ async def test_batches_hold_whole_rows_up_to_the_budget_and_wait_at_the_teacher_
     assert most == 3
 
 
-def run_job(root: Path, tokens_per_second: float) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.fill_job", str(root), str(tokens_per_second)]
-    cwd = Path(__file__).resolve().parent.parent
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=cwd)
-
-
 def test_killed_in_the_middle_and_run_again_it_ends_with_the_bytes_of_an_undisturbed_run(tmp_path: Path) -> None:
-    texts = topics(30)
+    texts = topics(20)
     undisturbed, corpus = make_corpus(tmp_path / "whole", texts=texts)
     teacher = teacher_for(corpus)
     asyncio.run(fill(teacher, plan_targets(undisturbed, teacher), PLAN))
 
     cache, _ = make_corpus(tmp_path / "killed", texts=texts)
-    kept: dict[tuple[int, str], bytes] = {}
+    kept: dict[tuple[str, int, str], bytes] = {}
     rng = random.Random(7)
     for _ in range(3):
-        with run_job(tmp_path / "killed", 20_000) as job:
-            assert job.stdout is not None
+        with fill_job(tmp_path / "killed", "--tokens-per-second", 20_000) as job:
             # Past the first commit of this run, then at a random moment.
-            while int((job.stdout.readline() or "1").split()[0]) < 1:
+            while step_of(job)["shards_committed"] < 1:
                 pass
             time.sleep(rng.random() * 0.2)
             job.send_signal(signal.SIGKILL)
@@ -106,26 +94,138 @@ def test_killed_in_the_middle_and_run_again_it_ends_with_the_bytes_of_an_undistu
         assert {name: now[name] for name in kept} == kept, "a committed segment changed"
         kept = now
     assert kept, "the job was killed before its first commit"
-    with run_job(tmp_path / "killed", 0) as job:
-        job.communicate()
-    assert job.returncode == 0
+    with fill_job(tmp_path / "killed") as job:
+        report_of(job)
     final = segment_bytes(cache)
     assert {name: final[name] for name in kept} == kept
     assert final == segment_bytes(undisturbed)
-    targets = cache.targets("fake", "docs")
-    assert all(targets.corrupt_objects(shard) == [] for shard in range(corpus.num_shards))
+    for garbage in find_garbage(cache.root, min_age_seconds=0):
+        remove_garbage(cache.root, garbage)
+    assert_whole(cache)
 
 
-def test_two_jobs_at_once_leave_one_commit_a_shard(tmp_path: Path) -> None:
+def test_two_jobs_share_the_work_and_score_nothing_twice(tmp_path: Path) -> None:
+    cache, corpus = make_corpus(tmp_path / "c", texts=topics(20))
+    options = ("--fields", json.dumps(NO_PILOT.to_json()), "--tokens-per-second", 5000)
+    with fill_job(tmp_path / "c", *options) as first, fill_job(tmp_path / "c", *options) as second:
+        reports = [report_of(first), report_of(second)]
+    assert_whole(cache)
+    assert sum(report["shards_committed"] for report in reports) == corpus.num_shards
+    assert all(report["shards_committed"] >= 2 for report in reports)
+    assert all(report["shards_lost"] == 0 for report in reports)
+    rows = [row for report in reports for row in report["rows"]]
+    assert len(rows) == len(corpus)
+    assert len(rows) == len(set(rows)), "the texts have no two equal rows"
+
+
+def test_the_pilot_is_scored_by_one_of_two_jobs_while_the_other_waits(tmp_path: Path) -> None:
+    texts = topics(20)
+    undisturbed, corpus = make_corpus(tmp_path / "whole", texts=texts)
+    teacher = teacher_for(corpus)
+    asyncio.run(fill(teacher, plan_targets(undisturbed, teacher), PLAN))
+    cache, _ = make_corpus(tmp_path / "c", texts=texts)
+    options = ("--tokens-per-second", 20_000)
+    with fill_job(tmp_path / "c", *options) as first, fill_job(tmp_path / "c", *options) as second:
+        reports = [report_of(first), report_of(second)]
+    assert_whole(cache)
+    assert segment_bytes(cache) == segment_bytes(undisturbed)
+    assert sum(report["shards_committed"] for report in reports) == corpus.num_shards
+    # This corpus is its own pilot: one job has all its targets, the other scores what it takes.
+    assert sorted(len(report["rows"]) == len(corpus) for report in reports) == [False, True]
+
+
+def test_a_killed_jobs_shards_are_taken_over_at_once_by_who_waits_for_them(tmp_path: Path) -> None:
+    cache, corpus = make_corpus(tmp_path / "c", shard_positions=100_000)
+    with fill_job(tmp_path / "c", "--tokens-per-second", 10, "--claim-seconds", 1000) as slow:
+        while not cache.root.objects("targets/fake/docs/claims"):
+            time.sleep(0.01)
+        with fill_job(tmp_path / "c", "--claim-seconds", 1000) as other:
+            while not step_of(other)["waiting_for"]:
+                pass
+            slow.send_signal(signal.SIGKILL)
+            report = report_of(other)
+    assert report["shards_committed"] == corpus.num_shards == 1
+    assert_whole(cache)
+
+
+def test_a_job_stopped_past_its_claim_loses_and_cleans_up_when_it_wakes(tmp_path: Path) -> None:
+    cache, corpus = make_corpus(tmp_path / "c", texts=topics(20), shard_positions=3000)
+    with fill_job(tmp_path / "c", "--tokens-per-second", 8000, "--claim-seconds", 1) as stalled:
+        while step_of(stalled)["shards_committed"] < 1:
+            pass
+        stalled.send_signal(signal.SIGSTOP)
+        with fill_job(tmp_path / "c", "--claim-seconds", 1) as other:
+            report = report_of(other)
+        assert report["shards_committed"] >= 1
+        final = segment_bytes(cache)
+        assert cache.targets("fake", "docs").committed.all()
+        stalled.send_signal(signal.SIGCONT)
+        late = report_of(stalled)
+    assert late["shards_elsewhere"] >= 1
+    assert late["shards_committed"] + late["shards_elsewhere"] == corpus.num_shards
+    assert segment_bytes(cache) == final
+    assert_whole(cache)
+
+
+class Stalling(FakeTeacher):
+    """Goes on with its second shard only when told, whatever happens to its claim meanwhile."""
+
+    def __init__(self, base: FakeTeacher, until: asyncio.Event) -> None:
+        super().__init__(base.identity)
+        self._until = until
+        self.reached = asyncio.Event()
+
+    async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
+        if len(self.scored) > 20:
+            self.reached.set()
+            await self._until.wait()
+        return await super().score(rows, want)
+
+
+async def test_a_shard_taken_over_while_it_is_scored_is_lost_without_a_trace(tmp_path: Path) -> None:
     cache, corpus = make_corpus(tmp_path / "c")
-    jobs = [run_job(tmp_path / "c", 0) for _ in range(2)]
-    for job in jobs:
-        job.communicate()
-        assert job.returncode == 0
-    targets = cache.targets("fake", "docs")
-    assert targets.committed.all()
-    assert all(targets.corrupt_objects(shard) == [] for shard in range(corpus.num_shards))
-    assert find_garbage(cache.root, min_age_seconds=0) == []
+    resumed = asyncio.Event()
+    stalling = Stalling(teacher_for(corpus), resumed)
+    targets = cache.plan_targets("fake", "docs", stalling.identity, fields=NO_PILOT)
+    job = asyncio.create_task(fill(stalling, targets, FillPlan(batch_tokens=200, claim_seconds=1000)))
+    await stalling.reached.wait()
+    held = cache.root.objects(targets.claims_path)
+    for name in held:
+        stem, generation = name.removesuffix(".json").split("-")
+        cache.root.create(f"{targets.claims_path}/{stem}-{int(generation) + 1:04d}.json", b"another job's")
+    good = teacher_for(corpus)
+    other = cache.plan_targets("fake", "docs", good.identity, fields=NO_PILOT)
+    for name in held:
+        shard = int(name.split("-")[0])
+        rows = corpus.rows(*(int(row) for row in corpus.shard_rows[shard : shard + 2]))
+        other.write_shard(shard, Targets.concat(await good.score(rows, NO_PILOT)), good.provenance)
+        cache.root.delete(targets.claims_path)
+    resumed.set()
+    report = await job
+    assert report.shards_lost == len(held)
+    assert report.shards_committed + report.shards_lost == corpus.num_shards
+    assert_whole(cache)
+
+
+async def test_fields_added_later_are_filled_into_a_set_of_their_own(tmp_path: Path) -> None:
+    cache, corpus = make_corpus(tmp_path / "c")
+    teacher = teacher_for(corpus)
+    await fill(teacher, plan_targets(cache, teacher), PLAN)
+    before = segment_bytes(cache)
+    wanted = Fields(k=16, draws=20, seed=3, entropy=True, temperatures=(2.0,))
+    added = cache.plan_targets("fake", "docs", teacher.identity, fields=wanted)
+    assert added.fields == Fields(k=0, draws=20, seed=3, entropy=True, temperatures=(2.0,))
+    await fill(teacher, added, PLAN)
+    after = segment_bytes(cache)
+    assert {name: after[name] for name in before} == before
+    assert len(after) > len(before)
+    found = cache.targets("fake", "docs").read_rows([3])[0]
+    exact = teacher.targets(corpus.row(3), wanted)
+    assert found.draws is not None
+    assert exact.draws is not None
+    assert np.array_equal(found.draws.ids, exact.draws.ids)
+    assert np.array_equal(found.ids, exact.ids)
+    assert_whole(cache)
 
 
 async def test_cancelled_it_commits_the_shard_being_written_and_no_other(tmp_path: Path) -> None:
@@ -156,7 +256,8 @@ async def test_cancelled_during_the_last_write_it_commits_and_is_cancelled_all_t
         if at.positions_scored == at.positions and not at.shards_committed:
             scored.set()
 
-    job = asyncio.create_task(fill(teacher, plan_targets(cache, teacher), PLAN, on_progress=on_progress))
+    targets = cache.plan_targets("fake", "docs", teacher.identity, fields=NO_PILOT)
+    job = asyncio.create_task(fill(teacher, targets, PLAN, on_progress=on_progress))
     await scored.wait()
     job.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -189,12 +290,12 @@ async def test_a_teacher_that_fails_stops_the_fill_and_keeps_what_was_committed(
     cache, corpus = make_corpus(tmp_path / "c")
     teacher = Broken(teacher_for(corpus), good=12, error=error)
     with pytest.raises(TeacherFailed, match="the engine died" if error else "other rows"):
-        await fill(teacher, plan_targets(cache, teacher), PLAN)
+        await fill(teacher, cache.plan_targets("fake", "docs", teacher.identity, fields=NO_PILOT), PLAN)
     committed = cache.targets("fake", "docs").committed
     assert 0 < committed.sum() < corpus.num_shards
     good = teacher_for(corpus)
-    await fill(good, plan_targets(cache, good), PLAN)
-    assert cache.targets("fake", "docs").committed.all()
+    await fill(good, cache.plan_targets("fake", "docs", good.identity, fields=NO_PILOT), PLAN)
+    assert_whole(cache)
 
 
 FULL_DISK = """
@@ -223,7 +324,7 @@ def test_a_store_that_takes_no_more_bytes_leaves_the_shard_uncommitted_and_says_
         check=True,
         cwd=Path(__file__).resolve().parent.parent,
     )
-    assert done.stdout.startswith("store targets/fake/docs/segments/000000-")
+    assert done.stdout.startswith("store shard 0 stays uncommitted: targets/fake/docs/segments/000000-")
     assert "free space or mend access, then run it again" in done.stdout
     targets: TargetSet = cache.targets("fake", "docs")
     assert not targets.committed.any()
@@ -236,3 +337,27 @@ def test_a_plan_of_nothing_is_refused() -> None:
     with pytest.raises(InvalidInput, match="--batch-tokens is 0"):
         FillPlan(batch_tokens=0)
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+
+def test_a_prefill_with_nothing_to_do_does_not_open_its_teacher(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache, corpus = make_corpus(tmp_path / "c")
+    teacher = teacher_for(corpus)
+    asyncio.run(fill(teacher, cache.plan_targets("fake", "docs", teacher.identity, fields=Fields(k=16)), PLAN))
+    arguments = ["prefill", "--cache", str(tmp_path / "c"), "--corpus", "docs", "--teacher", "fake=/no/model"]
+    assert main([*arguments, "--top-k", "16"]) == 0
+    out = capsys.readouterr().out
+    assert f"{corpus.num_shards} of {corpus.num_shards} shards committed" in out
+    assert "nothing to do; /no/model was not opened" in out
+    for more, kind in (
+        (["--top-k", "8"], "spec_mismatch"),
+        (["--top-k", "16", "--encoding", "f32"], "spec_mismatch"),
+        (["--top-k", "16", "--draws", "5", "--entropy"], "invalid_input: there is no model folder"),
+        (["--top-k", "16", "--claim-seconds", "0"], "invalid_input: --claim-seconds is 0"),
+    ):
+        assert main([*arguments, *more]) == 1
+        assert capsys.readouterr().err.startswith(kind)
+    with pytest.raises(SystemExit, match="2"):
+        main([*arguments, "--temperatures", "2,warm"])
+    assert "'2,warm' is not a list of numbers like 2,4" in capsys.readouterr().err

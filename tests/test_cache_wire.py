@@ -11,20 +11,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cache import Fields, Targets, wire
+from cache import Draws, Fields, Targets, wire
 from cache.errors import InvalidInput, PotstillError, WireVersionError
 from tests.fakes import FakeTeacher, fake_identity
 
 ROW = hnp.arrays(np.uint32, st.integers(0, 12), elements=st.integers(0, 2**32 - 1))
 FIELDS = st.builds(
     Fields,
-    k=st.integers(1, 5000),
-    draws=st.integers(0, 100),
+    k=st.integers(0, 5000),
+    draws=st.integers(1, 100),
     seed=st.integers(0, 2**63 - 1),
     entropy=st.booleans(),
     temperatures=st.lists(st.floats(0.01, 100.0), max_size=3).map(tuple),
     dense=st.booleans(),
-)
+) | st.builds(Fields, k=st.integers(1, 5000))
+
+
+ARRAYS = ("ids", "logprobs", "log_tail", "label_logprob", "entropy", "log_z", "dense")
+DRAW_ARRAYS = ("offsets", "ids", "counts")
 
 
 def floats(shape: tuple[int, ...]) -> st.SearchStrategy[np.ndarray]:
@@ -34,23 +38,29 @@ def floats(shape: tuple[int, ...]) -> st.SearchStrategy[np.ndarray]:
 
 
 @st.composite
+def some_draws(draw: st.DrawFn, num_positions: int) -> Draws:
+    lengths = draw(st.lists(st.integers(0, 4), min_size=num_positions, max_size=num_positions))
+    offsets = np.cumsum([0, *lengths], dtype=np.int64)
+    ids, counts = (draw(hnp.arrays(kind, int(offsets[-1]))) for kind in (np.uint32, np.uint16))
+    return Draws(offsets, ids, counts)
+
+
+@st.composite
 def answers(draw: st.DrawFn) -> wire.ScoreAnswer:
-    k = draw(st.integers(1, 5))
-    extras = {
-        "entropy": draw(st.booleans()),
-        "log_z": draw(st.sampled_from([None, 1, 3])),
-        "dense": draw(st.sampled_from([None, 7])),
-    }
+    k = draw(st.integers(0, 5))
+    entropy, has_draws = draw(st.booleans()), draw(st.booleans())
+    widths = {"log_z": draw(st.sampled_from([None, 1, 3])), "dense": draw(st.sampled_from([None, 7]))}
 
     def one(num_positions: int) -> Targets:
+        wide = {name: None if w is None else draw(floats((num_positions, w))) for name, w in widths.items()}
         return Targets(
             ids=draw(hnp.arrays(np.uint32, (num_positions, k))),
             logprobs=draw(floats((num_positions, k))),
             log_tail=draw(floats((num_positions,))),
             label_logprob=draw(floats((num_positions,))),
-            entropy=draw(floats((num_positions,))) if extras["entropy"] else None,
-            log_z=draw(floats((num_positions, extras["log_z"]))) if extras["log_z"] else None,
-            dense=draw(floats((num_positions, extras["dense"]))) if extras["dense"] else None,
+            entropy=draw(floats((num_positions,))) if entropy else None,
+            draws=draw(some_draws(num_positions)) if has_draws else None,
+            **wide,
         )
 
     lengths = draw(st.lists(st.integers(0, 5), max_size=4))
@@ -59,11 +69,15 @@ def answers(draw: st.DrawFn) -> wire.ScoreAnswer:
 
 
 def assert_same(left: Targets, right: Targets) -> None:
-    for name in ("ids", "logprobs", "log_tail", "label_logprob", "entropy", "log_z", "dense"):
-        a, b = getattr(left, name), getattr(right, name)
+    arrays = [(name, getattr(left, name), getattr(right, name)) for name in ARRAYS]
+    assert (left.draws is None) == (right.draws is None)
+    if left.draws is not None:
+        arrays += [(name, getattr(left.draws, name), getattr(right.draws, name)) for name in DRAW_ARRAYS]
+    for name, a, b in arrays:
         assert (a is None) == (b is None), name
         if a is not None:
             assert a.dtype == b.dtype, name
+            assert a.shape == b.shape, name
             np.testing.assert_array_equal(a, b, err_msg=name)
 
 
@@ -97,7 +111,13 @@ def test_a_json_answer_is_strict_json_with_null_for_no_number(answer: wire.Score
     text = json.dumps(wire.answer_to_json(answer), allow_nan=False)
     for row, targets in zip(json.loads(text)["rows"], answer.targets, strict=True):
         assert row["ids"] == targets.ids.tolist()
-        for name in ("logprobs", "log_tail", "label_logprob", "entropy", "log_z", "dense"):
+        assert ("draw_ids" in row) == ("draw_counts" in row) == (targets.draws is not None)
+        for position in range(targets.num_positions if targets.draws is not None else 0):
+            assert targets.draws is not None
+            there = targets.draws[position : position + 1]
+            assert row["draw_ids"][position] == there.ids.tolist()
+            assert row["draw_counts"][position] == there.counts.tolist()
+        for name in ARRAYS[1:]:
             array = getattr(targets, name)
             assert (name in row) == (array is not None)
             if array is not None:
@@ -105,10 +125,34 @@ def test_a_json_answer_is_strict_json_with_null_for_no_number(answer: wire.Score
                 np.testing.assert_array_equal(read, np.where(np.isfinite(array), array, np.nan))
 
 
-def some_answer() -> bytes:
+def some_answer(fields: Fields) -> bytes:
     teacher = FakeTeacher()
     row = np.arange(9, dtype=np.uint32)
-    return wire.answer_to_arrow(wire.ScoreAnswer(teacher.identity, [teacher.distribution(row, 3)] * 2), Fields(k=3))
+    return wire.answer_to_arrow(wire.ScoreAnswer(teacher.identity, [teacher.targets(row, fields)] * 2), fields)
+
+
+TOP_3 = Fields(k=3)
+NO_TOP_K = Fields(k=0, draws=5, entropy=True, temperatures=(2.0,), dense=True)
+
+
+def column_names(body: bytes) -> list[str]:
+    with pa.ipc.open_stream(body) as reader:
+        names: list[str] = reader.schema.names
+    return names
+
+
+def test_columns_that_were_not_asked_for_are_not_sent() -> None:
+    always = ["log_tail", "label_logprob"]
+    assert column_names(some_answer(TOP_3)) == ["ids", "logprobs", *always]
+    assert column_names(some_answer(Fields(k=0, draws=2))) == [*always, "draw_ids", "draw_counts"]
+    assert column_names(some_answer(NO_TOP_K)) == [*always, "entropy", "log_z", "dense", "draw_ids", "draw_counts"]
+
+
+def test_a_range_without_a_top_k_survives_arrow() -> None:
+    targets = FakeTeacher().targets(np.arange(5, dtype=np.uint32), NO_TOP_K)
+    (got,) = wire.answer_from_arrow(wire.targets_to_arrow(fake_identity(), targets)).targets
+    assert_same(got, targets)
+    assert got.k == 0
 
 
 def some_request() -> bytes:
@@ -149,14 +193,16 @@ def test_a_broken_request_raises_nothing_but_our_errors(body: bytes) -> None:
     assert all(row.dtype == np.uint32 for row in request.rows)
 
 
-@settings(max_examples=300)
-@given(body=mutated(some_answer()))
+@settings(max_examples=600)
+@given(body=mutated(some_answer(TOP_3)) | mutated(some_answer(NO_TOP_K)))
 def test_a_broken_answer_raises_nothing_but_our_errors(body: bytes) -> None:
     try:
         answer = wire.answer_from_arrow(body)
     except PotstillError:
         return
-    assert all(targets.ids.dtype == np.uint32 for targets in answer.targets)
+    for targets in answer.targets:
+        assert targets.ids.dtype == np.uint32
+        assert targets.draws is None or len(targets.draws.offsets) == targets.num_positions + 1
 
 
 @given(body=st.binary(max_size=200))
@@ -215,7 +261,8 @@ TWICE = pa.schema([row_schema().field(0)] * 2, metadata=META)
         (stream(row_schema(metadata={**META, b"potstill.fields": b"[" * 100_000}), ROWS), "JSON"),
         (stream(row_schema(metadata={**META, b"potstill.fields": b"\xff\xfe\xfd"}), ROWS), "JSON"),
         (stream(row_schema(metadata={**META, b"potstill.fields": b"[]"}), ROWS), "object"),
-        (stream(row_schema(metadata={**META, b"potstill.fields": b'{"k": 0}'}), ROWS), "fields.k"),
+        (stream(row_schema(metadata={**META, b"potstill.fields": b'{"k": 0}'}), ROWS), "k is 0"),
+        (stream(row_schema(metadata={**META, b"potstill.fields": b'{"k": -1}'}), ROWS), "fields.k"),
         (stream(row_schema(metadata={**META, b"potstill.fields": b'{"top": 1}'}), ROWS), "'top'"),
         (stream(row_schema(), ROWS)[:-40], "Arrow"),
         (b"", "Arrow"),
@@ -276,9 +323,41 @@ GOOD = {
 }
 
 
+DRAW_IDS = pa.array([[5, 9]], pa.list_(pa.uint32()))
+DRAW_COUNTS = pa.array([[1, 4]], pa.list_(pa.uint16()))
+
+
+def test_columns_in_any_order_and_draws_of_a_sliced_batch_are_read() -> None:
+    several = {
+        "draw_counts": pa.array([[7], [1, 4], [], [5]], pa.list_(pa.uint16())),
+        "draw_ids": pa.array([[0], [5, 9], [], [2]], pa.list_(pa.uint32())),
+        "label_logprob": pa.array([-1.0] * 4, pa.float32()),
+        "log_tail": pa.array([0.0] * 4, pa.float32()),
+    }
+    identity = json.dumps(fake_identity().to_json()).encode()
+    schema = pa.schema(
+        [(name, column.type) for name, column in several.items()],
+        metadata={b"potstill.format": b"1", b"potstill.identity": identity},
+    )
+    batch = pa.record_batch(list(several.values()), schema=schema).slice(1)
+    (got,) = wire.answer_from_arrow(stream(schema, *batch.columns)).targets
+    assert got.draws is not None
+    assert (got.num_positions, got.k) == (3, 0)
+    assert got.draws.offsets.tolist() == [0, 2, 2, 3]
+    assert got.draws.ids.tolist() == [5, 9, 2]
+    assert got.draws.counts.tolist() == [1, 4, 5]
+
+
 @pytest.mark.parametrize(
     "columns",
     [
+        {**GOOD, "draw_ids": DRAW_IDS},
+        {**GOOD, "draw_counts": DRAW_COUNTS},
+        {**GOOD, "draw_ids": DRAW_IDS, "draw_counts": DRAW_IDS},
+        {**GOOD, "draw_ids": DRAW_IDS, "draw_counts": pa.array([[1]], DRAW_COUNTS.type)},
+        {**GOOD, "draw_ids": DRAW_IDS, "draw_counts": pa.array([None], DRAW_COUNTS.type)},
+        {**GOOD, "draw_ids": pa.array([[1, None]], DRAW_IDS.type), "draw_counts": DRAW_COUNTS},
+        {**GOOD, "draw_ids": fixed([[1, 2]], pa.uint32(), 2), "draw_counts": DRAW_COUNTS},
         {name: column for name, column in GOOD.items() if name != "log_tail"},
         {name: column for name, column in GOOD.items() if name != "ids"},
         {**GOOD, "logprobs": fixed([[-0.5]], pa.float32(), 1)},

@@ -48,7 +48,7 @@ def rows_of(*lengths: int) -> list[Tokens]:
 
 @pytest.fixture
 def teacher() -> FakeTeacher:
-    return FakeTeacher()
+    return FakeTeacher(top_k_only=True)
 
 
 @pytest.fixture

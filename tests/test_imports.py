@@ -21,8 +21,9 @@ ALLOWED = {
 HEAVY = {
     "vllm": {"teacher_service/vllm_engine.py"},
     "ray": {"student_trainer/ray_train.py"},
-    "zarr": {"cache/groups.py"},
-    "obstore": {"cache/store.py", "cache/groups.py"},
+    "zarr": {"cache/groups.py", "cache/chunks.py", "cache/pipelines.py"},
+    "obstore": {"cache/store.py", "cache/object_stores.py", "cache/pipelines.py"},
+    "numba": {"cache/entropy_coder.py"},
 }
 NEVER = {"cache": {"torch", "transformers", "vllm", "ray", "fastapi", "httpx", "uvicorn"}, "clients": {"torch", "vllm"}}
 
@@ -65,7 +66,7 @@ def test_no_file_is_long_and_none_is_named_for_nothing() -> None:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_importing_a_package_stays_fast(package: str) -> None:
-    slow = ("torch", "zarr", "vllm", "ray", "transformers", "pyarrow", "fastapi", "obstore")
+    slow = ("torch", "zarr", "vllm", "ray", "transformers", "pyarrow", "fastapi", "obstore", "numba")
     code = f"import sys, {package}; print([m for m in {slow!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"

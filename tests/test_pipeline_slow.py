@@ -119,8 +119,9 @@ def start_prefill(root: Path, model: Path) -> subprocess.Popen[bytes]:
 def segment_bytes(root: Path) -> dict[tuple[int, str], bytes]:
     targets = OpenCache.open(root).targets("tiny", "docs")
     return {
-        (commit.shard, item.path): (root / targets.segment_path(commit.segment) / item.path).read_bytes()
-        for commit in targets.commits()
+        (commit.shard, item.path): (root / segments.segment_path(commit.segment) / item.path).read_bytes()
+        for segments in targets.sets
+        for commit in segments.commits()
         for item in commit.objects
     }
 
@@ -152,4 +153,4 @@ def test_a_real_teachers_prefill_killed_in_the_middle_goes_on_where_it_was(tmp_p
     assert np.abs(a.logprobs - b.logprobs).max() <= 1e-4
     assert np.nanmax(np.abs(a.label_logprob - b.label_logprob)) <= 1e-4
     assert np.abs(np.exp(a.log_tail) - np.exp(b.log_tail)).max() <= 1e-4
-    assert all(two.corrupt_objects(shard) == [] for shard in range(shards))
+    assert all(two.sets[0].corrupt_objects(shard) == [] for shard in range(shards))

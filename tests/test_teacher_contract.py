@@ -13,30 +13,36 @@ from cache.types import Teacher
 from clients import HttpTeacher
 from teacher_service.replicas import Keep, ReplicaPool
 from teacher_service.vllm_teacher import VllmTeacher
-from tests.contracts import TeacherContract
+from tests.contracts import FieldsTeacherContract, TopKTeacherContract
 from tests.fakes import FakeTeacher
 from tests.servers import hosted, serving_teachers
 
 
-class TestFake(TeacherContract):
+class TestFake(FieldsTeacherContract):
     @pytest.fixture
     def teacher(self) -> Teacher:
         return FakeTeacher()
 
 
-class TestPool(TeacherContract):
+class TestFakeOfTheTopKOnly(TopKTeacherContract):
+    @pytest.fixture
+    def teacher(self) -> Teacher:
+        return FakeTeacher(top_k_only=True)
+
+
+class TestPool(FieldsTeacherContract):
     @pytest.fixture
     def teacher(self) -> Teacher:
         return ReplicaPool(FakeTeacher())
 
 
-class TestVllm(TeacherContract):
+class TestVllm(TopKTeacherContract):
     @pytest.fixture
     def teacher(self, vllm_teacher: VllmTeacher) -> Teacher:
         return vllm_teacher
 
 
-class TestCachedVllm(TeacherContract):
+class TestCachedVllm(TopKTeacherContract):
     @pytest.fixture
     async def teacher(self, vllm_teacher: VllmTeacher, tmp_path: Path) -> AsyncIterator[Teacher]:
         cache = Cache.open(tmp_path / "c", mode="r+")
@@ -44,10 +50,18 @@ class TestCachedVllm(TeacherContract):
             yield cached
 
 
-class TestHttpBeforeCacheBeforeFake(TeacherContract):
+class TestHttpBeforeCacheBeforeFake(TopKTeacherContract):
     @pytest.fixture
     async def teacher(self, tmp_path: Path) -> AsyncIterator[Teacher]:
         keep = Keep(Cache.open(tmp_path / "c", mode="r+"), KeepPolicy(k=64))
         with serving_teachers(hosted("fake", FakeTeacher(), keep)) as url:
+            async with HttpTeacher.open(url, "fake") as client:
+                yield client
+
+
+class TestHttpBeforeFake(FieldsTeacherContract):
+    @pytest.fixture
+    async def teacher(self) -> AsyncIterator[Teacher]:
+        with serving_teachers(hosted("fake", FakeTeacher())) as url:
             async with HttpTeacher.open(url, "fake") as client:
                 yield client

@@ -73,7 +73,7 @@ def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
 
 @pytest.fixture
 def teacher() -> FakeTeacher:
-    return FakeTeacher()
+    return FakeTeacher(top_k_only=True)
 
 
 @pytest.fixture
@@ -168,6 +168,9 @@ def test_no_rows_are_answered_and_an_empty_row_is_refused(url: str) -> None:
         ({"rows": [[1]] * 51}, 422, "limit_exceeded", "max_rows=50"),
         ({"rows": [[1] * 2001], "fields": {"k": 1}}, 422, "limit_exceeded", "max_tokens_in_flight=2000"),
         ({"rows": [[1] * 200], "fields": {"k": 64}}, 422, "limit_exceeded", "max_answer_bytes=50000"),
+        ({"rows": [[1] * 200], "fields": {"k": 0, "dense": True}}, 422, "limit_exceeded", "max_answer_bytes=50000"),
+        ({"rows": [[1] * 200], "fields": {"k": 0, "draws": 99}}, 422, "limit_exceeded", "max_answer_bytes=50000"),
+        ({"rows": [[1]], "fields": {"k": 0}}, 422, "invalid_input", "nothing"),
         ({"rows": [[1]], "fields": {"dense": True}}, 422, "unsupported_field", "dense"),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from cache.errors import InvalidInput
+from cache.errors import FormatError, InvalidInput
 
 SUMMARY = "remove what stopped writers left in a cache"
 
@@ -22,21 +22,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Show each group that no record names, and remove it unless --dry-run."""
+    """Show each group that no record names, and remove it unless --dry-run.
+
+    Raises:
+        FormatError: after all that, when something was left alone because a record there cannot be read.
+    """
     from cache.garbage import find_garbage, remove_garbage
     from cache.store import Root
 
     if not args.min_age_hours >= 0:
         raise InvalidInput(f"--min-age-hours is {args.min_age_hours}; it must be at least 0")
     root = Root.open(args.root)
-    garbage = find_garbage(root, min_age_seconds=args.min_age_hours * 3600)
+    skipped: list[str] = []
+    found = find_garbage(root, min_age_seconds=0.0, on_skip=skipped.append)
+    garbage = [item for item in found if item.age_seconds >= args.min_age_hours * 3600]
+    removed = []
     for item in garbage:
         print(f"{item.path}  {item.size:,} bytes")
-        if not args.dry_run:
-            remove_garbage(root, item)
-    younger = len(find_garbage(root, min_age_seconds=0.0)) - (len(garbage) if args.dry_run else 0)
+        if args.dry_run or remove_garbage(root, item):
+            removed.append(item)
+    younger = len(found) - len(garbage)
     if younger:
         print(f"{younger:,} more groups are younger than {args.min_age_hours:g} h (--min-age-hours)")
     verb = "would be removed" if args.dry_run else "removed"
-    print(f"{len(garbage):,} groups of {sum(item.size for item in garbage):,} bytes {verb}")
+    print(f"{len(removed):,} groups of {sum(item.size for item in removed):,} bytes {verb}")
+    if skipped:
+        more = f"; so were {len(skipped) - 1:,} more places" if len(skipped) > 1 else ""
+        raise FormatError(f"{skipped[0]}; what it may name was left alone{more}")
     return 0

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import TYPE_CHECKING, Any
+import sys
+from pathlib import Path
+from typing import Any
 
-if TYPE_CHECKING:
-    from cache.cache import Cache
-    from cache.targets import TargetSet
+from cache.errors import StoreError
+from cache.types import Fields
 
 SUMMARY = "show the corpora and targets of a cache"
 
@@ -17,13 +18,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("root", metavar="ROOT")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--html", metavar="FILE", type=Path, help="also write one page with charts to FILE")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print it."""
     from cache.cache import Cache
+    from cache.inspection import inspect_cache
 
-    found = describe(Cache.open(args.root))
+    cache = Cache.open(args.root)
+    inspection = inspect_cache(cache)
+    found = inspection.to_json
+    if args.html is not None:
+        from cache.inspect_html import page
+
+        _write(args.html, page(cache, inspection))
     if args.json:
         print(json.dumps(found, indent=1))
     elif not found["corpora"]:
@@ -33,61 +42,49 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def describe(cache: Cache) -> dict[str, Any]:
-    """Every corpus and every target set, as `--json` prints it."""
-    corpora: dict[str, Any] = {}
-    targets: dict[str, dict[str, Any]] = {}
-    for name in cache.corpora():
-        corpus = cache.corpus(name)
-        corpora[name] = {
-            "rows": len(corpus),
-            "positions": corpus.num_positions,
-            "shards": corpus.num_shards,
-            "tokenizer_sha256": corpus.tokenizer_sha256,
-            "duplicate_rows": corpus.spec.duplicate_rows,
-            "sources": [source.to_json() for source in corpus.spec.sources],
-        }
-        for teacher in cache.teachers(name):
-            targets.setdefault(teacher, {})[name] = _describe_targets(cache.targets(teacher, name))
-    return {"corpora": corpora, "targets": targets}
-
-
-def _describe_targets(targets: TargetSet) -> dict[str, Any]:
-    commits = targets.commits()
-    lengths = targets.corpus.shard_starts[1:] - targets.corpus.shard_starts[:-1]
-    positions = int(sum(lengths[commit.shard] for commit in commits))
-    stored = sum(commit.num_bytes for commit in commits)
-    return {
-        "identity": targets.identity.to_json(),
-        "fields": targets.fields.to_json(),
-        "encoding": targets.encoding.to_json(),
-        "shards_committed": len(commits),
-        "shards": targets.corpus.num_shards,
-        "bytes": stored,
-        "bytes_per_position": stored / positions if positions else None,
-        "measured_error": _worst_error(targets),
-    }
-
-
-def _worst_error(targets: TargetSet) -> dict[str, float]:
-    """The largest of each error figure over the commits."""
-    errors = [commit.error for commit in targets.commits()]
-    return {name: max(error[name] for error in errors) for name in (errors[0] if errors else ())}
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise StoreError(f"{path}: {error.strerror or error}; name another file after --html") from error
 
 
 def _print_tables(found: dict[str, Any]) -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    corpora = Table("corpus", "rows", "positions", "shards", "duplicates", "tokenizer", title="corpora")
-    for name, about in found["corpora"].items():
-        numbers = (f"{about[key]:,}" for key in ("rows", "positions", "shards", "duplicate_rows"))
-        corpora.add_row(name, *numbers, about["tokenizer_sha256"][:12])
-    sets = Table("teacher", "corpus", "model", "k", "encoding", "shards", "bytes", "bytes/position", title="targets")
-    for teacher, of_corpus in found["targets"].items():
+    # A pipe has no width: nothing has to be squeezed into 80 columns.
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console.print(_corpora(found["corpora"]))
+    console.print(_targets(found["targets"]))
+    sets = [
+        (teacher, corpus, each)
+        for teacher, of in found["targets"].items()
+        for corpus, about in of.items()
+        for each in about["sets"]
+    ]
+    if sets:
+        console.print(_sets(sets))
+        console.print(_provenance(sets))
+    if found["journals"]:
+        console.print(_journals(found["journals"]))
+
+
+def _corpora(corpora: dict[str, Any]) -> Any:
+    table = _table(
+        "corpora", "corpus", "rows", "positions", "shards", "duplicates", "bytes", "tokenizer", "annotations"
+    )
+    for name, about in corpora.items():
+        numbers = (f"{about[key]:,}" for key in ("rows", "positions", "shards", "duplicate_rows", "bytes"))
+        _add(table, name, *numbers, about["tokenizer_sha256"][:12], ", ".join(about["annotations"]) or "-")
+    return table
+
+
+def _targets(targets: dict[str, Any]) -> Any:
+    table = _table("targets", "teacher", "corpus", "model", "k", "encoding", "shards", "bytes", "bytes/position")
+    for teacher, of_corpus in targets.items():
         for corpus, about in of_corpus.items():
-            per_position = about["bytes_per_position"]
-            sets.add_row(
+            _add(
+                table,
                 teacher,
                 corpus,
                 about["identity"]["model"],
@@ -95,8 +92,89 @@ def _print_tables(found: dict[str, Any]) -> None:
                 about["encoding"]["name"],
                 f"{about['shards_committed']:,}/{about['shards']:,}",
                 f"{about['bytes']:,}",
-                "-" if per_position is None else f"{per_position:.1f}",
+                _number(about["bytes_per_position"], ".1f"),
             )
-    console = Console()
-    console.print(corpora)
-    console.print(sets)
+    return table
+
+
+def _sets(sets: list[tuple[str, str, dict[str, Any]]]) -> Any:
+    from cache.inspection import fields_text
+
+    table = _table(
+        "segment sets",
+        "teacher",
+        "corpus",
+        "set",
+        "fields",
+        "encoding",
+        "bound",
+        "max |Δlogprob|",
+        "mean KL",
+        "shards",
+        "folded",
+        "bytes/position",
+    )
+    for teacher, corpus, each in sets:
+        error = each["measured_error"]
+        _add(
+            table,
+            teacher,
+            corpus,
+            each["name"],
+            fields_text(Fields.from_json(each["fields"])),
+            each["encoding"]["name"],
+            f"{each['encoding']['max_abs_error']:g}",
+            _number(error.get("max_abs"), ".4f"),
+            _number(error.get("mean_kl"), ".1e"),
+            f"{each['shards_committed']:,}/{each['shards']:,}",
+            "yes" if each["folded"] else "no",
+            _number(each["bytes_per_position"], ".1f"),
+        )
+    return table
+
+
+def _provenance(sets: list[tuple[str, str, dict[str, Any]]]) -> Any:
+    table = _table("captured by", "teacher", "corpus", "set", "engine", "device", "path", "shards", "first", "last")
+    for teacher, corpus, each in sets:
+        for made in each["provenance"]:
+            _add(
+                table,
+                teacher,
+                corpus,
+                each["name"],
+                f"{made['engine']} {made['engine_version']}",
+                made["device"],
+                made["capture_path"],
+                f"{made['shards']:,}",
+                each["first_captured"] or "-",
+                each["last_captured"] or "-",
+            )
+    return table
+
+
+def _journals(journals: dict[str, Any]) -> Any:
+    table = _table("journals", "teacher", "segments", "rows", "positions", "bytes")
+    for teacher, about in journals.items():
+        _add(table, teacher, *(f"{about[key]:,}" for key in ("segments", "rows", "positions", "bytes")))
+    return table
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _table(title: str, *columns: str) -> Any:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _add(table: Any, *cells: str) -> None:
+    """A row of plain text: a name out of a record is not rich's markup."""
+    from rich.text import Text
+
+    table.add_row(*map(Text, cells))

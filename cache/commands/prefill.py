@@ -9,7 +9,7 @@ from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
 from cache.entry_points import open_teacher
-from cache.errors import InvalidInput, LimitExceeded
+from cache.errors import InvalidInput, LimitExceeded, StoreError
 from cache.progress import Step, progress
 from cache.types import Fields, Teacher
 
@@ -34,10 +34,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a model folder or name (the engine runs in this process), or http://host:port#NAME "
         "(a running service); may be given again",
     )
-    parser.add_argument("--top-k", type=int, default=64, help="entries kept a position (default %(default)s)")
-    parser.add_argument("--encoding", default="u8", help="u8, f16 or f32 (default %(default)s)")
+    parser.add_argument("--top-k", type=int, default=64, help="entries kept a position, 0 for none (default 64)")
+    parser.add_argument("--draws", type=int, default=0, metavar="N", help="draws with replacement a position")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default %(default)s)")
+    parser.add_argument("--entropy", action="store_true", help="keep the entropy of each position")
+    parser.add_argument(
+        "--temperatures", type=_numbers, default=(), metavar="T,T", help="keep log sum p**(1/T) of each T"
+    )
+    parser.add_argument("--dense", action="store_true", help="keep all logprobs: for small evaluation splits")
+    parser.add_argument("--encoding", default="u8", help="u8, archive, f16 or f32 (default %(default)s)")
     parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens a batch (default %(default)s)")
     parser.add_argument("--in-flight", type=int, default=4, help="batches at the teacher (default %(default)s)")
+    parser.add_argument(
+        "--claim-seconds",
+        type=float,
+        default=120.0,
+        metavar="S",
+        help="other jobs on the corpus take over what a job was silent about for so long (default %(default)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,9 +61,16 @@ def run(args: argparse.Namespace) -> int:
     from cache.fill import FillPlan
     from cache.store import check_name
 
-    fields = Fields(k=args.top_k)
+    fields = Fields(
+        k=args.top_k,
+        draws=args.draws,
+        seed=args.seed if args.draws else 0,
+        entropy=args.entropy,
+        temperatures=args.temperatures,
+        dense=args.dense,
+    )
     encoding_by_name(args.encoding)
-    plan = FillPlan(batch_tokens=args.batch_tokens, in_flight=args.in_flight)
+    plan = FillPlan(batch_tokens=args.batch_tokens, in_flight=args.in_flight, claim_seconds=args.claim_seconds)
     teachers = [_name_and_spec(text) for text in args.teacher]
     for name, _ in teachers:
         check_name("teacher", name)
@@ -72,21 +93,61 @@ async def prefill(
         PotstillError: whatever opening, scoring or writing raises; what is committed stays.
     """
     corpus = cache.corpus(corpus_name)
+    if _nothing_to_do(cache, corpus, name, spec, fields=fields, encoding=encoding):
+        return
     print(f"{name}: opening the teacher {spec}", flush=True)
     async with open_teacher(spec) as teacher:
-        _check_limits(teacher, corpus, fields)
         targets = cache.plan_targets(name, corpus_name, teacher.identity, fields=fields, encoding=encoding)
+        _check_limits(teacher, corpus, targets.fields)
+        if targets.fields != fields:
+            print(f"{name}: {_difference(fields, targets.fields)}", flush=True)
         try:
             report = await _fill_with_progress(teacher, targets, plan)
         except BaseException:
-            missing = int((~targets.committed).sum())
-            print(
-                f"{name}: stopped; {corpus.num_shards - missing} of {corpus.num_shards} shards are committed, "
-                "the same command goes on with the rest"
-            )
+            print(f"{name}: stopped; {_committed_so_far(targets)}the same command goes on with the rest")
             raise
-    stored = sum(commit.num_bytes for commit in targets.commits()) / max(corpus.num_positions, 1)
+    commits = [commit for each in targets.sets for commit in each.commits()]
+    stored = sum(commit.num_bytes for commit in commits) / max(corpus.num_positions, 1)
     print(_summary(name, targets, report) + f"; {stored:.1f} bytes/position")
+
+
+def _nothing_to_do(cache: Cache, corpus: Corpus, name: str, spec: str, *, fields: Fields, encoding: str) -> bool:
+    """Whether all that is asked for is there, so that no engine has to be started; says so.
+
+    Raises:
+        SpecMismatch: it is there with other parameters.
+    """
+    from cache.targets import has_targets
+
+    if not has_targets(cache.root, name, corpus.name):
+        return False
+    identity = cache.targets(name, corpus.name).identity
+    targets = cache.plan_targets(name, corpus.name, identity, fields=fields, encoding=encoding)
+    if not targets.committed.all():
+        return False
+    targets.fold()
+    shards = corpus.num_shards
+    print(
+        f"{name}: {shards} of {shards} shards committed ({shards} before), nothing to do; {spec} was not opened, "
+        f"so it was not checked to be the stored teacher {identity.model!r} still"
+    )
+    return True
+
+
+def _difference(asked: Fields, left: Fields) -> str:
+    kept, adding = (
+        ", ".join(key for key, value in fields.to_json().items() if value and key != "seed") if fields else "nothing"
+        for fields in (asked.without(left), left)
+    )
+    return f"{kept} is there already; filling {adding}"
+
+
+def _committed_so_far(targets: TargetSet) -> str:
+    try:
+        committed = targets.committed
+    except StoreError:
+        return ""  # it is what stopped the run, and is said there
+    return f"{int(committed.sum())} of {len(committed)} shards are committed, "
 
 
 async def _fill_with_progress(teacher: Teacher, targets: TargetSet, plan: FillPlan) -> FillReport:
@@ -95,7 +156,8 @@ async def _fill_with_progress(teacher: Teacher, targets: TargetSet, plan: FillPl
     with progress(f"prefill {targets.teacher}", "tokens") as show:
 
         def on_progress(at: FillProgress) -> None:
-            show(Step(at.positions_scored, at.positions, f"{at.shards_committed}/{at.shards} shards"))
+            waiting = f", waiting for {at.waiting_for} shards of other jobs" if at.waiting_for else ""
+            show(Step(at.positions_scored, at.positions, f"{at.shards_committed}/{at.shards} shards{waiting}"))
 
         return await fill(teacher, targets, plan, on_progress=on_progress)
 
@@ -116,12 +178,21 @@ def _check_limits(teacher: Teacher, corpus: Corpus, fields: Fields) -> None:
 
 def _summary(name: str, targets: TargetSet, report: FillReport) -> str:
     shards = targets.corpus.num_shards
-    lost = f", {report.shards_lost} by another writer meanwhile" if report.shards_lost else ""
+    lost = f", {report.shards_elsewhere} by other jobs meanwhile" if report.shards_elsewhere else ""
+    if report.shards_lost:
+        lost += f", {report.shards_lost} scored here in vain"
     return (
         f"{name}: {shards} of {shards} shards committed ({report.shards_before} before{lost}); scored "
         f"{report.positions_scored:,} positions in {report.seconds:.1f} s, "
         f"{report.positions_scored / max(report.seconds, 1e-9):,.0f} tokens/s"
     )
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers like 2,4") from None
 
 
 def _name_and_spec(text: str) -> tuple[str, str]:

@@ -1,108 +1,167 @@
-"""`potstill verify`: read every byte of a cache and compare it with what was committed."""
+"""`potstill verify`: compare every byte of a cache with what was committed, or a sample with a live teacher."""
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from cache.errors import CorruptSegment, FormatError, NotFound, PotstillError, SpecMismatch, UnknownCorpus
+from cache.entry_points import open_teacher
+from cache.errors import CorruptSegment, FormatError, InvalidInput, UnknownTeacher
 from cache.progress import Step, progress
 
 if TYPE_CHECKING:
-    from cache.cache import Cache
+    from cache.integrity import Checked
+    from cache.live import Drift
     from cache.targets import TargetSet
 
-SUMMARY = "check every committed byte of a cache"
+SUMMARY = "check every committed byte of a cache, or a sample against a live teacher"
+
+_INTERRUPTED = 128 + 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("root", metavar="ROOT")
     parser.add_argument("--json", action="store_true", help='print {"ok", "shards_checked", "corrupt"}')
+    parser.add_argument("--decode", action="store_true", help="also decode all values, as a reader does (slower)")
+    parser.add_argument("--jobs", type=int, default=4, help="groups read at one time (default %(default)s)")
+    live = parser.add_argument_group("against a live teacher (reads and scores the sample only)")
+    live.add_argument(
+        "--live", metavar="NAME=MODEL_OR_URL", help="the teacher, and the model or service that is to answer like it"
+    )
+    live.add_argument("--sample", type=int, default=16, help="rows to score again (default %(default)s)")
+    live.add_argument("--seed", type=int, default=0, help="of the sample (default %(default)s)")
+    live.add_argument("--corpus", metavar="NAME", help="only this corpus (default: all the teacher has targets for)")
+    live.add_argument(
+        "--tolerance", type=float, default=0.02, help="nats over the encoding's own bound (default %(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status 1 when anything is not as committed."""
+    """Exit status 1 when anything is not as committed, or has drifted; 130 when stopped."""
+    if args.live is not None:
+        return _run_live(args)
+    if args.jobs < 1:
+        raise InvalidInput(f"--jobs is {args.jobs}; it must be at least 1")
+    return _run_checks(args)
+
+
+@dataclass(slots=True)
+class _Summary:
+    shards: int = 0
+    others: int = 0
+    corrupt: list[str] = field(default_factory=list)
+
+    def add(self, checked: Checked) -> None:
+        self.corrupt.extend(checked.problems)
+        if checked.is_shard:
+            self.shards += 1
+        else:
+            self.others += 1
+
+
+def _run_checks(args: argparse.Namespace) -> int:
+    from cache.integrity import check_cache, count_checks
+    from cache.store import Root
+
+    root = Root.open(args.root)
+    found = _Summary()
+    stopped = False
+    with progress("verify", "groups") as show:
+        total = count_checks(root)
+        try:
+            with closing(check_cache(root, decode=args.decode, jobs=args.jobs)) as checks:
+                for checked in checks:
+                    found.add(checked)
+                    note = f"{len(found.corrupt):,} corrupt" if found.corrupt else ""
+                    show(Step(found.shards + found.others, total, note))
+        except KeyboardInterrupt:
+            stopped = True
+    if args.json:
+        ok = not found.corrupt and not stopped
+        print(json.dumps({"ok": ok, "shards_checked": found.shards, "corrupt": found.corrupt}, indent=1))
+    else:
+        _print_findings(args.root, found, stopped=stopped, total=total)
+    if stopped:
+        return _INTERRUPTED
+    return 1 if found.corrupt else 0
+
+
+def _print_findings(root: str, found: _Summary, *, stopped: bool, total: int) -> None:
+    for line in found.corrupt:
+        print(f"corrupt: {line}")
+    if found.corrupt:
+        print(
+            f"a damaged shard is scored again after `potstill delete {root} --teacher T --corpus C --shard N`, by the "
+            "same `potstill prefill`; for another damaged object see cache/FORMAT.md"
+        )
+    checked = f"{found.shards:,} shards and {found.others:,} other groups checked"
+    if stopped:
+        left = max(total - found.shards - found.others, 0)
+        print(f"stopped: {checked}, {len(found.corrupt):,} corrupt objects; about {left:,} groups were not looked at")
+    else:
+        print(f"{checked}, {len(found.corrupt):,} corrupt objects")
+
+
+def _run_live(args: argparse.Namespace) -> int:
     from cache.cache import Cache
 
-    with progress("verify", "groups") as show:
-        checks = list(_checks(Cache.open(args.root)))
-        corrupt: list[str] = []
-        for done, (_, check) in enumerate(checks, start=1):
-            corrupt.extend(check())
-            show(Step(done, len(checks)))
-    shards = sum(is_shard for is_shard, _ in checks)
+    name, equals, spec = args.live.partition("=")
+    if not equals or not spec:
+        raise InvalidInput(f"--live {args.live!r} must be NAME=MODEL_OR_URL")
+    if not args.tolerance >= 0:
+        raise InvalidInput(f"--tolerance is {args.tolerance}; it must be at least 0 nats")
+    cache = Cache.open(args.root)
+    corpora = [args.corpus] if args.corpus else [c for c in cache.corpora() if name in cache.teachers(c)]
+    if not corpora:
+        raise UnknownTeacher(f"teacher {name!r} has no targets in {args.root}; `potstill inspect` shows who has")
+    targets = {corpus: cache.targets(name, corpus).top_k_only() for corpus in corpora}
+    drifts, corrupt = asyncio.run(_measure(spec, targets, args))
+    ok = not corrupt and all(drift.within(args.tolerance) for drift in drifts.values())
     if args.json:
-        print(json.dumps({"ok": not corrupt, "shards_checked": shards, "corrupt": corrupt}, indent=1))
+        shown = {corpus: drift.to_json() for corpus, drift in drifts.items()}
+        answer: dict[str, Any] = {"ok": ok, "shards_checked": 0, "corrupt": corrupt, "drift": {name: shown}}
+        print(json.dumps(answer, indent=1))
     else:
         for line in corrupt:
             print(f"corrupt: {line}")
-        if corrupt:
-            print(
-                "to score a damaged shard again: delete its record, targets/<teacher>/<corpus>/commits/<shard>.json, "
-            )
-            print("and run the same `potstill prefill`; `potstill gc` removes what is left of the damaged segment")
-        print(f"{shards:,} shards and {len(checks) - shards:,} other groups checked, {len(corrupt):,} corrupt objects")
-    return 1 if corrupt else 0
+        for corpus, drift in drifts.items():
+            _print_drift(name, corpus, drift, args.tolerance)
+    return 0 if ok else 1
 
 
-Check = Callable[[], list[str]]
+async def _measure(
+    spec: str, targets: dict[str, TargetSet], args: argparse.Namespace
+) -> tuple[dict[str, Drift], list[str]]:
+    """The drift of each corpus' sample, and one line for each corpus whose stored rows cannot be read."""
+    import sys
+
+    from cache.live import check_same_vocabulary, measure_drift, sample_rows
+
+    drifts: dict[str, Drift] = {}
+    corrupt: list[str] = []
+    async with open_teacher(spec) as teacher:
+        for corpus, held in targets.items():
+            differences = check_same_vocabulary(held.identity, teacher.identity)
+            if differences:
+                print(f"{held.teacher} on {corpus}: stored != live: {differences}", file=sys.stderr)
+            try:
+                rows = sample_rows(held, args.sample, args.seed)
+                drifts[corpus] = await measure_drift(teacher, held, rows)
+            except (CorruptSegment, FormatError) as error:
+                corrupt.append(error.detail)
+    return drifts, corrupt
 
 
-def _checks(cache: Cache) -> Iterator[tuple[bool, Check]]:
-    """(whether it is a shard, what to call) for everything that is published."""
-    from cache.targets import target_set_paths
-
-    for name in cache.root.folders("corpora"):
-        try:
-            corpus = cache.corpus(name)
-        except UnknownCorpus:
-            continue  # never sealed: garbage
-        except (CorruptSegment, FormatError) as error:
-            yield False, _known(error)
-            continue
-        yield False, corpus.corrupt_objects
-    for path in target_set_paths(cache.root):
-        yield from _target_checks(cache, path)
-    yield from _journal_checks(cache)
-
-
-def _target_checks(cache: Cache, path: str) -> Iterator[tuple[bool, Check]]:
-    """A set with commits must open, whatever was lost of it or of its corpus."""
-    _, teacher, corpus = path.split("/")
-    if not cache.root.objects(f"{path}/commits"):
-        return
-    try:
-        targets = cache.targets(teacher, corpus)
-    except (CorruptSegment, FormatError, SpecMismatch, NotFound) as error:
-        yield False, _known(error)
-        return
-    for shard in targets.committed.nonzero()[0]:
-        yield True, _shard_check(targets, int(shard))
-
-
-def _shard_check(targets: TargetSet, shard: int) -> Check:
-    def check() -> list[str]:
-        try:
-            return targets.corrupt_objects(shard)
-        except (CorruptSegment, FormatError) as error:
-            return [error.detail]
-
-    return check
-
-
-def _journal_checks(cache: Cache) -> Iterator[tuple[bool, Check]]:
-    from cache.journal import corrupt_journal_objects, journal_records
-
-    for path in journal_records(cache.root):
-
-        def check(path: str = path) -> list[str]:
-            return corrupt_journal_objects(cache.root, path)
-
-        yield False, check
-
-
-def _known(error: PotstillError) -> Check:
-    return lambda: [error.detail]
+def _print_drift(teacher: str, corpus: str, drift: Drift, tolerance: float) -> None:
+    verdict = "within" if drift.within(tolerance) else "MORE THAN"
+    print(
+        f"{teacher} on {corpus}: {drift.rows} rows, {drift.positions:,} positions scored again; |logprob difference| "
+        f"max {drift.max_abs:.4f}, mean {drift.mean_abs:.5f} nats; KL(stored || live) mean {drift.mean_kl:.2e} nats; "
+        f"{drift.same_ids:.2%} of the ids are the same; labels max {drift.label_max_abs:.4f} nats"
+    )
+    print(f"  {verdict} the bound of {drift.encoding}, {drift.bound:g} nats, and a tolerance of {tolerance:g}")

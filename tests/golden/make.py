@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from cache import Cache, Fields
+from cache.annotations import annotate
 from cache.cached import CachedTeacher, KeepPolicy
 from cache.encoding import ENCODINGS
 from cache.fill import FillPlan, fill
@@ -22,6 +23,7 @@ from tests.fakes import FakeTeacher, fake_identity
 
 TEXTS = ["Potstill keeps what teachers know. " * 4, "Nothing published is ever rewritten."]
 K = 8
+LATER = Fields(k=0, draws=6, seed=1, entropy=True, temperatures=(2.0,), dense=True)
 JOURNAL_ROW = np.arange(10, 30, dtype=np.uint32)
 
 
@@ -35,6 +37,9 @@ async def make(root: Path) -> None:
     for name in ENCODINGS:
         targets = cache.plan_targets(name, "docs", teacher.identity, fields=Fields(k=K), encoding=name)
         await fill(teacher, targets, FillPlan())
+        later = cache.plan_targets(name, "docs", teacher.identity, fields=LATER, encoding=name)
+        await fill(teacher, later, FillPlan())
+    annotate(cache.root, corpus, "even", np.arange(len(corpus)) % 2 == 0, {"source": "its row number"})
     async with CachedTeacher.open(teacher, name="asked", cache=cache, policy=KeepPolicy(k=K)) as cached:
         await cached.score([JOURNAL_ROW], Fields(k=K))
 

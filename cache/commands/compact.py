@@ -1,0 +1,70 @@
+"""`potstill compact`: rows that were asked for over HTTP -> a corpus with their targets."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from cache.progress import Step, progress
+
+if TYPE_CHECKING:
+    from cache.compact import CompactProgress, CompactReport
+
+SUMMARY = "make a corpus of what a service's journal keeps"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("root", metavar="ROOT", help="folder or URL of the cache")
+    parser.add_argument("--teacher", required=True, metavar="NAME", help="whose journal")
+    parser.add_argument("--corpus", required=True, metavar="NAME", help="the corpus to make")
+    parser.add_argument(
+        "--tokenizer", metavar="PATH", help="the teacher's own; default: that of a corpus in the cache which has it"
+    )
+    parser.add_argument(
+        "--top-k",
+        type=int,
+        metavar="K",
+        help="entries a position; rows with fewer stay in the journal (default: what the journal has)",
+    )
+    parser.add_argument("--shard-positions", type=int, default=1 << 20, help="of the corpus (default %(default)s)")
+    parser.add_argument("--keep-journal", action="store_true", help="remove nothing from the journal")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compact, and say what came of it; stopped anywhere, the same command goes on."""
+    from cache.cache import Cache
+    from cache.compact import CompactPlan, compact
+    from cache.tokenizer import load_tokenizer
+
+    plan = CompactPlan(
+        teacher=args.teacher,
+        corpus=args.corpus,
+        k=args.top_k,
+        tokenizer=None if args.tokenizer is None else load_tokenizer(args.tokenizer),
+        keep_journal=args.keep_journal,
+        shard_positions=args.shard_positions,
+    )
+    # Opened to read first: a mistyped folder must not be made.
+    Cache.open(args.root)
+    cache = Cache.open(args.root, mode="r+")
+    with progress("compact", "positions") as show:
+
+        def on_progress(at: CompactProgress) -> None:
+            show(Step(at.positions_done, at.positions))
+
+        report = compact(cache, plan, on_progress=on_progress)
+    print(_summary(plan.teacher, report))
+    return 0
+
+
+def _summary(teacher: str, report: CompactReport) -> str:
+    corpus = report.corpus
+    made = "made" if report.corpus_made else "was there"
+    return (
+        f"{teacher}: corpus {corpus.name} {made}, {len(corpus):,} rows, {corpus.num_positions:,} positions; "
+        f"top-{report.k} as {report.encoding}, {report.shards_written} shards committed, "
+        f"{report.shards_before} before; "
+        f"{report.segments_removed} journal segments of {report.bytes_removed:,} bytes removed, "
+        f"{report.segments_left} left"
+    )

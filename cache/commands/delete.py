@@ -1,0 +1,82 @@
+"""`potstill delete`: remove targets, a corpus or a journal from a cache."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from cache.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from cache.delete import Removal
+    from cache.store import Root
+
+SUMMARY = "remove a teacher's targets, single shards, a corpus or a journal"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("root", metavar="ROOT")
+    parser.add_argument("--teacher", metavar="NAME", help="whose targets; with --corpus only those for it")
+    parser.add_argument("--corpus", metavar="NAME", help="without --teacher: the corpus with all targets of it")
+    parser.add_argument(
+        "--set", metavar="NAME", help="one segment set: `first`, or one whose fields were added later (see inspect)"
+    )
+    parser.add_argument("--shard", type=int, nargs="+", metavar="N", help="single shards, to be scored again")
+    parser.add_argument("--journal", action="store_true", help="what a service kept of the teacher, not its targets")
+    parser.add_argument("--yes", action="store_true", help="do not ask")
+    parser.add_argument("--force", action="store_true", help="also while a job seems to be filling it")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Say what goes, ask, and remove it; exit status 1 when the answer is no."""
+    from cache.delete import jobs_at_work, remove
+    from cache.store import Root
+
+    root = Root.open(args.root)
+    removals = _plan(root, args)
+    for removal in removals:
+        print(f"{removal.title}; {removal.num_objects:,} objects, {removal.num_bytes:,} bytes")
+    busy = jobs_at_work(root, removals)
+    if busy and not args.force:
+        raise InvalidInput(f"a job seems to be filling {', '.join(busy)}; stop it and wait two minutes, or add --force")
+    if not (args.yes or _agreed()):
+        print("nothing was removed")
+        return 1
+    for removal in removals:
+        remove(root, removal)
+    stored = sum(removal.num_bytes for removal in removals)
+    print(f"removed {sum(removal.num_objects for removal in removals):,} objects, {stored:,} bytes")
+    return 0
+
+
+def _plan(root: Root, args: argparse.Namespace) -> list[Removal]:
+    from cache.delete import plan_corpus, plan_journal, plan_set, plan_shards, plan_teacher
+
+    _check_combination(args)
+    if args.journal:
+        return plan_journal(root, args.teacher)
+    if args.teacher is None:
+        return plan_corpus(root, args.corpus)
+    if args.shard:
+        return plan_shards(root, args.teacher, args.corpus, args.set, args.shard)
+    if args.set is not None:
+        return plan_set(root, args.teacher, args.corpus, args.set)
+    return plan_teacher(root, args.teacher, args.corpus)
+
+
+def _check_combination(args: argparse.Namespace) -> None:
+    if args.teacher is None and (args.corpus is None or args.journal):
+        raise InvalidInput("--teacher or --corpus has to say what to remove; --journal needs --teacher")
+    parts = args.set is not None or bool(args.shard)
+    if parts and (args.teacher is None or args.corpus is None):
+        raise InvalidInput("--set and --shard need both --teacher and --corpus")
+    if args.journal and (parts or args.corpus is not None):
+        raise InvalidInput("--journal goes with --teacher alone: a journal belongs to no corpus")
+
+
+def _agreed() -> bool:
+    if not sys.stdin.isatty():
+        raise InvalidInput("nothing was removed: there is no terminal to ask on; add --yes")
+    return input("remove it? [y/N] ").strip().lower() in ("y", "yes")

@@ -1,0 +1,133 @@
+"""`potstill estimate`: what targets will take, before a teacher is started."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any
+
+from cache.errors import InvalidInput
+from cache.types import Fields
+
+if TYPE_CHECKING:
+    from cache.estimate import Basis, Estimate, Prices, Workload
+
+SUMMARY = "bytes, objects and cost of targets before they are made"
+
+_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("--positions", default="1B", metavar="P", help="like 500B or 2.5e9 (default %(default)s)")
+    parser.add_argument("--vocab-size", type=int, default=131_072, metavar="V", help="(default %(default)s)")
+    parser.add_argument("--teachers", type=int, default=1, metavar="N", help="(default %(default)s)")
+    parser.add_argument("--top-k", type=int, default=64, metavar="K", help="0 for none (default %(default)s)")
+    parser.add_argument("--draws", type=int, default=0, metavar="N", help="draws a position (default none)")
+    parser.add_argument("--entropy", action="store_true")
+    parser.add_argument("--temperatures", default="", metavar="T,T", help="log sums of p**(1/T) (default none)")
+    parser.add_argument("--dense", action="store_true", help="all V logprobs")
+    parser.add_argument("--encoding", help="this one only (default: each)")
+    parser.add_argument("--shard-positions", type=int, default=1 << 20, help="(default %(default)s)")
+    parser.add_argument("--price", type=float, default=0.023, metavar="USD", help="a GiB-month (default %(default)s)")
+    parser.add_argument(
+        "--put-price", type=float, default=0.005, metavar="USD", help="1,000 puts (default %(default)s)"
+    )
+    parser.add_argument("--like", metavar="ROOT", help="measure this cache instead of using the built-in table")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print it."""
+    from cache.cache import Cache
+    from cache.encoding import ENCODINGS
+    from cache.estimate import TABLE, Prices, Workload, estimate, measure
+
+    fields = Fields(
+        k=args.top_k,
+        draws=args.draws,
+        entropy=args.entropy,
+        temperatures=_temperatures(args.temperatures),
+        dense=args.dense,
+    )
+    workload = Workload(
+        positions=_count(args.positions),
+        vocab_size=args.vocab_size,
+        fields=fields,
+        teachers=args.teachers,
+        shard_positions=args.shard_positions,
+    )
+    prices = Prices(gib_month=args.price, thousand_puts=args.put_price)
+    basis = measure(Cache.open(args.like), fields) if args.like else TABLE
+    names = [args.encoding] if args.encoding else list(ENCODINGS)
+    found = [estimate(workload, name, prices, basis) for name in names]
+    if args.json:
+        print(json.dumps(_to_json(workload, prices, basis, found), indent=1))
+    else:
+        _print_table(workload, prices, basis, found)
+    return 0
+
+
+def _to_json(workload: Workload, prices: Prices, basis: Basis, found: list[Estimate]) -> dict[str, Any]:
+    return {
+        "positions": workload.positions,
+        "vocab_size": workload.vocab_size,
+        "fields": workload.fields.to_json(),
+        "teachers": workload.teachers,
+        "shards": workload.shards,
+        "prices": {"gib_month": prices.gib_month, "thousand_puts": prices.thousand_puts},
+        "basis": basis.source,
+        "encodings": {each.encoding: each.to_json() for each in found},
+    }
+
+
+def _print_table(workload: Workload, prices: Prices, basis: Basis, found: list[Estimate]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = ("encoding", "bytes/position", "bytes", "objects", "puts to write", "USD a month", "USD to write")
+    teachers = f" x {workload.teachers} teachers" if workload.teachers > 1 else ""
+    title = f"{workload.positions:,} positions{teachers}, V={workload.vocab_size:,}, {workload.shards:,} shards each"
+    table = Table(*columns, title=title)
+    for each in found:
+        table.add_row(
+            each.encoding,
+            f"{each.bytes_per_position:.1f} ± {each.spread:.0%}",
+            _bytes(each.num_bytes),
+            f"{each.objects:,}",
+            f"{each.write_requests:,}",
+            f"{each.month:,.2f}",
+            f"{each.write:,.2f}",
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        f"bytes {basis.source}; {prices.gib_month} USD a GiB-month, {prices.thousand_puts} USD for 1,000 puts, "
+        "without transfer; the corpus itself takes about 3 bytes a position once",
+        highlight=False,
+    )
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count:,} B"
+
+
+def _count(text: str) -> int:
+    unit = text[-1:] if text[-1:] in _UNITS else ""
+    try:
+        value = float(text.removesuffix(unit)) * _UNITS[unit]
+    except ValueError:
+        value = 0.0
+    if not 1 <= value < 2**62:
+        raise InvalidInput(f"--positions {text!r} must be a number of at least 1, like 2.5e9, 500B or 40M")
+    return round(value)
+
+
+def _temperatures(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(",") if part)
+    except ValueError as error:
+        raise InvalidInput(f"--temperatures {text!r} must be numbers between commas") from error
