@@ -116,7 +116,7 @@ async def fill(
         LimitExceeded, TeacherFailed, Unavailable and others: what the teacher raises.
     """
     began = time.monotonic()
-    root = targets.sets[0]._root  # noqa: SLF001
+    root = targets.root
     with Claims(root, targets.claims_path, ttl=plan.claim_seconds) as claims:
         queue = await patiently(lambda: ShardQueue(targets, claims))
         run = _Run(teacher, targets, plan, claims, queue, on_progress)

@@ -10,9 +10,13 @@ Shape legend:  p positions of the segment, K kept entries, V vocabulary size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias, cast
+from functools import partial
+from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,11 +80,12 @@ def encode_packed(
     error: dict[str, float] = {}
     if fields.k:
         measured = Measured()
-        blocks = list(_top_k_blocks(targets, ranks, text, measured))
-        arrays |= _joined(TOP_K, blocks)
+        blocks = _top_k_blocks(targets, ranks, text, measured)
+        vocab_size = len(ranks.ids_by_rank)
+        arrays |= _joined(TOP_K, _on_all_cores(lambda block: pack_top_k(*block, vocab_size), blocks))
         error = measured.error().to_json()
     if fields.draws:
-        arrays |= _joined(DRAWS, list(_draw_blocks(targets, fields, ranks, text)))
+        arrays |= _joined(DRAWS, _on_all_cores(lambda pack: pack(), _draw_blocks(targets, fields, ranks, text)))
     rest = replace(fields, k=max(fields.k, 1), draws=0)
     return {**arrays, **encode_fields(targets, rest, encoding, ranks)}, error
 
@@ -128,8 +133,11 @@ class PackedReader:
 
     def _blocks(self, name: str, start: int, stop: int, unpack: _Unpack) -> Iterator[tuple[int, StoredArrays]]:
         """Each block of a range: its first position, and its arrays."""
-        for block in range(start // BLOCK_POSITIONS, -(-stop // BLOCK_POSITIONS)):
-            yield block * BLOCK_POSITIONS, self._block(name, block, unpack)
+        blocks = range(start // BLOCK_POSITIONS, -(-stop // BLOCK_POSITIONS))
+        for block, arrays in zip(
+            blocks, _on_all_cores(lambda block: self._block(name, block, unpack), blocks), strict=True
+        ):
+            yield block * BLOCK_POSITIONS, arrays
 
     def _block(self, name: str, block: int, unpack: _Unpack) -> StoredArrays:
         keys = _TOP_K_ARRAYS if name == TOP_K else _DRAW_ARRAYS
@@ -175,6 +183,8 @@ class PackedReader:
 
 
 _Unpack: TypeAlias = Callable[[bytes, Context], StoredArrays]
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
 
 
 def _with_labels(codes: TopKCodes, ranks: RankTable) -> StoredArrays:
@@ -187,7 +197,22 @@ def _with_labels(codes: TopKCodes, ranks: RankTable) -> StoredArrays:
     return {**stored, "label_logprob": labels}
 
 
-def _top_k_blocks(targets: Targets, ranks: RankTable, text: Text, measured: Measured) -> Iterator[bytes]:
+def _on_all_cores(work: Callable[[_In], _Out], blocks: Iterable[_In]) -> Iterator[_Out]:
+    """The work of each block, in order, a few blocks ahead: packing runs outside the interpreter's lock."""
+    cores = os.cpu_count() or 1
+    with ThreadPoolExecutor(cores) as pool:
+        ahead: deque[Future[_Out]] = deque()
+        for block in blocks:
+            ahead.append(pool.submit(work, block))
+            if len(ahead) > cores:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def _top_k_blocks(
+    targets: Targets, ranks: RankTable, text: Text, measured: Measured
+) -> Iterator[tuple[TopKCodes, Context]]:
     for start in range(0, targets.num_positions, BLOCK_POSITIONS):
         exact = targets[start : start + BLOCK_POSITIONS]
         context = text.context(start, start + exact.num_positions, ranks)
@@ -195,18 +220,19 @@ def _top_k_blocks(targets: Targets, ranks: RankTable, text: Text, measured: Meas
         unknown = np.full(exact.num_positions, -1, np.int16)
         codes = canonical(TopKCodes(**{**stored, "ids": stored["ids"].astype(np.uint32)}, label_entry=unknown), context)
         measured.add(exact, decode(_with_labels(codes, ranks), ENCODINGS["u8"], ranks))
-        yield pack_top_k(codes, context, len(ranks.ids_by_rank))
+        yield codes, context
 
 
-def _draw_blocks(targets: Targets, fields: Fields, ranks: RankTable, text: Text) -> Iterator[bytes]:
+def _draw_blocks(targets: Targets, fields: Fields, ranks: RankTable, text: Text) -> Iterator[Callable[[], bytes]]:
     assert targets.draws is not None, "checked by check_fields"
     for start in range(0, targets.num_positions, BLOCK_POSITIONS):
         draws = targets.draws[start : start + BLOCK_POSITIONS]
         codes = DrawCodes(np.diff(draws.offsets).astype(np.uint16), ranks.ranks_by_id[draws.ids], draws.counts)
         context = text.context(start, start + len(codes.lengths), ranks)
-        yield pack_draws(codes, context, fields.draws, len(ranks.ids_by_rank))
+        yield partial(pack_draws, codes, context, fields.draws, len(ranks.ids_by_rank))
 
 
-def _joined(name: str, blocks: list[bytes]) -> StoredArrays:
+def _joined(name: str, packed: Iterable[bytes]) -> StoredArrays:
+    blocks = list(packed)
     starts = np.cumsum([0, *map(len, blocks)], dtype=np.int64)
     return {name: np.frombuffer(b"".join(blocks), np.uint8), f"{name}_starts": starts}

@@ -58,7 +58,7 @@ class SegmentSet:
         self.path = path
         self.corpus = corpus
         self.spec = spec
-        self._root = root
+        self.root = root
         self._reading = reading
         self._commits: dict[int, Commit] = {}
         self._readers: OrderedDict[int, SegmentReader] = OrderedDict()
@@ -92,7 +92,7 @@ class SegmentSet:
         if self._folded() is not None:
             return np.ones(self.corpus.num_shards, dtype=bool)
         done = np.zeros(self.corpus.num_shards, dtype=bool)
-        for name in self._root.objects(f"{self.path}/commits"):
+        for name in self.root.objects(f"{self.path}/commits"):
             shard = shard_of_commit(name)
             if shard is not None and shard < len(done):
                 done[shard] = True
@@ -154,7 +154,7 @@ class SegmentSet:
         vocab_size = self.spec.identity.vocab_size
         check_ids(pilot, vocab_size)
         self._publish_spec()
-        create_ranks(self._root, self.path, make_table(self.corpus, pilot, vocab_size))
+        create_ranks(self.root, self.path, make_table(self.corpus, pilot, vocab_size))
 
     def write_shard(self, shard: int, targets: Targets, provenance: Provenance, still_mine: Callable[[], bool]) -> bool:
         """Store a shard's targets and commit them; False when the shard is another writer's.
@@ -196,13 +196,13 @@ class SegmentSet:
             commit = self._write_segment(shard, segment, encode, provenance)
             mine = still_mine()
         except BaseException:
-            self._root.delete(path)
+            self.root.delete(path)
             raise
         # From here on a commit may name the segment, also when `create` raises: it is not ours to delete.
-        if mine and self._root.create(f"{self.path}/commits/{commit_name(shard)}", commit_bytes(commit)):
+        if mine and self.root.create(f"{self.path}/commits/{commit_name(shard)}", commit_bytes(commit)):
             self._commits[shard] = commit
             return True
-        self._root.delete(path)
+        self.root.delete(path)
         return False
 
     def fold(self) -> bool:
@@ -213,7 +213,7 @@ class SegmentSet:
         """
         if self._folded() is not None or not self.committed.all():
             return False
-        return fold(self._root, self.path, self.commits())
+        return fold(self.root, self.path, self.commits())
 
     def segment_path(self, segment: str) -> str:
         """Where a segment lives below the root."""
@@ -251,12 +251,12 @@ class SegmentSet:
 
     def _folded(self) -> Manifest | None:
         if self._manifest is None:
-            self._manifest = Manifest.open(self._root, self.path, self.corpus.num_shards)
+            self._manifest = Manifest.open(self.root, self.path, self.corpus.num_shards)
         return self._manifest
 
     def _read_commit(self, shard: int) -> Commit | None:
         path = f"{self.path}/commits/{commit_name(shard)}"
-        record = read_record(self._root, path, "commit")
+        record = read_record(self.root, path, "commit")
         return None if record is None else commit_from_json(path, shard, record)
 
     def _write_segment(
@@ -264,7 +264,7 @@ class SegmentSet:
     ) -> Commit:
         ranks = self._ranks_or_plain()
         encoded = encode(ranks)
-        writer = GroupWriter(self._root, self.segment_path(segment))
+        writer = GroupWriter(self.root, self.segment_path(segment))
         write_arrays(writer, encoded.arrays)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         return Commit(
@@ -307,7 +307,7 @@ class SegmentSet:
             raise CorruptSegment(f"{self.path}/commits/{commit_name(shard)} is the commit of another segment set")
         if self._stores_ids and self._ranks_or_plain().sha256 != commit.ranks_sha256:
             raise CorruptSegment(f"{self.path}: the rank table is not the one that shard {shard} was written with")
-        return GroupReader(self._root, self.segment_path(commit.segment), commit.objects, self._reading)
+        return GroupReader(self.root, self.segment_path(commit.segment), commit.objects, self._reading)
 
     def _publish_spec(self) -> None:
         if self._spec_sha256:
@@ -319,8 +319,8 @@ class SegmentSet:
             "fields": self.spec.fields.to_json(),
             "encoding": self.spec.encoding.to_json(),
         }
-        self._root.create(f"{self.path}/zarr.json", group_metadata("targets", record))
-        data = self._root.get(f"{self.path}/zarr.json")
+        self.root.create(f"{self.path}/zarr.json", group_metadata("targets", record))
+        data = self.root.get(f"{self.path}/zarr.json")
         assert data is not None, "a created spec cannot vanish"
         require_same(self.path, self.spec, _parse_spec(self.path, data, self.corpus))
         self._spec_sha256 = hashlib.sha256(data).hexdigest()
@@ -335,7 +335,7 @@ class SegmentSet:
 
     def _read_ranks(self) -> RankTable | None:
         if self._ranks is None:
-            self._ranks = read_ranks(self._root, self.path, self.spec.identity.vocab_size)
+            self._ranks = read_ranks(self.root, self.path, self.spec.identity.vocab_size)
         return self._ranks
 
 

@@ -80,6 +80,11 @@ class TargetSet:
         return cls(teacher, corpus, unfinished or sets)
 
     @property
+    def root(self) -> Root:
+        """Where it is stored."""
+        return self.sets[0].root
+
+    @property
     def identity(self) -> TeacherIdentity:
         """Whose targets these are."""
         return self.sets[0].spec.identity

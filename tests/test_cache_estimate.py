@@ -13,14 +13,15 @@ from cache.encoding import ENCODINGS
 from cache.estimate import LIKE_SPREAD, SPREAD, TABLE, Basis, Prices, Workload, estimate, measure
 from cache.targets import TargetSet
 from clients.cli import main
-from tests.corpora import VOCAB, make_corpus, teacher_for
+from tests.corpora import VOCAB, make_corpus, teacher_for, topics
 from tests.fakes import FakeTeacher
 
 EVERYTHING = Fields(k=8, draws=20, seed=3, entropy=True, temperatures=(2.0, 4.0), dense=True)
 
 
-def make_targets(root: Path, fields: Fields, encoding: str = "u8", *, shard_positions: int = 1000) -> TargetSet:
-    cache, corpus = make_corpus(root, shard_positions=shard_positions)
+def make_targets(root: Path, fields: Fields, encoding: str = "u8") -> TargetSet:
+    """Two or three shards."""
+    cache, corpus = make_corpus(root, texts=topics(2), shard_positions=600)
     teacher = teacher_for(corpus)
     targets = cache.plan_targets("fake", "docs", teacher.identity, fields=fields, encoding=encoding)
     fill_all(targets, teacher)
