@@ -202,7 +202,7 @@ def _from_json(path: str, record: dict[str, Any]) -> Annotation:
             provenance={str(key): str(value) for key, value in record["provenance"].items()},
             objects=objects_from_json(record["objects"]),
         )
-    except (KeyError, TypeError, ValueError, AttributeError, InvalidInput) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, InvalidInput) as error:
         raise FormatError(f"{path} is not the record of an annotation: {error!r}") from error
     if annotation.dtype not in _DTYPES:
         raise FormatError(f"{path} has values of {annotation.dtype!r}, which no annotation has")

@@ -236,7 +236,8 @@ class Claims:
         self._listing = self._list()
         others = {}
         for name, versions in self._listing.items():
-            if name in self._held:
+            held = self._held.get(name)
+            if held is not None and not held.lost:
                 continue
             generation = max(versions)
             version = versions[generation]

@@ -283,7 +283,7 @@ def _spec_from_json(path: str, seal: dict[str, Any]) -> CorpusSpec:
         values = {n: seal[n] for n in CorpusSpec.__dataclass_fields__ if n not in {"sources", "objects"}}
         objects = objects_from_json(seal["objects"])
         spec = CorpusSpec(**values, sources=sources, objects=objects)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise FormatError(f"{path}/zarr.json is not the seal of a corpus: {error!r}") from error
     counts = (spec.num_rows, spec.num_positions, spec.num_shards, spec.vocab_size, spec.longest_row)
     if not all(type(n) is int and 0 < n < 2**62 for n in counts):

@@ -22,6 +22,7 @@ FIRST_SET = "first"
 """What the segment set is called that was made first; it lies where the others' folder is."""
 
 _SEGMENT = re.compile(rb'"segment": *"([^"]+)"')
+_FOLDED = re.compile(rb'"shards": *(\d{1,9})\b')
 _GROUP = re.compile(rb'"group": *"([^"]+)"')
 # Jobs renew their claims more often than this.
 _CLAIM_SECONDS = 120.0
@@ -71,14 +72,13 @@ def plan_shards(root: Root, teacher: str, corpus: str, name: str | None, shards:
     paths = segment_set_paths(root, targets_path(teacher, corpus))
     if name is not None:
         paths = [_set_path(root, teacher, corpus, name)]
-    held = {path: set(root.objects(f"{path}/commits")) for path in paths}
+    held = {path: _held_shards(root, path, shards) for path in paths}
     for shard in shards:
-        if not any(commit_name(shard) in names for names in held.values()):
+        if not any(shard in its for its in held.values()):
             raise NotFound(
                 f"shard {shard} of {', '.join(paths)} has no commit; `potstill gc` removes what is left of it"
             )
-    found = {path: [shard for shard in shards if commit_name(shard) in held[path]] for path in paths}
-    return [_shards(root, path, its) for path, its in found.items() if its]
+    return [_shards(root, path, its) for path, its in held.items() if its]
 
 
 def plan_corpus(root: Root, corpus: str) -> list[Removal]:
@@ -181,6 +181,13 @@ def _shards(root: Root, path: str, shards: Sequence[int]) -> Removal:
     title = f"{path}: shards {what}{', and the manifest' if record else ''}"
     count = sum(map(len, sizes)) + len(commits) + len(record)
     return Removal(title, tuple(phase for phase in phases if phase), count, sum(sum(each.values()) for each in sizes))
+
+
+def _held_shards(root: Root, path: str, shards: Sequence[int]) -> list[int]:
+    """Those with a commit, or with one in the manifest though it is lost."""
+    folded = _FOLDED.search(root.get(f"{path}/manifest.json") or b"")
+    commits, count = set(root.objects(f"{path}/commits")), int(folded[1]) if folded else 0
+    return [shard for shard in shards if commit_name(shard) in commits or 0 <= shard < count]
 
 
 def _named(root: Root, record: str, pattern: re.Pattern[bytes]) -> str | None:

@@ -113,6 +113,7 @@ async def fill(
 
     Raises:
         StoreError: the store is full or cannot be written; committed shards stay, the rest stays uncommitted.
+        SpecMismatch: another job made the target set with another spec since it was planned.
         LimitExceeded, TeacherFailed, Unavailable and others: what the teacher raises.
     """
     began = time.monotonic()

@@ -92,7 +92,7 @@ def _of_corpora(root: Root, on_skip: OnSkip) -> Iterator[_Unnamed]:
         if seal is None and (root.objects(f"{path}/annotations") or _has_targets(root, name)):
             on_skip(f"{path}/zarr.json is missing, and targets or annotations of the corpus are there")
             continue
-        yield from _unnamed_groups(path, folders, "data-", seal, "data", f"{path}/zarr.json")
+        yield from _unnamed_groups(path, folders, "data-", seal, "data", f"{path}/zarr.json", on_skip)
 
 
 def _has_targets(root: Root, corpus: str) -> bool:
@@ -137,7 +137,7 @@ def _of_segment_set(root: Root, path: str, folders: list[str], on_skip: OnSkip) 
         except _UNREADABLE as error:
             on_skip(error.detail)
         else:
-            yield from _unnamed_groups(path, folders, f"{kind}-", record, "group", f"{path}/{kind}.json")
+            yield from _unnamed_groups(path, folders, f"{kind}-", record, "group", f"{path}/{kind}.json", on_skip)
     # Segments first: one that is committed in between has its commit in the later list.
     segments = _by_shard(root.folders(f"{path}/segments"))
     committed = {shard_of_commit(name) for name in root.objects(f"{path}/commits")}
@@ -149,6 +149,9 @@ def _of_segment_set(root: Root, path: str, folders: list[str], on_skip: OnSkip) 
             named = _committed_segment(root, path, shard)
         except _UNREADABLE as error:
             on_skip(error.detail)
+            continue
+        if named is not None and named not in names:
+            on_skip(f"{record_path} names {named!r}, which is not there")
             continue
         yield from (_Unnamed(f"{path}/segments/{name}", record_path) for name in names if name != named)
 
@@ -180,9 +183,13 @@ def _by_shard(segments: list[str]) -> dict[int, list[str]]:
 
 
 def _unnamed_groups(
-    path: str, folders: list[str], prefix: str, record: Record | None, key: str, record_path: str
+    path: str, folders: list[str], prefix: str, record: Record | None, key: str, record_path: str, on_skip: OnSkip
 ) -> Iterator[_Unnamed]:
     named = None if record is None else record.get(key)
+    if record is not None and named not in folders:
+        # Format 1 does not notice a flip in its records: one of these may be what it meant.
+        on_skip(f"{record_path} names {named!r}, which is not there")
+        return
     for name in folders:
         if name.startswith(prefix) and name != named:
             yield _Unnamed(f"{path}/{name}", record_path)

@@ -27,7 +27,7 @@ from zarr.errors import BaseZarrError
 from zarr.storage import ObjectStore, WrapperStore
 
 from cache.chunks import ChunkCache, ReadRequest, TiledArray, chunk_checksums, read_together
-from cache.errors import CorruptSegment
+from cache.errors import CorruptSegment, StoreError
 from cache.pipelines import codec_pipeline, open_array
 from cache.store import Root, StoredObject, store_errors
 
@@ -114,7 +114,11 @@ class GroupWriter:
         self._put(array, start, block)
 
     def finish(self) -> tuple[StoredObject, ...]:
-        """Write the checksums and flush to stable storage; every object of the group, sorted by path."""
+        """Write the checksums and flush to stable storage; every object of the group, sorted by path.
+
+        Raises:
+            StoreError: the store is full or cannot be written, or somebody removed a part of the group meanwhile.
+        """
         flat = {name: np.concatenate([*parts, np.empty(0, np.uint32)]) for name, parts in self._checksums.items()}
         counts = {name: len(values) for name, values in flat.items()}
         every = np.concatenate([*flat.values(), np.empty(0, np.uint32)]).astype(np.uint32)
@@ -123,9 +127,15 @@ class GroupWriter:
             self._put(array, 0, every)
         self._root.flush(self.path)
         cut = len(self.path) + 1
-        return tuple(
+        written = tuple(
             StoredObject(path[cut:], size, sha256) for path, (size, sha256) in sorted(self._store.written.items())
         )
+        # A writer that was stopped for long may have been taken for dead, and its group for garbage.
+        found = self._root.sizes(self.path)
+        gone = next((item.path for item in written if found.get(item.path) != item.size), None)
+        if gone is not None:
+            raise StoreError(f"{self.path}/{gone} was removed while its group was written; run it again")
+        return written
 
     def _create(
         self, name: str, shape: tuple[int, ...], dtype: Any, layout: Layout, attributes: dict[str, Any]
@@ -243,7 +253,7 @@ class GroupReader:
             raise CorruptSegment(f"{array.path} cannot be opened: {error}") from error
 
     def _stored(self, name: str) -> zarr.Array[Any]:
-        self._check_metadata(f"{name}/zarr.json")
+        self._check_whole(f"{name}/zarr.json")
         path = f"{self.path}/{name}"
         try:
             return open_array(self._root.store, path, self._reading.pipeline)
@@ -256,6 +266,10 @@ class GroupReader:
         if self._checksums is None:
             stored = self._stored(CHECKSUMS)
             counts = self._chunk_counts(stored)
+            # All else is compared with these: whole groups of equal sizes may have changed places, checksums included.
+            for path in self._objects:
+                if path.startswith(f"{CHECKSUMS}/c/"):
+                    self._check_whole(path)
             values = self._tiled(stored, None).read(0, stored.shape[0])
             ends = np.cumsum(list(counts.values()))
             self._checksums = {
@@ -279,8 +293,8 @@ class GroupReader:
             raise CorruptSegment(f"{self.path}/{CHECKSUMS} does not say which chunks it is of")
         return counts
 
-    def _check_metadata(self, path: str) -> None:
-        """Metadata decides how bytes are read, and has no checksum of its own: compare it whole."""
+    def _check_whole(self, path: str) -> None:
+        """Metadata decides how bytes are read, and like checksums has none of its own: compare the whole object."""
         recorded = self._objects.get(path)
         if recorded is None:
             raise CorruptSegment(f"{self.path}/{path} is not among the objects that were committed")

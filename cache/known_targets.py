@@ -98,8 +98,8 @@ class KnownTargets:
             try:
                 for corpus in self._cache.corpora():
                     known = self._sets.get(corpus)
-                    # A field may have been added since; the top-k of a teacher comes first and stays as it is.
-                    if known is None or (not want.only_top_k and holding_only(known, want) is None):
+                    # A field may have been added since.
+                    if known is None or holding_only(known, want) is None:
                         self._open(corpus)
             except PotstillError as error:
                 self._on_trouble(error)

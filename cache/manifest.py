@@ -116,6 +116,18 @@ class Manifest:
             for row in range(stop - start)
         ]
 
+    def holds(self, shard: int, commit: Commit | None) -> bool:
+        """Whether the shard was folded from this commit.
+
+        Raises:
+            CorruptSegment: stored bytes are damaged.
+        """
+        (folded,) = self.commits(shard, shard + 1)
+        if commit is None:
+            return False
+        # Of a set with commits of both formats the manifest has one name of the set's record for all.
+        return replace(commit, spec_sha256=commit.spec_sha256 or folded.spec_sha256) == folded
+
     def corrupt_objects(self) -> list[str]:
         """One line per object of the manifest that is not what its record says."""
         return self._reader.corrupt_objects()
@@ -195,7 +207,7 @@ def _shared_from_json(path: str, record: Record) -> tuple[_Shared, str]:
         )
         group = check_name("manifest", record["group"])
         objects_from_json(record["objects"])
-    except (KeyError, TypeError, ValueError, AttributeError, InvalidInput) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, InvalidInput) as error:
         raise FormatError(f"{path} is not the record of a manifest: {error!r}") from error
     if not shared.layouts:
         raise FormatError(f"{path} is not the record of a manifest: it has no layouts")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cache.corpus import Corpus
 from cache.encoding import RankTable
-from cache.errors import CorruptSegment, FormatError, InvalidInput
+from cache.errors import CorruptSegment, FormatError, InvalidInput, TeacherFailed
 from cache.groups import GroupReader, GroupWriter, Layout, attempt_name, objects_from_json, objects_to_json
 from cache.record import Record, read_record, record_bytes
 from cache.store import Root, check_name
@@ -36,10 +36,17 @@ def pilot_rows(corpus: Corpus, fields: Fields) -> list[int]:
 
 
 def make_table(corpus: Corpus, pilot: Targets, vocab_size: int) -> RankTable:
-    """Most frequent among the pilot's top-k ids (or draws) first; ties by the corpus's first tokens."""
+    """Most frequent among the pilot's top-k ids (or draws) first; ties by the corpus's first tokens.
+
+    Raises:
+        TeacherFailed: an id over the vocabulary.
+    """
     ids: NDArray[np.uint32] = pilot.ids.reshape(-1)
     if pilot.draws is not None:
         ids = np.concatenate([ids, pilot.draws.ids])
+    highest = int(ids.max(initial=0))
+    if highest >= vocab_size:
+        raise TeacherFailed(f"the teacher answered id {highest}, its vocabulary has {vocab_size}")
     tokens = corpus.tokens(0, min(corpus.num_positions, _TEXT_POSITIONS))
     return RankTable.by_frequency(ids, tokens, vocab_size)
 
@@ -78,7 +85,7 @@ def _read_table(root: Root, set_path: str, record: Record, vocab_size: int) -> R
         group = check_name("rank table", record["group"])
         objects = objects_from_json(record["objects"])
         expected = str(record["sha256"])
-    except (KeyError, TypeError, ValueError, InvalidInput) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, InvalidInput) as error:
         raise FormatError(f"{set_path}/ranks.json is not the record of a rank table: {error}") from error
     reader = GroupReader(root, f"{set_path}/{group}", objects)
     reader.expect("ids_by_rank", (vocab_size,), ("uint32",))

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from cache.commit import Commit, commit_bytes, commit_from_json, commit_name, shard_of_commit
 from cache.corpus import Corpus
 from cache.encoding import Encoding, RankTable, check_ids, encoding_by_name
-from cache.errors import CorruptSegment, FormatError, InvalidInput, NotCommitted, SpecMismatch
+from cache.errors import CorruptSegment, FormatError, InvalidInput, NotCommitted, SpecMismatch, TeacherFailed
 from cache.groups import GroupReader, GroupWriter, Reading, attempt_name
 from cache.manifest import Manifest, fold
 from cache.packed import Text
@@ -88,10 +88,16 @@ class SegmentSet:
 
     @property
     def committed(self) -> NDArray[np.bool_]:
-        """[S] which shards have a commit right now; a query of the store unless all have."""
-        if self._folded() is not None:
-            return np.ones(self.corpus.num_shards, dtype=bool)
+        """[S] which shards have a commit right now; a query of the store unless all have.
+
+        Raises:
+            SpecMismatch: another job made the set with another spec since it was planned; so does `commit_of`.
+        """
         done = np.zeros(self.corpus.num_shards, dtype=bool)
+        if not self._is_begun():
+            return done
+        if self._folded() is not None:
+            return ~done
         for name in self.root.objects(f"{self.path}/commits"):
             shard = shard_of_commit(name)
             if shard is not None and shard < len(done):
@@ -101,6 +107,8 @@ class SegmentSet:
     def commit_of(self, shard: int) -> Commit | None:
         """The commit of a shard, or None. Commits never change, so a found one is remembered."""
         if shard not in self._commits:
+            if not self._is_begun():
+                return None
             manifest = self._folded()
             found = self._read_commit(shard) if manifest is None else manifest.commits(shard, shard + 1)[0]
             if found is None:
@@ -151,10 +159,9 @@ class SegmentSet:
         """
         if not self._stores_ids:
             return
-        vocab_size = self.spec.identity.vocab_size
-        check_ids(pilot, vocab_size)
+        table = make_table(self.corpus, pilot, self.spec.identity.vocab_size)
         self._publish_spec()
-        create_ranks(self.root, self.path, make_table(self.corpus, pilot, vocab_size))
+        create_ranks(self.root, self.path, table)
 
     def write_shard(self, shard: int, targets: Targets, provenance: Provenance, still_mine: Callable[[], bool]) -> bool:
         """Store a shard's targets and commit them; False when the shard is another writer's.
@@ -163,10 +170,13 @@ class SegmentSet:
 
         Raises:
             StoreError: the store is full or cannot be written; the shard stays uncommitted.
-            TeacherFailed: the targets are not a teacher's (NaN, unsorted, ids over the vocabulary).
+            TeacherFailed: the targets are not a teacher's (NaN, unsorted, ids over the vocabulary) or of another k.
+            SpecMismatch: another job made the set with another spec meanwhile.
         """
         expected = int(np.diff(self.corpus.shard_starts[shard : shard + 2])[0])
         assert targets.num_positions == expected, f"shard {shard} has {expected} positions"
+        if targets.k != self.spec.fields.k:
+            raise TeacherFailed(f"the teacher answered k={targets.k}, {self.path} keeps k={self.spec.fields.k}")
         check_ids(targets, self.spec.identity.vocab_size)
         self._publish_spec()
         if self._stores_ids and self._read_ranks() is None:
@@ -227,7 +237,7 @@ class SegmentSet:
         """
         try:
             found = self._open_group(shard).corrupt_objects()
-            if self._manifest is not None and self._read_commit(shard) != self._manifest.commits(shard, shard + 1)[0]:
+            if self._manifest is not None and not self._manifest.holds(shard, self._read_commit(shard)):
                 found.append(f"{self.path}/commits/{commit_name(shard)} is not the commit that the manifest has")
         except (CorruptSegment, FormatError) as error:
             return [error.detail]
@@ -310,7 +320,7 @@ class SegmentSet:
         return GroupReader(self.root, self.segment_path(commit.segment), commit.objects, self._reading)
 
     def _publish_spec(self) -> None:
-        if self._spec_sha256:
+        if self._is_begun():
             return
         record = {
             "teacher": self.path.split("/")[1],
@@ -320,10 +330,18 @@ class SegmentSet:
             "encoding": self.spec.encoding.to_json(),
         }
         self.root.create(f"{self.path}/zarr.json", group_metadata("targets", record))
-        data = self.root.get(f"{self.path}/zarr.json")
-        assert data is not None, "a created spec cannot vanish"
-        require_same(self.path, self.spec, _parse_spec(self.path, data, self.corpus))
-        self._spec_sha256 = hashlib.sha256(data).hexdigest()
+        begun = self._is_begun()
+        assert begun, "a created spec cannot vanish"
+
+    def _is_begun(self) -> bool:
+        """Whether the set's record is there; refuses one that another job made of another spec since it was planned."""
+        if not self._spec_sha256:
+            data = self.root.get(f"{self.path}/zarr.json")
+            if data is None:
+                return False
+            require_same(self.path, self.spec, _parse_spec(self.path, data, self.corpus))
+            self._spec_sha256 = hashlib.sha256(data).hexdigest()
+        return True
 
     def _ranks_or_plain(self) -> RankTable:
         if not self._stores_ids:

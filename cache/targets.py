@@ -19,6 +19,7 @@ from cache.corpus import Corpus
 from cache.encoding import Encoding
 from cache.errors import InvalidInput, SpecMismatch, UnknownTeacher, UnsupportedField
 from cache.groups import Reading
+from cache.ranks import pilot_rows
 from cache.segment import Piece, read_pieces, with_fields
 from cache.segment_set import SegmentSet, SetSpec, require_same
 from cache.store import Root, check_name
@@ -136,11 +137,7 @@ class TargetSet:
             InvalidInput: a range outside the corpus. UnsupportedField: what is not kept.
             NotCommitted: a position whose shard has no commit. CorruptSegment: stored bytes are damaged.
         """
-        if not 0 <= start < stop <= self.corpus.num_positions:
-            raise InvalidInput(
-                f"positions {start} to {stop} are outside corpus {self.corpus.name!r} "
-                f"of {self.corpus.num_positions} positions"
-            )
+        self._require_inside(start, stop)
         starts = self.corpus.shard_starts
         shard = int(np.searchsorted(starts, start, side="right")) - 1
         ranges = []
@@ -165,6 +162,7 @@ class TargetSet:
         Raises:
             UnsupportedField: it is not kept. Others as `read`.
         """
+        self._require_inside(start, stop)
         holders = [
             each for each in self.sets if (each.spec.fields.entropy if name == "entropy" else each.spec.fields.k)
         ]
@@ -181,7 +179,8 @@ class TargetSet:
 
     def pilot_rows(self) -> list[int]:
         """Rows to score before anything is written, for `make_ranks`; none when that was done."""
-        return next((rows for each in self.sets if (rows := each.pilot_rows())), [])
+        # All fields are scored of them, so those of all sets bound how many they are.
+        return pilot_rows(self.corpus, self.fields) if any(each.pilot_rows() for each in self.sets) else []
 
     def make_ranks(self, pilot: Targets) -> None:
         """Make the rank tables of the pilot rows' targets, unless another writer was faster.
@@ -227,6 +226,13 @@ class TargetSet:
         folded = [each.fold() for each in self.sets]
         return any(folded)
 
+    def _require_inside(self, start: int, stop: int) -> None:
+        if not 0 <= start < stop <= self.corpus.num_positions:
+            raise InvalidInput(
+                f"positions {start} to {stop} are outside corpus {self.corpus.name!r} "
+                f"of {self.corpus.num_positions} positions"
+            )
+
     def _wanted(self, k: int | None, fields: Fields | None) -> Fields:
         held = self.fields
         want = fields or held
@@ -254,10 +260,13 @@ class TargetSet:
 
     def _read_ranges(self, ranges: Sequence[tuple[int, int]], want: Fields) -> list[Targets]:
         found: list[Targets | None] = [None] * len(ranges)
+        left: Fields | None = want
         for each in self.sets:
-            part = _shared_fields(want, each.spec.fields)
-            if part is None or not ranges:
+            part = None if left is None else _shared_fields(left, each.spec.fields)
+            if left is None or part is None or not ranges:
                 continue
+            # Jobs that add fields at the same moment may leave two sets with one field: the first has it.
+            left = left.without(part)
             read = read_pieces([self._piece(each, start, stop) for start, stop in ranges], part)
             found = [
                 new if old is None else with_fields(*((old, new) if old.k else (new, old)))
@@ -317,12 +326,13 @@ def _set_name(fields: Fields) -> str:
 
 def _shared_fields(want: Fields, held: Fields) -> Fields | None:
     """What of the wanted fields a set holds; the wanted ones are known to be kept somewhere."""
+    same_draws = (held.draws, held.seed) == (want.draws, want.seed)
     shared = {
-        "k": want.k if held.k else 0,
-        "draws": want.draws if held.draws else 0,
-        "seed": want.seed if held.draws and want.draws else 0,
+        "k": want.k if held.k >= want.k else 0,
+        "draws": want.draws if same_draws else 0,
+        "seed": want.seed if same_draws and want.draws else 0,
         "entropy": want.entropy and held.entropy,
-        "temperatures": want.temperatures if held.temperatures else (),
+        "temperatures": want.temperatures if held.temperatures == want.temperatures else (),
         "dense": want.dense and held.dense,
     }
     return Fields(**shared) if any(value for name, value in shared.items() if name != "seed") else None  # type: ignore[arg-type]

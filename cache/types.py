@@ -113,6 +113,8 @@ class Fields:
     """All V logprobs: for small evaluation splits."""
 
     def __post_init__(self) -> None:
+        # As `from_json` has it, so that fields equal their round trip.
+        object.__setattr__(self, "temperatures", tuple(self.temperatures))
         if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 0:
             raise InvalidInput(f"fields.k is {self.k!r}; it must be a whole number of at least 0")
         if not self.k and self.only_top_k:

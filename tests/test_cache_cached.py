@@ -357,6 +357,19 @@ async def test_a_field_that_is_added_to_a_corpus_later_is_found(tmp_path: Path) 
         assert len(teacher.scored) == 1
 
 
+async def test_a_top_k_that_is_added_to_other_fields_later_is_found(tmp_path: Path) -> None:
+    cache, corpus = make_corpus(tmp_path / "c")
+    teacher, writer = teacher_for(corpus), teacher_for(corpus)
+    entropy = Fields(k=0, entropy=True)
+    await fill(writer, cache.plan_targets("fake", "docs", writer.identity, fields=entropy), FillPlan())
+    async with CachedTeacher.open(teacher, name="fake", cache=cache, policy=POLICY) as cached:
+        await cached.score([corpus.row(1)], entropy)
+        await fill(writer, cache.plan_targets("fake", "docs", writer.identity, fields=Fields(k=8)), FillPlan())
+        cached._known.look_again()
+        await cached.score([corpus.row(1)], Fields(k=8))
+        assert teacher.scored == []
+
+
 async def test_a_damaged_row_of_a_corpus_is_scored_again_and_its_neighbours_are_not(tmp_path: Path) -> None:
     cache, corpus = make_corpus(tmp_path / "c", row_tokens=2048, shard_positions=1 << 20, texts=["word " * 2000])
     writer = teacher_for(corpus)

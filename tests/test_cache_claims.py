@@ -99,6 +99,26 @@ def test_a_claim_seen_unchanged_for_its_time_to_live_is_taken_over_and_its_owner
     assert len(files(root)) == 1
 
 
+def test_who_lost_a_claim_does_not_take_it_back_while_its_new_owner_is_alive(root: Root) -> None:
+    clock = Clock()
+    stalled, other = job(root, clock), job(root, clock)
+    claim = stalled.take("000000")
+    assert claim is not None
+    other.busy()
+    clock.now += 61
+    assert other.busy() == set()
+    taken = other.take("000000")
+    assert taken is not None
+    stalled.renew()
+    assert claim.lost
+    assert stalled.busy() == {"000000"}
+    assert stalled.take("000000") is None
+    assert taken.still_mine()
+    clock.now += 61
+    assert stalled.busy() == set(), "unless that one falls silent too"
+    assert stalled.take("000000") is not None
+
+
 def test_who_wakes_after_the_next_owner_released_may_go_on_but_not_after_a_third_job_claimed(root: Root) -> None:
     clock = Clock()
     stalled, second, third = (job(root, clock) for _ in range(3))

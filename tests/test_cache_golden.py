@@ -11,6 +11,7 @@ import pytest
 from cache import Cache, Fields
 from cache.cached import CachedTeacher, KeepPolicy
 from cache.encoding import ENCODINGS
+from cache.fill import FillPlan, fill
 from cache.record import FORMAT_VERSION
 from tests.fakes import FakeTeacher
 from tests.golden.make import JOURNAL_ROW, TEXTS, K
@@ -67,3 +68,17 @@ async def test_its_journal_answers_without_the_teacher(tmp_path: Path) -> None:
         async with CachedTeacher.open(teacher, name="asked", cache=cache, policy=KeepPolicy(k=K)) as cached:
             await cached.score([JOURNAL_ROW], Fields(k=K))
         assert teacher.scored == []
+
+
+async def test_a_set_of_format_1_that_is_filled_on_and_folded_verifies(tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN / "format-1", tmp_path / "c")
+    (tmp_path / "c" / "targets" / "u8" / "docs" / "commits" / "000001.json").unlink()
+    cache = Cache.open(tmp_path / "c", mode="r+")
+    teacher = FakeTeacher(cache.targets("u8", "docs").identity)
+    await fill(teacher, cache.plan_targets("u8", "docs", teacher.identity, fields=Fields(k=K)), FillPlan())
+    (folded,) = cache.targets("u8", "docs").sets
+    assert (tmp_path / "c" / folded.path / "manifest.json").exists()
+    assert [folded.corrupt_objects(shard) for shard in range(folded.corpus.num_shards)] == [[]] * 3
+    commit = tmp_path / "c" / folded.path / "commits" / "000000.json"
+    commit.write_bytes(commit.read_bytes().replace(b'"engine": "fake"', b'"engine": "face"'))
+    assert "is not the commit that the manifest has" in folded.corrupt_objects(0)[0]

@@ -13,8 +13,19 @@ import pytest
 from cache import Cache, Fields, Targets
 from cache.corpus import Corpus
 from cache.encoding import RankTable, encoding_by_name
-from cache.errors import CorruptSegment, FormatError, PotstillError, SpecMismatch, UnsupportedField
+from cache.errors import (
+    CorruptSegment,
+    FormatError,
+    InvalidInput,
+    PotstillError,
+    SpecMismatch,
+    StoreError,
+    TeacherFailed,
+    UnsupportedField,
+)
 from cache.fields import round_trip_fields
+from cache.groups import GroupReader, GroupWriter, Layout
+from cache.store import Root, StoredObject
 from cache.targets import TargetSet
 from tests.corpora import make_corpus, teacher_for
 from tests.fakes import FakeTeacher
@@ -85,9 +96,7 @@ def test_half_of_the_added_fields_does_not_hide_the_top_k(written: tuple[Cache, 
     assert targets.top_k_only().committed.all()
     start = int(targets.corpus.shard_starts[1])
     assert targets.read(start, start + 5, fields=TOP_K).k == TOP_K.k
-    with pytest.raises(
-        PotstillError, match="has no targets in targets/fake/docs/sets/entropy"
-    ):
+    with pytest.raises(PotstillError, match="has no targets in targets/fake/docs/sets/entropy"):
         targets.read(start, start + 5)
 
 
@@ -263,3 +272,104 @@ def test_the_rank_table_does_not_depend_on_who_writes_first(tmp_path: Path) -> N
         commit = targets.sets[0].commits()[0]
         tables.append(commit.ranks_sha256)
     assert tables[0] == tables[1]
+
+
+def test_two_whole_segments_of_one_size_that_changed_places_are_noticed(tmp_path: Path) -> None:
+    root = Root.open(tmp_path)
+    by_sizes: dict[tuple[int, ...], tuple[str, tuple[StoredObject, ...]]] = {}
+    for seed in range(200):
+        writer = GroupWriter(root, f"group-{seed}")
+        # Without a pattern, and so of one size; the array of checksums now and then.
+        writer.write("values", np.random.default_rng(seed).integers(0, 256, 999, np.uint8), Layout((999,)))
+        written = writer.finish()
+        sizes = tuple(item.size for item in written)
+        if sizes in by_sizes:
+            break
+        by_sizes[sizes] = writer.path, written
+    other, _ = by_sizes[sizes]
+    shutil.rmtree(tmp_path / writer.path)
+    (tmp_path / other).rename(tmp_path / writer.path)
+    with pytest.raises(CorruptSegment, match=f"{writer.path}/checksums/c/0 is not the one that was committed"):
+        GroupReader(root, writer.path, written).read("values", 0, 10)
+
+
+def test_a_group_that_was_partly_removed_while_it_was_written_is_never_published(tmp_path: Path) -> None:
+    cache = Cache.open(tmp_path / "c", mode="r+")
+    writer = GroupWriter(cache.root, "a")
+    writer.write("first", np.arange(10), Layout((10,)))
+    # As `potstill gc` does when the writer was stopped for longer than it waits.
+    cache.root.delete("a")
+    writer.write("second", np.arange(10), Layout((10,)))
+    with pytest.raises(StoreError, match="a/first/.* was removed while its group was written; run it again"):
+        writer.finish()
+
+
+def test_targets_of_another_k_are_refused_before_anything_is_committed(tmp_path: Path) -> None:
+    cache, corpus = make_corpus(tmp_path / "c")
+    teacher = teacher_for(corpus)
+    targets = planned(cache, teacher, TOP_K)
+    with pytest.raises(TeacherFailed, match="k=8, targets/fake/docs keeps k=40"):
+        targets.write_shard(0, exact(teacher, corpus, 0, Fields(k=8)), teacher.provenance)
+    assert not targets.is_committed(0)
+
+
+def test_a_drawn_id_over_the_vocabulary_makes_no_rank_table(tmp_path: Path) -> None:
+    cache, corpus = make_corpus(tmp_path / "c")
+    teacher = teacher_for(corpus)
+    targets = planned(cache, teacher, Fields(k=0, draws=20))
+    pilot = Targets.concat([teacher.targets(corpus.row(row), targets.fields) for row in targets.pilot_rows()])
+    assert pilot.draws is not None
+    pilot.draws.ids[-1] = 999
+    with pytest.raises(TeacherFailed, match="answered id 999, its vocabulary has 256"):
+        targets.make_ranks(pilot)
+    assert objects(cache) == []
+
+
+def test_jobs_that_add_one_field_at_the_same_moment_with_other_parameters_never_mix_them(
+    written: tuple[Cache, FakeTeacher],
+) -> None:
+    cache, teacher = written
+    corpus = cache.corpus("docs")
+    hot, cold = replace(TOP_K, temperatures=(2.0,)), replace(TOP_K, temperatures=(4.0,), entropy=True)
+    plans = [planned(cache, teacher, fields) for fields in (hot, cold)]
+    for plan in plans:
+        fill(plan, teacher, range(corpus.num_shards))
+    targets = Cache.open(cache.root.url).targets("fake", "docs")
+    (first, *others) = [each.spec.fields.temperatures for each in targets.sets if each.spec.fields.temperatures]
+    assert others
+    assert targets.fields.temperatures == first
+    read, want = targets.read_rows([1])[0].log_z, teacher.targets(corpus.row(1), targets.fields).log_z
+    assert read is not None
+    assert want is not None
+    np.testing.assert_allclose(read, want, atol=0.01)
+
+
+def test_a_set_that_another_job_began_with_other_fields_is_not_taken_for_the_planned_one(tmp_path: Path) -> None:
+    cache, corpus = make_corpus(tmp_path / "c")
+    teacher = teacher_for(corpus)
+    mine, theirs = planned(cache, teacher, replace(TOP_K, draws=9)), planned(cache, teacher, TOP_K)
+    assert not mine.is_committed(0)
+    fill(theirs, teacher, range(corpus.num_shards))
+    for look in (lambda: mine.committed, lambda: mine.is_committed(0)):
+        with pytest.raises(SpecMismatch, match="draws: 0 != 9"):
+            look()
+
+
+def test_the_pilot_is_as_small_as_the_largest_field_asks_for(tmp_path: Path) -> None:
+    cache, corpus = make_corpus(tmp_path / "c")
+    teacher = teacher_for(corpus)
+    begun = planned(cache, teacher, TOP_K)
+    assert len(begun.pilot_rows()) == len(corpus)
+    begun.make_ranks(exact(teacher, corpus, 0, TOP_K))
+    (Path(cache.root.url) / "targets" / "fake" / "docs" / "ranks.json").unlink()
+    both = planned(cache, teacher, replace(TOP_K, dense=True))
+    assert [each.spec.fields.dense for each in both.sets] == [False, True]
+    assert len(both.pilot_rows()) == 128 * len(corpus) // corpus.num_positions
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 3), (3, 10**9), (3, 3)])
+def test_a_range_outside_the_corpus_is_refused(written: tuple[Cache, FakeTeacher], start: int, stop: int) -> None:
+    targets = written[0].targets("fake", "docs")
+    for read in (lambda: targets.read(start, stop), lambda: targets.read_column("log_tail", start, stop)):
+        with pytest.raises(InvalidInput, match=f"positions {start} to {stop} are outside corpus 'docs'"):
+            read()

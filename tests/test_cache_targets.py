@@ -257,7 +257,7 @@ def test_a_set_that_lost_its_record_is_reported_and_its_segments_are_no_garbage(
 
     cache, _, _ = two_shards
     (Path(cache.root.url) / "targets" / "fake" / "docs" / "zarr.json").unlink()
-    assert verify.run(argparse.Namespace(root=cache.root.url, json=False)) == 1
+    assert verify.run(argparse.Namespace(root=cache.root.url, json=False, live=None, decode=False, jobs=1)) == 1
     assert "has no targets for corpus 'docs'" in capsys.readouterr().out
     assert find_garbage(cache.root, min_age_seconds=0) == []
 

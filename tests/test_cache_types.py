@@ -68,6 +68,12 @@ def test_fields_survive_json() -> None:
         fields.require_only_top_k("this")
 
 
+def test_fields_equal_their_round_trip_whatever_their_temperatures_came_in() -> None:
+    fields = Fields(temperatures=[0.5, 2.0])  # type: ignore[arg-type]
+    assert fields == Fields.from_json(fields.to_json())
+    assert hash(fields) == hash(Fields(temperatures=(0.5, 2.0)))
+
+
 def test_a_k_prefix_moves_the_dropped_mass_into_the_tail() -> None:
     teacher = FakeTeacher()
     wide, narrow = teacher.distribution(ROW, 16), teacher.distribution(ROW, 4)

@@ -103,7 +103,7 @@ def _print_table(workload: Workload, prices: Prices, basis: Basis, found: list[E
     console.print(table)
     console.print(
         f"bytes {basis.source}; {prices.gib_month} USD a GiB-month, {prices.thousand_puts} USD for 1,000 puts, "
-        "without transfer; the corpus itself takes about 3 bytes a position once",
+        "without transfer; the corpus itself takes about 2 bytes a position once",
         highlight=False,
     )
 

@@ -45,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
 
     if "://" in args.to:
         raise InvalidInput(f"--to {args.to!r} must be a local folder; copy the files from there")
+    if Path(args.to).is_file():
+        raise InvalidInput(f"--to {args.to!r} is a file; name a folder")
     targets = Cache.open(args.root).targets(args.teacher, args.corpus)
     shards = _shards(args.shards, targets.corpus.num_shards)
     fields = _fields(targets.fields, args.top_k)

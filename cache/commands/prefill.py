@@ -9,7 +9,7 @@ from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
 from cache.entry_points import open_teacher
-from cache.errors import InvalidInput, LimitExceeded, StoreError
+from cache.errors import CorruptSegment, FormatError, InvalidInput, LimitExceeded, SpecMismatch, StoreError
 from cache.progress import Step, progress
 from cache.types import Fields, Teacher
 
@@ -61,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
     from cache.fill import FillPlan
     from cache.store import check_name
 
+    if args.top_k < 0:
+        raise InvalidInput(f"--top-k is {args.top_k}; it must be at least 0")
     fields = Fields(
         k=args.top_k,
         draws=args.draws,
@@ -103,8 +105,8 @@ async def prefill(
             print(f"{name}: {_difference(fields, targets.fields)}", flush=True)
         try:
             report = await _fill_with_progress(teacher, targets, plan)
-        except BaseException:
-            print(f"{name}: stopped; {_committed_so_far(targets)}the same command goes on with the rest")
+        except BaseException as error:
+            print(f"{name}: stopped; {_committed_so_far(targets)}{_way_on(error)}", flush=True)
             raise
     commits = [commit for each in targets.sets for commit in each.commits()]
     stored = sum(commit.num_bytes for commit in commits) / max(corpus.num_positions, 1)
@@ -148,6 +150,15 @@ def _committed_so_far(targets: TargetSet) -> str:
     except StoreError:
         return ""  # it is what stopped the run, and is said there
     return f"{int(committed.sum())} of {len(committed)} shards are committed, "
+
+
+def _way_on(error: BaseException) -> str:
+    """What the same command does next time, which the error's own line, after this one, does not say."""
+    if isinstance(error, (InvalidInput, SpecMismatch)):
+        return "the same command would be refused again"
+    if isinstance(error, (CorruptSegment, FormatError, StoreError)):
+        return "the same command goes on with the rest once this is mended"
+    return "the same command goes on with the rest"
 
 
 async def _fill_with_progress(teacher: Teacher, targets: TargetSet, plan: FillPlan) -> FillReport:

@@ -45,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
     """Exit status 1 when anything is not as committed, or has drifted; 130 when stopped."""
     if args.live is not None:
         return _run_live(args)
+    if args.corpus is not None:
+        raise InvalidInput("--corpus goes with --live; without it the whole cache is checked")
     if args.jobs < 1:
         raise InvalidInput(f"--jobs is {args.jobs}; it must be at least 1")
     return _run_checks(args)
@@ -54,10 +56,11 @@ def run(args: argparse.Namespace) -> int:
 class _Summary:
     shards: int = 0
     others: int = 0
-    corrupt: list[str] = field(default_factory=list)
+    corrupt: dict[str, None] = field(default_factory=dict)
+    """Lines in the order they came, each once: a damaged rank table or manifest is met again at every shard."""
 
     def add(self, checked: Checked) -> None:
-        self.corrupt.extend(checked.problems)
+        self.corrupt.update(dict.fromkeys(checked.problems))
         if checked.is_shard:
             self.shards += 1
         else:
@@ -83,7 +86,7 @@ def _run_checks(args: argparse.Namespace) -> int:
             stopped = True
     if args.json:
         ok = not found.corrupt and not stopped
-        print(json.dumps({"ok": ok, "shards_checked": found.shards, "corrupt": found.corrupt}, indent=1))
+        print(json.dumps({"ok": ok, "shards_checked": found.shards, "corrupt": list(found.corrupt)}, indent=1))
     else:
         _print_findings(args.root, found, stopped=stopped, total=total)
     if stopped:
@@ -99,6 +102,9 @@ def _print_findings(root: str, found: _Summary, *, stopped: bool, total: int) ->
             f"a damaged shard is scored again after `potstill delete {root} --teacher T --corpus C --shard N`, by the "
             "same `potstill prefill`; for another damaged object see cache/FORMAT.md"
         )
+    if not (found.shards or found.others or stopped):
+        print(f"there is nothing to check in {root}; `potstill ingest` makes a cache")
+        return
     checked = f"{found.shards:,} shards and {found.others:,} other groups checked"
     if stopped:
         left = max(total - found.shards - found.others, 0)
