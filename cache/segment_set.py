@@ -236,7 +236,7 @@ class SegmentSet:
             NotCommitted: the shard has no commit.
         """
         try:
-            found = self._open_group(shard).corrupt_objects()
+            found = self._committed_group(shard).corrupt_objects()
             if self._manifest is not None and not self._manifest.holds(shard, self._read_commit(shard)):
                 found.append(f"{self.path}/commits/{commit_name(shard)} is not the commit that the manifest has")
         except (CorruptSegment, FormatError) as error:
@@ -307,6 +307,12 @@ class SegmentSet:
         )
 
     def _open_group(self, shard: int) -> GroupReader:
+        group, commit = self._committed_group(shard), self.commit_of(shard)
+        if commit is not None and self._stores_ids and self._ranks_or_plain().sha256 != commit.ranks_sha256:
+            raise CorruptSegment(f"{self.path}: the rank table is not the one that shard {shard} was written with")
+        return group
+
+    def _committed_group(self, shard: int) -> GroupReader:
         commit = self.commit_of(shard)
         if commit is None:
             raise NotCommitted(
@@ -315,8 +321,6 @@ class SegmentSet:
             )
         if commit.spec_sha256 and commit.spec_sha256 != self._spec_sha256:
             raise CorruptSegment(f"{self.path}/commits/{commit_name(shard)} is the commit of another segment set")
-        if self._stores_ids and self._ranks_or_plain().sha256 != commit.ranks_sha256:
-            raise CorruptSegment(f"{self.path}: the rank table is not the one that shard {shard} was written with")
         return GroupReader(self.root, self.segment_path(commit.segment), commit.objects, self._reading)
 
     def _publish_spec(self) -> None:

@@ -15,6 +15,7 @@ from functools import reduce
 import numpy as np
 from numpy.typing import NDArray
 
+from cache.archive_blocks import MAX_K
 from cache.corpus import Corpus
 from cache.encoding import Encoding
 from cache.errors import InvalidInput, SpecMismatch, UnknownTeacher, UnsupportedField
@@ -60,8 +61,12 @@ class TargetSet:
         Raises:
             SpecMismatch: the teacher has another identity, or a field is there with other parameters or encoding, or
                 the teacher's tokenizer or vocabulary does not fit the corpus.
+            InvalidInput: more entries or draws than the encoding keeps.
         """
         _check_fits(teacher, corpus, spec.identity)
+        most = max(spec.fields.k, spec.fields.draws)
+        if spec.encoding.packed and most > MAX_K:
+            raise InvalidInput(f"archive keeps at most {MAX_K} entries or draws of a position, not {most}; take 'u8'")
         sets = []
         missing: Fields | None = spec.fields
         for found in _open_sets(root, teacher, corpus, reading):

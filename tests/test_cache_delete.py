@@ -123,6 +123,18 @@ def test_a_shard_whose_commit_and_manifest_are_damaged_can_be_deleted(root: Root
     assert len(list((folder / "segments").iterdir())) == Cache.open(root.url).corpus("b").num_shards - 1
 
 
+def test_a_shard_whose_commit_is_lost_while_the_manifest_has_it_can_be_deleted(root: Root) -> None:
+    folder = Path(root.url) / "targets" / "two" / "b"
+    (folder / "commits" / "000000.json").unlink()
+    assert problems(root)
+    for removal in plan_shards(root, "two", "b", None, [0]):
+        remove(root, removal)
+    assert problems(root) == []
+    assert not Cache.open(root.url).targets("two", "b").is_committed(0)
+    with pytest.raises(NotFound, match="shard 0 of targets/two/b has no commit"):
+        plan_shards(root, "two", "b", None, [0])
+
+
 def test_a_corpus_goes_with_everything_of_it(root: Root) -> None:
     others = objects(root, "corpora/b"), objects(root, "targets/two/b")
     for removal in plan_corpus(root, "a"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -11,8 +12,11 @@ import pytest
 from cache import Cache, Fields
 from cache.cached import CachedTeacher, KeepPolicy
 from cache.encoding import ENCODINGS
+from cache.errors import FormatError
 from cache.fill import FillPlan, fill
+from cache.garbage import find_garbage
 from cache.record import FORMAT_VERSION
+from cache.store import Root
 from tests.fakes import FakeTeacher
 from tests.golden.make import JOURNAL_ROW, TEXTS, K
 
@@ -82,3 +86,33 @@ async def test_a_set_of_format_1_that_is_filled_on_and_folded_verifies(tmp_path:
     commit = tmp_path / "c" / folded.path / "commits" / "000000.json"
     commit.write_bytes(commit.read_bytes().replace(b'"engine": "fake"', b'"engine": "face"'))
     assert "is not the commit that the manifest has" in folded.corrupt_objects(0)[0]
+
+
+RECORDS = ["corpora/docs/zarr.json", "targets/u8/docs/ranks.json", "targets/u8/docs/commits/000000.json"]
+
+
+@pytest.mark.parametrize("path", RECORDS)
+def test_an_endless_size_in_a_record_of_format_1_is_a_damaged_record(tmp_path: Path, path: str) -> None:
+    shutil.copytree(GOLDEN / "format-1", tmp_path / "c")
+    record = tmp_path / "c" / path
+    record.write_text(re.sub(r'"size": \d+', '"size": 1e999', record.read_text(), count=1))
+    with pytest.raises(FormatError, match=f"{path} is not"):
+        Cache.open(tmp_path / "c").targets("u8", "docs").read(0, 5)
+
+
+@pytest.mark.parametrize(("path", "key"), [(RECORDS[0], "data"), (RECORDS[1], "group"), (RECORDS[2], "segment")])
+def test_what_a_flipped_name_in_a_record_of_format_1_may_have_meant_is_no_garbage(
+    tmp_path: Path, path: str, key: str
+) -> None:
+    shutil.copytree(GOLDEN / "format-1", tmp_path / "c")
+    segments = tmp_path / "c" / "targets" / "u8" / "docs" / "segments"
+    (first,) = segments.glob("000000-*")
+    shutil.copytree(first, segments / "000000-0123456789ab")
+    record = tmp_path / "c" / path
+    flipped, count = re.subn(rf'("{key}": "[^"]*)[0-9a-f]"', r'\1x"', record.read_text())
+    assert count == 1
+    record.write_text(flipped)
+    skipped: list[str] = []
+    found = {item.path for item in find_garbage(Root.open(tmp_path / "c"), min_age_seconds=0, on_skip=skipped.append)}
+    assert found <= {"targets/u8/docs/segments/000000-0123456789ab"}
+    assert [f"{path} names" in line and "which is not there" in line for line in skipped] == [True]

@@ -373,3 +373,10 @@ def test_a_range_outside_the_corpus_is_refused(written: tuple[Cache, FakeTeacher
     for read in (lambda: targets.read(start, stop), lambda: targets.read_column("log_tail", start, stop)):
         with pytest.raises(InvalidInput, match=f"positions {start} to {stop} are outside corpus 'docs'"):
             read()
+
+
+def test_more_draws_than_the_encoding_keeps_are_refused_before_anything_is_scored(tmp_path: Path) -> None:
+    cache, corpus = make_corpus(tmp_path / "c")
+    with pytest.raises(InvalidInput, match="at most 2048 entries or draws of a position, not 2049; take 'u8'"):
+        planned(cache, teacher_for(corpus), Fields(k=0, draws=2049), "archive")
+    assert planned(cache, teacher_for(corpus), Fields(k=0, draws=2049)).fields.draws == 2049

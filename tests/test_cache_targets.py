@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import json
 import threading
 from pathlib import Path
@@ -36,6 +37,12 @@ def shard_targets(targets: TargetSet, teacher: FakeTeacher, shard: int) -> Targe
 def write(targets: TargetSet, teacher: FakeTeacher, *shards: int) -> None:
     for shard in shards:
         assert targets.write_shard(shard, shard_targets(targets, teacher, shard), teacher.provenance)
+
+
+def verify_command(*words: str) -> int:
+    parser = argparse.ArgumentParser()
+    verify.add_arguments(parser)
+    return verify.run(parser.parse_args(words))
 
 
 @pytest.fixture
@@ -253,18 +260,14 @@ def test_a_commit_whose_answer_is_lost_keeps_its_segment(
 def test_a_set_that_lost_its_record_is_reported_and_its_segments_are_no_garbage(
     two_shards: tuple[Cache, TargetSet, FakeTeacher], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import argparse
-
     cache, _, _ = two_shards
     (Path(cache.root.url) / "targets" / "fake" / "docs" / "zarr.json").unlink()
-    assert verify.run(argparse.Namespace(root=cache.root.url, json=False, live=None, decode=False, jobs=1)) == 1
-    assert "has no targets for corpus 'docs'" in capsys.readouterr().out
+    assert verify_command(cache.root.url) == 1
+    assert "targets/fake/docs/zarr.json is missing, and there are commits" in capsys.readouterr().out
     assert find_garbage(cache.root, min_age_seconds=0) == []
 
 
 def test_stray_files_are_no_part_of_a_cache(two_shards: tuple[Cache, TargetSet, FakeTeacher]) -> None:
-    import argparse
-
     cache, _, _ = two_shards
     for place in ("targets/.DS_Store", "corpora/README", "targets/fake/.DS_Store", "targets/.cache/x", "notes.txt"):
         stray = Path(cache.root.url) / place
@@ -272,7 +275,7 @@ def test_stray_files_are_no_part_of_a_cache(two_shards: tuple[Cache, TargetSet, 
         stray.write_text("stray")
     assert cache.corpora() == ["docs"]
     assert cache.teachers("docs") == ["fake"]
-    assert verify.run(argparse.Namespace(root=cache.root.url, json=True)) == 0
+    assert verify_command(cache.root.url, "--json") == 0
 
 
 def test_an_id_over_the_vocabulary_in_the_first_shard_is_the_teachers_failure(tmp_path: Path) -> None:
@@ -295,8 +298,6 @@ def test_gc_removes_only_what_no_commit_names(
     segments = Path(cache.root.url) / "targets" / "fake" / "docs" / "segments"
     (segments / "000001-dead" / "ids").mkdir(parents=True)
     (segments / "000001-dead" / "ids" / "zarr.json").write_text("{}")
-    import argparse
-
     assert gc.run(argparse.Namespace(root=cache.root.url, dry_run=False, min_age_hours=1.0)) == 0
     assert (segments / "000001-dead").exists(), "a live writer may still be at it"
     assert gc.run(argparse.Namespace(root=cache.root.url, dry_run=True, min_age_hours=0.0)) == 0

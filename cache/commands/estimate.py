@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
 from cache.errors import InvalidInput
@@ -99,7 +100,7 @@ def _print_table(workload: Workload, prices: Prices, basis: Basis, found: list[E
             f"{each.month:,.2f}",
             f"{each.write:,.2f}",
         )
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=200)
     console.print(table)
     console.print(
         f"bytes {basis.source}; {prices.gib_month} USD a GiB-month, {prices.thousand_puts} USD for 1,000 puts, "
