@@ -232,7 +232,13 @@ def _lying_metadata(data: bytes) -> Iterator[tuple[str, bytes]]:
         yield "inner chunk", json.dumps(inner).encode()
     for codecs in ([], [{"name": "bytes"}], [{"name": "no-such"}], None):
         yield "codecs", json.dumps({**metadata, "codecs": codecs}).encode()
-    lies: tuple[Any, ...] = ({"chunks": {"ids": -5}}, {"chunks": {"x": 10**30}}, {"chunks": []}, {"chunks": {"x": "y"}}, [])
+    lies: tuple[Any, ...] = (
+        {"chunks": {"ids": -5}},
+        {"chunks": {"x": 10**30}},
+        {"chunks": []},
+        {"chunks": {"x": "y"}},
+        [],
+    )
     for attributes in lies:
         yield "attributes", json.dumps({**metadata, "attributes": attributes}).encode()
     yield "fill value", json.dumps({**metadata, "fill_value": "no"}).encode()
