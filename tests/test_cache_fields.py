@@ -10,9 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from cache.draws import MAX_DRAWS, draw_rows, uniforms
+from cache.draws import MAX_DRAWS, check_num_draws, draw_rows, uniforms
 from cache.encoding import ENCODINGS, RankTable, StoredArrays
-from cache.errors import FormatError, LimitExceeded, PotstillError, TeacherFailed
+from cache.errors import FormatError, InvalidInput, LimitExceeded, PotstillError, TeacherFailed
 from cache.fields import (
     BLOCK_POSITIONS,
     RAGGED,
@@ -224,8 +224,10 @@ def test_what_no_teacher_can_mean_is_refused(targets: Targets, words: str) -> No
 
 
 def test_draws_that_no_count_can_hold_are_refused() -> None:
+    with pytest.raises(InvalidInput, match=str(MAX_DRAWS)):
+        Fields(k=0, draws=MAX_DRAWS + 1)
     with pytest.raises(LimitExceeded, match=str(MAX_DRAWS)):
-        stored_shapes(Fields(k=0, draws=MAX_DRAWS + 1), U8, 4, 20)
+        check_num_draws(MAX_DRAWS + 1)
 
 
 @settings(deadline=None, max_examples=300)
