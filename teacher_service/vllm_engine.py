@@ -5,7 +5,8 @@ holds one engine: two built side by side do score, but closing either breaks the
 model parallel group is not initialized"). The first open engine of a process therefore runs inside
 it, and every further one in a process of its own, which costs about ten seconds more to start and
 one more import of vLLM. Such a process is spawned, so a script that opens a second teacher needs
-the usual `if __name__ == "__main__":`.
+the usual `if __name__ == "__main__":`. So does the first one where numba was loaded before it, by the
+`archive` encoding: while it starts, vLLM looks into every module's attributes and stumbles over one of llvmlite.
 
 torch compiles one small kernel on the first request, which takes up to half a minute the first time on a
 machine; a warm-up at the start takes that from the first caller. Without a C++ compiler it is not compiled.
@@ -18,6 +19,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import sys
 import textwrap
 import threading
 import time
@@ -65,7 +67,7 @@ class VllmEngine:
     """vLLM's `LLMEngine` behind the few calls that scoring needs. Used by one thread only."""
 
     def __init__(self, arguments: dict[str, Any], *, cpu_kv_cache_bytes: int) -> None:
-        self._inside = _INSIDE_THIS_PROCESS.acquire(blocking=False)
+        self._inside = "llvmlite" not in sys.modules and _INSIDE_THIS_PROCESS.acquire(blocking=False)
         try:
             with _ONE_START_AT_A_TIME:
                 self._vllm = _import_vllm()
