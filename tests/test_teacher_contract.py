@@ -50,7 +50,7 @@ class TestCachedVllm(TopKTeacherContract):
             yield cached
 
 
-class TestHttpBeforeCacheBeforeFake(TopKTeacherContract):
+class TestHttpBeforeCacheBeforeFake(FieldsTeacherContract):
     @pytest.fixture
     async def teacher(self, tmp_path: Path) -> AsyncIterator[Teacher]:
         keep = Keep(Cache.open(tmp_path / "c", mode="r+"), KeepPolicy(k=64))
