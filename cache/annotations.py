@@ -18,7 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.errors import AlreadyExists, CorruptSegment, FormatError, InvalidInput, NotFound, SpecMismatch
-from cache.groups import GroupReader, GroupWriter, Layout, attempt_name, objects_from_json, objects_to_json
+from cache.groups import (
+    GroupReader,
+    GroupWriter,
+    Layout,
+    attempt_name,
+    objects_from_json,
+    objects_to_json,
+    removed_on_failure,
+)
 from cache.record import read_record, record_bytes
 from cache.store import Root, StoredObject, check_name, is_name
 
@@ -80,11 +88,8 @@ def annotate(root: Root, corpus: Corpus, name: str, values: NDArray[Any], proven
     if root.get(path) is not None:
         raise taken
     group = attempt_name(name)
-    try:
+    with removed_on_failure(root, f"{of.folder}/{group}"):
         objects = _write_values(root, f"{of.folder}/{group}", values)
-    except BaseException:
-        root.delete(f"{of.folder}/{group}")
-        raise
     annotation = Annotation(
         name=name,
         group=group,

@@ -13,7 +13,8 @@ from __future__ import annotations
 import hashlib
 import math
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -84,6 +85,16 @@ class Part:
 def attempt_name(prefix: str) -> str:
     """A group name that was never used before."""
     return f"{prefix}-{uuid.uuid4().hex[:12]}"
+
+
+@contextmanager
+def removed_on_failure(root: Root, path: str) -> Iterator[None]:
+    """Removes the group at `path` when the block fails or is cancelled: no record names it yet."""
+    try:
+        yield
+    except BaseException:
+        root.delete(path)
+        raise
 
 
 class GroupWriter:

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from cache.corpus import Corpus, CorpusSpec, Source, corpus_path, seal_corpus
 from cache.documents import SourceFile, documents, file_sha256, source_files
 from cache.errors import AlreadyExists, InvalidInput
-from cache.groups import GroupWriter, Layout, attempt_name
+from cache.groups import GroupWriter, Layout, attempt_name, removed_on_failure
 from cache.keys import KEY_BYTES, sort_file, write_key_index
 from cache.spool import RowSpool
 from cache.store import Root, StoredObject
@@ -169,11 +169,8 @@ def _make_corpus(
         if not spool.num_rows:
             raise InvalidInput(f"there is no token in {what}; a corpus cannot be empty")
         group = f"{corpus_path(name)}/{attempt_name('data')}"
-        try:
+        with removed_on_failure(root, group):
             spec = _write(root, group, spool, tokenizer, sources, plan)
-        except BaseException:
-            root.delete(group)
-            raise
         # From here on the seal may name the group, also when sealing raises: it is not ours to delete.
         if not seal_corpus(root, name, spec):
             root.delete(group)

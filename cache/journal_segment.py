@@ -22,7 +22,17 @@ from numpy.typing import NDArray
 
 from cache.encoding import Encoding, Measured, RankTable, StoredArrays, decode, encode, encoding_by_name
 from cache.errors import CorruptSegment, FormatError, InvalidInput
-from cache.groups import CHECKSUMS, GroupReader, GroupWriter, Layout, Part, Reading, objects_from_json, objects_to_json
+from cache.groups import (
+    CHECKSUMS,
+    GroupReader,
+    GroupWriter,
+    Layout,
+    Part,
+    Reading,
+    objects_from_json,
+    objects_to_json,
+    removed_on_failure,
+)
 from cache.keys import KEY_BYTES, KEY_ORDER, SORTED_KEYS, KeyIndex, KeysInMemory, key_records, sort_records
 from cache.keys import write_key_index as write_sorted_keys
 from cache.packed import Text
@@ -280,14 +290,11 @@ def publish(
     Raises:
         StoreError: the store is full or cannot be written; nothing is left, or a segment that answers.
     """
-    try:
+    with removed_on_failure(root, record.path):
         writer = GroupWriter(root, record.path)
         write(writer)
         written = replace(record, objects=writer.finish())
         keep = wanted()
-    except BaseException:
-        root.delete(record.path)
-        raise
     if not keep:
         root.delete(record.path)
         return None

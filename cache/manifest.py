@@ -20,7 +20,16 @@ from numpy.typing import NDArray
 
 from cache.commit import Commit
 from cache.errors import CorruptSegment, FormatError, InvalidInput
-from cache.groups import GroupReader, GroupWriter, Layout, Part, attempt_name, objects_from_json, objects_to_json
+from cache.groups import (
+    GroupReader,
+    GroupWriter,
+    Layout,
+    Part,
+    attempt_name,
+    objects_from_json,
+    objects_to_json,
+    removed_on_failure,
+)
 from cache.record import Record, read_record, record_bytes
 from cache.store import Root, StoredObject, check_name
 from cache.types import Provenance
@@ -51,14 +60,11 @@ def fold(root: Root, set_path: str, commits: Sequence[Commit]) -> bool:
     group = attempt_name("manifest")
     path = f"{set_path}/{group}"
     shared = _shared(commits)
-    try:
+    with removed_on_failure(root, path):
         writer = GroupWriter(root, path)
         for name, array in _columns(commits, shared).items():
             writer.write(name, array, Layout((min(_CHUNK_SHARDS, len(array)), *array.shape[1:])))
         objects = writer.finish()
-    except BaseException:
-        root.delete(path)
-        raise
     record = {
         "group": group,
         "shards": len(commits),

@@ -15,7 +15,15 @@ from numpy.typing import NDArray
 from cache.corpus import Corpus
 from cache.encoding import RankTable
 from cache.errors import CorruptSegment, FormatError, InvalidInput, TeacherFailed
-from cache.groups import GroupReader, GroupWriter, Layout, attempt_name, objects_from_json, objects_to_json
+from cache.groups import (
+    GroupReader,
+    GroupWriter,
+    Layout,
+    attempt_name,
+    objects_from_json,
+    objects_to_json,
+    removed_on_failure,
+)
 from cache.record import Record, read_record, record_bytes
 from cache.store import Root, check_name
 from cache.types import Fields, Targets
@@ -59,13 +67,10 @@ def create_ranks(root: Root, set_path: str, table: RankTable) -> None:
     """
     group = attempt_name("ranks")
     path = f"{set_path}/{group}"
-    try:
+    with removed_on_failure(root, path):
         writer = GroupWriter(root, path)
         writer.write("ids_by_rank", table.ids_by_rank, Layout((1 << 16,)))
         record = {"group": group, "sha256": table.sha256, "objects": objects_to_json(writer.finish())}
-    except BaseException:
-        root.delete(path)
-        raise
     if not root.create(f"{set_path}/ranks.json", record_bytes("ranks", record)):
         root.delete(path)
 

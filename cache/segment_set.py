@@ -28,7 +28,7 @@ from cache.commit import Commit, commit_bytes, commit_from_json, commit_name, sh
 from cache.corpus import Corpus
 from cache.encoding import Encoding, RankTable, check_ids, encoding_by_name
 from cache.errors import CorruptSegment, FormatError, InvalidInput, NotCommitted, SpecMismatch, TeacherFailed
-from cache.groups import GroupReader, GroupWriter, Reading, attempt_name
+from cache.groups import GroupReader, GroupWriter, Reading, attempt_name, removed_on_failure
 from cache.manifest import Manifest, fold
 from cache.packed import Text
 from cache.ranks import create_ranks, make_table, pilot_rows, read_ranks
@@ -202,12 +202,9 @@ class SegmentSet:
         self._publish_spec()
         segment = attempt_name(f"{shard:06d}")
         path = self.segment_path(segment)
-        try:
+        with removed_on_failure(self.root, path):
             commit = self._write_segment(shard, segment, encode, provenance)
             mine = still_mine()
-        except BaseException:
-            self.root.delete(path)
-            raise
         # From here on a commit may name the segment, also when `create` raises: it is not ours to delete.
         if mine and self.root.create(f"{self.path}/commits/{commit_name(shard)}", commit_bytes(commit)):
             self._commits[shard] = commit

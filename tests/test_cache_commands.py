@@ -13,6 +13,7 @@ import pytest
 
 from cache import Cache
 from clients.cli import main
+from tests.command_line import refused
 from tests.corpora import VOCAB, byte_tokenizer, make_corpus, teacher_for
 from tests.fakes import FakeTeacher, fake_identity
 from tests.servers import hosted, serving_teachers
@@ -37,16 +38,6 @@ def url(root: Path) -> Iterator[str]:
 
 def files(root: Path) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """Run one command line that must fail; its one line on stderr."""
-    capsys.readouterr()
-    assert main([str(argument) for argument in arguments]) == 1
-    captured = capsys.readouterr()
-    lines = captured.err.splitlines()
-    assert len(lines) == 1, captured.err
-    return lines[0]
 
 
 def test_ingest_prefill_inspect_and_verify_in_a_row(

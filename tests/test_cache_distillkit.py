@@ -21,7 +21,7 @@ from cache.distillkit import CompressedRows
 from cache.distillkit_codec import compress, decompress, index_bits, logprob_bytes, pack, unpack
 from cache.distillkit_config import CompressionConfig, ResidualBin, config_from_mapping, config_to_mapping, read_config
 from cache.errors import FormatError, InvalidInput
-from clients.cli import main
+from tests.command_line import refused, run
 
 GOLDEN = Path(__file__).parent / "golden" / "distillkit"
 CONFIGS: dict[str, dict[str, Any]] = json.loads((GOLDEN / "codec.json").read_text())
@@ -33,18 +33,6 @@ def golden(name: str) -> tuple[CompressionConfig, dict[str, NDArray[Any]]]:
     with np.load(GOLDEN / "codec.npz") as data:
         arrays = {key.rpartition("/")[2]: data[key] for key in data.files if key.startswith(f"{name}/")}
         return config_from_mapping(CONFIGS[name]), {**arrays, "ids": data["ids"], "logprobs": data["logprobs"]}
-
-
-def run(*arguments: object) -> int:
-    return main([str(argument) for argument in arguments])
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    capsys.readouterr()
-    assert run(*arguments) == 1
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1, lines
-    return lines[0]
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from cache.interchange import RowFormat, export_shards
 from cache.parquet import ListColumns, list_columns
 from cache.row_files import row_files
 from cache.targets import TargetSet
-from clients.cli import main
+from tests.command_line import refused, run
 from tests.corpora import VOCAB, byte_tokenizer, make_corpus, teacher_for, topics
 from tests.fakes import FakeTeacher
 
@@ -68,18 +68,6 @@ def assert_same(a: Targets, b: Targets) -> None:
     if a.draws is not None and b.draws is not None:
         for name in ("offsets", "ids", "counts"):
             np.testing.assert_array_equal(getattr(a.draws, name), getattr(b.draws, name))
-
-
-def run(*arguments: object) -> int:
-    return main([str(argument) for argument in arguments])
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    capsys.readouterr()
-    assert run(*arguments) == 1
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1, lines
-    return lines[0]
 
 
 def export(root: Path, folder: object, *more: object) -> list[object]:
