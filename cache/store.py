@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -30,8 +31,8 @@ _HASH_BLOCK = 16 << 20
 # Beside what obstore tries again by itself: of a conditional put, of an answer that breaks off, and of a delete
 # while others delete the same.
 _TRIES = 3
-# Each needs another process to remove the empty folder in the same instant.
-_LINK_TRIES = 100
+# Seconds for which a create is tried again while other processes keep removing its empty folder.
+_LINK_SECONDS = 10.0
 
 TEMPORARY = ".potstill-tmp"
 """Folder of a local root in which a record is completed before it appears under its name."""
@@ -302,7 +303,8 @@ def _create_file(root: Path, path: Path, data: bytes, *, durable: bool) -> bool:
 
 
 def _link(temporary: Path, path: Path) -> None:
-    for _ in range(_LINK_TRIES):
+    deadline = time.monotonic() + _LINK_SECONDS
+    while time.monotonic() < deadline and temporary.exists():
         # Another process may find the folder empty, and remove it, right before.
         with suppress(FileNotFoundError):
             path.parent.mkdir(parents=True, exist_ok=True)
