@@ -19,8 +19,9 @@ from pathlib import Path
 import uvicorn
 
 from cache.errors import InvalidInput
-from teacher_service.app import Service, create_app
+from teacher_service.app import create_app
 from teacher_service.replicas import HostedTeacher, Keep
+from teacher_service.service import Service
 from teacher_service.settings import ServiceSettings, load_settings, teacher_from_argument
 
 SUMMARY = "serve teachers over HTTP, with the cache in front of them"

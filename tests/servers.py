@@ -13,8 +13,9 @@ import httpx
 import uvicorn
 
 from cache.types import Teacher
-from teacher_service.app import Service, create_app
+from teacher_service.app import create_app
 from teacher_service.replicas import HostedTeacher, Keep
+from teacher_service.service import Service
 
 
 @contextmanager

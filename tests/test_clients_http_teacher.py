@@ -349,7 +349,8 @@ async def test_a_starting_teacher_is_waited_for() -> None:
             await asyncio.sleep(0.01)
         yield FakeTeacher()
 
-    from teacher_service.app import Service, create_app
+    from teacher_service.app import create_app
+    from teacher_service.service import Service
 
     with serving(create_app(Service.of([HostedTeacher("smol", slowly)]))) as url:
         opening = asyncio.create_task(_open_and_score(url))

@@ -20,8 +20,9 @@ from cache.cache import Cache
 from cache.cached import KeepPolicy
 from cache.errors import InvalidInput, TeacherFailed, Unavailable
 from cache.types import Teacher, TeacherLimits, Tokens
-from teacher_service.app import Service, create_app
+from teacher_service.app import create_app
 from teacher_service.replicas import HostedTeacher, Keep, ReplicaPool
+from teacher_service.service import Service
 from teacher_service.settings import LimitSettings
 from tests.corpora import make_corpus, plan_targets, teacher_for
 from tests.fakes import FakeTeacher

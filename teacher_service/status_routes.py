@@ -1,0 +1,33 @@
+"""How the service is: alive, ready, its metrics, and the teachers as OpenAI-style models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, Response
+from fastapi.responses import JSONResponse
+
+from teacher_service.service import Service
+
+
+def add_status_routes(app: FastAPI, service: Service) -> None:
+    """Add the routes to the app."""
+
+    @app.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/readyz")
+    async def readyz() -> JSONResponse:
+        states = {name: teacher.state for name, teacher in service.teachers.items()}
+        content = {"status": "ready" if service.ready else "not ready", "teachers": states}
+        return JSONResponse(content, status_code=200 if service.ready else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        data = [{"id": name, "object": "model", "owned_by": "potstill"} for name in service.teachers]
+        return {"object": "list", "data": data}
