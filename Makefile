@@ -10,9 +10,9 @@ setup:
 demo: setup
 	$(BIN)/potstill demo
 
-# Lint, types and tests: what CI runs.
+# Lint, types and tests, these in two processes: what CI runs.
 test: lint
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n 2 --dist loadgroup
 
 test-slow: setup
 	$(BIN)/pytest -q -m slow

@@ -33,6 +33,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", line)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one file share a process, for their fixtures; all that use the session's engine share another."""
+    for item in items:
+        uses_engine = "vllm_teacher" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("the engine" if uses_engine else item.path.name))
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder: Llama, V=512, 256 tokens of context, with its tokenizer."""
