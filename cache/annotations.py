@@ -137,9 +137,11 @@ def open_annotation(root: Root, corpus: AnnotatedCorpus, name: str) -> Annotatio
     return annotation
 
 
-def read_annotation(root: Root, corpus: AnnotatedCorpus, name: str) -> NDArray[Any]:
-    """The values [R] of an annotation; raises as `open_annotation` does, and `CorruptSegment`."""
-    return _reader(root, corpus, name).read_all("values")
+def read_annotation(
+    root: Root, corpus: AnnotatedCorpus, name: str, start: int = 0, stop: int | None = None
+) -> NDArray[Any]:
+    """The values of all rows, or of a range of them; raises as `open_annotation` does, and `CorruptSegment`."""
+    return _reader(root, corpus, name).read("values", start, corpus.num_rows if stop is None else stop)
 
 
 def corrupt_annotations(root: Root, corpus: AnnotatedCorpus) -> list[str]:

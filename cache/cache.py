@@ -9,7 +9,7 @@ from cache.corpus import Corpus, list_corpora
 from cache.encoding import encoding_by_name
 from cache.errors import InvalidInput
 from cache.groups import Reading
-from cache.segment_set import SetSpec
+from cache.set_spec import SetSpec
 from cache.store import Root
 from cache.targets import TargetSet, has_targets
 from cache.types import Fields, TeacherIdentity
@@ -41,6 +41,10 @@ class Cache:
         if mode not in ("r", "r+"):
             raise InvalidInput(f"mode {mode!r} is unknown; take 'r' to read or 'r+' to write too")
         return cls(Root.open(url, create=mode == "r+"), mode, Reading.open(chunk_cache_bytes, pipeline))
+
+    def fresh(self) -> Self:
+        """The same cache with nothing remembered of what is in it; decoded chunks stay shared."""
+        return type(self)(self.root, self.mode, self._reading)
 
     def corpora(self) -> list[str]:
         """Names of the sealed corpora."""

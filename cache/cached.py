@@ -157,6 +157,16 @@ class CachedTeacher:
         """The limits of the teacher behind."""
         return self.inner.limits
 
+    @property
+    def policy(self) -> KeepPolicy:
+        """What is kept, and when it is written."""
+        return self._policy
+
+    @property
+    def journal_bytes(self) -> int:
+        """Stored in the journals of all processes for this teacher, as of the last tidying."""
+        return self._journal.stored_bytes
+
     async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
         """One `Targets` per row, in order, with exactly `want.k` entries.
 

@@ -9,11 +9,11 @@ Shape legend:  P positions, R rows, S shards.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,6 +66,35 @@ class CorpusSpec:
     objects: tuple[StoredObject, ...]
 
 
+class CorpusArrays(Protocol):
+    """Where a corpus reads its arrays: a published group, or a service that has one (`cache.groups.GroupReader`)."""
+
+    @property
+    def path(self) -> str:
+        """What errors call it."""
+        ...
+
+    def has(self, name: str) -> bool:
+        """Whether there is an array of this name."""
+        ...
+
+    def expect(self, name: str, shape: tuple[int, ...], dtypes: Iterable[str]) -> str:
+        """Check an array's shape and dtype; the dtype's name."""
+        ...
+
+    def read(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        """`array[start:stop]`."""
+        ...
+
+    def read_all(self, name: str) -> NDArray[Any]:
+        """The whole array."""
+        ...
+
+    def corrupt_objects(self) -> list[str]:
+        """One line for each object that is not what was published."""
+        ...
+
+
 def corpus_path(name: str) -> str:
     """Where a corpus lives below the root."""
     return f"corpora/{check_name('corpus', name)}"
@@ -74,7 +103,7 @@ def corpus_path(name: str) -> str:
 class Corpus:
     """Read a sealed corpus: `len(corpus)` rows, `corpus.row(i)` their tokens."""
 
-    def __init__(self, root: Root, name: str, spec: CorpusSpec, reader: GroupReader) -> None:
+    def __init__(self, root: Root, name: str, spec: CorpusSpec, reader: CorpusArrays) -> None:
         self.name = name
         self.spec = spec
         self._root = root
@@ -156,6 +185,14 @@ class Corpus:
         starts = self.starts(start, stop)
         flat = self.tokens(int(starts[0]), int(starts[-1]))
         return [flat[a - starts[0] : b - starts[0]] for a, b in pairwise(starts)]
+
+    def take(self, rows: Sequence[int]) -> list[Tokens]:
+        """The tokens of rows in any order.
+
+        Raises:
+            InvalidInput: a row outside the corpus.
+        """
+        return [self.tokens(start, stop) for start, stop in self.spans(rows).tolist()]
 
     def starts(self, start: int, stop: int) -> NDArray[np.int64]:
         """[stop - start + 1] positions at which rows `start` to `stop` start, and the end of the last one.
@@ -246,7 +283,7 @@ class Corpus:
 
     @cached_property
     def _key_index(self) -> KeyIndex | KeysInMemory:
-        if self._reader.has(SORTED_KEYS):
+        if isinstance(self._reader, GroupReader) and self._reader.has(SORTED_KEYS):
             return KeyIndex(self._reader, len(self))
         self._reader.expect(KEY_ORDER, (len(self),), ("int64",))
         order = self._reader.read_all(KEY_ORDER).astype(np.int64)

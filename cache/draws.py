@@ -48,13 +48,17 @@ def draw_rows(logprobs: NDArray[np.floating], n: int, seed: int, row_key: bytes)
     return Draws(offsets, ids, counts)
 
 
-def uniforms(num_positions: int, n: int, seed: int, row_key: bytes) -> NDArray[np.float64]:
+def uniforms(num_positions: int, n: int, seed: int, row_key: bytes, *, start: int = 0) -> NDArray[np.float64]:
     """[T, N] numbers in [0, 1) of 53 bits, from Philox keyed by a hash of `seed` and `row_key`.
 
-    Taken from the bit generator itself: its stream is fixed for ever, that of `Generator.random` is not.
+    Taken from the bit generator itself: its stream is fixed for ever, that of `Generator.random` is not. With `start`
+    they are those of the T positions from there on, as a row has them that is worked on in parts.
     """
     digest = hashlib.blake2b(seed.to_bytes(8, "little") + row_key, digest_size=16, person=b"potstill draws").digest()
-    raw = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(num_positions * n)
+    generator = np.random.Philox(key=int.from_bytes(digest, "little"))
+    skipped = start * n
+    generator.advance(skipped // 4)  # the counter moves by blocks of four numbers
+    raw = generator.random_raw(skipped % 4 + num_positions * n)[skipped % 4 :]
     return (raw >> np.uint64(11)).astype(np.float64).reshape(num_positions, n) * 2.0**-53
 
 

@@ -17,6 +17,9 @@
       FormatError              500  metadata that this version cannot read
       CorruptSegment           500  stored bytes that are not what was committed
       TeacherFailed            502  the engine failed or answered nonsense
+      Unauthenticated          401  no API key, or one that the service does not know
+      Forbidden                403  a key whose role may not do this
+      RequestTimeout           408  a request body that came too slowly; retry later
       Overloaded               429  retry later
       Unavailable              503  retry later (starting, stopping, unreachable)
       DeadlineExceeded         504  the caller's deadline passed
@@ -37,6 +40,11 @@ class PotstillError(Exception):
     kind: ClassVar[str] = "internal"
     status: ClassVar[int] = 500
     retryable: ClassVar[bool] = False
+
+    def __init__(self, *args: object, retry_after: float | None = None) -> None:
+        super().__init__(*args)
+        self.retry_after = retry_after
+        """Seconds after which the same call may succeed; None when that is not known."""
 
     @property
     def detail(self) -> str:
@@ -167,6 +175,28 @@ class Unavailable(PotstillError):
     retryable = True
 
 
+class Unauthenticated(PotstillError):
+    """No API key, or one that the service does not know."""
+
+    kind = "unauthenticated"
+    status = 401
+
+
+class Forbidden(PotstillError):
+    """A known key whose role may not do this."""
+
+    kind = "forbidden"
+    status = 403
+
+
+class RequestTimeout(PotstillError):
+    """A request body that did not arrive in time."""
+
+    kind = "request_timeout"
+    status = 408
+    retryable = True
+
+
 class DeadlineExceeded(PotstillError):
     """The caller's deadline passed before there was an answer."""
 
@@ -178,6 +208,11 @@ def _tree(root: type[PotstillError]) -> Iterator[type[PotstillError]]:
     yield root
     for child in root.__subclasses__():
         yield from _tree(child)
+
+
+def error_kinds() -> list[str]:
+    """Every `kind` that there is."""
+    return [cls.kind for cls in _tree(PotstillError)]
 
 
 def error_class(kind: str) -> type[PotstillError]:

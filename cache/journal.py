@@ -131,6 +131,11 @@ class Journal:
         """Rises when segments were found gone: evicted, joined, or moved into a corpus."""
         return self._index.losses
 
+    @property
+    def stored_bytes(self) -> int:
+        """Of all segments under the teacher's name, as of the last `tidy`."""
+        return sum(record.num_bytes for record in self._index.records)
+
     def find(self, keys: Sequence[bytes], k: int) -> list[Targets | None]:
         """The kept targets of each row with at least `k` entries, all of them; None where there are none.
 

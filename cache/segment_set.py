@@ -18,7 +18,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -26,29 +26,21 @@ from numpy.typing import NDArray
 
 from cache.commit import Commit, commit_bytes, commit_from_json, commit_name, shard_of_commit
 from cache.corpus import Corpus
-from cache.encoding import Encoding, RankTable, check_ids, encoding_by_name
-from cache.errors import CorruptSegment, FormatError, InvalidInput, NotCommitted, SpecMismatch, TeacherFailed
+from cache.encoding import RankTable, check_ids
+from cache.errors import CorruptSegment, FormatError, NotCommitted, TeacherFailed
 from cache.groups import GroupReader, GroupWriter, Reading, attempt_name, removed_on_failure
 from cache.manifest import Manifest, fold
 from cache.packed import Text
 from cache.ranks import create_ranks, make_table, pilot_rows, read_ranks
-from cache.record import group_metadata, parse_group_metadata, read_record
+from cache.record import group_metadata, read_record
 from cache.segment import EncodedSegment, SegmentReader, encode_segment, write_arrays
+from cache.set_spec import SetSpec, parse_spec, require_same
 from cache.store import Root
-from cache.types import Fields, Provenance, Targets, TeacherIdentity
+from cache.types import Provenance, Targets
 
 # About 27 KB each; opening one again costs some milliseconds.
 _OPEN_SEGMENTS = 512
 _READ_AT_ONCE = 16
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SetSpec:
-    """What one segment set holds; another spec under the same names is refused."""
-
-    identity: TeacherIdentity
-    fields: Fields
-    encoding: Encoding
 
 
 class SegmentSet:
@@ -77,7 +69,7 @@ class SegmentSet:
         data = root.get(f"{path}/zarr.json")
         if data is None:
             return None
-        opened = cls(root, path, corpus, _parse_spec(path, data, corpus), reading)
+        opened = cls(root, path, corpus, parse_spec(path, data, corpus), reading)
         opened._spec_sha256 = hashlib.sha256(data).hexdigest()
         return opened
 
@@ -115,6 +107,25 @@ class SegmentSet:
                 return None
             self._commits[shard] = found
         return self._commits[shard]
+
+    @property
+    def remembered(self) -> list[int]:
+        """Shards whose commit is not asked for again, though somebody may have deleted it since."""
+        return list(self._commits)
+
+    def require_commit(self, shard: int) -> Commit:
+        """The commit of a shard.
+
+        Raises:
+            NotCommitted: there is none.
+        """
+        commit = self.commit_of(shard)
+        if commit is None:
+            raise NotCommitted(
+                f"shard {shard} of corpus {self.corpus.name!r} has no targets in {self.path} yet; "
+                "run `potstill prefill` for it"
+            )
+        return commit
 
     def commits(self) -> list[Commit]:
         """Every commit there is, by shard."""
@@ -232,12 +243,14 @@ class SegmentSet:
         Raises:
             NotCommitted: the shard has no commit.
         """
+        found = []
         try:
-            found = self._committed_group(shard).corrupt_objects()
+            found += self._committed_group(shard).corrupt_objects()
             if self._manifest is not None and not self._manifest.holds(shard, self._read_commit(shard)):
                 found.append(f"{self.path}/commits/{commit_name(shard)} is not the commit that the manifest has")
+            self._open_group(shard)
         except (CorruptSegment, FormatError) as error:
-            return [error.detail]
+            found.append(error.detail)
         return found
 
     def corrupt_shared_objects(self) -> list[str]:
@@ -310,12 +323,7 @@ class SegmentSet:
         return group
 
     def _committed_group(self, shard: int) -> GroupReader:
-        commit = self.commit_of(shard)
-        if commit is None:
-            raise NotCommitted(
-                f"shard {shard} of corpus {self.corpus.name!r} has no targets in {self.path} yet; "
-                "run `potstill prefill` for it"
-            )
+        commit = self.require_commit(shard)
         if commit.spec_sha256 and commit.spec_sha256 != self._spec_sha256:
             raise CorruptSegment(f"{self.path}/commits/{commit_name(shard)} is the commit of another segment set")
         return GroupReader(self.root, self.segment_path(commit.segment), commit.objects, self._reading)
@@ -340,7 +348,7 @@ class SegmentSet:
             data = self.root.get(f"{self.path}/zarr.json")
             if data is None:
                 return False
-            require_same(self.path, self.spec, _parse_spec(self.path, data, self.corpus))
+            require_same(self.path, self.spec, parse_spec(self.path, data, self.corpus))
             self._spec_sha256 = hashlib.sha256(data).hexdigest()
         return True
 
@@ -356,42 +364,3 @@ class SegmentSet:
         if self._ranks is None:
             self._ranks = read_ranks(self.root, self.path, self.spec.identity.vocab_size)
         return self._ranks
-
-
-def require_same(path: str, wanted: SetSpec, found: SetSpec) -> None:
-    """Refuse to write one spec's targets into a set of another.
-
-    Raises:
-        SpecMismatch: identity, fields or encoding differ; the message names how.
-    """
-    differences = found.identity.differences(wanted.identity)
-    for name in ("fields", "encoding"):
-        mine, theirs = getattr(found, name).to_json(), getattr(wanted, name).to_json()
-        if mine != theirs:
-            changed = [f"{key}: {mine[key]} != {theirs[key]}" for key in mine if mine[key] != theirs[key]]
-            differences += ("; " if differences else "") + f"{name}: {', '.join(changed)}"
-    if differences:
-        raise SpecMismatch(f"{path} exists with another spec ({differences}); use another teacher name")
-
-
-def _parse_spec(path: str, data: bytes, corpus: Corpus) -> SetSpec:
-    record = parse_group_metadata(path, data, "targets")
-    try:
-        spec = SetSpec(
-            identity=TeacherIdentity.from_json(record["identity"]),
-            fields=Fields.from_json(record["fields"]),
-            encoding=encoding_by_name(record["encoding"]["name"]),
-        )
-        teacher, (name, fingerprint) = record["teacher"], (record["corpus"]["name"], record["corpus"]["fingerprint"])
-        if not isinstance(fingerprint, str):
-            raise FormatError(f"the fingerprint of its corpus is {fingerprint!r}")
-    except (KeyError, TypeError, InvalidInput, FormatError) as error:
-        raise FormatError(f"{path}/zarr.json is not the record of a segment set: {error}") from error
-    if path.split("/")[1:3] != [teacher, name]:
-        raise CorruptSegment(f"{path}/zarr.json is the record of teacher {teacher!r} on corpus {name!r}")
-    if fingerprint != corpus.fingerprint:
-        raise SpecMismatch(
-            f"{path} was made for a corpus {corpus.name!r} of fingerprint {fingerprint[:12]}, "
-            f"this one has {corpus.fingerprint[:12]}; use another corpus name"
-        )
-    return spec

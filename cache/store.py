@@ -80,6 +80,11 @@ class Root:
             raise InvalidInput(f"no cache at {text!r}: the folder does not exist; `potstill ingest` makes one")
         return cls(text, LocalStore(folder), folder)
 
+    @property
+    def folder(self) -> Path | None:
+        """The local folder; None for an object store."""
+        return self._folder
+
     def get(self, path: str) -> bytes | None:
         """The bytes of an object, or None when there is none."""
         with self._errors(path):

@@ -16,15 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.archive_blocks import MAX_K
+from cache.commit import Commit
 from cache.corpus import Corpus
 from cache.encoding import Encoding
 from cache.errors import InvalidInput, SpecMismatch, UnknownTeacher, UnsupportedField
 from cache.groups import Reading
 from cache.ranks import pilot_rows
 from cache.segment import Piece, read_pieces, with_fields
-from cache.segment_set import SegmentSet, SetSpec, require_same
+from cache.segment_set import SegmentSet
+from cache.set_spec import SetSpec, require_same
 from cache.store import Root, check_name
 from cache.types import Fields, Provenance, Targets, TeacherIdentity
+from cache.wanted import shared_fields, wanted_fields
 
 _MANY_ROWS = 256
 
@@ -161,6 +164,21 @@ class TargetSet:
             found.extend(self._read_ranges([(start, stop) for start, stop in spans], want))
         return found
 
+    def commits_of(self, shards: Sequence[int], want: Fields) -> list[Commit]:
+        """The commits that hold what is wanted of each shard, by shard and segment set; no target is read.
+
+        Raises:
+            NotCommitted: a shard lacks one. UnsupportedField: what is not kept.
+        """
+        left: Fields | None = self._wanted(None, want)
+        holders = []
+        for each in self.sets:
+            part = None if left is None else shared_fields(left, each.spec.fields)
+            if left is not None and part is not None:
+                left = left.without(part)
+                holders.append(each)
+        return [each.require_commit(shard) for shard in shards for each in holders]
+
     def read_column(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
         """One number a position, `log_tail`, `label_logprob` or `entropy`, without reading anything else.
 
@@ -239,35 +257,13 @@ class TargetSet:
             )
 
     def _wanted(self, k: int | None, fields: Fields | None) -> Fields:
-        held = self.fields
-        want = fields or held
-        if k is not None and k < 0:
-            raise InvalidInput(f"k is {k}; it must be at least 0")
-        if k is not None and k != want.k:
-            want = replace(want, k=k)
-        problems = []
-        if want.k > held.k:
-            problems.append(f"k={want.k} was asked for, but only k={held.k} is kept")
-        if want.draws and (want.draws, want.seed) != (held.draws, held.seed):
-            kept = f"{held.draws} of seed {held.seed}" if held.draws else "none"
-            problems.append(f"{want.draws} draws of seed {want.seed} were asked for, {kept} are kept")
-        if want.temperatures and want.temperatures != held.temperatures:
-            problems.append(f"temperatures {want.temperatures} were asked for, {held.temperatures or 'none'} are kept")
-        problems += [
-            f"{name} is not kept" for name in ("entropy", "dense") if getattr(want, name) > getattr(held, name)
-        ]
-        if problems:
-            raise UnsupportedField(
-                f"teacher {self.teacher!r} on corpus {self.corpus.name!r}: {'; '.join(problems)}; "
-                "ask for what is kept, or add it with `potstill prefill`"
-            )
-        return want
+        return wanted_fields(self.fields, k, fields, f"teacher {self.teacher!r} on corpus {self.corpus.name!r}")
 
     def _read_ranges(self, ranges: Sequence[tuple[int, int]], want: Fields) -> list[Targets]:
         found: list[Targets | None] = [None] * len(ranges)
         left: Fields | None = want
         for each in self.sets:
-            part = None if left is None else _shared_fields(left, each.spec.fields)
+            part = None if left is None else shared_fields(left, each.spec.fields)
             if left is None or part is None or not ranges:
                 continue
             # Jobs that add fields at the same moment may leave two sets with one field: the first has it.
@@ -327,20 +323,6 @@ def _set_name(fields: Fields) -> str:
         "dense" if fields.dense else "",
     ]
     return "_".join(part for part in parts if part)
-
-
-def _shared_fields(want: Fields, held: Fields) -> Fields | None:
-    """What of the wanted fields a set holds; the wanted ones are known to be kept somewhere."""
-    same_draws = (held.draws, held.seed) == (want.draws, want.seed)
-    shared = {
-        "k": want.k if held.k >= want.k else 0,
-        "draws": want.draws if same_draws else 0,
-        "seed": want.seed if same_draws and want.draws else 0,
-        "entropy": want.entropy and held.entropy,
-        "temperatures": want.temperatures if held.temperatures == want.temperatures else (),
-        "dense": want.dense and held.dense,
-    }
-    return Fields(**shared) if any(value for name, value in shared.items() if name != "seed") else None  # type: ignore[arg-type]
 
 
 def _only(targets: Targets, fields: Fields) -> Targets:

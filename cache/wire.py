@@ -35,10 +35,12 @@ from cache.types import JSON, Draws, Fields, Targets, TeacherIdentity, Tokens
 ARROW_MEDIA_TYPE = "application/vnd.apache.arrow.stream"
 JSON_MEDIA_TYPE = "application/json"
 WIRE_VERSION = "1"
+FORMAT_HEADER = "potstill-format"
+"""The wire version, where a request or an answer has no body to say so."""
 
-_FORMAT = b"potstill.format"
-_FIELDS = b"potstill.fields"
-_IDENTITY = b"potstill.identity"
+FORMAT_KEY = b"potstill.format"
+FIELDS_KEY = b"potstill.fields"
+IDENTITY_KEY = b"potstill.identity"
 _RECORD_BATCH = 3  # in MessageHeader of Arrow's Message.fbs
 
 # Column -> whether it is a fixed-size list per position (True) or one float per position.
@@ -64,7 +66,7 @@ class ScoreAnswer:
 
 def request_to_arrow(request: ScoreRequest) -> bytes:
     """The request as an Arrow IPC stream."""
-    metadata = {_FORMAT: WIRE_VERSION.encode(), _FIELDS: json.dumps(request.fields.to_json()).encode()}
+    metadata = {FORMAT_KEY: WIRE_VERSION.encode(), FIELDS_KEY: json.dumps(request.fields.to_json()).encode()}
     schema = pa.schema([pa.field("row", pa.list_(pa.uint32()))], metadata=metadata)
     lengths = np.cumsum([0, *map(len, request.rows)], dtype=np.int32)
     flat = np.concatenate([np.empty(0, np.uint32), *request.rows]).astype(np.uint32, copy=False)
@@ -78,11 +80,11 @@ def request_from_arrow(body: bytes) -> ScoreRequest:
     Raises:
         WireVersionError: another wire version. InvalidInput: not an Arrow stream of this shape.
     """
-    schema, batches = _open(body)
-    fields = Fields.from_json(_metadata_json(schema, _FIELDS))
+    schema, batches = open_stream(body)
+    fields = Fields.from_json(metadata_json(schema, FIELDS_KEY))
     rows: list[Tokens] = []
     for batch in batches:
-        column = _column(batch, "row", pa.list_(pa.uint32()))
+        column = only_column(batch, "row", pa.list_(pa.uint32()))
         if column.null_count or column.values.null_count:
             raise InvalidInput("column 'row' has nulls; every row is a list of token ids")
         values = column.values.to_numpy()
@@ -102,12 +104,12 @@ def answer_from_arrow(body: bytes) -> ScoreAnswer:
     Raises:
         WireVersionError: another wire version. InvalidInput: not an Arrow stream of this shape.
     """
-    schema, batches = _open(body)
+    schema, batches = open_stream(body)
     try:
-        identity = TeacherIdentity.from_json(_metadata_json(schema, _IDENTITY))
+        identity = TeacherIdentity.from_json(metadata_json(schema, IDENTITY_KEY))
     except FormatError as error:
         raise InvalidInput(f"schema metadata potstill.identity: {error}") from error
-    return ScoreAnswer(identity, [_from_batch(batch) for batch in batches])
+    return ScoreAnswer(identity, [from_batch(batch) for batch in batches])
 
 
 def request_from_json(value: Any) -> ScoreRequest:
@@ -162,10 +164,10 @@ def _row_from_json(index: int, row: Any) -> Tokens:
 
 def _answer_stream(answer: ScoreAnswer, k: int) -> bytes:
     """`k` is used when there is no row."""
-    metadata = {_FORMAT: WIRE_VERSION.encode(), _IDENTITY: json.dumps(answer.identity.to_json()).encode()}
-    columns = _answer_columns(answer.targets[0]) if answer.targets else _top_k_columns(k)
+    metadata = {FORMAT_KEY: WIRE_VERSION.encode(), IDENTITY_KEY: json.dumps(answer.identity.to_json()).encode()}
+    columns = answer_columns(answer.targets[0]) if answer.targets else _top_k_columns(k)
     schema = pa.schema(columns, metadata=metadata)
-    return _stream(schema, [_to_batch(targets, schema) for targets in answer.targets])
+    return _stream(schema, [to_batch(targets, schema) for targets in answer.targets])
 
 
 def _top_k_columns(k: int) -> list[Any]:
@@ -173,7 +175,8 @@ def _top_k_columns(k: int) -> list[Any]:
     return [*(lists if k else []), pa.field("log_tail", pa.float32()), pa.field("label_logprob", pa.float32())]
 
 
-def _answer_columns(targets: Targets) -> list[Any]:
+def answer_columns(targets: Targets) -> list[Any]:
+    """The Arrow fields that targets like these are sent as."""
     columns = _top_k_columns(targets.k)
     for name, wide in _OPTIONAL_COLUMNS.items():
         array = getattr(targets, name)
@@ -184,7 +187,8 @@ def _answer_columns(targets: Targets) -> list[Any]:
     return columns
 
 
-def _to_batch(targets: Targets, schema: Any) -> Any:
+def to_batch(targets: Targets, schema: Any) -> Any:
+    """Targets as one record batch of a schema of `answer_columns`."""
     return pa.record_batch([_to_column(targets, field) for field in schema], schema=schema)
 
 
@@ -199,11 +203,16 @@ def _to_column(targets: Targets, field: Any) -> Any:
     return pa.FixedSizeListArray.from_arrays(flat, field.type.list_size) if fixed else flat
 
 
-def _from_batch(batch: Any) -> Targets:
+def from_batch(batch: Any) -> Targets:
+    """Read what `to_batch` made.
+
+    Raises:
+        InvalidInput: other columns or types, or nulls.
+    """
     names = set(batch.schema.names)
     lists = {name: _list_column(batch, name, pa.float32()) for name in ("log_z", "dense") if name in names}
     scalars = {
-        name: _numpy(_column(batch, name, pa.float32()))
+        name: _numpy(only_column(batch, name, pa.float32()))
         for name in ("log_tail", "label_logprob", *(["entropy"] if "entropy" in names else []))
     }
     if names & {"ids", "logprobs"}:
@@ -227,7 +236,7 @@ def _draws(batch: Any) -> Draws:
 
 def _ragged_column(batch: Any, name: str, kind: Any) -> tuple[NDArray[np.int64], NDArray[Any]]:
     """The offsets from 0, and all entries one after the other."""
-    column = _column(batch, name, kind)
+    column = only_column(batch, name, kind)
     if column.null_count:
         raise InvalidInput(f"column {name!r} has nulls")
     # An array of no lists may have no offsets at all.
@@ -247,7 +256,12 @@ def _list_column(batch: Any, name: str, item: Any) -> NDArray[Any]:
     return _numpy(column.flatten()).reshape(len(column), column.type.list_size)
 
 
-def _column(batch: Any, name: str, kind: Any) -> Any:
+def only_column(batch: Any, name: str, kind: Any) -> Any:
+    """The one column of that name.
+
+    Raises:
+        InvalidInput: there is none, there are several, or it is of another type.
+    """
     if batch.schema.names.count(name) != 1 or batch.column(name).type != kind:
         raise InvalidInput(f"there must be one column {name!r} of type {kind}")
     return batch.column(name)
@@ -269,11 +283,16 @@ def _stream(schema: Any, batches: Sequence[Any]) -> bytes:
     return data
 
 
-def _open(body: bytes) -> tuple[Any, list[Any]]:
+def open_stream(body: bytes) -> tuple[Any, list[Any]]:
+    """The schema and the checked record batches of a whole stream.
+
+    Raises:
+        WireVersionError: another wire version. InvalidInput: not an Arrow stream, or a compressed one.
+    """
     try:
         with pa.ipc.open_stream(body) as reader:
             schema = reader.schema
-            _check_version(schema)
+            check_version(schema)
             _ = schema.names  # a name that is not UTF-8 is found when it is asked for
             _refuse_compression(body)
             batches = list(reader)
@@ -287,11 +306,11 @@ def _open(body: bytes) -> tuple[Any, list[Any]]:
 def _refuse_compression(body: bytes) -> None:
     # 13 kB of zstd unpack to 400 MB, and pyarrow has no bound for that: only plain batches have a known size.
     for message in pa.ipc.MessageReader.open_stream(body):
-        if message.type == "dictionary" or _is_compressed(message.metadata.to_pybytes()):
+        if message.type == "dictionary" or is_compressed(message.metadata.to_pybytes()):
             raise InvalidInput("the body has compressed or dictionary batches; write plain, uncompressed ones")
 
 
-def _is_compressed(metadata: bytes) -> bool:
+def is_compressed(metadata: bytes) -> bool:
     """Whether a message is a record batch with compression, which pyarrow does not tell before unpacking."""
     # Flatbuffers: Message has the fields version, kind, header; RecordBatch length, nodes, buffers, compression.
     (message,) = struct.unpack_from("<I", metadata, 0)
@@ -315,8 +334,21 @@ def _flatbuffer_field(data: bytes, table: int, number: int) -> int | None:
     return table + offset if offset else None
 
 
-def _check_version(schema: Any) -> None:
-    version = (schema.metadata or {}).get(_FORMAT, b"none").decode(errors="replace")
+def check_version(schema: Any) -> None:
+    """Refuse a schema of another wire version.
+
+    Raises:
+        WireVersionError: naming both.
+    """
+    require_version((schema.metadata or {}).get(FORMAT_KEY, b"none").decode(errors="replace"))
+
+
+def require_version(version: str) -> None:
+    """Refuse another wire version than this end's.
+
+    Raises:
+        WireVersionError: naming both.
+    """
     if version != WIRE_VERSION:
         raise WireVersionError(
             f"the body has wire version {version[:40]!r}, this end speaks {WIRE_VERSION!r}; "
@@ -324,7 +356,12 @@ def _check_version(schema: Any) -> None:
         )
 
 
-def _metadata_json(schema: Any, key: bytes) -> Any:
+def metadata_json(schema: Any, key: bytes) -> Any:
+    """The JSON value under a key of the schema metadata.
+
+    Raises:
+        InvalidInput: it is not there, or not JSON.
+    """
     raw = (schema.metadata or {}).get(key)
     if raw is None:
         raise InvalidInput(f"the schema metadata has no {key.decode()!r}")

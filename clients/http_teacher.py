@@ -73,7 +73,7 @@ class HttpTeacher:
         Args:
             url: where the service is, like `http://127.0.0.1:8700`.
             name: the teacher's name there.
-            api_key: sent as a bearer token.
+            api_key: sent as a bearer token; that of the variable `POTSTILL_API_KEY` when not given.
             timeout: seconds that one `score` call, with all its retries, may take.
             max_in_flight: requests under way at once, over all `score` calls.
             request_tokens: rows are sent in requests of at most this many tokens (one row is never split).
@@ -279,7 +279,7 @@ async def open_http_teacher(spec: str, *, options: Mapping[str, JSON] | None = N
     """The teacher factory of `http://` and `https://`: `URL#NAME`, or `URL` when there is only one teacher.
 
     Nothing is kept by the service: who opens a teacher by its spec keeps the targets itself. `options` may
-    hold api_key, timeout, max_in_flight, request_tokens and attempts.
+    hold api_key (else `POTSTILL_API_KEY` is used), timeout, max_in_flight, request_tokens and attempts.
 
     Raises:
         InvalidInput: several teachers and no name, or an unknown or bad option.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -25,6 +26,8 @@ from cache.errors import (
 from cache.types import JSON
 
 T = TypeVar("T")
+API_KEY_VARIABLE = "POTSTILL_API_KEY"
+"""Holds the API key for every service that is called without one, so that no command line shows it."""
 
 
 class Refusal(Exception):
@@ -121,15 +124,19 @@ class Connection:
     ) -> AsyncIterator[Connection]:
         """Check the URL and hold the sockets; nothing is sent yet.
 
+        The API key is that of the environment (`POTSTILL_API_KEY`) when none is given.
+
         Raises:
-            InvalidInput: not an `http://host:port` or `https://` URL, or a number that makes no sense.
+            InvalidInput: not an `http://host:port` or `https://` URL, a number that makes no sense, or a key that no
+                header can hold.
         """
         url = checked_url(url)
         if not 0 < timeout < math.inf or max_in_flight < 1:
             raise InvalidInput("timeout must be a positive number of seconds, max_in_flight at least 1")
         headers = {"user-agent": "potstill"}
-        if api_key is not None:
-            headers["authorization"] = f"Bearer {api_key}"
+        api_key = api_key or os.environ.get(API_KEY_VARIABLE)
+        if api_key:
+            headers["authorization"] = f"Bearer {checked_key(api_key)}"
         # The deadline of the call bounds everything but the connection, which fails fast to be tried again.
         times = httpx.Timeout(None, connect=min(10.0, timeout))
         limits = httpx.Limits(max_connections=max_in_flight)
@@ -145,6 +152,10 @@ class Connection:
         headers = {"content-type": "application/json"}
         body = json.dumps(value).encode()
         return self._object(path, await self._call("PUT", path, body=body, headers=headers, deadline=None))
+
+    async def delete_json(self, path: str) -> dict[str, Any]:
+        """DELETE, get a JSON object."""
+        return self._object(path, await self._call("DELETE", path, deadline=None))
 
     async def post(self, path: str, body: bytes, *, headers: Mapping[str, str], deadline: float) -> bytes:
         """POST bytes, get bytes; `deadline` is on the event loop's clock."""
@@ -179,7 +190,7 @@ class Connection:
         except httpx.TransportError as error:
             cause = str(error) or type(error).__name__
             raise Refusal(Unavailable(f"{self.url} cannot be reached: {cause}")) from error
-        if reply.status_code != httpx.codes.OK:
+        if not reply.is_success:
             raise refusal_from(reply, self.url)
         return reply.content
 
@@ -188,6 +199,18 @@ class Connection:
         if not isinstance(value, dict):
             raise TeacherFailed(f"{self.url}{path} did not answer a JSON object; is it a Potstill service?")
         return value
+
+
+def checked_key(api_key: str) -> str:
+    """A key as a header can hold it.
+
+    Raises:
+        InvalidInput: it has other characters.
+    """
+    key = api_key.strip()  # as a file or a shell may have put a line end behind it
+    if not key or not key.isascii() or not key.isprintable():
+        raise InvalidInput("the API key has characters that no key has; give it as `potstill keys add` printed it")
+    return key
 
 
 def checked_url(url: str) -> str:

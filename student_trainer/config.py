@@ -2,7 +2,7 @@
 
 ```toml
 [data]
-cache = "cache"            # folder or URL of the cache that holds the corpus
+cache = "cache"            # folder or URL of the cache that holds the corpus, or http://host:port of a service
 corpus = "docs"
 held_out = 64              # rows kept for evaluation: a count, or a share below 1
 
@@ -39,6 +39,7 @@ from cache.types import JSON
 _FREE_ON_RESUME = frozenset(
     {
         "data.cache",
+        "data.api_key_env",
         "teachers.url",
         "teachers.api_key_env",
         "train.steps",
@@ -65,7 +66,9 @@ class DataConfig(_Frozen):
     """Which rows, and in what order."""
 
     cache: str = Field(min_length=1)
-    """Folder or URL of the cache."""
+    """Folder or URL of the cache; `http://host:port` is a service that has it."""
+    api_key_env: str | None = None
+    """Name of the environment variable that holds that service's key; `POTSTILL_API_KEY` when not given."""
     corpus: str = Field(min_length=1)
     held_out: Annotated[int | float, Field(ge=0)] = 0.02
     """Rows never trained on: a whole number is a count, a number below 1 a share of the corpus."""

@@ -89,7 +89,7 @@ class BatchReader:
         """
         wanted = [int(i) for i in indexes]
         with self.lock:
-            rows = [np.asarray(self.corpus.row(i)) for i in wanted]
+            rows = self.corpus.take(wanted)
             answers = [source.read(wanted, rows) for source in self.sources]
         for source, targets in zip(self.sources, answers, strict=True):
             _check_lengths(source.name, rows, targets)

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.cache import Cache
 from cache.corpus import Corpus
 from cache.errors import FormatError, InvalidInput, NotFound, StoreError, Unavailable
 from cache.types import TeacherIdentity
@@ -30,7 +29,7 @@ from student_trainer.group import Alone, Group
 from student_trainer.models import load_student
 from student_trainer.order import SampleOrder, choose_held_out, with_copies
 from student_trainer.result import finished_result
-from student_trainer.sources import open_sources
+from student_trainer.sources import open_cache, open_sources
 
 _LOCK_SECONDS = 5.0
 """Workers that Ray replaces may take this long to be gone."""
@@ -70,15 +69,15 @@ def open_run(config: TrainConfig) -> Iterator[OpenRun]:
         UnknownCorpus, UnknownTeacher, NotCommitted, SpecMismatch, UnsupportedField: what does not fit.
         InvalidInput: no training rows are left.
     """
-    cache = Cache.open(config.data.cache)
-    corpus = cache.corpus(config.data.corpus)
-    held_out = choose_held_out(len(corpus), config.data.held_out, config.data.held_out_seed)
-    left_out = with_copies(corpus, held_out)
-    if len(left_out) == len(corpus):
-        raise InvalidInput(f"data.held_out leaves no row to train on: all {len(corpus)} rows are copies of those")
-    order = SampleOrder(corpus.shard_rows, left_out, config.train.seed, config.data.window_shards)
-    with open_sources(config, cache, corpus) as sources:
-        yield OpenRun(corpus, held_out, order, BatchReader(corpus, sources, config.weights))
+    with open_cache(config.data) as cache:
+        corpus = cache.corpus(config.data.corpus)
+        held_out = choose_held_out(len(corpus), config.data.held_out, config.data.held_out_seed)
+        left_out = with_copies(corpus, held_out)
+        if len(left_out) == len(corpus):
+            raise InvalidInput(f"data.held_out leaves no row to train on: all {len(corpus)} rows are copies of those")
+        order = SampleOrder(corpus.shard_rows, left_out, config.train.seed, config.data.window_shards)
+        with open_sources(config, cache, corpus) as sources:
+            yield OpenRun(corpus, held_out, order, BatchReader(corpus, sources, config.weights))
 
 
 def check_run_dir(config: TrainConfig) -> None:

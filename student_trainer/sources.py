@@ -1,4 +1,4 @@
-"""Where a student's targets come from: the cache's folder, or a running service. Rows in, targets out."""
+"""Where a student's targets come from: a cache, here or behind a service, or a teacher. Rows in, targets out."""
 
 from __future__ import annotations
 
@@ -9,14 +9,44 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cache.cache import Cache
 from cache.corpus import Corpus
+from cache.encoding import Encoding
 from cache.errors import InvalidInput, NotCommitted, SpecMismatch, UnsupportedField
-from cache.targets import TargetSet
 from cache.types import Fields, Targets, TeacherIdentity, Tokens
+from clients.http_targets import HttpCache
 from clients.http_teacher import SyncHttpTeacher
-from student_trainer.config import TeacherConfig, TrainConfig
+from student_trainer.config import DataConfig, TeacherConfig, TrainConfig
+
+
+class HeldTargets(Protocol):
+    """Committed targets, here (`TargetSet`) or behind a service (`HttpTargets`)."""
+
+    @property
+    def identity(self) -> TeacherIdentity:
+        """Whose they are."""
+        ...
+
+    @property
+    def fields(self) -> Fields:
+        """What is kept of each position."""
+        ...
+
+    @property
+    def encoding(self) -> Encoding:
+        """How logprobs are kept."""
+        ...
+
+    @property
+    def committed(self) -> NDArray[np.bool_]:
+        """[S] which shards have a commit."""
+        ...
+
+    def read_rows(self, rows: Sequence[int], *, fields: Fields | None = None) -> list[Targets]:
+        """One `Targets` per row index, in order."""
+        ...
 
 
 class TargetSource(Protocol):
@@ -52,7 +82,7 @@ class CacheSource:
     """Committed targets of the corpus, by row index."""
 
     name: str
-    targets: TargetSet
+    targets: HeldTargets
     k: int | None = None
 
     @property
@@ -67,8 +97,7 @@ class CacheSource:
 
     def read(self, indexes: Sequence[int], rows: Sequence[Tokens]) -> list[Targets]:  # noqa: ARG002
         """Read from the store; the tokens are not needed."""
-        found = self.targets.read_rows(list(indexes))
-        return found if self.k is None else [targets.prefix(self.k) for targets in found]
+        return self.targets.read_rows(list(indexes), fields=Fields(k=self.k or self.targets.fields.k))
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +124,21 @@ class ServiceSource:
 
 
 @contextmanager
-def open_sources(config: TrainConfig, cache: Cache, corpus: Corpus) -> Iterator[tuple[TargetSource, ...]]:
+def open_cache(data: DataConfig) -> Iterator[Cache | HttpCache]:
+    """The cache that the run names: a folder, an object store, or the URL of a service that has one.
+
+    Raises:
+        InvalidInput: no such folder, an unknown URL scheme, or a variable for the key that is not set.
+    """
+    if not data.cache.startswith(("http://", "https://")):
+        yield Cache.open(data.cache)
+        return
+    with HttpCache(data.cache, api_key=api_key("data.api_key_env", data.api_key_env)) as cache:
+        yield cache
+
+
+@contextmanager
+def open_sources(config: TrainConfig, cache: Cache | HttpCache, corpus: Corpus) -> Iterator[tuple[TargetSource, ...]]:
     """The sources of all of the run's teachers, in the config's order, checked against the corpus.
 
     Raises:
@@ -121,11 +164,14 @@ def check_tokenizer(source: TargetSource, corpus: Corpus) -> None:
         )
 
 
-def _open(teacher: TeacherConfig, corpus_name: str, cache: Cache, corpus: Corpus, stack: ExitStack) -> TargetSource:
+def _open(
+    teacher: TeacherConfig, corpus_name: str, cache: Cache | HttpCache, corpus: Corpus, stack: ExitStack
+) -> TargetSource:
     source: TargetSource
     if teacher.source == "service":
         assert teacher.url is not None, "the config refuses a service without a url"
-        client = stack.enter_context(SyncHttpTeacher(teacher.url, teacher.name, api_key=_api_key(teacher)))
+        key = api_key("teachers.api_key_env", teacher.api_key_env)
+        client = stack.enter_context(SyncHttpTeacher(teacher.url, teacher.name, api_key=key))
         source = ServiceSource(teacher.name, client, teacher.k)
     else:
         targets = cache.targets(teacher.name, corpus_name).top_k_only()
@@ -138,17 +184,20 @@ def _open(teacher: TeacherConfig, corpus_name: str, cache: Cache, corpus: Corpus
     return source
 
 
-def _api_key(teacher: TeacherConfig) -> str | None:
-    """The key in the environment, so that no config and no run folder holds one."""
-    name = teacher.api_key_env
-    if name is None:
+def api_key(setting: str, variable: str | None) -> str | None:
+    """The key in an environment variable, so that no config and no run folder holds one.
+
+    Raises:
+        InvalidInput: the variable is not set.
+    """
+    if variable is None:
         return None
-    if name not in os.environ:
-        raise InvalidInput(f"teachers.api_key_env names {name!r}, but that is not set")
-    return os.environ[name]
+    if variable not in os.environ:
+        raise InvalidInput(f"{setting} names {variable!r}, but that is not set")
+    return os.environ[variable]
 
 
-def _check_committed(name: str, targets: TargetSet) -> None:
+def _check_committed(name: str, targets: HeldTargets) -> None:
     committed = np.asarray(targets.committed)
     missing = int((~committed).sum())
     if missing:

@@ -1,33 +1,79 @@
-"""What is let in: how many requests and tokens may be in flight, and how big one request may be.
+"""What is let in: how much may be in flight, and who of those that wait is next.
 
-Tokens are the unit of a teacher's work and of its memory, so they are what is bounded. Nothing waits
-here: a request over the bound is told to come back, and the client's jittered retries spread the load.
+Tokens are the unit of a teacher's work and of its memory, so they are what is bounded. Only what the cache does not
+answer waits: `AdmittedTeacher` stands between the cache and the engine. What is over a bound is told when to come back.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextvars import ContextVar
+from typing import Any, TypeVar
 
-from starlette.requests import Request
-
-from cache import wire
-from cache.errors import BodyTooLarge, InvalidInput, LimitExceeded, MediaTypeError, Overloaded
-from cache.types import Fields, Teacher, Tokens
+from cache.errors import DeadlineExceeded, LimitExceeded, PotstillError
+from cache.types import Fields, Provenance, Targets, TeacherIdentity, TeacherLimits, Tokens
+from teacher_service.auth import Caller, current_caller
+from teacher_service.engine_queue import EngineQueue
+from teacher_service.fair_queue import Call, Turn
+from teacher_service.quotas import QuotaMeter
+from teacher_service.replicas import ReplicaPool
+from teacher_service.request_limits import engine_bytes_per_token
 from teacher_service.settings import LimitSettings
+from teacher_service.shared_bound import SharedBound
+from teacher_service.tracing import span
 
-TIMEOUT_HEADER = "potstill-timeout"
-"""Seconds after which the caller does not want the answer any more."""
+T = TypeVar("T")
+PART_TOKENS = 2048
+"""A call enters the engine in parts of at most so many tokens (or one longer row), so that other keys get their turns
+in between; about one step of an engine."""
+
+held_until_answered: ContextVar[ExitStack] = ContextVar("held_until_answered")
+"""What is closed once the answer of the current request is sent."""
+REFUSAL_REASONS = ("requests", "bodies", "answers", "queue", "pushed_out", "deadline", "quota")
+"""What calls are not let in for, as metrics name it."""
+
+_deadline: ContextVar[float | None] = ContextVar("deadline", default=None)
 
 
 class Admission:
-    """Counts what is in flight. Used from one event loop only."""
+    """What of the service's bounds is in use. Used from one event loop only."""
 
     def __init__(self, limits: LimitSettings) -> None:
         self.limits = limits
-        self.tokens_in_flight = 0
-        self.requests_in_flight = 0
+        self.refusals: Counter[str] = Counter(dict.fromkeys(REFUSAL_REASONS, 0))
+        """By reason."""
+        self.queues: dict[str, EngineQueue] = {}
+        """In front of each teacher that is up."""
+        self.quotas = QuotaMeter()
+        self._requests = self._bound(limits.max_requests_in_flight, "score requests", "requests")
+        self._bodies = self._bound(limits.max_body_bytes_in_flight, "bytes of request bodies", "bodies")
+        self._answers = self._bound(limits.max_answer_bytes_in_flight, "bytes of answers", "answers")
+
+    def _bound(self, limit: int, what: str, reason: str) -> SharedBound:
+        return SharedBound(limit, what, reason=reason, refusals=self.refusals)
+
+    @property
+    def requests_in_flight(self) -> int:
+        """Score requests that are being read, scored or answered."""
+        return self._requests.in_use
+
+    @property
+    def tokens_in_flight(self) -> int:
+        """Inside the engines of all teachers."""
+        return sum(queue.tokens_in_flight for queue in self.queues.values())
+
+    @property
+    def tokens_waiting(self) -> int:
+        """For the engines of all teachers."""
+        return sum(queue.tokens_waiting for queue in self.queues.values())
+
+    @property
+    def bodies(self) -> SharedBound:
+        """Bytes of request bodies."""
+        return self._bodies
 
     @contextmanager
     def request(self) -> Iterator[None]:
@@ -36,130 +82,152 @@ class Admission:
         Raises:
             Overloaded: `max_requests_in_flight` are there already.
         """
-        if self.requests_in_flight >= self.limits.max_requests_in_flight:
-            raise Overloaded(f"{self.requests_in_flight} score requests are in flight, the most allowed; retry later")
-        self.requests_in_flight += 1
-        try:
+        with self._requests.hold(current_caller().name, 1):
             yield
-        finally:
-            self.requests_in_flight -= 1
 
-    @contextmanager
-    def tokens(self, num_tokens: int) -> Iterator[None]:
-        """Hold the place of `num_tokens` while they are scored.
+    def hold_answer(self, num_bytes: int) -> None:
+        """Hold the place of an answer's bytes until the current request is answered.
 
         Raises:
-            Overloaded: together with what is in flight they are over `max_tokens_in_flight`.
+            Overloaded: together with the others they are over `max_answer_bytes_in_flight`.
         """
-        bound = self.limits.max_tokens_in_flight
-        if self.tokens_in_flight + num_tokens > bound:
-            raise Overloaded(
-                f"{num_tokens} tokens are over what {bound} leaves beside {self.tokens_in_flight} in flight; "
-                "retry later"
-            )
-        self.tokens_in_flight += num_tokens
+        held_until_answered.get().enter_context(self._answers.hold(current_caller().name, num_bytes))
+
+    def spend(self, caller: Caller, tokens: int) -> None:
+        """Take tokens out of the caller's quota.
+
+        Raises:
+            Overloaded: not enough is left. LimitExceeded: it can never be.
+        """
         try:
-            yield
+            self.quotas.take(caller.name, caller.quota, tokens)
+        except PotstillError:
+            self.refusals["quota"] += 1
+            raise
+
+
+class AdmittedTeacher:
+    """A `Teacher` in front of a pool: calls wait their fair turn, in parts. Open with `open`."""
+
+    def __init__(self, pool: ReplicaPool, admission: Admission, queue: EngineQueue) -> None:
+        self._pool = pool
+        self._admission = admission
+        self._queue = queue
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, pool: ReplicaPool, admission: Admission, name: str) -> AsyncIterator[AdmittedTeacher]:
+        """The teacher's queue is among the admission's as long as this is open."""
+        clock = asyncio.get_running_loop().time
+        queue = EngineQueue(
+            admission.limits, replicas=lambda: pool.status.replicas, refusals=admission.refusals, clock=clock
+        )
+        admission.queues[name] = queue
+        try:
+            yield cls(pool, admission, queue)
         finally:
-            self.tokens_in_flight -= num_tokens
+            if admission.queues.get(name) is queue:
+                del admission.queues[name]
+
+    @property
+    def identity(self) -> TeacherIdentity:
+        """The pool's."""
+        return self._pool.identity
+
+    @property
+    def provenance(self) -> Provenance:
+        """The pool's."""
+        return self._pool.provenance
+
+    @property
+    def limits(self) -> TeacherLimits:
+        """The pool's."""
+        return self._pool.limits
+
+    async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
+        """One `Targets` per row, in order; a caller that leaves takes what has not begun out of the queue.
+
+        Raises:
+            Overloaded: the queue is full or the caller's quota is spent; `retry_after` says when to come back.
+            LimitExceeded: a row that is over `max_engine_bytes`, or rows over a whole day's quota.
+            What the pool raises.
+        """
+        caller = current_caller()
+        per_token = engine_bytes_per_token(want, self.identity.vocab_size, self.provenance.capture_path)
+        parts = list(split_parts(rows, self._part_tokens(rows, per_token)))
+        sizes = [sum(map(len, part)) for part in parts]
+        call = Call(caller.name, sum(sizes))
+        self._admission.spend(caller, call.tokens)
+        try:
+            with self._queue.entered(call, [(size, size * per_token) for size in sizes], _deadline.get()):
+                return await self._score_parts(call, parts, want)
+        finally:
+            self._admission.quotas.give_back(caller.name, call.tokens - call.tokens_begun)
+
+    def _part_tokens(self, rows: Sequence[Tokens], per_token: int) -> int:
+        """How long a part may be, so that each fits into `max_engine_bytes`."""
+        most = self._admission.limits.max_engine_bytes // per_token
+        longest = max(map(len, rows), default=0)
+        if longest > most:
+            raise LimitExceeded(
+                f"a row of {longest} tokens may need {longest * per_token} bytes in the engine, over "
+                f"max_engine_bytes={self._admission.limits.max_engine_bytes}; cut it or ask for less"
+            )
+        return min(PART_TOKENS, most)
+
+    async def _score_parts(self, call: Call, parts: Sequence[Sequence[Tokens]], want: Fields) -> list[Targets]:
+        tasks = [
+            asyncio.create_task(self._score_part(turn, part, want))
+            for turn, part in zip(call.turns, parts, strict=True)
+        ]
+        try:
+            return [targets for part in await asyncio.gather(*tasks) for targets in part]
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _score_part(self, turn: Turn, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
+        with span("admission", tokens=turn.tokens):
+            await turn.given
+        scored = False
+        try:
+            with span("engine", rows=len(rows), tokens=turn.tokens):
+                targets = await self._pool.score(rows, want)
+            scored = True
+        finally:
+            self._queue.end(turn, scored=scored)
+        return targets
 
 
-def check_request(rows: Sequence[Tokens], want: Fields, *, teacher: Teacher, limits: LimitSettings) -> int:
-    """Refuse what can never be scored; returns the number of tokens.
-
-    Raises:
-        InvalidInput: an empty row.
-        LimitExceeded: too many rows or tokens, a row over the context, an id or K over the vocabulary, or
-            an answer that would be too big.
-    """
-    if len(rows) > limits.max_rows:
-        raise LimitExceeded(f"{len(rows)} rows are over max_rows={limits.max_rows}; send fewer per request")
+def split_parts(rows: Sequence[Tokens], part_tokens: int) -> Iterator[Sequence[Tokens]]:
+    """Consecutive rows in parts of at most `part_tokens`, or of one longer row."""
+    start = held = 0
     for index, row in enumerate(rows):
-        if not len(row):
-            raise InvalidInput(f"row {index} is empty; a row has at least one token")
-    longest = max(map(len, rows), default=0)
-    max_row_tokens, vocab_size = teacher.limits.max_row_tokens, teacher.identity.vocab_size
-    if max_row_tokens is not None and longest > max_row_tokens:
-        raise LimitExceeded(f"a row of {longest} tokens is over the teacher's {max_row_tokens}; cut it")
-    num_tokens = sum(map(len, rows))
-    if num_tokens > limits.max_tokens_in_flight:
-        raise LimitExceeded(
-            f"{num_tokens} tokens are over max_tokens_in_flight={limits.max_tokens_in_flight}; send fewer rows"
-        )
-    max_top_k = min(vocab_size, teacher.limits.max_top_k or vocab_size)
-    if want.k > max_top_k:
-        raise LimitExceeded(f"k={want.k} is over this teacher's {max_top_k}; ask for at most that")
-    highest = max((int(row.max()) for row in rows if len(row)), default=0)
-    if highest >= vocab_size:
-        raise LimitExceeded(f"token id {highest} is over a vocabulary of {vocab_size}: another tokenizer?")
-    num_bytes = num_tokens * bytes_per_position(want, vocab_size)
-    if num_bytes > limits.max_answer_bytes:
-        raise LimitExceeded(
-            f"the answer would hold {num_bytes} bytes, over max_answer_bytes={limits.max_answer_bytes}; "
-            "send fewer rows or ask for less"
-        )
-    return num_tokens
+        if index > start and held + len(row) > part_tokens:
+            yield rows[start:index]
+            start, held = index, 0
+        held += len(row)
+    if start < len(rows):
+        yield rows[start:]
 
 
-def bytes_per_position(want: Fields, vocab_size: int) -> int:
-    """What an answer holds at most, as arrays: N draws are N ids and counts, a dense row V logprobs."""
-    scalars = 2 + want.entropy + len(want.temperatures)
-    draws = 8 + 6 * min(want.draws, vocab_size) if want.draws else 0
-    return 8 * want.k + 4 * scalars + draws + (4 * vocab_size if want.dense else 0)
+async def within(seconds: float | None, begin: float, scoring: Coroutine[Any, Any, T]) -> T:
+    """Await what the caller wants within so many seconds from `begin`, on the event loop's clock; None is no limit.
 
-
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The whole body, never holding more than `max_bytes` plus one chunk.
+    Work that would only begin later is refused without waiting.
 
     Raises:
-        BodyTooLarge: over the limit, found while reading. MediaTypeError: a compressed body.
+        DeadlineExceeded: the time is over.
     """
-    encoding = request.headers.get("content-encoding", "identity")
-    if encoding.strip().lower() != "identity":
-        raise MediaTypeError(f"content-encoding {encoding[:40]!r} is not taken; send the body as it is")
-    chunks: list[bytes] = []
-    size = 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > max_bytes:
-            raise BodyTooLarge(f"the body is over max_body_bytes={max_bytes}; send fewer rows per request")
-        chunks.append(chunk)
-    return b"".join(chunks)
-
-
-def request_format(request: Request) -> str:
-    """The media type of the body.
-
-    Raises:
-        MediaTypeError: neither Arrow nor JSON.
-    """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind not in (wire.ARROW_MEDIA_TYPE, wire.JSON_MEDIA_TYPE):
-        raise MediaTypeError(
-            f"content-type {kind[:80]!r} is not taken; send {wire.ARROW_MEDIA_TYPE} or {wire.JSON_MEDIA_TYPE}"
-        )
-    return kind
-
-
-def answer_format(request: Request, default: str) -> str:
-    """The first of our media types that the caller accepts, else `default`."""
-    accepted = [part.partition(";")[0].strip().lower() for part in request.headers.get("accept", "").split(",")]
-    return next((kind for kind in accepted if kind in (wire.ARROW_MEDIA_TYPE, wire.JSON_MEDIA_TYPE)), default)
-
-
-def timeout_seconds(request: Request) -> float | None:
-    """What the caller put into the header `potstill-timeout`, or None.
-
-    Raises:
-        InvalidInput: not a positive number.
-    """
-    text = request.headers.get(TIMEOUT_HEADER)
-    if text is None:
-        return None
+    ends = None if seconds is None else begin + seconds
+    told = _deadline.set(ends)
     try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise InvalidInput(f"{TIMEOUT_HEADER} is {text[:40]!r}; it must be a positive number of seconds")
-    return seconds
+        async with asyncio.timeout_at(ends) as limit:
+            return await scoring
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        raise DeadlineExceeded(f"not scored within the {seconds:g} seconds that the caller gave") from error
+    finally:
+        _deadline.reset(told)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request, Response
@@ -12,20 +12,30 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from cache import wire
 from cache.errors import InvalidInput, NotFound, PotstillError
+from teacher_service import openapi
+from teacher_service.access import AccessApp
 from teacher_service.admin_routes import add_admin_routes
+from teacher_service.bounded_transfers import BoundedTransfers
+from teacher_service.completions import add_completion_routes, error_response, is_openai_path
 from teacher_service.corpus_routes import add_corpus_routes
-from teacher_service.metrics import MeasuredApp, Metrics
+from teacher_service.doctor_routes import add_doctor_routes
+from teacher_service.error_answers import error_headers
+from teacher_service.metrics import Metrics
+from teacher_service.overview import add_overview_routes
+from teacher_service.page import add_page_routes
 from teacher_service.score_routes import add_score_routes
 from teacher_service.service import Service
 from teacher_service.status_routes import add_status_routes
+from teacher_service.tracing import Tracer
+from teacher_service.watched_app import WatchedApp
 
 _LOG = logging.getLogger(__name__)
-_RETRY_AFTER_SECONDS = 1
 _DETAIL_CHARACTERS = 1000
 
 
-def create_app(service: Service) -> FastAPI:
+def create_app(service: Service, *, tracer: Tracer | None = None) -> FastAPI:
     """The ASGI app. Its lifespan runs the service's teachers."""
 
     @asynccontextmanager
@@ -33,39 +43,54 @@ def create_app(service: Service) -> FastAPI:
         async with service.running():
             yield
 
-    # The score bodies are Arrow streams, which OpenAPI cannot describe; the README does.
-    app = FastAPI(title="potstill", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
-    app.add_middleware(MeasuredApp, metrics=service.metrics)
-    _add_error_answers(app, service.metrics)
+    app = FastAPI(title="potstill", lifespan=lifespan, openapi_url="/openapi.json", docs_url=None, redoc_url=None)
+    answer_error = _add_error_answers(app, service.metrics)
+    app.add_middleware(BoundedTransfers, admission=service.admission)
+    app.add_middleware(AccessApp, access=service.access, answer_error=answer_error)  # before a body is read
     add_status_routes(app, service)
     add_admin_routes(app, service)
     add_score_routes(app, service)
     add_corpus_routes(app, service)
+    add_completion_routes(app, service)
+    add_doctor_routes(app, service)
+    add_overview_routes(app, service)
+    add_page_routes(app)
+    openapi.describe(app, version=wire.WIRE_VERSION)
+    # Around everything, also the answer to bugs; what is added to the app after this is not seen.
+    app.middleware_stack = WatchedApp(app.build_middleware_stack(), service.metrics, tracer)
     return app
 
 
-def _add_error_answers(app: FastAPI, metrics: Metrics) -> None:
-    def answer(status: int, kind: str, detail: str, headers: Mapping[str, str] | None = None) -> Response:
+def _add_error_answers(app: FastAPI, metrics: Metrics) -> Callable[[Request, PotstillError], Response]:
+    def answer(
+        request: Request, status: int, kind: str, detail: str, headers: Mapping[str, str] | None = None
+    ) -> Response:
         metrics.refusals.labels(kind).inc()
         detail = detail[:_DETAIL_CHARACTERS]  # a message may quote what the caller sent
+        if is_openai_path(request.url.path):
+            return error_response(status, detail, headers)
         return JSONResponse({"kind": kind, "detail": detail}, status_code=status, headers=headers)
 
+    def answer_error(request: Request, error: PotstillError) -> Response:
+        return answer(request, error.status, error.kind, error.detail, error_headers(error))
+
     @app.exception_handler(PotstillError)
-    async def on_error(_: Request, error: PotstillError) -> Response:
-        headers = {"retry-after": str(_RETRY_AFTER_SECONDS)} if error.retryable else None
-        return answer(error.status, error.kind, error.detail, headers)
+    async def on_error(request: Request, error: PotstillError) -> Response:
+        return answer_error(request, error)
 
     @app.exception_handler(RequestValidationError)
-    async def on_validation(_: Request, error: RequestValidationError) -> Response:
+    async def on_validation(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        return answer(InvalidInput.status, InvalidInput.kind, f"{where}: {first['msg']}")
+        return answer(request, InvalidInput.status, InvalidInput.kind, f"{where}: {first['msg']}")
 
     @app.exception_handler(HTTPException)
     async def on_http(request: Request, error: HTTPException) -> Response:
+        if isinstance(error.__cause__, PotstillError):
+            return answer_error(request, error.__cause__)  # FastAPI hides what went wrong while it read a body
         kind = NotFound.kind if error.status_code == NotFound.status else InvalidInput.kind
         detail = f"{request.method} {request.url.path[:200]}: {error.detail}"
-        return answer(error.status_code, kind, detail, error.headers)
+        return answer(request, error.status_code, kind, detail, error.headers)
 
     @app.exception_handler(ClientDisconnect)
     async def on_disconnect(_: Request, __: ClientDisconnect) -> Response:
@@ -75,4 +100,6 @@ def _add_error_answers(app: FastAPI, metrics: Metrics) -> None:
     async def on_bug(request: Request, _: Exception) -> Response:
         # The server logs the traceback when this exception reaches it; the caller learns no insides.
         _LOG.error("%s %s failed unexpectedly; the traceback follows", request.method, request.url.path)
-        return answer(500, PotstillError.kind, "the service failed unexpectedly; its log has the cause")
+        return answer(request, 500, PotstillError.kind, "the service failed unexpectedly; its log has the cause")
+
+    return answer_error

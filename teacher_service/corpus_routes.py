@@ -2,74 +2,130 @@
 
 from __future__ import annotations
 
-import asyncio
-from functools import lru_cache
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Query, Request, Response
+from fastapi import Depends, FastAPI, Query, Request, Response
+from fastapi.responses import JSONResponse
 
 from cache import wire
-from cache.errors import InvalidInput, LimitExceeded, UnknownCorpus
-from cache.types import JSON, Fields
-from teacher_service.admission import answer_format
-from teacher_service.answers import targets_response
+from cache.errors import InvalidInput
+from cache.types import JSON
+from cache.wanted import named_fields, wanted_fields
+from cache.wire_stream import read_row_numbers
+from teacher_service.auth import Role, allow
+from teacher_service.corpus_arrays import CorpusReading, add_array_routes
+from teacher_service.corpus_bodies import get_and_head, rows_from_json, same_wire
+from teacher_service.corpus_description import describe_corpora, describe_corpus, describe_targets
+from teacher_service.corpus_reads import RangeRead, RowsRead, json_answer, require_at_most
+from teacher_service.etags import immutable_headers, not_modified
+from teacher_service.fill_routes import add_fill_routes
+from teacher_service.opened_sets import OpenedSets
+from teacher_service.request_limits import answer_format, read_body, request_format
 from teacher_service.service import Service
+from teacher_service.streamed import ReadSlots, StreamedAnswer
 
-if TYPE_CHECKING:
-    from cache.cache import Cache
-    from cache.targets import TargetSet
+_THREADS = 4
+_TARGETS = "/v1/corpora/{corpus}/targets/{teacher}"
 
 
 def add_corpus_routes(app: FastAPI, service: Service) -> None:
     """Add the routes to the app."""
-    cache = service.cache
+    opened = OpenedSets(service.cache)
+    limits = service.limits
+    slots = ReadSlots(threads=_THREADS, streams=limits.max_streams, stall_seconds=limits.stall_seconds)
+    reading = CorpusReading(opened, slots, limits)
+    trainers = [Depends(allow(Role.TRAINER)), Depends(same_wire)]
 
-    # Opened sets stay open: a reader of many ranges pays for the metadata once.
-    @lru_cache(maxsize=64)
-    def open_targets(teacher: str, corpus: str) -> TargetSet:
-        if cache is None:
-            raise UnknownCorpus("this service has no cache; start it with --cache")
-        return cache.targets(teacher, corpus).top_k_only()
-
-    @app.get("/v1/corpora")
+    @app.get("/v1/corpora", dependencies=trainers)
     async def list_corpora() -> dict[str, Any]:
-        return {"corpora": [] if cache is None else await asyncio.to_thread(_describe_corpora, cache)}
+        return await reading.in_thread(lambda: describe_corpora(opened))
 
-    @app.get("/v1/corpora/{corpus}/targets/{teacher}")
+    @app.get("/v1/corpora/{corpus}", dependencies=trainers)
+    async def one_corpus(corpus: str) -> dict[str, Any]:
+        return await reading.in_thread(lambda: describe_corpus(opened, corpus))
+
+    @get_and_head(app, _TARGETS, trainers)
     async def read_targets(
         corpus: str,
         teacher: str,
         request: Request,
-        start: Annotated[int, Query(ge=0)],
-        stop: Annotated[int, Query(ge=0)],
+        start: Annotated[int | None, Query(ge=0)] = None,
+        stop: Annotated[int | None, Query(ge=0)] = None,
+        k: Annotated[int | None, Query(ge=0)] = None,
+        fields: Annotated[str | None, Query(max_length=200)] = None,
     ) -> Response:
+        if start is None and stop is None:
+            described = await reading.in_thread(lambda: describe_targets(opened.targets(teacher, corpus), limits))
+            return JSONResponse(described, headers={"cache-control": "no-cache"})
+        if start is None or stop is None or stop <= start:
+            raise InvalidInput(f"start={start} and stop={stop} are not a range; give start < stop, or neither")
+        names = None if fields is None else fields.split(",")
+
+        def plan() -> RangeRead:
+            return _range(opened, (corpus, teacher), (start, stop), names, k)
+
+        return await _answer_range(request, reading, plan)
+
+    @app.post(f"{_TARGETS}/rows", dependencies=trainers)
+    async def read_rows(corpus: str, teacher: str, request: Request) -> Response:
+        reads = request_format(request)
         writes = answer_format(request, wire.ARROW_MEDIA_TYPE)
-        bound = service.limits.max_range_positions
-        if stop <= start:
-            raise InvalidInput(f"stop={stop} is not after start={start}")
-        if stop - start > bound:
-            raise LimitExceeded(f"{stop - start} positions are over max_range_positions={bound}; read fewer")
-        with service.admission.request():
-            return await asyncio.to_thread(lambda: _read_range(open_targets(teacher, corpus), (start, stop), writes))
+        body = await read_body(request)
+        read = await reading.in_thread(lambda: _rows(opened, (corpus, teacher), body, reads, service))
+        if writes == wire.JSON_MEDIA_TYPE:
+            require_at_most(read.num_positions, limits.max_range_positions, "positions as JSON", "max_range_positions")
+            return JSONResponse(await reading.in_thread(lambda: json_answer(read.targets, read.read())))
+        require_at_most(read.num_positions, limits.max_stream_positions, "positions", "max_stream_positions")
+        pieces = opened.watched(read.targets, read.pieces())
+        return StreamedAnswer(pieces, slots, headers={"cache-control": "no-store"}, media_type=writes)
+
+    add_array_routes(app, reading, trainers)
+    add_fill_routes(app, service)
 
 
-def _describe_corpora(cache: Cache) -> list[dict[str, JSON]]:
-    described: list[dict[str, JSON]] = []
-    for name in cache.corpora():
-        corpus = cache.corpus(name)
-        described.append(
-            {
-                "name": name,
-                "rows": len(corpus),
-                "positions": corpus.num_positions,
-                "shards": corpus.num_shards,
-                "tokenizer_sha256": corpus.tokenizer_sha256,
-                "teachers": list(cache.teachers(name)),
-            }
-        )
-    return described
+async def _answer_range(request: Request, reading: CorpusReading, plan: Callable[[], RangeRead]) -> Response:
+    writes = answer_format(request, wire.ARROW_MEDIA_TYPE)
+    as_json = writes == wire.JSON_MEDIA_TYPE
+    what, bound = ("positions as JSON", "max_range_positions") if as_json else ("positions", "max_stream_positions")
+
+    def planned() -> tuple[RangeRead, str]:
+        read = plan()
+        require_at_most(read.stop - read.start, getattr(reading.limits, bound), what, bound)
+        return read, read.etag(read.require_committed(), writes)
+
+    def as_a_whole() -> dict[str, JSON]:
+        return json_answer(read.targets, [read.targets.read(read.start, read.stop, fields=read.want)])
+
+    read, etag = await reading.in_thread(planned)
+    unchanged = not_modified(request, etag)
+    if unchanged is not None:
+        return unchanged
+    headers = immutable_headers(etag)
+    if as_json and request.method != "HEAD":
+        return JSONResponse(await reading.in_thread(as_a_whole), headers=headers)
+    pieces = reading.opened.watched(read.targets, read.pieces())
+    return StreamedAnswer(pieces, reading.slots, headers=headers, media_type=writes)
 
 
-def _read_range(target_set: TargetSet, positions: tuple[int, int], writes: str) -> Response:
-    targets = target_set.read(*positions)
-    return targets_response(wire.ScoreAnswer(target_set.identity, [targets]), Fields(k=targets.k), writes)
+def _range(
+    opened: OpenedSets, names: tuple[str, str], positions: tuple[int, int], fields: list[str] | None, k: int | None
+) -> RangeRead:
+    corpus, teacher = names
+    targets = opened.targets(teacher, corpus)
+    want = named_fields(targets.fields, fields, k, f"teacher {teacher!r} on corpus {corpus!r}")
+    return RangeRead(targets, *positions, want)
+
+
+def _rows(opened: OpenedSets, names: tuple[str, str], body: bytes, reads: str, service: Service) -> RowsRead:
+    corpus, teacher = names
+    targets = opened.targets(teacher, corpus)
+    who = f"teacher {teacher!r} on corpus {corpus!r}"
+    if reads == wire.JSON_MEDIA_TYPE:
+        rows, chosen, k = rows_from_json(body)
+        want = named_fields(targets.fields, chosen, k, who)
+    else:
+        rows, fields = read_row_numbers(body)
+        want = wanted_fields(targets.fields, None, fields, who)
+    require_at_most(len(rows), service.limits.max_rows, "rows", "max_rows")
+    return RowsRead.of(targets, rows, want)

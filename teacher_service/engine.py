@@ -21,22 +21,24 @@ from typing import Any
 
 from cache.errors import InvalidInput, PotstillError, TeacherFailed, Unavailable
 from cache.types import Targets
-from teacher_service.vllm_engine import EngineFacts, VllmEngine, one_line, targets_of
+from teacher_service.capture_layout import Asked
+from teacher_service.vllm_engine import EngineFacts, VllmEngine, one_line
 
 _LOG = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.002
 """How often the answers of an engine in another process are looked for while nothing else happens."""
+_IDLE_SECONDS = 1.0
+"""How often such a process is looked at while nothing waits."""
+_CLOSE_SECONDS = 60.0
+"""How long a step and the shutdown after it may take; a thread that is stuck in the engine never ends."""
 
 
 @dataclass(slots=True, eq=False)
 class Job:
     """Rows of one caller; `done` gets their targets in order, or the first failure."""
 
-    prompts: list[list[int]]
-    """Prefix and row, one list of ids each."""
-    num_prefix: int
-    k: int
+    rows: list[Asked]
     done: Future[list[Targets]] = field(default_factory=Future)
     answers: dict[int, Targets] = field(default_factory=dict)
 
@@ -69,19 +71,33 @@ class EngineThread:
         name: the model, for messages.
         arguments: keyword arguments of `vllm.EngineArgs`.
         cpu_kv_cache_bytes: KV cache size on a CPU platform; a GPU's follows `gpu_memory_utilization`.
+        capture: the best capture path to take, by name, or `auto`.
     """
 
-    def __init__(self, name: str, arguments: dict[str, Any], *, cpu_kv_cache_bytes: int) -> None:
+    def __init__(self, name: str, arguments: dict[str, Any], *, cpu_kv_cache_bytes: int, capture: str = "auto") -> None:
         self._name = name
         self._arguments = arguments
         self._cpu_kv_cache_bytes = cpu_kv_cache_bytes
+        self._capture = capture
         self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         self._started: Future[EngineFacts] = Future()
         self._ended: PotstillError | None = None
         self._end_lock = threading.Lock()
         self._rows: dict[str, tuple[Job, int]] = {}
+        self._num_steps = 0
         self._request_ids = itertools.count()
         self._thread = threading.Thread(target=self._run, name=f"vllm {name}", daemon=True)
+
+    @property
+    def failure(self) -> str:
+        """Why the engine ended by itself, in one line; empty while it runs and after `stop`."""
+        ended = self._ended
+        return ended.detail if isinstance(ended, TeacherFailed) else ""
+
+    @property
+    def num_steps(self) -> int:
+        """Steps done so far; of an engine in another process, those that brought answers."""
+        return self._num_steps
 
     def start(self) -> Future[EngineFacts]:
         """Start the thread; the future fails with `InvalidInput` or `TeacherFailed`."""
@@ -108,8 +124,10 @@ class EngineThread:
         self._inbox.put(_Stop())
 
     def join(self) -> None:
-        """Wait until the engine is shut down and the thread has ended."""
-        self._thread.join()
+        """Wait until the engine is shut down and the thread has ended; one that is stuck is left behind."""
+        self._thread.join(_CLOSE_SECONDS)
+        if self._thread.is_alive():
+            _LOG.error("the engine of %r did not stop within %g seconds and is left behind", self._name, _CLOSE_SECONDS)
         atexit.unregister(self.close)
 
     def close(self) -> None:
@@ -146,7 +164,7 @@ class EngineThread:
 
     def _open_engine(self) -> VllmEngine:
         try:
-            return VllmEngine(self._arguments, cpu_kv_cache_bytes=self._cpu_kv_cache_bytes)
+            return VllmEngine(self._arguments, cpu_kv_cache_bytes=self._cpu_kv_cache_bytes, capture=self._capture)
         except ImportError as error:
             raise InvalidInput(f"vLLM cannot be imported: {one_line(error)}") from error
         except (ValueError, OSError) as error:
@@ -163,13 +181,15 @@ class EngineThread:
                     self._add(engine, message)
                 else:
                     self._withdraw(engine, message.job)
-            if self._rows and engine.can_step():
+            # Asked while nothing waits, too: it raises when the engine's own process is gone.
+            if engine.can_step() and self._rows:
+                self._num_steps += 1
                 for request_id, output in engine.step():
                     self._deliver(engine, request_id, output)
 
     def _messages(self, engine: VllmEngine) -> Iterator[_Message]:
         """What is in the inbox; waits for it when there is nothing else to do."""
-        timeout: float | None = None
+        timeout = _IDLE_SECONDS
         if self._rows:
             timeout = 0.0 if engine.can_step() else _POLL_SECONDS
         try:
@@ -180,13 +200,13 @@ class EngineThread:
             return
 
     def _add(self, engine: VllmEngine, job: Job) -> None:
-        for index, prompt in enumerate(job.prompts):
+        for index, asked in enumerate(job.rows):
             if job.done.done():
                 return
             request_id = str(next(self._request_ids))
             self._rows[request_id] = (job, index)
             try:
-                engine.add(request_id, prompt, job.k)
+                engine.add(request_id, asked)
             except ValueError as error:
                 self._withdraw(engine, job)
                 job.finish(InvalidInput(f"vLLM does not take row {index}: {one_line(error)}"))
@@ -204,19 +224,13 @@ class EngineThread:
         if job is None:
             return
         try:
-            job.answers[index] = targets_of(
-                output,
-                tokens=job.prompts[index],
-                num_prefix=job.num_prefix,
-                k=job.k,
-                vocab_size=engine.facts.vocab_size,
-            )
+            job.answers[index] = engine.targets(output, job.rows[index])
         except TeacherFailed as error:
             self._withdraw(engine, job)
             job.finish(error)
             return
-        if len(job.answers) == len(job.prompts):
-            job.finish([job.answers[i] for i in range(len(job.prompts))])
+        if len(job.answers) == len(job.rows):
+            job.finish([job.answers[i] for i in range(len(job.rows))])
 
     def _end(self, ended: PotstillError) -> None:
         with self._end_lock:

@@ -1,66 +1,200 @@
-"""Teachers as the service holds them: a pool of replicas, and its life from start to stop."""
+"""A teacher made of equal replicas: what every pool of them offers, and the pool of one inside this process."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
-from cache.errors import LimitExceeded, PotstillError, TeacherFailed, Unavailable
+from cache.errors import LimitExceeded, PotstillError, SpecMismatch, TeacherFailed, Unavailable
 from cache.types import Fields, Provenance, Targets, Teacher, TeacherIdentity, TeacherLimits, Tokens
-
-if TYPE_CHECKING:
-    from cache.cache import Cache
-    from cache.cached import CachedTeacher, KeepPolicy
+from teacher_service.engine_health import EngineHealth
+from teacher_service.replica_settings import AutoscaleSettings
 
 _LOG = logging.getLogger(__name__)
-State: TypeAlias = Literal["starting", "ready", "stopped", "failed"]
+_LONGEST_PAUSE_SECONDS = 300.0
+
 OpenTeacher: TypeAlias = Callable[[], AbstractAsyncContextManager[Teacher]]
+PoolState: TypeAlias = Literal["starting", "ready", "failed"]
+ReplicaState: TypeAlias = Literal["starting", "ready", "draining", "failed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaInfo:
+    """One replica."""
+
+    name: str
+    state: ReplicaState
+    tokens_waiting: int
+    """Sent to it and not answered."""
+    tokens_scored: int
+    """Answered by it since this service began."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaStatus:
-    """How many engines run, how many are wanted, and how many there can be."""
+    """How many replicas are ready, how many are wanted, and how many there can be; the JSON of `.../replicas`."""
 
     replicas: int
     target: int
     max: int
+    min: int = 1
+    each: tuple[ReplicaInfo, ...] = ()
 
 
-class ReplicaPool:
-    """A teacher made of equal replicas. In process there is exactly one."""
+class ReplicaPool(Teacher, Protocol):
+    """A `Teacher` made of equal replicas; their identities are the same."""
 
-    def __init__(self, replica: Teacher) -> None:
-        self._replica = replica
+    @property
+    def state(self) -> PoolState:
+        """`ready` when at least one replica is; `starting` when one will be; `failed` when none starts."""
+        ...
+
+    @property
+    def failure(self) -> str:
+        """Why it is not `ready`, in one line; else empty."""
+        ...
+
+    @property
+    def status(self) -> ReplicaStatus:
+        """Ready, wanted and possible replicas."""
+        ...
+
+    async def scale(self, num_replicas: int) -> ReplicaStatus:
+        """Ask for another number of replicas; returns at once, the status tells how far it is.
+
+        Raises:
+            LimitExceeded: this pool cannot have that many. InvalidInput: the pool is autoscaled.
+        """
+        ...
+
+    async def autoscale(self, limits: AutoscaleSettings | None) -> ReplicaStatus:
+        """Follow the waiting tokens within `limits`; None ends that, and the number stays as it is.
+
+        Raises:
+            LimitExceeded: this pool cannot have that many.
+        """
+        ...
+
+    def follow_queue(self, tokens_queued: Callable[[], int]) -> None:
+        """Have autoscaling count the tokens that wait in front of this pool too."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watch:
+    """How a pool looks after its engine."""
+
+    wedged_seconds: float = 120.0
+    """An engine that has work and does not move for so long is replaced."""
+    check_seconds: float = 1.0
+    """How often it is looked at."""
+    close_seconds: float = 60.0
+    """How long a broken engine may take to close before it is left behind."""
+    pause_seconds: float = 1.0
+    """After a failed start; doubled each time, up to five minutes."""
+    starts: int = 3
+    """Failed starts in a row until the teacher counts as failed; it is tried further, ever more seldom."""
+
+
+class LocalPool:
+    """One engine inside this process; a dead or wedged one is replaced by a fresh one. Open with `open`.
+
+    While it is replaced, calls wait, and those that were in flight are scored again. A call that loses two
+    engines fails: its rows may be what they died of.
+    """
+
+    def __init__(self, open_teacher: OpenTeacher, watch: Watch) -> None:
+        self._open_teacher = open_teacher
+        self._watch = watch
+        self._engine: _Engine | None = None
+        self._newest: Teacher | None = None
+        self._identity: TeacherIdentity | None = None
+        self._scored_before = 0
+        self._failed_starts = 0
+        self._failure = ""
+        self._news = asyncio.Event()
+        self._stopping = asyncio.Event()
+        self._opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, open_teacher: OpenTeacher, watch: Watch | None = None) -> AsyncIterator[LocalPool]:
+        """Start the engine; on leaving, it is closed.
+
+        Raises:
+            What opening the teacher raises: only an engine that ran before is started again.
+        """
+        pool = cls(open_teacher, watch or Watch())
+        # One task opens and closes every engine, as what is opened may have to be closed by the same task.
+        keeper = asyncio.create_task(pool._keep_engine(), name="engine keeper")
+        try:
+            await asyncio.wait({keeper, pool._opened}, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            keeper.cancel()
+            await asyncio.wait({keeper})
+            raise
+        if keeper.done():
+            keeper.result()
+        try:
+            yield pool
+        finally:
+            pool._stopping.set()
+            pool._tell()
+            await asyncio.wait({keeper})
+        if not keeper.cancelled():
+            keeper.result()
 
     @property
     def identity(self) -> TeacherIdentity:
-        """Of every replica; they are equal."""
-        return self._replica.identity
+        """Of every engine there was; they are equal."""
+        assert self._identity is not None, "open"
+        return self._identity
 
     @property
     def provenance(self) -> Provenance:
         """What produces the numbers right now."""
-        return self._replica.provenance
+        assert self._newest is not None, "open"
+        return self._newest.provenance
 
     @property
     def limits(self) -> TeacherLimits:
-        """What every replica accepts."""
-        return self._replica.limits
+        """What the engine accepts."""
+        assert self._newest is not None, "open"
+        return self._newest.limits
+
+    @property
+    def state(self) -> PoolState:
+        """`starting` while an engine is replaced, `failed` when several starts in a row went wrong."""
+        if self._engine is not None:
+            return "ready"
+        return "failed" if self._failed_starts >= self._watch.starts else "starting"
+
+    @property
+    def failure(self) -> str:
+        """Why there is no engine right now; empty when there is one."""
+        return "" if self._engine is not None else self._failure
 
     @property
     def status(self) -> ReplicaStatus:
-        """Running, wanted and possible replicas."""
-        return ReplicaStatus(replicas=1, target=1, max=1)
+        """Of the one replica."""
+        health = self._engine.health if self._engine is not None else None
+        info = ReplicaInfo(
+            name="in-process",
+            state=self.state,
+            tokens_waiting=health.tokens_waiting if health else 0,
+            tokens_scored=self._scored_before + (health.tokens_scored if health else 0),
+        )
+        return ReplicaStatus(replicas=int(info.state == "ready"), target=1, max=1, each=(info,))
 
     async def scale(self, num_replicas: int) -> ReplicaStatus:
-        """Ask for another number of replicas.
+        """There is exactly one.
 
         Raises:
-            LimitExceeded: this pool cannot have that many.
+            LimitExceeded: another number.
         """
         if num_replicas != 1:
             raise LimitExceeded(
@@ -69,115 +203,150 @@ class ReplicaPool:
             )
         return self.status
 
+    async def autoscale(self, limits: AutoscaleSettings | None) -> ReplicaStatus:
+        """There is exactly one.
+
+        Raises:
+            LimitExceeded: limits other than one.
+        """
+        return self.status if limits is None else await self.scale(limits.max)
+
+    def follow_queue(self, tokens_queued: Callable[[], int]) -> None:
+        """Nothing: there is exactly one."""
+
     async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
-        """Score on one replica; see `cache.types.Teacher`."""
-        return await self._replica.score(rows, want)
-
-
-@dataclass(frozen=True, slots=True)
-class Keep:
-    """Where and how the answers of a teacher are kept."""
-
-    cache: Cache
-    policy: KeepPolicy
-
-
-class HostedTeacher:
-    """A named teacher that starts in the background and is there once its engine is up.
-
-    One task opens everything, waits for the stop and closes everything in reverse order, so every
-    resource is closed by the task that opened it.
-    """
-
-    def __init__(self, name: str, open_teacher: OpenTeacher, keep: Keep | None = None) -> None:
-        self.name = name
-        self._open_teacher = open_teacher
-        self._keep = keep
-        self._pool: ReplicaPool | None = None
-        self._cached: CachedTeacher | None = None
-        self._task: asyncio.Task[None] | None = None
-        self._settled = asyncio.Event()
-        self._stopping = asyncio.Event()
-
-    @property
-    def state(self) -> State:
-        """Where in its life the teacher is."""
-        if self._task is None or self._stopping.is_set():
-            return "stopped" if self._stopping.is_set() else "starting"
-        if self._task.done():
-            return "failed"
-        return "starting" if self._pool is None else "ready"
-
-    @property
-    def pool(self) -> ReplicaPool:
-        """The replicas, without the cache in front.
+        """Score on the engine; see `cache.types.Teacher`.
 
         Raises:
-            Unavailable: not up yet, or not any more.
+            TeacherFailed: engines do not start any more, or two were lost with these rows.
+            Unavailable: the teacher is closed.
         """
-        if self._pool is None or self.state != "ready":
-            raise Unavailable(f"teacher {self.name!r} is {self.state}; retry later")
-        return self._pool
+        try:
+            return await (await self._running()).score(rows, want)
+        except _EngineLost as lost:
+            _LOG.info("%s; its rows are scored again", lost)
+        try:
+            return await (await self._running()).score(rows, want)
+        except _EngineLost as lost:
+            raise TeacherFailed(f"two engines were lost while they scored these rows: {lost}") from lost
 
-    @property
-    def cached(self) -> CachedTeacher | None:
-        """The cache in front of the pool, or None when nothing is kept or the teacher is not up."""
-        return self._cached
+    async def _running(self) -> _Engine:
+        while self._engine is None or self._engine.lost.done():
+            if self._stopping.is_set():
+                raise Unavailable("the teacher is closed")
+            if self.state == "failed":
+                raise TeacherFailed(f"the engine does not start any more: {self._failure}")
+            await self._news.wait()
+        return self._engine
 
-    def front(self, *, store: bool) -> Teacher:
-        """What a request is scored by: through the cache, or straight by the pool.
+    def _tell(self) -> None:
+        """Wake everybody who waits for an engine."""
+        self._news.set()
+        self._news = asyncio.Event()
 
-        Raises:
-            Unavailable: not up yet, or not any more.
-        """
-        pool = self.pool
-        return self._cached if store and self._cached is not None else pool
+    async def _keep_engine(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                await self._run_engine()
+            except Exception as error:
+                if self._identity is None or self._stopping.is_set():
+                    raise
+                self._failed_starts += 1
+                self._failure = error.detail if isinstance(error, PotstillError) else f"{type(error).__name__}: {error}"
+                _LOG.exception("the engine did not start again (%d in a row)", self._failed_starts)
+                self._tell()
+                pause = self._watch.pause_seconds * 2.0 ** min(self._failed_starts - 1, 30)
+                await _wait(self._stopping, min(pause, _LONGEST_PAUSE_SECONDS))
 
-    def start(self) -> None:
-        """Begin to open the teacher; `settled` tells when it is up."""
-        self._task = asyncio.create_task(self._run(), name=f"teacher {self.name}")
-        self._task.add_done_callback(lambda _: self._settled.set())
+    async def _run_engine(self) -> None:
+        """One engine from start to end."""
+        manager = self._open_teacher()
+        teacher = await manager.__aenter__()
+        engine = _Engine(teacher, self._watch.wedged_seconds)
+        try:
+            self._accept(engine)
+            await self._watch_engine(engine)
+        finally:
+            self._engine = None
+            self._scored_before += engine.health.tokens_scored
+            if engine.lost.done():
+                await self._abandon(manager)
+            else:
+                await manager.__aexit__(None, None, None)
 
-    async def settled(self) -> None:
-        """Wait until the teacher is up.
+    def _accept(self, engine: _Engine) -> None:
+        identity = engine.teacher.identity
+        if self._identity is not None and self._identity != identity:
+            raise SpecMismatch(f"the restarted teacher is another one: {self._identity.differences(identity)}")
+        self._identity, self._newest, self._engine = identity, engine.teacher, engine
+        self._failed_starts, self._failure = 0, ""
+        if not self._opened.done():
+            self._opened.set_result(None)
+        self._tell()
 
-        Raises:
-            TeacherFailed: it did not start. PotstillError: the same, of the class of its own failure.
-            Unavailable: it was stopped before it was up.
-        """
-        await self._settled.wait()
-        if self._task is None or not self._task.done():
-            return
-        failure = None if self._task.cancelled() else self._task.exception()
-        if isinstance(failure, PotstillError):
-            raise type(failure)(f"teacher {self.name!r} did not start: {failure.detail}") from failure
-        if failure is not None:
-            _LOG.error("teacher %r did not start", self.name, exc_info=failure)
-            cause = f"{type(failure).__name__}: {failure}"
-            raise TeacherFailed(f"teacher {self.name!r} did not start: {cause}") from failure
-        if self._pool is None:
-            raise Unavailable(f"teacher {self.name!r} was stopped before it was up")
+    async def _watch_engine(self, engine: _Engine) -> None:
+        """Until it is lost or the pool stops."""
+        while not await _wait(self._stopping, self._watch.check_seconds, engine.lost):
+            trouble = engine.health.trouble()
+            if trouble:
+                engine.lose(trouble)
+        if engine.lost.done():
+            self._failure = engine.lost.result()
+            _LOG.error("the engine is replaced: %s", self._failure)
 
-    async def stop(self) -> None:
-        """Close everything; a start that is under way is given up. Raises what goes wrong while closing."""
-        self._stopping.set()
-        if self._task is None:
-            return
-        if self._pool is None:
-            self._task.cancel()
-        await asyncio.wait([self._task])
-        failure = None if self._task.cancelled() else self._task.exception()
-        if failure is not None and self._pool is not None:
-            raise failure
+    async def _abandon(self, manager: AbstractAsyncContextManager[Teacher]) -> None:
+        """Close a broken engine as far as it can be closed."""
+        seconds = self._watch.close_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                await manager.__aexit__(None, None, None)
+        except Exception:  # noqa: BLE001 -- there is a fresh engine to start, whatever this one does
+            _LOG.exception("a broken engine did not close cleanly within %g seconds and is left behind", seconds)
 
-    async def _run(self) -> None:
-        async with AsyncExitStack() as stack:
-            pool = ReplicaPool(await stack.enter_async_context(self._open_teacher()))
-            if self._keep is not None:
-                from cache.cached import CachedTeacher  # noqa: PLC0415  zarr and obstore, only when used
 
-                opened = CachedTeacher.open(pool, name=self.name, cache=self._keep.cache, policy=self._keep.policy)
-                self._cached = await stack.enter_async_context(opened)
-            self._pool = pool
-            self._settled.set()
-            await self._stopping.wait()
+class _EngineLost(Exception):
+    """The engine ended or is wedged; nothing is wrong with the rows that are known of."""
+
+
+class _Engine:
+    """One engine, and the calls that depend on it."""
+
+    def __init__(self, teacher: Teacher, wedged_seconds: float) -> None:
+        self.teacher = teacher
+        self.health = EngineHealth(teacher, wedged_seconds=wedged_seconds)
+        self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    def lose(self, cause: str) -> None:
+        """Give it up; every call that waits for it ends."""
+        if not self.lost.done():
+            self.lost.set_result(cause)
+
+    async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
+        """See `cache.types.Teacher`. Raises `_EngineLost` too."""
+        call = asyncio.ensure_future(self.teacher.score(rows, want))
+        try:
+            with self.health.call(sum(map(len, rows))):
+                either: set[asyncio.Future[Any]] = {call, self.lost}
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+                if not call.done():
+                    raise _EngineLost(self.lost.result())
+                return call.result()
+        except (TeacherFailed, Unavailable) as error:
+            trouble = self.health.trouble()
+            if not trouble:
+                raise
+            self.lose(trouble)
+            raise _EngineLost(trouble) from error
+        finally:
+            call.cancel()
+
+
+async def _wait(stopping: asyncio.Event, seconds: float, *others: asyncio.Future[str]) -> bool:
+    """Sleep; True as soon as it is stopping or another future is done."""
+    told = asyncio.ensure_future(stopping.wait())
+    try:
+        any_of: set[asyncio.Future[Any]] = {told, *others}
+        done, _ = await asyncio.wait(any_of, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        told.cancel()
+    return bool(done)

@@ -5,15 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from starlette.requests import ClientDisconnect
 
 from cache import wire
-from cache.errors import DeadlineExceeded, InvalidInput
-from cache.types import Targets
-from teacher_service.admission import (
+from cache.errors import InvalidInput
+from cache.types import Fields, Targets, TeacherIdentity, Tokens
+from teacher_service.admission import within
+from teacher_service.answers import targets_response
+from teacher_service.auth import Role, allow
+from teacher_service.hosted import HostedTeacher
+from teacher_service.request_limits import (
     answer_format,
     bytes_per_position,
     check_request,
@@ -21,45 +26,95 @@ from teacher_service.admission import (
     request_format,
     timeout_seconds,
 )
-from teacher_service.answers import targets_response
-from teacher_service.replicas import HostedTeacher
 from teacher_service.service import Service
 
 T = TypeVar("T")
 _SMALL_BYTES = 64 * 2**10  # (de)serialised on the event loop: less than a millisecond
 
 
+class ScoreCall(Protocol):
+    """A request body that was understood: whose rows are to be scored for what, and how that is answered."""
+
+    @property
+    def teacher(self) -> HostedTeacher:
+        """Who is asked."""
+        ...
+
+    @property
+    def rows(self) -> list[Tokens]:
+        """Each [T] token ids."""
+        ...
+
+    @property
+    def fields(self) -> Fields:
+        """Of every row."""
+        ...
+
+    def answer(self, identity: TeacherIdentity, targets: list[Targets]) -> Response:
+        """The targets of `rows` as the caller wants them."""
+        ...
+
+
 def add_score_routes(app: FastAPI, service: Service) -> None:
     """Add the route to the app."""
 
-    @app.post("/v1/teachers/{name}/score")
+    @app.post("/v1/teachers/{name}/score", dependencies=[Depends(allow(Role.TRAINER))])
     async def score(name: str, request: Request) -> Response:
         teacher = service.teacher(name)
-        with service.admission.request():
-            return await _while_connected(request, await _prepare_score(service, teacher, request))
+        reads = request_format(request)
+        writes = answer_format(request, reads)
+        _ = teacher.pool  # Unavailable while it starts, before a body is read
+        decode = _from_json if reads == wire.JSON_MEDIA_TYPE else wire.request_from_arrow
+
+        def understand(body: bytes) -> ScoreCall:
+            asked = decode(body)
+            return _PlainCall(teacher, asked.rows, asked.fields, writes)
+
+        return await answer_call(service, request, understand)
 
 
-async def _prepare_score(service: Service, teacher: HostedTeacher, request: Request) -> Coroutine[Any, Any, Response]:
+async def answer_call(service: Service, request: Request, understand: Callable[[bytes], ScoreCall]) -> Response:
+    """Read a body, score what it asks for and answer: within every limit, the caller's deadline and while it is there.
+
+    Raises:
+        PotstillError: whatever the body, the limits or the teacher give reason for.
+        ClientDisconnect: the client left; its rows were taken out of the engine.
+    """
+    with service.admission.request():
+        return await _while_connected(request, await _prepare(service, request, understand))
+
+
+async def _prepare(
+    service: Service, request: Request, understand: Callable[[bytes], ScoreCall]
+) -> Coroutine[Any, Any, Response]:
     """Check and read everything that needs no teacher; the coroutine does the rest."""
-    reads = request_format(request)
-    writes = answer_format(request, reads)
+    begin = asyncio.get_running_loop().time()
     seconds = timeout_seconds(request)
-    front = teacher.front(store="no-store" not in request.headers.get("cache-control", "").lower())
-    body = await read_body(request, service.limits.max_body_bytes)
-    decode = _from_json if reads == wire.JSON_MEDIA_TYPE else wire.request_from_arrow
+    store = "no-store" not in request.headers.get("cache-control", "").lower()
+    body = await read_body(request)
 
     async def finish() -> Response:
-        asked = await _off_loop(len(body), lambda: decode(body))
-        num_tokens = check_request(asked.rows, asked.fields, teacher=front, limits=service.limits)
-        with service.admission.tokens(num_tokens):
-            targets = await _within(seconds, front.score(asked.rows, asked.fields))
-        service.metrics.rows.labels(teacher.name).inc(len(targets))
-        service.metrics.tokens.labels(teacher.name).inc(num_tokens)
-        answer = wire.ScoreAnswer(front.identity, targets)
-        size = num_tokens * bytes_per_position(asked.fields, front.identity.vocab_size)
-        return await _off_loop(size, lambda: targets_response(answer, asked.fields, writes))
+        call = await _off_loop(len(body), lambda: understand(body))
+        front = call.teacher.front(store=store)
+        num_tokens = check_request(call.rows, call.fields, teacher=front, limits=service.limits)
+        size = num_tokens * bytes_per_position(call.fields, front.identity.vocab_size)
+        service.admission.hold_answer(size)
+        with service.metrics.scoring(call.teacher.name, rows=len(call.rows), tokens=num_tokens):
+            targets = await within(seconds, begin, front.score(call.rows, call.fields))
+        return await _off_loop(size, lambda: call.answer(front.identity, targets))
 
     return finish()
+
+
+@dataclass(frozen=True, slots=True)
+class _PlainCall:
+    teacher: HostedTeacher
+    rows: list[Tokens]
+    fields: Fields
+    writes: str
+
+    def answer(self, identity: TeacherIdentity, targets: list[Targets]) -> Response:
+        return targets_response(wire.ScoreAnswer(identity, targets), self.fields, self.writes)
 
 
 def _from_json(body: bytes) -> wire.ScoreRequest:
@@ -72,16 +127,6 @@ def _from_json(body: bytes) -> wire.ScoreRequest:
 
 async def _off_loop(num_bytes: int, call: Callable[[], T]) -> T:
     return call() if num_bytes < _SMALL_BYTES else await asyncio.to_thread(call)
-
-
-async def _within(seconds: float | None, scoring: Coroutine[Any, Any, list[Targets]]) -> list[Targets]:
-    try:
-        async with asyncio.timeout(seconds) as deadline:
-            return await scoring
-    except TimeoutError as error:
-        if not deadline.expired():
-            raise
-        raise DeadlineExceeded(f"not scored within the {seconds:g} seconds that the caller gave") from error
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:

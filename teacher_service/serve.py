@@ -10,8 +10,9 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,11 +20,16 @@ from pathlib import Path
 import uvicorn
 
 from cache.errors import InvalidInput
+from teacher_service import logs, tracing
+from teacher_service.access import Access
 from teacher_service.app import create_app
-from teacher_service.replicas import HostedTeacher, Keep
+from teacher_service.hosted import Keep
 from teacher_service.service import Service
-from teacher_service.settings import ServiceSettings, load_settings, teacher_from_argument
+from teacher_service.settings import ServiceSettings, TlsSettings, load_settings, teacher_from_argument
+from teacher_service.teacher_source import TeacherSource
+from teacher_service.tracing import Tracer
 
+_LOG = logging.getLogger(__name__)
 SUMMARY = "serve teachers over HTTP, with the cache in front of them"
 
 
@@ -51,25 +57,45 @@ def run(args: argparse.Namespace) -> int:
     named = None if args.teacher is None else [teacher_from_argument(text) for text in args.teacher]
     command_line = {"host": args.host, "port": args.port, "cache": args.cache, "teachers": named}
     settings = load_settings(args.config, command_line=command_line, environment=os.environ)
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    logs.configure(settings.logs, sys.stderr)
+    access = Access.of(settings.access)
+    if settings.tls is not None:
+        check_tls(settings.tls)
+    has_keys = access.keys is not None
     # The port first: who has to choose another one should not wait for engines.
-    with bind(settings.host, settings.port) as listener:
-        asyncio.run(_serve(settings, listener))
+    with bind(settings.host, settings.port, has_keys=has_keys) as listener, _tracer(settings) as tracer:
+        if settings.tls is None and not _is_loopback(listener.getsockname()[0]):
+            _LOG.warning("API keys and tokens travel in the clear: set [tls], or put something with TLS in front")
+        asyncio.run(_serve(settings, access, listener, tracer))
     return 0
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket on a loopback address.
+def check_tls(tls: TlsSettings) -> None:
+    """Raises InvalidInput when the certificate and its key cannot be used."""
+    for path in (tls.certfile, tls.keyfile):
+        if not Path(path).is_file():
+            raise InvalidInput(f"tls: there is no file {path}")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.certfile, tls.keyfile, password="")
+    except (OSError, ValueError) as error:
+        cause = "the key is encrypted" if isinstance(error, ValueError) else error.strerror or str(error)
+        raise InvalidInput(
+            f"tls: {tls.certfile} and {tls.keyfile} are no pair of PEM certificate and key: {cause}"
+        ) from error
+
+
+def bind(host: str, port: int, *, has_keys: bool = False) -> socket.socket:
+    """A listening socket, on a loopback address unless there are API keys.
 
     Raises:
-        InvalidInput: an unknown or not a loopback host, or a port that is taken or not allowed.
+        InvalidInput: an unknown host, one that is open to others without keys, a port that is taken or not allowed.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
         raise InvalidInput(f"host {host!r} has no address: {error.strerror}") from error
     family, _, _, _, address = found[0]
-    if not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
+    if not has_keys and not _is_loopback(str(address[0])):
         raise InvalidInput(f"host {host!r} is open to others; without API keys it binds to loopback only")
     try:
         return socket.create_server((str(address[0]), port), family=family)
@@ -80,55 +106,78 @@ def bind(host: str, port: int) -> socket.socket:
         raise InvalidInput(f"port {port} on {host} cannot be had: {error.strerror}") from error
 
 
-def service_of(settings: ServiceSettings) -> Service:
-    """The service that the settings describe, with nothing started yet.
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
+def service_of(settings: ServiceSettings, access: Access) -> Service:
+    """The service that the settings describe, with nothing started yet; `access` is what they say of it.
 
     Raises:
-        PotstillError: the cache cannot be opened.
+        InvalidInput: a teacher that cannot have its replicas. PotstillError: the cache cannot be opened.
     """
     from cache.cache import Cache  # noqa: PLC0415  zarr, only when a service runs
     from cache.cached import KeepPolicy  # noqa: PLC0415
-    from cache.entry_points import open_teacher  # noqa: PLC0415
 
     cache = None if settings.cache is None else Cache.open(settings.cache, mode="r+")
     quota_bytes = int(settings.keep.journal_quota_gib * 2**30)
     policy = KeepPolicy(k=settings.keep.k, encoding=settings.keep.encoding, quota_bytes=quota_bytes)
     keep = None if cache is None else Keep(cache, policy)
-    teachers = [
-        HostedTeacher(teacher.name, partial(open_teacher, teacher.model, options=teacher.options), keep)
-        for teacher in settings.teachers
-    ]
-    return Service.of(teachers, cache=cache, limits=settings.limits)
+    source = TeacherSource(keep, settings.ray)
+    teachers = [source.host(teacher) for teacher in settings.teachers]
+    return Service.of(teachers, cache=cache, limits=settings.limits, source=source, access=access)
+
+
+@contextmanager
+def _tracer(settings: ServiceSettings) -> Iterator[Tracer | None]:
+    if settings.tracing.endpoint is None:
+        yield None
+        return
+    tracer = tracing.open_tracer(settings.tracing.endpoint)
+    try:
+        yield tracer
+    finally:
+        tracer.close()
 
 
 class _Server(uvicorn.Server):
     """Stops on signals without raising them again: a service that was told to stop has succeeded."""
 
+    def __init__(self, config: uvicorn.Config, on_hangup: Callable[[], None] | None) -> None:
+        super().__init__(config)
+        self._on_hangup = on_hangup
+
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         loop = asyncio.get_running_loop()
-        stopping = (signal.SIGINT, signal.SIGTERM)
-        for number in stopping:
-            loop.add_signal_handler(number, self.handle_exit, number, None)
+        handlers: dict[int, Callable[[], None]] = {
+            number: partial(self.handle_exit, number, None) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        if self._on_hangup is not None:
+            handlers[signal.SIGHUP] = self._on_hangup
+        for number, handler in handlers.items():
+            loop.add_signal_handler(number, handler)
         try:
             yield
         finally:
-            for number in stopping:
+            for number in handlers:
                 loop.remove_signal_handler(number)
 
 
-async def _serve(settings: ServiceSettings, listener: socket.socket) -> None:
-    service = service_of(settings)
+async def _serve(settings: ServiceSettings, access: Access, listener: socket.socket, tracer: Tracer | None) -> None:
+    service = service_of(settings, access)
     # The teachers are run here and not by the app's lifespan, whose failures uvicorn would swallow.
     config = uvicorn.Config(
-        create_app(service),
+        create_app(service, tracer=tracer),
         lifespan="off",
         ws="none",
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=settings.grace_seconds,
+        ssl_certfile=None if settings.tls is None else settings.tls.certfile,
+        ssl_keyfile=None if settings.tls is None else settings.tls.keyfile,
     )
-    server = _Server(config)
+    server = _Server(config, None if access.keys is None else access.keys.reload)
     async with service.running():
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         starting = asyncio.create_task(service.started())
@@ -151,4 +200,5 @@ def ready_line(settings: ServiceSettings, listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     where = f"[{host}]" if ":" in host else host
     teachers = ", ".join(f"{teacher.name} ({teacher.model})" for teacher in settings.teachers)
-    return f"ready: http://{where}:{port} teachers {teachers}"
+    scheme = "http" if settings.tls is None else "https"
+    return f"ready: {scheme}://{where}:{port} teachers {teachers}"

@@ -9,10 +9,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cache.errors import UnknownTeacher
+from teacher_service.access import Access
 from teacher_service.admission import Admission
+from teacher_service.fill_jobs import FillJobs
+from teacher_service.hosted import HostedTeacher
 from teacher_service.metrics import Metrics
-from teacher_service.replicas import HostedTeacher
 from teacher_service.settings import LimitSettings
+from teacher_service.teacher_admin import TeacherAdmin
+from teacher_service.teacher_source import TeacherSource
 
 if TYPE_CHECKING:
     from cache.cache import Cache
@@ -26,6 +30,9 @@ class Service:
     cache: Cache | None
     admission: Admission
     metrics: Metrics
+    admin: TeacherAdmin
+    access: Access
+    fills: FillJobs
 
     @classmethod
     def of(
@@ -34,11 +41,22 @@ class Service:
         *,
         cache: Cache | None = None,
         limits: LimitSettings | None = None,
+        source: TeacherSource | None = None,
+        access: Access | None = None,
     ) -> Service:
-        """Put a service together; `cache` is what the corpus routes read."""
+        """Put a service together.
+
+        Args:
+            teachers: started with the service.
+            cache: what the corpus routes read.
+            limits: what requests may ask for.
+            source: makes teachers that are added.
+            access: who may do what; everybody everything when not given.
+        """
         by_name = {teacher.name: teacher for teacher in teachers}
         admission = Admission(limits or LimitSettings())
-        return cls(by_name, cache, admission, Metrics(admission, by_name))
+        admin = TeacherAdmin(by_name, source or TeacherSource(), admission)
+        return cls(by_name, cache, admission, Metrics(admission, by_name), admin, access or Access(), FillJobs(cache))
 
     @property
     def limits(self) -> LimitSettings:
@@ -47,8 +65,8 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        """Whether every teacher is up."""
-        return all(teacher.state == "ready" for teacher in self.teachers.values())
+        """Whether every teacher is up that the service was started with, and every one that was up since."""
+        return all(teacher.in_order for teacher in self.teachers.values())
 
     def teacher(self, name: str) -> HostedTeacher:
         """The teacher of that name.
@@ -68,10 +86,12 @@ class Service:
     async def running(self) -> AsyncIterator[None]:
         """Start every teacher in the background; stop them all at the end."""
         for teacher in self.teachers.values():
-            teacher.start()
+            teacher.start(self.admission)
         try:
             yield
         finally:
+            await self.fills.close()
+            await self.admin.close()
             stops = await asyncio.gather(*(t.stop() for t in self.teachers.values()), return_exceptions=True)
         for failure in stops:
             if failure is not None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -23,10 +24,12 @@ from pydantic import (
 )
 
 from cache.errors import InvalidInput
+from teacher_service.replica_settings import AutoscaleSettings, RaySettings, ReplicaSettings, ResourceSettings
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 ENVIRONMENT = {"POTSTILL_HOST": "host", "POTSTILL_PORT": "port", "POTSTILL_CACHE": "cache"}
 """Every environment variable the service reads, and the setting it sets."""
+_OF_CLIENTS = frozenset({"POTSTILL_API_KEY"})  # also read here, by a teacher that is another service
 
 Count: TypeAlias = Annotated[int, Field(ge=1, strict=True)]
 
@@ -56,21 +59,96 @@ class LimitSettings(_Frozen):
     max_rows: Count = 4096
     """Rows per request."""
     max_range_positions: Count = 65_536
-    """Positions per read of a corpus' targets."""
+    """Positions per read of a corpus' targets as JSON, which is made as a whole."""
+    max_stream_positions: Count = 16_777_216
+    """Positions per read of a corpus' targets as an Arrow stream, which neither end holds as a whole."""
+    max_streams: Count = 64
+    """Arrow streams of corpora that are being sent; each holds about three blocks of 4 MiB."""
+    stall_seconds: Annotated[float, Field(gt=0, le=3600)] = 60.0
+    """How long a client may take nothing of a stream before it is broken off."""
     max_tokens_in_flight: Count = 262_144
-    """Tokens of all requests that are being scored; also the most that one request can hold."""
+    """Of one teacher, waiting for its engine or in it; also the most that one request can hold."""
+    max_engine_tokens: Count = 16_384
+    """Inside one replica's engine; the rest waits in a queue that is fair between keys. A few of the engine's steps
+    keep it busy; more only takes the choice of who is next away from the queue."""
+    max_engine_bytes: Count = 2 * 2**30
+    """What the tokens inside a teacher's engine may need until they are answered; see `engine_bytes_per_token`."""
     max_requests_in_flight: Count = 256
     """Score requests that are being read, scored or answered."""
+    max_body_bytes_in_flight: Count = 256 * 2**20
+    """Of all request bodies that are held."""
+    max_answer_bytes_in_flight: Count = 2 * 2**30
+    """Of all score answers, hits and misses, that are being made or sent; estimated as for `max_answer_bytes`."""
+    body_seconds: Annotated[float, Field(gt=0, le=3600)] = 60.0
+    """Within which a request body has to arrive, and each 256 KiB of an answer has to be taken."""
 
 
-class TeacherSettings(_Frozen):
-    """One teacher: the name it is served under and where it comes from."""
+class AccessSettings(_Frozen):
+    """Who may do what. Without `keys_file` everybody may do everything, and the service listens on loopback only."""
+
+    keys_file: Annotated[str, StringConstraints(min_length=1)] | None = None
+    """API keys, as `potstill keys` writes them; read again when it changes and on SIGHUP."""
+    audit_file: Annotated[str, StringConstraints(min_length=1)] | None = None
+    """JSON lines of what admins did are added to it; without it they go to the log `potstill.audit`."""
+    open_metrics: bool = False
+    """Whether `/metrics` is answered without a key."""
+
+
+class TlsSettings(_Frozen):
+    """PEM files of the certificate chain and its private key."""
+
+    certfile: Annotated[str, StringConstraints(min_length=1)]
+    keyfile: Annotated[str, StringConstraints(min_length=1)]
+
+
+def _http_url(text: str) -> str:
+    if not re.match(r"https?://[^/\s]", text):
+        raise ValueError("write an address like http://collector:4318/v1/traces")
+    return text
+
+
+class LogSettings(_Frozen):
+    """The log, which goes to stderr."""
+
+    format: Literal["text", "json"] = "text"
+    """`json` is one object a line, for machines that collect logs."""
+    level: Literal["debug", "info", "warning", "error"] = "warning"
+    """`info` has a line for every request."""
+
+
+class TracingSettings(_Frozen):
+    """Spans for OpenTelemetry; needs the extra `otel`."""
+
+    endpoint: Annotated[str, AfterValidator(_http_url)] | None = None
+    """OTLP over HTTP, like `http://collector:4318/v1/traces`; without it nothing is traced."""
+
+
+class TeacherSettings(ReplicaSettings):
+    """One teacher: the name it is served under, where it comes from, and how many replicas it has."""
 
     name: Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
     model: Annotated[str, StringConstraints(min_length=1)]
     """A model name or path for vLLM, or the URL of another service."""
     options: dict[str, JsonValue] = Field(default_factory=dict)
     """Handed to the teacher's factory as they are."""
+
+    @property
+    def remote(self) -> bool:
+        """Whether another service runs it: such a teacher has no engine, and no replicas, of ours."""
+        return self.model.startswith(("http://", "https://"))
+
+    def check_replicas(self, *, ray: bool) -> None:
+        """Refuse several replicas where there can be one only.
+
+        Raises:
+            InvalidInput: without Ray, or of a teacher of another service.
+        """
+        if self.replicas == 1 and self.autoscale is None:
+            return
+        if not ray:
+            raise InvalidInput(f"teacher {self.name!r} asks for several replicas, which need Ray: add the table [ray]")
+        if self.remote:
+            raise InvalidInput(f"teacher {self.name!r} is one of another service; it is that one which has replicas")
 
 
 class ServiceSettings(_Frozen):
@@ -85,6 +163,12 @@ class ServiceSettings(_Frozen):
     """How long a stopping service waits for the requests in flight."""
     keep: KeepSettings = KeepSettings()
     limits: LimitSettings = LimitSettings()
+    access: AccessSettings = AccessSettings()
+    tls: TlsSettings | None = None
+    logs: LogSettings = LogSettings()
+    tracing: TracingSettings = TracingSettings()
+    ray: RaySettings | None = None
+    """With this table teachers are Ray Serve deployments; without it each is an engine in this process."""
     teachers: Annotated[tuple[TeacherSettings, ...], Field(min_length=1)]
 
     @model_validator(mode="after")
@@ -135,7 +219,8 @@ def teacher_from_argument(text: str) -> dict[str, str]:
 
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
-    unknown = sorted(name for name in environment if name.startswith("POTSTILL_") and name not in ENVIRONMENT)
+    ours = {name for name in environment if name.startswith("POTSTILL_")}
+    unknown = sorted(ours - ENVIRONMENT.keys() - _OF_CLIENTS)
     if unknown:
         raise InvalidInput(f"unknown environment variable {unknown[0]}; known are {', '.join(ENVIRONMENT)}")
     return {key: environment[name] for name, key in ENVIRONMENT.items() if name in environment}
@@ -165,6 +250,14 @@ def _known_keys(table: tuple[int | str, ...]) -> list[str]:
     models: dict[str, type[BaseModel]] = {
         "keep": KeepSettings,
         "limits": LimitSettings,
+        "access": AccessSettings,
+        "tls": TlsSettings,
+        "logs": LogSettings,
+        "tracing": TracingSettings,
+        "ray": RaySettings,
         "teachers": TeacherSettings,
+        "autoscale": AutoscaleSettings,
+        "resources": ResourceSettings,
     }
-    return list(models.get(str(table[0]), ServiceSettings).model_fields if table else ServiceSettings.model_fields)
+    names = [part for part in table if isinstance(part, str)]
+    return list(models.get(names[-1], ServiceSettings).model_fields if names else ServiceSettings.model_fields)

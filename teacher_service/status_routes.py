@@ -1,4 +1,4 @@
-"""How the service is: alive, ready, its metrics, and the teachers as OpenAI-style models."""
+"""How the service is: alive, ready, and its metrics."""
 
 from __future__ import annotations
 
@@ -20,14 +20,12 @@ def add_status_routes(app: FastAPI, service: Service) -> None:
     @app.get("/readyz")
     async def readyz() -> JSONResponse:
         states = {name: teacher.state for name, teacher in service.teachers.items()}
-        content = {"status": "ready" if service.ready else "not ready", "teachers": states}
+        content: dict[str, Any] = {"status": "ready" if service.ready else "not ready", "teachers": states}
+        failures = {name: teacher.failure for name, teacher in service.teachers.items() if teacher.failure}
+        if failures:
+            content["failures"] = failures
         return JSONResponse(content, status_code=200 if service.ready else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        data = [{"id": name, "object": "model", "owned_by": "potstill"} for name in service.teachers]
-        return {"object": "list", "data": data}

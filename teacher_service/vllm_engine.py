@@ -1,4 +1,4 @@
-"""vLLM's `LLMEngine` behind the few calls that scoring needs; the only importer of vllm.
+"""vLLM's `LLMEngine` behind the few calls that scoring needs; with the capture files the only importer of vllm.
 
 vLLM keeps its process groups, its forward context and its clean-up in module state, so one process
 holds one engine: two built side by side do score, but closing either breaks the other ("pipeline
@@ -7,6 +7,9 @@ it, and every further one in a process of its own, which costs about ten seconds
 one more import of vLLM. Such a process is spawned, so a script that opens a second teacher needs
 the usual `if __name__ == "__main__":`. So does the first one where numba was loaded before it, by the
 `archive` encoding: while it starts, vLLM looks into every module's attributes and stumbles over one of llvmlite.
+
+What becomes of an answer is a capture path's (`capture_paths`). The best one is taken that gives what vLLM's public
+one gives on a few tokens of the running engine (`capture_check`); why another one was passed over is logged once.
 
 torch compiles one small kernel on the first request, which takes up to half a minute the first time on a
 machine; a warm-up at the start takes that from the first caller. Without a C++ compiler it is not compiled.
@@ -26,12 +29,18 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from pydantic import ValidationError
 
-from cache.types import Targets
-from teacher_service.capture import FlatEntries, targets_from_flat
+from cache.errors import TeacherFailed
+from cache.types import Fields, Targets
+from teacher_service.capture_check import MAX_PUBLIC_K, checked_fields, checked_row, disagreement
+from teacher_service.capture_layout import Asked
+
+if TYPE_CHECKING:
+    from teacher_service.capture_paths import CapturePath
 
 _LOG = logging.getLogger(__name__)
 
@@ -41,6 +50,7 @@ _ONE_START_AT_A_TIME = threading.Lock()
 
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the default only; each engine says where it runs
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # its prompt logprobs step has no place for ours
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork would copy locks that other threads hold
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # stdout belongs to commands that print JSON
@@ -61,33 +71,55 @@ class EngineFacts:
     """Tokens, the one that is sampled included."""
     device: str
     version: str
+    capture_path: str
+    gives_every_field: bool
+    why_not_better: str
+    """Why the capture path is not the best one; empty where it is."""
 
 
 class VllmEngine:
-    """vLLM's `LLMEngine` behind the few calls that scoring needs. Used by one thread only."""
+    """vLLM's `LLMEngine` behind the few calls that scoring needs. Used by one thread only.
 
-    def __init__(self, arguments: dict[str, Any], *, cpu_kv_cache_bytes: int) -> None:
+    Args:
+        arguments: keyword arguments of `vllm.EngineArgs`; `max_logprobs` is the largest top-k of any caller.
+        cpu_kv_cache_bytes: KV cache size on a CPU platform; a GPU's follows `gpu_memory_utilization`.
+        capture: the best capture path to take, by name, or `auto`.
+    """
+
+    def __init__(self, arguments: dict[str, Any], *, cpu_kv_cache_bytes: int, capture: str = "auto") -> None:
         self._inside = "llvmlite" not in sys.modules and _INSIDE_THIS_PROCESS.acquire(blocking=False)
         try:
             with _ONE_START_AT_A_TIME:
                 self._vllm = _import_vllm()
+                from teacher_service import capture_paths  # noqa: PLC0415 -- vLLM is set up only now
+
+                self._paths = capture_paths
                 self._engine = self._build(arguments, cpu_kv_cache_bytes=cpu_kv_cache_bytes)
         except BaseException:
             self._free_process()
             raise
+        self._vocab_size = int(self._engine.model_config.get_vocab_size())
         try:
             self._warm_up()
-            self.facts = self._facts()
+            self._path, why_not_better = self._choose_path(capture, max_top_k=int(arguments["max_logprobs"]))
+            self.facts = self._facts(why_not_better)
         except BaseException:
             self.close()
             raise
 
-    def add(self, request_id: str, prompt: list[int], k: int) -> None:
-        """Queue one row; `ValueError` when vLLM refuses it."""
-        params = self._vllm.SamplingParams(
-            max_tokens=1, temperature=0, detokenize=False, prompt_logprobs=k, logprobs=k, flat_logprobs=True
-        )
-        self._engine.add_request(request_id, self._vllm.inputs.tokens_input(prompt), params)
+    def add(self, request_id: str, asked: Asked, *, path: CapturePath | None = None) -> None:
+        """Queue one row, for the path in use unless told otherwise; `ValueError` when vLLM refuses it."""
+        path = path or self._path
+        prompt = self._vllm.inputs.tokens_input(asked.tokens)
+        path.added(self._engine, self._engine.add_request(request_id, prompt, path.sampling_params(asked)))
+
+    def targets(self, output: Any, asked: Asked) -> Targets:
+        """The targets of one finished request, by the path in use.
+
+        Raises:
+            TeacherFailed: the engine answered what no model can mean.
+        """
+        return self._path.targets(output, asked, self._vocab_size)
 
     def abort(self, request_ids: list[str]) -> None:
         """Take requests out; unknown and finished ones are ignored."""
@@ -125,7 +157,12 @@ class VllmEngine:
             self._free_process()
 
     def _build(self, arguments: dict[str, Any], *, cpu_kv_cache_bytes: int) -> Any:
-        arguments = dict(arguments)
+        arguments = {
+            **arguments,
+            "max_logprobs": max(arguments["max_logprobs"], MAX_PUBLIC_K),
+        }
+        if "worker_extension_cls" in self._vllm.EngineArgs.__dataclass_fields__:
+            arguments["worker_extension_cls"] = self._paths.WORKER_EXTENSION
         if self._vllm.platforms.current_platform.is_cpu():
             arguments["kv_cache_memory_bytes"] = cpu_kv_cache_bytes
             if arguments["dtype"] == "auto" and not _has_bfloat16_instructions():
@@ -136,25 +173,60 @@ class VllmEngine:
 
     def _warm_up(self) -> None:
         """One tiny request: torch compiles a kernel for it, and the first caller would wait for that."""
-        self.add("warm-up", [0, 0], 1)
-        while self._engine.has_unfinished_requests():
-            if self.can_step():
-                self.step()
-            else:
-                time.sleep(_POLL_SECONDS)
+        self._score_alone(self._paths.PublicFlatPath(), Asked(tokens=[0, 0], num_prefix=0, want=Fields(k=1)))
 
-    def _facts(self) -> EngineFacts:
+    def _choose_path(self, best: str, *, max_top_k: int) -> tuple[CapturePath, str]:
+        """The first path from `best` on that can be used, and why not those before it."""
+        reasons = []
+        for path in self._paths.paths_from(best):
+            reason = self._why_not(path, max_top_k)
+            if not reason:
+                break
+            reasons.append(f"{path.name}: {reason}")
+            _LOG.warning("targets are not captured by the path %r: %s", path.name, reason)
+        return path, "; ".join(reasons)
+
+    def _why_not(self, path: CapturePath, max_top_k: int) -> str:
+        if not path.private:
+            return ""
+        row = checked_row(self._vocab_size, int(self._engine.model_config.max_model_len) - 1)
+        want = checked_fields(self._vocab_size, max_top_k, every_field=path.gives_every_field)
+        public = Asked(tokens=row, num_prefix=0, want=Fields(k=min(MAX_PUBLIC_K, self._vocab_size)))
+        try:
+            reason = path.install(self._engine)
+            if reason:
+                return reason
+            ours = self._score_alone(path, Asked(tokens=row, num_prefix=0, want=want))
+            theirs = self._score_alone(self._paths.PublicFlatPath(), public)
+        except Exception as error:  # noqa: BLE001 -- whatever a private seam raises, there is another path
+            return one_line(error)
+        return disagreement(ours, theirs, want, np.asarray(row, np.uint32))
+
+    def _score_alone(self, path: CapturePath, asked: Asked) -> Targets:
+        self.add("alone", asked, path=path)
+        while self._engine.has_unfinished_requests():
+            if not self.can_step():
+                time.sleep(_POLL_SECONDS)
+                continue
+            for _, output in self.step():
+                return path.targets(output, asked, self._vocab_size)
+        raise TeacherFailed("the engine did not answer its first request")
+
+    def _facts(self, why_not_better: str) -> EngineFacts:
         config = self._engine.model_config
         device = str(self._engine.vllm_config.device_config.device_type)
         if device != "cpu":
             device += f":{self._vllm.platforms.current_platform.get_device_name()}"
         return EngineFacts(
-            vocab_size=int(config.get_vocab_size()),
+            vocab_size=self._vocab_size,
             dtype=str(config.dtype).removeprefix("torch."),
             head_dtype=str(config.head_dtype).removeprefix("torch."),
             max_model_len=int(config.max_model_len),
             device=device,
             version=str(self._vllm.__version__),
+            capture_path=self._path.name,
+            gives_every_field=self._path.gives_every_field,
+            why_not_better=why_not_better,
         )
 
     def _free_process(self) -> None:
@@ -185,21 +257,6 @@ def _has_bfloat16_instructions() -> bool:
     except OSError:
         return False
     return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
-
-
-def targets_of(output: Any, *, tokens: list[int], num_prefix: int, k: int, vocab_size: int) -> Targets:
-    """From one finished `RequestOutput` of vLLM."""
-    empty = FlatEntries(ids=[], logprobs=[])
-    prompt = output.prompt_logprobs
-    sampled = output.outputs[0].logprobs if output.outputs else None
-    return targets_from_flat(
-        FlatEntries(ids=prompt.token_ids, logprobs=prompt.logprobs) if prompt else empty,
-        FlatEntries(ids=sampled.token_ids, logprobs=sampled.logprobs) if sampled else empty,
-        tokens=tokens,
-        num_prefix=num_prefix,
-        k=k,
-        vocab_size=vocab_size,
-    )
 
 
 def one_line(error: BaseException) -> str:

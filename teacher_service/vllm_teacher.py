@@ -1,4 +1,4 @@
-"""A teacher that vLLM runs: rows of token ids in, the top-k of every next-token distribution out.
+"""A teacher that vLLM runs: rows of token ids in, targets of every next-token distribution out.
 
     async with open_vllm_teacher("path/to/model") as teacher:
         [targets] = await teacher.score([row], Fields(k=64))
@@ -23,12 +23,19 @@ from typing import Any
 
 import numpy as np
 
-from cache.errors import InvalidInput, LimitExceeded
+from cache.errors import InvalidInput, LimitExceeded, UnsupportedField
 from cache.tokenizer import fingerprint, load_tokenizer
 from cache.types import JSON, Fields, Provenance, Targets, TeacherIdentity, TeacherLimits, Tokens
+from teacher_service.capture_layout import Asked
 from teacher_service.engine import EngineThread, Job
 from teacher_service.vllm_engine import EngineFacts
 
+MAX_TEMPERATURES = 16
+"""Each costs a pass over all logits."""
+MAX_ROW_BYTES = 2**28
+"""What one row's draws or dense logprobs may take; the rows of a batch are held by the engine at once."""
+
+_CAPTURES = ("auto", "sampler", "arrays", "public-flat")
 _WEIGHT_KINDS = ("*.safetensors", "*.bin", "*.gguf")
 
 
@@ -53,8 +60,9 @@ class VllmOptions:
     prefix_ids: tuple[int, ...] = ()
     """Put in front of every row (BOS); their targets are dropped."""
     max_batch_tokens: int = 2048
-    """Tokens of one engine step; a longer row is prefilled in chunks. On a GPU a step's logits take up to
-    10 bytes * V * this, which vLLM does not plan for."""
+    """Tokens of one engine step; a longer row is prefilled in chunks. The path `sampler` needs
+    the memory that `capture_worker` states beside it; the others, on a GPU, up to 10 bytes * V * this for a step's
+    logits, which vLLM does not plan for."""
     gpu_memory_utilization: float = 0.9
     """The share of each GPU's memory that vLLM plans with."""
     tensor_parallel: int = 1
@@ -63,9 +71,11 @@ class VllmOptions:
     """One of vLLM's quantisation methods."""
     cpu_kv_cache_gib: int = 1
     """KV cache on a CPU platform, GiB."""
+    capture: str = "auto"
+    """The best capture path to take (`capture_paths`): `sampler`, `arrays` or `public-flat`; `auto` is the first."""
 
     def __post_init__(self) -> None:
-        for name in ("model", "revision", "dtype", "quantization"):
+        for name in ("model", "revision", "dtype", "quantization", "capture"):
             _require(name, getattr(self, name), str)
         for name in ("max_top_k", "max_batch_tokens", "tensor_parallel", "cpu_kv_cache_gib"):
             _require(name, getattr(self, name), int, minimum=1)
@@ -75,6 +85,8 @@ class VllmOptions:
         _require("prefix_ids", self.prefix_ids, tuple)
         for token in self.prefix_ids:
             _require("prefix_ids", token, int, minimum=0)
+        if self.capture not in _CAPTURES:
+            raise InvalidInput(f"capture is {self.capture!r}; it must be one of {', '.join(_CAPTURES)}")
         if not self.model:
             raise InvalidInput("model is empty; it must be a folder or a name on the Hugging Face hub")
 
@@ -107,8 +119,12 @@ class VllmTeacher:
         self._engine = engine
         self._identity = identity
         self._provenance = Provenance(
-            engine="vllm", engine_version=facts.version, device=facts.device, capture_path="public-flat"
+            engine="vllm",
+            engine_version=facts.version,
+            device=facts.device,
+            capture_path=facts.capture_path,
         )
+        self._facts = facts
         self._max_top_k = min(options.max_top_k, facts.vocab_size)
         self._max_row_tokens = facts.max_model_len - len(options.prefix_ids) - 1
 
@@ -127,6 +143,7 @@ class VllmTeacher:
             _model_name(options),
             _engine_arguments(options, folder),
             cpu_kv_cache_bytes=options.cpu_kv_cache_gib << 30,
+            capture=options.capture,
         )
         try:
             facts = await asyncio.wrap_future(engine.start())
@@ -148,13 +165,23 @@ class VllmTeacher:
 
     @property
     def provenance(self) -> Provenance:
-        """The engine, its version and its device."""
+        """The engine, its version, its device and the capture path in use."""
         return self._provenance
 
     @property
     def limits(self) -> TeacherLimits:
         """The largest `Fields.k`, and the longest row in tokens, without the prefix."""
         return TeacherLimits(max_top_k=self._max_top_k, max_row_tokens=self._max_row_tokens)
+
+    @property
+    def failure(self) -> str:
+        """Why the engine ended by itself, in one line; empty while it runs."""
+        return self._engine.failure
+
+    @property
+    def progress(self) -> int:
+        """A number that changes whenever the engine finishes a step."""
+        return self._engine.num_steps
 
     async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
         """One `Targets` per row [T], with T positions each; rows of all callers are batched together.
@@ -163,23 +190,39 @@ class VllmTeacher:
 
         Raises:
             InvalidInput: an empty row, or one that is not a list of token ids.
-            LimitExceeded: a row, an id or K over its limit.
-            UnsupportedField: more than the top-k.
+            LimitExceeded: a row, an id, K, the temperatures or what one row's targets take over its limit.
+            UnsupportedField: more than the top-k, where the capture path gives no more.
             TeacherFailed: the engine failed, or answered what no model can mean.
             Unavailable: the teacher is closed, or was while it scored.
         """
-        want.require_only_top_k("this teacher")
-        if want.k > self._max_top_k:
-            raise LimitExceeded(f"k={want.k} is over this teacher's limit of {self._max_top_k}; ask for less")
+        self._check(want)
         prefix = list(self._identity.prefix_ids)
-        prompts = [prefix + self._checked(index, row) for index, row in enumerate(rows)]
-        if not prompts:
+        asked = [
+            Asked(tokens=prefix + self._checked(index, row, want), num_prefix=len(prefix), want=want)
+            for index, row in enumerate(rows)
+        ]
+        if not asked:
             return []
-        job = Job(prompts=prompts, num_prefix=len(prefix), k=want.k)
+        job = Job(rows=asked)
         self._engine.submit(job)
         return await asyncio.wrap_future(job.done)
 
-    def _checked(self, index: int, row: Tokens) -> list[int]:
+    def _check(self, want: Fields) -> None:
+        if not want.only_top_k and not self._facts.gives_every_field:
+            names = ", ".join(n for n in ("draws", "entropy", "temperatures", "dense") if getattr(want, n))
+            reason = self._facts.why_not_better or "as its option `capture` says"
+            raise UnsupportedField(
+                f"this teacher captures by {self._facts.capture_path!r}, which gives the top-k only ({reason});"
+                f" {names} is not there: ask without it"
+            )
+        if want.k > self._max_top_k:
+            raise LimitExceeded(f"k={want.k} is over this teacher's limit of {self._max_top_k}; ask for less")
+        if len(want.temperatures) > MAX_TEMPERATURES:
+            raise LimitExceeded(
+                f"{len(want.temperatures)} temperatures were asked for, over this teacher's limit of {MAX_TEMPERATURES}"
+            )
+
+    def _checked(self, index: int, row: Tokens, want: Fields) -> list[int]:
         ids = np.asarray(row)
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise InvalidInput(f"row {index} is {ids.dtype} of {ids.ndim} dimensions; it must be a list of token ids")
@@ -195,6 +238,12 @@ class VllmTeacher:
         if len(strange):
             raise LimitExceeded(
                 f"row {index} has the token id {strange[0]}, outside the teacher's vocabulary of {vocab_size}"
+            )
+        size = len(ids) * (4 * vocab_size * want.dense + 8 * min(want.draws, vocab_size))
+        if size > MAX_ROW_BYTES:
+            raise LimitExceeded(
+                f"the dense logprobs and draws of row {index} take {size:,} bytes, over this teacher's limit of"
+                f" {MAX_ROW_BYTES:,} a row; ask for shorter rows, or for fewer draws"
             )
         tokens: list[int] = ids.tolist()
         return tokens

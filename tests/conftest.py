@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,13 +17,17 @@ from tests.tiny_models import make_tiny_llama
 
 Forward = Callable[[Tokens], NDArray[np.float32]]
 
-# What vLLM and torch do on import and start; ours stay errors.
+# What vLLM, torch and Ray Serve do on import and start; ours stay errors.
 ENGINE_WARNINGS = (
     "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
     "ignore:`torch.distributed.reduce_op` is deprecated:FutureWarning",
     "ignore:Unclosed context <zmq.Context:ResourceWarning",
+    "ignore:Using extra keyword arguments on `Field` is deprecated:DeprecationWarning",
 )
 
+
+SHARED_FIXTURES = {"vllm_teacher", "ray_mark"}
+"""What takes long to start, and is started once a session."""
 
 # Timings belong in benchmarks; a busy machine must not fail a property.
 settings.register_profile("no-deadline", deadline=None)
@@ -34,10 +40,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of one file share a process, for their fixtures; all that use the session's engine share another."""
+    """Tests of one file share a process, for their fixtures; so do all that use the session's engine, or its Ray."""
     for item in items:
-        uses_engine = "vllm_teacher" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("the engine" if uses_engine else item.path.name))
+        shared = SHARED_FIXTURES.intersection(getattr(item, "fixturenames", ()))
+        item.add_marker(pytest.mark.xdist_group(min(shared, default=item.path.name)))
 
 
 @pytest.fixture(scope="session")
@@ -53,6 +59,20 @@ def vllm_teacher(tiny_llama: Path) -> Iterator[VllmTeacher]:
     teacher = asyncio.run(VllmTeacher.open(options))
     yield teacher
     asyncio.run(teacher.close())
+
+
+@pytest.fixture(scope="session")
+def ray_mark() -> Iterator[str]:
+    """The session's one Ray, on two CPUs; `POTSTILL_TEST_RAY` is this mark in every process that it starts."""
+    import ray
+
+    mark = uuid.uuid4().hex
+    os.environ["POTSTILL_TEST_RAY"] = mark
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield mark
+    ray.shutdown()
+    del os.environ["POTSTILL_TEST_RAY"]
 
 
 @pytest.fixture(scope="session")

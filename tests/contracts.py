@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from cache import Fields
-from cache.errors import LimitExceeded, PotstillError, UnsupportedField
+from cache.errors import InvalidInput, LimitExceeded, NotCommitted, PotstillError, UnsupportedField
 from cache.fields import check_fields
+from cache.targets import TargetSet
 from cache.types import Targets, Teacher, TeacherIdentity, Tokens
 
 FIELDS = {
@@ -110,6 +113,129 @@ class TeacherContract:
         assert TeacherIdentity.from_json(teacher.identity.to_json()) == teacher.identity
         assert len(teacher.identity.tokenizer_sha256) == 64
         assert teacher.provenance.engine
+
+
+class TargetSetContract:
+    """Any target set of a corpus of at least four shards, all but the last committed with all of `FULL`.
+
+    Give the fixtures `targets`, and `local`, the same target set opened from its files.
+    """
+
+    FULL = Fields(k=8, draws=20, seed=3, entropy=True, temperatures=(0.5, 2.0))
+    COLUMNS = ("ids", "logprobs", "log_tail", "label_logprob", "entropy", "log_z")
+
+    def assert_same(self, one: Targets, other: Targets) -> None:
+        """Every bit of every field."""
+        for name in self.COLUMNS:
+            mine, theirs = getattr(one, name), getattr(other, name)
+            assert (mine is None) == (theirs is None), name
+            if mine is not None:
+                assert mine.dtype == theirs.dtype
+                assert mine.tobytes() == theirs.tobytes(), name
+        assert (one.draws is None) == (other.draws is None)
+        if one.draws is not None and other.draws is not None:
+            for name in ("offsets", "ids", "counts"):
+                np.testing.assert_array_equal(getattr(one.draws, name), getattr(other.draws, name))
+
+    def test_it_says_what_it_holds(self, targets: Any, local: TargetSet) -> None:
+        assert targets.teacher == local.teacher
+        assert targets.identity == local.identity
+        assert targets.fields == local.fields == self.FULL
+        assert targets.encoding == local.encoding
+        assert targets.committed.tolist() == local.committed.tolist()
+        assert targets.is_committed(0)
+        assert not targets.is_committed(local.corpus.num_shards - 1)
+
+    def test_ranges_within_and_across_shards_are_read(self, targets: Any, local: TargetSet) -> None:
+        starts = local.corpus.shard_starts.tolist()
+        for start, stop in ((0, 1), (starts[1] - 1, starts[1]), (starts[1] - 3, starts[2] + 3), (0, starts[-2])):
+            self.assert_same(targets.read(start, stop), local.read(start, stop))
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            Fields(k=8),
+            Fields(k=3),
+            Fields(k=0, entropy=True),
+            Fields(k=0, draws=20, seed=3),
+            Fields(k=2, draws=20, seed=3, temperatures=(0.5, 2.0)),
+            FULL,
+        ],
+    )
+    def test_chosen_fields_alone_are_read(self, targets: Any, local: TargetSet, fields: Fields) -> None:
+        read = targets.read(5, 40, fields=fields)
+        assert_exactly(read, fields, local.identity.vocab_size)
+        self.assert_same(read, local.read(5, 40, fields=fields))
+
+    def test_a_prefix_of_the_kept_entries_is_read(self, targets: Any, local: TargetSet) -> None:
+        for k in (0, 1, 5, 8):
+            self.assert_same(targets.read(0, 30, k=k), local.read(0, 30, k=k))
+            top_k = Fields(k=8)
+            if k:
+                self.assert_same(targets.read(0, 30, k=k, fields=top_k), local.read(0, 30, fields=top_k).prefix(k))
+
+    def test_rows_come_in_the_order_they_are_asked_for(self, targets: Any, local: TargetSet) -> None:
+        last = int(local.corpus.shard_rows[-2]) - 1
+        rows = [last, 0, 7, 7, 3]
+        for one, other in zip(targets.read_rows(rows), local.read_rows(rows), strict=True):
+            self.assert_same(one, other)
+        for one, other in zip(targets.read_rows(rows, k=2), local.read_rows(rows, k=2), strict=True):
+            self.assert_same(one, other)
+        assert targets.read_rows([]) == []
+
+    @pytest.mark.parametrize("name", ["log_tail", "label_logprob", "entropy"])
+    def test_one_column_is_read_alone(self, targets: Any, local: TargetSet, name: str) -> None:
+        read = targets.read_column(name, 3, 1000)
+        assert read.dtype == np.float32
+        np.testing.assert_array_equal(read, local.read_column(name, 3, 1000))
+
+    def test_the_top_k_alone_is_a_target_set(self, targets: Any, local: TargetSet) -> None:
+        alone = targets.top_k_only()
+        assert alone.fields == local.top_k_only().fields
+        self.assert_same(alone.read(0, 20), local.top_k_only().read(0, 20))
+
+    def test_what_is_not_kept_is_refused_in_one_line(self, targets: Any) -> None:
+        for fields in (
+            Fields(k=9),
+            Fields(dense=True, k=0),
+            Fields(k=0, draws=19, seed=3),
+            Fields(temperatures=(3.0,)),
+        ):
+            with pytest.raises(UnsupportedField) as refused:
+                targets.read(0, 10, fields=fields)
+            assert "\n" not in str(refused.value)
+        with pytest.raises(UnsupportedField):
+            targets.read_rows([0], k=9)
+        with pytest.raises(UnsupportedField):
+            targets.read_column("dense", 0, 10)
+
+    def test_what_is_not_committed_is_refused(self, targets: Any, local: TargetSet) -> None:
+        corpus = local.corpus
+        missing = int(corpus.shard_starts[-2])
+        with pytest.raises(NotCommitted, match=f"shard {corpus.num_shards - 1}"):
+            targets.read(missing - 5, missing + 5)
+        with pytest.raises(NotCommitted):
+            targets.read_rows([0, len(corpus) - 1])
+
+    def test_a_range_outside_the_corpus_is_refused(self, targets: Any, local: TargetSet) -> None:
+        end = local.corpus.num_positions
+        for start, stop in ((0, 0), (5, 4), (-1, 4), (end - 1, end + 1), (end, end + 1)):
+            with pytest.raises(InvalidInput):
+                targets.read(start, stop)
+        for row in (-1, len(local.corpus)):
+            with pytest.raises(InvalidInput, match=str(row)):
+                targets.read_rows([0, row])
+        with pytest.raises(InvalidInput):
+            targets.read(0, 5, k=-1)
+
+    def test_many_threads_read_at_once(self, targets: Any, local: TargetSet) -> None:
+        def read(start: int) -> Targets:
+            found: Targets = targets.read(start, start + 200)
+            return found
+
+        with ThreadPoolExecutor(8) as pool:
+            for start, found in zip(range(0, 1200, 100), pool.map(read, range(0, 1200, 100)), strict=True):
+                self.assert_same(found, local.read(start, start + 200))
 
 
 class TopKTeacherContract(TeacherContract):

@@ -14,14 +14,14 @@ import uvicorn
 
 from cache.types import Teacher
 from teacher_service.app import create_app
-from teacher_service.replicas import HostedTeacher, Keep
+from teacher_service.hosted import HostedTeacher, Keep
 from teacher_service.service import Service
 
 
 @contextmanager
-def serving(app: Any) -> Iterator[str]:
-    """Run an ASGI app on a free loopback port, in a thread; yields its URL."""
-    listener = socket.create_server(("127.0.0.1", 0))
+def serving(app: Any, *, port: int = 0) -> Iterator[str]:
+    """Run an ASGI app on a loopback port, by default a free one, in a thread; yields its URL."""
+    listener = socket.create_server(("127.0.0.1", port))
     config = uvicorn.Config(app, log_config=None, ws="none", timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

@@ -86,6 +86,16 @@ def test_a_commit_that_the_manifest_has_otherwise_is_told(tmp_path: Path) -> Non
     assert "targets/two/b/commits/0.json is of no shard of the corpus" in told
 
 
+@pytest.mark.parametrize("records", ["two/a", "one/b"])
+def test_a_lost_rank_table_is_told(tmp_path: Path, records: str) -> None:
+    build(tmp_path / "c", archive=False)
+    record = tmp_path / "c" / "targets" / records / "ranks.json"
+    record.unlink()
+    problems = [line for each in check_cache(Root.open(tmp_path / "c")) for line in each.problems]
+    assert problems
+    assert all(f"targets/{records}/ranks.json is missing" in line for line in problems)
+
+
 def test_a_stopped_verify_says_what_it_had_looked_at(tmp_path: Path) -> None:
     """A pipe in place of a seal holds the command at a known place until it was interrupted."""
     build(tmp_path / "c", archive=False)

@@ -171,22 +171,56 @@ def test_teachers_are_listed_as_a_table_and_as_json(url: str) -> None:
     lines = table.stdout.splitlines()
     assert lines[0].split() == ["teacher", "state", "model", "vocabulary", "dtype", "max", "k", "replicas"]
     assert lines[1].split() == ["smol", "ready", "fake", "64", "float32", "64", "1", "of", "at", "most", "1"]
+    assert lines[-2].split() == ["smol", "in-process", "ready", "0", "0"]
     assert "\x1b" not in table.stdout
     listed = json.loads(potstill("teachers", "list", "--json", "--url", url).stdout)
     assert [teacher["name"] for teacher in listed] == ["smol", "large"]
-    assert listed[0]["replicas"] == {"replicas": 1, "target": 1, "max": 1}
+    assert listed[0]["replicas"]["each"][0]["state"] == "ready"
     assert listed[0]["identity"] == FakeTeacher().identity.to_json()
 
 
 def test_a_teacher_is_scaled(url: str) -> None:
     assert potstill("teachers", "scale", "smol", "1", "--url", url).stdout == "smol: 1 of at most 1\n"
     done = potstill("teachers", "scale", "smol", "1", "--json", "--url", url)
-    assert json.loads(done.stdout) == {"replicas": 1, "target": 1, "max": 1}
+    assert json.loads(done.stdout)["target"] == 1
     refused = potstill("teachers", "scale", "smol", "2", "--url", url)
     assert refused.returncode == 1
     assert refused.stderr.startswith("limit_exceeded: 2 replicas were asked for")
     unknown = potstill("teachers", "scale", "nobody", "1", "--url", url)
     assert unknown.stderr == "unknown_teacher: there is no teacher 'nobody'; known are smol, large\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["scale", "smol"], "give either N, a number of replicas, or --autoscale MIN:MAX:TOKENS"),
+        (["scale", "smol", "2", "--autoscale", "1:2:3"], "give either N"),
+        (["scale", "smol", "--autoscale", "1:2"], "write MIN:MAX:TOKENS, like 1:4:20000"),
+        (["add", "smol"], "'smol' is no NAME=MODEL"),
+        (["add", "a=b", "--option", "k"], "write KEY=JSON"),
+        (["list", "--api-key-env", "NO_SUCH_KEY"], "there is no such environment variable"),
+    ],
+)
+def test_what_cannot_be_asked_of_a_service_is_one_line(
+    arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["teachers", *arguments, "--url", "http://127.0.0.1:1"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("invalid_input: ")
+    assert reason in told
+    assert told.count("\n") == 1
+
+
+def test_a_teacher_is_added_and_removed(url: str) -> None:
+    added = potstill("teachers", "add", f"copy={url}#smol", "--option", "attempts=2", "--replicas", "1", "--url", url)
+    assert added.stdout == "copy: ready\n", added.stderr
+    again = potstill("teachers", "add", f"copy={url}#large", "--url", url, "--api-key-env", "HOME")
+    assert again.stderr.startswith("spec_mismatch: teacher 'copy' is there with another model, options;")
+    limits = potstill("teachers", "scale", "copy", "--autoscale", "1:2:100", "--url", url)
+    assert limits.stderr.startswith("limit_exceeded: 2 replicas were asked for")
+    fixed = potstill("teachers", "scale", "copy", "1", "--no-autoscale", "--url", url)
+    assert fixed.stdout == "copy: 1 of at most 1\n"
+    assert potstill("teachers", "remove", "copy", "--url", url).stdout == "copy: draining\n"
 
 
 def test_a_service_that_is_not_there_is_one_line() -> None:

@@ -19,8 +19,17 @@ ALLOWED = {
     "teacher_service": {"cache", "teacher_service"},
 }
 HEAVY = {
-    "vllm": {"teacher_service/vllm_engine.py"},
-    "ray": {"student_trainer/ray_train.py"},
+    "vllm": {
+        "teacher_service/vllm_engine.py",
+        "teacher_service/capture_paths.py",
+        "teacher_service/capture_worker.py",
+    },
+    "ray": {
+        "student_trainer/ray_train.py",
+        "teacher_service/ray_pool.py",
+        "teacher_service/ray_replica.py",
+        "teacher_service/ray_serve.py",
+    },
     "zarr": {"cache/groups.py", "cache/chunks.py", "cache/pipelines.py"},
     "obstore": {"cache/store.py", "cache/object_stores.py", "cache/pipelines.py"},
     "numba": {"cache/entropy_coder.py"},

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,20 +24,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_cache(tmp_path_factory.mktemp("cache"))
 
 
-@pytest.fixture(scope="module")
-def marker() -> Iterator[str]:
-    """In the environment of every process that this module's Ray starts."""
-    import ray
-
-    mark = uuid.uuid4().hex
-    os.environ["POTSTILL_TEST_RAY"] = mark
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield mark
-    ray.shutdown()
-    del os.environ["POTSTILL_TEST_RAY"]
-
-
 def worker_processes(mark: str) -> list[int]:
     """Ids of the training workers of the Ray that was started under this mark."""
     found = []
@@ -57,7 +41,7 @@ def losses(run: Path) -> list[float]:
     return [record["loss"] for record in read_metrics(run) if "loss" in record]
 
 
-def test_two_workers_train_like_one(root: Path, tmp_path: Path, marker: str) -> None:
+def test_two_workers_train_like_one(root: Path, tmp_path: Path, ray_mark: str) -> None:
     from student_trainer.ray_train import train_with_ray
 
     shown: list[Record] = []
@@ -73,7 +57,9 @@ def test_two_workers_train_like_one(root: Path, tmp_path: Path, marker: str) -> 
     assert (tmp_path / "two" / "model" / "config.json").exists()
 
 
-def test_a_wish_to_stop_reaches_the_workers_and_the_run_goes_on_alone(root: Path, tmp_path: Path, marker: str) -> None:
+def test_a_wish_to_stop_reaches_the_workers_and_the_run_goes_on_alone(
+    root: Path, tmp_path: Path, ray_mark: str
+) -> None:
     from student_trainer.ray_train import train_with_ray
 
     steps: list[int] = []
@@ -89,7 +75,7 @@ def test_a_wish_to_stop_reaches_the_workers_and_the_run_goes_on_alone(root: Path
     assert len(losses(tmp_path / "run")) == result.step + 3
 
 
-def test_errors_come_back_as_what_they_are(root: Path, tmp_path: Path, marker: str) -> None:
+def test_errors_come_back_as_what_they_are(root: Path, tmp_path: Path, ray_mark: str) -> None:
     from student_trainer.ray_train import train_with_ray
 
     wild = {"lr": 1e18, "schedule": "constant", "warmup": 0, "max_failures": 0, "weight_decay": 0.0}
@@ -103,7 +89,7 @@ def test_errors_come_back_as_what_they_are(root: Path, tmp_path: Path, marker: s
 
 
 @pytest.mark.slow
-def test_a_killed_worker_is_replaced_and_the_result_is_the_same(root: Path, tmp_path: Path, marker: str) -> None:
+def test_a_killed_worker_is_replaced_and_the_result_is_the_same(root: Path, tmp_path: Path, ray_mark: str) -> None:
     from student_trainer.ray_train import train_with_ray
 
     long = {"workers": 2, "steps": 150, "eval_every": 150, "checkpoint_every": 20}
@@ -111,7 +97,7 @@ def test_a_killed_worker_is_replaced_and_the_result_is_the_same(root: Path, tmp_
 
     def kill_one(record: Record) -> None:
         if record["step"] >= 30 and not killed:
-            killed.append(worker_processes(marker)[0])
+            killed.append(worker_processes(ray_mark)[0])
             os.kill(killed[0], signal.SIGKILL)
 
     survived = train_with_ray(config_of(root, tmp_path / "killed", train=long), on_record=kill_one)

@@ -11,11 +11,12 @@ from cache import Cache
 from cache.cached import CachedTeacher, KeepPolicy
 from cache.types import Teacher
 from clients import HttpTeacher
-from teacher_service.replicas import Keep, ReplicaPool
+from teacher_service.hosted import Keep
+from teacher_service.replicas import LocalPool
 from teacher_service.vllm_teacher import VllmTeacher
 from tests.contracts import FieldsTeacherContract, TopKTeacherContract
 from tests.fakes import FakeTeacher
-from tests.servers import hosted, serving_teachers
+from tests.servers import hosted, opens, serving_teachers
 
 
 class TestFake(FieldsTeacherContract):
@@ -30,19 +31,20 @@ class TestFakeOfTheTopKOnly(TopKTeacherContract):
         return FakeTeacher(top_k_only=True)
 
 
-class TestPool(FieldsTeacherContract):
+class TestLocalPool(FieldsTeacherContract):
     @pytest.fixture
-    def teacher(self) -> Teacher:
-        return ReplicaPool(FakeTeacher())
+    async def teacher(self) -> AsyncIterator[Teacher]:
+        async with LocalPool.open(opens(FakeTeacher())) as pool:
+            yield pool
 
 
-class TestVllm(TopKTeacherContract):
+class TestVllm(FieldsTeacherContract):
     @pytest.fixture
     def teacher(self, vllm_teacher: VllmTeacher) -> Teacher:
         return vllm_teacher
 
 
-class TestCachedVllm(TopKTeacherContract):
+class TestCachedVllm(FieldsTeacherContract):
     @pytest.fixture
     async def teacher(self, vllm_teacher: VllmTeacher, tmp_path: Path) -> AsyncIterator[Teacher]:
         cache = Cache.open(tmp_path / "c", mode="r+")

@@ -21,12 +21,12 @@ from cache.cached import KeepPolicy
 from cache.errors import InvalidInput, TeacherFailed, Unavailable
 from cache.types import Teacher, TeacherLimits, Tokens
 from teacher_service.app import create_app
-from teacher_service.replicas import HostedTeacher, Keep, ReplicaPool
+from teacher_service.hosted import HostedTeacher, Keep
+from teacher_service.replicas import LocalPool
 from teacher_service.service import Service
 from teacher_service.settings import LimitSettings
-from tests.corpora import make_corpus, plan_targets, teacher_for
 from tests.fakes import FakeTeacher
-from tests.servers import hosted, serving, serving_teachers, wait_ready
+from tests.servers import hosted, opens, serving, serving_teachers, wait_ready
 
 ARROW = "application/vnd.apache.arrow.stream"
 ROWS = [[1, 2, 3], [4, 5], [6]]
@@ -224,9 +224,9 @@ def test_unknown_names_routes_and_methods_have_the_one_error_shape(url: str) -> 
     refused(httpx.get(f"{url}/v1/teachers/nobody"), 404, "unknown_teacher")
     refused(httpx.get(f"{url}/v1/nothing"), 404, "not_found")
     refused(httpx.get(f"{url}/docs"), 404, "not_found")
-    reply = httpx.delete(f"{url}/v1/teachers/smol")
+    reply = httpx.patch(f"{url}/v1/teachers/smol/score")
     refused(reply, 405, "invalid_input")
-    assert reply.headers["allow"] == "GET"
+    assert reply.headers["allow"] == "POST"
 
 
 def test_the_lists(url: str, teacher: FakeTeacher) -> None:
@@ -245,8 +245,10 @@ def test_the_lists(url: str, teacher: FakeTeacher) -> None:
 
 def test_replicas_in_process_are_one(url: str) -> None:
     address = f"{url}/v1/teachers/smol/replicas"
-    assert httpx.get(address).json() == {"replicas": 1, "target": 1, "max": 1}
-    assert httpx.put(address, json={"replicas": 1}).json() == {"replicas": 1, "target": 1, "max": 1}
+    each = [{"name": "in-process", "state": "ready", "tokens_waiting": 0, "tokens_scored": 0}]
+    one = {"replicas": 1, "target": 1, "max": 1, "min": 1, "each": each}
+    assert httpx.get(address).json() == one
+    assert httpx.put(address, json={"replicas": 1}).json() == one
     assert "Ray" in refused(httpx.put(address, json={"replicas": 2}), 422, "limit_exceeded")
     bodies: list[Any] = [
         {"replicas": 0},
@@ -281,11 +283,11 @@ def test_tokens_over_the_bound_are_told_to_come_back() -> None:
         reply = post_json(url, {"rows": [[1] * 5]})
         assert "10" in refused(reply, 429, "overloaded")
         assert int(reply.headers["retry-after"]) >= 1
-        assert "potstill_tokens_in_flight 6.0" in httpx.get(f"{url}/metrics").text
+        assert 'potstill_tokens_in_flight{teacher="smol"} 6.0' in httpx.get(f"{url}/metrics").text
         teacher.gate.set()
         first.join()
         assert post_json(url, {"rows": [[1] * 10]}).status_code == 200
-        assert "potstill_tokens_in_flight 0.0" in httpx.get(f"{url}/metrics").text
+        assert 'potstill_tokens_in_flight{teacher="smol"} 0.0' in httpx.get(f"{url}/metrics").text
 
 
 def test_requests_over_the_bound_are_told_to_come_back() -> None:
@@ -306,7 +308,7 @@ def test_a_client_that_leaves_cancels_its_work() -> None:
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{url}/v1/teachers/smol/score", json={"rows": [[1]]}, timeout=0.3)
         until(lambda: teacher.cancelled == 1)
-        assert "potstill_tokens_in_flight 0.0" in httpx.get(f"{url}/metrics").text
+        assert 'potstill_tokens_in_flight{teacher="smol"} 0.0' in httpx.get(f"{url}/metrics").text
         until(lambda: 'status="499"' in httpx.get(f"{url}/metrics").text)
 
 
@@ -451,10 +453,10 @@ async def test_what_goes_wrong_while_closing_is_raised_after_all_are_closed() ->
 
 
 async def test_a_pool_is_a_teacher(teacher: FakeTeacher) -> None:
-    pool = ReplicaPool(teacher)
-    assert (pool.identity, pool.provenance) == (teacher.identity, teacher.provenance)
-    row = np.arange(5, dtype=np.uint32)
-    (targets,) = await pool.score([row], Fields(k=3))
+    async with LocalPool.open(opens(teacher)) as pool:
+        assert (pool.identity, pool.provenance) == (teacher.identity, teacher.provenance)
+        row = np.arange(5, dtype=np.uint32)
+        (targets,) = await pool.score([row], Fields(k=3))
     np.testing.assert_array_equal(targets.ids, teacher.distribution(row, 3).ids)
 
 
@@ -485,89 +487,3 @@ def test_no_store_goes_straight_to_the_teacher(cached_url: str, teacher: FakeTea
         np.testing.assert_array_equal(np.float32(reply.json()["rows"][0]["logprobs"]), expected.logprobs)
     assert len(teacher.scored) == 6
     assert 'potstill_cache_rows_total{result="miss",teacher="smol"} 0.0' in httpx.get(f"{cached_url}/metrics").text
-
-
-@pytest.fixture(scope="module")
-def filled(tmp_path_factory: pytest.TempPathFactory) -> Cache:
-    """The corpus `docs`, whose first shard alone is committed by the teacher `fake`."""
-    cache, corpus = make_corpus(tmp_path_factory.mktemp("filled") / "cache")
-    teacher = teacher_for(corpus)
-    stop = int(corpus.shard_rows[1])
-    scored = [teacher.distribution(row, 16) for row in corpus.rows(0, stop)]
-    plan_targets(cache, teacher).write_shard(0, Targets.concat(scored), teacher.provenance)
-    return cache
-
-
-@pytest.fixture
-def filled_url(filled: Cache) -> Iterator[str]:
-    limits = LimitSettings(max_range_positions=500)
-    with serving_teachers(hosted("other", FakeTeacher()), cache=filled, limits=limits) as url:
-        yield url
-
-
-def test_corpora_are_described(filled_url: str, filled: Cache) -> None:
-    corpus = filled.corpus("docs")
-    assert httpx.get(f"{filled_url}/v1/corpora").json()["corpora"] == [
-        {
-            "name": "docs",
-            "rows": len(corpus),
-            "positions": corpus.num_positions,
-            "shards": corpus.num_shards,
-            "tokenizer_sha256": corpus.tokenizer_sha256,
-            "teachers": ["fake"],
-        }
-    ]
-
-
-def test_ranges_of_targets_are_read_as_arrow_and_as_json(filled_url: str, filled: Cache) -> None:
-    address = f"{filled_url}/v1/corpora/docs/targets/fake"
-    kept = filled.targets("fake", "docs")
-    for start, stop in ((0, 1), (3, 120), (0, 500)):
-        expected = kept.read(start, stop)
-        reply = httpx.get(address, params={"start": start, "stop": stop})
-        assert reply.headers["content-type"] == ARROW
-        answer = wire.answer_from_arrow(reply.content)
-        assert answer.identity == kept.identity
-        for name in ("ids", "logprobs", "log_tail", "label_logprob"):
-            np.testing.assert_array_equal(getattr(answer.targets[0], name), getattr(expected, name))
-    accept = {"accept": "application/json"}
-    reply = httpx.get(address, params={"start": 3, "stop": 5}, headers=accept)
-    assert reply.json()["rows"][0]["ids"] == kept.read(3, 5).ids.tolist()
-
-
-def test_bad_ranges_and_names_are_refused(filled_url: str, filled: Cache) -> None:
-    def get(path: str, **params: Any) -> httpx.Response:
-        return httpx.get(f"{filled_url}/v1/corpora/{path}", params=params)
-
-    last = filled.corpus("docs").num_positions
-    refused(get("docs/targets/fake", start=last - 1, stop=last), 404, "not_committed")
-    assert "max_range_positions=500" in refused(get("docs/targets/fake", start=0, stop=501), 422, "limit_exceeded")
-    refused(get("docs/targets/fake", start=last, stop=last + 1), 422, "invalid_input")
-    for start, stop in ((5, 5), (5, 4), (-1, 4), ("a", 4), ("", 4)):
-        refused(get("docs/targets/fake", start=start, stop=stop), 422, "invalid_input")
-    assert "stop" in refused(get("docs/targets/fake", start=0), 422, "invalid_input")
-    refused(get("docs/targets/nobody", start=0, stop=1), 404, "unknown_teacher")
-    refused(get("nothing/targets/fake", start=0, stop=1), 404, "unknown_corpus")
-    for name in ("..", "%2e%2e", "a%2Fb", "x" * 300, "%00"):
-        for path in (f"{name}/targets/fake", f"docs/targets/{name}"):
-            reply = get(path, start=0, stop=1)
-            assert reply.status_code in (404, 422), (path, reply.text)
-
-
-def test_without_a_cache_there_is_no_corpus(url: str) -> None:
-    assert httpx.get(f"{url}/v1/corpora").json() == {"corpora": []}
-    reply = httpx.get(f"{url}/v1/corpora/docs/targets/fake", params={"start": 0, "stop": 1})
-    assert "--cache" in refused(reply, 404, "unknown_corpus")
-
-
-def test_a_shard_that_is_committed_later_is_found(filled_url: str, filled: Cache) -> None:
-    corpus = filled.corpus("docs")
-    start, stop = int(corpus.shard_starts[1]), int(corpus.shard_starts[1]) + 1
-    params = {"start": start, "stop": stop}
-    address = f"{filled_url}/v1/corpora/docs/targets/fake"
-    refused(httpx.get(address, params=params), 404, "not_committed")
-    teacher = teacher_for(corpus)
-    rows = corpus.rows(int(corpus.shard_rows[1]), int(corpus.shard_rows[2]))
-    targets = Targets.concat([teacher.distribution(row, 16) for row in rows])
-    plan_targets(filled, teacher).write_shard(1, targets, teacher.provenance)
-    assert httpx.get(address, params=params).status_code == 200

@@ -5,9 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cache.draws import draw_rows
 from cache.errors import TeacherFailed
-from cache.types import Targets
-from teacher_service.capture import TAIL_FLOOR, FlatEntries, log_tail, targets_from_flat
+from cache.types import Draws, Fields, Targets
+from teacher_service.capture import TAIL_FLOOR, FlatEntries, log_tail, targets_from_captured, targets_from_flat
+from teacher_service.capture_layout import Captured, Wish, float_sections, split
+from tests.contracts import FIELDS, assert_exactly
 
 VOCAB = 11
 
@@ -142,3 +145,90 @@ def test_top_k_and_tail_hold_all_the_mass(k: int, seed: int, length: int) -> Non
     targets = capture(tokens, dense_logprobs(tokens, seed), k=k)
     total = np.exp(targets.logprobs.astype(np.float64)).sum(axis=1) + np.exp(targets.log_tail.astype(np.float64))
     np.testing.assert_allclose(total, 1.0, atol=2 * TAIL_FLOOR)
+
+
+TOKENS = [3, 1, 4, 1, 5]
+EVERYTHING = Fields(k=4, draws=6, seed=1, entropy=True, temperatures=(0.5, 2.0), dense=True)
+
+
+def worker_answer(want: Fields, *, num_prefix: int = 0) -> Captured:
+    """What a worker sends for `TOKENS`, whose distributions are `dense_logprobs`."""
+    dense, row = dense_logprobs(TOKENS)[num_prefix:], TOKENS[num_prefix:]
+    top = np.argsort(-dense, axis=1, kind="stable")[:, : want.k]
+    sections = {
+        "top": dense.max(axis=1),
+        "logprobs": np.take_along_axis(dense, top, axis=1),
+        "label_logprob": dense[np.arange(len(row)), [*row[1:], 0]],
+        "entropy": -(np.exp(dense) * dense).sum(axis=1),
+        "log_z": np.stack([np.logaddexp.reduce(dense / t, axis=1) for t in want.temperatures or (1.0,)], axis=1),
+        "dense": dense,
+    }
+    due = float_sections(want, len(row), VOCAB)
+    floats = np.concatenate([sections[name].ravel() for name in due]).astype(np.float32)
+    ints = [np.asarray(row)]
+    if want.draws:
+        draws = draw_rows(dense, want.draws, want.seed, b"row")
+        ints += [np.diff(draws.offsets), draws.ids, draws.counts]
+    return Captured(top.astype(np.int32), floats, np.concatenate(ints).astype(np.int32))
+
+
+def received(answer: Captured, want: Fields, *, num_prefix: int = 0) -> Targets:
+    return targets_from_captured(answer, want, tokens=TOKENS, num_prefix=num_prefix, vocab_size=VOCAB)
+
+
+@pytest.mark.parametrize("want", [*FIELDS.values(), EVERYTHING], ids=[*FIELDS, "everything"])
+@pytest.mark.parametrize("num_prefix", [0, 2])
+def test_what_the_worker_sends_becomes_what_was_asked_for(want: Fields, num_prefix: int) -> None:
+    targets = received(worker_answer(want, num_prefix=num_prefix), want, num_prefix=num_prefix)
+    assert targets.num_positions == len(TOKENS) - num_prefix
+    assert_exactly(targets, want, VOCAB)
+    if want.k:
+        flat = capture(TOKENS, dense_logprobs(TOKENS), k=want.k, num_prefix=num_prefix)
+        for name in ("ids", "logprobs", "log_tail", "label_logprob"):
+            np.testing.assert_array_equal(getattr(targets, name), getattr(flat, name))
+    if want.draws:
+        assert isinstance(targets.draws, Draws)
+        assert np.add.reduceat(targets.draws.counts, targets.draws.offsets[:-1]).tolist() == [want.draws] * len(
+            targets.ids
+        )
+
+
+@pytest.mark.parametrize("want", [Fields(k=4), Fields(k=0, draws=6), EVERYTHING], ids=["top-k", "draws", "everything"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_position_whose_top_is_no_number_is_refused(want: Fields, value: float) -> None:
+    answer = worker_answer(want)
+    split(answer.floats, float_sections(want, len(TOKENS), VOCAB))["top"][3] = value
+    with pytest.raises(TeacherFailed, match="not a number at position 3"):
+        received(answer, want)
+
+
+def test_an_answer_that_is_not_the_rows_is_refused() -> None:
+    answer = worker_answer(EVERYTHING)
+    with pytest.raises(TeacherFailed, match=r"100 numbers where \(5, 4\) and 30 were due"):
+        received(answer, Fields(k=4))
+    answer.ints[1] += 1
+    with pytest.raises(TeacherFailed, match="not those of the tokens"):
+        received(answer, EVERYTHING)
+
+
+def test_a_wrong_number_of_draws_is_refused() -> None:
+    answer = worker_answer(EVERYTHING)
+    with pytest.raises(TeacherFailed, match="drawn ids"):
+        received(Captured(answer.ids, answer.floats, answer.ints[:-1]), EVERYTHING)
+    answer.ints[-1] += 1
+    with pytest.raises(TeacherFailed, match="another number of draws than 6"):
+        received(answer, EVERYTHING)
+
+
+def test_a_failure_in_the_worker_is_told_in_one_line() -> None:
+    message = np.frombuffer(b"RuntimeError: out of memory\nand a trace", np.uint8)
+    answer = Captured(np.empty(0, np.int32), np.empty(0, np.float32), message)
+    with pytest.raises(TeacherFailed, match="could not compute the targets of a row: RuntimeError: out of memory$"):
+        received(answer, EVERYTHING)
+
+
+def test_a_wish_survives_its_journey() -> None:
+    wish = Wish(fields=EVERYTHING, num_prefix=3)
+    assert Wish.from_extra_args(wish.to_extra_args()) == wish
+    assert Wish.from_extra_args(None) is None
+    assert Wish.from_extra_args({"other": 1}) is None

@@ -108,7 +108,7 @@ def test_the_cache_keeps_rows_over_a_restart(behind_url: str, behind: FakeTeache
         serving = Serving(str(config))
         with SyncHttpTeacher(serving.url, "smol") as teacher:
             answers.append(teacher.score(rows_of(5, 2), WANT))
-        assert httpx.get(f"{serving.url}/v1/corpora").json() == {"corpora": []}
+        assert httpx.get(f"{serving.url}/v1/corpora").json()["corpora"] == []
         assert serving.stop() == (0, "")
     assert len(behind.scored) == 2
     for before, after in zip(*answers, strict=True):
@@ -226,3 +226,34 @@ def test_it_stops_while_a_teacher_still_starts() -> None:
         stdout, stderr = process.communicate(timeout=30)
         connection.close()
     assert (process.returncode, stdout, stderr) == (0, "", "")
+
+
+@pytest.mark.slow
+def test_replicas_run_on_a_ray_of_its_own_and_end_with_it(tiny_llama: Path, tmp_path: Path) -> None:
+    config = tmp_path / "serve.toml"
+    config.write_text(f"""
+        [ray]
+        address = "local"
+
+        [[teachers]]
+        name = "tiny"
+        model = "{tiny_llama}"
+        options = {{ dtype = "float32" }}
+        resources = {{ cpus = 0.5 }}
+        """)
+    serving = Serving(str(config))
+    address = f"{serving.url}/v1/teachers/tiny"
+    try:
+        assert httpx.put(f"{address}/replicas", json={"replicas": 2}).json()["target"] == 2
+        deadline = time.monotonic() + 240
+        while (status := httpx.get(f"{address}/replicas").json())["replicas"] < 2:
+            assert time.monotonic() < deadline, status
+            time.sleep(0.5)
+        asked = {"rows": [[1, 2, 3], [4, 5]], "fields": {"k": 3}}
+        for _ in range(4):
+            assert httpx.post(f"{address}/score", json=asked, timeout=60).status_code == 200
+        scored = [one["tokens_scored"] for one in httpx.get(f"{address}/replicas").json()["each"]]
+        assert sum(scored) == 20
+    finally:
+        status, stderr = serving.stop()
+    assert (status, stderr) == (0, "")

@@ -8,7 +8,16 @@ import pytest
 from pydantic import ValidationError
 
 from cache.errors import InvalidInput
-from teacher_service.settings import ServiceSettings, load_settings, teacher_from_argument
+from teacher_service.replica_settings import RaySettings
+from teacher_service.settings import (
+    AccessSettings,
+    ServiceSettings,
+    TeacherSettings,
+    TlsSettings,
+    load_settings,
+    teacher_from_argument,
+)
+from teacher_service.teacher_source import TeacherSource
 
 SMOL = [{"name": "smol", "model": "some/model"}]
 FULL = """
@@ -71,6 +80,50 @@ def test_a_full_file(toml: Callable[[str], Path]) -> None:
     assert settings.teachers[0].options == {"dtype": "float32", "max_top_k": 128, "nested": {"a": [1, 2]}}
 
 
+def test_replicas_and_ray(toml: Callable[[str], Path]) -> None:
+    settings = load(
+        toml("""
+        [ray]
+        address = "local"
+
+        [[teachers]]
+        name = "big"
+        model = "some/model"
+        replicas = 2
+        max_replicas = 3
+        resources = { cpus = 4, gpus = 2, custom = { a100 = 1 } }
+
+        [[teachers]]
+        name = "small"
+        model = "some/model"
+        autoscale = { min = 1, max = 4, tokens_per_replica = 20_000 }
+        """)
+    )
+    assert settings.ray is not None
+    assert settings.ray.address == "local"
+    big, small = settings.teachers
+    assert (big.replicas, big.max_replicas, big.resources.gpus, big.resources.custom) == (2, 3, 2, {"a100": 1})
+    assert small.autoscale is not None
+    assert (small.autoscale.max, small.autoscale.down_seconds) == (4, 120.0)
+    assert load(teachers=SMOL).ray is None
+
+
+@pytest.mark.parametrize(
+    ("ray", "teacher", "reason"),
+    [
+        (False, {"model": "m", "replicas": 2}, "which need Ray"),
+        (False, {"model": "m", "autoscale": {"max": 2, "tokens_per_replica": 9}}, "which need Ray"),
+        (True, {"model": "http://elsewhere#m", "replicas": 2}, "one of another service"),
+    ],
+)
+def test_replicas_that_cannot_be_are_refused_before_anything_starts(
+    ray: bool, teacher: dict[str, Any], reason: str
+) -> None:
+    source = TeacherSource(ray=RaySettings() if ray else None)
+    with pytest.raises(InvalidInput, match=reason):
+        source.host(TeacherSettings.model_validate({"name": "smol", **teacher}))
+
+
 def test_the_command_line_wins_over_the_environment_over_the_file(toml: Callable[[str], Path]) -> None:
     path = toml(FULL)
     environment = {"POTSTILL_PORT": "9001", "POTSTILL_CACHE": "from-environment", "PATH": "/bin"}
@@ -102,6 +155,8 @@ def test_settings_are_frozen() -> None:
         ("[limits]\nmax_rows = 1.5", ["limits.max_rows is 1.5"]),
         ("keep = 3", ["keep is 3"]),
         ("cache = ''", ["cache is ''"]),
+        ("[ray]\nadress = 'auto'", ["unknown key ray.adress; known are address, app_prefix"]),
+        ("[ray]\nwedged_seconds = 0", ["ray.wedged_seconds is 0"]),
         ("= 1", ["serve.toml", "not TOML"]),
         ("port = 1\nport = 2", ["serve.toml", "not TOML"]),
     ],
@@ -121,11 +176,20 @@ def test_a_bad_file_is_one_line_that_names_it(toml: Callable[[str], Path], text:
         ('[[teachers]]\nname = "a"\nmodel = ""', ["teachers.0.model is ''"]),
         (
             '[[teachers]]\nname = "a"\nmodel = "m"\noption = 1',
-            ["teachers.0.option", "known are name, model, options"],
+            ["teachers.0.option", "name, model, options"],
         ),
         ('[[teachers]]\nname = "a"\nmodel = "m"\n' * 2, ["two teachers are called 'a'"]),
         ("teachers = []", ["--teacher NAME=MODEL"]),
         ("", ["--teacher NAME=MODEL"]),
+        ('[[teachers]]\nname = "a"\nmodel = "m"\nreplicas = 9', ["replicas is 9, over max_replicas=8"]),
+        (
+            '[[teachers]]\nname = "a"\nmodel = "m"\nautoscale = { max = 2, tokens_per_replica = 9, up = 1 }',
+            ["unknown key teachers.0.autoscale.up; known are min, max, tokens_per_replica"],
+        ),
+        (
+            '[[teachers]]\nname = "a"\nmodel = "m"\nresources = { gpu = 1 }',
+            ["unknown key teachers.0.resources.gpu; known are cpus, gpus, custom"],
+        ),
         ('teachers = "a"', ["teachers is 'a'"]),
     ],
 )
@@ -150,6 +214,33 @@ def test_bad_names(name: str) -> None:
 def test_an_unknown_variable_is_refused_naming_the_known_ones() -> None:
     with pytest.raises(InvalidInput, match="POTSTILL_PROT; known are POTSTILL_HOST, POTSTILL_PORT, POTSTILL_CACHE"):
         load(environment={"POTSTILL_PROT": "1"}, teachers=SMOL)
+
+
+def test_the_key_of_the_clients_is_no_setting_and_no_mistake() -> None:
+    assert load(environment={"POTSTILL_API_KEY": "k"}, teachers=SMOL) == load(teachers=SMOL)
+
+
+def test_access_and_tls(toml: Callable[[str], Path]) -> None:
+    text = """
+    [access]
+    keys_file = "keys.toml"
+    audit_file = "audit.jsonl"
+    open_metrics = true
+    [tls]
+    certfile = "cert.pem"
+    keyfile = "key.pem"
+    """
+    settings = load(toml(text), teachers=SMOL)
+    assert settings.access == AccessSettings(keys_file="keys.toml", audit_file="audit.jsonl", open_metrics=True)
+    assert settings.tls == TlsSettings(certfile="cert.pem", keyfile="key.pem")
+    assert (load(teachers=SMOL).access.keys_file, load(teachers=SMOL).tls) == (None, None)
+    for bad, words in (
+        ('[tls]\ncertfile = "c"', "tls.keyfile"),
+        ("[access]\nkeys = 1", "known are keys_file"),
+        ("[limits]\nbody_seconds = 0", "limits.body_seconds is 0"),
+    ):
+        with pytest.raises(InvalidInput, match=words):
+            load(toml(bad), teachers=SMOL)
 
 
 def test_a_bad_variable_is_named() -> None:

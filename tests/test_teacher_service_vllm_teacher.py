@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cache.errors import InvalidInput, LimitExceeded, TeacherFailed, Unavailable, UnsupportedField
+from cache.errors import InvalidInput, LimitExceeded, TeacherFailed, Unavailable
 from cache.tokenizer import fingerprint, load_tokenizer
 from cache.types import JSON, Fields, Targets, TeacherLimits, Tokens
 from teacher_service.vllm_teacher import VllmOptions, VllmTeacher, open_vllm_teacher
@@ -111,8 +111,7 @@ async def test_no_rows_are_no_answers(vllm_teacher: VllmTeacher) -> None:
         (np.array([1, -1]), Fields(k=4), LimitExceeded, "row 1 has the token id -1"),
         (np.zeros(256, np.uint32), Fields(k=4), LimitExceeded, "256 tokens, .* 255; .*--row-tokens 255"),
         (np.zeros(3, np.uint32), Fields(k=257), LimitExceeded, "k=257 is over .* 256"),
-        (np.zeros(3, np.uint32), Fields(k=4, entropy=True), UnsupportedField, "entropy"),
-        (np.zeros(3, np.uint32), Fields(k=4, draws=5), UnsupportedField, "draws"),
+        (np.zeros(3, np.uint32), Fields(k=4, temperatures=(2.0,) * 17), LimitExceeded, "17 temperatures .* 16"),
     ],
 )
 async def test_bad_input_is_refused_before_the_engine_sees_it(
@@ -133,7 +132,7 @@ def test_identity_names_the_model_and_no_path(vllm_teacher: VllmTeacher, tiny_ll
     assert len(identity.weights_sha256) == 64
     assert vllm_teacher.limits.max_row_tokens == 255
     provenance = vllm_teacher.provenance
-    assert (provenance.engine, provenance.device, provenance.capture_path) == ("vllm", "cpu", "public-flat")
+    assert (provenance.engine, provenance.device, provenance.capture_path) == ("vllm", "cpu", "sampler")
 
 
 async def test_another_teacher_in_the_same_process(

@@ -1,74 +1,167 @@
-"""`potstill teachers`: what a service serves, and how many replicas of it."""
+"""`potstill teachers`: what a service serves, how many replicas of it; add, scale and remove teachers."""
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
-from typing import Any
+import os
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
-SUMMARY = "list the teachers of a running service, or scale one"
+from cache.errors import InvalidInput
+from cache.types import JSON
+
+if TYPE_CHECKING:
+    from clients.http_admin import HttpAdmin
+
+T = TypeVar("T")
+SUMMARY = "list the teachers of a running service; add, scale or remove one"
 _DEFAULT_URL = "http://127.0.0.1:8700"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="list|scale")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="list|scale|add|remove")
     listing = actions.add_parser("list", help="every teacher, its state and replicas")
-    scaling = actions.add_parser("scale", help="ask for another number of replicas")
+    scaling = actions.add_parser("scale", help="ask for another number of replicas, or for autoscaling")
     scaling.add_argument("name", metavar="NAME", help="the teacher's name on the service")
-    scaling.add_argument("replicas", metavar="N", type=int, help="how many replicas to run")
-    for action in (listing, scaling):
+    scaling.add_argument("replicas", metavar="N", type=int, nargs="?", help="how many replicas to run")
+    scaling.add_argument(
+        "--autoscale", metavar="MIN:MAX:TOKENS", help="follow the waiting tokens: one replica for each TOKENS of them"
+    )
+    scaling.add_argument("--no-autoscale", action="store_true", help="end autoscaling, and run N replicas from now on")
+    adding = actions.add_parser("add", help="serve one more model until the service ends")
+    adding.add_argument("teacher", metavar="NAME=MODEL", help="a model name, a path, or the URL of another service")
+    adding.add_argument(
+        "--option", action="append", default=[], metavar="KEY=JSON", help="of the teacher, like max_top_k=128"
+    )
+    adding.add_argument("--replicas", type=int, metavar="N", help="how many to run; more than one needs Ray")
+    removing = actions.add_parser("remove", help="stop a teacher when its calls have ended")
+    removing.add_argument("name", metavar="NAME", help="the teacher's name on the service")
+    for action in (listing, scaling, adding, removing):
         action.add_argument("--url", default=_DEFAULT_URL, help="the service (default: %(default)s)")
+        action.add_argument(
+            "--api-key-env", metavar="VAR", help="variable that holds the API key (default: POTSTILL_API_KEY)"
+        )
         action.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 def run(args: argparse.Namespace) -> int:
-    """List or scale; returns the exit status."""
-    import asyncio
+    """Do one of them; returns the exit status.
 
-    from clients import http_teacher
-
-    if args.action == "scale":
-        status = asyncio.run(http_teacher.put_replicas(args.url, args.name, args.replicas))
-        print(json.dumps(status) if args.json else f"{args.name}: {_replicas(status)}")
-        return 0
-    teachers = asyncio.run(_described(args.url))
-    if args.json:
-        print(json.dumps(teachers, indent=2))
-    else:
-        _print_table(teachers)
+    Raises:
+        PotstillError: what the service refuses, or an argument that makes no sense.
+    """
+    {"list": _list, "scale": _scale, "add": _add, "remove": _remove}[args.action](args)
     return 0
 
 
-async def _described(url: str) -> list[dict[str, Any]]:
-    from clients import http_teacher
+def _list(args: argparse.Namespace) -> None:
+    teachers = _ask(args, lambda admin: admin.teachers())
+    if args.json:
+        print(json.dumps(teachers, indent=2))
+    else:
+        _print_teachers(teachers)
+        _print_replicas(teachers)
 
-    teachers = await http_teacher.list_teachers(url)
+
+def _scale(args: argparse.Namespace) -> None:
+    wanted = _wanted_replicas(args)
+    status = _ask(args, lambda admin: admin.change_replicas(args.name, wanted))
+    print(json.dumps(status) if args.json else f"{args.name}: {_replicas(status)}")
+
+
+def _add(args: argparse.Namespace) -> None:
+    name, equals, model = args.teacher.partition("=")
+    if not (name and equals and model):
+        raise InvalidInput(f"{args.teacher!r} is no NAME=MODEL, like smol=HuggingFaceTB/SmolLM2-135M")
+    wanted: dict[str, JSON] = {"model": model}
+    if args.option:
+        wanted["options"] = dict(_option(text) for text in args.option)
+    if args.replicas is not None:
+        wanted["replicas"] = args.replicas
+    teacher = _ask(args, lambda admin: admin.add(name, wanted))
+    print(json.dumps(teacher) if args.json else f"{name}: {teacher.get('state')}")
+
+
+def _remove(args: argparse.Namespace) -> None:
+    teacher = _ask(args, lambda admin: admin.remove(args.name))
+    print(json.dumps(teacher) if args.json else f"{args.name}: {teacher.get('state')}")
+
+
+def _ask(args: argparse.Namespace, call: Callable[[HttpAdmin], Awaitable[T]]) -> T:
+    from clients.http_admin import HttpAdmin
+
+    if args.api_key_env is not None and not os.environ.get(args.api_key_env):
+        raise InvalidInput(f"--api-key-env {args.api_key_env}: there is no such environment variable, or it is empty")
+    api_key = os.environ[args.api_key_env] if args.api_key_env is not None else None
+
+    async def asked() -> T:
+        async with HttpAdmin.open(args.url, api_key=api_key) as admin:
+            return await call(admin)
+
+    return asyncio.run(asked())
+
+
+def _wanted_replicas(args: argparse.Namespace) -> dict[str, JSON]:
+    if (args.replicas is None) == (args.autoscale is None):
+        raise InvalidInput("give either N, a number of replicas, or --autoscale MIN:MAX:TOKENS")
+    if args.autoscale is None:
+        return {"replicas": args.replicas, **({"autoscale": None} if args.no_autoscale else {})}
+    parts = args.autoscale.split(":")
+    if len(parts) != 3 or not all(part.isascii() and part.isdigit() for part in parts):
+        raise InvalidInput(f"--autoscale {args.autoscale!r}: write MIN:MAX:TOKENS, like 1:4:20000")
+    least, most, tokens = (int(part) for part in parts)
+    return {"autoscale": {"min": least, "max": most, "tokens_per_replica": tokens}}
+
+
+def _option(text: str) -> tuple[str, JSON]:
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise InvalidInput(f"--option {text!r}: write KEY=JSON, like max_top_k=128")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value  # a plain word is a string without its quotes
+
+
+def _print_teachers(teachers: list[dict[str, Any]]) -> None:
+    rows = []
     for teacher in teachers:
-        if teacher.get("state") == "ready":
-            teacher["replicas"] = await http_teacher.get_replicas(url, str(teacher.get("name")))
-    return teachers
+        identity, limits = teacher.get("identity", {}), teacher.get("limits", {})
+        rows.append(
+            (
+                teacher.get("name"),
+                teacher.get("state"),
+                identity.get("model", "-"),
+                identity.get("vocab_size", "-"),
+                identity.get("dtype", "-"),
+                limits.get("max_top_k", "-"),
+                _replicas(teacher["replicas"]) if "replicas" in teacher else teacher.get("failure", "-"),
+            )
+        )
+    _print_table(("teacher", "state", "model", "vocabulary", "dtype", "max k", "replicas"), rows)
 
 
-def _print_table(teachers: list[dict[str, Any]]) -> None:
+def _print_replicas(teachers: list[dict[str, Any]]) -> None:
+    each = [(teacher.get("name"), one) for teacher in teachers for one in teacher.get("replicas", {}).get("each", ())]
+    if each:
+        print()
+        keys = ("name", "state", "tokens_waiting", "tokens_scored")
+        rows = [(name, *(one.get(key, "-") for key in keys)) for name, one in each]
+        _print_table(("teacher", "replica", "state", "tokens waiting", "tokens scored"), rows)
+
+
+def _print_table(headings: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for heading in ("teacher", "state", "model", "vocabulary", "dtype", "max k", "replicas"):
+    for heading in headings:
         table.add_column(heading, overflow="fold")
-    for teacher in teachers:
-        identity, limits = teacher.get("identity", {}), teacher.get("limits", {})
-        cells = (
-            teacher.get("name"),
-            teacher.get("state"),
-            identity.get("model", "-"),
-            identity.get("vocab_size", "-"),
-            identity.get("dtype", "-"),
-            limits.get("max_top_k", "-"),
-            _replicas(teacher["replicas"]) if "replicas" in teacher else "-",
-        )
-        table.add_row(*(str(cell) for cell in cells))
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
     Console(markup=False, highlight=False).print(table)
 
 

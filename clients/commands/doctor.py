@@ -1,0 +1,94 @@
+"""`potstill doctor`: look for what would spoil hours of work, before it does."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from cache.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from clients.doctor.findings import Finding
+
+SUMMARY = "check a service, its teachers and a cache: offsets, replicas, vocabularies, limits, clocks, room"
+_COLOURS = {"ok": "green", "warn": "yellow", "fail": "red", "not run": "dim"}
+_DEFAULT_URL = "http://127.0.0.1:8700"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument(
+        "--url", help=f"a running service and all its teachers (default: {_DEFAULT_URL} when nothing else is named)"
+    )
+    parser.add_argument("--cache", metavar="ROOT", help="a cache, looked at by this process")
+    parser.add_argument(
+        "--teacher",
+        action="append",
+        default=[],
+        metavar="NAME=MODEL",
+        help="open MODEL (a model, its path, or http://host:port#NAME) and look at it; may be repeated",
+    )
+    parser.add_argument("--json", action="store_true", help='print {"ok", "findings"}')
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.05,
+        help="nats that two scores of a row may differ by (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=8, help="scores of one row, at least four a replica (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-probe-tokens", type=int, default=4096, help="do not try longer rows than that (default: %(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit status 1 when any check fails."""
+    from clients.doctor.examine import Patient, examine
+    from clients.doctor.teacher_checks import Probing
+
+    nothing = args.url is None and args.cache is None and not args.teacher
+    patient = Patient(
+        url=_DEFAULT_URL if nothing else args.url,
+        cache=args.cache,
+        teachers=[_named(text) for text in args.teacher],
+    )
+    probing = Probing(tolerance=args.tolerance, rounds=args.rounds, max_probe_tokens=args.max_probe_tokens)
+    findings = asyncio.run(examine(patient, probing))
+    failed = [finding for finding in findings if finding.level == "fail"]
+    if args.json:
+        print(json.dumps({"ok": not failed, "findings": [finding.to_json() for finding in findings]}, indent=1))
+    else:
+        _print_table(findings)
+    return 1 if failed else 0
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, equals, spec = text.partition("=")
+    if not (name and equals and spec):
+        raise InvalidInput(f"--teacher {text!r}: write NAME=MODEL, like smol=HuggingFaceTB/SmolLM2-135M")
+    return name, spec
+
+
+def _print_table(findings: Sequence[Finding]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, show_edge=False)
+    for heading in ("check", "of", "", "found"):
+        table.add_column(heading, overflow="fold")
+    for finding in findings:
+        told = Text(finding.detail)
+        if finding.way_out:
+            told.append(f"\n-> {finding.way_out}", style="bold")
+        level = Text(finding.level, style=_COLOURS[finding.level])
+        table.add_row(Text(finding.check), Text(finding.subject), level, told)
+    console = Console(highlight=False)
+    console.print(table)
+    counts = {level: sum(finding.level == level for finding in findings) for level in _COLOURS}
+    console.print(", ".join(f"{count} {level}" for level, count in counts.items() if count))

@@ -1,0 +1,138 @@
+"""Checks of a cache: can it be written, is there room, do the corpora fit the teachers, does what is stored hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cache.errors import NotCommitted
+from cache.types import Teacher, TeacherIdentity
+from clients.doctor.findings import Finding, Verdict, finding, found
+
+if TYPE_CHECKING:
+    from cache.cache import Cache
+
+_LITTLE_ROOM = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CorpusFacts:
+    """What of a corpus must fit a teacher."""
+
+    name: str
+    tokenizer_sha256: str
+    vocab_size: int
+    teachers: tuple[str, ...] = ()
+    """Those that have targets for it."""
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> CorpusFacts:
+        """Of `GET /v1/doctor`."""
+        return cls(
+            name=str(value.get("name")),
+            tokenizer_sha256=str(value.get("tokenizer_sha256")),
+            vocab_size=int(value.get("vocab_size", 0)),
+            teachers=tuple(map(str, value.get("teachers", ()))),
+        )
+
+
+def corpora_of(cache: Cache) -> list[CorpusFacts]:
+    """Of every corpus of a cache."""
+    return [
+        CorpusFacts(
+            name=name,
+            tokenizer_sha256=cache.corpus(name).tokenizer_sha256,
+            vocab_size=cache.corpus(name).vocab_size,
+            teachers=tuple(cache.teachers(name)),
+        )
+        for name in cache.corpora()
+    ]
+
+
+def store_findings(where: str, problem: str, free_bytes: int | None, quota_bytes: int | None) -> list[Finding]:
+    """Of `cache.store_probe`, wherever it was made; the quota is what the journals may still grow to."""
+    written = Verdict("ok", "a probe object was written, read and removed")
+    if problem:
+        written = Verdict("fail", problem, "give the process write access, or name another cache")
+    findings = [finding("write access", where, written)]
+    if free_bytes is None:
+        findings.append(finding("room", where, Verdict("not run", "an object store does not say how much is free")))
+        return findings
+    room = Verdict("ok", f"{_gib(free_bytes)} are free")
+    if quota_bytes is not None and free_bytes < quota_bytes:
+        way_out = "free some, or lower keep.journal_quota_gib"
+        room = Verdict("warn", f"{_gib(free_bytes)} are free, less than the journals' {_gib(quota_bytes)}", way_out)
+    if free_bytes < _LITTLE_ROOM:
+        room = Verdict("fail", f"{_gib(free_bytes)} are free", "free some: a full disk stops every fill")
+    findings.append(finding("room", where, room))
+    return findings
+
+
+def vocabulary_findings(name: str, identity: TeacherIdentity, corpora: Sequence[CorpusFacts]) -> list[Finding]:
+    """Whether the ids of each corpus mean to the teacher what they mean to the corpus."""
+    if not corpora:
+        return [finding("tokenizer", name, Verdict("not run", "there is no corpus to compare with"))]
+    others = [corpus for corpus in corpora if corpus.tokenizer_sha256 != identity.tokenizer_sha256]
+    return [
+        finding(
+            "tokenizer", f"{name} on {corpus.name}", _fit(name, identity, corpus, alone=len(others) == len(corpora))
+        )
+        for corpus in corpora
+    ]
+
+
+def _fit(name: str, identity: TeacherIdentity, corpus: CorpusFacts, *, alone: bool) -> Verdict:
+    ours, theirs = identity.tokenizer_sha256, corpus.tokenizer_sha256
+    if ours != theirs:
+        told = f"the teacher's tokenizer is {ours[:12]}, the corpus' {theirs[:12]}: ids do not mean the same"
+        bad = alone or name in corpus.teachers
+        way_out = "ingest the corpus with the teacher's tokenizer, under a name of its own"
+        return Verdict("fail" if bad else "warn", told, way_out)
+    if corpus.vocab_size > identity.vocab_size:
+        told = f"the tokenizer has {corpus.vocab_size} ids, the teacher's head only {identity.vocab_size}"
+        return Verdict("fail", told, "rows with higher ids are refused: use the model that the tokenizer is of")
+    padding = identity.vocab_size - corpus.vocab_size
+    told = f"one tokenizer, {corpus.vocab_size} ids"
+    if padding:
+        told += f"; the teacher's head has {padding} more rows as padding, which a student's loss must mask"
+    return Verdict("ok", told)
+
+
+async def check_stored(cache: Cache, name: str, teacher: Teacher, tolerance: float) -> list[Finding]:
+    """Compare a few committed rows of each corpus with what the teacher says now."""
+    corpora = [corpus for corpus in cache.corpora() if name in cache.teachers(corpus)]
+    if not corpora:
+        return [finding("stored = live", name, Verdict("not run", "the teacher has no targets in the cache"))]
+    findings = []
+    for corpus in corpora:
+
+        async def look(corpus: str = corpus) -> Verdict:
+            return await _stored(cache, name, teacher, corpus, tolerance)
+
+        findings.append(await found("stored = live", f"{name} on {corpus}", look))
+    return findings
+
+
+async def _stored(cache: Cache, name: str, teacher: Teacher, corpus: str, tolerance: float) -> Verdict:
+    from cache.live import check_same_vocabulary, measure_drift, sample_rows  # noqa: PLC0415 -- heavy
+
+    targets = cache.targets(name, corpus).top_k_only()
+    differences = check_same_vocabulary(targets.identity, teacher.identity)
+    if differences:
+        way_out = "serve the teacher that the targets are of, or fill under another teacher name"
+        return Verdict("fail", f"the stored targets are of another teacher: {differences}", way_out)
+    try:
+        rows = sample_rows(targets, 2, 0)
+    except NotCommitted as error:
+        return Verdict("not run", error.detail)
+    drift = await measure_drift(teacher, targets, rows)
+    told = f"stored rows are {drift.max_abs:.2g} nats at most from what the teacher says now"
+    if drift.within(tolerance):
+        return Verdict("ok", f"{told}; {drift.encoding} alone may be {drift.bound:.2g}")
+    way_out = "the teacher or the cache changed: `potstill verify` says which rows are damaged"
+    return Verdict("fail", f"{told}, over {drift.encoding}'s {drift.bound:.2g} and {tolerance:g}", way_out)
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB"

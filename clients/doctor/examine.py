@@ -1,0 +1,101 @@
+"""All checks of what is named: a service, a cache, teachers of the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from cache.entry_points import open_teacher
+from cache.errors import PotstillError
+from cache.types import Teacher
+from clients.doctor.cache_checks import check_stored, corpora_of, store_findings, vocabulary_findings
+from clients.doctor.findings import Finding, Verdict, finding, found
+from clients.doctor.service_checks import ServiceFacts, check_cached, check_service, replica_count
+from clients.doctor.teacher_checks import Probing, check_teacher
+from clients.http_teacher import HttpTeacher
+
+if TYPE_CHECKING:
+    from cache.cache import Cache
+
+_TIMEOUT = 300.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patient:
+    """What is to be looked at."""
+
+    url: str | None = None
+    cache: str | None = None
+    teachers: Sequence[tuple[str, str]] = ()
+    """Name and model, path or URL of each teacher that is opened by this process."""
+
+
+async def examine(patient: Patient, probing: Probing) -> list[Finding]:
+    """Every finding, in the order in which things depend on each other."""
+    findings: list[Finding] = []
+    if patient.url is not None:
+        findings += await _examine_service(patient.url, probing)
+    cache = None
+    if patient.cache is not None:
+        cache, seen = _open_cache(patient.cache)
+        findings += seen
+    for name, spec in patient.teachers:
+        findings += await _examine_opened(name, spec, cache, probing)
+    return findings
+
+
+async def _examine_service(url: str, probing: Probing) -> list[Finding]:
+    facts, findings = await check_service(url)
+    for described in facts.teachers:
+        if described.get("state") == "ready":
+            findings += await _examine_served(url, str(described.get("name")), facts, probing)
+    return findings
+
+
+async def _examine_served(url: str, name: str, facts: ServiceFacts, probing: Probing) -> list[Finding]:
+    findings = []
+    try:
+        async with HttpTeacher.open(url, name, store=False, timeout=_TIMEOUT) as teacher:
+            if facts.doctor:
+                findings += vocabulary_findings(name, teacher.identity, facts.corpora)
+            rounds = max(probing.rounds, 4 * await replica_count(url, name))
+            findings += await check_teacher(teacher, name, replace(probing, rounds=rounds))
+    except PotstillError as error:
+        findings.append(finding("teacher", name, Verdict("fail", error.detail, "see the service's log")))
+        return findings
+
+    async def look() -> Verdict:
+        return await check_cached(url, name, facts, probing)
+
+    return [*findings, await found("kept = live", name, look)]
+
+
+def _open_cache(root: str) -> tuple[Cache | None, list[Finding]]:
+    from cache.cache import Cache  # noqa: PLC0415 -- zarr and obstore
+    from cache.store_probe import probe_store  # noqa: PLC0415
+
+    try:
+        cache = Cache.open(root)
+    except PotstillError as error:
+        way_out = "`potstill ingest` makes a cache; name its folder or URL"
+        return None, [finding("cache", root, Verdict("fail", error.detail, way_out))]
+    probe = probe_store(cache.root)
+    return cache, store_findings(root, probe.problem, probe.free_bytes, None)
+
+
+async def _examine_opened(name: str, spec: str, cache: Cache | None, probing: Probing) -> list[Finding]:
+    findings: list[Finding] = []
+    async with AsyncExitStack() as stack:
+        try:
+            teacher: Teacher = await stack.enter_async_context(open_teacher(spec))
+        except PotstillError as error:
+            way_out = "name a model folder, a model's name or http://host:port#NAME"
+            return [finding("teacher", name, Verdict("fail", error.detail, way_out))]
+        if cache is not None:
+            findings += vocabulary_findings(name, teacher.identity, corpora_of(cache))
+        findings += await check_teacher(teacher, name, probing)
+        if cache is not None:
+            findings += await check_stored(cache, name, teacher, probing.tolerance)
+    return findings

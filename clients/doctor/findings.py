@@ -1,0 +1,50 @@
+"""What a check found, and how a check that cannot be made is told."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass
+from typing import Literal, TypeAlias
+
+from cache.errors import PotstillError
+from cache.types import JSON
+
+Level: TypeAlias = Literal["ok", "warn", "fail", "not run"]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How a check ended, in one line, and what to do about it when that is not well."""
+
+    level: Level
+    detail: str
+    way_out: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """A verdict with what was checked of whom."""
+
+    check: str
+    subject: str
+    level: Level
+    detail: str
+    way_out: str = ""
+
+    def to_json(self) -> dict[str, JSON]:
+        """A JSON object with one key per attribute."""
+        return asdict(self)
+
+
+async def found(check: str, subject: str, look: Callable[[], Awaitable[Verdict]]) -> Finding:
+    """Make one check; what it raises of our own errors is a failure of that check, and the others go on."""
+    try:
+        verdict = await look()
+    except PotstillError as error:
+        verdict = Verdict("fail", f"{error.kind}: {error.detail}", "mend what the line names, then look again")
+    return Finding(check=check, subject=subject, level=verdict.level, detail=verdict.detail, way_out=verdict.way_out)
+
+
+def finding(check: str, subject: str, verdict: Verdict) -> Finding:
+    """A verdict that is there already."""
+    return Finding(check=check, subject=subject, level=verdict.level, detail=verdict.detail, way_out=verdict.way_out)

@@ -1,0 +1,202 @@
+"""Checks of a running service over HTTP: reached, of our wire version, in time, with memory and room, and closed."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import httpx
+
+from cache.errors import NotFound, PotstillError, TeacherFailed, Unauthenticated
+from cache.types import Fields
+from cache.wire import WIRE_VERSION
+from clients.doctor.cache_checks import CorpusFacts, store_findings
+from clients.doctor.findings import Finding, Verdict, finding
+from clients.doctor.teacher_checks import Probing, difference, probe_row
+from clients.http_teacher import HttpTeacher, get_replicas
+from clients.retry import API_KEY_VARIABLE, Connection, RetryPolicy, checked_url
+
+_SKEW_WARN = 2.0  # seconds; the Date header itself has whole ones
+_SKEW_FAIL = 60.0
+_TIMEOUT = 60.0
+_RETRY = RetryPolicy(attempts=2)
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceFacts:
+    """What `/v1/teachers` and `/v1/doctor` said; empty where they did not."""
+
+    teachers: Sequence[Mapping[str, Any]]
+    doctor: Mapping[str, Any]
+
+    @property
+    def corpora(self) -> list[CorpusFacts]:
+        """Of the service's cache."""
+        return [CorpusFacts.from_json(corpus) for corpus in (self.doctor.get("store") or {}).get("corpora", ())]
+
+
+async def check_service(url: str) -> tuple[ServiceFacts, list[Finding]]:
+    """Everything about the service that is not one teacher's."""
+    url = checked_url(url)
+    facts, findings = await _reach(url)
+    findings += [finding("clock", url, await _clock(url)), finding("access", url, await _access(url))]
+    if facts.doctor:
+        findings.append(finding("memory", url, _memory(facts.doctor)))
+        findings += _store(url, facts.doctor)
+        devices = {str((t.get("provenance") or {}).get("device", "")) for t in facts.teachers}
+        told = f"only the host's memory was looked at (devices: {', '.join(sorted(devices - {''})) or 'none'})"
+        findings.append(finding("GPU memory", url, Verdict("not run", told)))
+    return facts, findings
+
+
+async def check_cached(url: str, name: str, facts: ServiceFacts, probing: Probing) -> Verdict:
+    """Whether an answer through the cache, as kept and as a later hit, is what the teacher itself says."""
+    kept = (facts.doctor.get("kept") or {}).get(name)
+    if kept is None:
+        return Verdict("not run", "nothing is kept of this teacher's answers")
+    if kept.get("store_error"):
+        return Verdict("warn", f"answers are not kept: {kept['store_error']}", "see 'write access' and 'room'")
+    async with (
+        HttpTeacher.open(url, name, store=False, timeout=_TIMEOUT, retry=_RETRY) as live,
+        HttpTeacher.open(url, name, store=True, timeout=_TIMEOUT, retry=_RETRY) as cached,
+    ):
+        row = probe_row(live, probing)
+        fields = Fields(k=min(int(kept["k"]), live.limits.max_top_k or live.identity.vocab_size))
+        [exact] = await live.score([row], fields)
+        [first] = await cached.score([row], fields)
+        [again] = await cached.score([row], fields)
+    moved, apart = difference(first, again), difference(first, exact)
+    bound = float(kept["max_abs_error"]) + probing.tolerance
+    if moved > 0:
+        way_out = "two services keep answers of one teacher's name in this cache, or it is damaged: `potstill verify`"
+        return Verdict("fail", f"a hit differs from the answer that was kept, by {moved:.2g} nats", way_out)
+    told = f"kept and live differ by {apart:.2g} nats, of {bound:.2g} that {kept['encoding']} and the tolerance allow"
+    return Verdict("ok", told) if apart <= bound else Verdict("fail", told, "the teacher moved since: drop its journal")
+
+
+async def replica_count(url: str, name: str) -> int:
+    """Running replicas of a teacher."""
+    replicas = (await get_replicas(url, name)).get("replicas")
+    return replicas if isinstance(replicas, int) else 1
+
+
+async def _reach(url: str) -> tuple[ServiceFacts, list[Finding]]:
+    doctor: Mapping[str, Any] = {}
+    try:
+        async with Connection.open(url, timeout=_TIMEOUT, retry=_RETRY) as connection:
+            teachers = (await connection.get_json("/v1/teachers")).get("teachers")
+            if not isinstance(teachers, list):
+                raise TeacherFailed(f"{url} does not list its teachers; is it a Potstill service?")
+    except PotstillError as error:
+        way_out = "start it with `potstill serve`, or give its --url"
+        if isinstance(error, Unauthenticated):
+            way_out = f"put a key into {API_KEY_VARIABLE}"
+        return ServiceFacts((), doctor), [finding("service", url, Verdict("fail", error.detail, way_out))]
+    findings = [finding("service", url, _ready(teachers))]
+    try:
+        async with Connection.open(url, timeout=_TIMEOUT, retry=_RETRY) as connection:
+            doctor = await connection.get_json("/v1/doctor")
+    except NotFound:
+        told = "it has no /v1/doctor: it is older than this client"
+        findings.append(finding("wire version", url, Verdict("fail", told, "upgrade the service")))
+    except PotstillError as error:
+        told = f"what only the service itself can see was not looked at: {error.detail}"
+        findings.append(finding("wire version", url, Verdict("warn", told, "use a key with the role admin")))
+    else:
+        findings.append(finding("wire version", url, _version(doctor)))
+    return ServiceFacts(teachers, doctor), findings
+
+
+def _ready(teachers: Sequence[Mapping[str, Any]]) -> Verdict:
+    if not teachers:
+        return Verdict("fail", "it serves no teacher", "add one: `potstill serve --teacher NAME=MODEL`")
+    late = [
+        f"{teacher.get('name')} is {teacher.get('state')}" for teacher in teachers if teacher.get("state") != "ready"
+    ]
+    if late:
+        return Verdict("warn", "; ".join(late), "wait until it is ready, or see the service's log")
+    return Verdict("ok", f"reached; ready: {', '.join(str(teacher.get('name')) for teacher in teachers)}")
+
+
+def _version(doctor: Mapping[str, Any]) -> Verdict:
+    theirs = doctor.get("wire_version")
+    if theirs == WIRE_VERSION:
+        return Verdict("ok", f"both speak wire version {WIRE_VERSION}")
+    return Verdict("fail", f"the service speaks wire version {theirs}, this client {WIRE_VERSION}", "upgrade the older")
+
+
+async def _clock(url: str) -> Verdict:
+    try:
+        async with httpx.AsyncClient(timeout=10.0) as client:
+            before = datetime.now(UTC)
+            reply = await client.get(f"{url}/healthz")
+            after = datetime.now(UTC)
+    except httpx.TransportError as error:
+        return Verdict("not run", f"not reached: {error or type(error).__name__}")
+    try:
+        said = parsedate_to_datetime(reply.headers["date"])
+    except (KeyError, ValueError):
+        return Verdict("warn", "the service sends no date", "a proxy takes it away; compare the clocks by hand")
+    # The header cuts off what is behind the second, so the service's clock is half a second ahead of it on average.
+    skew = (said - before - (after - before) / 2).total_seconds() + 0.5
+    way_out = "set both clocks by NTP: leases of shards, ages of objects and logs go by them"
+    told = f"the service's clock is {abs(skew):.1f} s {'ahead of' if skew > 0 else 'behind'} ours"
+    if abs(skew) > _SKEW_FAIL:
+        return Verdict("fail", told, way_out)
+    return Verdict("warn", told, way_out) if abs(skew) > _SKEW_WARN else Verdict("ok", "clocks agree within 2 seconds")
+
+
+async def _access(url: str) -> Verdict:
+    parsed = httpx.URL(url)
+    if _is_loopback(parsed.host):
+        return Verdict("ok", "on a loopback address")
+    try:
+        async with httpx.AsyncClient(timeout=10.0) as client:
+            is_open = (await client.get(f"{url}/v1/teachers")).status_code == httpx.codes.OK
+    except httpx.TransportError as error:
+        return Verdict("not run", f"not reached: {error or type(error).__name__}")
+    if is_open:
+        way_out = "give it keys: `potstill keys add`, and name the file in [access]"
+        return Verdict("fail", "it answers others without a key", way_out)
+    if parsed.scheme == "http":
+        told = "keys and rows go over the network in the clear" if os.environ.get(API_KEY_VARIABLE) else "no TLS"
+        return Verdict("warn", told, "serve it with TLS ([tls] certfile, keyfile) or behind a proxy that has it")
+    return Verdict("ok", "keys are asked for, and the connection is encrypted")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _memory(doctor: Mapping[str, Any]) -> Verdict:
+    memory = doctor.get("memory") or {}
+    rss, available, admitted = (memory.get(key) for key in ("rss_bytes", "available_bytes", "admitted_bytes"))
+    if available is None or admitted is None:
+        return Verdict("not run", "the service's platform does not say how much memory is left")
+    told = f"{_gib(available)} are left, {_gib(admitted)} may be let in at one time; it holds {_gib(rss or 0)} now"
+    way_out = "lower max_engine_bytes or max_answer_bytes_in_flight in [limits], or give it more memory"
+    if available < admitted // 2:
+        return Verdict("fail", told, way_out)
+    return Verdict("warn", told, way_out) if available < admitted else Verdict("ok", told)
+
+
+def _store(url: str, doctor: Mapping[str, Any]) -> list[Finding]:
+    store = doctor.get("store")
+    if store is None:
+        return [finding("write access", url, Verdict("not run", "the service has no cache"))]
+    kept = (doctor.get("kept") or {}).values()
+    may_grow = sum(max(int(of["quota_bytes"]) - int(of["journal_bytes"]), 0) for of in kept)
+    where = f"{url} ({store.get('url')})"
+    return store_findings(where, str(store.get("problem", "")), store.get("free_bytes"), may_grow)
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB"

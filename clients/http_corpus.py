@@ -1,0 +1,214 @@
+"""A corpus behind a service: `cache.corpus.Corpus` without its files."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from threading import Lock
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from cache.corpus import Corpus, CorpusSpec, Source
+from cache.errors import FormatError, InvalidInput, SpecMismatch, TeacherFailed, UnsupportedField
+from cache.types import Tokens
+from cache.wire_stream import StreamHead, write_row_numbers
+from clients.http_reads import Reads
+from clients.retry import Refusal
+
+_REQUEST_ELEMENTS = 1 << 22
+_REQUEST_ROWS = 1024
+_REQUEST_POSITIONS = 1 << 20
+# Row starts are asked for again and again, so they are fetched in pages and kept: 32 KiB each.
+_PAGE = 4096
+_PAGES = 256
+_ROUTES = {"tokens": "tokens", "row_starts": "rows", "row_keys": "row_keys", "shard_rows": "shard_rows"}
+_ROUTES["shard_starts"] = "shard_starts"
+
+
+def corpus_route(name: str) -> str:
+    """The route of a corpus, whatever characters its name has."""
+    return f"/v1/corpora/{quote(name, safe='')}"
+
+
+class HttpCorpus(Corpus):
+    """Reads a sealed corpus over HTTP, with the same methods; only looking rows up by key is not there."""
+
+    def __init__(self, reads: Reads, name: str) -> None:
+        """Fetch what the corpus' seal says.
+
+        Raises:
+            UnknownCorpus: the service has none of this name. TeacherFailed: it answers nonsense.
+        """
+        self._reads = reads
+        self._description = reads.json(corpus_route(name))
+        self.name = name
+        self.spec = _spec(self._description, reads.url)
+        self._reader = _HttpArrays(reads, name, self.spec)
+
+    # Cached anew: in Python 3.11 one lock is held for all corpora while one of them computes a cached property, and
+    # a service in this very process may need it to answer.
+    @cached_property
+    def row_starts(self) -> NDArray[np.int64]:
+        """[R+1] position at which each row starts, and the end."""
+        return self._axis("row_starts", self.spec.num_rows, self.spec.num_positions)
+
+    @cached_property
+    def shard_rows(self) -> NDArray[np.int64]:
+        """[S+1] row at which each shard starts, and the end."""
+        return self._axis("shard_rows", self.spec.num_shards, self.spec.num_rows)
+
+    @cached_property
+    def shard_starts(self) -> NDArray[np.int64]:
+        """[S+1] position at which each shard starts, and the end."""
+        return self._axis("shard_starts", self.spec.num_shards, self.spec.num_positions)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer the corpus was made with."""
+        return Tokenizer.from_str(self._reads.text(f"{corpus_route(self.name)}/tokenizer"))
+
+    def take(self, rows: Sequence[int]) -> list[Tokens]:
+        """The tokens of rows in any order; raises as `Corpus.take` and `Reads.json` do."""
+        most = max(1, min(_REQUEST_ROWS, _REQUEST_POSITIONS // self.spec.longest_row))
+        found: list[Tokens] = []
+        patience = self._reads.patience()
+        while len(found) < len(rows):
+            part = rows[len(found) : len(found) + most]
+            try:
+                for tokens in self._rows(part):
+                    found.append(tokens)
+                    patience.got_on()
+            except Refusal as refusal:
+                patience.wait(refusal)
+        return found
+
+    def annotations(self) -> list[str]:
+        """Names of the annotations that lie beside the corpus right now."""
+        return [str(name) for name in self._reads.json(corpus_route(self.name)).get("annotations", [])]
+
+    def annotation(self, name: str) -> NDArray[Any]:
+        """[R] a value of each row; raises as `Corpus.annotation` and `Reads.json` do."""
+        route = f"{corpus_route(self.name)}/annotations/{quote(name, safe='')}"
+        return read_array(self._reads, route, 0, len(self), self.fingerprint)
+
+    def corrupt_objects(self) -> list[str]:
+        """Refused: who serves the files looks after them."""
+        raise UnsupportedField(f"corpus {self.name!r} is behind {self._reads.url}; run `potstill verify` there")
+
+    def _rows(self, rows: Sequence[int]) -> Iterator[Tokens]:
+        body = write_row_numbers(rows)
+        with self._reads.stream(f"{corpus_route(self.name)}/rows", body=body) as reader:
+            require_corpus(reader.head, self.fingerprint, self._reads.url)
+            yield from reader.array()
+
+
+class _HttpArrays:
+    """The arrays of a corpus behind a service (`cache.corpus.CorpusArrays`)."""
+
+    def __init__(self, reads: Reads, name: str, spec: CorpusSpec) -> None:
+        self.path = f"{reads.url}{corpus_route(name)}"
+        self._reads = reads
+        self._route = corpus_route(name)
+        self._fingerprint = spec.fingerprint
+        self._lengths = {
+            "tokens": spec.num_positions,
+            "row_starts": spec.num_rows + 1,
+            "row_keys": spec.num_rows,
+            "shard_rows": spec.num_shards + 1,
+            "shard_starts": spec.num_shards + 1,
+        }
+        self._pages: OrderedDict[int, NDArray[Any]] = OrderedDict()
+        self._lock = Lock()
+
+    def has(self, name: str) -> bool:
+        return name in self._lengths
+
+    def expect(self, name: str, shape: tuple[int, ...], dtypes: Iterable[str]) -> str:
+        if name not in self._lengths:
+            raise UnsupportedField(f"{self.path} does not give {name!r}: rows are not looked up by key over HTTP")
+        assert shape[0] == self._lengths[name], "the corpus and its arrays have one spec"
+        return next(iter(dtypes))
+
+    def read(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        # As of an array: what is beyond its end is not there.
+        stop = min(stop, self._lengths[name])
+        if name != "row_starts":
+            return read_array(self._reads, f"{self._route}/{_ROUTES[name]}", start, stop, self._fingerprint)
+        pages = [self._page(page) for page in range(start // _PAGE, -(-stop // _PAGE))]
+        first = start // _PAGE * _PAGE
+        starts: NDArray[Any] = np.concatenate(pages)[start - first : stop - first]
+        return starts
+
+    def read_all(self, name: str) -> NDArray[Any]:
+        return self.read(name, 0, self._lengths[name])
+
+    def corrupt_objects(self) -> list[str]:
+        return []
+
+    def _page(self, page: int) -> NDArray[Any]:
+        with self._lock:
+            found = self._pages.get(page)
+        if found is None:
+            stop = min((page + 1) * _PAGE, self._lengths["row_starts"])
+            found = read_array(self._reads, f"{self._route}/rows", page * _PAGE, stop, self._fingerprint)
+        with self._lock:
+            self._pages[page] = found
+            self._pages.move_to_end(page)
+            while len(self._pages) > _PAGES:
+                self._pages.popitem(last=False)
+        return found
+
+
+def read_array(reads: Reads, route: str, start: int, stop: int, fingerprint: str) -> NDArray[Any]:
+    """Elements `start` to `stop` of an array of a corpus.
+
+    Raises:
+        SpecMismatch: the service has another corpus under the name now. PotstillError: as `Reads.json`.
+    """
+    parts: list[NDArray[Any]] = []
+    at = start
+    patience = reads.patience()
+    while at < stop or not parts:
+        end = min(stop, at + _REQUEST_ELEMENTS)
+        try:
+            with reads.stream(route, params={"start": at, "stop": end}) as reader:
+                require_corpus(reader.head, fingerprint, reads.url)
+                if reader.head.length != end - at:
+                    raise TeacherFailed(f"{reads.url}{route} has {reader.head.length} elements for {at} to {end}")
+                for part in reader.array():
+                    parts.append(part)
+                    at += len(part)
+                    patience.got_on()
+        except Refusal as refusal:
+            patience.wait(refusal)
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def require_corpus(head: StreamHead, fingerprint: str, url: str) -> None:
+    """Refuse what is of another corpus than the one that was opened.
+
+    Raises:
+        SpecMismatch: it is.
+    """
+    if head.corpus != fingerprint:
+        raise SpecMismatch(
+            f"{url} has another corpus under this name now: fingerprint {head.corpus[:12]}, not {fingerprint[:12]}"
+        )
+
+
+def _spec(description: dict[str, Any], url: str) -> CorpusSpec:
+    try:
+        spec = dict(description["spec"])
+        sources = tuple(Source(**source) for source in spec.pop("sources"))
+        found = CorpusSpec(**spec, sources=sources, data="", objects=())
+        counts = (found.num_rows, found.num_positions, found.num_shards, found.longest_row)
+        if not all(type(count) is int and count > 0 for count in counts):
+            raise FormatError(f"impossible counts {counts}")
+    except (KeyError, TypeError, ValueError, FormatError, InvalidInput) as error:
+        raise TeacherFailed(f"{url} describes its corpus badly: {error!r}") from error
+    return found

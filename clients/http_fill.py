@@ -1,0 +1,44 @@
+"""Jobs of a service that fill a corpus: start one, look at it, stop it."""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import quote
+
+from cache.types import JSON, Fields
+from clients.http_corpus import corpus_route
+from clients.http_reads import Reads
+
+
+class HttpFill:
+    """The job of one corpus and one teacher."""
+
+    def __init__(self, reads: Reads, corpus: str, teacher: str) -> None:
+        self._reads = reads
+        self._route = f"{corpus_route(corpus)}/fill/{quote(teacher, safe='')}"
+
+    def start(self, fields: Fields, encoding: str, **plan: JSON) -> dict[str, Any]:
+        """Start it; when the same one runs already, nothing happens. `plan` may hold batch_tokens and in_flight.
+
+        Raises:
+            AlreadyExists: another one runs. UnknownTeacher, UnknownCorpus, SpecMismatch, LimitExceeded, Forbidden: as
+                the service says; nothing was started.
+        """
+        body = {"fields": fields.to_json(), "encoding": encoding, **plan}
+        return self._reads.json(self._route, method="PUT", body=body)
+
+    def status(self) -> dict[str, Any]:
+        """`state` (running, done, failed, stopped), shards, positions, rate and error.
+
+        Raises:
+            NotFound: none was started since the service was.
+        """
+        return self._reads.json(self._route)
+
+    def stop(self) -> dict[str, Any]:
+        """Stop it if it runs; what is committed stays.
+
+        Raises:
+            NotFound: none was started since the service was.
+        """
+        return self._reads.json(self._route, method="DELETE")

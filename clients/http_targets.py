@@ -1,0 +1,273 @@
+"""A teacher's committed targets behind a service, for a trainer that has no files.
+
+`HttpCache` is opened where a `Cache` would be; its `HttpTargets` and `HttpCorpus` are read like a `TargetSet` and a
+`Corpus`. All of it is for threads: reads block, and an answer that breaks off goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, Self
+from urllib.parse import quote
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache.encoding import Encoding, encoding_by_name
+from cache.errors import FormatError, InvalidInput, SpecMismatch, TeacherFailed, UnsupportedField
+from cache.fields import check_fields
+from cache.types import Fields, Targets, TeacherIdentity
+from cache.wanted import names_of, wanted_fields
+from cache.wire_stream import StreamHead, write_row_numbers
+from clients.http_corpus import HttpCorpus, corpus_route, require_corpus
+from clients.http_reads import Reads
+from clients.retry import Refusal, RetryPolicy
+
+_REQUEST_POSITIONS = 1 << 20
+_REQUEST_ROWS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class _Set:
+    """One segment set of a target set: some of its fields."""
+
+    fields: Fields
+    encoding: Encoding
+    committed: NDArray[np.bool_]
+
+
+class HttpTargets:
+    """One teacher's targets for one corpus over HTTP. Safe to share between threads."""
+
+    def __init__(self, reads: Reads, teacher: str, corpus: HttpCorpus, *, top_k: bool = False) -> None:
+        """Fetch what the service says of them; `top_k` looks at the segment set of the top-k alone.
+
+        Raises:
+            UnknownTeacher: there are none. TeacherFailed: the service answers nonsense.
+        """
+        self.teacher = teacher
+        self.corpus = corpus
+        self._reads = reads
+        self._top_k = top_k
+        self._route = f"{corpus_route(corpus.name)}/targets/{quote(teacher, safe='')}"
+        description = reads.json(self._route)
+        try:
+            self.identity = TeacherIdentity.from_json(description.get("identity"))
+        except FormatError as error:
+            raise TeacherFailed(f"{reads.url} describes teacher {teacher!r} badly: {error}") from error
+        sets = self._sets(description)
+        self.fields = reduce(Fields.joined, (each.fields for each in sets))
+        self.encoding = next((each for each in sets if each.fields.k), sets[0]).encoding
+        limits = description.get("limits")
+        self._limits = limits if isinstance(limits, dict) else {}
+
+    @property
+    def committed(self) -> NDArray[np.bool_]:
+        """[S] which shards have a commit of every field right now; a request."""
+        sets = self._sets(self._reads.json(self._route))
+        every: NDArray[np.bool_] = np.logical_and.reduce([each.committed for each in sets])
+        return every
+
+    def is_committed(self, shard: int) -> bool:
+        """Whether the shard has a commit of every field right now; a request."""
+        return bool(self.committed[shard])
+
+    def top_k_only(self) -> HttpTargets:
+        """The top-k alone: what other fields lack does not matter then.
+
+        Raises:
+            UnsupportedField: there is no top-k.
+        """
+        return HttpTargets(self._reads, self.teacher, self.corpus, top_k=True)
+
+    def read(self, start: int, stop: int, *, k: int | None = None, fields: Fields | None = None) -> Targets:
+        """Targets of positions `start` to `stop`; arguments and errors as of `TargetSet.read`.
+
+        Raises:
+            SpecMismatch: the service has another teacher or corpus under the name now.
+            Unavailable, Overloaded, DeadlineExceeded: still so after all retries.
+            TeacherFailed: it answers nonsense. WireVersionError: of another version.
+        """
+        return Targets.concat(list(self.stream(start, stop, k=k, fields=fields)))
+
+    def stream(self, start: int, stop: int, *, k: int | None = None, fields: Fields | None = None) -> Iterator[Targets]:
+        """The same block by block, a few MiB each, so that a range of any size is never held whole."""
+        if not 0 <= start < stop <= self.corpus.num_positions:
+            raise InvalidInput(
+                f"positions {start} to {stop} are outside corpus {self.corpus.name!r} "
+                f"of {self.corpus.num_positions} positions"
+            )
+        return self._stream(start, stop, self._wanted(k, fields))
+
+    def read_rows(self, rows: Sequence[int], *, k: int | None = None, fields: Fields | None = None) -> list[Targets]:
+        """One `Targets` per row index, in order; arguments and errors as of `read`."""
+        want = self._wanted(k, fields)
+        most = self._most("max_stream_positions", _REQUEST_POSITIONS) // self.corpus.spec.longest_row
+        most = max(1, min(self._most("max_rows", _REQUEST_ROWS), most))
+        found: list[Targets] = []
+        patience = self._reads.patience()
+        while len(found) < len(rows):
+            part = rows[len(found) : len(found) + most]
+            try:
+                for targets in self._rows(part, want):
+                    found.append(targets)
+                    patience.got_on()
+            except Refusal as refusal:
+                patience.wait(refusal)
+        return found
+
+    def read_column(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
+        """One number a position, `log_tail`, `label_logprob` or `entropy`; errors as of `TargetSet.read_column`."""
+        held = self.fields.entropy if name == "entropy" else self.fields.k
+        if name not in ("log_tail", "label_logprob", "entropy") or not held:
+            raise UnsupportedField(
+                f"{name!r} is not a column of teacher {self.teacher!r}'s targets for corpus {self.corpus.name!r}"
+            )
+        want = Fields(k=0, entropy=True) if name == "entropy" else Fields(k=self.fields.k)
+        if start == stop:
+            return np.empty(0, np.float32)
+        return np.concatenate([getattr(part, name) for part in self.stream(start, stop, fields=want)])
+
+    def _stream(self, start: int, stop: int, want: Fields) -> Iterator[Targets]:
+        most = self._most("max_stream_positions", _REQUEST_POSITIONS)
+        at = start
+        patience = self._reads.patience()
+        while at < stop:
+            end = min(stop, at + most)
+            try:
+                for targets in self._range(at, end, want):
+                    yield targets
+                    at += targets.num_positions
+                    patience.got_on()
+            except Refusal as refusal:
+                patience.wait(refusal)
+
+    def _range(self, start: int, stop: int, want: Fields) -> Iterator[Targets]:
+        names = [name for name in names_of(want) if name != "top_k"]
+        # k says how much of the top-k, so it need not be named; of no field an empty list would mean none.
+        params = {"start": start, "stop": stop, "k": want.k, "fields": ",".join(names or ["top_k"])}
+        with self._reads.stream(self._route, params=params) as reader:
+            self._check_head(reader.head, want)
+            if reader.head.length != stop - start:
+                raise TeacherFailed(f"{self._who} promised {reader.head.length} positions for {start} to {stop}")
+            for targets in reader.targets():
+                yield self._checked(targets, want)
+
+    def _rows(self, rows: Sequence[int], want: Fields) -> Iterator[Targets]:
+        lengths = np.diff(self.corpus.spans(rows), axis=1)[:, 0].tolist()
+        with self._reads.stream(f"{self._route}/rows", body=write_row_numbers(rows, want)) as reader:
+            self._check_head(reader.head, want)
+            if reader.head.batches != len(rows):
+                raise TeacherFailed(f"{self._who} promised {reader.head.batches} rows for {len(rows)}")
+            for length, targets in zip(lengths, reader.targets(), strict=True):
+                if targets.num_positions != length:
+                    raise TeacherFailed(
+                        f"{self._who} gave {targets.num_positions} targets for a row of {length} tokens"
+                    )
+                yield self._checked(targets, want)
+
+    @property
+    def _who(self) -> str:
+        return f"teacher {self.teacher!r} on corpus {self.corpus.name!r} at {self._reads.url}"
+
+    def _check_head(self, head: StreamHead, want: Fields) -> None:
+        require_corpus(head, self.corpus.fingerprint, self._reads.url)
+        differences = "no identity" if head.identity is None else self.identity.differences(head.identity)
+        if differences:
+            raise SpecMismatch(f"{self._who} was exchanged: {differences}")
+        if head.fields != want:
+            raise TeacherFailed(f"{self._who} answered {head.fields}, not {want}")
+
+    def _checked(self, targets: Targets, want: Fields) -> Targets:
+        if targets.k != want.k:
+            raise TeacherFailed(f"{self._who} answered k={targets.k}, not k={want.k}")
+        check_fields(targets, want, self.identity.vocab_size)
+        return targets
+
+    def _wanted(self, k: int | None, fields: Fields | None) -> Fields:
+        return wanted_fields(self.fields, k, fields, f"teacher {self.teacher!r} on corpus {self.corpus.name!r}")
+
+    def _most(self, limit: str, ours: int) -> int:
+        theirs = self._limits.get(limit)
+        return min(ours, theirs) if type(theirs) is int and theirs > 0 else ours
+
+    def _sets(self, description: dict[str, Any]) -> list[_Set]:
+        try:
+            sets = [
+                _Set(
+                    Fields.from_json(each["fields"]),
+                    encoding_by_name(each["encoding"]["name"]),
+                    _committed(each["committed"], self.corpus.num_shards),
+                )
+                for each in description["sets"]
+            ]
+        except (KeyError, TypeError, ValueError, InvalidInput) as error:
+            raise TeacherFailed(f"{self._reads.url} describes teacher {self.teacher!r} badly: {error!r}") from error
+        chosen = [each for each in sets if each.fields.k or not self._top_k]
+        if not chosen:
+            raise UnsupportedField(
+                f"teacher {self.teacher!r} has no top-k for corpus {self.corpus.name!r}; run `potstill prefill` for it"
+            )
+        return chosen
+
+
+class HttpCache:
+    """What a service has of corpora and targets, opened where a `Cache` would be. A context manager."""
+
+    def __init__(
+        self, url: str, *, api_key: str | None = None, timeout: float = 600.0, retry: RetryPolicy | None = None
+    ) -> None:
+        """Nothing is sent yet; see `clients.http_reads.Reads`."""
+        self._reads = Reads(url, api_key=api_key, timeout=timeout, retry=retry)
+        self._corpora: dict[str, HttpCorpus] = {}
+
+    def __enter__(self) -> Self:
+        """The same."""
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Close."""
+        self.close()
+
+    def close(self) -> None:
+        """Disconnect; who still reads sees `Unavailable`."""
+        self._reads.close()
+
+    def corpora(self) -> list[str]:
+        """Names of the corpora."""
+        found = self._reads.json("/v1/corpora").get("corpora")
+        return [str(corpus.get("name")) for corpus in found or [] if isinstance(corpus, dict)]
+
+    def corpus(self, name: str) -> HttpCorpus:
+        """A corpus by name; sealed ones never change, so it is opened once.
+
+        Raises:
+            UnknownCorpus: there is none. PotstillError: as `Reads.json`.
+        """
+        if name not in self._corpora:
+            self._corpora[name] = HttpCorpus(self._reads, name)
+        return self._corpora[name]
+
+    def teachers(self, corpus: str) -> list[str]:
+        """Names of the teachers that have targets for a corpus, complete or not."""
+        found = self._reads.json(corpus_route(corpus)).get("teachers")
+        return list(found) if isinstance(found, dict) else []
+
+    def targets(self, teacher: str, corpus: str) -> HttpTargets:
+        """A teacher's targets for a corpus.
+
+        Raises:
+            UnknownCorpus, UnknownTeacher: there are none. PotstillError: as `Reads.json`.
+        """
+        return HttpTargets(self._reads, teacher, self.corpus(corpus))
+
+
+def _committed(runs: Any, num_shards: int) -> NDArray[np.bool_]:
+    done = np.zeros(num_shards, dtype=bool)
+    for first, stop in runs:
+        if not 0 <= first < stop <= num_shards:
+            raise ValueError(f"shards {first} to {stop} of {num_shards}")
+        done[first:stop] = True
+    return done

@@ -1,0 +1,257 @@
+"""Jobs that fill corpora with the targets of hosted teachers, in the background of the service.
+
+A job is `cache.fill.fill` on a hosted teacher, behind admission like any caller of it: the task inherits who asked for
+it, so its work waits in that caller's turn. It is stopped, or killed, at no cost but the shard in work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from cache.errors import (
+    AlreadyExists,
+    InvalidInput,
+    LimitExceeded,
+    NotFound,
+    PotstillError,
+    SpecMismatch,
+    TeacherFailed,
+)
+from cache.types import JSON, Fields, Provenance, Targets, Teacher, TeacherIdentity, TeacherLimits, Tokens
+
+if TYPE_CHECKING:
+    from cache.cache import Cache
+    from cache.fill import FillProgress, FillReport
+    from cache.targets import TargetSet
+
+_LOG = logging.getLogger(__name__)
+_PAUSE_SECONDS = 1.0
+_LONGEST_PAUSE_SECONDS = 60.0
+JobState = Literal["running", "done", "failed", "stopped"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FillOrder:
+    """What a caller asks for: it may be asked for again while it runs, and nothing happens then."""
+
+    fields: Fields
+    encoding: str
+    batch_tokens: int = 4096
+    in_flight: int = 4
+
+
+@dataclass(slots=True, eq=False)
+class FillJob:
+    """One job, from its start to after its end."""
+
+    corpus: str
+    teacher: str
+    order: FillOrder
+    progress: FillProgress | None = None
+    report: FillReport | None = None
+    shards_before: int = 0
+    shards: int = 0
+    error: PotstillError | None = None
+    refusals: int = 0
+    """How often the teacher said to come back later."""
+    began: float = field(default_factory=time.monotonic)
+    ended: float | None = None
+    task: asyncio.Task[None] | None = None
+
+    @property
+    def state(self) -> JobState:
+        """Where it stands."""
+        if self.ended is None:
+            return "running"
+        if self.report is not None:
+            return "done"
+        return "stopped" if self.error is None else "failed"
+
+    def ended_by(self, task: asyncio.Task[None]) -> None:
+        """Note a bug that ended the task: nobody awaits it."""
+        bug = None if task.cancelled() else task.exception()
+        if bug is not None:
+            self.error = TeacherFailed("the job failed unexpectedly; the service's log has the cause")
+            _LOG.error("fill of %s by %s failed unexpectedly", self.corpus, self.teacher, exc_info=bug)
+
+    def to_json(self) -> dict[str, JSON]:
+        """All of it in numbers."""
+        at = self.progress
+        seconds = (self.ended or time.monotonic()) - self.began
+        scored = self.report.positions_scored if self.report else at.positions_scored if at else 0
+        return {
+            "corpus": self.corpus,
+            "teacher": self.teacher,
+            "state": self.state,
+            "fields": self.order.fields.to_json(),
+            "encoding": self.order.encoding,
+            "shards": self.shards,
+            "shards_before": self.shards_before,
+            "shards_committed": self.report.shards_committed if self.report else at.shards_committed if at else 0,
+            "positions_scored": scored,
+            "positions": at.positions if at else 0,
+            "waiting_for": at.waiting_for if at else 0,
+            "seconds": round(seconds, 3),
+            "positions_per_second": round(scored / seconds, 1) if seconds > 0 else 0.0,
+            "refusals": self.refusals,
+            "error": None if self.error is None else {"kind": self.error.kind, "detail": self.error.detail},
+            "report": None if self.report is None else asdict(self.report),
+        }
+
+
+class FillJobs:
+    """At most one job per corpus and teacher; the last one of each is remembered. Used from one event loop only."""
+
+    def __init__(self, cache: Cache | None) -> None:
+        self._cache = cache
+        self._jobs: dict[tuple[str, str], FillJob] = {}
+
+    def jobs(self) -> list[FillJob]:
+        """All that are remembered."""
+        return list(self._jobs.values())
+
+    def job(self, corpus: str, teacher: str) -> FillJob:
+        """The last one.
+
+        Raises:
+            NotFound: there was none since the service started.
+        """
+        found = self._jobs.get((corpus, teacher))
+        if found is None:
+            raise NotFound(f"no fill of corpus {corpus[:64]!r} by teacher {teacher[:64]!r} was started; PUT starts one")
+        return found
+
+    async def start(self, corpus: str, teacher: str, order: FillOrder, open_teacher: Callable[[], Teacher]) -> FillJob:
+        """Start a job, or return the one that runs already for the same order.
+
+        Raises:
+            AlreadyExists: one with another order is running. UnknownCorpus: there is no such corpus.
+            SpecMismatch, LimitExceeded, UnsupportedField: teacher, corpus and order do not fit; nothing was written.
+            Unavailable: the teacher is not up.
+        """
+        cache = self._cache
+        if cache is None:
+            raise InvalidInput("this service has no cache to fill; start it with --cache")
+        running = self._running(corpus, teacher, order)
+        if running is not None:
+            return running
+        inner = open_teacher()
+        targets = await asyncio.to_thread(_plan, cache.fresh(), corpus, teacher, inner, order)
+        running = self._running(corpus, teacher, order)  # another caller may have been faster
+        if running is not None:
+            return running
+        job = FillJob(corpus, teacher, order, shards=targets.corpus.num_shards)
+        self._jobs[corpus, teacher] = job
+        job.task = asyncio.create_task(_run(job, _Patient(open_teacher, inner, job), targets), name=f"fill {corpus}")
+        job.task.add_done_callback(job.ended_by)
+        return job
+
+    async def stop(self, corpus: str, teacher: str) -> FillJob:
+        """Stop the job if it runs; returns when it has, its last shard committed or given up.
+
+        Raises:
+            NotFound: there was none.
+        """
+        job = self.job(corpus, teacher)
+        await _stopped(job)
+        return job
+
+    async def close(self) -> None:
+        """Stop all of them."""
+        await asyncio.gather(*(_stopped(job) for job in self._jobs.values()))
+
+    def _running(self, corpus: str, teacher: str, order: FillOrder) -> FillJob | None:
+        found = self._jobs.get((corpus, teacher))
+        if found is None or found.state != "running":
+            return None
+        if found.order != order:
+            raise AlreadyExists(
+                f"corpus {corpus!r} is being filled by teacher {teacher!r} with {found.order.fields.to_json()}, "
+                f"encoding {found.order.encoding}; DELETE stops that first"
+            )
+        return found
+
+
+def _plan(cache: Cache, corpus: str, name: str, teacher: Teacher, order: FillOrder) -> TargetSet:
+    identity = teacher.identity
+    targets = cache.plan_targets(name, corpus, identity, fields=order.fields, encoding=order.encoding)
+    limits, longest, k = teacher.limits, targets.corpus.spec.longest_row, targets.fields.k
+    if limits.max_row_tokens is not None and longest > limits.max_row_tokens:
+        raise LimitExceeded(
+            f"corpus {corpus!r} has a row of {longest} tokens, the teacher reads {limits.max_row_tokens}; "
+            f"ingest it again with --row-tokens {limits.max_row_tokens}"
+        )
+    most = min(limits.max_top_k or identity.vocab_size, identity.vocab_size)
+    if k > most:
+        raise LimitExceeded(f"k={k} is over the teacher's limit of {most}; ask for at most that")
+    return targets
+
+
+async def _run(job: FillJob, teacher: Teacher, targets: TargetSet) -> None:
+    from cache.fill import FillPlan, fill  # noqa: PLC0415  zarr, only when a job runs
+
+    def on_progress(at: FillProgress) -> None:
+        job.progress = at
+
+    plan = FillPlan(batch_tokens=job.order.batch_tokens, in_flight=job.order.in_flight)
+    try:
+        job.shards_before = int((await asyncio.to_thread(lambda: targets.committed)).sum())
+        job.report = await fill(teacher, targets, plan, on_progress=on_progress)
+    except PotstillError as error:
+        job.error = error
+        _LOG.warning("fill of %s by %s failed: %s: %s", job.corpus, job.teacher, error.kind, error.detail)
+    finally:
+        job.ended = time.monotonic()
+
+
+async def _stopped(job: FillJob) -> None:
+    if job.task is not None and not job.task.done():
+        job.task.cancel()
+        await asyncio.wait([job.task])
+
+
+class _Patient:
+    """A `Teacher` that comes back when it is told to: a job has time, and loses work when it gives up."""
+
+    def __init__(self, open_teacher: Callable[[], Teacher], opened: Teacher, job: FillJob) -> None:
+        self._open = open_teacher
+        self._opened = opened
+        self._job = job
+
+    @property
+    def identity(self) -> TeacherIdentity:
+        return self._opened.identity
+
+    @property
+    def provenance(self) -> Provenance:
+        return self._opened.provenance
+
+    @property
+    def limits(self) -> TeacherLimits:
+        return self._opened.limits
+
+    async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
+        pause = _PAUSE_SECONDS
+        while True:
+            try:
+                # Asked for anew: a teacher that was removed and added again is another one under the name.
+                teacher = self._open()
+                self._require_same(teacher)
+                return await teacher.score(rows, want)
+            except PotstillError as error:
+                if not error.retryable:
+                    raise
+                self._job.refusals += 1
+                wait = pause if error.retry_after is None else error.retry_after
+            await asyncio.sleep(min(wait, _LONGEST_PAUSE_SECONDS))
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+
+    def _require_same(self, teacher: Teacher) -> None:
+        differences = self._opened.identity.differences(teacher.identity)
+        if differences:
+            raise SpecMismatch(f"teacher {self._job.teacher!r} was exchanged: {differences}")

@@ -1,0 +1,68 @@
+"""`/v1/corpora/{corpus}/fill/{teacher}`: start, watch and stop a job that fills a corpus."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from fastapi import Depends, FastAPI
+from pydantic import BaseModel, ConfigDict, Field
+
+from cache import wire
+from cache.types import JSON, Fields, Teacher
+from teacher_service.auth import Role, allow
+from teacher_service.corpus_bodies import same_wire
+from teacher_service.fill_jobs import FillJob, FillOrder
+from teacher_service.service import Service
+
+_PATH = "/v1/corpora/{corpus}/fill/{teacher}"
+
+
+class FillWanted(BaseModel):
+    """The body of PUT."""
+
+    model_config = ConfigDict(extra="forbid")
+    format: Literal["1"] | None = None
+    """The wire version, when the client says so; the header `potstill-format` says it too."""
+    fields: dict[str, Any] = Field(default_factory=dict)
+    """As in a request to score."""
+    encoding: Literal["u8", "archive", "f16", "f32"] = "u8"
+    batch_tokens: Annotated[int, Field(ge=1, strict=True)] = 4096
+    in_flight: Annotated[int, Field(ge=1, le=64, strict=True)] = 4
+
+
+def add_fill_routes(app: FastAPI, service: Service) -> None:
+    """Add the routes to the app."""
+    watching = [Depends(allow(Role.TRAINER)), Depends(same_wire)]
+    filling = [Depends(allow(Role.BATCH)), Depends(same_wire)]
+
+    @app.get("/v1/fills", dependencies=watching)
+    async def list_fills() -> dict[str, Any]:
+        return {"format": wire.WIRE_VERSION, "fills": [job.to_json() for job in service.fills.jobs()]}
+
+    @app.get(_PATH, dependencies=watching)
+    async def get_fill(corpus: str, teacher: str) -> dict[str, Any]:
+        return _answer(service.fills.job(corpus, teacher))
+
+    @app.put(_PATH, dependencies=filling)
+    async def put_fill(corpus: str, teacher: str, wanted: FillWanted) -> dict[str, Any]:
+        most = service.limits.max_tokens_in_flight
+        order = FillOrder(
+            fields=Fields.from_json(wanted.fields),
+            encoding=wanted.encoding,
+            batch_tokens=min(wanted.batch_tokens, most),
+            in_flight=wanted.in_flight,
+        )
+
+        def front() -> Teacher:
+            # Without the cache in front: the targets go to the corpus, and would be kept in the journal too.
+            return service.teacher(teacher).front(store=False)
+
+        return _answer(await service.fills.start(corpus, teacher, order, front))
+
+    @app.delete(_PATH, dependencies=filling)
+    async def delete_fill(corpus: str, teacher: str) -> dict[str, Any]:
+        return _answer(await service.fills.stop(corpus, teacher))
+
+
+def _answer(job: FillJob) -> dict[str, JSON]:
+    return {"format": wire.WIRE_VERSION, **job.to_json()}

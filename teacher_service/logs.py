@@ -1,0 +1,113 @@
+"""Log lines: JSON for machines or text for a console, each with the id of the request it belongs to.
+
+Nothing here is set up on import; `configure` is called once, by the command that owns the process.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import secrets
+from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TextIO
+
+from cache.types import JSON
+from teacher_service.settings import LogSettings
+
+REQUEST_ID_HEADER = "x-request-id"
+_GOOD_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))}
+
+request_id: ContextVar[str] = ContextVar("request_id", default="")
+"""Of the request that is being served; empty outside of one."""
+
+
+@dataclass(slots=True)
+class Work:
+    """What a request turned out to be, for its access line. Filled in while it is served."""
+
+    rows: int = 0
+    tokens: int = 0
+    caller: str = ""
+
+
+_work: ContextVar[Work | None] = ContextVar("work", default=None)
+
+
+def begin_work() -> Work:
+    """The record of the request that begins in this context; tasks started from here share it."""
+    work = Work()
+    _work.set(work)
+    return work
+
+
+def note_work(*, rows: int, tokens: int) -> None:
+    """Say how much the current request asked for; without a request nothing happens."""
+    work = _work.get()
+    if work is not None:
+        work.rows, work.tokens = rows, tokens
+
+
+def note_caller(name: str) -> None:
+    """Say who sent the current request; without a request nothing happens."""
+    work = _work.get()
+    if work is not None:
+        work.caller = name
+
+
+def choose_request_id(given: str | None) -> str:
+    """What the caller sent if it is 1 to 64 of `A-Z a-z 0-9 . _ -`, else a fresh one."""
+    return given if given is not None and _GOOD_ID.fullmatch(given) else secrets.token_hex(8)
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line: time (UTC), level, logger, message, and what is known of the request."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, without its line end."""
+        line: dict[str, JSON] = {
+            "time": _utc(record),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **_request_of(record),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+class TextLines(logging.Formatter):
+    """For a console: one line a record, and a traceback below it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The text, without its line end."""
+        # A caller's path or name may hold line ends and escape sequences; a console obeys them.
+        message = record.getMessage().translate(_ESCAPES)
+        about = {**getattr(record, "fields", {}), **_request_of(record)}
+        words = [f"{key}={value}" for key, value in about.items() if value not in ("", None)]
+        text = " ".join([_utc(record), record.levelname, f"{record.name}: {message}", *words])
+        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+
+
+def configure(settings: LogSettings, stream: TextIO) -> None:
+    """Send the log of the whole process to `stream`, in place of where it went before."""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(JsonLines() if settings.format == "json" else TextLines())
+    logging.basicConfig(level=settings.level.upper(), handlers=[handler], force=True)
+    # httpx tells of every request that a teacher behind a URL gets; ours has an access line already.
+    logging.getLogger("httpx").setLevel(max(logging.WARNING, logging.getLogger().level))
+
+
+def _request_of(record: logging.LogRecord) -> dict[str, str]:
+    # A record knows its request only while it is made, which is when handlers of this process format it.
+    current = getattr(record, "request_id", request_id.get())
+    return {"request_id": current} if current else {}
+
+
+def _utc(record: logging.LogRecord) -> str:
+    return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

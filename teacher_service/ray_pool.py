@@ -1,0 +1,350 @@
+"""A teacher's replicas on Ray Serve, scaled while they work.
+
+A call goes to the replica with the fewest tokens in flight. One whose replica is lost is scored by another, so a
+killed, wedged or drained replica is nothing that a caller sees.
+
+Run on CPUs; replicas with GPUs, and tensor-parallel ones, were not run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, TaskCancelledError
+from ray.serve.exceptions import RayServeException
+
+from cache.errors import InvalidInput, LimitExceeded, PotstillError, SpecMismatch, TeacherFailed, Unavailable
+from cache.types import Fields, Provenance, Targets, TeacherIdentity, TeacherLimits, Tokens
+from teacher_service.autoscale import Autoscaler
+from teacher_service.ray_replica import Described, Refused, ScoreCall, Scored
+from teacher_service.ray_serve import RayConnection, ServeApp, ServeView, cluster_has_gpus, take_signals_back
+from teacher_service.replica_settings import AutoscaleSettings, ReplicaSettings
+from teacher_service.replicas import OpenTeacher, PoolState, ReplicaInfo, ReplicaStatus
+
+_LOG = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 1.0
+_ATTEMPTS = 5
+_FIRST_PAUSE_SECONDS = 0.1
+_FAILED = ("DEPLOY_FAILED", "DELETING", "NOT_STARTED")
+# What says that a replica, and not the call, is broken. Serve's own errors tell of replicas that were scaled away.
+_LOST = (RayActorError, ObjectLostError, TaskCancelledError, GetTimeoutError, RayServeException)
+
+
+class RayPool:
+    """A `cache.types.Teacher` made of Ray Serve replicas. Open with `open`."""
+
+    def __init__(self, name: str, app: ServeApp, settings: ReplicaSettings) -> None:
+        self._name = name
+        self._app = app
+        self._settings = settings
+        self._score: Any = None
+        self._described: Described | None = None
+        self._view = ServeView("NOT_STARTED", "", 0, {})
+        self._target = settings.autoscale.min if settings.autoscale else settings.replicas
+        self._autoscaler = Autoscaler(settings.autoscale) if settings.autoscale else None
+        self._work = _Work()
+        self._queued: Callable[[], int] = lambda: 0
+
+    @classmethod
+    @asynccontextmanager
+    async def open(
+        cls,
+        open_teacher: OpenTeacher,
+        *,
+        name: str,
+        connection: RayConnection,
+        settings: ReplicaSettings | None = None,
+        gpus_per_engine: int = 1,
+    ) -> AsyncIterator[RayPool]:
+        """Deploy the teacher and wait for its first replica; on leaving, the replicas are drained and stopped.
+
+        Args:
+            open_teacher: opens one engine, in the replica's process; it is pickled for our own processes.
+            name: of the teacher.
+            connection: to Ray.
+            settings: how many replicas, and what each needs.
+            gpus_per_engine: for a teacher that says nothing of its own, where there are GPUs.
+
+        Raises:
+            Unavailable: Ray is not there.
+            PotstillError: what opening the teacher raises in a replica.
+        """
+        settings = settings or ReplicaSettings()
+        app = ServeApp(f"{connection.settings.app_prefix}-{name}", connection.settings)
+        await asyncio.to_thread(connection.join)
+        take_signals_back()
+        try:
+            await asyncio.to_thread(connection.start_serve)
+            pool = cls(name, app, settings)
+            try:
+                await pool._deploy(open_teacher, gpus_per_engine)
+                keeper = asyncio.create_task(pool._look_forever(), name=f"replicas of {name}")
+                try:
+                    yield pool
+                finally:
+                    keeper.cancel()
+                    await asyncio.wait({keeper})
+            finally:
+                await asyncio.to_thread(app.delete)
+        finally:
+            await asyncio.to_thread(connection.leave)
+
+    @property
+    def identity(self) -> TeacherIdentity:
+        """Of every replica; one that is another teacher refuses to score, and is replaced."""
+        return self._known.identity
+
+    @property
+    def provenance(self) -> Provenance:
+        """Of the first replica."""
+        return self._known.provenance
+
+    @property
+    def limits(self) -> TeacherLimits:
+        """Of every replica."""
+        return self._known.limits
+
+    @property
+    def state(self) -> PoolState:
+        """By Serve's last answer, at most about a second old."""
+        if "ready" in self._view.replicas.values():
+            return "ready"
+        return "failed" if self._view.status in _FAILED else "starting"
+
+    @property
+    def failure(self) -> str:
+        """Serve's last word on why there is no replica."""
+        return "" if self.state == "ready" else self._view.cause.detail
+
+    @property
+    def status(self) -> ReplicaStatus:
+        """By Serve's last answer, at most about a second old."""
+        each = tuple(self._info(replica) for replica in sorted(self._view.replicas))
+        limits = self._autoscaler.settings if self._autoscaler else None
+        return ReplicaStatus(
+            replicas=sum(info.state == "ready" for info in each),
+            target=self._target,
+            min=limits.min if limits else 1,
+            max=limits.max if limits else self._settings.max_replicas,
+            each=each,
+        )
+
+    async def scale(self, num_replicas: int) -> ReplicaStatus:
+        """Ask for another number of replicas; those that stay are left alone, those that go finish their work.
+
+        Raises:
+            LimitExceeded: over `max_replicas`. InvalidInput: the teacher is autoscaled.
+        """
+        if self._autoscaler is not None:
+            limits = self._autoscaler.settings
+            raise InvalidInput(
+                f"teacher {self._name!r} is autoscaled between {limits.min} and {limits.max} replicas; set other"
+                ' limits with {"autoscale": {...}}, or end it with {"autoscale": null, "replicas": N}'
+            )
+        if not 1 <= num_replicas <= self._settings.max_replicas:
+            raise LimitExceeded(
+                f"{num_replicas} replicas were asked for, but teacher {self._name!r} has 1 to"
+                f" max_replicas={self._settings.max_replicas}"
+            )
+        await self._scale(num_replicas)
+        return self.status
+
+    async def autoscale(self, limits: AutoscaleSettings | None) -> ReplicaStatus:
+        """Follow the waiting tokens within `limits`; None ends that, and the number stays as it is.
+
+        Raises:
+            LimitExceeded: over `max_replicas`.
+        """
+        if limits is not None and limits.max > self._settings.max_replicas:
+            most = self._settings.max_replicas
+            raise LimitExceeded(f"autoscale.max={limits.max} is over max_replicas={most} of teacher {self._name!r}")
+        self._autoscaler = None if limits is None else Autoscaler(limits)
+        return self.status
+
+    def follow_queue(self, tokens_queued: Callable[[], int]) -> None:
+        """Have autoscaling count the tokens that wait in front of this pool too."""
+        self._queued = tokens_queued
+
+    async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
+        """Score on the replicas; see `cache.types.Teacher`.
+
+        Raises:
+            TeacherFailed: every attempt lost its replica.
+            SpecMismatch: the replicas are not the same teacher.
+            Unavailable: the teacher is closed.
+        """
+        if not rows:
+            return []
+        call = ScoreCall.of(rows, want, self.identity)
+        avoid: set[str] = set()
+        lost: PotstillError | None = None
+        for attempt in range(_ATTEMPTS):
+            if attempt:
+                await asyncio.sleep(_FIRST_PAUSE_SECONDS * 2 ** (attempt - 1))
+            outcome = await self._try_once(call, avoid)
+            if isinstance(outcome, Scored):
+                return _rows_of(outcome.targets, call)
+            if not outcome.elsewhere:
+                raise outcome.error()
+            lost = outcome.error()
+            _LOG.warning("teacher %s: %s; its rows go to another replica", self._name, outcome.detail)
+        assert lost is not None, "at least one attempt"
+        if isinstance(lost, SpecMismatch):
+            raise lost
+        raise TeacherFailed(f"{_ATTEMPTS} replicas were lost while they scored these rows, the last by: {lost.detail}")
+
+    async def _try_once(self, call: ScoreCall, avoid: set[str]) -> Scored | Refused:
+        """One replica's answer; one that is lost or broken is added to `avoid`."""
+        ranking = self._ranking(avoid)
+        replica = ranking[0] if ranking else ""
+        # Counted before the choice, which takes a round trip: calls that come meanwhile must see it.
+        work = self._work.begin(replica, len(call.tokens))
+        try:
+            async with self._score.choose_replica(ranking) as chosen:
+                replica = work.move(chosen.replica_id)
+                response = self._score.dispatch(chosen, call)
+                try:
+                    outcome: Scored | Refused = await response
+                except asyncio.CancelledError:
+                    response.cancel()
+                    raise
+        except _LOST as error:
+            outcome = Refused("unavailable", f"replica {replica} was lost: {_first_line(error)}", elsewhere=True)
+        finally:
+            work.end()
+        if isinstance(outcome, Scored):
+            self._work.scored[replica] += len(call.tokens)
+        elif outcome.elsewhere:
+            avoid.add(replica)
+        return outcome
+
+    def _ranking(self, avoid: set[str]) -> list[str]:
+        """The replicas that are ready, by the tokens that wait for them; those to avoid come last."""
+        ready = [name for name, state in self._view.replicas.items() if state == "ready"]
+        return sorted(ready, key=lambda name: (name in avoid, self._work.waiting[name]))
+
+    def _info(self, replica: str) -> ReplicaInfo:
+        return ReplicaInfo(
+            name=replica,
+            state=self._view.replicas[replica],
+            tokens_waiting=self._work.waiting[replica],
+            tokens_scored=self._work.scored[replica],
+        )
+
+    @property
+    def _known(self) -> Described:
+        assert self._described is not None, "open"
+        return self._described
+
+    async def _deploy(self, open_teacher: OpenTeacher, gpus_per_engine: int) -> None:
+        resources = self._settings.resources
+        gpus = resources.gpus
+        if gpus is None:
+            gpus = float(gpus_per_engine) if await asyncio.to_thread(cluster_has_gpus) else 0.0
+        # What a service that was killed left behind may be another teacher.
+        await asyncio.to_thread(self._app.delete)
+        handle = await asyncio.to_thread(
+            self._app.deploy, open_teacher, replicas=self._target, resources=resources, gpus=gpus
+        )
+        self._score = handle.score
+        while self.state != "ready":
+            self._view = await asyncio.to_thread(self._app.look)
+            if self._view.status == "DEPLOY_FAILED":
+                raise self._view.cause
+            await asyncio.sleep(_LOOK_SECONDS / 4)
+        try:
+            self._described = await handle.describe.remote()
+        except (RayError, RayServeException) as error:
+            cause = _first_line(error)
+            raise Unavailable(f"the first replica of {self._name!r} was lost at once: {cause}") from error
+
+    async def _look_forever(self) -> None:
+        silent = False
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            try:
+                self._view = await asyncio.to_thread(self._app.look)
+                await self._follow_need()
+                silent = False
+            except (RayError, RayServeException) as error:
+                # Calls go on without the controller, which Ray starts again.
+                if not silent:
+                    _LOG.warning("teacher %s: Ray Serve does not answer: %s", self._name, _first_line(error))
+                silent = True
+            self._work.forget(set(self._view.replicas))
+
+    async def _follow_need(self) -> None:
+        if self._autoscaler is None:
+            return
+        waiting = self._work.waiting.total() + self._queued()
+        wanted = self._autoscaler.wanted(now=time.monotonic(), tokens_waiting=waiting, replicas=self._target)
+        if wanted != self._target:
+            _LOG.warning("teacher %s: %d tokens wait, %d -> %d replicas", self._name, waiting, self._target, wanted)
+            await self._scale(wanted)
+
+    async def _scale(self, num_replicas: int) -> None:
+        await asyncio.to_thread(self._app.scale, num_replicas)
+        self._target = num_replicas
+        self._view = await asyncio.to_thread(self._app.look)
+
+
+class _Work:
+    """Tokens that wait for each replica, and that it has scored; by unique id."""
+
+    def __init__(self) -> None:
+        self.waiting: Counter[str] = Counter()
+        self.scored: Counter[str] = Counter()
+
+    def begin(self, replica: str, num_tokens: int) -> _Call:
+        """Count one call."""
+        self.waiting[replica] += num_tokens
+        return _Call(self.waiting, replica, num_tokens)
+
+    def forget(self, known: set[str]) -> None:
+        """Drop replicas that are gone and have nothing to answer."""
+        for gone in (set(self.waiting) | set(self.scored)) - known:
+            if not self.waiting[gone]:
+                del self.waiting[gone], self.scored[gone]
+
+
+@dataclass(slots=True)
+class _Call:
+    """One call's share of what waits for a replica."""
+
+    waiting: Counter[str]
+    replica: str
+    num_tokens: int
+
+    def move(self, replica: str) -> str:
+        """It went to this one."""
+        self.waiting[self.replica] -= self.num_tokens
+        self.waiting[replica] += self.num_tokens
+        self.replica = replica
+        return replica
+
+    def end(self) -> None:
+        self.waiting[self.replica] -= self.num_tokens
+
+
+def _rows_of(targets: Targets, call: ScoreCall) -> list[Targets]:
+    """Views of what belongs to each row.
+
+    Raises:
+        TeacherFailed: the replica answered another number of positions.
+    """
+    if targets.num_positions != len(call.tokens):
+        raise TeacherFailed(f"a replica answered {targets.num_positions} positions for {len(call.tokens)} tokens")
+    stops = call.lengths.cumsum().tolist()
+    return [targets[stop - length : stop] for stop, length in zip(stops, call.lengths.tolist(), strict=True)]
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,0 +1,81 @@
+"""Settings of replicas on Ray: how to reach it, what a replica needs, and how many of them there may be."""
+
+from __future__ import annotations
+
+from typing import Annotated, Self, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+_Count: TypeAlias = Annotated[int, Field(ge=1, strict=True)]
+_Seconds: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class RaySettings(_Frozen):
+    """The table `[ray]`: with it, every teacher is a Ray Serve deployment; without it, an engine in process."""
+
+    address: Annotated[str, StringConstraints(min_length=1)] = "auto"
+    """`auto` joins the cluster of this machine, `local` starts one for this service, `HOST:PORT` names its head."""
+    app_prefix: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,64}$")] = "potstill"
+    """Of the Serve applications; services that share a cluster need different ones."""
+    calls_per_replica: _Count = 64
+    """Calls that one replica works on at a time; more wait in the service."""
+    wedged_seconds: _Seconds = 120.0
+    """A replica whose engine has work and does not move for so long is replaced."""
+    health_seconds: _Seconds = 5.0
+    """How often Serve asks a replica how it is; three bad answers in a row replace it."""
+    health_timeout_seconds: _Seconds = 30.0
+    """No answer for so long counts as a bad one."""
+    drain_seconds: _Seconds = 3600.0
+    """How long a replica that is scaled away may finish what it was sent."""
+
+
+class AutoscaleSettings(_Frozen):
+    """Limits between which a teacher is scaled by the tokens that wait for it."""
+
+    min: _Count = 1
+    max: _Count
+    tokens_per_replica: _Count
+    """Waiting tokens that call for one more replica."""
+    up_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5.0
+    """The need must last so long before replicas are added."""
+    down_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 120.0
+    """The need must have been lower for so long before replicas are taken away."""
+
+    @model_validator(mode="after")
+    def _max_is_no_less_than_min(self) -> Self:
+        if self.max < self.min:
+            raise ValueError(f"max is {self.max}, less than min={self.min}")
+        return self
+
+
+class ResourceSettings(_Frozen):
+    """What Ray reserves for each replica."""
+
+    cpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    gpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """None: `tensor_parallel` of the teacher's options where the cluster has GPUs, else 0."""
+    custom: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(default_factory=dict)
+    """Ray's custom resources by name."""
+
+
+class ReplicaSettings(_Frozen):
+    """How many replicas of one teacher: a number that an admin changes, or limits for autoscaling."""
+
+    replicas: _Count = 1
+    max_replicas: _Count = 8
+    autoscale: AutoscaleSettings | None = None
+    resources: ResourceSettings = ResourceSettings()
+
+    @model_validator(mode="after")
+    def _numbers_agree(self) -> Self:
+        if self.replicas > self.max_replicas:
+            raise ValueError(f"replicas is {self.replicas}, over max_replicas={self.max_replicas}")
+        if self.autoscale is not None and "replicas" in self.model_fields_set:
+            raise ValueError("replicas and autoscale exclude each other; autoscale.min is what it begins with")
+        if self.autoscale is not None and self.autoscale.max > self.max_replicas:
+            raise ValueError(f"autoscale.max is {self.autoscale.max}, over max_replicas={self.max_replicas}")
+        return self

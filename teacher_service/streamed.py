@@ -1,0 +1,119 @@
+"""Answers that are read while they are sent: bounded in memory, in threads and in time.
+
+Pieces of bytes come out of a blocking iterator, each read in a thread of a small pool while the one before is sent.
+What goes wrong before the first piece is answered as any error is; what goes wrong later breaks the connection, so
+that no client takes a part for the whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from cache.errors import Overloaded, PotstillError
+
+_LOG = logging.getLogger(__name__)
+
+
+class ReadSlots:
+    """The threads that read the store, and how many answers may be streamed at one time."""
+
+    def __init__(self, *, threads: int, streams: int, stall_seconds: float) -> None:
+        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="corpus-read")
+        self.streams = streams
+        self.stall_seconds = stall_seconds
+        """How long a client may take nothing of what is sent to it."""
+        self.in_use = 0
+
+    def take(self) -> None:
+        """Take a stream's place; who takes it gives it back by `in_use -= 1`.
+
+        Raises:
+            Overloaded: all are taken.
+        """
+        if self.in_use >= self.streams:
+            raise Overloaded(f"{self.in_use} answers are being streamed, the most allowed (max_streams); retry later")
+        self.in_use += 1
+
+
+class StreamedAnswer(Response):
+    """Sends the pieces of an iterator. Of a HEAD request only the status and the headers are sent, and nothing is read.
+
+    Raises:
+        Overloaded: too many are streamed already. What the iterator raises before its first piece.
+        ClientDisconnect: the client left; nothing more is read then.
+    """
+
+    def __init__(
+        self, pieces: Iterator[bytes], slots: ReadSlots, *, headers: Mapping[str, str], media_type: str
+    ) -> None:
+        self.status_code = 200
+        self.media_type = media_type
+        self.background = None
+        self.body = b""
+        self._pieces = pieces
+        self._slots = slots
+        self.init_headers(headers)
+        del self.headers["content-length"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it all, or break off."""
+        if scope["method"] == "HEAD":
+            await send(self._start())
+            await send(_body(b"", more=False))
+            return
+        self._slots.take()
+        sending = asyncio.create_task(self._send(send))
+        leaving = asyncio.create_task(_left(receive))
+        try:
+            await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not sending.done():
+                raise ClientDisconnect
+            sending.result()
+        finally:
+            self._slots.in_use -= 1
+            sending.cancel()
+            leaving.cancel()
+            await asyncio.gather(sending, leaving, return_exceptions=True)
+
+    async def _send(self, send: Send) -> None:
+        piece = await self._read()
+        await send(self._start())
+        # To return before the last message is how an ASGI app breaks a connection off.
+        try:
+            while piece is not None:
+                reading = asyncio.ensure_future(self._read())
+                try:
+                    async with asyncio.timeout(self._slots.stall_seconds):
+                        await send(_body(piece, more=True))
+                    piece = await reading
+                finally:
+                    reading.cancel()
+        except PotstillError as error:
+            _LOG.warning("an answer was broken off in the middle: %s: %s", error.kind, error.detail)
+            return
+        except TimeoutError:
+            _LOG.warning("an answer was broken off: its client took nothing for %g s", self._slots.stall_seconds)
+            return
+        await send(_body(b"", more=False))
+
+    async def _read(self) -> bytes | None:
+        return await asyncio.get_running_loop().run_in_executor(self._slots.pool, next, self._pieces, None)
+
+    def _start(self) -> Message:
+        return {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+
+
+def _body(piece: bytes, *, more: bool) -> Message:
+    return {"type": "http.response.body", "body": piece, "more_body": more}
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

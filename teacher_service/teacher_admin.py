@@ -1,0 +1,110 @@
+"""Teachers that are added and removed while the service runs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from cache.errors import PotstillError, SpecMismatch, Unavailable, UnknownTeacher
+from teacher_service.admission import Admission
+from teacher_service.hosted import HostedTeacher
+from teacher_service.settings import TeacherSettings
+from teacher_service.teacher_source import TeacherSource
+
+_LOG = logging.getLogger(__name__)
+_EARLY_FAILURE_SECONDS = 1.0
+
+
+class TeacherAdmin:
+    """Changes a service's teachers. What is added is not kept over a restart: that is what settings are for.
+
+    Args:
+        teachers: the service's, by name; changed in place.
+        source: makes new ones.
+        admission: in front of their engines.
+    """
+
+    def __init__(self, teachers: dict[str, HostedTeacher], source: TeacherSource, admission: Admission) -> None:
+        self._teachers = teachers
+        self._admission = admission
+        self._source = source
+        self._removals: dict[str, asyncio.Task[None]] = {}
+
+    async def add(self, settings: TeacherSettings) -> bool:
+        """Start a teacher; False when the very same is there already. One that failed is started anew.
+
+        Returns while it starts, but not before what fails at once, like a misspelt option, has done so.
+
+        Raises:
+            SpecMismatch: another teacher has the name.
+            Unavailable: one of that name is being removed.
+            PotstillError: what its start raises at once; then there is no teacher of that name.
+        """
+        name = settings.name
+        there = self._teachers.get(name)
+        if name in self._removals:
+            raise Unavailable(f"teacher {name!r} is being removed; add it when it is gone")
+        if there is not None and there.state != "failed":
+            self._require_same(there, settings)
+            return False
+        teacher = self._source.host(settings)
+        teacher.awaited = False
+        self._teachers[name] = teacher
+        teacher.start(self._admission)
+        if there is not None:
+            await self._close(there)
+        try:
+            async with asyncio.timeout(_EARLY_FAILURE_SECONDS):
+                await teacher.settled()
+        except TimeoutError:
+            pass  # it starts, as engines do: slowly
+        except PotstillError:
+            if self._teachers.get(name) is teacher:
+                del self._teachers[name]
+            raise
+        return True
+
+    def remove(self, name: str) -> None:
+        """Take no more calls for a teacher, let those in flight end, and stop it; returns at once.
+
+        Raises:
+            UnknownTeacher: there is none.
+        """
+        if name not in self._teachers:
+            raise UnknownTeacher(f"there is no teacher {name[:64]!r}; known are {', '.join(self._teachers) or 'none'}")
+        if name not in self._removals:
+            self._removals[name] = asyncio.create_task(self._remove(name), name=f"remove teacher {name}")
+
+    async def close(self) -> None:
+        """Give up removals that are under way: the service stops every teacher now."""
+        for task in self._removals.values():
+            task.cancel()
+        await asyncio.gather(*self._removals.values(), return_exceptions=True)
+
+    async def _remove(self, name: str) -> None:
+        teacher = self._teachers[name]
+        try:
+            await teacher.drain()
+            await self._close(teacher)
+            del self._teachers[name]
+        finally:
+            del self._removals[name]
+
+    @staticmethod
+    async def _close(teacher: HostedTeacher) -> None:
+        try:
+            await teacher.stop()
+        except Exception:  # noqa: BLE001 -- it is gone for its callers, whatever its closing says
+            _LOG.exception("teacher %r did not close cleanly", teacher.name)
+
+    @staticmethod
+    def _require_same(there: HostedTeacher, settings: TeacherSettings) -> None:
+        if there.settings is None:
+            raise SpecMismatch(f"teacher {settings.name!r} is there; remove it before you add another")
+        have, want = there.settings.model_dump(), settings.model_dump()
+        # How many there are changes by itself, and by `PUT .../replicas`.
+        different = [key for key in want if want[key] != have[key] and key not in ("replicas", "autoscale")]
+        if different:
+            raise SpecMismatch(
+                f"teacher {settings.name!r} is there with another {', '.join(different)}; remove it before you add this"
+            )

@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from cache import Cache, Fields, Targets
+from cache.errors import Overloaded, TeacherFailed
+from cache.types import Tokens
+from clients.commands import fill as command
+from tests.contracts import TargetSetContract
+from tests.corpora import make_corpus, plan_targets, teacher_for, topics
+from tests.fakes import FakeTeacher, fake_identity
+from tests.filled_caches import commit
+from tests.servers import hosted, serving_teachers
+
+FIELDS = Fields(k=4)
+BODY: dict[str, Any] = {"fields": FIELDS.to_json(), "batch_tokens": 200}
+
+
+class MoodyTeacher(FakeTeacher):
+    """Raises what it is given, one call each, and waits while `gate` is shut."""
+
+    def __init__(self, inner: FakeTeacher, errors: Sequence[Exception] = ()) -> None:
+        super().__init__(inner.identity)
+        self.errors = list(errors)
+        self.gate = threading.Event()
+        self.gate.set()
+        self.calls = 0
+
+    async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
+        self.calls += 1
+        while not self.gate.is_set():  # noqa: ASYNC110  set by another thread
+            await asyncio.sleep(0.01)
+        if self.errors:
+            raise self.errors.pop(0)
+        return await super().score(rows, want)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    return make_corpus(tmp_path / "cache", texts=topics(3, characters=500), shard_positions=300)[0]
+
+
+@pytest.fixture
+def teacher(cache: Cache) -> MoodyTeacher:
+    return MoodyTeacher(teacher_for(cache.corpus("docs")))
+
+
+@contextmanager
+def served(cache: Cache | None, **teachers: FakeTeacher) -> Iterator[str]:
+    with serving_teachers(*(hosted(name, teacher) for name, teacher in teachers.items()), cache=cache) as url:
+        yield f"{url}/v1/corpora/docs/fill"
+
+
+def until(address: str, *states: str) -> dict[str, Any]:
+    deadline = time.monotonic() + 30
+    while (at := httpx.get(address, timeout=30).json())["state"] not in states:
+        assert time.monotonic() < deadline, at
+        time.sleep(0.05)
+    return dict(at)
+
+
+def wait_for(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def refused(reply: httpx.Response, status: int, kind: str) -> str:
+    assert (reply.status_code, reply.json()["kind"]) == (status, kind), reply.text
+    assert "\n" not in reply.json()["detail"]
+    return str(reply.json()["detail"])
+
+
+def test_a_corpus_is_filled_as_prefill_fills_it(cache: Cache, teacher: MoodyTeacher, tmp_path: Path) -> None:
+    corpus = cache.corpus("docs")
+    with served(cache, fake=teacher) as address:
+        assert "PUT" in refused(httpx.get(f"{address}/fake"), 404, "not_found")
+        begun = httpx.put(f"{address}/fake", json=BODY, timeout=30).json()
+        assert (begun["format"], begun["state"], begun["shards"]) == ("1", "running", corpus.num_shards)
+        done = until(f"{address}/fake", "done", "failed")
+    assert done["error"] is None
+    assert done["state"] == "done"
+    assert done["shards_committed"] == corpus.num_shards
+    assert done["positions_scored"] == corpus.num_positions
+    assert done["positions_per_second"] > 0
+    mine = cache.fresh().targets("fake", "docs")
+    assert mine.committed.all()
+    other, same = make_corpus(tmp_path / "other", texts=topics(3, characters=500), shard_positions=300)
+    planned = plan_targets(other, teacher_for(same), fields=FIELDS)
+    planned.make_ranks(Targets.concat([teacher.targets(same.row(row), FIELDS) for row in planned.pilot_rows()]))
+    commit(planned, teacher_for(same), range(same.num_shards))
+    theirs = other.targets("fake", "docs")
+    TargetSetContract().assert_same(mine.read(0, corpus.num_positions), theirs.read(0, corpus.num_positions))
+
+
+def test_a_job_is_stopped_and_goes_on_later(cache: Cache, teacher: MoodyTeacher) -> None:
+    with served(cache, fake=teacher) as address:
+        httpx.put(f"{address}/fake", json=BODY, timeout=30)
+        wait_for(lambda: any(cache.fresh().targets("fake", "docs").committed if cache.teachers("docs") else ()))
+        teacher.gate.clear()
+        stopped = httpx.delete(f"{address}/fake", timeout=30).json()
+        assert stopped["state"] in ("stopped", "done")
+        assert httpx.delete(f"{address}/fake", timeout=30).json()["state"] == stopped["state"]
+        calls = teacher.calls
+        time.sleep(0.2)
+        assert teacher.calls == calls
+        teacher.gate.set()
+        before = int(cache.fresh().targets("fake", "docs").committed.sum())
+        httpx.put(f"{address}/fake", json=BODY, timeout=30)
+        done = until(f"{address}/fake", "done", "failed")
+        assert (done["state"], done["shards_before"]) == ("done", before)
+        assert done["shards_before"] + done["shards_committed"] == done["shards"]
+    assert cache.fresh().targets("fake", "docs").committed.all()
+
+
+def test_there_is_one_job_of_a_corpus_and_a_teacher(cache: Cache, teacher: MoodyTeacher) -> None:
+    teacher.gate.clear()
+    with served(cache, fake=teacher) as address:
+        first = httpx.put(f"{address}/fake", json=BODY, timeout=30).json()
+        again = httpx.put(f"{address}/fake", json=BODY, timeout=30).json()
+        assert (first["state"], again["state"]) == ("running", "running")
+        assert again["seconds"] >= first["seconds"]
+        other = httpx.put(f"{address}/fake", json={"fields": {"k": 5}}, timeout=30)
+        assert "DELETE" in refused(other, 409, "already_exists")
+        fills = httpx.get(f"{address.removesuffix('/v1/corpora/docs/fill')}/v1/fills").json()
+        assert [job["teacher"] for job in fills["fills"]] == ["fake"]
+
+
+def test_a_running_job_ends_with_the_service(cache: Cache, teacher: MoodyTeacher) -> None:
+    teacher.gate.clear()
+    with served(cache, fake=teacher) as address:
+        httpx.put(f"{address}/fake", json=BODY, timeout=30)
+        wait_for(lambda: teacher.calls > 0)
+    calls = teacher.calls
+    teacher.gate.set()
+    time.sleep(0.2)
+    assert teacher.calls == calls
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("claims")]
+
+
+def test_a_busy_teacher_is_asked_again_and_a_broken_one_ends_the_job(cache: Cache) -> None:
+    inner = teacher_for(cache.corpus("docs"))
+    busy = MoodyTeacher(inner, [Overloaded("busy", retry_after=0.01), Overloaded("busy", retry_after=0.01)])
+    broken = MoodyTeacher(inner, [TeacherFailed("the engine answered NaN")])
+    with served(cache, busy=busy, broken=broken) as address:
+        for name in ("busy", "broken"):
+            httpx.put(f"{address}/{name}", json=BODY, timeout=30)
+        done = until(f"{address}/busy", "done", "failed")
+        assert (done["state"], done["refusals"]) == ("done", 2)
+        failed = until(f"{address}/broken", "done", "failed")
+        assert failed["state"] == "failed"
+        assert failed["error"] == {"kind": "teacher_failed", "detail": "the engine answered NaN"}
+        httpx.put(f"{address}/broken", json=BODY, timeout=30)
+        assert until(f"{address}/broken", "done", "failed")["state"] == "done"
+
+
+def test_what_cannot_be_filled_is_refused_before_anything_is_written(cache: Cache) -> None:
+    corpus = cache.corpus("docs")
+    teachers = {"fake": teacher_for(corpus), "stranger": FakeTeacher(fake_identity(vocab_size=256))}
+    with served(cache, **teachers) as address:
+        refused(httpx.put(f"{address}/nobody", json=BODY), 404, "unknown_teacher")
+        refused(httpx.put(f"{address.replace('docs', 'other')}/fake", json=BODY), 404, "unknown_corpus")
+        refused(httpx.put(f"{address}/stranger", json=BODY), 409, "spec_mismatch")
+        refused(httpx.put(f"{address}/fake", json={"fields": {"k": 257}}), 422, "limit_exceeded")
+        bodies: list[Any] = [{"fields": {"q": 1}}, {"encoding": "f8"}, {"batch_tokens": 0}, {"more": 1}, []]
+        for body in bodies:
+            refused(httpx.put(f"{address}/fake", json=body), 422, "invalid_input")
+    assert cache.fresh().teachers("docs") == []
+    with served(None, **teachers) as address:
+        assert "--cache" in refused(httpx.put(f"{address}/fake", json=BODY), 422, "invalid_input")
+
+
+def run_command(url: str, *options: str) -> int:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(["--url", url, "--corpus", "docs", "--teacher", "fake", *options]))
+
+
+def test_the_command_starts_watches_and_sums_up(
+    cache: Cache, teacher: MoodyTeacher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with served(cache, fake=teacher) as address:
+        url = address.removesuffix("/v1/corpora/docs/fill")
+        assert run_command(url, "--top-k", "4", "--entropy") == 0
+        shards = cache.corpus("docs").num_shards
+        assert f"fake on docs: done, {shards} of {shards} shards committed (0 before)" in capsys.readouterr().out
+        assert run_command(url, "--top-k", "4", "--entropy", "--json") == 0
+        assert json.loads(capsys.readouterr().out)["shards_before"] == shards
+        assert run_command(url, "--stop") == 0
+        assert "done" in capsys.readouterr().out
+    assert cache.fresh().targets("fake", "docs").fields == Fields(k=4, entropy=True)
+
+
+def test_the_command_leaves_a_job_behind_and_stops_it(
+    cache: Cache, teacher: MoodyTeacher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher.gate.clear()
+    with served(cache, fake=teacher) as address:
+        url = address.removesuffix("/v1/corpora/docs/fill")
+        assert run_command(url, "--top-k", "4", "--no-watch") == 0
+        assert "running" in capsys.readouterr().out
+        assert run_command(url, "--stop") == 0
+        assert "stopped" in capsys.readouterr().out
+        teacher.gate.set()
+        teacher.errors.append(TeacherFailed("the engine answered NaN"))
+        assert run_command(url, "--top-k", "4") == 1
+        assert "teacher_failed: the engine answered NaN" in capsys.readouterr().out

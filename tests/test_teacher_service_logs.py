@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from cache.errors import InvalidInput
+from teacher_service import logs
+from teacher_service.settings import LogSettings, load_settings
+from tests.fakes import FakeTeacher
+from tests.servers import hosted, serving_teachers
+from tests.test_teacher_service_app import BrokenTeacher, post_json, until
+from tests.test_teacher_service_serve import Serving
+
+ACCESS = "teacher_service.access"
+
+
+@pytest.fixture
+def access(caplog: pytest.LogCaptureFixture) -> Iterator[list[dict[str, Any]]]:
+    """The fields of the access lines as they come."""
+    lines: list[dict[str, Any]] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append({**record.fields, "request_id": logs.request_id.get()})  # type: ignore[attr-defined]
+
+    handler = Collect()
+    with caplog.at_level(logging.INFO, logger=ACCESS):
+        logging.getLogger(ACCESS).addHandler(handler)
+        yield lines
+        logging.getLogger(ACCESS).removeHandler(handler)
+
+
+@pytest.fixture
+def configured() -> Iterator[Any]:
+    """`logs.configure`, taken back at the end."""
+    root = logging.getLogger()
+    before, level, httpx_level = root.handlers[:], root.level, logging.getLogger("httpx").level
+    yield logs.configure
+    root.handlers[:] = before
+    root.setLevel(level)
+    logging.getLogger("httpx").setLevel(httpx_level)
+
+
+def test_json_lines_are_one_object_each(configured: Any) -> None:
+    stream = io.StringIO()
+    # pytest's own handlers stay out of it: `force` would close them.
+    logging.getLogger().handlers[:] = []
+    configured(LogSettings(format="json", level="info"), stream)
+    within = logs.request_id.set("abc")
+    try:
+        raise ValueError("two\nlines")
+    except ValueError:
+        logging.getLogger("x").exception("it %s\n\x1b[31m", "failed")
+    logs.request_id.reset(within)
+    logging.getLogger("x").info("told", extra={"fields": {"rows": 3}})
+    logging.getLogger("x").debug("not told")
+    first, second = (json.loads(line) for line in stream.getvalue().splitlines())
+    assert (first["level"], first["logger"], first["request_id"]) == ("error", "x", "abc")
+    assert first["message"] == "it failed\n\x1b[31m"
+    assert "ValueError: two" in first["exception"]
+    assert (second["message"], second["rows"], "request_id" in second) == ("told", 3, False)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", second["time"])
+
+
+def test_text_lines_show_control_characters_instead_of_obeying_them() -> None:
+    record = logging.LogRecord("x", logging.WARNING, "", 0, "GET /a\nb\x1b[31m", (), None)
+    record.fields = {"status": 404, "caller": ""}
+    line = logs.TextLines().format(record)
+    assert line.endswith(r"WARNING x: GET /a\x0ab\x1b[31m status=404")
+
+
+@pytest.mark.parametrize("given", ["a", "x" * 64, "4bf92f35-77b3.4da6_a3ce"])
+def test_a_request_keeps_a_good_id(given: str) -> None:
+    assert logs.choose_request_id(given) == given
+
+
+@pytest.mark.parametrize("given", [None, "", "x" * 65, "a b", "a\n", "ä", '"', "a;b"])
+def test_a_bad_id_is_replaced_by_a_fresh_one(given: str | None) -> None:
+    chosen = {logs.choose_request_id(given) for _ in range(50)}
+    assert len(chosen) == 50
+    assert all(re.fullmatch("[0-9a-f]{16}", each) for each in chosen)
+
+
+def test_every_answer_carries_its_id_also_errors_and_bugs() -> None:
+    teachers = (hosted("smol", FakeTeacher()), hosted("bug", BrokenTeacher(RuntimeError("inside"))))
+    with serving_teachers(*teachers) as url:
+        for path, status in (("/healthz", 200), ("/nowhere", 404), ("/v1/teachers/nobody", 404), ("/", 200)):
+            reply = httpx.get(f"{url}{path}", headers={"x-request-id": "mine-1"})
+            assert (reply.status_code, reply.headers["x-request-id"]) == (status, "mine-1")
+        assert len(httpx.get(f"{url}/healthz").headers["x-request-id"]) == 16
+        reply = post_json(url, {"rows": [[1]]}, name="bug", **{"x-request-id": "mine-2"})
+        assert (reply.status_code, reply.headers["x-request-id"]) == (500, "mine-2")
+        assert 'route="/v1/teachers/{name}/score",status="500"' in httpx.get(f"{url}/metrics").text
+
+
+def test_a_request_leaves_one_line(access: list[dict[str, Any]]) -> None:
+    with serving_teachers(hosted("smol", FakeTeacher())) as url:
+        access.clear()
+        post_json(url, {"rows": [[1, 2, 3], [4]]}, **{"x-request-id": "mine"})
+        httpx.request("PROPFIND", f"{url}/secret-path")
+        until(lambda: len(access) == 2)
+    scored, unusual = access
+    assert scored.pop("ms") > 0
+    assert scored == {
+        "method": "POST",
+        "route": "/v1/teachers/{name}/score",
+        "status": 200,
+        "rows": 2,
+        "tokens": 4,
+        "caller": "",
+        "request_id": "mine",
+    }
+    assert (unusual["method"], unusual["route"], unusual["status"]) == ("other", "unmatched", 404)
+
+
+def test_requests_at_the_same_time_keep_their_ids_apart(access: list[dict[str, Any]]) -> None:
+    async def ask(url: str) -> None:
+        async with httpx.AsyncClient() as client:
+            posts = (
+                client.post(
+                    f"{url}/v1/teachers/smol/score",
+                    json={"rows": [[1] * (i + 1)]},
+                    headers={"x-request-id": f"r{i}"},
+                )
+                for i in range(20)
+            )
+            await asyncio.gather(*posts)
+
+    with serving_teachers(hosted("smol", FakeTeacher())) as url:
+        access.clear()
+        asyncio.run(ask(url))
+    assert {line["request_id"]: line["tokens"] for line in access} == {f"r{i}": i + 1 for i in range(20)}
+
+
+def test_a_failure_inside_is_logged_under_the_id_of_its_request(caplog: pytest.LogCaptureFixture) -> None:
+    ids: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.exc_info:
+                ids.append(json.loads(logs.JsonLines().format(record))["request_id"])
+
+    handler = Collect()
+    logging.getLogger().addHandler(handler)
+    with serving_teachers(hosted("bug", BrokenTeacher(RuntimeError("inside")))) as url:
+        post_json(url, {"rows": [[1]]}, name="bug", **{"x-request-id": "mine"})
+        until(lambda: bool(ids))
+    logging.getLogger().removeHandler(handler)
+    assert set(ids) == {"mine"}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('[logs]\nformat = "xml"', ["logs.format is 'xml'", "'text' or 'json'"]),
+        ('[logs]\nlevel = "loud"', ["logs.level is 'loud'"]),
+        ("[logs]\ncolour = true", ["logs.colour", "known are format, level"]),
+        (
+            '[tracing]\nendpoint = "collector:4318"',
+            ["tracing.endpoint is 'collector:4318'", "http://collector:4318/v1/traces"],
+        ),
+    ],
+)
+def test_bad_settings_are_one_line_that_names_them(tmp_path: Path, text: str, words: list[str]) -> None:
+    (tmp_path / "serve.toml").write_text(text)
+    with pytest.raises(InvalidInput) as caught:
+        load_settings(tmp_path / "serve.toml", command_line={"teachers": [{"name": "a", "model": "m"}]}, environment={})
+    assert all(word in caught.value.detail for word in words), caught.value.detail
+
+
+def test_a_served_process_logs_json_to_stderr(tmp_path: Path) -> None:
+    config = tmp_path / "serve.toml"
+    config.write_text('[logs]\nformat = "json"\nlevel = "info"\n')
+    with serving_teachers(hosted("deep", FakeTeacher())) as behind:
+        served = Serving(str(config), "--teacher", f"smol={behind}#deep")
+        httpx.get(f"{served.url}/healthz", headers={"x-request-id": "mine"})
+        status, stderr = served.stop()
+    lines = [json.loads(line) for line in stderr.splitlines()]
+    (line,) = (line for line in lines if line.get("route") == "/healthz")
+    assert (status, line["request_id"], line["status"], line["level"]) == (0, "mine", 200, "info")
+    assert all({"time", "level", "logger", "message"} <= set(line) for line in lines)

@@ -1,0 +1,271 @@
+"""The pool of one engine: what becomes of calls when it dies or is wedged. The engines here are real processes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cache import Cache, Fields
+from cache.cached import KeepPolicy
+from cache.entry_points import open_teacher
+from cache.errors import InvalidInput, LimitExceeded, TeacherFailed, Unavailable
+from cache.types import JSON, Teacher
+from teacher_service.engine_health import Watched
+from teacher_service.hosted import HostedTeacher, Keep
+from teacher_service.replica_settings import AutoscaleSettings
+from teacher_service.replicas import LocalPool, OpenTeacher, Watch
+from teacher_service.vllm_teacher import VllmTeacher
+from tests.contracts import rows
+from tests.fakes import FakeTeacher, fake_identity
+from tests.process_teacher import DEADLY, ProcessTeacher, opens_process_teacher
+from tests.servers import opens
+from tests.waiting import eventually
+
+QUICK = Watch(wedged_seconds=0.5, check_seconds=0.02, pause_seconds=0.02)
+PATIENT = Watch(wedged_seconds=60.0, check_seconds=0.02, pause_seconds=0.02)
+
+
+def is_running(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.parametrize(("number", "watch"), [(signal.SIGKILL, PATIENT), (signal.SIGSTOP, QUICK)])
+async def test_rows_in_flight_are_scored_by_a_fresh_engine(number: signal.Signals, watch: Watch) -> None:
+    engines: list[ProcessTeacher] = []
+    async with LocalPool.open(opens_process_teacher(tokens_per_second=200.0, opened=engines.append), watch) as pool:
+        await pool.score(rows(3), Fields(k=4))
+        asked = rows(9, 4, 21)
+        calls = [asyncio.create_task(pool.score([row], Fields(k=4))) for row in asked]
+        await eventually(lambda: pool.status.each[0].tokens_waiting == 34)
+        os.kill(engines[0].pid, number)
+        answers = [answer for call in calls for answer in await call]
+        for row, answer in zip(asked, answers, strict=True):
+            np.testing.assert_array_equal(answer.ids, FakeTeacher().distribution(row, 4).ids)
+        assert len(engines) == 2
+        assert not is_running(engines[0].pid)
+        assert pool.state == "ready"
+        assert pool.failure == ""
+        assert pool.status.each[0].tokens_scored == 37
+
+
+async def test_an_engine_that_dies_while_nothing_waits_is_noticed_and_replaced() -> None:
+    engines: list[ProcessTeacher] = []
+    hosted = HostedTeacher(
+        "smol",
+        opens_process_teacher(opened=engines.append),
+        open_pool=lambda open_teacher: LocalPool.open(open_teacher, PATIENT),
+    )
+    hosted.start()
+    await hosted.settled()
+    states = [hosted.state]
+    os.kill(engines[0].pid, signal.SIGKILL)
+
+    def back_again() -> bool:
+        if hosted.state != states[-1]:
+            states.append(hosted.state)
+        return len(engines) == 2 and hosted.state == "ready"
+
+    await eventually(back_again)
+    assert states == ["ready", "starting", "ready"]
+    assert len(await hosted.front(store=True).score(rows(5), Fields(k=4))) == 1
+    await hosted.stop()
+
+
+async def test_rows_that_an_engine_dies_of_cost_two_engines_and_not_more() -> None:
+    engines: list[ProcessTeacher] = []
+    async with LocalPool.open(opens_process_teacher(opened=engines.append), PATIENT) as pool:
+        deadly = np.array([DEADLY, 1, 2], dtype=np.uint32)
+        with pytest.raises(TeacherFailed, match="two engines were lost while they scored these rows"):
+            await pool.score([deadly], Fields(k=4))
+        await pool.score(rows(5), Fields(k=4))
+        assert len(engines) == 3
+
+
+async def test_an_engine_is_not_wedged_while_it_answers_or_has_nothing_to_do() -> None:
+    engines: list[ProcessTeacher] = []
+    async with LocalPool.open(opens_process_teacher(tokens_per_second=100.0, opened=engines.append), QUICK) as pool:
+        begin = time.monotonic()
+        calls = [pool.score(rows(20), Fields(k=4)) for _ in range(6)]
+        await asyncio.gather(*calls)
+        assert time.monotonic() - begin > 2 * QUICK.wedged_seconds
+        await asyncio.sleep(1.5 * QUICK.wedged_seconds)
+        await pool.score(rows(5), Fields(k=4))
+        assert len(engines) == 1
+
+
+async def test_a_teacher_without_an_engine_of_ours_may_take_its_time() -> None:
+    slow = FakeTeacher(tokens_per_second=10.0)
+    assert not isinstance(slow, Watched)
+    async with LocalPool.open(opens(slow), QUICK) as pool:
+        assert len(await pool.score(rows(10), Fields(k=4))) == 1
+
+
+async def test_a_caller_that_leaves_takes_nobody_with_it() -> None:
+    async with LocalPool.open(opens_process_teacher(tokens_per_second=100.0), PATIENT) as pool:
+        leaving = asyncio.create_task(pool.score(rows(10), Fields(k=4)))
+        staying = asyncio.create_task(pool.score(rows(12), Fields(k=4)))
+        await eventually(lambda: pool.status.each[0].tokens_waiting == 22)
+        leaving.cancel()
+        await eventually(lambda: pool.status.each[0].tokens_waiting == 12)
+        assert len(await staying) == 1
+
+
+def breaking(engines: list[ProcessTeacher], broken: list[Exception]) -> OpenTeacher:
+    """Opens a real engine while `broken` is empty, else raises what is in there."""
+
+    @asynccontextmanager
+    async def open_it() -> AsyncIterator[Teacher]:
+        if broken:
+            raise broken[0]
+        async with opens_process_teacher(opened=engines.append)() as teacher:
+            yield teacher
+
+    return open_it
+
+
+async def test_starts_that_fail_again_and_again_are_a_failed_teacher_until_one_works() -> None:
+    engines: list[ProcessTeacher] = []
+    broken: list[Exception] = []
+    async with LocalPool.open(breaking(engines, broken), PATIENT) as pool:
+        broken.append(OSError("no memory left"))
+        os.kill(engines[0].pid, signal.SIGKILL)
+        await eventually(lambda: pool.state == "failed")
+        assert pool.failure == "OSError: no memory left"
+        assert pool.status.replicas == 0
+        with pytest.raises(TeacherFailed, match="does not start any more: OSError: no memory left"):
+            await pool.score(rows(5), Fields(k=4))
+        broken.clear()
+        await eventually(lambda: pool.state == "ready")
+        assert len(await pool.score(rows(5), Fields(k=4))) == 1
+
+
+async def test_the_first_start_is_tried_once() -> None:
+    broken: list[Exception] = [InvalidInput("no such model")]
+    with pytest.raises(InvalidInput, match="no such model"):
+        async with LocalPool.open(breaking([], broken), PATIENT):
+            pytest.fail("it opened")
+
+
+async def test_another_model_under_the_same_name_is_not_taken_for_the_teacher() -> None:
+    teachers = [FakeTeacher(), FakeTeacher(fake_identity(model="other"))]
+
+    class Dying(FakeTeacher):
+        failure = ""
+        progress = 0
+
+    first = Dying()
+    teachers[0] = first
+
+    @asynccontextmanager
+    async def open_next() -> AsyncIterator[Teacher]:
+        yield teachers[0]
+
+    async with LocalPool.open(open_next, PATIENT) as pool:
+        teachers.pop(0)
+        first.failure = "it ended"
+        await eventually(lambda: pool.state == "failed")
+        assert "another one: model: 'fake' != 'other'" in pool.failure
+
+
+async def test_what_is_kept_is_answered_while_there_is_no_engine(tmp_path: Path) -> None:
+    engines: list[ProcessTeacher] = []
+    broken: list[Exception] = []
+    keep = Keep(Cache.open(tmp_path / "cache", mode="r+"), KeepPolicy(k=8))
+    hosted = HostedTeacher(
+        "smol",
+        breaking(engines, broken),
+        keep,
+        open_pool=lambda open_teacher: LocalPool.open(open_teacher, PATIENT),
+    )
+    hosted.start()
+    await hosted.settled()
+    known, new = rows(9), rows(11)
+    await hosted.front(store=True).score(known, Fields(k=4))
+    broken.append(OSError("no memory left"))
+    os.kill(engines[0].pid, signal.SIGKILL)
+    await eventually(lambda: hosted.state == "failed")
+    assert hosted.failure == "OSError: no memory left"
+    assert len(await hosted.front(store=True).score(known, Fields(k=4))) == 1
+    with pytest.raises(TeacherFailed):
+        await hosted.front(store=True).score(new, Fields(k=4))
+    await hosted.stop()
+
+
+async def test_calls_that_wait_for_an_engine_end_with_the_pool() -> None:
+    engines: list[ProcessTeacher] = []
+    broken: list[Exception] = []
+    patient = Watch(check_seconds=0.02, pause_seconds=60.0)
+    async with LocalPool.open(breaking(engines, broken), patient) as pool:
+        broken.append(OSError("no memory left"))
+        os.kill(engines[0].pid, signal.SIGKILL)
+        await eventually(lambda: pool.failure.startswith("OSError"))
+        waiting = asyncio.create_task(pool.score(rows(5), Fields(k=4)))
+        await asyncio.sleep(0)
+    with pytest.raises(Unavailable, match="closed"):
+        await waiting
+
+
+async def test_there_is_exactly_one() -> None:
+    async with LocalPool.open(opens(FakeTeacher())) as pool:
+        assert (await pool.scale(1)).replicas == 1
+        assert (await pool.autoscale(None)).target == 1
+        with pytest.raises(LimitExceeded, match="more replicas need Ray"):
+            await pool.scale(2)
+        with pytest.raises(LimitExceeded, match="more replicas need Ray"):
+            await pool.autoscale(AutoscaleSettings(max=3, tokens_per_replica=100))
+
+
+async def test_a_drained_teacher_takes_no_more_calls_and_lets_those_in_flight_end() -> None:
+    hosted = HostedTeacher("smol", opens(FakeTeacher(tokens_per_second=100.0)))
+    hosted.start()
+    await hosted.settled()
+    call = asyncio.create_task(hosted.front(store=True).score(rows(20), Fields(k=4)))
+    await asyncio.sleep(0)
+    draining = asyncio.create_task(hosted.drain())
+    await eventually(lambda: hosted.state == "draining")
+    with pytest.raises(Unavailable, match="being removed"):
+        hosted.front(store=True)
+    await draining
+    assert call.done()
+    assert len(await call) == 1
+    await hosted.stop()
+
+
+def engine_processes() -> set[int]:
+    """vLLM's engines that this process has started in processes of their own."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == os.getpid() and b"EngineCore" in (folder / "cmdline").read_bytes():
+                found.add(int(folder.name))
+        except OSError:
+            continue  # gone meanwhile
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+async def test_a_real_engine_is_replaced(vllm_teacher: VllmTeacher, tiny_llama: Path, number: signal.Signals) -> None:
+    before = engine_processes()
+    options: dict[str, JSON] = {"dtype": "float32", "max_batch_tokens": 64}
+    opens_vllm = partial(open_teacher, str(tiny_llama), options=options)
+    async with LocalPool.open(opens_vllm, Watch(wedged_seconds=10.0, check_seconds=0.2)) as pool:
+        asked = rows(30, 120, 7)
+        await pool.score(asked, Fields(k=4))
+        (engine,) = engine_processes() - before
+        os.kill(engine, number)
+        answers = await pool.score(asked, Fields(k=4))
+        assert engine not in engine_processes()
+        for answer, expected in zip(answers, await vllm_teacher.score(asked, Fields(k=4)), strict=True):
+            np.testing.assert_allclose(answer.logprobs, expected.logprobs, atol=1e-4)
+    assert engine_processes() == before
