@@ -28,7 +28,7 @@ format: setup
 
 # Every figure of the README; each script can be run alone. One of them reads what the demo leaves behind.
 bench: demo/report.json
-	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+	for script in benchmarks/bench_*.py; do $(BIN)/python -m benchmarks.$$(basename $$script .py) || exit 1; done
 
 demo/report.json:
 	$(MAKE) demo

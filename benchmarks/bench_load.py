@@ -9,7 +9,7 @@ Every hit is compared with the targets in the cache, and every miss with a plain
 hit is not answered or wrong, a miss is answered wrong, fails without `Retry-After`, or fewer than 95 % of the
 misses are answered.
 
-    python -m benchmarks.load_service [--minutes 10] [--clients 200] [--hits 0.8] [--kill-minutes 4]
+    python -m benchmarks.bench_load [--minutes 10] [--clients 200] [--hits 0.8] [--kill-minutes 4]
 """
 
 from __future__ import annotations
