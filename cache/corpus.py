@@ -9,6 +9,7 @@ Shape legend:  P positions, R rows, S shards.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +30,7 @@ from cache.types import JSON, Tokens
 
 # Row starts are read by pages of this many, which is how they are cut on disk.
 _PAGE_ROWS = 4096
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -328,6 +330,10 @@ def _spec_from_json(path: str, seal: dict[str, Any]) -> CorpusSpec:
     texts = (spec.data, spec.fingerprint, spec.tokenizer_sha256)
     if not all(isinstance(text, str) for text in texts) or not is_name(spec.data):
         raise FormatError(f"{path}/zarr.json has impossible names: {json.dumps(texts)}")
+    if not _SHA256.fullmatch(spec.tokenizer_sha256):
+        raise FormatError(
+            f"{path}/zarr.json has the tokenizer_sha256 {spec.tokenizer_sha256[:80]!r}, which is no sha256"
+        )
     if type(spec.max_token_id) is not int:
         raise FormatError(f"{path}/zarr.json has impossible counts: max_token_id {spec.max_token_id!r}")
     return spec

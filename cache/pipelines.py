@@ -95,7 +95,11 @@ def open_array(store: Any, path: str, pipeline: str) -> zarr.Array[Any]:
 def _open(store: Store, path: str, settings: dict[str, Any]) -> zarr.Array[Any]:
     register_codec("blosc", BoundedBlosc)
     with zarr.config.set(settings):
-        return zarr.open_array(store, path=path, mode="r", zarr_format=3)
+        array = zarr.open_array(store, path=path, mode="r", zarr_format=3)
+    grids = [array.chunks] if array.shards is None else [array.chunks, array.shards]
+    if any(length < 1 for grid in grids for length in grid):
+        raise ValueError(f"its chunk grid is {grids[-1]}; a chunk has at least one entry along every axis")
+    return array
 
 
 class BoundedBlosc(BloscCodec):
@@ -161,7 +165,7 @@ class EncodedChunks:
         if coordinates not in self._indexes:
             rows, columns = (*self._per_object, 1)[:2]
             length = rows * columns * 16
-            data = os.pread(file, length, max(size - length - 4, 0))
+            data = os.pread(file, length, size - length - 4) if length + 4 <= size else b""
             if len(data) != length:
                 raise CorruptSegment(f"{self._folder} is cut short: chunk {coordinates} has no index")
             self._indexes[coordinates] = np.frombuffer(data, "<u8").reshape(rows, columns, 2)
