@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import random
 import signal
 import socket
@@ -277,7 +276,7 @@ def main() -> int:
             load = Load(url, service.pid, [corpus.row(i) for i in rows], expected, args.hits, ends, seen)
             asyncio.run(run_load(load, args))
         finally:
-            os.killpg(service.pid, signal.SIGTERM)
+            service.send_signal(signal.SIGTERM)
             service.wait(timeout=120)
         good = report(seen, check_misses(seen, model))
     return 0 if good else 1

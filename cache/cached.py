@@ -19,12 +19,13 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
 from cache.cache import Cache
-from cache.errors import InvalidInput, PotstillError, TeacherFailed, Unavailable
+from cache.errors import DeadlineExceeded, InvalidInput, LimitExceeded, PotstillError, TeacherFailed, Unavailable
 from cache.journal import Journal, JournalPolicy
 from cache.journal_segment import JournalRow
 from cache.keys import row_key
 from cache.known_targets import KnownTargets
 from cache.types import Fields, Provenance, Targets, Teacher, TeacherIdentity, TeacherLimits, Tokens
+from cache.waits import waits
 
 _LOG = logging.getLogger(__name__)
 
@@ -115,6 +116,7 @@ class CachedTeacher:
         self._policy = policy
         self._in_flight: dict[bytes, list[_Batch]] = {}
         self._looks: set[_Look] = set()
+        self._closing = False
         self._journal = Journal(cache.root, name, inner.identity, policy.journal(), self._trouble)
         self._known = KnownTargets(cache, name, inner.identity, self._trouble)
         self._losses = self._journal.losses
@@ -178,18 +180,36 @@ class CachedTeacher:
             return await self._score_beyond(rows, keys, want)
         found = await self._look(keys, want)
         missing = {key: row for key, row, targets in zip(keys, rows, found, strict=True) if targets is None}
-        batches, misses = self._join_or_score(missing, want)
-        self._count(hits=len(rows) - found.count(None), misses=misses, rows=len(rows))
-        answers = await self._wait_for(batches)
+        batches, mine = self._join_or_score(missing, want)
+        self._count(hits=len(rows) - found.count(None), misses=_num_rows(mine), rows=len(rows))
+        answers = await self._wait_for(batches, mine)
+        answers |= await self._score_refused({key: missing[key] for key in missing if key not in answers}, want)
         return [
             (targets if targets is not None else answers[key]).prefix(want.k)
             for key, targets in zip(keys, found, strict=True)
         ]
 
+    async def _score_refused(self, left: dict[bytes, Tokens], want: Fields) -> dict[bytes, Targets]:
+        """Answers for rows that were refused to another caller: once more together with others, then alone."""
+        answers: dict[bytes, Targets] = {}
+        for join in (True, False):
+            if not left:
+                break
+            found = await self._look(list(left), want)
+            answers |= {key: targets for key, targets in zip(left, found, strict=True) if targets is not None}
+            left = {key: row for key, row in left.items() if key not in answers}
+            batches, mine = self._join_or_score(left, want, join=join)
+            self._count(hits=0, misses=_num_rows(mine), rows=0)  # until now they counted as joined
+            answers |= await self._wait_for(batches, mine)
+            left = {key: row for key, row in left.items() if key not in answers}
+        return answers
+
     async def _score_beyond(self, rows: Sequence[Tokens], keys: list[bytes], want: Fields) -> list[Targets]:
         """The same with more than the top-k: from corpora, or from the teacher behind as it answers."""
         found = await asyncio.to_thread(self._known.find, keys, want)
         missing = [row for row, targets in zip(rows, found, strict=True) if targets is None]
+        if missing:
+            waits()
         scored = iter(await self.inner.score(missing, want) if missing else [])
         self._count(hits=len(rows) - len(missing), misses=len(missing), rows=len(rows))
         return [targets if targets is not None else next(scored) for targets in found]
@@ -211,37 +231,54 @@ class CachedTeacher:
         joined = old.joined + rows - hits - misses
         self.counters = CacheCounters(hits=old.hits + hits, misses=old.misses + misses, joined=joined)
 
-    def _join_or_score(self, missing: dict[bytes, Tokens], want: Fields) -> tuple[dict[bytes, _Batch], int]:
-        """The batch that scores each missing row, and how many of the rows nobody scored yet."""
+    def _join_or_score(
+        self, missing: dict[bytes, Tokens], want: Fields, *, join: bool = True
+    ) -> tuple[dict[bytes, _Batch], _Batch | None]:
+        """The batch that scores each missing row, and the one of them with the rows that nobody scored yet."""
         limit = min(self.identity.vocab_size, self.limits.max_top_k or self.identity.vocab_size)
         keep = replace(want, k=max(want.k, min(self._policy.k, limit)))
-        batches = {key: batch for key in missing if (batch := self._joinable(key, keep.k)) is not None}
+        batches = {key: batch for key in missing if join and (batch := self._joinable(key, keep.k)) is not None}
         mine = {key: row for key, row in missing.items() if key not in batches}
+        batch = None
         if mine:
             batch = _Batch(keep, mine, asyncio.get_running_loop().create_future())
             for key in mine:
                 self._in_flight.setdefault(key, []).append(batch)
                 batches[key] = batch
             batch.task = asyncio.create_task(self._score_batch(batch))
-        return batches, len(mine)
+        return batches, batch
 
     def _joinable(self, key: bytes, k: int) -> _Batch | None:
         """Of the batches that score this row with enough entries, the one with the fewest: as the journal will."""
         enough = (batch for batch in self._in_flight.get(key, ()) if batch.keep.k >= k and not batch.dropped)
         return min(enough, key=lambda batch: batch.keep.k, default=None)
 
-    async def _wait_for(self, batches: dict[bytes, _Batch]) -> dict[bytes, Targets]:
-        """The answers by key. A caller that leaves fails nobody; a batch that nobody waits for is dropped."""
+    async def _wait_for(self, batches: dict[bytes, _Batch], mine: _Batch | None = None) -> dict[bytes, Targets]:
+        """The answers by key. A caller that leaves fails nobody; a batch that nobody waits for is dropped.
+
+        Rows that were only joined are left out when they were refused for the sake of who asked first.
+        """
         different = list(dict.fromkeys(batches.values()))
+        answers: dict[bytes, Targets] = {}
+        if different:
+            waits()
         for batch in different:
             batch.waiters += 1
         try:
-            return {key: (await asyncio.shield(batch.answers))[key] for key, batch in batches.items()}
+            for batch in different:
+                try:
+                    scored = await asyncio.shield(batch.answers)
+                except PotstillError as error:
+                    if batch is mine or self._closing or not _of_caller(error):
+                        raise
+                    continue
+                answers |= {key: scored[key] for key, its in batches.items() if its is batch}
         finally:
             for batch in different:
                 batch.waiters -= 1
                 if not batch.waiters and batch.task is not None:
                     batch.task.cancel()
+        return answers
 
     async def _score_batch(self, batch: _Batch) -> None:
         try:
@@ -318,6 +355,7 @@ class CachedTeacher:
             _LOG.warning("teacher %s: %s", self._name, error.detail)
 
     async def _finish(self) -> None:
+        self._closing = True
         batches = {batch for waiting in self._in_flight.values() for batch in waiting}
         tasks = [batch.task for batch in batches if batch.task is not None]
         for task in tasks:
@@ -325,3 +363,12 @@ class CachedTeacher:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._flush()
         await asyncio.to_thread(self._journal.close)
+
+
+def _num_rows(batch: _Batch | None) -> int:
+    return 0 if batch is None else len(batch.rows)
+
+
+def _of_caller(error: PotstillError) -> bool:
+    """Whether another caller might not be refused: its place in the queue, quota and deadline are others."""
+    return error.retryable or isinstance(error, DeadlineExceeded | LimitExceeded)

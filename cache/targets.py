@@ -128,7 +128,8 @@ class TargetSet:
         sets = [each for each in self.sets if each.spec.fields.k]
         if not sets:
             raise UnsupportedField(
-                f"teacher {self.teacher!r} has no top-k for corpus {self.corpus.name!r}; run `potstill prefill` for it"
+                f"teacher {self.teacher!r} has no top-k for corpus {self.corpus.name!r}; "
+                "run `potstill prefill` or `fill` for it"
             )
         return TargetSet(self.teacher, self.corpus, sets)
 

@@ -6,6 +6,7 @@ Logprobs are natural logs of the full-vocabulary softmax at temperature 1.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, TypeAlias, cast
@@ -124,7 +125,7 @@ class Fields:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise InvalidInput(f"fields.seed is {self.seed!r}; it must be a whole number in [0, 2**63)")
         for t in self.temperatures:
-            if not isinstance(t, float | int) or isinstance(t, bool) or not 0 < t < float("inf"):
+            if not isinstance(t, float | int) or isinstance(t, bool) or not 0 < t <= sys.float_info.max:
                 raise InvalidInput(f"fields.temperatures has {t!r}; each must be a positive number")
         for name in ("entropy", "dense"):
             if not isinstance(getattr(self, name), bool):

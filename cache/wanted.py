@@ -38,7 +38,8 @@ def wanted_fields(held: Fields, k: int | None, fields: Fields | None, who: str) 
         problems.append(f"temperatures {want.temperatures} were asked for, {held.temperatures or 'none'} are kept")
     problems += [f"{name} is not kept" for name in ("entropy", "dense") if getattr(want, name) > getattr(held, name)]
     if problems:
-        raise UnsupportedField(f"{who}: {'; '.join(problems)}; ask for what is kept, or add it with `potstill prefill`")
+        way_out = "ask for what is kept, or add it with `potstill prefill` or `fill`"
+        raise UnsupportedField(f"{who}: {'; '.join(problems)}; {way_out}")
     return want
 
 
@@ -71,7 +72,7 @@ def named_fields(held: Fields, names: Sequence[str] | None, k: int | None, who: 
     if missing:
         raise UnsupportedField(
             f"{who}: {', '.join(missing)} is not kept, {', '.join(names_of(held))} is; "
-            "ask for what is kept, or add it with `potstill prefill`"
+            "ask for what is kept, or add it with `potstill prefill` or `fill`"
         )
     chosen: dict[str, Any] = {
         attribute: getattr(held, attribute) if name in names else type(getattr(held, attribute))()

@@ -1,4 +1,4 @@
-"""Talking to a Potstill service: `HttpTeacher`, its form for threads, and the `potstill` command.
+"""Talking to a Potstill service: `HttpTeacher`, its form for threads, `HttpCache`, and the `potstill` command.
 
 `import clients` is fast: httpx and pyarrow are imported when a name that needs them is first used.
 """
@@ -8,10 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from clients.http_targets import HttpCache
     from clients.http_teacher import HttpTeacher, SyncHttpTeacher
     from clients.retry import RetryPolicy
 
-__all__ = ["HttpTeacher", "RetryPolicy", "SyncHttpTeacher"]
+__all__ = ["HttpCache", "HttpTeacher", "RetryPolicy", "SyncHttpTeacher"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,6 +20,10 @@ def __getattr__(name: str) -> Any:
         from clients import retry  # noqa: PLC0415  only when it is used
 
         return retry.RetryPolicy
+    if name == "HttpCache":
+        from clients import http_targets  # noqa: PLC0415  the same
+
+        return http_targets.HttpCache
     if name in __all__:
         from clients import http_teacher  # noqa: PLC0415  the same
 

@@ -101,10 +101,18 @@ class HttpCorpus(Corpus):
         raise UnsupportedField(f"corpus {self.name!r} is behind {self._reads.url}; run `potstill verify` there")
 
     def _rows(self, rows: Sequence[int]) -> Iterator[Tokens]:
-        body = write_row_numbers(rows)
-        with self._reads.stream(f"{corpus_route(self.name)}/rows", body=body) as reader:
+        lengths = np.diff(self.spans(rows), axis=1)[:, 0].tolist()
+        route, body = f"{corpus_route(self.name)}/rows", write_row_numbers(rows)
+        with self._reads.stream(route, body=body) as reader:
             require_corpus(reader.head, self.fingerprint, self._reads.url)
-            yield from reader.array()
+            if reader.head.batches != len(rows):
+                raise TeacherFailed(f"{self._reads.url}{route} promised {reader.head.batches} rows for {len(rows)}")
+            for length, tokens in zip(lengths, reader.array(), strict=True):
+                if tokens.shape != (length,):
+                    raise TeacherFailed(
+                        f"{self._reads.url}{route} gave tokens of shape {tokens.shape} for a row of {length}"
+                    )
+                yield tokens
 
 
 class _HttpArrays:
@@ -184,6 +192,8 @@ def read_array(reads: Reads, route: str, start: int, stop: int, fingerprint: str
                     parts.append(part)
                     at += len(part)
                     patience.got_on()
+            if not parts:
+                raise TeacherFailed(f"{reads.url}{route} gave nothing at all for {at} to {end}")
         except Refusal as refusal:
             patience.wait(refusal)
     return parts[0] if len(parts) == 1 else np.concatenate(parts)

@@ -14,6 +14,8 @@ from contextlib import asynccontextmanager
 from typing import Any, Self, TypeVar, cast
 from urllib.parse import quote
 
+import numpy as np
+
 from cache import wire
 from cache.errors import FormatError, InvalidInput, SpecMismatch, TeacherFailed, Unavailable, WireVersionError
 from cache.fields import check_fields
@@ -111,11 +113,14 @@ class HttpTeacher:
         """One `Targets` per row, in order; see `cache.types.Teacher`.
 
         Raises:
+            InvalidInput: a row that is not a list of token ids.
             SpecMismatch: the service now has another teacher under this name.
             DeadlineExceeded: not within the timeout. Unavailable, Overloaded: still so after all retries.
             TeacherFailed: an answer that does not fit the question. WireVersionError: of another version.
             PotstillError: whatever else the service refused with, as the same class.
         """
+        for index, row in enumerate(rows):
+            _check_row(index, row)
         deadline = asyncio.get_running_loop().time() + self._connection.timeout
         budget = min(self._request_tokens, max(1, _ANSWER_BYTES // _bytes_per_position(want, self._identity)))
         requests = [asyncio.create_task(self._request(part, want, deadline)) for part in split_rows(rows, budget)]
@@ -177,6 +182,15 @@ def split_rows(rows: Sequence[Tokens], request_tokens: int) -> Iterator[Sequence
         held += len(row)
     if start < len(rows):
         yield rows[start:]
+
+
+def _check_row(index: int, row: Tokens) -> None:
+    """Refuse what would be turned into other ids on its way: 1.5 into 1, -1 into 4294967295."""
+    ids = np.asarray(row)
+    if ids.ndim != 1 or (len(ids) and ids.dtype.kind not in "iu"):
+        raise InvalidInput(f"row {index} is {ids.dtype} of {ids.ndim} dimensions; it must be a list of token ids")
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < 2**32:
+        raise InvalidInput(f"row {index} has ids from {ids.min()} to {ids.max()}; a token id is in [0, 2**32)")
 
 
 def _table(description: Mapping[str, Any], key: str) -> Mapping[str, Any]:

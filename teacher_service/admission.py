@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from cache.errors import DeadlineExceeded, LimitExceeded, PotstillError
 from cache.types import Fields, Provenance, Targets, TeacherIdentity, TeacherLimits, Tokens
+from cache.waits import on_wait, waits
 from teacher_service.auth import Caller, current_caller
 from teacher_service.engine_queue import EngineQueue
 from teacher_service.fair_queue import Call, Turn
@@ -53,11 +54,17 @@ class Admission:
         self._answers = self._bound(limits.max_answer_bytes_in_flight, "bytes of answers", "answers")
 
     def _bound(self, limit: int, what: str, reason: str) -> SharedBound:
-        return SharedBound(limit, what, reason=reason, refusals=self.refusals)
+        # A request's place is given back before its rows wait for an engine, so that no engine's speed tells when.
+        after = (lambda: None) if reason == "requests" else self._retry_after
+        return SharedBound(limit, what, reason=reason, refusals=self.refusals, retry_after=after)
+
+    def _retry_after(self) -> float | None:
+        """Bodies and answers are held until their rows are scored: as long as the slowest queue takes."""
+        return max((queue.retry_after for queue in self.queues.values()), default=None)
 
     @property
     def requests_in_flight(self) -> int:
-        """Score requests that are being read, scored or answered."""
+        """Score requests that are being read, looked up or answered, not those that waited for an engine."""
         return self._requests.in_use
 
     @property
@@ -77,12 +84,16 @@ class Admission:
 
     @contextmanager
     def request(self) -> Iterator[None]:
-        """Hold one request's place, from before its body is read until it is answered.
+        """Hold one request's place, from before its body is read until it is answered, or its rows wait for an engine.
+
+        The place is not taken again for the answer: what was scored is never refused, and answers have their own bound.
 
         Raises:
             Overloaded: `max_requests_in_flight` are there already.
         """
-        with self._requests.hold(current_caller().name, 1):
+        with ExitStack() as place:
+            place.enter_context(self._requests.hold(current_caller().name, 1))
+            on_wait(place.close)
             yield
 
     def hold_answer(self, num_bytes: int) -> None:
@@ -152,6 +163,7 @@ class AdmittedTeacher:
             LimitExceeded: a row that is over `max_engine_bytes`, or rows over a whole day's quota.
             What the pool raises.
         """
+        waits()
         caller = current_caller()
         per_token = engine_bytes_per_token(want, self.identity.vocab_size, self.provenance.capture_path)
         parts = list(split_parts(rows, self._part_tokens(rows, per_token)))

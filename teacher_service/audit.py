@@ -12,6 +12,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +21,14 @@ from cache.errors import InvalidInput
 from cache.types import JSON
 
 _LOG = logging.getLogger("potstill.audit")
-_SECRET_WORDS = ("key", "token", "secret", "password")
+_SECRET_WORDS = ("key", "token", "secret", "password", "authorization")
+_SECRETS = (
+    (re.compile(r"://[^/?#\s]*@"), "://...@"),
+    (re.compile(rf"([?&;][^=&;\s]*(?:{'|'.join(_SECRET_WORDS)})[^=&;\s]*=)[^&;#\s]*", re.IGNORECASE), r"\1..."),
+    (re.compile(r"\b(bearer|basic)\s+\S+", re.IGNORECASE), r"\1 ..."),
+    (re.compile(r"potstill_\S+"), "potstill_..."),
+)
+"""What is taken out of every text: a URL's userinfo and secret parameters, credentials of a header, our API keys."""
 _LONGEST_TEXT = 500
 DETAIL_BYTES = 16 * 2**10
 """Of a body that is longer only the length is told."""
@@ -83,15 +91,23 @@ def detail_of(body: bytes) -> JSON:
 
 def _without_secrets(value: JSON) -> JSON:
     if isinstance(value, dict):
-        return {
-            key: "..."
-            if isinstance(item, str) and any(w in key.lower() for w in _SECRET_WORDS)
-            else _without_secrets(item)
-            for key, item in value.items()
-        }
+        return {_text(key): "..." if _is_secret(key, item) else _without_secrets(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_without_secrets(item) for item in value]
-    return value[:_LONGEST_TEXT] if isinstance(value, str) else value
+    return _text(value) if isinstance(value, str) else value
+
+
+def _is_secret(key: str, item: JSON) -> bool:
+    name = key.lower()
+    if isinstance(item, int | float | None):
+        name = name.replace("tokens", "")  # a number of tokens, like batch_tokens
+    return any(word in name for word in _SECRET_WORDS)
+
+
+def _text(text: str) -> str:
+    for secret, instead in _SECRETS:
+        text = secret.sub(instead, text)
+    return text[:_LONGEST_TEXT]
 
 
 def _append(path: Path, line: bytes) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from cache.errors import BodyTooLarge, RequestTimeout
 from teacher_service.admission import Admission, held_until_answered
 from teacher_service.auth import current_caller
+from teacher_service.connections import ABORT
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -23,7 +24,8 @@ class BoundedTransfers:
 
     A body is held against `max_body_bytes_in_flight` until its request is answered. Its time begins with the first
     read, so that a request that has to wait before that is not blamed. Answers go out in slices, each once the client
-    took most of the one before: what is not taken yet stays counted, and the server's buffers stay small.
+    took most of the one before: what is not taken yet stays counted, and the server's buffers stay small. For a client
+    that is given up no more is made, and its connection is dropped.
     """
 
     def __init__(self, app: ASGIApp, admission: Admission) -> None:
@@ -39,7 +41,10 @@ class BoundedTransfers:
             held_until_answered.set(held)
             body = _Body(self._admission, receive)
             held.callback(body.release)
-            await self._app(scope, body.receive, _Answer(self._admission.limits.body_seconds, send).send)
+            try:
+                await self._app(scope, body.receive, _Answer(self._admission.limits.body_seconds, send).send)
+            except _GivenUp:
+                await _drop(scope, receive)
 
 
 class _Body:
@@ -101,7 +106,6 @@ class _Answer:
     def __init__(self, seconds: float, send: Send) -> None:
         self._seconds = seconds
         self._send = send
-        self._given_up = False
 
     async def send(self, message: Message) -> None:
         """Pass it on, a long body in slices."""
@@ -115,14 +119,25 @@ class _Answer:
             await self._in_time({**message, "body": body[start : start + _SLICE_BYTES], "more_body": more})
 
     async def _in_time(self, message: Message) -> None:
-        if self._given_up:
-            return
         try:
             async with asyncio.timeout(self._seconds) as limit:
                 await self._send(message)
-        except TimeoutError:
+        except TimeoutError as error:
             if not limit.expired():
                 raise
-            # An answer that ends early closes the connection; there is nobody to raise an error to.
-            self._given_up = True
             _LOG.warning("a client took nothing of its answer for %g seconds and is given up", self._seconds)
+            raise _GivenUp from error
+
+
+class _GivenUp(Exception):
+    """The client does not take its answer; no handler of the app knows it, so that it ends the answer."""
+
+
+async def _drop(scope: Scope, receive: Receive) -> None:
+    """Drop the connection, and return once the server knows: until then an unfinished answer would be our bug to it."""
+    abort = scope.get("extensions", {}).get(ABORT)
+    if abort is None:
+        return  # another server, which closes a connection whose answer is not complete
+    abort()
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -106,7 +106,8 @@ def targets_from_captured(
         vocab_size: V.
 
     Raises:
-        TeacherFailed: the worker failed, answered other tokens or another number of values, or a NaN.
+        TeacherFailed: the worker failed, answered other tokens or another number of values, a NaN, or an entropy or
+            log_z that is not finite.
     """
     row = np.asarray(tokens[num_prefix:], dtype=np.int32)
     sections = float_sections(want, len(row), vocab_size)
@@ -125,6 +126,10 @@ def targets_from_captured(
     if not np.all(top < np.inf):  # False for NaN too
         position = int(np.argmin(top < np.inf))
         raise TeacherFailed(f"the engine answered a logprob that is not a number at position {position}")
+    for name in ("entropy", "log_z"):
+        if name in parts and not np.isfinite(parts[name]).all():
+            position = int(np.argwhere(~np.isfinite(parts[name]))[0][0])
+            raise TeacherFailed(f"the engine answered {name} {parts[name][position]} at position {position}, no number")
     if want.k:
         label_logprob = parts.pop("label_logprob")
         label_logprob[-1] = np.nan

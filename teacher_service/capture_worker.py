@@ -88,6 +88,18 @@ class _Answer:
         floats = torch.empty(num_floats(sections), dtype=torch.float32)
         return cls(tokens, ids, floats, {"ids": ids, **split(floats, sections)})
 
+    def forget_from(self, position: int) -> None:
+        """Drop what blocks gave at or after a position; the tensors are overwritten there."""
+        for first, (lengths, ids, counts) in list(self.drawn.items()):
+            if first >= position:
+                del self.drawn[first]
+            elif first + len(lengths) > position:
+                kept = lengths[: position - first]
+                num_ids = int(kept.sum())
+                self.drawn[first] = (kept, ids[:num_ids], counts[:num_ids])
+        if position == 0:
+            self.failure = ""
+
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Ids, floats and ints, as `capture_layout` says."""
         if self.failure:
@@ -182,6 +194,8 @@ class PromptCapture:
         offset = int(self._runner.query_start_loc.np[self._runner.input_batch.req_id_to_index[request_id]])
         stop = min(computed + num_tokens, len(request.prompt_token_ids))
         position = computed + skipped - wish.num_prefix
+        # A row that was preempted is prefilled once more, in other chunks.
+        answer.forget_from(position)
         return _Span(wish, answer, offset + skipped, position, stop - computed - skipped)
 
     def _capture(self, hidden_states: torch.Tensor, spans: list[_Span]) -> None:

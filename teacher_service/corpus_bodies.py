@@ -35,6 +35,18 @@ async def same_wire(request: Request) -> None:
     wire.require_version(request.headers.get(wire.FORMAT_HEADER, wire.WIRE_VERSION)[:40])
 
 
+async def known_parameters(request: Request) -> None:
+    """Refuse a query parameter that the route does not have: a misspelt `fields` would ask for everything.
+
+    Raises:
+        InvalidInput: naming it and those that are known.
+    """
+    known = sorted(parameter.alias for parameter in request.scope["route"].dependant.query_params)
+    strange = sorted(set(request.query_params) - set(known))
+    if strange:
+        raise InvalidInput(f"query parameter {strange[0][:40]!r} is unknown; known are {', '.join(known) or 'none'}")
+
+
 def rows_from_json(body: bytes) -> tuple[list[int], list[str] | None, int | None]:
     """Read `{"rows": [3, 17], "fields": ["top_k"], "k": 8}`; all but the rows may be left out.
 

@@ -12,7 +12,6 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from cache import wire
 from cache.commit import Commit
 from cache.errors import InvalidInput, LimitExceeded
 from cache.targets import TargetSet
@@ -20,6 +19,7 @@ from cache.types import JSON, Fields, Targets
 from cache.wire_stream import StreamHead, write_targets
 from teacher_service.etags import strong_etag
 from teacher_service.request_limits import bytes_per_position
+from teacher_service.settings import LimitSettings
 
 BLOCK_BYTES = 4 << 20
 """A record batch holds about this much at most: what either end holds of a stream."""
@@ -60,7 +60,16 @@ class RangeRead:
 
     def head(self) -> StreamHead:
         """What the stream of the range says of itself."""
-        return _head(self.targets, self.want, batches=self._num_blocks(), length=self.stop - self.start)
+        return _head(self.targets, self.want, batches=self._num_blocks(), length=self.num_positions)
+
+    @property
+    def num_positions(self) -> int:
+        """Of the range."""
+        return self.stop - self.start
+
+    def read(self) -> list[Targets]:
+        """All of it at once."""
+        return [self._read(self.start, self.stop)]
 
     def pieces(self) -> Iterator[bytes]:
         """The stream: one record batch per block. Raises as `TargetSet.read` does, between two pieces."""
@@ -172,6 +181,19 @@ def _head(targets: TargetSet, want: Fields, *, batches: int, length: int) -> Str
     )
 
 
-def json_answer(targets: TargetSet, parts: list[Targets]) -> dict[str, JSON]:
-    """A small answer for people: `{"format", "identity", "rows"}`."""
-    return {"format": wire.WIRE_VERSION, **wire.answer_to_json(wire.ScoreAnswer(targets.identity, parts))}
+def require_within(read: RangeRead | RowsRead, limits: LimitSettings, *, as_json: bool) -> None:
+    """Refuse what is too much for one answer. JSON is bounded in bytes too: all that it tells is held until its end.
+
+    Raises:
+        LimitExceeded: naming the count and the limit.
+    """
+    if not as_json:
+        require_at_most(read.num_positions, limits.max_stream_positions, "positions", "max_stream_positions")
+        return
+    require_at_most(read.num_positions, limits.max_range_positions, "positions as JSON", "max_range_positions")
+    require_at_most(num_bytes(read), limits.max_answer_bytes, "bytes of targets as JSON", "max_answer_bytes")
+
+
+def num_bytes(read: RangeRead | RowsRead) -> int:
+    """What the targets hold as arrays."""
+    return read.num_positions * bytes_per_position(read.want, read.targets.identity.vocab_size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Query, Request, Response
@@ -10,19 +10,21 @@ from fastapi.responses import JSONResponse
 
 from cache import wire
 from cache.errors import InvalidInput
-from cache.types import JSON
 from cache.wanted import named_fields, wanted_fields
 from cache.wire_stream import read_row_numbers
+from teacher_service.admission import Admission
 from teacher_service.auth import Role, allow
 from teacher_service.corpus_arrays import CorpusReading, add_array_routes
-from teacher_service.corpus_bodies import get_and_head, rows_from_json, same_wire
+from teacher_service.corpus_bodies import get_and_head, known_parameters, rows_from_json, same_wire
 from teacher_service.corpus_description import describe_corpora, describe_corpus, describe_targets
-from teacher_service.corpus_reads import RangeRead, RowsRead, json_answer, require_at_most
+from teacher_service.corpus_json import json_pieces
+from teacher_service.corpus_reads import RangeRead, RowsRead, num_bytes, require_at_most, require_within
 from teacher_service.etags import immutable_headers, not_modified
 from teacher_service.fill_routes import add_fill_routes
 from teacher_service.opened_sets import OpenedSets
 from teacher_service.request_limits import answer_format, read_body, request_format
 from teacher_service.service import Service
+from teacher_service.settings import LimitSettings
 from teacher_service.streamed import ReadSlots, StreamedAnswer
 
 _THREADS = 4
@@ -35,7 +37,7 @@ def add_corpus_routes(app: FastAPI, service: Service) -> None:
     limits = service.limits
     slots = ReadSlots(threads=_THREADS, streams=limits.max_streams, stall_seconds=limits.stall_seconds)
     reading = CorpusReading(opened, slots, limits)
-    trainers = [Depends(allow(Role.TRAINER)), Depends(same_wire)]
+    trainers = [Depends(allow(Role.TRAINER)), Depends(same_wire), Depends(known_parameters)]
 
     @app.get("/v1/corpora", dependencies=trainers)
     async def list_corpora() -> dict[str, Any]:
@@ -65,46 +67,50 @@ def add_corpus_routes(app: FastAPI, service: Service) -> None:
         def plan() -> RangeRead:
             return _range(opened, (corpus, teacher), (start, stop), names, k)
 
-        return await _answer_range(request, reading, plan)
+        return await _answer_range(request, reading, service.admission, plan)
 
     @app.post(f"{_TARGETS}/rows", dependencies=trainers)
     async def read_rows(corpus: str, teacher: str, request: Request) -> Response:
         reads = request_format(request)
         writes = answer_format(request, wire.ARROW_MEDIA_TYPE)
         body = await read_body(request)
-        read = await reading.in_thread(lambda: _rows(opened, (corpus, teacher), body, reads, service))
-        if writes == wire.JSON_MEDIA_TYPE:
-            require_at_most(read.num_positions, limits.max_range_positions, "positions as JSON", "max_range_positions")
-            return JSONResponse(await reading.in_thread(lambda: json_answer(read.targets, read.read())))
-        require_at_most(read.num_positions, limits.max_stream_positions, "positions", "max_stream_positions")
-        pieces = opened.watched(read.targets, read.pieces())
-        return StreamedAnswer(pieces, slots, headers={"cache-control": "no-store"}, media_type=writes)
+        read = await reading.in_thread(lambda: _rows(opened, (corpus, teacher), body, reads, limits))
+        require_within(read, limits, as_json=writes == wire.JSON_MEDIA_TYPE)
+        return _streamed(read, writes, reading, service.admission, {"cache-control": "no-store"})
 
     add_array_routes(app, reading, trainers)
     add_fill_routes(app, service)
 
 
-async def _answer_range(request: Request, reading: CorpusReading, plan: Callable[[], RangeRead]) -> Response:
+async def _answer_range(
+    request: Request, reading: CorpusReading, admission: Admission, plan: Callable[[], RangeRead]
+) -> Response:
     writes = answer_format(request, wire.ARROW_MEDIA_TYPE)
-    as_json = writes == wire.JSON_MEDIA_TYPE
-    what, bound = ("positions as JSON", "max_range_positions") if as_json else ("positions", "max_stream_positions")
 
     def planned() -> tuple[RangeRead, str]:
         read = plan()
-        require_at_most(read.stop - read.start, getattr(reading.limits, bound), what, bound)
+        require_within(read, reading.limits, as_json=writes == wire.JSON_MEDIA_TYPE)
         return read, read.etag(read.require_committed(), writes)
-
-    def as_a_whole() -> dict[str, JSON]:
-        return json_answer(read.targets, [read.targets.read(read.start, read.stop, fields=read.want)])
 
     read, etag = await reading.in_thread(planned)
     unchanged = not_modified(request, etag)
     if unchanged is not None:
         return unchanged
     headers = immutable_headers(etag)
-    if as_json and request.method != "HEAD":
-        return JSONResponse(await reading.in_thread(as_a_whole), headers=headers)
-    pieces = reading.opened.watched(read.targets, read.pieces())
+    if request.method == "HEAD":
+        return StreamedAnswer(iter(()), reading.slots, headers=headers, media_type=writes)
+    return _streamed(read, writes, reading, admission, headers)
+
+
+def _streamed(
+    read: RangeRead | RowsRead, writes: str, reading: CorpusReading, admission: Admission, headers: Mapping[str, str]
+) -> Response:
+    if writes == wire.JSON_MEDIA_TYPE:
+        admission.hold_answer(num_bytes(read))  # its arrays are held until the end
+        pieces = json_pieces(read.targets.identity, read.read)
+    else:
+        pieces = read.pieces()
+    pieces = reading.opened.watched(read.targets, pieces)
     return StreamedAnswer(pieces, reading.slots, headers=headers, media_type=writes)
 
 
@@ -117,7 +123,7 @@ def _range(
     return RangeRead(targets, *positions, want)
 
 
-def _rows(opened: OpenedSets, names: tuple[str, str], body: bytes, reads: str, service: Service) -> RowsRead:
+def _rows(opened: OpenedSets, names: tuple[str, str], body: bytes, reads: str, limits: LimitSettings) -> RowsRead:
     corpus, teacher = names
     targets = opened.targets(teacher, corpus)
     who = f"teacher {teacher!r} on corpus {corpus!r}"
@@ -127,5 +133,5 @@ def _rows(opened: OpenedSets, names: tuple[str, str], body: bytes, reads: str, s
     else:
         rows, fields = read_row_numbers(body)
         want = wanted_fields(targets.fields, None, fields, who)
-    require_at_most(len(rows), service.limits.max_rows, "rows", "max_rows")
+    require_at_most(len(rows), limits.max_rows, "rows", "max_rows")
     return RowsRead.of(targets, rows, want)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from cache.errors import (
@@ -23,6 +24,8 @@ from cache.errors import (
     TeacherFailed,
 )
 from cache.types import JSON, Fields, Provenance, Targets, Teacher, TeacherIdentity, TeacherLimits, Tokens
+from teacher_service.request_limits import bytes_per_position
+from teacher_service.settings import LimitSettings
 
 if TYPE_CHECKING:
     from cache.cache import Cache
@@ -52,6 +55,8 @@ class FillJob:
     corpus: str
     teacher: str
     order: FillOrder
+    fitted: FillOrder
+    """The same in batches that fit into the service's memory."""
     progress: FillProgress | None = None
     report: FillReport | None = None
     shards_before: int = 0
@@ -90,6 +95,8 @@ class FillJob:
             "state": self.state,
             "fields": self.order.fields.to_json(),
             "encoding": self.order.encoding,
+            "batch_tokens": self.fitted.batch_tokens,
+            "in_flight": self.fitted.in_flight,
             "shards": self.shards,
             "shards_before": self.shards_before,
             "shards_committed": self.report.shards_committed if self.report else at.shards_committed if at else 0,
@@ -107,8 +114,9 @@ class FillJob:
 class FillJobs:
     """At most one job per corpus and teacher; the last one of each is remembered. Used from one event loop only."""
 
-    def __init__(self, cache: Cache | None) -> None:
+    def __init__(self, cache: Cache | None, limits: LimitSettings) -> None:
         self._cache = cache
+        self._limits = limits
         self._jobs: dict[tuple[str, str], FillJob] = {}
 
     def jobs(self) -> list[FillJob]:
@@ -142,10 +150,11 @@ class FillJobs:
             return running
         inner = open_teacher()
         targets = await asyncio.to_thread(_plan, cache.fresh(), corpus, teacher, inner, order)
+        fitted = fitted_order(order, targets, self._limits)
         running = self._running(corpus, teacher, order)  # another caller may have been faster
         if running is not None:
             return running
-        job = FillJob(corpus, teacher, order, shards=targets.corpus.num_shards)
+        job = FillJob(corpus, teacher, order, fitted, shards=targets.corpus.num_shards)
         self._jobs[corpus, teacher] = job
         job.task = asyncio.create_task(_run(job, _Patient(open_teacher, inner, job), targets), name=f"fill {corpus}")
         job.task.add_done_callback(job.ended_by)
@@ -192,13 +201,34 @@ def _plan(cache: Cache, corpus: str, name: str, teacher: Teacher, order: FillOrd
     return targets
 
 
+def fitted_order(order: FillOrder, targets: TargetSet, limits: LimitSettings) -> FillOrder:
+    """The order in batches of which each fits into `max_answer_bytes`, and all into `max_answer_bytes_in_flight`.
+
+    A batch is `batch_tokens` long, or one longer row.
+
+    Raises:
+        LimitExceeded: the longest row alone does not fit.
+    """
+    per_token = bytes_per_position(targets.fields, targets.identity.vocab_size)
+    name = min(("max_answer_bytes", "max_answer_bytes_in_flight"), key=lambda name: int(getattr(limits, name)))
+    most, longest = getattr(limits, name) // per_token, targets.corpus.spec.longest_row
+    if longest > most:
+        raise LimitExceeded(
+            f"corpus {targets.corpus.name!r} has a row of {longest} tokens, whose targets hold {longest * per_token} "
+            f"bytes, over {name}={getattr(limits, name)}; ask for less, or ingest it again with --row-tokens {most}"
+        )
+    batch_tokens = min(order.batch_tokens, most)
+    fitting = limits.max_answer_bytes_in_flight // (max(batch_tokens, longest) * per_token)
+    return replace(order, batch_tokens=batch_tokens, in_flight=min(order.in_flight, fitting))
+
+
 async def _run(job: FillJob, teacher: Teacher, targets: TargetSet) -> None:
     from cache.fill import FillPlan, fill  # noqa: PLC0415  zarr, only when a job runs
 
     def on_progress(at: FillProgress) -> None:
         job.progress = at
 
-    plan = FillPlan(batch_tokens=job.order.batch_tokens, in_flight=job.order.in_flight)
+    plan = FillPlan(batch_tokens=job.fitted.batch_tokens, in_flight=job.fitted.in_flight)
     try:
         job.shards_before = int((await asyncio.to_thread(lambda: targets.committed)).sum())
         job.report = await fill(teacher, targets, plan, on_progress=on_progress)
@@ -213,6 +243,11 @@ async def _stopped(job: FillJob) -> None:
     if job.task is not None and not job.task.done():
         job.task.cancel()
         await asyncio.wait([job.task])
+
+
+def spread(seconds: float) -> float:
+    """At least so long and less than twice: batches that are turned away together do not come back together."""
+    return seconds * random.uniform(1.0, 2.0)  # noqa: S311
 
 
 class _Patient:
@@ -248,7 +283,7 @@ class _Patient:
                     raise
                 self._job.refusals += 1
                 wait = pause if error.retry_after is None else error.retry_after
-            await asyncio.sleep(min(wait, _LONGEST_PAUSE_SECONDS))
+            await asyncio.sleep(spread(min(wait, _LONGEST_PAUSE_SECONDS)))
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
     def _require_same(self, teacher: Teacher) -> None:

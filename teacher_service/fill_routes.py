@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from fastapi import Depends, FastAPI
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from cache import wire
 from cache.types import JSON, Fields, Teacher
@@ -21,13 +21,21 @@ class FillWanted(BaseModel):
     """The body of PUT."""
 
     model_config = ConfigDict(extra="forbid")
-    format: Literal["1"] | None = None
+    format: str | None = None
     """The wire version, when the client says so; the header `potstill-format` says it too."""
     fields: dict[str, Any] = Field(default_factory=dict)
     """As in a request to score."""
     encoding: Literal["u8", "archive", "f16", "f32"] = "u8"
     batch_tokens: Annotated[int, Field(ge=1, strict=True)] = 4096
     in_flight: Annotated[int, Field(ge=1, le=64, strict=True)] = 4
+
+    @field_validator("format", mode="after")
+    @classmethod
+    def _of_this_version(cls, version: str | None) -> str | None:
+        # The first field, so that what another version knows more or otherwise is not refused for that.
+        if version is not None:
+            wire.require_version(version)
+        return version
 
 
 def add_fill_routes(app: FastAPI, service: Service) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from cache.cached import CachedTeacher, KeepPolicy
 
 _LOG = logging.getLogger(__name__)
+_NO_ENGINE_SECONDS = 60.0
+_LOOK_SECONDS = 1.0
 State: TypeAlias = Literal["starting", "ready", "draining", "stopped", "failed"]
 OpenPool: TypeAlias = Callable[[OpenTeacher], AbstractAsyncContextManager[ReplicaPool]]
 
@@ -148,10 +151,20 @@ class HostedTeacher:
         if self._pool is None:
             raise Unavailable(f"teacher {self.name!r} was stopped before it was up")
 
-    async def drain(self) -> None:
-        """Take no more calls of `front`, and wait until none is in flight."""
+    async def drain(self, *, no_engine_seconds: float = _NO_ENGINE_SECONDS) -> None:
+        """Take no more calls of `front`, and wait until none is in flight.
+
+        Args:
+            no_engine_seconds: calls that wait so long for an engine that is started again are not waited for.
+        """
         self._draining = True
-        await self._in_flight.none.wait()
+        ready_at = time.monotonic()
+        while not self._in_flight.none.is_set() and time.monotonic() - ready_at < no_engine_seconds:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(min(_LOOK_SECONDS, no_engine_seconds)):
+                    await self._in_flight.none.wait()
+            if self._pool is not None and self._pool.state == "ready":
+                ready_at = time.monotonic()
 
     async def stop(self) -> None:
         """Close everything; a start that is under way is given up. Raises what goes wrong while closing."""

@@ -1,7 +1,8 @@
 """A teacher's replicas on Ray Serve, scaled while they work.
 
-A call goes to the replica with the fewest tokens in flight. One whose replica is lost is scored by another, so a
-killed, wedged or drained replica is nothing that a caller sees.
+A call goes to the replica with the fewest tokens in flight. One whose replica is lost is scored by another, and waits
+for the one that Serve starts in its place where there is no other, so a killed, wedged or drained replica is nothing
+that a caller sees.
 
 Run on CPUs; replicas with GPUs, and tensor-parallel ones, were not run.
 """
@@ -25,14 +26,16 @@ from cache.types import Fields, Provenance, Targets, TeacherIdentity, TeacherLim
 from teacher_service.autoscale import Autoscaler
 from teacher_service.ray_replica import Described, Refused, ScoreCall, Scored
 from teacher_service.ray_serve import RayConnection, ServeApp, ServeView, cluster_has_gpus, take_signals_back
-from teacher_service.replica_settings import AutoscaleSettings, ReplicaSettings
+from teacher_service.replica_settings import AutoscaleSettings, RaySettings, ReplicaSettings
 from teacher_service.replicas import OpenTeacher, PoolState, ReplicaInfo, ReplicaStatus
 
 _LOG = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 1.0
-_ATTEMPTS = 5
-_FIRST_PAUSE_SECONDS = 0.1
+_LOSSES = 5
+_PAUSE_SECONDS = 0.1
+# A replica that lost a call may be whole, and is asked again where there is no other.
+_ASK_AGAIN_SECONDS = 5.0
 _FAILED = ("DEPLOY_FAILED", "DELETING", "NOT_STARTED")
 # What says that a replica, and not the call, is broken. Serve's own errors tell of replicas that were scaled away.
 _LOST = (RayActorError, ObjectLostError, TaskCancelledError, GetTimeoutError, RayServeException)
@@ -41,7 +44,8 @@ _LOST = (RayActorError, ObjectLostError, TaskCancelledError, GetTimeoutError, Ra
 class RayPool:
     """A `cache.types.Teacher` made of Ray Serve replicas. Open with `open`."""
 
-    def __init__(self, name: str, app: ServeApp, settings: ReplicaSettings) -> None:
+    def __init__(self, name: str, app: ServeApp, settings: ReplicaSettings, ray: RaySettings | None = None) -> None:
+        ray = ray or RaySettings()
         self._name = name
         self._app = app
         self._settings = settings
@@ -52,6 +56,11 @@ class RayPool:
         self._autoscaler = Autoscaler(settings.autoscale) if settings.autoscale else None
         self._work = _Work()
         self._queued: Callable[[], int] = lambda: 0
+        # One change of the number at a time, or the slower of two would have the last word.
+        self._scaling = asyncio.Lock()
+        # What Serve needs to find out that a replica is broken; two starts come on top, as the next may be slower.
+        self._patience_seconds = 3 * ray.health_seconds + ray.health_timeout_seconds
+        self._closed = False
 
     @classmethod
     @asynccontextmanager
@@ -83,13 +92,14 @@ class RayPool:
         take_signals_back()
         try:
             await asyncio.to_thread(connection.start_serve)
-            pool = cls(name, app, settings)
+            pool = cls(name, app, settings, connection.settings)
             try:
                 await pool._deploy(open_teacher, gpus_per_engine)
                 keeper = asyncio.create_task(pool._look_forever(), name=f"replicas of {name}")
                 try:
                     yield pool
                 finally:
+                    pool._closed = True
                     keeper.cancel()
                     await asyncio.wait({keeper})
             finally:
@@ -143,18 +153,19 @@ class RayPool:
         Raises:
             LimitExceeded: over `max_replicas`. InvalidInput: the teacher is autoscaled.
         """
-        if self._autoscaler is not None:
-            limits = self._autoscaler.settings
-            raise InvalidInput(
-                f"teacher {self._name!r} is autoscaled between {limits.min} and {limits.max} replicas; set other"
-                ' limits with {"autoscale": {...}}, or end it with {"autoscale": null, "replicas": N}'
-            )
         if not 1 <= num_replicas <= self._settings.max_replicas:
             raise LimitExceeded(
                 f"{num_replicas} replicas were asked for, but teacher {self._name!r} has 1 to"
                 f" max_replicas={self._settings.max_replicas}"
             )
-        await self._scale(num_replicas)
+        async with self._scaling:
+            if self._autoscaler is not None:
+                limits = self._autoscaler.settings
+                raise InvalidInput(
+                    f"teacher {self._name!r} is autoscaled between {limits.min} and {limits.max} replicas; set other"
+                    ' limits with {"autoscale": {...}}, or end it with {"autoscale": null, "replicas": N}'
+                )
+            await self._scale(num_replicas)
         return self.status
 
     async def autoscale(self, limits: AutoscaleSettings | None) -> ReplicaStatus:
@@ -166,7 +177,8 @@ class RayPool:
         if limits is not None and limits.max > self._settings.max_replicas:
             most = self._settings.max_replicas
             raise LimitExceeded(f"autoscale.max={limits.max} is over max_replicas={most} of teacher {self._name!r}")
-        self._autoscaler = None if limits is None else Autoscaler(limits)
+        async with self._scaling:
+            self._autoscaler = None if limits is None else Autoscaler(limits)
         return self.status
 
     def follow_queue(self, tokens_queued: Callable[[], int]) -> None:
@@ -177,29 +189,48 @@ class RayPool:
         """Score on the replicas; see `cache.types.Teacher`.
 
         Raises:
-            TeacherFailed: every attempt lost its replica.
+            TeacherFailed: the engine fails at these rows.
             SpecMismatch: the replicas are not the same teacher.
-            Unavailable: the teacher is closed.
+            Unavailable: the replicas were lost, and no other came in the time that Serve needs to replace one.
         """
         if not rows:
             return []
         call = ScoreCall.of(rows, want, self.identity)
         avoid: set[str] = set()
-        lost: PotstillError | None = None
-        for attempt in range(_ATTEMPTS):
-            if attempt:
-                await asyncio.sleep(_FIRST_PAUSE_SECONDS * 2 ** (attempt - 1))
+        until = 0.0
+        while True:
+            losses = len(avoid)
             outcome = await self._try_once(call, avoid)
             if isinstance(outcome, Scored):
                 return _rows_of(outcome.targets, call)
             if not outcome.elsewhere:
                 raise outcome.error()
-            lost = outcome.error()
-            _LOG.warning("teacher %s: %s; its rows go to another replica", self._name, outcome.detail)
-        assert lost is not None, "at least one attempt"
-        if isinstance(lost, SpecMismatch):
-            raise lost
-        raise TeacherFailed(f"{_ATTEMPTS} replicas were lost while they scored these rows, the last by: {lost.detail}")
+            if len(avoid) > losses:
+                until = time.monotonic() + self._patience_seconds
+                _LOG.warning("teacher %s: %s; its rows go to another replica", self._name, outcome.detail)
+            if len(avoid) >= _LOSSES or not await self._another(avoid, until):
+                raise self._gave_up(outcome, len(avoid))
+
+    async def _another(self, avoid: set[str], until: float) -> bool:
+        """Wait for a replica that is not to be avoided; False if by `until`, a monotonic time, there is none to ask."""
+        again = time.monotonic() + _ASK_AGAIN_SECONDS
+        while not self._closed and time.monotonic() < until:
+            await asyncio.sleep(_PAUSE_SECONDS)
+            ready = set(self._ranking(avoid))
+            if ready - avoid or (ready and time.monotonic() >= again):
+                return True
+        return False
+
+    def _gave_up(self, last: Refused, losses: int) -> PotstillError:
+        error = last.error()
+        if isinstance(error, SpecMismatch):
+            return error
+        if self._closed:
+            return Unavailable(f"teacher {self._name!r} is closed")
+        return Unavailable(
+            f"{losses} replicas of teacher {self._name!r} were lost while they scored these rows, the last by:"
+            f" {error.detail}; retry when one is ready again"
+        )
 
     async def _try_once(self, call: ScoreCall, avoid: set[str]) -> Scored | Refused:
         """One replica's answer; one that is lost or broken is added to `avoid`."""
@@ -255,11 +286,13 @@ class RayPool:
             self._app.deploy, open_teacher, replicas=self._target, resources=resources, gpus=gpus
         )
         self._score = handle.score
+        begin = time.monotonic()
         while self.state != "ready":
             self._view = await asyncio.to_thread(self._app.look)
             if self._view.status == "DEPLOY_FAILED":
                 raise self._view.cause
             await asyncio.sleep(_LOOK_SECONDS / 4)
+        self._patience_seconds += 2 * (time.monotonic() - begin)
         try:
             self._described = await handle.describe.remote()
         except (RayError, RayServeException) as error:
@@ -282,13 +315,14 @@ class RayPool:
             self._work.forget(set(self._view.replicas))
 
     async def _follow_need(self) -> None:
-        if self._autoscaler is None:
-            return
-        waiting = self._work.waiting.total() + self._queued()
-        wanted = self._autoscaler.wanted(now=time.monotonic(), tokens_waiting=waiting, replicas=self._target)
-        if wanted != self._target:
-            _LOG.warning("teacher %s: %d tokens wait, %d -> %d replicas", self._name, waiting, self._target, wanted)
-            await self._scale(wanted)
+        async with self._scaling:
+            if self._autoscaler is None:
+                return
+            waiting = self._work.waiting.total() + self._queued()
+            wanted = self._autoscaler.wanted(now=time.monotonic(), tokens_waiting=waiting, replicas=self._target)
+            if wanted != self._target:
+                _LOG.warning("teacher %s: %d tokens wait, %d -> %d replicas", self._name, waiting, self._target, wanted)
+                await self._scale(wanted)
 
     async def _scale(self, num_replicas: int) -> None:
         await asyncio.to_thread(self._app.scale, num_replicas)

@@ -93,7 +93,7 @@ class Watch:
     check_seconds: float = 1.0
     """How often it is looked at."""
     close_seconds: float = 60.0
-    """How long a broken engine may take to close before it is left behind."""
+    """How long a broken engine may take to close, or a start to be given up, before it is left behind."""
     pause_seconds: float = 1.0
     """After a failed start; doubled each time, up to five minutes."""
     starts: int = 3
@@ -116,6 +116,7 @@ class LocalPool:
         self._scored_before = 0
         self._failed_starts = 0
         self._failure = ""
+        self._starting = False
         self._news = asyncio.Event()
         self._stopping = asyncio.Event()
         self._opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -134,8 +135,8 @@ class LocalPool:
         try:
             await asyncio.wait({keeper, pool._opened}, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
-            keeper.cancel()
-            await asyncio.wait({keeper})
+            pool._stopping.set()
+            await pool._end(keeper)
             raise
         if keeper.done():
             keeper.result()
@@ -144,8 +145,8 @@ class LocalPool:
         finally:
             pool._stopping.set()
             pool._tell()
-            await asyncio.wait({keeper})
-        if not keeper.cancelled():
+            await pool._end(keeper)
+        if keeper.done() and not keeper.cancelled():
             keeper.result()
 
     @property
@@ -261,7 +262,11 @@ class LocalPool:
     async def _run_engine(self) -> None:
         """One engine from start to end."""
         manager = self._open_teacher()
-        teacher = await manager.__aenter__()
+        self._starting = True
+        try:
+            teacher = await manager.__aenter__()
+        finally:
+            self._starting = False
         engine = _Engine(teacher, self._watch.wedged_seconds)
         try:
             self._accept(engine)
@@ -273,6 +278,20 @@ class LocalPool:
                 await self._abandon(manager)
             else:
                 await manager.__aexit__(None, None, None)
+
+    async def _end(self, keeper: asyncio.Task[None]) -> None:
+        """Wait until the engine is closed; a start under way is given up, and left behind if it does not end."""
+        if not self._starting:
+            await asyncio.wait({keeper})
+            return
+        # Nothing else interrupts a start: only an engine that is there sees `_stopping`.
+        keeper.cancel()
+        seconds = self._watch.close_seconds
+        await asyncio.wait({keeper}, timeout=seconds)
+        if not keeper.done():
+            _LOG.error(
+                "the start of an engine did not end within %g seconds of being given up, and is left behind", seconds
+            )
 
     def _accept(self, engine: _Engine) -> None:
         identity = engine.teacher.identity

@@ -17,6 +17,7 @@ from cache.types import Fields, Targets, TeacherIdentity, Tokens
 from teacher_service.admission import within
 from teacher_service.answers import targets_response
 from teacher_service.auth import Role, allow
+from teacher_service.corpus_bodies import same_wire
 from teacher_service.hosted import HostedTeacher
 from teacher_service.request_limits import (
     answer_format,
@@ -58,7 +59,7 @@ class ScoreCall(Protocol):
 def add_score_routes(app: FastAPI, service: Service) -> None:
     """Add the route to the app."""
 
-    @app.post("/v1/teachers/{name}/score", dependencies=[Depends(allow(Role.TRAINER))])
+    @app.post("/v1/teachers/{name}/score", dependencies=[Depends(allow(Role.TRAINER)), Depends(same_wire)])
     async def score(name: str, request: Request) -> Response:
         teacher = service.teacher(name)
         reads = request_format(request)

@@ -23,6 +23,7 @@ from cache.errors import InvalidInput
 from teacher_service import logs, tracing
 from teacher_service.access import Access
 from teacher_service.app import create_app
+from teacher_service.connections import bounded_protocol
 from teacher_service.hosted import Keep
 from teacher_service.service import Service
 from teacher_service.settings import ServiceSettings, TlsSettings, load_settings, teacher_from_argument
@@ -30,6 +31,8 @@ from teacher_service.teacher_source import TeacherSource
 from teacher_service.tracing import Tracer
 
 _LOG = logging.getLogger(__name__)
+# Longer than clients hold an idle connection: closing first, we might do so while the next request is on its way.
+_KEEP_ALIVE_SECONDS = 75
 SUMMARY = "serve teachers over HTTP, with the cache in front of them"
 
 
@@ -169,11 +172,13 @@ async def _serve(settings: ServiceSettings, access: Access, listener: socket.soc
     # The teachers are run here and not by the app's lifespan, whose failures uvicorn would swallow.
     config = uvicorn.Config(
         create_app(service, tracer=tracer),
+        http=bounded_protocol(settings.limits),
         lifespan="off",
         ws="none",
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=settings.grace_seconds,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         ssl_certfile=None if settings.tls is None else settings.tls.certfile,
         ssl_keyfile=None if settings.tls is None else settings.tls.keyfile,
     )

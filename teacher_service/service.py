@@ -56,7 +56,15 @@ class Service:
         by_name = {teacher.name: teacher for teacher in teachers}
         admission = Admission(limits or LimitSettings())
         admin = TeacherAdmin(by_name, source or TeacherSource(), admission)
-        return cls(by_name, cache, admission, Metrics(admission, by_name), admin, access or Access(), FillJobs(cache))
+        return cls(
+            by_name,
+            cache,
+            admission,
+            Metrics(admission, by_name),
+            admin,
+            access or Access(),
+            FillJobs(cache, admission.limits),
+        )
 
     @property
     def limits(self) -> LimitSettings:
@@ -75,7 +83,7 @@ class Service:
             UnknownTeacher: there is none; the message lists those that are there.
         """
         if name not in self.teachers:
-            raise UnknownTeacher(f"there is no teacher {name[:64]!r}; known are {', '.join(self.teachers)}")
+            raise UnknownTeacher(f"there is no teacher {name[:64]!r}; known are {', '.join(self.teachers) or 'none'}")
         return self.teachers[name]
 
     async def started(self) -> None:

@@ -74,13 +74,15 @@ class LimitSettings(_Frozen):
     max_engine_bytes: Count = 2 * 2**30
     """What the tokens inside a teacher's engine may need until they are answered; see `engine_bytes_per_token`."""
     max_requests_in_flight: Count = 256
-    """Score requests that are being read, scored or answered."""
+    """Score requests that are being read or looked up; what waits for an engine is bounded by its tokens instead."""
     max_body_bytes_in_flight: Count = 256 * 2**20
     """Of all request bodies that are held."""
     max_answer_bytes_in_flight: Count = 2 * 2**30
     """Of all score answers, hits and misses, that are being made or sent; estimated as for `max_answer_bytes`."""
     body_seconds: Annotated[float, Field(gt=0, le=3600)] = 60.0
-    """Within which a request body has to arrive, and each 256 KiB of an answer has to be taken."""
+    """Within which a request's head, then its body, has to arrive, and each 256 KiB of an answer has to be taken."""
+    max_connections: Count = 768
+    """Open at once, idle ones too; below the usual limit of 1024 open files."""
 
 
 class AccessSettings(_Frozen):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from cache.errors import Overloaded
@@ -18,14 +18,24 @@ class SharedBound:
         limit: the most that is held at once.
         what: of which there is so much, in the words of the refusal.
         reason: under which a refusal is counted in `refusals`.
+        retry_after: seconds until what is held is probably given back; None when that is not known.
     """
 
-    def __init__(self, limit: int, what: str, *, reason: str, refusals: Counter[str]) -> None:
+    def __init__(
+        self,
+        limit: int,
+        what: str,
+        *,
+        reason: str,
+        refusals: Counter[str],
+        retry_after: Callable[[], float | None] = lambda: None,
+    ) -> None:
         self.in_use = 0
         self._limit = limit
         self._what = what
         self._reason = reason
         self._refusals = refusals
+        self._retry_after = retry_after
         self._of_key: Counter[str] = Counter()
 
     def take(self, key: str, amount: int) -> None:
@@ -39,7 +49,10 @@ class SharedBound:
         if self.in_use + amount > limit:
             self._refusals[self._reason] += 1
             share = f" (a key that holds half of them can have {limit})" if greedy else ""
-            raise Overloaded(f"{self.in_use} {self._what} are in flight of at most {self._limit}{share}; retry later")
+            raise Overloaded(
+                f"{self.in_use} {self._what} are in flight of at most {self._limit}{share}; retry later",
+                retry_after=self._retry_after(),
+            )
         self.in_use += amount
         self._of_key[key] += amount
 

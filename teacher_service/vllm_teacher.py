@@ -32,6 +32,8 @@ from teacher_service.vllm_engine import EngineFacts
 
 MAX_TEMPERATURES = 16
 """Each costs a pass over all logits."""
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 1e3
+"""1 / T times a logprob must stay a float32."""
 MAX_ROW_BYTES = 2**28
 """What one row's draws or dense logprobs may take; the rows of a batch are held by the engine at once."""
 
@@ -221,6 +223,10 @@ class VllmTeacher:
             raise LimitExceeded(
                 f"{len(want.temperatures)} temperatures were asked for, over this teacher's limit of {MAX_TEMPERATURES}"
             )
+        for t in want.temperatures:
+            if not MIN_TEMPERATURE <= t <= MAX_TEMPERATURE:
+                bounds = f"[{MIN_TEMPERATURE}, {MAX_TEMPERATURE}]"
+                raise LimitExceeded(f"temperature {t} is outside this teacher's limits {bounds}; ask for one inside")
 
     def _checked(self, index: int, row: Tokens, want: Fields) -> list[int]:
         ids = np.asarray(row)

@@ -14,15 +14,18 @@ import uvicorn
 
 from cache.types import Teacher
 from teacher_service.app import create_app
+from teacher_service.connections import bounded_protocol
 from teacher_service.hosted import HostedTeacher, Keep
 from teacher_service.service import Service
+from teacher_service.settings import LimitSettings
 
 
 @contextmanager
-def serving(app: Any, *, port: int = 0) -> Iterator[str]:
+def serving(app: Any, *, port: int = 0, limits: LimitSettings | None = None) -> Iterator[str]:
     """Run an ASGI app on a loopback port, by default a free one, in a thread; yields its URL."""
     listener = socket.create_server(("127.0.0.1", port))
-    config = uvicorn.Config(app, log_config=None, ws="none", timeout_graceful_shutdown=2)
+    protocol = bounded_protocol(limits or LimitSettings())
+    config = uvicorn.Config(app, http=protocol, log_config=None, ws="none", timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
@@ -56,6 +59,6 @@ def wait_ready(url: str) -> None:
 @contextmanager
 def serving_teachers(*teachers: HostedTeacher, **options: Any) -> Iterator[str]:
     """Run a service on these teachers until they are up; yields its URL."""
-    with serving(create_app(Service.of(teachers, **options))) as url:
+    with serving(create_app(Service.of(teachers, **options)), limits=options.get("limits")) as url:
         wait_ready(url)
         yield url

@@ -11,7 +11,7 @@ import pytest
 from cache import Cache, Fields, Targets
 from cache.cached import CachedTeacher, KeepPolicy
 from cache.commands import verify
-from cache.errors import InvalidInput, TeacherFailed
+from cache.errors import DeadlineExceeded, InvalidInput, LimitExceeded, Overloaded, PotstillError, TeacherFailed
 from cache.fill import FillPlan, fill
 from cache.types import Tokens
 from tests.corpora import make_corpus, plan_targets, teacher_for
@@ -93,6 +93,54 @@ async def test_callers_that_ask_at_the_same_time_share_one_score(cache: Cache) -
     assert teacher.scored.count(row(1, 2).tobytes()) == 1
     assert all(same(answer[0], answers[0][0]) for answer in answers)
     assert cached.counters.joined == 9
+
+
+class Refusing(Gated):
+    """Refuses the first calls once the gate opens."""
+
+    def __init__(self, error: PotstillError, times: int) -> None:
+        super().__init__()
+        self._error = error
+        self._times = times
+
+    async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
+        answers = await super().score(rows, want)
+        self._times -= 1
+        if self._times >= 0:
+            raise self._error
+        return answers
+
+
+@pytest.mark.parametrize("refusal", [Overloaded("full"), DeadlineExceeded("late"), LimitExceeded("over the quota")])
+async def test_who_joined_a_score_that_is_refused_is_scored_as_itself(cache: Cache, refusal: PotstillError) -> None:
+    teacher = Refusing(refusal, 1)
+    async with CachedTeacher.open(teacher, name="smol", cache=cache, policy=POLICY) as cached:
+        first = asyncio.create_task(cached.score([row(1)], WANT))
+        await teacher.asked(1)
+        joined = [asyncio.create_task(cached.score([row(1), row(2)], WANT)) for _ in range(3)]
+        await teacher.asked(2)
+        teacher.gate.set()
+        with pytest.raises(type(refusal)):
+            await first
+        for answers in await asyncio.gather(*joined):
+            assert same(answers[0], (await cached.score([row(1)], WANT))[0])
+        assert teacher.scored.count(row(1).tobytes()) == 2, "those that joined share one score again"
+        assert cached._in_flight == {}
+
+
+async def test_who_joined_is_refused_when_it_is_refused_itself_and_when_the_teacher_fails(cache: Cache) -> None:
+    for error, calls in ((Overloaded("full"), 3), (TeacherFailed("broken"), 1)):
+        teacher = Refusing(error, 99)
+        async with CachedTeacher.open(teacher, name="smol", cache=cache, policy=POLICY) as cached:
+            first = asyncio.create_task(cached.score([row(1)], WANT))
+            await teacher.asked(1)
+            joined = asyncio.create_task(cached.score([row(1)], WANT))
+            await asyncio.sleep(0.05)
+            teacher.gate.set()
+            for asked in (first, joined):
+                with pytest.raises(type(error)):
+                    await asked
+            assert len(teacher.scored) <= calls
 
 
 async def test_a_caller_that_leaves_does_not_fail_the_others(cache: Cache) -> None:

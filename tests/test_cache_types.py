@@ -50,6 +50,7 @@ def test_a_broken_identity_is_refused(broken: object) -> None:
         {"k": 1.5},
         {"draws": -1},
         {"temperatures": [0.0]},
+        {"temperatures": [10**400]},
         {"temperatures": "1"},
         {"top": 3},
         [],

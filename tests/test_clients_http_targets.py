@@ -3,19 +3,24 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import psutil
+import pyarrow as pa
 import pytest
+from numpy.typing import NDArray
+from starlette.responses import Response
 
-from cache import Cache, Fields, Targets
+from cache import Cache, Fields, Targets, wire
 from cache.annotations import annotate
 from cache.errors import (
     InvalidInput,
     SpecMismatch,
+    TeacherFailed,
     Unavailable,
     UnknownCorpus,
     UnknownTeacher,
@@ -24,8 +29,12 @@ from cache.errors import (
 )
 from cache.ingest import IngestPlan, ingest_rows
 from cache.targets import TargetSet
+from cache.wire_stream import END, StreamHead, write_array
+from clients.http_corpus import HttpCorpus
 from clients.http_targets import HttpCache, HttpTargets
 from clients.retry import RetryPolicy
+from teacher_service.app import create_app
+from teacher_service.service import Service
 from tests.contracts import TargetSetContract
 from tests.corpora import byte_tokenizer, make_corpus, plan_targets, teacher_for, topics
 from tests.fakes import FakeTeacher
@@ -260,6 +269,52 @@ def test_another_corpus_under_the_name_is_not_mixed_in(tmp_path: Path) -> None:
             targets.read(0, 5)
         with pytest.raises(SpecMismatch, match="another corpus"):
             corpus.tokens(0, 5)
+
+
+@contextmanager
+def answering(filled: Cache, call: str, *parts: NDArray[Any]) -> Iterator[HttpCorpus]:
+    """A corpus behind a service that answers one call, method and route, with these arrays, one a record batch."""
+    service = create_app(Service.of([hosted("other", FakeTeacher())], cache=filled))
+    head = StreamHead(batches=len(parts), length=sum(map(len, parts)), corpus=filled.corpus("docs").fingerprint)
+    empty = head.schema([pa.field("values", pa.uint32())]).serialize().to_pybytes() + END
+    body = b"".join(write_array(head, parts)) if parts else empty
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and f"{scope['method']} {scope['path']}" == call:
+            await Response(body, media_type=wire.ARROW_MEDIA_TYPE)(scope, receive, send)
+        else:
+            await service(scope, receive, send)
+
+    with serving(app) as url, HttpCache(url, timeout=20) as remote:
+        yield remote.corpus("docs")
+
+
+def test_other_rows_than_were_asked_for_are_refused(filled: Cache) -> None:
+    first, second = (filled.corpus("docs").row(row) for row in (0, 1))
+    cases: list[tuple[list[Any], str]] = [
+        ([], "promised 0 rows for 2"),
+        ([first], "promised 1 rows for 2"),
+        ([first, second, second], "promised 3 rows for 2"),
+        ([first, second[:-1]], "for a row of"),
+        ([np.stack([first, first], axis=1), np.stack([second, second], axis=1)], "for a row of"),
+    ]
+    for parts, words in cases:
+        with (
+            answering(filled, "POST /v1/corpora/docs/rows", *parts) as corpus,
+            pytest.raises(TeacherFailed, match=words),
+        ):
+            corpus.take([0, 1])
+    with answering(filled, "POST /v1/corpora/docs/rows", first, second) as corpus:
+        for got, expected in zip(corpus.take([0, 1]), (first, second), strict=True):
+            np.testing.assert_array_equal(got, expected)
+
+
+def test_an_array_of_nothing_is_refused_and_not_asked_for_again(filled: Cache) -> None:
+    with (
+        answering(filled, "GET /v1/corpora/docs/tokens") as corpus,
+        pytest.raises(TeacherFailed, match="nothing at all"),
+    ):
+        corpus.tokens(3, 3)
 
 
 @pytest.mark.slow

@@ -588,3 +588,18 @@ def test_waits_grow_are_jittered_and_capped() -> None:
         assert 0.0 <= min(waits) < most * 0.1
         assert most * 0.9 < max(waits) <= most
     assert 7.0 <= policy.wait_seconds(1, 7.0) <= 7.5
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        (np.array([1.5, 2.7]), "row 0 is float64"),
+        (np.array([True, False]), "row 0 is bool"),
+        (np.array([-1, 3]), "ids from -1 to 3"),
+        (np.array([[1, 2]]), "2 dimensions"),
+    ],
+)
+async def test_what_would_become_other_ids_on_its_way_is_refused(url: str, row: Any, told: str) -> None:
+    async with HttpTeacher.open(url, "smol") as teacher:
+        with pytest.raises(InvalidInput, match=told):
+            await teacher.score([row], Fields(k=4))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -192,6 +193,15 @@ def test_what_is_not_arrow_is_refused(url: str) -> None:
     refused(post_arrow(url, hand_built(ROWS, fields=b"{}}")), 422, "invalid_input")
 
 
+def test_a_header_of_another_wire_version_is_refused_whatever_the_body(url: str) -> None:
+    newer = {"potstill-format": "2"}
+    for reply in (post_json(url, {"rows": ROWS}, **newer), post_arrow(url, hand_built(ROWS), **newer)):
+        detail = refused(reply, 400, "wire_version")
+        assert "'2'" in detail
+        assert "'1'" in detail
+    assert post_json(url, {"rows": ROWS}, **{"potstill-format": "1"}).status_code == 200
+
+
 def test_another_wire_version_is_refused_naming_both(url: str) -> None:
     for version in (b"0", b"2"):
         detail = refused(post_arrow(url, hand_built(ROWS, version=version)), 400, "wire_version")
@@ -291,15 +301,43 @@ def test_tokens_over_the_bound_are_told_to_come_back() -> None:
 
 
 def test_requests_over_the_bound_are_told_to_come_back() -> None:
+    with serving_teachers(hosted("smol", FakeTeacher()), limits=LimitSettings(max_requests_in_flight=1)) as url:
+        host, _, port = url.removeprefix("http://").partition(":")
+        with socket.create_connection((host, int(port))) as first:
+            head = "POST /v1/teachers/smol/score HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            first.sendall(f"{head}content-length: 100\r\n\r\n".encode())
+            until(lambda: "potstill_requests_in_flight 1.0" in httpx.get(f"{url}/metrics").text)
+            refused(post_json(url, {"rows": [[1]]}), 429, "overloaded")
+            assert httpx.get(f"{url}/healthz").status_code == 200
+
+
+def test_hits_are_answered_while_misses_wait_for_the_engine(tmp_path: Path) -> None:
     teacher = GatedTeacher()
-    with serving_teachers(hosted("smol", teacher), limits=LimitSettings(max_requests_in_flight=1)) as url:
-        first = threading.Thread(target=post_json, args=(url, {"rows": [[1]]}))
+    keep = Keep(Cache.open(tmp_path / "c", mode="r+"), KeepPolicy(k=4))
+    limits = LimitSettings(max_requests_in_flight=16, max_engine_tokens=3)
+    with serving_teachers(hosted("smol", teacher, keep), limits=limits) as url:
+        known = {"rows": [[1, 2, 3]], "fields": {"k": 2}}
+        first = threading.Thread(target=post_json, args=(url, known))
         first.start()
         until(lambda: teacher.waiting == 1)
-        refused(post_json(url, {"rows": [[1]]}), 429, "overloaded")
-        assert httpx.get(f"{url}/healthz").status_code == 200
         teacher.gate.set()
         first.join()
+        teacher.gate.clear()
+        # Some ask without storing, and the last joins the score of another.
+        rows = [[i] * 3 for i in [*range(4, 19), 4]]
+        heads = [{"cache-control": "no-store"} if i in (12, 13, 14) else {} for i in range(16)]
+        misses = [
+            threading.Thread(target=post_json, args=(url, {"rows": [row], "fields": {"k": 2}}), kwargs=head)
+            for row, head in zip(rows, heads, strict=True)
+        ]
+        for miss in misses:
+            miss.start()
+        until(lambda: 'potstill_tokens_waiting{teacher="smol"} 42.0' in httpx.get(f"{url}/metrics").text)
+        for _ in range(20):
+            assert post_json(url, known).status_code == 200
+        teacher.gate.set()
+        for miss in misses:
+            miss.join()
 
 
 def test_a_client_that_leaves_cancels_its_work() -> None:

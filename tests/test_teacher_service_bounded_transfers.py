@@ -206,11 +206,12 @@ def test_a_large_answer_arrives_whole() -> None:
 
 def test_one_key_cannot_take_every_place() -> None:
     refusals: Counter[str] = Counter()
-    bound = SharedBound(16, "places", reason="requests", refusals=refusals)
+    bound = SharedBound(16, "places", reason="requests", refusals=refusals, retry_after=lambda: 7.0)
     for _ in range(14):
         bound.take("much", 1)
-    with pytest.raises(Overloaded, match="14 places are in flight of at most 16.*can have 14"):
+    with pytest.raises(Overloaded, match="14 places are in flight of at most 16.*can have 14") as refusal:
         bound.take("much", 1)
+    assert refusal.value.retry_after == 7.0
     bound.take("little", 1)
     bound.take("little", 1)
     with pytest.raises(Overloaded, match="16 places are in flight of at most 16; retry later"):

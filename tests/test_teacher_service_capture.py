@@ -202,6 +202,15 @@ def test_a_position_whose_top_is_no_number_is_refused(want: Fields, value: float
         received(answer, want)
 
 
+@pytest.mark.parametrize("name", ["entropy", "log_z"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_an_entropy_or_log_z_that_is_not_finite_is_refused(name: str, value: float) -> None:
+    answer = worker_answer(EVERYTHING)
+    split(answer.floats, float_sections(EVERYTHING, len(TOKENS), VOCAB))[name][3:4] = value
+    with pytest.raises(TeacherFailed, match=rf"{name} .*(nan|inf).* at position 3"):
+        received(answer, EVERYTHING)
+
+
 def test_an_answer_that_is_not_the_rows_is_refused() -> None:
     answer = worker_answer(EVERYTHING)
     with pytest.raises(TeacherFailed, match=r"100 numbers where \(5, 4\) and 30 were due"):

@@ -15,6 +15,7 @@ from cache.draws import draw_rows, uniforms
 from cache.types import Draws, Fields
 from teacher_service.capture_layout import float_sections, num_floats, split
 from teacher_service.capture_math import Workspace, capture_block
+from teacher_service.vllm_teacher import MAX_TEMPERATURE, MIN_TEMPERATURE
 
 # A multiple of 32 and of 128, neither, and so small that nothing is left out.
 VOCABS = (32_000, 50_257, 300)
@@ -91,6 +92,18 @@ def test_entropy_and_log_z_are_those_of_float64(vocab_size: int) -> None:
     for column, temperature in enumerate(temperatures):
         log_z = np.logaddexp.reduce(dense / temperature, axis=1)
         np.testing.assert_allclose(found["log_z"][:, column], log_z, atol=1e-4)
+
+
+def test_log_z_is_finite_at_the_bounds_of_temperature() -> None:
+    logits = random_logits(4, 32_000)
+    logits[1] *= 30  # nearly all mass on one id
+    logits[2] = 0
+    logits[3, ::3] = -torch.inf
+    bounds = (MIN_TEMPERATURE, MAX_TEMPERATURE)
+    log_z = captured(logits, Fields(k=0, temperatures=bounds))["log_z"]
+    for column, temperature in enumerate(bounds):
+        theirs = np.logaddexp.reduce(exact(logits) / temperature, axis=1)
+        np.testing.assert_allclose(log_z[:, column], theirs, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("vocab_size", VOCABS)

@@ -6,6 +6,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -15,11 +16,15 @@ import httpx
 import numpy as np
 import pyarrow as pa
 import pytest
+from fastapi.responses import JSONResponse
 
-from cache import Cache, Fields, wire
+from cache import Cache, Fields, Targets, wire
 from cache.delete import plan_shards, remove
+from cache.targets import TargetSet
 from cache.wire_stream import END
+from teacher_service.corpus_json import json_pieces
 from teacher_service.corpus_reads import RangeRead
+from teacher_service.request_limits import bytes_per_position
 from teacher_service.settings import LimitSettings
 from teacher_service.streamed import ReadSlots, StreamedAnswer
 from tests.corpora import plan_targets, teacher_for
@@ -176,6 +181,81 @@ def test_json_has_the_version_and_is_bounded_by_itself(url: str, filled: Cache) 
     assert answer["rows"][0]["ids"] == filled.targets("fake", "docs").read(0, 50).ids.tolist()
     assert "max_range_positions=50" in refused(get(51), 422, "limit_exceeded")
     assert targets_of(url, start=0, stop=51).status_code == 200
+
+
+def dense_cache(root: Path) -> Cache:
+    return filled_cache(root, Fields(k=4, dense=True), encoding="f32", missing=0)
+
+
+def test_json_is_bounded_in_bytes_too(tmp_path: Path) -> None:
+    cache = dense_cache(tmp_path / "cache")
+    targets = cache.targets("fake", "docs")
+    size = bytes_per_position(targets.fields, targets.identity.vocab_size)
+    limits = LimitSettings(max_answer_bytes=10 * size, max_range_positions=1000)
+    with serving_teachers(hosted("other", FakeTeacher()), cache=cache, limits=limits) as url:
+        address, ask = f"{url}/v1/corpora/docs/targets/fake", {"accept": "application/json"}
+        whole = httpx.get(address, params={"start": 0, "stop": 10}, headers=ask)
+        expected = wire.targets_to_json(targets.read(0, 10))
+        assert whole.headers["content-type"] == "application/json"
+        assert whole.json() == {
+            "format": wire.WIRE_VERSION,
+            "identity": targets.identity.to_json(),
+            "rows": [expected],
+        }
+        over = httpx.get(address, params={"start": 0, "stop": 11}, headers=ask)
+        detail = refused(over, 422, "limit_exceeded")
+        assert f"{11 * size} bytes" in detail
+        assert f"max_answer_bytes={10 * size}" in detail
+        over = httpx.post(f"{address}/rows", json={"rows": [0]}, headers=ask)
+        assert "max_answer_bytes" in refused(over, 422, "limit_exceeded")
+        assert targets_of(url, start=0, stop=11).status_code == 200
+
+
+def test_json_holds_its_bytes_and_a_place_until_it_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = dense_cache(tmp_path / "cache")
+    targets = cache.targets("fake", "docs")
+    size = bytes_per_position(targets.fields, targets.identity.vocab_size)
+    gate, seen = threading.Event(), threading.Event()
+    read = TargetSet.read
+
+    def gated(self: TargetSet, *args: Any, **kwargs: Any) -> Targets:
+        seen.set()
+        assert gate.wait(20)
+        return read(self, *args, **kwargs)
+
+    monkeypatch.setattr(TargetSet, "read", gated)
+
+    def second(limits: LimitSettings) -> httpx.Response:
+        gate.clear()
+        seen.clear()
+        with (
+            serving_teachers(hosted("other", FakeTeacher()), cache=cache, limits=limits) as url,
+            ThreadPoolExecutor(1) as pool,
+        ):
+            address, ask = f"{url}/v1/corpora/docs/targets/fake?start=0&stop=10", {"accept": "application/json"}
+            first = pool.submit(httpx.get, address, headers=ask, timeout=30)
+            assert seen.wait(20)
+            refusal = httpx.get(address, headers=ask)
+            gate.set()
+            assert first.result().status_code == 200
+            assert httpx.get(address, headers=ask).status_code == 200
+            return refusal
+
+    assert "max_streams" in refused(second(LimitSettings(max_streams=1)), 429, "overloaded")
+    assert "bytes of answers" in refused(second(LimitSettings(max_answer_bytes_in_flight=15 * size)), 429, "overloaded")
+
+
+def test_json_in_pieces_is_the_json_of_the_wire(monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = Fields(k=4, draws=50, temperatures=(0.5, 2.0), entropy=True, dense=True)
+    teacher = FakeTeacher()
+    rows = [np.array(tokens, np.uint32) for tokens in ([1, 2, 3, 4, 5, 6, 7], [9], [5, 5, 5])]
+    for asked in (fields, Fields(k=0, entropy=True)):
+        targets = [teacher.targets(row, asked) for row in rows]
+        answer = wire.answer_to_json(wire.ScoreAnswer(teacher.identity, targets))
+        expected = JSONResponse({"format": wire.WIRE_VERSION, **answer}).body
+        for elements in (1 << 14, 100, 7):
+            monkeypatch.setattr("teacher_service.corpus_json._ELEMENTS", elements)
+            assert b"".join(json_pieces(teacher.identity, targets.copy)) == expected
 
 
 def test_bad_ranges_names_and_fields_are_refused(url: str, filled: Cache) -> None:
@@ -422,3 +502,10 @@ async def test_more_streams_than_there_are_places_are_turned_away() -> None:
     await answer({"type": "http", "method": "GET"}, receive, send)
     assert b"".join(message.get("body", b"") for message in sent) == b"x"
     assert slots.in_use == 0
+
+
+def test_a_misspelt_query_parameter_is_refused_by_name(url: str) -> None:
+    reply = httpx.get(f"{url}/v1/corpora/docs/targets/fake", params={"start": 0, "stop": 10, "feilds": "top_k"})
+    detail = refused(reply, 422, "invalid_input")
+    assert "'feilds'" in detail
+    assert "fields, k, start, stop" in detail

@@ -17,6 +17,9 @@ from cache import Cache, Fields, Targets
 from cache.errors import Overloaded, TeacherFailed
 from cache.types import Tokens
 from clients.commands import fill as command
+from teacher_service.fill_jobs import spread
+from teacher_service.request_limits import bytes_per_position
+from teacher_service.settings import LimitSettings
 from tests.contracts import TargetSetContract
 from tests.corpora import make_corpus, plan_targets, teacher_for, topics
 from tests.fakes import FakeTeacher, fake_identity
@@ -180,6 +183,73 @@ def test_what_cannot_be_filled_is_refused_before_anything_is_written(cache: Cach
     assert cache.fresh().teachers("docs") == []
     with served(None, **teachers) as address:
         assert "--cache" in refused(httpx.put(f"{address}/fake", json=BODY), 422, "invalid_input")
+
+
+def test_a_body_of_another_wire_version_is_refused_naming_both(cache: Cache, teacher: MoodyTeacher) -> None:
+    with served(cache, fake=teacher) as address:
+        for more in ({}, {"fields": [], "more": 1}):
+            reply = httpx.put(f"{address}/fake", json={**BODY, "format": "2", **more})
+            detail = refused(reply, 400, "wire_version")
+            assert "'2'" in detail
+            assert "'1'" in detail
+        refused(httpx.put(f"{address}/fake", json={**BODY, "format": 2}), 422, "invalid_input")
+        assert httpx.put(f"{address}/fake", json={**BODY, "format": "1"}, timeout=30).status_code == 200
+
+
+class WeighingTeacher(FakeTeacher):
+    """Notes how many tokens it was asked for in one call, and in all that run at one time."""
+
+    def __init__(self, inner: FakeTeacher) -> None:
+        super().__init__(inner.identity)
+        self.most = self.most_together = self.together = 0
+
+    async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
+        tokens = sum(map(len, rows))
+        self.together += tokens
+        self.most, self.most_together = max(self.most, tokens), max(self.most_together, self.together)
+        await asyncio.sleep(0.01)
+        self.together -= tokens
+        return await super().score(rows, want)
+
+
+def test_batches_are_cut_to_the_bounds_of_answers(cache: Cache) -> None:
+    corpus = cache.corpus("docs")
+    teacher = WeighingTeacher(teacher_for(corpus))
+    fields = Fields(k=4, dense=True)
+    size, longest = bytes_per_position(fields, teacher.identity.vocab_size), corpus.spec.longest_row
+    limits = LimitSettings(max_answer_bytes=2 * longest * size, max_answer_bytes_in_flight=7 * longest * size)
+    wanted = {"fields": fields.to_json(), "encoding": "f32", "batch_tokens": 100_000, "in_flight": 64}
+    with serving_teachers(hosted("fake", teacher), cache=cache, limits=limits) as url:
+        address = f"{url}/v1/corpora/docs/fill/fake"
+        begun = httpx.put(address, json=wanted, timeout=30).json()
+        assert (begun["batch_tokens"], begun["in_flight"]) == (2 * longest, 3)
+        assert until(address, "done", "failed")["state"] == "done"
+        assert httpx.put(address, json=wanted, timeout=30).json()["batch_tokens"] == 2 * longest
+    assert 0 < teacher.most <= 2 * longest
+    assert 0 < teacher.most_together <= 7 * longest
+
+
+def test_a_row_whose_targets_do_not_fit_is_refused_and_nothing_written(cache: Cache) -> None:
+    corpus = cache.corpus("docs")
+    teacher = teacher_for(corpus)
+    fields = Fields(k=4, dense=True)
+    held = corpus.spec.longest_row * bytes_per_position(fields, teacher.identity.vocab_size)
+    for name in ("max_answer_bytes", "max_answer_bytes_in_flight"):
+        limits = LimitSettings(**{name: held - 1})
+        with serving_teachers(hosted("fake", teacher), cache=cache, limits=limits) as url:
+            wanted = {"fields": fields.to_json(), "encoding": "f32"}
+            reply = httpx.put(f"{url}/v1/corpora/docs/fill/fake", json=wanted, timeout=30)
+            detail = refused(reply, 422, "limit_exceeded")
+            assert f"{held} bytes" in detail
+            assert f"{name}={held - 1}" in detail
+            assert "--row-tokens" in detail
+    assert cache.fresh().teachers("docs") == []
+
+
+def test_batches_that_are_turned_away_together_spread_out() -> None:
+    waits = [spread(3.0) for _ in range(200)]
+    assert 3.0 <= min(waits) < 3.5
+    assert 5.5 < max(waits) <= 6.0
 
 
 def run_command(url: str, *options: str) -> int:

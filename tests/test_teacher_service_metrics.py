@@ -64,7 +64,6 @@ def test_replicas_and_their_tokens_are_counted(keep: Keep) -> None:
     assert found["potstill_capture_path_info{capture_path=fake,teacher=big}"] == 1
     assert found["potstill_store_failing{teacher=big}"] == 0
     assert found["potstill_tokens_waiting{teacher=big}"] == found["potstill_tokens_in_flight{teacher=big}"] == 0
-    assert found["potstill_tokens_per_second{teacher=big}"] > 0
     assert found["process_resident_memory_bytes{}"] > 1e6
 
 

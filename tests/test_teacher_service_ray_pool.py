@@ -167,6 +167,18 @@ async def test_a_wedged_engine_is_replaced_and_its_rows_are_answered(pool: RayPo
         await eventually(lambda: flowing.answered > sent + 16)
 
 
+async def test_calls_outlive_the_engine_of_the_only_replica(pool: RayPool, ray_mark: str) -> None:
+    await scaled(pool, 1)
+    (old,) = (info.name for info in pool.status.each)
+    async with traffic(pool, callers=4) as flowing:
+        os.kill(engines(ray_mark)[0], signal.SIGKILL)
+        await eventually(
+            lambda: [info.name for info in pool.status.each if info.state == "ready"] not in ([], [old]), 120
+        )
+        sent = flowing.answered
+        await eventually(lambda: flowing.answered > sent + 16, 60)
+
+
 @pytest.mark.slow
 async def test_a_dead_engine_is_replaced_though_its_replica_lives(pool: RayPool, ray_mark: str) -> None:
     await scaled(pool, 2)

@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from cache.cached import KeepPolicy
 from cache.entry_points import open_teacher
 from cache.errors import InvalidInput, LimitExceeded, TeacherFailed, Unavailable
 from cache.types import JSON, Teacher
-from teacher_service.engine_health import Watched
+from teacher_service.engine_health import EngineHealth, Watched
 from teacher_service.hosted import HostedTeacher, Keep
 from teacher_service.replica_settings import AutoscaleSettings
 from teacher_service.replicas import LocalPool, OpenTeacher, Watch
@@ -117,6 +117,104 @@ async def test_a_caller_that_leaves_takes_nobody_with_it() -> None:
         leaving.cancel()
         await eventually(lambda: pool.status.each[0].tokens_waiting == 12)
         assert len(await staying) == 1
+
+
+async def leave(pool: LocalPool, seconds: float) -> None:
+    """Ask, and give up after so long."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await pool.score(rows(10), Fields(k=4))
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.1])
+async def test_callers_that_give_up_early_do_not_hide_a_wedged_engine(pause: float) -> None:
+    engines: list[ProcessTeacher] = []
+    async with LocalPool.open(opens_process_teacher(opened=engines.append), QUICK) as pool:
+        await pool.score(rows(5), Fields(k=4))
+        os.kill(engines[0].pid, signal.SIGSTOP)
+        for _ in range(40):
+            await leave(pool, QUICK.wedged_seconds / 5)
+            await asyncio.sleep(pause)
+            if len(engines) > 1:
+                break
+        assert not is_running(engines[0].pid)
+        await pool.score(rows(5), Fields(k=4))
+        assert len(engines) == 2
+
+
+async def test_an_engine_that_rests_after_a_caller_left_is_not_wedged() -> None:
+    engines: list[ProcessTeacher] = []
+    async with LocalPool.open(opens_process_teacher(tokens_per_second=100.0, opened=engines.append), QUICK) as pool:
+        await leave(pool, 0.02)
+        await asyncio.sleep(2 * QUICK.wedged_seconds)
+        await pool.score(rows(20), Fields(k=4))
+        assert len(engines) == 1
+
+
+class Stuck(FakeTeacher):
+    """Its engine never makes a step."""
+
+    failure = ""
+    progress = 0
+
+
+def test_refused_and_abandoned_calls_are_no_sign_of_life_but_answers_and_failures_are() -> None:
+    def ask(health: EngineHealth, outcome: BaseException | None) -> None:
+        with health.call(10):
+            time.sleep(0.02)
+            if outcome is not None:
+                raise outcome
+
+    for outcome, stuck in ((InvalidInput("k"), True), (asyncio.CancelledError(), True), (TeacherFailed("NaN"), False)):
+        health = EngineHealth(Stuck(), wedged_seconds=0.01)
+        with pytest.raises(type(outcome)):
+            ask(health, outcome)
+        assert bool(health.trouble()) == stuck
+    health = EngineHealth(Stuck(), wedged_seconds=0.01)
+    ask(health, None)
+    assert not health.trouble()
+
+
+@asynccontextmanager
+async def hanging(engines: list[ProcessTeacher], patient: asyncio.Event | None) -> AsyncIterator[Teacher]:
+    """A real engine, and after it none: the start hangs; with `patient`, also when it is given up."""
+    if not engines:
+        async with opens_process_teacher(opened=engines.append)() as teacher:
+            yield teacher
+        return
+    engines.append(engines[0])
+    try:
+        await asyncio.Event().wait()
+    finally:
+        if patient is not None:
+            await patient.wait()
+
+
+@pytest.mark.parametrize("stubborn", [False, True])
+async def test_a_start_that_hangs_keeps_nobody_from_stopping(stubborn: bool, caplog: pytest.LogCaptureFixture) -> None:
+    engines: list[ProcessTeacher] = []
+    patient = asyncio.Event() if stubborn else None
+    watch = Watch(check_seconds=0.02, close_seconds=0.1)
+    hosted = HostedTeacher(
+        "smol",
+        partial(hanging, engines, patient),
+        open_pool=lambda open_teacher: LocalPool.open(open_teacher, watch),
+    )
+    hosted.start()
+    await hosted.settled()
+    os.kill(engines[0].pid, signal.SIGKILL)
+    await eventually(lambda: len(engines) == 2)
+    waiting = asyncio.create_task(hosted.front(store=True).score(rows(5), Fields(k=4)))
+    await asyncio.sleep(0)
+    async with asyncio.timeout(10):
+        await hosted.drain(no_engine_seconds=0.1)
+        await hosted.stop()
+    with pytest.raises(Unavailable, match="closed"):
+        await waiting
+    assert ("is left behind" in caplog.text) == stubborn
+    if patient is not None:
+        patient.set()
+        await eventually(lambda: "engine keeper" not in {task.get_name() for task in asyncio.all_tasks()})
 
 
 def breaking(engines: list[ProcessTeacher], broken: list[Exception]) -> OpenTeacher:

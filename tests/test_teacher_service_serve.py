@@ -116,6 +116,17 @@ def test_the_cache_keeps_rows_over_a_restart(behind_url: str, behind: FakeTeache
         assert before.logprobs.tolist() == after.logprobs.tolist()
 
 
+def test_a_connection_that_never_becomes_a_request_is_closed(behind_url: str, tmp_path: Path) -> None:
+    config = tmp_path / "serve.toml"
+    config.write_text(f'[limits]\nbody_seconds = 0.5\n[[teachers]]\nname = "smol"\nmodel = "{behind_url}"\n')
+    serving = Serving(str(config))
+    host, _, port = serving.url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nhost: x\r\nx-a: ")
+        assert connection.recv(100) == b""
+    assert serving.stop() == (0, "")
+
+
 def test_what_is_in_flight_is_finished_before_it_stops() -> None:
     gated = GatedTeacher()
     with serving_teachers(hosted("deep", gated)) as behind_url:

@@ -112,6 +112,13 @@ async def test_no_rows_are_no_answers(vllm_teacher: VllmTeacher) -> None:
         (np.zeros(256, np.uint32), Fields(k=4), LimitExceeded, "256 tokens, .* 255; .*--row-tokens 255"),
         (np.zeros(3, np.uint32), Fields(k=257), LimitExceeded, "k=257 is over .* 256"),
         (np.zeros(3, np.uint32), Fields(k=4, temperatures=(2.0,) * 17), LimitExceeded, "17 temperatures .* 16"),
+        (
+            np.zeros(3, np.uint32),
+            Fields(temperatures=(2.0, 1e-39)),
+            LimitExceeded,
+            r"temperature 1e-39 .*\[0.001, 1000",
+        ),
+        (np.zeros(3, np.uint32), Fields(temperatures=(1e4,)), LimitExceeded, r"temperature 10000.0 .*\[0.001, 1000"),
     ],
 )
 async def test_bad_input_is_refused_before_the_engine_sees_it(

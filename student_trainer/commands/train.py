@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     begun = newest_step(config.run_dir / "checkpoints")
     where = "in this process" if args.no_ray else "on Ray, whose start takes half a minute"
-    console.print(f"{f'resuming from step {begun}' if begun else 'training'} {where}", highlight=False)
+    console.print(f"{f'resuming from step {begun}' if begun >= 0 else 'training'} {where}", highlight=False)
     with stop_on_signals() as stop, showing(config.train.steps, console) as show:
         if args.no_ray:
             result = train(config, should_stop=stop, on_record=show)

@@ -1,0 +1,128 @@
+"""Connections that never become a request, or whose answer nobody takes: over real sockets."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import httpx
+import pytest
+
+from teacher_service import completions_json
+from teacher_service.app import create_app
+from teacher_service.service import Service
+from teacher_service.settings import LimitSettings
+from tests.fakes import FakeTeacher, fake_identity
+from tests.servers import hosted, serving, serving_teachers, wait_ready
+
+LIMITS = LimitSettings(body_seconds=0.5, max_connections=8)
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    with serving_teachers(hosted("smol", FakeTeacher()), limits=LIMITS) as address:
+        yield address
+
+
+def connected(url: str) -> socket.socket:
+    host, _, port = url.removeprefix("http://").partition(":")
+    return socket.create_connection((host, int(port)), timeout=10)
+
+
+def is_closed(connection: socket.socket) -> bool:
+    """Whether the other side ends it, within the socket's timeout."""
+    try:
+        while connection.recv(65_536):
+            pass
+    except ConnectionResetError:
+        pass
+    return True
+
+
+def drip(connection: socket.socket) -> None:
+    for _ in range(200):
+        connection.sendall(b"a")
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /healthz HTTP/1.1\r\nhost: x\r\nx-a: "])
+def test_a_connection_without_a_whole_head_is_closed(url: str, sent: bytes) -> None:
+    with connected(url) as connection:
+        connection.sendall(sent)
+        assert is_closed(connection)
+
+
+@pytest.mark.parametrize("before", [b"", b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n"])
+def test_a_head_that_drips_is_closed_all_the_same_also_a_later_one(url: str, before: bytes) -> None:
+    with connected(url) as connection:
+        connection.sendall(before)
+        if before:
+            assert connection.recv(65_536).startswith(b"HTTP/1.1 200")
+        connection.sendall(b"GET / HTTP/1.1\r\nx-a: ")
+        with pytest.raises(OSError):  # noqa: PT011 -- a reset or a broken pipe, as it happens
+            drip(connection)
+
+
+def test_requests_that_take_longer_than_a_head_may_are_served(url: str) -> None:
+    with httpx.Client(base_url=url) as client:
+        for _ in range(3):
+            assert client.get("/healthz").status_code == 200
+            time.sleep(0.3)
+
+
+def test_connections_over_the_bound_are_told_so(url: str) -> None:
+    with ExitStack() as held:
+        for _ in range(LIMITS.max_connections):
+            held.enter_context(connected(url))
+        with connected(url) as one_more:
+            reply = one_more.recv(65_536).decode()
+        assert reply.startswith("HTTP/1.1 503 ")
+        assert "max_connections=8" in reply
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            if httpx.get(f"{url}/healthz").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_of_an_answer_that_is_not_taken_no_more_is_made_and_its_connection_ends(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made: list[int] = []
+    text_of = completions_json._positions_text
+
+    def counted(*positions: object) -> bytes:
+        made.append(1)
+        return text_of(*positions)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(completions_json, "_positions_text", counted)
+    service = Service.of([hosted("x", FakeTeacher(fake_identity(vocab_size=256)))], limits=LIMITS)
+    asked = {"prompt": [list(range(250))] * 40, "prompt_logprobs": 128, "max_tokens": 1}
+    body = json.dumps(asked).encode()
+    with serving(create_app(service), limits=LIMITS) as url:
+        wait_ready(url)
+        with socket.socket() as small:
+            small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            host, _, port = url.removeprefix("http://").partition(":")
+            small.settimeout(10)
+            small.connect((host, int(port)))
+            head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n"
+            small.sendall(f"{head}content-type: application/json\r\n\r\n".encode() + body)
+            deadline = time.monotonic() + 30
+            while "is given up" not in caplog.text:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            before = len(made)
+            time.sleep(1.5)
+            assert len(made) == before
+            assert is_closed(small)
+    assert before > 0
+    assert "Exception in ASGI" not in caplog.text
+    assert "without completing" not in caplog.text
