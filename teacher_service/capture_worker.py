@@ -256,13 +256,21 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
+def _cores_of(thread: str) -> set[int]:
+    """The cores that a thread of this process may run on; none when it has ended meanwhile."""
+    try:
+        return os.sched_getaffinity(int(thread))
+    except ProcessLookupError:
+        return set()
+
+
 def _one_torch_thread_each() -> ThreadPoolExecutor:
     """As many threads as torch uses, each of which runs torch's operations alone."""
     num_threads = torch.get_num_threads()
     # vLLM replaces `torch.set_num_threads` by a warning; the number is a thread's own, but for threads yet to come.
     set_num_threads = torch._C.set_num_threads  # noqa: SLF001
     # vLLM may have bound this thread to one core, which new threads would inherit.
-    cores = set().union(*(os.sched_getaffinity(int(thread)) for thread in os.listdir("/proc/self/task")))
+    cores = set().union(*map(_cores_of, os.listdir("/proc/self/task")))
     barrier = threading.Barrier(num_threads + 1)
 
     def prepare() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +16,7 @@ import torch
 from cache.types import Draws, Fields, Targets
 from teacher_service.capture import targets_from_captured
 from teacher_service.capture_layout import Captured, Wish
-from teacher_service.capture_worker import PromptCapture
+from teacher_service.capture_worker import PromptCapture, _cores_of
 
 VOCAB = 5000
 LENGTH = 700
@@ -152,3 +155,14 @@ def test_a_failure_before_the_preemption_is_forgotten() -> None:
     assert row.step((0, 512)) == {}
     row.runner.model.breaks = False
     assert_same(row.targets([(0, 333), (333, 367)]), whole)
+
+
+def test_a_thread_that_has_ended_names_no_cores() -> None:
+    thread = threading.Thread(target=int)
+    thread.start()
+    thread.join()
+    assert thread.native_id is not None
+    deadline = time.monotonic() + 10
+    while _cores_of(str(thread.native_id)):
+        assert time.monotonic() < deadline
+    assert _cores_of(str(threading.get_native_id())) == os.sched_getaffinity(0)
