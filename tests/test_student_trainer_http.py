@@ -22,14 +22,7 @@ from tests.fakes import FakeTeacher
 from tests.servers import hosted, serving_teachers
 from tests.tiny_runs import config_of, write_cache
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small only wait for each other on two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
+from cache.commands.field_options import add_field_options, fields_of
 from cache.entry_points import open_teacher
 from cache.errors import CorruptSegment, FormatError, InvalidInput, LimitExceeded, SpecMismatch, StoreError
 from cache.progress import Step, progress
@@ -34,15 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a model folder or name (the engine runs in this process), or http://host:port#NAME "
         "(a running service); may be given again",
     )
-    parser.add_argument("--top-k", type=int, default=64, help="entries kept a position, 0 for none (default 64)")
-    parser.add_argument("--draws", type=int, default=0, metavar="N", help="draws with replacement a position")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default %(default)s)")
-    parser.add_argument("--entropy", action="store_true", help="keep the entropy of each position")
-    parser.add_argument(
-        "--temperatures", type=_numbers, default=(), metavar="T,T", help="keep log sum p**(1/T) of each T"
-    )
-    parser.add_argument("--dense", action="store_true", help="keep all logprobs: for small evaluation splits")
-    parser.add_argument("--encoding", default="u8", help="u8, archive, f16 or f32 (default %(default)s)")
+    add_field_options(parser)
     parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens a batch (default %(default)s)")
     parser.add_argument("--in-flight", type=int, default=4, help="batches at the teacher (default %(default)s)")
     parser.add_argument(
@@ -61,16 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from cache.fill import FillPlan
     from cache.store import check_name
 
-    if args.top_k < 0:
-        raise InvalidInput(f"--top-k is {args.top_k}; it must be at least 0")
-    fields = Fields(
-        k=args.top_k,
-        draws=args.draws,
-        seed=args.seed if args.draws else 0,
-        entropy=args.entropy,
-        temperatures=args.temperatures,
-        dense=args.dense,
-    )
+    fields = fields_of(args)
     encoding_by_name(args.encoding)
     plan = FillPlan(batch_tokens=args.batch_tokens, in_flight=args.in_flight, claim_seconds=args.claim_seconds)
     teachers = [_name_and_spec(text) for text in args.teacher]
@@ -197,13 +181,6 @@ def _summary(name: str, targets: TargetSet, report: FillReport) -> str:
         f"{report.positions_scored:,} positions in {report.seconds:.1f} s, "
         f"{report.positions_scored / max(report.seconds, 1e-9):,.0f} tokens/s"
     )
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers like 2,4") from None
 
 
 def _name_and_spec(text: str) -> tuple[str, str]:

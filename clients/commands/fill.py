@@ -8,8 +8,9 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from cache.commands.field_options import add_field_options, fields_of
+
 if TYPE_CHECKING:
-    from cache.types import Fields
     from clients.http_fill import HttpFill
 
 SUMMARY = "have a running service fill a corpus with a teacher's targets"
@@ -21,15 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", default=_DEFAULT_URL, help="the service (default: %(default)s)")
     parser.add_argument("--corpus", required=True, metavar="NAME")
     parser.add_argument("--teacher", required=True, metavar="NAME", help="the teacher's name on the service")
-    parser.add_argument("--top-k", type=int, default=64, help="entries kept a position, 0 for none (default 64)")
-    parser.add_argument("--draws", type=int, default=0, metavar="N", help="draws with replacement a position")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default %(default)s)")
-    parser.add_argument("--entropy", action="store_true", help="keep the entropy of each position")
-    parser.add_argument(
-        "--temperatures", type=_numbers, default=(), metavar="T,T", help="keep log sum p**(1/T) of each T"
-    )
-    parser.add_argument("--dense", action="store_true", help="keep all logprobs: for small evaluation splits")
-    parser.add_argument("--encoding", default="u8", help="u8, archive, f16 or f32 (default %(default)s)")
+    add_field_options(parser)
     parser.add_argument("--stop", action="store_true", help="stop the job instead of starting one")
     parser.add_argument("--no-watch", action="store_true", help="start the job, and do not wait for its end")
     parser.add_argument("--json", action="store_true", help="print the job's last state as JSON")
@@ -46,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
         if args.stop:
             at = job.stop()
         else:
-            at = job.start(_fields(args), args.encoding)
+            at = job.start(fields_of(args), args.encoding)
             if not args.no_watch:
                 at = _watched(job, at, args)
     print(json.dumps(at, indent=2) if args.json else _summary(at))
@@ -72,22 +65,6 @@ def _watched(job: HttpFill, at: dict[str, Any], args: argparse.Namespace) -> dic
     return at
 
 
-def _fields(args: argparse.Namespace) -> Fields:
-    from cache.errors import InvalidInput
-    from cache.types import Fields
-
-    if args.top_k < 0:
-        raise InvalidInput(f"--top-k is {args.top_k}; it must be at least 0")
-    return Fields(
-        k=args.top_k,
-        draws=args.draws,
-        seed=args.seed if args.draws else 0,
-        entropy=args.entropy,
-        temperatures=args.temperatures,
-        dense=args.dense,
-    )
-
-
 def _summary(at: dict[str, Any]) -> str:
     done = at["shards_before"] + at["shards_committed"]
     line = (
@@ -102,10 +79,3 @@ def _summary(at: dict[str, Any]) -> str:
 
 def _exit_status(at: dict[str, Any]) -> int:
     return 1 if at["state"] == "failed" else 0
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers like 2,4") from None
