@@ -58,6 +58,7 @@ _ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
 }
 _POLL_SECONDS = 0.002
+_KILLED_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,8 +149,12 @@ class VllmEngine:
     def close(self) -> None:
         """Free what the engine holds; a failed engine may not manage, which is logged."""
         try:
+            core = self._engine.engine_core
+            processes = [] if self._inside else list(core.resources.engine_manager.processes)
             self._engine.renderer.shutdown()
-            self._engine.engine_core.shutdown()
+            core.shutdown()
+            for process in processes:
+                process.join(_KILLED_SECONDS)  # vLLM kills one that takes over five seconds, and does not wait for it
         except Exception:  # noqa: BLE001 -- there is nothing left to do, and nobody to tell
             _LOG.warning("vLLM did not shut down cleanly", exc_info=True)
         finally:

@@ -135,10 +135,21 @@ async def test_scaling_up_and_down_under_load_fails_no_call(pool: RayPool) -> No
         await eventually(lambda: flowing.answered > sent + 60)
         each = {info.name: info.tokens_scored - before[info.name] for info in pool.status.each}
         assert min(each.values()) > 0.5 * max(each.values()), "the fewest tokens in flight are next"
-        await pool.scale(1)
-        await eventually(lambda: "draining" in {info.state for info in pool.status.each})
-        await settled(pool, 1)
+        await scaled(pool, 1)
     assert flowing.answered > 60
+
+
+async def test_a_replica_that_is_scaled_away_finishes_its_calls_first(
+    pool: RayPool, caplog: pytest.LogCaptureFixture
+) -> None:
+    await scaled(pool, 2)
+    calls = [asyncio.create_task(pool.score(rows(250, 250), Fields(k=4))) for _ in range(40)]
+    await eventually(lambda: min(info.tokens_waiting for info in pool.status.each) > 0)
+    await pool.scale(1)
+    await eventually(lambda: "draining" in {info.state for info in pool.status.each})
+    assert [len(await call) for call in calls] == [2] * 40
+    await settled(pool, 1)
+    assert "was lost" not in caplog.text
 
 
 async def test_a_killed_replica_costs_no_call(pool: RayPool, ray_mark: str) -> None:
