@@ -1,20 +1,24 @@
-"""From logits to everything a target holds, in blocks of rows that stay in a CPU's cache. Plain torch.
+"""From logits to everything a target holds, in one sweep over the vocabulary. Plain torch.
 
-Per position, of logits z over the whole vocabulary and p = softmax(z):
+Per position, of logits z over the whole vocabulary, t = z - max z, e = exp(t) and p = e / sum e:
 
+    logprob    t - log sum e, taken only where it is wanted
     top-k      exact: the k-th largest of the maxima of 32 interleaved parts is no more than the k-th largest entry, so
                what is at or above it holds the top-k; that is about k entries, which alone are sorted
-    entropy    -sum p log p
-    log_z      log sum p**(1/T) = logsumexp(log p / T)
+    entropy    -sum p log p = log sum e - sum(e t) / sum e
+    log_z      log sum p**(1/T) = log sum exp(t / T) - log(sum e) / T
     draws      inverse CDF: of u in [0, 1), the first id whose cumulative mass is over u. In float64, and in two
                steps: over the masses of blocks of 64 ids, then inside the block that was hit
 
 The draws are those of `cache.draws.draw_rows` on the same logprobs, but for a u at the very edge between two ids.
 
+t and e exist for a strip of few rows at a time, in a core's second cache; what is left of a row is its sums. A block
+has many strips, as the steps after the sweep cost by the call.
+
 Memory beside the logits and the answer: MEMORY_COPIES times what is handed in at once, which counts as 4 N float32 a
 row where that is more than V.
 
-Shape legend:  R rows handed in, S rows of a block, V vocabulary size, K kept entries, N draws.
+Shape legend:  S rows of a block, R rows of a strip, V vocabulary size, K kept entries, N draws, B blocks of 64 ids.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -29,16 +34,18 @@ from numpy.typing import NDArray
 
 from cache.types import Fields
 
-BLOCK_BYTES = 2 * 2**20
-"""float32 logits that are worked on at once on a CPU: a few times a core's second cache."""
+BLOCK_BYTES = 4 * 2**20
+"""float32 logits that a thread works on at once on a CPU."""
 MEMORY_COPIES = 8
-"""Of what is handed in at once, at most: logprobs, masses, one scratch, and of draws one more in float32 and two in
-float64."""
+"""Of what is handed in at once, at most: one in float32 and one with blocks of 64 ids of it, three for what is looked
+up for draws, and less than three for the strips."""
 
+_STRIP_BYTES = 2 * 2**20
+"""float32 logits that are swept at once on a CPU; t and e come on top, and a core's second cache is about 1 MiB."""
 _PARTS = 32
 """Interleaved parts of the vocabulary, whose elementwise maximum bounds the k-th largest entry from below."""
 _DRAW_BLOCK = 64
-"""Ids whose mass is summed before draws are looked up; one index_select row."""
+"""Ids whose mass is summed before draws are looked up; vLLM pads a vocabulary to a multiple of it."""
 
 Drawn = tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int32]]
 """[S] unique ids a position, [U] ids rising within a position, [U] counts."""
@@ -76,106 +83,173 @@ def capture_block(
     """Fill `out` for one block of rows; the draws of the block, if any are wanted.
 
     Args:
-        logits: [S, V] of any floating type.
+        logits: [S, V] of any floating type; entries beside each other.
         labels: [S] int64 ids whose logprob is wanted; None without a top-k.
         want: what to compute.
         uniforms: [S, N] in [0, 1), for draws.
         out: the views of `float_sections` and, with a top-k, `ids` int32, each of S rows on the CPU.
         space: what is worked in.
     """
-    shape = (logits.shape[0], logits.shape[1])
-    logprobs = space.take("logprobs", shape, logits, torch.float32)
-    torch.log_softmax(logits.float(), dim=-1, out=logprobs)
+    logits = logits.float()
+    where = None if uniforms is None else torch.from_numpy(uniforms).to(logits.device)
+    if want.only_top_k:
+        sums = _sweep_for_top_k(logits, want, space)
+    else:
+        sums = _sweep(logits, want, where, out.get("dense"), space)
+    log_total = sums.log_total
+    # NaN where the logits hold a NaN, a +inf or nothing but -inf, as t is.
+    out["top"].copy_(-log_total)
     if want.k:
         assert labels is not None, "labels belong to the top-k"
-        values, ids = _top_k(logprobs, want.k)
-        out["logprobs"].copy_(values)
+        values, ids = _top_k(logits, sums.maxima, want.k)
+        out["logprobs"].copy_(_logprobs(values, sums.top, log_total))
         out["ids"].copy_(ids)
-        out["label_logprob"].copy_(logprobs.gather(1, labels[:, None])[:, 0])
-        top = values[:, 0]
-    else:
-        top = logprobs.amax(dim=-1)
-    out["top"].copy_(top)
-    if want.dense:
-        out["dense"].copy_(logprobs)
-    if not (want.entropy or want.draws or want.temperatures):
-        return None
-    mass = _exp(logprobs, out=space.take("mass", shape, logits, torch.float32))
+        out["label_logprob"].copy_(_logprobs(logits.gather(1, labels[:, None]), sums.top, log_total)[:, 0])
     if want.entropy:
-        out["entropy"].copy_(_entropy(mass, logprobs))
+        out["entropy"].copy_(log_total - sums.weighted / log_total.exp())
     for column, temperature in enumerate(want.temperatures):
-        scratch = space.take("scratch", shape, logits, torch.float32)
-        out["log_z"][:, column].copy_(_log_z(mass, logprobs, top, temperature, scratch))
-    return _draw(mass, uniforms, space) if uniforms is not None else None
+        out["log_z"][:, column].copy_(sums.powers[:, column].double().log() - log_total.double() / temperature)
+    if where is None:
+        return None
+    return _counted(_look_up(logits, sums, where, space) if sums.drawn is None else sums.drawn)
 
 
-def _top_k(logprobs: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """[S, K] values and ids by falling value."""
-    num_rows, vocab_size = logprobs.shape
-    width = vocab_size // _PARTS
-    # torch's own is fast on a GPU, and where the bound would not leave out much.
-    if logprobs.is_cuda or width < 4 * k:
-        found = torch.topk(logprobs, k, dim=-1)
-        return found.values, found.indices
-    values = logprobs.numpy()
-    maxima = logprobs[:, : width * _PARTS].view(num_rows, _PARTS, width).amax(dim=1).numpy()
-    bound = np.partition(maxima, width - k, axis=1)[:, width - k]
-    flat = _at_least(values, maxima, bound)
-    rows = flat // vocab_size
-    counts = np.bincount(rows, minlength=num_rows)
-    if counts.min() < k or counts.max() > 8 * k:  # NaN, or as many equal entries as make the bound useless
-        found = torch.topk(logprobs, k, dim=-1)
-        return found.values, found.indices
-    return _sorted(values, flat, rows, counts, k)
+def _logprobs(logits: torch.Tensor, top: torch.Tensor, log_total: torch.Tensor) -> torch.Tensor:
+    """Of [S, n] logits, which are overwritten; in the order of `torch.log_softmax`."""
+    return logits.sub_(top[:, None]).sub_(log_total[:, None])
 
 
-def _at_least(
-    values: NDArray[np.float32], maxima: NDArray[np.float32], bound: NDArray[np.float32]
-) -> NDArray[np.int64]:
-    """Rising flat indices of [S, V] `values` that are at or above their row's [S] bound, by [S, V // 32] maxima."""
-    vocab_size, width = values.shape[1], maxima.shape[1]
-    hit = np.flatnonzero(maxima >= bound[:, None])
-    row = hit // width
-    first = hit + row * (vocab_size - width)
-    columns = first[:, None] + np.arange(_PARTS) * width
-    flat = columns[values.reshape(-1)[columns] >= bound[row, None]]
-    # What is left of the vocabulary behind 32 parts of equal width.
-    rest = np.flatnonzero(values[:, width * _PARTS :] >= bound[:, None])
-    if len(rest):
-        left = vocab_size - width * _PARTS
-        flat = np.concatenate([flat, rest + (rest // left + 1) * width * _PARTS])
-    return np.sort(flat)
+@dataclass(frozen=True, slots=True, eq=False)
+class _Sums:
+    """What the sweep leaves of S rows; float32."""
+
+    maxima: torch.Tensor
+    """[S, V // 32] the largest z of each interleaved part; what is left of the vocabulary behind them is in none."""
+    top: torch.Tensor
+    """[S] max z."""
+    log_total: torch.Tensor
+    """[S] log sum e."""
+    weighted: torch.Tensor
+    """[S] sum e t, for the entropy."""
+    powers: torch.Tensor
+    """[S, temperatures] sum exp(t / T)."""
+    blocks: torch.Tensor
+    """[S, B] sum e of each block of ids, for few draws."""
+    drawn: torch.Tensor | None
+    """[S, N] int64 ids of many draws, which the sweep itself looks up."""
+
+    @classmethod
+    def empty(cls, logits: torch.Tensor, want: Fields) -> _Sums:
+        num_rows, vocab_size = logits.shape
+        many = _many(want.draws, vocab_size)
+        return cls(
+            maxima=logits.new_empty((num_rows, vocab_size // _PARTS)),
+            top=logits.new_empty(num_rows),
+            log_total=logits.new_empty(num_rows),
+            weighted=logits.new_empty(num_rows),
+            powers=logits.new_empty((num_rows, len(want.temperatures))),
+            blocks=logits.new_empty((num_rows, _num_blocks(vocab_size) if want.draws and not many else 0)),
+            drawn=logits.new_empty((num_rows, want.draws), dtype=torch.int64) if many else None,
+        )
 
 
-def _sorted(
-    logprobs: NDArray[np.float32], flat: NDArray[np.int64], rows: NDArray[np.int64], counts: NDArray[np.int64], k: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best `k` of each row's `counts` candidates at `flat`; ties by rising id."""
-    columns = np.arange(len(flat)) - (np.cumsum(counts) - counts)[rows]
-    values = np.full((len(counts), counts.max()), np.inf, np.float32)
-    ids = np.zeros(values.shape, np.int32)
-    values[rows, columns] = -logprobs.reshape(-1)[flat]
-    ids[rows, columns] = flat - rows * logprobs.shape[1]
-    order = np.argsort(values, axis=1, kind="stable")[:, :k]
-    taken = np.take_along_axis(values, order, axis=1)
-    return torch.from_numpy(np.negative(taken, out=taken)), torch.from_numpy(np.take_along_axis(ids, order, axis=1))
+def _many(num_draws: int, vocab_size: int) -> bool:
+    """Whether summing up all ids costs less than summing up the blocks that are hit."""
+    return num_draws * _DRAW_BLOCK >= vocab_size
 
 
-def _log_z(
-    mass: torch.Tensor, logprobs: torch.Tensor, top: torch.Tensor, temperature: float, scratch: torch.Tensor
-) -> torch.Tensor:
-    """[S] float64; the two usual temperatures take no exponential."""
-    shift = torch.zeros_like(top)
-    if temperature == 0.5:
-        total = torch.linalg.vecdot(mass, mass)
-    elif temperature == 2.0:
-        total = torch.sqrt(mass, out=scratch).sum(dim=-1)
+def _num_blocks(vocab_size: int) -> int:
+    return -(-vocab_size // _DRAW_BLOCK)
+
+
+def _strip_rows(logits: torch.Tensor) -> int:
+    num_rows, vocab_size = logits.shape
+    return min(num_rows, max(1, _STRIP_BYTES // (4 * vocab_size))) if logits.is_cpu else num_rows
+
+
+def _sweep_for_top_k(logits: torch.Tensor, want: Fields, space: Workspace) -> _Sums:
+    """`_sweep` where nothing but a top-k is wanted: few calls, as threads wait for each other between any two."""
+    num_rows, vocab_size = logits.shape
+    sums = _Sums.empty(logits, want)
+    step = _strip_rows(logits)
+    whole = space.take("t", (step, vocab_size), logits, torch.float32)
+    for start in range(0, num_rows, step):
+        rows = slice(start, min(start + step, num_rows))
+        logprobs = torch.log_softmax(logits[rows], dim=1, out=whole[: rows.stop - start])
+        torch.amax(logprobs, dim=1, out=sums.log_total[rows])
+        sums.top[rows] = _top(logits[rows], sums.maxima[rows])
+    sums.log_total.neg_()
+    return sums
+
+
+def _sweep(
+    logits: torch.Tensor, want: Fields, where: torch.Tensor | None, dense: torch.Tensor | None, space: Workspace
+) -> _Sums:
+    """Each strip is read once; `dense` gets its logprobs."""
+    num_rows, vocab_size = logits.shape
+    sums = _Sums.empty(logits, want)
+    step = _strip_rows(logits)
+    width = _num_blocks(vocab_size) * _DRAW_BLOCK
+    padded = space.take("e", (step, width), logits, torch.float32)
+    padded[:, vocab_size:] = 0
+    keeps_t = want.entropy or dense is not None or not {0.5, 2.0}.issuperset(want.temperatures)
+    # Where only e is wanted t becomes e in place, so that more rows stay in the cache.
+    whole = space.take("t", (step, vocab_size), logits, torch.float32) if keeps_t else padded[:, :vocab_size]
+    for start in range(0, num_rows, step):
+        rows = slice(start, min(start + step, num_rows))
+        t, masses = whole[: rows.stop - start], padded[: rows.stop - start]
+        e = masses[:, :vocab_size]
+        top = sums.top[rows] = _top(logits[rows], sums.maxima[rows])
+        torch.sub(logits[rows], top[:, None], out=t)
+        _powers(t, e, want.temperatures, sums.powers[rows], space)
+        log_total = sums.log_total[rows] = e.sum(dim=1).log_()
+        if want.entropy:
+            sums.weighted[rows] = _weighted(e, t)
+        if dense is not None:
+            dense[rows].copy_(t.sub_(log_total[:, None]))
+        if sums.drawn is not None and where is not None:
+            sums.drawn[rows] = _drawn_from_all(e, where[rows], space)
+        elif where is not None:
+            torch.sum(masses.view(len(masses), -1, _DRAW_BLOCK), dim=2, out=sums.blocks[rows])
+    return sums
+
+
+def _top(logits: torch.Tensor, maxima: torch.Tensor) -> torch.Tensor:
+    """[R] the largest entries; fills [R, V // 32] `maxima`, each over 32 entries that are V // 32 apart."""
+    width = maxima.shape[1]
+    if not width:
+        return logits.amax(dim=1)
+    torch.amax(logits[:, : width * _PARTS].view(len(logits), _PARTS, width), dim=1, out=maxima)
+    top = maxima.amax(dim=1)
+    rest = logits[:, width * _PARTS :]
+    return torch.maximum(top, rest.amax(dim=1)) if rest.shape[1] else top
+
+
+def _powers(
+    t: torch.Tensor, e: torch.Tensor, temperatures: tuple[float, ...], powers: torch.Tensor, space: Workspace
+) -> None:
+    """Fill [R, V] e and [R, temperatures] sum exp(t / T); the two usual temperatures take no exponential more."""
+    if 2.0 in temperatures:
+        root = _exp(torch.mul(t, 0.5, out=e), out=e)
+        powers[:, temperatures.index(2.0)] = root.sum(dim=1)
+        torch.mul(root, root, out=e)
     else:
-        shift = top  # by the largest entry, so that a low temperature does not underflow
-        torch.sub(logprobs, top[:, None], out=scratch).mul_(1.0 / temperature)
-        total = _exp(scratch, out=scratch).sum(dim=-1)
-    log_z: torch.Tensor = total.double().log() + shift.double() / temperature
-    return log_z
+        _exp(t, out=e)
+    for column, temperature in enumerate(temperatures):
+        if temperature == 0.5:
+            powers[:, column] = _dot(e, e)
+        elif temperature != 2.0:
+            scratch = space.take("scratch", (t.shape[0], t.shape[1]), t, torch.float32)
+            powers[:, column] = _exp(torch.mul(t, 1.0 / temperature, out=scratch), out=scratch).sum(dim=1)
+
+
+def _weighted(e: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """[R] sum e t."""
+    weighted = _dot(e, t)
+    if not torch.isfinite(weighted).all():
+        # 0 * -inf of a masked id; a row that is NaN itself stays NaN, as its e are.
+        weighted = _dot(e, t.clamp(min=torch.finfo(torch.float32).min))
+    return weighted
 
 
 def _exp(values: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
@@ -186,19 +260,76 @@ def _exp(values: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
     return torch.exp(values, out=out)
 
 
-def _entropy(mass: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
-    """[S] nats."""
-    entropy: torch.Tensor = -torch.linalg.vecdot(mass, logprobs)
-    if not torch.isfinite(entropy).all():
-        # 0 * -inf of a masked id; a row that is NaN itself stays NaN, as its masses are.
-        entropy = -torch.linalg.vecdot(mass, logprobs.clamp(min=torch.finfo(torch.float32).min))
-    return entropy
+def _dot(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """[R] the product of each two rows; on a CPU numpy's takes half the time of torch's."""
+    if left.is_cpu:
+        with np.errstate(invalid="ignore"):  # 0 * -inf, which the caller looks for
+            return torch.from_numpy(np.vecdot(left.numpy(), right.numpy()))
+    product: torch.Tensor = torch.linalg.vecdot(left, right)
+    return product
 
 
-def _draw(mass: torch.Tensor, uniforms: NDArray[np.float64], space: Workspace) -> Drawn:
-    where = torch.from_numpy(uniforms).to(mass.device)
-    few = where.shape[1] * _DRAW_BLOCK < mass.shape[1]
-    drawn = _draw_in_blocks(mass, where, space) if few else _draw_in_rows(mass, where, space)
+def _top_k(logits: torch.Tensor, maxima: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """[S, K] entries and ids by falling entry."""
+    width = maxima.shape[1]
+    # torch's own is fast on a GPU, and where the bound would not leave out much.
+    if logits.is_cuda or width < 4 * k:
+        return _torch_top_k(logits, k)
+    flat, stride = _flat(logits)
+    bound = np.partition(maxima.numpy(), width - k, axis=1)[:, width - k]
+    at = _at_least(logits.numpy(), flat, stride, maxima.numpy(), bound)
+    rows = at // stride
+    counts = np.bincount(rows, minlength=len(bound))
+    if counts.min() < k or counts.max() > 8 * k:  # NaN, or as many equal entries as make the bound useless
+        return _torch_top_k(logits, k)
+    return _sorted(flat[at], at - rows * stride, rows, counts, k)
+
+
+def _torch_top_k(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    found = torch.topk(logits, k, dim=-1)
+    return found.values, found.indices
+
+
+def _flat(logits: torch.Tensor) -> tuple[NDArray[np.float32], int]:
+    """All entries as one array without a copy, and how far rows are apart in it: vLLM cuts a padded vocabulary off."""
+    num_rows, vocab_size = logits.shape
+    stride = logits.stride(0)
+    return logits.as_strided(((num_rows - 1) * stride + vocab_size,), (1,)).numpy(), stride
+
+
+def _at_least(
+    values: NDArray[np.float32],
+    flat: NDArray[np.float32],
+    stride: int,
+    maxima: NDArray[np.float32],
+    bound: NDArray[np.float32],
+) -> NDArray[np.int64]:
+    """Rising indices into `flat` of [S, V] values at or above their row's [S] bound, by [S, V // 32] maxima."""
+    width = maxima.shape[1]
+    hit = np.flatnonzero(maxima >= bound[:, None])
+    row = hit // width
+    columns = (hit + row * (stride - width))[:, None] + np.arange(_PARTS) * width
+    at = columns[flat[columns] >= bound[row, None]]
+    # What is left of the vocabulary behind 32 parts of equal width.
+    rest_row, rest_column = np.nonzero(values[:, width * _PARTS :] >= bound[:, None])
+    return np.sort(np.concatenate([at, rest_row * stride + rest_column + width * _PARTS]))
+
+
+def _sorted(
+    found: NDArray[np.float32], columns: NDArray[np.int64], rows: NDArray[np.int64], counts: NDArray[np.int64], k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best `k` of each row's `counts` candidates, which come by rising id; ties by rising id."""
+    places = np.arange(len(found)) - (np.cumsum(counts) - counts)[rows]
+    values = np.full((len(counts), counts.max()), np.inf, np.float32)
+    ids = np.zeros(values.shape, np.int32)
+    values[rows, places] = -found
+    ids[rows, places] = columns
+    order = np.argsort(values, axis=1, kind="stable")[:, :k]
+    taken = np.take_along_axis(values, order, axis=1)
+    return torch.from_numpy(np.negative(taken, out=taken)), torch.from_numpy(np.take_along_axis(ids, order, axis=1))
+
+
+def _counted(drawn: torch.Tensor) -> Drawn:
     ordered = np.sort(drawn.to(torch.int32).cpu().numpy(), axis=1)
     first = np.ones(ordered.shape, bool)
     np.not_equal(ordered[:, 1:], ordered[:, :-1], out=first[:, 1:])
@@ -208,38 +339,51 @@ def _draw(mass: torch.Tensor, uniforms: NDArray[np.float64], space: Workspace) -
     return first.sum(axis=1, dtype=np.int64), ordered.reshape(-1)[at], counts
 
 
-def _draw_in_blocks(mass: torch.Tensor, where: torch.Tensor, space: Workspace) -> torch.Tensor:
+def _look_up(logits: torch.Tensor, sums: _Sums, where: torch.Tensor, space: Workspace) -> torch.Tensor:
     """[S, N] ids, for few draws: only blocks that are hit are summed up id by id."""
-    num_rows, vocab_size = mass.shape
-    num_blocks = -(-vocab_size // _DRAW_BLOCK)
-    if num_blocks * _DRAW_BLOCK > vocab_size:
-        padded = space.take("scratch", (num_rows, num_blocks * _DRAW_BLOCK), mass, torch.float32)
-        padded[:, :vocab_size] = mass
-        padded[:, vocab_size:] = 0
-        mass = padded
-    blocks = mass.view(-1, _DRAW_BLOCK)
-    ends = blocks.sum(dim=-1).double().view(num_rows, num_blocks).cumsum(dim=-1)
+    vocab_size = logits.shape[1]
+    ends = sums.blocks.double().cumsum(dim=-1)
+    num_blocks = ends.shape[1]
     target = _within(where * ends[:, -1:], ends[:, -1:])
     block = torch.searchsorted(ends, target, right=True).clamp_(max=num_blocks - 1)
     starts = torch.nn.functional.pad(ends, (1, 0))
     begin, end = starts.gather(1, block), starts.gather(1, block + 1)
-    hit = (torch.arange(num_rows, device=mass.device)[:, None] * num_blocks + block).view(-1)
-    found = space.take("found", (len(hit), _DRAW_BLOCK), mass, torch.float32)
-    inside = space.take("sums", (len(hit), _DRAW_BLOCK), mass, torch.float64)
-    inside.copy_(torch.index_select(blocks, 0, hit, out=found)).cumsum_(dim=-1)
+    found = _blocks_of(logits, block, space).sub_(sums.top[:, None, None])
+    inside = space.take("sums", tuple(found.shape), logits, torch.float64)
+    inside.copy_(_exp(found, out=found)).cumsum_(dim=-1)
     # The float32 sum of a block and the float64 one of its ids differ by rounding: the same share of both is meant.
-    share = ((target - begin) / (end - begin)).view(-1, 1)
-    offset = torch.searchsorted(inside, _within(share * inside[:, -1:], inside[:, -1:]), right=True)
-    drawn: torch.Tensor = block * _DRAW_BLOCK + offset.view_as(block)
-    return drawn.clamp_(max=vocab_size - 1)
+    share = ((target - begin) / (end - begin))[:, :, None]
+    offset = torch.searchsorted(inside, _within(share * inside[:, :, -1:], inside[:, :, -1:]), right=True)
+    return (block * _DRAW_BLOCK + offset[:, :, 0]).clamp_(max=vocab_size - 1)
 
 
-def _draw_in_rows(mass: torch.Tensor, where: torch.Tensor, space: Workspace) -> torch.Tensor:
-    """[S, N] ids, for many draws."""
-    ends = space.take("sums", (mass.shape[0], mass.shape[1]), mass, torch.float64)
-    ends.copy_(mass).cumsum_(dim=-1)
+def _blocks_of(logits: torch.Tensor, block: torch.Tensor, space: Workspace) -> torch.Tensor:
+    """[S, N, 64] logits of the [S, N] blocks; -inf behind the vocabulary."""
+    num_rows, vocab_size = logits.shape
+    stride, num_blocks = logits.stride(0), _num_blocks(vocab_size)
+    size = num_rows * stride
+    if stride % _DRAW_BLOCK or 4 * (logits.storage_offset() + size) > logits.untyped_storage().nbytes():
+        stride = num_blocks * _DRAW_BLOCK
+        size = num_rows * stride
+        padded = space.take("padded", (num_rows, stride), logits, torch.float32)
+        padded[:, :vocab_size] = logits
+        logits = padded
+    blocks = logits.as_strided((size // _DRAW_BLOCK, _DRAW_BLOCK), (_DRAW_BLOCK, 1))
+    first = torch.arange(num_rows, device=logits.device)[:, None] * (stride // _DRAW_BLOCK)
+    found = space.take("found", (block.numel(), _DRAW_BLOCK), logits, torch.float32)
+    found = torch.index_select(blocks, 0, (first + block).view(-1), out=found).view(*block.shape, _DRAW_BLOCK)
+    if vocab_size % _DRAW_BLOCK:
+        found[:, :, vocab_size % _DRAW_BLOCK :].masked_fill_((block == num_blocks - 1)[:, :, None], -torch.inf)
+    return found
+
+
+def _drawn_from_all(e: torch.Tensor, where: torch.Tensor, space: Workspace) -> torch.Tensor:
+    """[R, N] ids, for many draws."""
+    num_rows, vocab_size = e.shape
+    ends = space.take("sums", (num_rows, vocab_size), e, torch.float64)
+    ends.copy_(e).cumsum_(dim=-1)
     drawn: torch.Tensor = torch.searchsorted(ends, _within(where * ends[:, -1:], ends[:, -1:]), right=True)
-    return drawn.clamp_(max=mass.shape[1] - 1)
+    return drawn.clamp_(max=vocab_size - 1)
 
 
 def _within(target: torch.Tensor, total: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ that carry a `Wish`; all others are left to vLLM's. Verified with vLLM 0.32.0, w
 All rows of an engine step go through the head together, `head_rows` at a time, whatever requests they belong to; their
 targets are computed while these logits exist. So beside the model, a step needs no more than
 
-    logits           HEAD_BYTES, and as much again where the head makes a copy of them
+    logits           HEAD_BYTES, CPU_HEAD_BYTES on a CPU, and as much again where the head makes a copy of them
     working memory   MEMORY_COPIES * BLOCK_BYTES for each thread on a CPU, MEMORY_COPIES * HEAD_BYTES elsewhere
     answers          4 bytes * (2 K + 2 + temperatures + 1 for the entropy + V for `dense` + 2 N) a position of each row
                      in flight, on the host
@@ -15,7 +15,8 @@ targets are computed while these logits exist. So beside the model, a step needs
 where HEAD_BYTES and BLOCK_BYTES stand for one row's 4 V or 16 N bytes if those are more (`capture_math`).
 
 On a CPU each thread works on blocks of its own with one torch thread: torch's own threads meet after every operation,
-which takes ten milliseconds instead of 20 us when another process has one of the cores.
+which takes ten milliseconds instead of 20 us when another process has one of the cores. For the same reason they must
+not spin when the head is done: `vllm_engine` sets GOMP_SPINCOUNT, without which the targets take twice the time.
 
 Shape legend:  T tokens of a row without its prefix, R rows through the head at once, V vocabulary size, K, N draws.
 """
@@ -27,6 +28,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -39,7 +41,10 @@ from teacher_service.capture_layout import Wish, float_sections, num_floats, spl
 from teacher_service.capture_math import BLOCK_BYTES, Drawn, Workspace, capture_block, rows_at_once
 
 HEAD_BYTES = 128 * 2**20
-"""float32 logits that the head gives at once."""
+"""float32 logits that the head gives at once on a GPU."""
+CPU_HEAD_BYTES = 16 * 2**20
+"""The same on a CPU: below the 32 MiB from which glibc maps fresh pages for each allocation, which cost a quarter of
+the head's time, and small enough for the third cache."""
 
 _STEP = "_get_prompt_logprobs_dict"
 _NEEDED = (_STEP, "num_prompt_logprobs", "requests", "input_batch", "query_start_loc", "model", "model_config")
@@ -129,11 +134,13 @@ class _Span:
             return None
         return _Span(self.wish, self.answer, first, self.position + first - self.hidden, last - first)
 
-    def blocks(self, vocab_size: int, block_bytes: int) -> Iterator[_Span]:
-        """Parts that are worked on at once."""
-        rows = rows_at_once(vocab_size, self.wish.fields.draws, block_bytes)
-        for start in range(self.hidden, self.hidden + self.count, rows):
-            part = self.within(start, start + rows)
+    def blocks(self, vocab_size: int, block_bytes: int, num_threads: int) -> Iterator[_Span]:
+        """Parts that are worked on at once; of nearly equal size and as many for each thread."""
+        num_blocks = -(-self.count // rows_at_once(vocab_size, self.wish.fields.draws, block_bytes))
+        num_blocks = min(self.count, -(-num_blocks // num_threads) * num_threads)
+        bounds = [self.hidden + self.count * i // num_blocks for i in range(num_blocks + 1)]
+        for start, stop in pairwise(bounds):
+            part = self.within(start, stop)
             assert part is not None, "a part of itself"
             yield part
 
@@ -147,6 +154,7 @@ class PromptCapture:
         self._others = getattr(runner, _STEP)
         self._vocab_size = int(runner.model_config.get_vocab_size())
         self._space = Workspace()
+        self._num_threads = torch.get_num_threads()
         self._pool = _one_torch_thread_each() if runner.device.type == "cpu" else None
 
     def __call__(self, hidden_states: torch.Tensor, num_scheduled_tokens: dict[str, int]) -> dict[str, Any]:
@@ -201,7 +209,8 @@ class PromptCapture:
     def _capture(self, hidden_states: torch.Tensor, spans: list[_Span]) -> None:
         if not spans:
             return
-        head_rows = max(1, HEAD_BYTES // (4 * self._vocab_size))
+        head_bytes = HEAD_BYTES if self._pool is None else CPU_HEAD_BYTES
+        head_rows = max(1, head_bytes // (4 * self._vocab_size))
         first = min(span.hidden for span in spans)
         last = max(span.hidden + span.count for span in spans)
         for start in range(first, last, head_rows):
@@ -215,8 +224,8 @@ class PromptCapture:
             self._targets(logits, start, parts)
 
     def _targets(self, logits: torch.Tensor, start: int, parts: list[_Span]) -> None:
-        block_bytes = HEAD_BYTES if self._pool is None else BLOCK_BYTES
-        blocks = [block for part in parts for block in part.blocks(self._vocab_size, block_bytes)]
+        block_bytes, num_threads = (HEAD_BYTES, 1) if self._pool is None else (BLOCK_BYTES, self._num_threads)
+        blocks = [block for part in parts for block in part.blocks(self._vocab_size, block_bytes, num_threads)]
         tasks = [(block, logits[block.hidden - start : block.hidden - start + block.count]) for block in blocks]
         if self._pool is None or len(tasks) == 1:
             for block, rows in tasks:
@@ -272,9 +281,12 @@ def _one_torch_thread_each() -> ThreadPoolExecutor:
     # vLLM may have bound this thread to one core, which new threads would inherit.
     cores = set().union(*map(_cores_of, os.listdir("/proc/self/task")))
     barrier = threading.Barrier(num_threads + 1)
+    # Threads that wake each other are drawn to one core, where they would take turns.
+    own = [{core} for core in cores] if len(cores) == num_threads else [cores] * num_threads
 
     def prepare() -> None:
-        os.sched_setaffinity(0, cores)
+        os.sched_setaffinity(0, own.pop())
+        torch.get_num_threads()  # a thread takes the process's number when it first looks, and that is not 1
         set_num_threads(1)
         barrier.wait()
 

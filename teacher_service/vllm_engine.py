@@ -56,6 +56,9 @@ _ENVIRONMENT = {
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # stdout belongs to commands that print JSON
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
+    # torch's threads otherwise spin for milliseconds after the head, on cores that the capture's threads need; read
+    # when torch is first imported.
+    "GOMP_SPINCOUNT": "1000",
 }
 _POLL_SECONDS = 0.002
 _KILLED_SECONDS = 10.0
@@ -127,15 +130,16 @@ class VllmEngine:
         self._engine.abort_request(request_ids)
 
     def can_step(self) -> bool:
-        """Whether `step` would work at once instead of waiting for another process.
+        """Whether `step` has something to do, and would not wait for another process.
 
+        Such a process tells of each of its steps, so of a long row that is scored in many steps there is news, too.
         vLLM's own wait never ends when that process was killed, hence the look before the leap.
 
         Raises:
             vllm.v1.engine.exceptions.EngineDeadError: that process is gone.
         """
         if self._inside:
-            return True
+            return bool(self._engine.has_unfinished_requests())
         core = self._engine.engine_core
         if core.outputs_queue.empty():
             core.ensure_alive()
@@ -165,6 +169,8 @@ class VllmEngine:
         arguments = {
             **arguments,
             "max_logprobs": max(arguments["max_logprobs"], MAX_PUBLIC_K),
+            # With statistics another process sends a message after each step; without, only those with answers.
+            "disable_log_stats": self._inside,
         }
         if "worker_extension_cls" in self._vllm.EngineArgs.__dataclass_fields__:
             arguments["worker_extension_cls"] = self._paths.WORKER_EXTENSION
@@ -172,9 +178,11 @@ class VllmEngine:
             arguments["kv_cache_memory_bytes"] = cpu_kv_cache_bytes
             if arguments["dtype"] == "auto" and not _has_bfloat16_instructions():
                 arguments["dtype"] = "float32"  # bfloat16 is emulated there, and five times slower
-        return self._vllm.LLMEngine.from_engine_args(
+        engine = self._vllm.LLMEngine.from_engine_args(
             self._vllm.EngineArgs(**arguments), enable_multiprocessing=not self._inside
         )
+        engine.logger_manager = None  # nobody reads vLLM's own metrics
+        return engine
 
     def _warm_up(self) -> None:
         """One tiny request: torch compiles a kernel for it, and the first caller would wait for that."""
