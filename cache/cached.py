@@ -180,6 +180,8 @@ class CachedTeacher:
             return await self._score_beyond(rows, keys, want)
         found = await self._look(keys, want)
         missing = {key: row for key, row, targets in zip(keys, rows, found, strict=True) if targets is None}
+        if missing:
+            waits()  # before there is a batch: it may refuse
         batches, mine = self._join_or_score(missing, want)
         self._count(hits=len(rows) - found.count(None), misses=_num_rows(mine), rows=len(rows))
         answers = await self._wait_for(batches, mine)
@@ -260,8 +262,6 @@ class CachedTeacher:
         """
         different = list(dict.fromkeys(batches.values()))
         answers: dict[bytes, Targets] = {}
-        if different:
-            waits()
         for batch in different:
             batch.waiters += 1
         try:

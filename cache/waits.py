@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import ContextVar
 
-_on_wait: ContextVar[Callable[[], None] | None] = ContextVar("on_wait", default=None)
+_on_wait: ContextVar[tuple[Callable[[], None], ...]] = ContextVar("on_wait", default=())
 
 
 def on_wait(tell: Callable[[], None]) -> None:
-    """Have `tell` called by what this task, and those it starts, score; perhaps more than once."""
-    _on_wait.set(tell)
+    """Have `tell` called too by what this task, and those it starts, score; perhaps more than once.
+
+    What it raises ends the call before anything of it waits.
+    """
+    _on_wait.set((*_on_wait.get(), tell))
 
 
 def waits() -> None:
-    """The current call's rows have to wait from now on."""
-    tell = _on_wait.get()
-    if tell is not None:
+    """The current call's rows have to wait from now on.
+
+    Raises:
+        What was given to `on_wait` does.
+    """
+    for tell in _on_wait.get():
         tell()

@@ -18,17 +18,17 @@ class HttpFill:
         self._route = f"{corpus_route(corpus)}/fill/{quote(teacher, safe='')}"
 
     def start(self, fields: Fields, encoding: str, **plan: JSON) -> dict[str, Any]:
-        """Start it; when the same one runs already, nothing happens. `plan` may hold batch_tokens and in_flight.
+        """Start it; when the same one is there already, nothing happens. `plan` may hold batch_tokens and in_flight.
 
         Raises:
-            AlreadyExists: another one runs. UnknownTeacher, UnknownCorpus, SpecMismatch, LimitExceeded, Forbidden: as
-                the service says; nothing was started.
+            AlreadyExists: another one runs or waits. UnknownTeacher, UnknownCorpus, SpecMismatch, LimitExceeded,
+                Forbidden: as the service says; nothing was started.
         """
         body = {"fields": fields.to_json(), "encoding": encoding, **plan}
         return self._reads.json(self._route, method="PUT", body=body)
 
     def status(self) -> dict[str, Any]:
-        """`state` (running, done, failed, stopped), shards, positions, rate and error.
+        """`state` (waiting, running, done, failed, stopped), shards, positions, rate and error.
 
         Raises:
             NotFound: none was started since the service was.
@@ -36,7 +36,7 @@ class HttpFill:
         return self._reads.json(self._route)
 
     def stop(self) -> dict[str, Any]:
-        """Stop it if it runs; what is committed stays.
+        """Stop it if it runs or waits; what is committed stays.
 
         Raises:
             NotFound: none was started since the service was.

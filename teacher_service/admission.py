@@ -33,7 +33,7 @@ in between; about one step of an engine."""
 
 held_until_answered: ContextVar[ExitStack] = ContextVar("held_until_answered")
 """What is closed once the answer of the current request is sent."""
-REFUSAL_REASONS = ("requests", "bodies", "answers", "queue", "pushed_out", "deadline", "quota")
+REFUSAL_REASONS = ("requests", "bodies", "answers", "misses", "queue", "pushed_out", "deadline", "quota")
 """What calls are not let in for, as metrics name it."""
 
 _deadline: ContextVar[float | None] = ContextVar("deadline", default=None)
@@ -52,6 +52,7 @@ class Admission:
         self._requests = self._bound(limits.max_requests_in_flight, "score requests", "requests")
         self._bodies = self._bound(limits.max_body_bytes_in_flight, "bytes of request bodies", "bodies")
         self._answers = self._bound(limits.max_answer_bytes_in_flight, "bytes of answers", "answers")
+        self._misses = self._bound(limits.max_miss_bytes_in_flight, "bytes of answers to misses", "misses")
 
     def _bound(self, limit: int, what: str, reason: str) -> SharedBound:
         # A request's place is given back before its rows wait for an engine, so that no engine's speed tells when.
@@ -64,7 +65,7 @@ class Admission:
 
     @property
     def requests_in_flight(self) -> int:
-        """Score requests that are being read, looked up or answered, not those that waited for an engine."""
+        """Score requests that are read or looked up, until their answer is made or rows begin to wait for an engine."""
         return self._requests.in_use
 
     @property
@@ -99,10 +100,17 @@ class Admission:
     def hold_answer(self, num_bytes: int) -> None:
         """Hold the place of an answer's bytes until the current request is answered.
 
+        It is a place among the answers that are read from the cache, until rows of the request have to wait for an
+        engine: then it is one among the misses, so that what waits takes no place of a hit. What is held of answers
+        is within `max_answer_bytes_in_flight` and `max_miss_bytes_in_flight` together, each answer as its arrays.
+
         Raises:
-            Overloaded: together with the others they are over `max_answer_bytes_in_flight`.
+            Overloaded: together with the others they are over `max_answer_bytes_in_flight`. Beginning to wait raises
+                it too: together with the other misses they are over `max_miss_bytes_in_flight`.
         """
-        held_until_answered.get().enter_context(self._answers.hold(current_caller().name, num_bytes))
+        place = _AnswerPlace(current_caller().name, num_bytes, self._answers, self._misses)
+        held_until_answered.get().callback(place.give_back)
+        on_wait(place.wait)
 
     def spend(self, caller: Caller, tokens: int) -> None:
         """Take tokens out of the caller's quota.
@@ -115,6 +123,30 @@ class Admission:
         except PotstillError:
             self.refusals["quota"] += 1
             raise
+
+
+class _AnswerPlace:
+    """The bytes of one answer, held of one bound or, once it waits, of the other."""
+
+    def __init__(self, key: str, num_bytes: int, reading: SharedBound, waiting: SharedBound) -> None:
+        reading.take(key, num_bytes)
+        self._key = key
+        self._num_bytes = num_bytes
+        self._waiting = waiting
+        self._held: SharedBound | None = reading
+
+    def wait(self) -> None:
+        """Move; nothing happens when it did already, or was given back."""
+        if self._held is None or self._held is self._waiting:
+            return
+        self._waiting.take(self._key, self._num_bytes)
+        self.give_back()
+        self._held = self._waiting
+
+    def give_back(self) -> None:
+        if self._held is not None:
+            self._held.give_back(self._key, self._num_bytes)
+            self._held = None
 
 
 class AdmittedTeacher:

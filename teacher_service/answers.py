@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from fastapi import Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import StreamingResponse
 
 from cache import wire
 from cache.types import Fields
+from teacher_service.corpus_json import json_pieces
+from teacher_service.request_limits import bytes_per_position
+
+_BUFFERED_BYTES = 64 * 2**10  # of arrays whose JSON is sent whole; a longer one is written while it is sent
 
 
 def targets_response(answer: wire.ScoreAnswer, fields: Fields, writes: str) -> Response:
     """The answer in the media type `writes`; `fields` gives K when there is no row."""
-    if writes == wire.JSON_MEDIA_TYPE:
-        return JSONResponse(wire.answer_to_json(answer))
-    return Response(wire.answer_to_arrow(answer, fields), media_type=wire.ARROW_MEDIA_TYPE)
+    if writes != wire.JSON_MEDIA_TYPE:
+        return Response(wire.answer_to_arrow(answer, fields), media_type=wire.ARROW_MEDIA_TYPE)
+    pieces = json_pieces(answer.identity, lambda: answer.targets, says_format=False)
+    num_positions = sum(targets.num_positions for targets in answer.targets)
+    if num_positions * bytes_per_position(fields, answer.identity.vocab_size) <= _BUFFERED_BYTES:
+        return Response(b"".join(pieces), media_type=wire.JSON_MEDIA_TYPE)
+    return StreamingResponse(pieces, media_type=wire.JSON_MEDIA_TYPE)

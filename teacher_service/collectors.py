@@ -27,7 +27,10 @@ class AdmissionCollector(Collector):
         """See `prometheus_client`."""
         admission = self._admission
         yield GaugeMetricFamily(
-            "potstill_requests_in_flight", "Score requests being served.", value=admission.requests_in_flight
+            "potstill_requests_in_flight",
+            "Score requests that are read or looked up, until their answer is made or their rows begin to wait for an "
+            "engine; what waits is in potstill_tokens_waiting.",
+            value=admission.requests_in_flight,
         )
         refusals = CounterMetricFamily(
             "potstill_admission_refusals", "Calls that were not let in, by the bound they met.", labels=["reason"]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
@@ -21,7 +23,7 @@ _Protocol: Any = AutoHTTPProtocol
 
 
 def bounded_protocol(limits: LimitSettings) -> type[asyncio.Protocol]:
-    """The `http` of a `uvicorn.Config`: HTTP connections within `max_connections` and `body_seconds`.
+    """The `http` of a `uvicorn.Config`: HTTP connections within the bounds of all and of one address.
 
     A whole request head has to arrive within `body_seconds`, counted from the connection's begin or from the first
     byte of a later head (between requests uvicorn's own keep-alive timeout counts). A connection that is being closed
@@ -30,6 +32,8 @@ def bounded_protocol(limits: LimitSettings) -> type[asyncio.Protocol]:
 
     class Connection(_BoundedConnection):
         max_connections = limits.max_connections
+        max_per_origin = limits.max_connections_per_address
+        of_origin: ClassVar[Counter[str]] = Counter()
         seconds = limits.body_seconds
 
     return Connection
@@ -37,6 +41,8 @@ def bounded_protocol(limits: LimitSettings) -> type[asyncio.Protocol]:
 
 class _BoundedConnection(_Protocol):  # type: ignore[misc]
     max_connections: int
+    max_per_origin: int
+    of_origin: ClassVar[Counter[str]]
     seconds: float
     app: Any
 
@@ -47,8 +53,11 @@ class _BoundedConnection(_Protocol):  # type: ignore[misc]
         self._closing = False
         self._lost = False
         self._watch = self.loop.call_later(self.seconds, self._check_closing)
-        if len(self.connections) > self.max_connections:
-            transport.write(_refusal(self.max_connections))
+        self._origin = _origin(transport.get_extra_info("peername"))
+        self.of_origin[self._origin] += 1
+        refusal = self._over()
+        if refusal:
+            transport.write(_refusal(refusal))
             transport.close()
             return
         self._expect_head()
@@ -61,7 +70,18 @@ class _BoundedConnection(_Protocol):  # type: ignore[misc]
         self._lost = True
         self._watch.cancel()
         self._expect_head()
+        self.of_origin[self._origin] -= 1
+        if not self.of_origin[self._origin]:
+            del self.of_origin[self._origin]
         super().connection_lost(exc)
+
+    def _over(self) -> str:
+        """The bound that this connection is over; empty for none."""
+        if len(self.connections) > self.max_connections:
+            return f"max_connections={self.max_connections} are open"
+        if self._origin and 0 < self.max_per_origin < self.of_origin[self._origin]:
+            return f"max_connections_per_address={self.max_per_origin} are open from {self._origin}"
+        return ""
 
     def _expect_head(self) -> None:
         """Have the timer run while, and only while, there is a head to come."""
@@ -89,9 +109,20 @@ def _with_abort(app: ASGIApp, transport: asyncio.Transport) -> ASGIApp:
     return serve
 
 
-def _refusal(most: int) -> bytes:
-    detail = f"max_connections={most} are open; retry later"
-    body = json.dumps({"kind": Unavailable.kind, "detail": detail}).encode()
+def _origin(peer: Any) -> str:
+    """Whose connection it is: the address, of IPv6 its /64 network, which is what one client has; empty without one."""
+    if not isinstance(peer, tuple):
+        return ""  # a Unix socket
+    address = ipaddress.ip_address(peer[0].partition("%")[0])
+    if isinstance(address, ipaddress.IPv4Address):
+        return str(address)
+    if address.ipv4_mapped is not None:
+        return str(address.ipv4_mapped)
+    return str(ipaddress.ip_network((address, 64), strict=False))
+
+
+def _refusal(bound: str) -> bytes:
+    body = json.dumps({"kind": Unavailable.kind, "detail": f"{bound}; retry later"}).encode()
     head = (
         f"HTTP/1.1 {Unavailable.status} Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\n"
         f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"

@@ -8,7 +8,7 @@ Shape legend:  P positions, D values a position (K, temperatures or V).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -16,36 +16,49 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache import wire
-from cache.types import Draws, Targets, TeacherIdentity
+from cache.types import JSON, Draws, Targets, TeacherIdentity
 from cache.wire_stream import coalesced
 
+_DRAWS = {"draw_ids": "ids", "draw_counts": "counts"}
 _ELEMENTS = 1 << 14
 """Numbers that are encoded at once: some milliseconds."""
 
 
-def json_pieces(identity: TeacherIdentity, read: Callable[[], Sequence[Targets]]) -> Iterator[bytes]:
+def json_pieces(
+    identity: TeacherIdentity, read: Callable[[], Sequence[Targets]], *, says_format: bool = True
+) -> Iterator[bytes]:
     """`{"format", "identity", "rows"}` as `wire.answer_to_json` has it, in pieces of about a MiB.
+
+    Args:
+        identity: whose targets they are.
+        read: what belongs to each row.
+        says_format: answers to score do not; they follow a request that said it.
 
     Raises:
         What `read` does, before the first piece.
     """
-    texts = _texts(identity, read)
+    head = {"format": wire.WIRE_VERSION} if says_format else {}
+    texts = _texts({**head, "identity": identity.to_json()}, read)
     return coalesced(text.encode() for text in texts)
 
 
-def _texts(identity: TeacherIdentity, read: Callable[[], Sequence[Targets]]) -> Iterator[str]:
+def _texts(head: Mapping[str, JSON], read: Callable[[], Sequence[Targets]]) -> Iterator[str]:
     parts = read()
-    yield f'{{"format":{_text(wire.WIRE_VERSION)},"identity":{_text(identity.to_json())},"rows":['
+    yield f'{_text(head)[:-1]},"rows":['
+    names = list(wire.targets_to_json(parts[0][:0])) if parts else []
     for index, targets in enumerate(parts):
         if index:
             yield ","
-        yield from _row(targets)
+        if sum(_array(targets, name).size for name in names) <= _ELEMENTS:
+            yield _text({name: _list(targets, name) for name in names})
+        else:
+            yield from _long_row(targets, names)
     yield "]}"
 
 
-def _row(targets: Targets) -> Iterator[str]:
+def _long_row(targets: Targets, names: Sequence[str]) -> Iterator[str]:
     before = "{"
-    for name in wire.targets_to_json(targets[:0]):
+    for name in names:
         yield f"{before}{_text(name)}:["
         for index, items in enumerate(_items(targets, name)):
             yield f",{items}" if index else items
@@ -54,11 +67,30 @@ def _row(targets: Targets) -> Iterator[str]:
     yield "}"
 
 
+def _array(targets: Targets, name: str) -> NDArray[Any]:
+    """The values of a column: [P], [P, D], or of draws one after the other."""
+    array: NDArray[Any] = getattr(targets.draws if name in _DRAWS else targets, _DRAWS.get(name, name))
+    return array
+
+
+def _list(targets: Targets, name: str) -> list[Any]:
+    values = _array(targets, name)
+    if name not in _DRAWS:
+        return _values(values)
+    assert targets.draws is not None, "a column of what is there"
+    return _ragged(targets.draws.offsets.tolist(), values)
+
+
+def _ragged(bounds: Sequence[int], values: NDArray[Any]) -> list[list[int]]:
+    return [values[a:b].tolist() for a, b in pairwise(bounds)]
+
+
 def _items(targets: Targets, name: str) -> Iterator[str]:
-    if name in ("draw_ids", "draw_counts"):
-        assert targets.draws is not None, "a column of what is there"
-        return _ragged_items(targets.draws, targets.draws.ids if name == "draw_ids" else targets.draws.counts)
-    return _array_items(getattr(targets, name))
+    values = _array(targets, name)
+    if name not in _DRAWS:
+        return _array_items(values)
+    assert targets.draws is not None, "a column of what is there"
+    return _ragged_items(targets.draws, values)
 
 
 def _array_items(array: NDArray[Any]) -> Iterator[str]:
@@ -78,12 +110,11 @@ def _ragged_items(draws: Draws, values: NDArray[Any]) -> Iterator[str]:
     offsets = draws.offsets.tolist()
     step = max(1, _ELEMENTS * (len(offsets) - 1) // max(1, len(values)))
     for start in range(0, len(offsets) - 1, step):
-        bounds = offsets[start : start + step + 1]
-        yield _text([values[a:b].tolist() for a, b in pairwise(bounds)])[1:-1]
+        yield _text(_ragged(offsets[start : start + step + 1], values))[1:-1]
 
 
 def _values(block: NDArray[Any]) -> list[Any]:
-    finite = np.isfinite(block)
+    finite = np.isfinite(block) if block.dtype.kind == "f" else np.True_
     if finite.all():
         return list(block.tolist())
     values = block.astype(object)

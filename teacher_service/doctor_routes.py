@@ -33,6 +33,7 @@ def add_doctor_routes(app: FastAPI, service: Service) -> None:
             "memory": {**memory(), "admitted_bytes": admitted_bytes(service)},
             "store": store,
             "kept": _kept(service),
+            "renamed": {} if service.cache is None else await asyncio.to_thread(_renamed, service, service.cache),
         }
 
 
@@ -40,7 +41,8 @@ def admitted_bytes(service: Service) -> int:
     """What everything that is let in at one time may hold in this process, in bytes, beside models and their caches."""
     limits = service.limits
     engines = max(len(service.teachers), 1) * limits.max_engine_bytes
-    return engines + limits.max_body_bytes_in_flight + limits.max_answer_bytes_in_flight
+    answers = limits.max_answer_bytes_in_flight + limits.max_miss_bytes_in_flight
+    return engines + limits.max_body_bytes_in_flight + answers
 
 
 def memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> dict[str, JSON]:
@@ -71,6 +73,17 @@ def _store(cache: Cache) -> dict[str, JSON]:
         }
         corpora.append(facts)
     return {**probe_store(cache.root).to_json(), "corpora": corpora}
+
+
+def _renamed(service: Service, cache: Cache) -> dict[str, JSON]:
+    """Of each teacher that is up, a line on targets of its weights under another model name, if there are any."""
+    from cache.renamed import renamed_line, stored_identities  # noqa: PLC0415
+
+    stored = stored_identities(cache.root)
+    teachers = list(service.teachers.items())
+    up = {name: teacher.pool.identity for name, teacher in teachers if teacher.state == "ready"}
+    lines = {name: renamed_line(name, identity, stored) for name, identity in up.items()}
+    return {name: line for name, line in lines.items() if line}
 
 
 def _kept(service: Service) -> dict[str, JSON]:

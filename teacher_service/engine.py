@@ -96,7 +96,7 @@ class EngineThread:
 
     @property
     def num_steps(self) -> int:
-        """Steps done so far; of an engine in another process, those that brought answers."""
+        """Steps done so far, in whichever process: each scores at most `max_batch_tokens` tokens."""
         return self._num_steps
 
     def start(self) -> Future[EngineFacts]:
@@ -182,7 +182,7 @@ class EngineThread:
                 else:
                     self._withdraw(engine, message.job)
             # Asked while nothing waits, too: it raises when the engine's own process is gone.
-            if engine.can_step() and self._rows:
+            if engine.can_step():
                 self._num_steps += 1
                 for request_id, output in engine.step():
                     self._deliver(engine, request_id, output)

@@ -68,6 +68,11 @@ class EngineHealth:
             self._calls -= 1
             self.tokens_waiting -= num_tokens
 
+    @property
+    def ended(self) -> bool:
+        """Whether the engine ended by itself."""
+        return self._watched is not None and bool(self._watched.failure)
+
     def trouble(self) -> str:
         """Why the engine has to be replaced, in one line; empty when it is well. To be asked every few seconds."""
         if self._watched is None:

@@ -1,7 +1,8 @@
 """Jobs that fill corpora with the targets of hosted teachers, in the background of the service.
 
 A job is `cache.fill.fill` on a hosted teacher, behind admission like any caller of it: the task inherits who asked for
-it, so its work waits in that caller's turn. It is stopped, or killed, at no cost but the shard in work.
+it, so its work waits in that caller's turn. It is stopped, or killed, at no cost but the shard in work. At most
+`max_fills_running` run at one time; the others wait in the order in which they were asked for.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 _PAUSE_SECONDS = 1.0
 _LONGEST_PAUSE_SECONDS = 60.0
-JobState = Literal["running", "done", "failed", "stopped"]
+JobState = Literal["waiting", "running", "done", "failed", "stopped"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +65,9 @@ class FillJob:
     error: PotstillError | None = None
     refusals: int = 0
     """How often the teacher said to come back later."""
+    turn: asyncio.Event = field(default_factory=asyncio.Event)
     began: float = field(default_factory=time.monotonic)
+    """When its turn came; before that, when it was asked for."""
     ended: float | None = None
     task: asyncio.Task[None] | None = None
 
@@ -72,13 +75,19 @@ class FillJob:
     def state(self) -> JobState:
         """Where it stands."""
         if self.ended is None:
-            return "running"
+            return "running" if self.turn.is_set() else "waiting"
         if self.report is not None:
             return "done"
         return "stopped" if self.error is None else "failed"
 
+    def begin(self) -> None:
+        """Its turn has come."""
+        self.began = time.monotonic()
+        self.turn.set()
+
     def ended_by(self, task: asyncio.Task[None]) -> None:
-        """Note a bug that ended the task: nobody awaits it."""
+        """Note the end, and a bug that ended the task: nobody awaits it."""
+        self.ended = self.ended or time.monotonic()  # a task that was cancelled before its first step noted nothing
         bug = None if task.cancelled() else task.exception()
         if bug is not None:
             self.error = TeacherFailed("the job failed unexpectedly; the service's log has the cause")
@@ -87,7 +96,7 @@ class FillJob:
     def to_json(self) -> dict[str, JSON]:
         """All of it in numbers."""
         at = self.progress
-        seconds = (self.ended or time.monotonic()) - self.began
+        seconds = (self.ended or time.monotonic()) - self.began if self.turn.is_set() else 0.0
         scored = self.report.positions_scored if self.report else at.positions_scored if at else 0
         return {
             "corpus": self.corpus,
@@ -131,14 +140,17 @@ class FillJobs:
         """
         found = self._jobs.get((corpus, teacher))
         if found is None:
-            raise NotFound(f"no fill of corpus {corpus[:64]!r} by teacher {teacher[:64]!r} was started; PUT starts one")
+            raise NotFound(
+                f"no fill of corpus {corpus[:64]!r} by teacher {teacher[:64]!r} was started since the service is up; "
+                "`potstill fill` with these names starts one, or goes on with one from before (over HTTP: PUT)"
+            )
         return found
 
     async def start(self, corpus: str, teacher: str, order: FillOrder, open_teacher: Callable[[], Teacher]) -> FillJob:
-        """Start a job, or return the one that runs already for the same order.
+        """Start a job, or return the one that runs or waits already for the same order.
 
         Raises:
-            AlreadyExists: one with another order is running. UnknownCorpus: there is no such corpus.
+            AlreadyExists: one with another order runs or waits. UnknownCorpus: there is no such corpus.
             SpecMismatch, LimitExceeded, UnsupportedField: teacher, corpus and order do not fit; nothing was written.
             Unavailable: the teacher is not up.
         """
@@ -151,17 +163,21 @@ class FillJobs:
         inner = open_teacher()
         targets = await asyncio.to_thread(_plan, cache.fresh(), corpus, teacher, inner, order)
         fitted = fitted_order(order, targets, self._limits)
+        before = await asyncio.to_thread(lambda: int(targets.committed.sum()))
         running = self._running(corpus, teacher, order)  # another caller may have been faster
         if running is not None:
             return running
-        job = FillJob(corpus, teacher, order, fitted, shards=targets.corpus.num_shards)
+        job = FillJob(corpus, teacher, order, fitted, shards_before=before, shards=targets.corpus.num_shards)
+        self._jobs.pop((corpus, teacher), None)  # so that the order is that of asking
         self._jobs[corpus, teacher] = job
         job.task = asyncio.create_task(_run(job, _Patient(open_teacher, inner, job), targets), name=f"fill {corpus}")
         job.task.add_done_callback(job.ended_by)
+        job.task.add_done_callback(lambda _: self._give_turns())
+        self._give_turns()
         return job
 
     async def stop(self, corpus: str, teacher: str) -> FillJob:
-        """Stop the job if it runs; returns when it has, its last shard committed or given up.
+        """Stop the job if it runs or waits; returns when it has, its last shard committed or given up.
 
         Raises:
             NotFound: there was none.
@@ -174,14 +190,23 @@ class FillJobs:
         """Stop all of them."""
         await asyncio.gather(*(_stopped(job) for job in self._jobs.values()))
 
+    def _give_turns(self) -> None:
+        """Begin those that wait longest, as many as may run."""
+        states = [job.state for job in self._jobs.values()]
+        free = self._limits.max_fills_running - states.count("running")
+        waiting = [job for job in self._jobs.values() if job.state == "waiting"]
+        for job in waiting[: max(free, 0)]:
+            job.begin()
+
     def _running(self, corpus: str, teacher: str, order: FillOrder) -> FillJob | None:
         found = self._jobs.get((corpus, teacher))
-        if found is None or found.state != "running":
+        if found is None or found.ended is not None:
             return None
         if found.order != order:
             raise AlreadyExists(
                 f"corpus {corpus!r} is being filled by teacher {teacher!r} with {found.order.fields.to_json()}, "
-                f"encoding {found.order.encoding}; DELETE stops that first"
+                f"encoding {found.order.encoding}; stop that first: `potstill fill --corpus {corpus} "
+                f"--teacher {teacher} --stop` (over HTTP: DELETE)"
             )
         return found
 
@@ -230,7 +255,8 @@ async def _run(job: FillJob, teacher: Teacher, targets: TargetSet) -> None:
 
     plan = FillPlan(batch_tokens=job.fitted.batch_tokens, in_flight=job.fitted.in_flight)
     try:
-        job.shards_before = int((await asyncio.to_thread(lambda: targets.committed)).sum())
+        await job.turn.wait()
+        job.shards_before = int((await asyncio.to_thread(lambda: targets.committed)).sum())  # it may have waited long
         job.report = await fill(teacher, targets, plan, on_progress=on_progress)
     except PotstillError as error:
         job.error = error

@@ -9,14 +9,17 @@ import json
 import logging
 import re
 import secrets
+import sys
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from types import TracebackType
 from typing import TextIO
 
 from cache.types import JSON
 from teacher_service.settings import LogSettings
 
+_LOG = logging.getLogger(__name__)
 REQUEST_ID_HEADER = "x-request-id"
 _GOOD_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _ESCAPES = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))}
@@ -95,12 +98,22 @@ class TextLines(logging.Formatter):
 
 
 def configure(settings: LogSettings, stream: TextIO) -> None:
-    """Send the log of the whole process to `stream`, in place of where it went before."""
+    """Send the log of the whole process to `stream`, in place of where it went before.
+
+    As JSON, what Python writes there by itself comes as lines of the log too: warnings, and what ends the process.
+    """
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonLines() if settings.format == "json" else TextLines())
     logging.basicConfig(level=settings.level.upper(), handlers=[handler], force=True)
     # httpx tells of every request that a teacher behind a URL gets; ours has an access line already.
     logging.getLogger("httpx").setLevel(max(logging.WARNING, logging.getLogger().level))
+    if settings.format == "json":
+        logging.captureWarnings(capture=True)
+        sys.excepthook = _log_the_end
+
+
+def _log_the_end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    _LOG.critical("the process ends by a failure that nobody expected", exc_info=(kind, error, trace))
 
 
 def _request_of(record: logging.LogRecord) -> dict[str, str]:

@@ -18,12 +18,13 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, TaskCancelledError
+from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from cache.errors import InvalidInput, LimitExceeded, PotstillError, SpecMismatch, TeacherFailed, Unavailable
+from cache.errors import InvalidInput, LimitExceeded, PotstillError, TeacherFailed, Unavailable
 from cache.types import Fields, Provenance, Targets, TeacherIdentity, TeacherLimits, Tokens
 from teacher_service.autoscale import Autoscaler
+from teacher_service.ray_losses import LOST, Losses, first_line, lost
 from teacher_service.ray_replica import Described, Refused, ScoreCall, Scored
 from teacher_service.ray_serve import RayConnection, ServeApp, ServeView, cluster_has_gpus, take_signals_back
 from teacher_service.replica_settings import AutoscaleSettings, RaySettings, ReplicaSettings
@@ -32,13 +33,10 @@ from teacher_service.replicas import OpenTeacher, PoolState, ReplicaInfo, Replic
 _LOG = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 1.0
-_LOSSES = 5
 _PAUSE_SECONDS = 0.1
 # A replica that lost a call may be whole, and is asked again where there is no other.
 _ASK_AGAIN_SECONDS = 5.0
 _FAILED = ("DEPLOY_FAILED", "DELETING", "NOT_STARTED")
-# What says that a replica, and not the call, is broken. Serve's own errors tell of replicas that were scaled away.
-_LOST = (RayActorError, ObjectLostError, TaskCancelledError, GetTimeoutError, RayServeException)
 
 
 class RayPool:
@@ -189,27 +187,31 @@ class RayPool:
         """Score on the replicas; see `cache.types.Teacher`.
 
         Raises:
-            TeacherFailed: the engine fails at these rows.
+            TeacherFailed: the engine fails at these rows, or several replicas crashed of them.
             SpecMismatch: the replicas are not the same teacher.
             Unavailable: the replicas were lost, and no other came in the time that Serve needs to replace one.
         """
         if not rows:
             return []
         call = ScoreCall.of(rows, want, self.identity)
-        avoid: set[str] = set()
+        losses = Losses()
         until = 0.0
         while True:
-            losses = len(avoid)
-            outcome = await self._try_once(call, avoid)
+            before = len(losses.replicas)
+            outcome = await self._try_once(call, losses)
             if isinstance(outcome, Scored):
                 return _rows_of(outcome.targets, call)
             if not outcome.elsewhere:
                 raise outcome.error()
-            if len(avoid) > losses:
+            if len(losses.replicas) > before:
                 until = time.monotonic() + self._patience_seconds
                 _LOG.warning("teacher %s: %s; its rows go to another replica", self._name, outcome.detail)
-            if len(avoid) >= _LOSSES or not await self._another(avoid, until):
-                raise self._gave_up(outcome, len(avoid))
+            if losses.enough or not await self._another(losses.replicas, until):
+                raise self._closed_error if self._closed else losses.error(self._name, call, outcome)
+
+    @property
+    def _closed_error(self) -> PotstillError:
+        return Unavailable(f"teacher {self._name!r} is closed")
 
     async def _another(self, avoid: set[str], until: float) -> bool:
         """Wait for a replica that is not to be avoided; False if by `until`, a monotonic time, there is none to ask."""
@@ -221,40 +223,31 @@ class RayPool:
                 return True
         return False
 
-    def _gave_up(self, last: Refused, losses: int) -> PotstillError:
-        error = last.error()
-        if isinstance(error, SpecMismatch):
-            return error
-        if self._closed:
-            return Unavailable(f"teacher {self._name!r} is closed")
-        return Unavailable(
-            f"{losses} replicas of teacher {self._name!r} were lost while they scored these rows, the last by:"
-            f" {error.detail}; retry when one is ready again"
-        )
-
-    async def _try_once(self, call: ScoreCall, avoid: set[str]) -> Scored | Refused:
-        """One replica's answer; one that is lost or broken is added to `avoid`."""
-        ranking = self._ranking(avoid)
+    async def _try_once(self, call: ScoreCall, losses: Losses) -> Scored | Refused:
+        """One replica's answer; one that is lost or broken is added to `losses`."""
+        ranking = self._ranking(losses.replicas)
         replica = ranking[0] if ranking else ""
         # Counted before the choice, which takes a round trip: calls that come meanwhile must see it.
         work = self._work.begin(replica, len(call.tokens))
+        sent = False
         try:
             async with self._score.choose_replica(ranking) as chosen:
                 replica = work.move(chosen.replica_id)
                 response = self._score.dispatch(chosen, call)
+                sent = True
                 try:
                     outcome: Scored | Refused = await response
                 except asyncio.CancelledError:
                     response.cancel()
                     raise
-        except _LOST as error:
-            outcome = Refused("unavailable", f"replica {replica} was lost: {_first_line(error)}", elsewhere=True)
+        except LOST as error:
+            outcome = lost(replica, error, had_call=sent)
         finally:
             work.end()
         if isinstance(outcome, Scored):
             self._work.scored[replica] += len(call.tokens)
         elif outcome.elsewhere:
-            avoid.add(replica)
+            losses.add(replica, outcome)
         return outcome
 
     def _ranking(self, avoid: set[str]) -> list[str]:
@@ -296,7 +289,7 @@ class RayPool:
         try:
             self._described = await handle.describe.remote()
         except (RayError, RayServeException) as error:
-            cause = _first_line(error)
+            cause = first_line(error)
             raise Unavailable(f"the first replica of {self._name!r} was lost at once: {cause}") from error
 
     async def _look_forever(self) -> None:
@@ -310,7 +303,7 @@ class RayPool:
             except (RayError, RayServeException) as error:
                 # Calls go on without the controller, which Ray starts again.
                 if not silent:
-                    _LOG.warning("teacher %s: Ray Serve does not answer: %s", self._name, _first_line(error))
+                    _LOG.warning("teacher %s: Ray Serve does not answer: %s", self._name, first_line(error))
                 silent = True
             self._work.forget(set(self._view.replicas))
 
@@ -378,7 +371,3 @@ def _rows_of(targets: Targets, call: ScoreCall) -> list[Targets]:
         raise TeacherFailed(f"a replica answered {targets.num_positions} positions for {len(call.tokens)} tokens")
     stops = call.lengths.cumsum().tolist()
     return [targets[stop - length : stop] for stop, length in zip(stops, call.lengths.tolist(), strict=True)]
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -65,6 +65,8 @@ class Refused:
     detail: str
     elsewhere: bool
     """Another replica may answer: it is this one that is broken, not the call."""
+    crashed: bool = False
+    """It was well before the call, and ended by itself while it had it."""
 
     def error(self) -> PotstillError:
         """What to raise."""
@@ -95,11 +97,17 @@ class Replica:
         self._foreign = call.identity.differences(self._teacher.identity)
         if self._foreign:
             return Refused("spec_mismatch", f"a replica is another teacher: {self._foreign}", elsewhere=True)
+        well = not self._trouble
         try:
             with self._health.call(len(call.tokens)):
                 return Scored(Targets.concat(await self._teacher.score(call.rows, call.want)))
         except PotstillError as error:
-            return Refused(error.kind, error.detail, elsewhere=bool(self._broken or self._health.trouble()))
+            elsewhere = bool(self._trouble)
+            return Refused(error.kind, error.detail, elsewhere=elsewhere, crashed=well and self._health.ended)
+
+    @property
+    def _trouble(self) -> str:
+        return self._broken or self._health.trouble()
 
     async def check_health(self) -> None:
         """Called by Serve every few seconds. A broken engine is closed: its own processes would outlive this one.
@@ -107,7 +115,7 @@ class Replica:
         Raises:
             RuntimeError: the engine has ended or is wedged, or it is not the teacher that was asked for.
         """
-        self._broken = self._broken or self._health.trouble() or self._foreign
+        self._broken = self._trouble or self._foreign
         if self._broken:
             self._closing = self._closing or asyncio.create_task(self._stack.aclose())
             raise RuntimeError(self._broken)

@@ -24,7 +24,9 @@ class RaySettings(_Frozen):
     calls_per_replica: _Count = 64
     """Calls that one replica works on at a time; more wait in the service."""
     wedged_seconds: _Seconds = 120.0
-    """A replica whose engine has work and does not move for so long is replaced."""
+    """A replica whose engine has work and finishes no step for so long is taken for wedged and replaced, and its rows
+    are scored again. A step scores at most `max_batch_tokens` tokens, an option of the teacher: where one may take
+    longer, raise this or lower that, or slow rows cost one replica after the other."""
     health_seconds: _Seconds = 5.0
     """How often Serve asks a replica how it is; three bad answers in a row replace it."""
     health_timeout_seconds: _Seconds = 30.0

@@ -89,7 +89,7 @@ class Watch:
     """How a pool looks after its engine."""
 
     wedged_seconds: float = 120.0
-    """An engine that has work and does not move for so long is replaced."""
+    """An engine that has work and finishes no step (at most `max_batch_tokens` tokens) for so long is replaced."""
     check_seconds: float = 1.0
     """How often it is looked at."""
     close_seconds: float = 60.0

@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import uvicorn
 
-from cache.errors import InvalidInput
+from cache.errors import InvalidInput, PotstillError
 from teacher_service import logs, tracing
 from teacher_service.access import Access
 from teacher_service.app import create_app
@@ -29,6 +30,9 @@ from teacher_service.service import Service
 from teacher_service.settings import ServiceSettings, TlsSettings, load_settings, teacher_from_argument
 from teacher_service.teacher_source import TeacherSource
 from teacher_service.tracing import Tracer
+
+if TYPE_CHECKING:
+    from cache.cache import Cache
 
 _LOG = logging.getLogger(__name__)
 # Longer than clients hold an idle connection: closing first, we might do so while the next request is on its way.
@@ -61,6 +65,18 @@ def run(args: argparse.Namespace) -> int:
     command_line = {"host": args.host, "port": args.port, "cache": args.cache, "teachers": named}
     settings = load_settings(args.config, command_line=command_line, environment=os.environ)
     logs.configure(settings.logs, sys.stderr)
+    try:
+        _run(settings)
+    except PotstillError as error:
+        if settings.logs.format == "text":
+            raise
+        # The line that the command would print is none of the JSON that a log shipper reads.
+        _LOG.critical("%s: %s", error.kind, error.detail)
+        return 1
+    return 0
+
+
+def _run(settings: ServiceSettings) -> None:
     access = Access.of(settings.access)
     if settings.tls is not None:
         check_tls(settings.tls)
@@ -70,7 +86,6 @@ def run(args: argparse.Namespace) -> int:
         if settings.tls is None and not _is_loopback(listener.getsockname()[0]):
             _LOG.warning("API keys and tokens travel in the clear: set [tls], or put something with TLS in front")
         asyncio.run(_serve(settings, access, listener, tracer))
-    return 0
 
 
 def check_tls(tls: TlsSettings) -> None:
@@ -185,11 +200,11 @@ async def _serve(settings: ServiceSettings, access: Access, listener: socket.soc
     server = _Server(config, None if access.keys is None else access.keys.reload)
     async with service.running():
         serving = asyncio.create_task(server.serve(sockets=[listener]))
-        starting = asyncio.create_task(service.started())
+        starting = asyncio.create_task(_started(service))
         try:
             await asyncio.wait({serving, starting}, return_when=asyncio.FIRST_COMPLETED)
             if starting.done() and starting.exception() is None:
-                print(ready_line(settings, listener), flush=True)  # noqa: T201  what scripts wait for
+                _tell_ready(settings, listener)
                 await serving
         finally:
             server.should_exit = True
@@ -198,6 +213,34 @@ async def _serve(settings: ServiceSettings, access: Access, listener: socket.soc
         if not starting.cancelled():
             starting.result()
         serving.result()
+
+
+async def _started(service: Service) -> None:
+    await service.started()
+    if service.cache is not None:
+        await asyncio.to_thread(_warn_of_renamed, service, service.cache)
+
+
+def _warn_of_renamed(service: Service, cache: Cache) -> None:
+    from cache.renamed import renamed_line, stored_identities  # noqa: PLC0415  zarr, only when a service runs
+
+    try:
+        stored = stored_identities(cache.root)
+        lines = [renamed_line(name, teacher.pool.identity, stored) for name, teacher in list(service.teachers.items())]
+    except PotstillError as error:
+        _LOG.warning("not looked for targets of renamed models: %s", error.detail)
+        return
+    for line in filter(None, lines):
+        _LOG.warning("%s", line)
+
+
+def _tell_ready(settings: ServiceSettings, listener: socket.socket) -> None:
+    """The one line on stdout, which scripts wait for: as JSON where the log is, for who collects both streams."""
+    line = ready_line(settings, listener)
+    if settings.logs.format == "json":
+        record = logging.makeLogRecord({"name": __name__, "levelno": logging.INFO, "levelname": "INFO", "msg": line})
+        line = logs.JsonLines().format(record)
+    print(line, flush=True)  # noqa: T201
 
 
 def ready_line(settings: ServiceSettings, listener: socket.socket) -> str:

@@ -73,7 +73,12 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        """Whether every teacher is up that the service was started with, and every one that was up since."""
+        """Whether every teacher is up that the service was started with, and every one that was up since.
+
+        Without teachers: whether there is a cache, whose committed targets are served all the same.
+        """
+        if not self.teachers:
+            return self.cache is not None
         return all(teacher.in_order for teacher in self.teachers.values())
 
     def teacher(self, name: str) -> HostedTeacher:

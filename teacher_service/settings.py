@@ -59,11 +59,12 @@ class LimitSettings(_Frozen):
     max_rows: Count = 4096
     """Rows per request."""
     max_range_positions: Count = 65_536
-    """Positions per read of a corpus' targets as JSON, which is made as a whole."""
+    """Positions per read of a corpus' targets as JSON, whose arrays are held until it is sent."""
     max_stream_positions: Count = 16_777_216
     """Positions per read of a corpus' targets as an Arrow stream, which neither end holds as a whole."""
     max_streams: Count = 64
-    """Arrow streams of corpora that are being sent; each holds about three blocks of 4 MiB."""
+    """Answers of corpora that are being sent, JSON ones too. An Arrow stream holds about three blocks of 4 MiB; what a
+    JSON answer holds counts in `max_answer_bytes_in_flight`."""
     stall_seconds: Annotated[float, Field(gt=0, le=3600)] = 60.0
     """How long a client may take nothing of a stream before it is broken off."""
     max_tokens_in_flight: Count = 262_144
@@ -77,12 +78,22 @@ class LimitSettings(_Frozen):
     """Score requests that are being read or looked up; what waits for an engine is bounded by its tokens instead."""
     max_body_bytes_in_flight: Count = 256 * 2**20
     """Of all request bodies that are held."""
-    max_answer_bytes_in_flight: Count = 2 * 2**30
-    """Of all score answers, hits and misses, that are being made or sent; estimated as for `max_answer_bytes`."""
+    max_answer_bytes_in_flight: Count = 2**30
+    """Of all score answers that are looked up, or answered from the cache, until they are sent, and of the JSON answers
+    of corpora; estimated as for `max_answer_bytes`. Each fill may hold as much, see `max_fills_running`."""
+    max_miss_bytes_in_flight: Count = 2**30
+    """The same of answers with rows that have to wait for an engine, from then on until they are sent. Counted apart,
+    so that no hit is refused because misses queue; all score answers hold at most the two together."""
     body_seconds: Annotated[float, Field(gt=0, le=3600)] = 60.0
     """Within which a request's head, then its body, has to arrive, and each 256 KiB of an answer has to be taken."""
     max_connections: Count = 768
     """Open at once, idle ones too; below the usual limit of 1024 open files."""
+    max_connections_per_address: Annotated[int, Field(ge=0, strict=True)] = 512
+    """Of one client's address (of IPv6 its /64 network), so that one cannot take all; 0 is no bound. Behind a proxy all
+    clients come from the proxy's address: set 0 there, and bound them in the proxy."""
+    max_fills_running: Count = 2
+    """Jobs that fill corpora at one time; further ones wait in the order in which they came. Each holds the targets of
+    its batches, at most `max_answer_bytes_in_flight`, and of the shards that it gathers and writes."""
 
 
 class AccessSettings(_Frozen):
@@ -115,7 +126,7 @@ class LogSettings(_Frozen):
     format: Literal["text", "json"] = "text"
     """`json` is one object a line, for machines that collect logs."""
     level: Literal["debug", "info", "warning", "error"] = "warning"
-    """`info` has a line for every request."""
+    """`info` has a line for every request, but for the probes that are answered well: these are in `debug`."""
 
 
 class TracingSettings(_Frozen):

@@ -9,6 +9,9 @@ from fastapi.responses import JSONResponse
 
 from teacher_service.service import Service
 
+_NO_TEACHER = "there is no teacher; what the cache has committed is served"
+_NOTHING = "there is no teacher and no cache; add a teacher with `potstill teachers add NAME=MODEL`"
+
 
 def add_status_routes(app: FastAPI, service: Service) -> None:
     """Add the routes to the app."""
@@ -24,6 +27,8 @@ def add_status_routes(app: FastAPI, service: Service) -> None:
         failures = {name: teacher.failure for name, teacher in service.teachers.items() if teacher.failure}
         if failures:
             content["failures"] = failures
+        if not states:
+            content["detail"] = _NO_TEACHER if service.ready else _NOTHING
         return JSONResponse(content, status_code=200 if service.ready else 503)
 
     @app.get("/metrics")

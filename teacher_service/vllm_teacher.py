@@ -301,7 +301,6 @@ def _engine_arguments(options: VllmOptions, folder: Path) -> dict[str, Any]:
         "enforce_eager": True,
         "skip_tokenizer_init": True,
         "use_tqdm_on_load": False,
-        "disable_log_stats": True,
     }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import nullcontext
+from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 _ACCESS = logging.getLogger("teacher_service.access")
 _CLIENT_LEFT = 499
+_PROBES = frozenset({"/healthz", "/readyz", "/health", "/metrics"})
+"""What machines ask every few seconds: answered well, it is news to nobody."""
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
@@ -82,7 +85,8 @@ class WatchedApp:
             "tokens": work.tokens,
             "caller": work.caller,
         }
-        _ACCESS.info("request", extra={"fields": fields})
+        well = route in _PROBES and HTTPStatus.OK <= status < HTTPStatus.BAD_REQUEST
+        _ACCESS.log(logging.DEBUG if well else logging.INFO, "request", extra={"fields": fields})
 
 
 def _method(scope: Scope) -> str:

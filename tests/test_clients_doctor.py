@@ -400,7 +400,7 @@ def test_what_a_key_may_not_see_is_told(tmp_path: Path, monkeypatch: pytest.Monk
     key = add_key(keys_file, "trainer", Role.TRAINER, Quota())
     with serving_teachers(hosted("smol", FakeTeacher()), access=Access(KeyRing(keys_file))) as url:
         unknown = failed(asyncio.run(check_service(url))[1])
-        assert unknown.way_out == "put a key into POTSTILL_API_KEY"
+        assert unknown.way_out == "put a key into POTSTILL_API_KEY, or name its variable with --api-key-env"
         monkeypatch.setenv("POTSTILL_API_KEY", key)
         findings = asyncio.run(examine(Patient(url=url), PROBING))
         version = next(finding for finding in findings if finding.check == "wire version")

@@ -26,6 +26,7 @@ HEAVY = {
     },
     "ray": {
         "student_trainer/ray_train.py",
+        "teacher_service/ray_losses.py",
         "teacher_service/ray_pool.py",
         "teacher_service/ray_replica.py",
         "teacher_service/ray_serve.py",

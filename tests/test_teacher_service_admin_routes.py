@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,6 +16,7 @@ from cache.types import Teacher
 from teacher_service.app import create_app
 from teacher_service.hosted import HostedTeacher
 from teacher_service.service import Service
+from tests.corpora import make_corpus
 from tests.fakes import FakeTeacher, fake_identity
 from tests.servers import hosted, serving, serving_teachers, wait_ready
 
@@ -125,10 +127,23 @@ def test_calls_in_flight_end_before_a_removed_teacher_does(url: str, origin: str
     assert gone(url, "mirror")
 
 
-def test_the_first_teachers_may_be_removed_too(url: str) -> None:
+def test_without_teachers_a_service_is_ready_only_where_a_cache_can_be_served(
+    url: str, origin: str, tmp_path: Path
+) -> None:
     assert httpx.delete(f"{url}/v1/teachers/own").status_code == 202
     assert gone(url, "own")
-    assert httpx.get(f"{url}/readyz").status_code == 200
+    answer = httpx.get(f"{url}/readyz")
+    assert (answer.status_code, answer.json()["status"]) == (503, "not ready")
+    assert "potstill teachers add" in answer.json()["detail"]
+    httpx.put(f"{url}/v1/teachers/mirror", json={"model": f"{origin}#smol"})
+    assert httpx.get(f"{url}/readyz").json() == {"status": "ready", "teachers": {"mirror": "ready"}}
+    cache, _ = make_corpus(tmp_path / "cache")
+    with serving_teachers(cache=cache) as reading:
+        answer = httpx.get(f"{reading}/readyz")
+        assert (answer.status_code, answer.json()["teachers"]) == (200, {})
+        assert "what the cache has committed" in answer.json()["detail"]
+        assert httpx.get(f"{reading}/v1/overview").json()["ready"]
+        assert [corpus["name"] for corpus in httpx.get(f"{reading}/v1/corpora").json()["corpora"]] == ["docs"]
 
 
 @asynccontextmanager

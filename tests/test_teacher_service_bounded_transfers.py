@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import httpx
 import pytest
 
+from cache import wire
 from cache.errors import Overloaded
 from teacher_service.app import create_app
 from teacher_service.service import Service
@@ -63,7 +64,8 @@ def url(service: Service) -> Iterator[str]:
 
 def nothing_is_held(service: Service) -> bool:
     admission = service.admission
-    return not (admission.bodies.in_use or admission.requests_in_flight or admission._answers.in_use)
+    bounds = (admission._answers, admission._misses)
+    return not (admission.bodies.in_use or admission.requests_in_flight or any(bound.in_use for bound in bounds))
 
 
 def test_a_body_that_comes_too_slowly_is_refused_and_the_connection_closed(url: str, service: Service) -> None:
@@ -175,7 +177,7 @@ def test_a_connection_that_is_half_closed_while_it_waits_leaves_the_engine() -> 
 
 
 def test_an_answer_that_is_not_taken_is_given_up() -> None:
-    limits = LimitSettings(body_seconds=1.0, max_answer_bytes_in_flight=30_000_000)
+    limits = LimitSettings(body_seconds=1.0, max_miss_bytes_in_flight=30_000_000)
     service = Service.of([hosted("smol", FakeTeacher())], limits=limits)
     asked = {"rows": [[1, 2, 3, 4] * 1000] * 8, "fields": {"k": 64}}
     body = json.dumps(asked).encode()
@@ -184,10 +186,10 @@ def test_an_answer_that_is_not_taken_is_given_up() -> None:
         head = f"content-length: {len(body)}\r\naccept: application/vnd.apache.arrow.stream\r\n"
         with talking(url, head) as connection:
             connection.sendall(body)
-            until(lambda: service.admission._answers.in_use > 0)
+            until(lambda: service.admission._misses.in_use > 0)
             # Its bytes count until they are taken: another answer as large has no room beside it.
             assert httpx.post(f"{url}{PATH}", json=asked, timeout=60).status_code == 429
-            assert service.admission.refusals["answers"] == 1
+            assert service.admission.refusals["misses"] == 1
             until(lambda: nothing_is_held(service), 60)
             received = 0
             while chunk := connection.recv(1 << 20):
@@ -198,10 +200,13 @@ def test_an_answer_that_is_not_taken_is_given_up() -> None:
 def test_a_large_answer_arrives_whole() -> None:
     engine = FakeTeacher()
     with serving_teachers(hosted("smol", engine)) as url:
-        reply = httpx.post(f"{url}{PATH}", json={"rows": [[1, 2, 3] * 500] * 3, "fields": {"k": 32}}, timeout=60)
+        asked = {"rows": [[1, 2, 3] * 500] * 3, "fields": {"k": 32}}
+        reply = httpx.post(f"{url}{PATH}", json=asked, timeout=60)
         assert len(reply.content) > 600_000
-        assert int(reply.headers["content-length"]) == len(reply.content)
         assert [len(row["ids"]) for row in reply.json()["rows"]] == [1500] * 3
+        reply = httpx.post(f"{url}{PATH}", json=asked, timeout=60, headers={"accept": wire.ARROW_MEDIA_TYPE})
+        assert int(reply.headers["content-length"]) == len(reply.content)
+        assert [targets.num_positions for targets in wire.answer_from_arrow(reply.content).targets] == [1500] * 3
 
 
 def test_one_key_cannot_take_every_place() -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from teacher_service import completions_json
 from teacher_service.app import create_app
+from teacher_service.connections import _origin
 from teacher_service.service import Service
 from teacher_service.settings import LimitSettings
 from tests.fakes import FakeTeacher, fake_identity
@@ -27,9 +28,9 @@ def url() -> Iterator[str]:
         yield address
 
 
-def connected(url: str) -> socket.socket:
+def connected(url: str, source: str = "127.0.0.1") -> socket.socket:
     host, _, port = url.removeprefix("http://").partition(":")
-    return socket.create_connection((host, int(port)), timeout=10)
+    return socket.create_connection((host, int(port)), timeout=10, source_address=(source, 0))
 
 
 def is_closed(connection: socket.socket) -> bool:
@@ -77,19 +78,63 @@ def test_connections_over_the_bound_are_told_so(url: str) -> None:
     with ExitStack() as held:
         for _ in range(LIMITS.max_connections):
             held.enter_context(connected(url))
-        with connected(url) as one_more:
-            reply = one_more.recv(65_536).decode()
-        assert reply.startswith("HTTP/1.1 503 ")
-        assert "max_connections=8" in reply
+        assert "max_connections=8 are open" in refusal(connected(url))
+    until_served(url)
+
+
+def refusal(connection: socket.socket) -> str:
+    with connection:
+        reply = connection.recv(65_536).decode()
+    assert reply.startswith("HTTP/1.1 503 ")
+    assert '"kind": "unavailable"' in reply
+    return reply
+
+
+def until_served(url: str, source: str = "127.0.0.1") -> None:
     deadline = time.monotonic() + 10
     while True:
         try:
-            if httpx.get(f"{url}/healthz").status_code == 200:
-                return
+            with httpx.Client(transport=httpx.HTTPTransport(local_address=source)) as client:
+                if client.get(f"{url}/healthz").status_code == 200:
+                    return
         except httpx.TransportError:
             pass
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_one_address_does_not_take_all_connections() -> None:
+    limits = LimitSettings(max_connections=8, max_connections_per_address=3)
+    with serving_teachers(hosted("smol", FakeTeacher()), limits=limits) as url, ExitStack() as held:
+        until_served(url)
+        taken = [held.enter_context(connected(url, "127.0.0.2")) for _ in range(3)]
+        assert "max_connections_per_address=3 are open from 127.0.0.2;" in refusal(connected(url, "127.0.0.2"))
+        until_served(url)
+        taken[0].close()
+        until_served(url, "127.0.0.2")
+
+
+def test_zero_bounds_no_address() -> None:
+    limits = LimitSettings(max_connections=8, max_connections_per_address=0)
+    with serving_teachers(hosted("smol", FakeTeacher()), limits=limits) as url, ExitStack() as held:
+        for _ in range(7):
+            held.enter_context(connected(url))
+        until_served(url)
+
+
+@pytest.mark.parametrize(
+    ("peer", "origin"),
+    [
+        (("192.0.2.7", 4711), "192.0.2.7"),
+        (("::ffff:192.0.2.7", 4711, 0, 0), "192.0.2.7"),
+        (("2001:db8:1:2:3:4:5:6", 4711, 0, 0), "2001:db8:1:2::/64"),
+        (("fe80::1%eth0", 4711, 0, 2), "fe80::/64"),
+        ("/run/socket", ""),
+        (None, ""),
+    ],
+)
+def test_an_address_is_what_one_client_has(peer: object, origin: str) -> None:
+    assert _origin(peer) == origin
 
 
 def test_of_an_answer_that_is_not_taken_no_more_is_made_and_its_connection_ends(

@@ -5,7 +5,10 @@ import io
 import json
 import logging
 import re
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +16,16 @@ import httpx
 import pytest
 
 from cache.errors import InvalidInput
+from cache.types import Teacher
 from teacher_service import logs
+from teacher_service.app import create_app
+from teacher_service.hosted import HostedTeacher
+from teacher_service.service import Service
 from teacher_service.settings import LogSettings, load_settings
 from tests.fakes import FakeTeacher
-from tests.servers import hosted, serving_teachers
+from tests.servers import hosted, serving, serving_teachers
 from tests.test_teacher_service_app import BrokenTeacher, post_json, until
-from tests.test_teacher_service_serve import Serving
+from tests.test_teacher_service_serve import COMMAND, Serving, environment
 
 ACCESS = "teacher_service.access"
 
@@ -39,15 +46,23 @@ def access(caplog: pytest.LogCaptureFixture) -> Iterator[list[dict[str, Any]]]:
         logging.getLogger(ACCESS).removeHandler(handler)
 
 
+@asynccontextmanager
+async def never_up() -> AsyncIterator[Teacher]:
+    await asyncio.Event().wait()
+    yield FakeTeacher()
+
+
 @pytest.fixture
-def configured() -> Iterator[Any]:
+def configured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """`logs.configure`, taken back at the end."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     root = logging.getLogger()
     before, level, httpx_level = root.handlers[:], root.level, logging.getLogger("httpx").level
     yield logs.configure
     root.handlers[:] = before
     root.setLevel(level)
     logging.getLogger("httpx").setLevel(httpx_level)
+    logging.captureWarnings(capture=False)
 
 
 def test_json_lines_are_one_object_each(configured: Any) -> None:
@@ -177,14 +192,69 @@ def test_bad_settings_are_one_line_that_names_them(tmp_path: Path, text: str, wo
     assert all(word in caught.value.detail for word in words), caught.value.detail
 
 
-def test_a_served_process_logs_json_to_stderr(tmp_path: Path) -> None:
+def test_a_served_process_writes_json_only(tmp_path: Path) -> None:
     config = tmp_path / "serve.toml"
     config.write_text('[logs]\nformat = "json"\nlevel = "info"\n')
     with serving_teachers(hosted("deep", FakeTeacher())) as behind:
         served = Serving(str(config), "--teacher", f"smol={behind}#deep")
-        httpx.get(f"{served.url}/healthz", headers={"x-request-id": "mine"})
-        status, stderr = served.stop()
+        httpx.get(f"{served.url}/healthz")
+        httpx.get(f"{served.url}/v1/teachers", headers={"x-request-id": "mine"})
+        served.process.terminate()
+        stdout, stderr = served.process.communicate(timeout=60)
+    assert (served.process.returncode, stdout) == (0, "")
+    ready = json.loads(served.ready)
+    assert ready["message"] == f"ready: {served.url} teachers smol ({behind}#deep)"
     lines = [json.loads(line) for line in stderr.splitlines()]
-    (line,) = (line for line in lines if line.get("route") == "/healthz")
-    assert (status, line["request_id"], line["status"], line["level"]) == (0, "mine", 200, "info")
-    assert all({"time", "level", "logger", "message"} <= set(line) for line in lines)
+    (line,) = (line for line in lines if "route" in line)
+    assert (line["route"], line["request_id"], line["status"], line["level"]) == ("/v1/teachers", "mine", 200, "info")
+    assert all({"time", "level", "logger", "message"} <= set(line) for line in [ready, *lines])
+
+
+def test_what_ends_a_served_process_is_json_too(tmp_path: Path) -> None:
+    config = tmp_path / "serve.toml"
+    config.write_text('[logs]\nformat = "json"\n')
+    with serving_teachers(hosted("deep", FakeTeacher())) as behind:
+        command = [*COMMAND, str(config), "--port", "0", "--teacher", f"bad={behind}#nobody"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment(), check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = map(json.loads, done.stderr.splitlines())
+    assert line["message"].startswith("unknown_teacher: teacher 'bad' did not start: ")
+
+
+def test_warnings_and_bugs_that_end_a_process_are_json_too() -> None:
+    code = (
+        "import sys, warnings\n"
+        "from teacher_service import logs\n"
+        "from teacher_service.settings import LogSettings\n"
+        "logs.configure(LogSettings(format='json'), sys.stderr)\n"
+        "warnings.warn('old', stacklevel=1)\n"
+        "raise RuntimeError('two\\nlines')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    warned, ended = map(json.loads, done.stderr.splitlines())
+    assert "UserWarning: old" in warned["message"]
+    assert (ended["level"], "RuntimeError: two\nlines" in ended["exception"]) == ("critical", True)
+
+
+@pytest.mark.parametrize(("ready", "level"), [(True, "DEBUG"), (False, "INFO")])
+def test_probes_that_are_answered_well_are_told_at_debug_only(
+    ready: bool, level: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    teacher = hosted("smol", FakeTeacher()) if ready else HostedTeacher("smol", never_up)
+    told: dict[str, str] = {}
+    with serving(create_app(Service.of([teacher]))) as url:
+        until(lambda: httpx.get(f"{url}/readyz").status_code == (200 if ready else 503))
+        with caplog.at_level(logging.DEBUG, logger=ACCESS):
+            caplog.clear()
+            for path in ("/healthz", "/metrics", "/readyz", "/health", "/v1/teachers"):
+                httpx.get(f"{url}{path}")
+            until(lambda: "/v1/teachers" in [record.fields["route"] for record in caplog.records])  # type: ignore[attr-defined]
+            told = {record.fields["route"]: record.levelname for record in caplog.records}  # type: ignore[attr-defined]
+    assert told == {
+        "/healthz": "DEBUG",
+        "/metrics": "DEBUG",
+        "/readyz": level,
+        "/health": level,
+        "/v1/teachers": "INFO",
+    }

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from shutil import which
@@ -19,18 +20,23 @@ from cache.types import Teacher
 from teacher_service.app import create_app
 from teacher_service.hosted import HostedTeacher, Keep
 from teacher_service.service import Service
+from teacher_service.settings import LimitSettings
 from tests.fakes import FakeTeacher
 from tests.pools import hosted_pool
 from tests.servers import hosted, serving, serving_teachers
-from tests.test_teacher_service_app import post_json, until
+from tests.test_teacher_service_app import GatedTeacher, post_json, until
 
 ROOT = Path(__file__).parent.parent
+
+
+def metrics_text(url: str) -> str:
+    return httpx.get(f"{url}/metrics").text
 
 
 def samples(url: str) -> dict[str, float]:
     """Each sample by name and labels, as `name{label=value,...}`."""
     found = {}
-    for family in text_string_to_metric_families(httpx.get(f"{url}/metrics").text):
+    for family in text_string_to_metric_families(metrics_text(url)):
         for sample in family.samples:
             labels = ",".join(f"{key}={value}" for key, value in sorted(sample.labels.items()))
             found[f"{sample.name}{{{labels}}}"] = sample.value
@@ -90,6 +96,22 @@ def test_a_store_that_fails_is_seen(keep: Keep) -> None:
         assert teacher.cached is not None
         teacher.cached.store_error = "no space left"
         assert samples(url)["potstill_store_failing{teacher=smol}"] == 1
+
+
+def test_a_request_whose_rows_wait_for_an_engine_is_counted_by_its_tokens_and_the_help_says_so() -> None:
+    gated = GatedTeacher()
+    limits = LimitSettings(max_engine_tokens=3)
+    with serving_teachers(hosted("smol", gated), limits=limits) as url, ThreadPoolExecutor(2) as pool:
+        replies = [pool.submit(post_json, url, {"rows": [[1, 2, 3]], "fields": {"k": 2}}) for _ in range(2)]
+        until(lambda: samples(url)["potstill_tokens_waiting{teacher=smol}"] == 3)
+        found = samples(url)
+        families = {family.name: family for family in text_string_to_metric_families(metrics_text(url))}
+        gated.gate.set()
+        assert [reply.result().status_code for reply in replies] == [200, 200]
+    assert found["potstill_requests_in_flight{}"] == 0
+    told = families["potstill_requests_in_flight"].documentation
+    assert "until their answer is made or their rows begin to wait for an engine" in told
+    assert "potstill_tokens_waiting" in told
 
 
 def test_what_a_caller_makes_up_is_no_label() -> None:

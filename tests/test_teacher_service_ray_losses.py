@@ -6,26 +6,35 @@ Serve's handle and application are stand-ins with set answers; tests/test_teache
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
+import ray
+from ray.exceptions import ActorUnavailableError, RayActorError
 
 from cache import Fields, Targets
 from cache.errors import InvalidInput, PotstillError, TeacherFailed, Unavailable
+from teacher_service.ray_losses import has_crashed, lost
 from teacher_service.ray_pool import RayPool
-from teacher_service.ray_replica import Described, Refused, ScoreCall, Scored
+from teacher_service.ray_replica import Described, Refused, Replica, ScoreCall, Scored
 from teacher_service.ray_serve import ServeApp, ServeView
 from teacher_service.replica_settings import AutoscaleSettings, RaySettings, ReplicaSettings
 from tests.contracts import rows
 from tests.fakes import FakeTeacher
+from tests.process_teacher import DEADLY, ProcessTeacher, opens_process_teacher
 from tests.waiting import eventually
 
 QUICK = RaySettings(health_seconds=0.1, health_timeout_seconds=0.2)
 DEAD = Refused("teacher_failed", "the engine ended", elsewhere=True)
+CRASHED = Refused("teacher_failed", "the engine ended", elsewhere=True, crashed=True)
 
 
 @dataclass(frozen=True)
@@ -97,6 +106,97 @@ async def test_a_call_does_not_cost_replicas_without_end() -> None:
     with pytest.raises(Unavailable, match="5 replicas"):
         await pool_of(handle, *"abcdefg").score(rows(9), Fields(k=4))
     assert len(handle.asked) == 5
+
+
+async def test_rows_that_crash_one_replica_after_the_other_are_not_to_be_tried_again() -> None:
+    handle = Handle(lambda _: CRASHED)
+    crashed = "3 replicas of teacher 'smol' crashed while they scored these 2 rows of 16 tokens, .* the engine ended;"
+    with pytest.raises(TeacherFailed, match=crashed) as failure:
+        await pool_of(handle, *"abcdefg").score(rows(9, 7), Fields(k=4))
+    assert not failure.value.retryable
+    assert handle.asked == ["a", "b", "c"]
+
+
+async def test_a_crash_or_two_among_replicas_that_were_stopped_is_not_the_rows_fault() -> None:
+    handle = Handle(lambda name: CRASHED if name in "bd" else DEAD)
+    with pytest.raises(Unavailable, match="5 replicas") as failure:
+        await pool_of(handle, *"abcdefg").score(rows(9), Fields(k=4))
+    assert failure.value.retryable
+    assert len(handle.asked) == 5
+
+
+class Undeployed(Replica):
+    """Without Serve, which awaits `__del__`."""
+
+    def __del__(self) -> None:  # type: ignore[override]
+        pass
+
+
+@asynccontextmanager
+async def replica_of(engines: list[ProcessTeacher], *, wedged_seconds: float) -> AsyncIterator[Replica]:
+    replica = Undeployed.__new__(Undeployed)
+    await replica.__init__(opens_process_teacher(opened=engines.append), wedged_seconds)  # type: ignore[misc]
+    try:
+        yield replica
+    finally:
+        await (replica._closing or replica._stack.aclose())
+
+
+async def test_a_replica_knows_whether_its_engine_died_of_the_call_or_was_dead_before() -> None:
+    async with replica_of([], wedged_seconds=60.0) as replica:
+        identity = replica.describe().identity
+        call = ScoreCall.of(rows(9), Fields(k=4), identity)
+        assert isinstance(await replica.score(call), Scored)
+        deadly = ScoreCall.of([np.array([DEADLY, 1], np.uint32)], Fields(k=4), identity)
+        died = await replica.score(deadly)
+        assert isinstance(died, Refused)
+        assert (died.kind, died.elsewhere, died.crashed) == ("teacher_failed", True, True)
+        late = await replica.score(call)
+        assert isinstance(late, Refused)
+        assert (late.elsewhere, late.crashed) == (True, False)
+
+
+async def test_a_replica_whose_engine_is_wedged_has_not_crashed() -> None:
+    engines: list[ProcessTeacher] = []
+    async with replica_of(engines, wedged_seconds=0.2) as replica:
+        os.kill(engines[0].pid, signal.SIGSTOP)
+        call = asyncio.create_task(replica.score(ScoreCall.of(rows(9), Fields(k=4), replica.describe().identity)))
+        await eventually(lambda: bool(replica._trouble))
+        with pytest.raises(RuntimeError, match="wedged"):
+            await replica.check_health()
+        outcome = await call
+    assert isinstance(outcome, Refused)
+    assert (outcome.elsewhere, outcome.crashed) == (True, False)
+
+
+class Victim:
+    """A replica's process, as far as Ray is concerned."""
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def wait(self) -> None:
+        time.sleep(60)
+
+
+@pytest.mark.usefixtures("ray_mark")
+def test_ray_says_whether_a_process_ended_by_itself_or_was_stopped() -> None:
+    def loss(stop: Callable[[Any], object]) -> RayActorError:
+        victim: Any = ray.remote(num_cpus=0)(Victim).remote()
+        pid = ray.get(victim.pid.remote())
+        waiting = victim.wait.remote()
+        stop((victim, pid))
+        with pytest.raises(RayActorError) as error:
+            ray.get(waiting, timeout=30)
+        return error.value
+
+    by_itself = loss(lambda it: os.kill(it[1], signal.SIGSEGV))
+    assert has_crashed(by_itself)
+    stopped = loss(lambda it: ray.kill(it[0]))
+    assert not has_crashed(stopped)
+    assert lost("r1", by_itself, had_call=True).crashed
+    assert not lost("r1", by_itself, had_call=False).crashed
+    assert not has_crashed(ActorUnavailableError("the network is slow", None))
 
 
 @pytest.mark.parametrize("error", [TeacherFailed("the logits of row 0 are NaN"), InvalidInput("no such field")])

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from cache import Fields
 from cache.errors import InvalidInput
 from clients import SyncHttpTeacher
 from teacher_service.serve import bind
+from tests.corpora import make_corpus, plan_targets, teacher_for
 from tests.fakes import FakeTeacher
+from tests.filled_caches import commit
 from tests.servers import hosted, serving_teachers
 from tests.test_clients_http_teacher import assert_scored, rows_of
 from tests.test_teacher_service_app import GatedTeacher, until
@@ -61,7 +64,7 @@ class Serving:
         )
         assert self.process.stdout is not None
         self.ready = self.process.stdout.readline()
-        match = re.match(r"ready: (http://\S+) teachers ", self.ready)
+        match = re.search(r"ready: (http://\S+) teachers ", self.ready)
         if match is None:
             self.process.kill()
             pytest.fail(f"not ready: {self.ready!r} {self.process.communicate()[1]}")
@@ -114,6 +117,21 @@ def test_the_cache_keeps_rows_over_a_restart(behind_url: str, behind: FakeTeache
     for before, after in zip(*answers, strict=True):
         assert before.ids.tolist() == after.ids.tolist()
         assert before.logprobs.tolist() == after.logprobs.tolist()
+
+
+def test_targets_of_a_model_that_was_renamed_are_told_at_the_start(tmp_path: Path) -> None:
+    cache, corpus = make_corpus(tmp_path / "cache")
+    before = teacher_for(corpus, model="old")
+    commit(plan_targets(cache, before), before, [0])
+    now = FakeTeacher(replace(before.identity, model="new"))
+    with serving_teachers(hosted("renamed", now), hosted("same", before)) as url:
+        told = Serving("--cache", str(tmp_path / "cache"), "--teacher", f"fake={url}#renamed").stop()[1]
+        same = Serving("--cache", str(tmp_path / "cache"), "--teacher", f"fake={url}#same").stop()
+    assert told.count("\n") == 1, told
+    assert "WARNING" in told
+    assert "teacher 'fake' is model 'new', and the cache has targets of the same weights as model 'old'" in told
+    assert "from a folder named 'old'" in told
+    assert same == (0, "")
 
 
 def test_a_connection_that_never_becomes_a_request_is_closed(behind_url: str, tmp_path: Path) -> None:

@@ -183,7 +183,10 @@ async def test_another_teacher_in_the_same_process(
 
 async def test_a_killed_engine_fails_its_waiters_and_later_calls(vllm_teacher: VllmTeacher, tiny_llama: Path) -> None:
     before = set(multiprocessing.active_children())
-    teacher = await VllmTeacher.open(VllmOptions(model=str(tiny_llama), dtype="float32"))
+    teacher = await VllmTeacher.open(VllmOptions(model=str(tiny_llama), dtype="float32", max_batch_tokens=64))
+    steps = teacher.progress
+    await teacher.score([random_row(250)], Fields(k=4))
+    assert teacher.progress - steps >= 4, "a long row in another process is seen to move while it is scored"
     [process] = set(multiprocessing.active_children()) - before
     waiting = asyncio.ensure_future(teacher.score([random_row(250, seed=i) for i in range(200)], Fields(k=200)))
     await asyncio.sleep(0.05)

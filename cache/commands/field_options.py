@@ -39,6 +39,21 @@ def fields_of(args: argparse.Namespace) -> Fields:
     )
 
 
+def field_arguments(args: argparse.Namespace) -> list[str]:
+    """The words of a command line that give the same options again; what has its default is left out."""
+    parser = argparse.ArgumentParser()
+    add_field_options(parser)
+    words: list[str] = []
+    for name, default in vars(parser.parse_args([])).items():
+        value = getattr(args, name)
+        if value == default:
+            continue
+        words.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            words.append(",".join(map(str, value)) if isinstance(value, tuple) else str(value))
+    return words
+
+
 def _numbers(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))

@@ -9,20 +9,21 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cache.errors import InvalidInput
+from clients.commands.service_options import DEFAULT_URL, add_key_option, key_of
 
 if TYPE_CHECKING:
     from clients.doctor.findings import Finding
 
 SUMMARY = "check a service, its teachers and a cache: offsets, replicas, vocabularies, limits, clocks, room"
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red", "not run": "dim"}
-_DEFAULT_URL = "http://127.0.0.1:8700"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument(
-        "--url", help=f"a running service and all its teachers (default: {_DEFAULT_URL} when nothing else is named)"
+        "--url", help=f"a running service and all its teachers (default: {DEFAULT_URL} when nothing else is named)"
     )
+    add_key_option(parser)
     parser.add_argument("--cache", metavar="ROOT", help="a cache, looked at by this process")
     parser.add_argument(
         "--teacher",
@@ -53,9 +54,10 @@ def run(args: argparse.Namespace) -> int:
 
     nothing = args.url is None and args.cache is None and not args.teacher
     patient = Patient(
-        url=_DEFAULT_URL if nothing else args.url,
+        url=DEFAULT_URL if nothing else args.url,
         cache=args.cache,
         teachers=[_named(text) for text in args.teacher],
+        api_key=key_of(args),
     )
     probing = Probing(tolerance=args.tolerance, rounds=args.rounds, max_probe_tokens=args.max_probe_tokens)
     findings = asyncio.run(examine(patient, probing))

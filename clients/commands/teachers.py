@@ -5,19 +5,18 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cache.errors import InvalidInput
 from cache.types import JSON
+from clients.commands.service_options import add_service_options, key_of
 
 if TYPE_CHECKING:
     from clients.http_admin import HttpAdmin
 
 T = TypeVar("T")
 SUMMARY = "list the teachers of a running service; add, scale or remove one"
-_DEFAULT_URL = "http://127.0.0.1:8700"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,10 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     removing = actions.add_parser("remove", help="stop a teacher when its calls have ended")
     removing.add_argument("name", metavar="NAME", help="the teacher's name on the service")
     for action in (listing, scaling, adding, removing):
-        action.add_argument("--url", default=_DEFAULT_URL, help="the service (default: %(default)s)")
-        action.add_argument(
-            "--api-key-env", metavar="VAR", help="variable that holds the API key (default: POTSTILL_API_KEY)"
-        )
+        add_service_options(action)
         action.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
@@ -93,9 +89,7 @@ def _remove(args: argparse.Namespace) -> None:
 def _ask(args: argparse.Namespace, call: Callable[[HttpAdmin], Awaitable[T]]) -> T:
     from clients.http_admin import HttpAdmin
 
-    if args.api_key_env is not None and not os.environ.get(args.api_key_env):
-        raise InvalidInput(f"--api-key-env {args.api_key_env}: there is no such environment variable, or it is empty")
-    api_key = os.environ[args.api_key_env] if args.api_key_env is not None else None
+    api_key = key_of(args)
 
     async def asked() -> T:
         async with HttpAdmin.open(args.url, api_key=api_key) as admin:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from cache.entry_points import open_teacher
 from cache.errors import PotstillError
-from cache.types import Teacher
-from clients.doctor.cache_checks import check_stored, corpora_of, store_findings, vocabulary_findings
+from cache.types import JSON, Teacher
+from clients.doctor.cache_checks import (
+    check_stored,
+    corpora_of,
+    renamed_findings,
+    store_findings,
+    stored_names,
+    vocabulary_findings,
+)
 from clients.doctor.findings import Finding, Verdict, finding, found
 from clients.doctor.service_checks import ServiceFacts, check_cached, check_service, replica_count
 from clients.doctor.teacher_checks import Probing, check_teacher
@@ -30,44 +38,51 @@ class Patient:
     cache: str | None = None
     teachers: Sequence[tuple[str, str]] = ()
     """Name and model, path or URL of each teacher that is opened by this process."""
+    api_key: str | None = None
+    """For the service, and for teachers behind a URL; that of `POTSTILL_API_KEY` when not given."""
 
 
 async def examine(patient: Patient, probing: Probing) -> list[Finding]:
     """Every finding, in the order in which things depend on each other."""
     findings: list[Finding] = []
     if patient.url is not None:
-        findings += await _examine_service(patient.url, probing)
+        findings += await _examine_service(patient.url, patient.api_key, probing)
     cache = None
     if patient.cache is not None:
         cache, seen = _open_cache(patient.cache)
         findings += seen
     for name, spec in patient.teachers:
-        findings += await _examine_opened(name, spec, cache, probing)
+        of_service = patient.api_key is not None and spec.startswith(("http://", "https://"))
+        options: dict[str, JSON] = {"api_key": patient.api_key} if of_service else {}
+        findings += await _examine_opened(name, partial(open_teacher, spec, options=options), cache, probing)
     return findings
 
 
-async def _examine_service(url: str, probing: Probing) -> list[Finding]:
-    facts, findings = await check_service(url)
+async def _examine_service(url: str, api_key: str | None, probing: Probing) -> list[Finding]:
+    facts, findings = await check_service(url, api_key=api_key)
     for described in facts.teachers:
         if described.get("state") == "ready":
-            findings += await _examine_served(url, str(described.get("name")), facts, probing)
+            findings += await _examine_served(url, str(described.get("name")), facts, api_key, probing)
     return findings
 
 
-async def _examine_served(url: str, name: str, facts: ServiceFacts, probing: Probing) -> list[Finding]:
+async def _examine_served(
+    url: str, name: str, facts: ServiceFacts, api_key: str | None, probing: Probing
+) -> list[Finding]:
     findings = []
     try:
-        async with HttpTeacher.open(url, name, store=False, timeout=_TIMEOUT) as teacher:
+        async with HttpTeacher.open(url, name, api_key=api_key, store=False, timeout=_TIMEOUT) as teacher:
             if facts.doctor:
                 findings += vocabulary_findings(name, teacher.identity, facts.corpora)
-            rounds = max(probing.rounds, 4 * await replica_count(url, name))
+                findings += renamed_findings(name, facts.renamed.get(name, ""))
+            rounds = max(probing.rounds, 4 * await replica_count(url, name, api_key=api_key))
             findings += await check_teacher(teacher, name, replace(probing, rounds=rounds))
     except PotstillError as error:
         findings.append(finding("teacher", name, Verdict("fail", error.detail, "see the service's log")))
         return findings
 
     async def look() -> Verdict:
-        return await check_cached(url, name, facts, probing)
+        return await check_cached(url, name, facts, probing, api_key=api_key)
 
     return [*findings, await found("kept = live", name, look)]
 
@@ -85,16 +100,19 @@ def _open_cache(root: str) -> tuple[Cache | None, list[Finding]]:
     return cache, store_findings(root, probe.problem, probe.free_bytes, None)
 
 
-async def _examine_opened(name: str, spec: str, cache: Cache | None, probing: Probing) -> list[Finding]:
+async def _examine_opened(
+    name: str, open_it: Callable[[], AbstractAsyncContextManager[Teacher]], cache: Cache | None, probing: Probing
+) -> list[Finding]:
     findings: list[Finding] = []
     async with AsyncExitStack() as stack:
         try:
-            teacher: Teacher = await stack.enter_async_context(open_teacher(spec))
+            teacher: Teacher = await stack.enter_async_context(open_it())
         except PotstillError as error:
             way_out = "name a model folder, a model's name or http://host:port#NAME"
             return [finding("teacher", name, Verdict("fail", error.detail, way_out))]
         if cache is not None:
             findings += vocabulary_findings(name, teacher.identity, corpora_of(cache))
+            findings += stored_names(cache, name, teacher.identity)
         findings += await check_teacher(teacher, name, probing)
         if cache is not None:
             findings += await check_stored(cache, name, teacher, probing.tolerance)

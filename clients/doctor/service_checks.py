@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from cache.errors import NotFound, PotstillError, TeacherFailed, Unauthenticated
+from cache.errors import Forbidden, NotFound, PotstillError, TeacherFailed, Unauthenticated
 from cache.types import Fields
 from cache.wire import WIRE_VERSION
 from clients.doctor.cache_checks import CorpusFacts, store_findings
@@ -25,6 +25,7 @@ _SKEW_WARN = 2.0  # seconds; the Date header itself has whole ones
 _SKEW_FAIL = 60.0
 _TIMEOUT = 60.0
 _RETRY = RetryPolicy(attempts=2)
+_ADMIN = "use a key with the role admin"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,18 +34,26 @@ class ServiceFacts:
 
     teachers: Sequence[Mapping[str, Any]]
     doctor: Mapping[str, Any]
+    forbidden: str = ""
+    """Why `/v1/doctor` was not answered to this key; empty when it was, or when there is another cause."""
 
     @property
     def corpora(self) -> list[CorpusFacts]:
         """Of the service's cache."""
         return [CorpusFacts.from_json(corpus) for corpus in (self.doctor.get("store") or {}).get("corpora", ())]
 
+    @property
+    def renamed(self) -> Mapping[str, str]:
+        """By teacher, what `cache.renamed` has to say."""
+        return self.doctor.get("renamed") or {}
 
-async def check_service(url: str) -> tuple[ServiceFacts, list[Finding]]:
+
+async def check_service(url: str, *, api_key: str | None = None) -> tuple[ServiceFacts, list[Finding]]:
     """Everything about the service that is not one teacher's."""
     url = checked_url(url)
-    facts, findings = await _reach(url)
-    findings += [finding("clock", url, await _clock(url)), finding("access", url, await _access(url))]
+    facts, findings = await _reach(url, api_key)
+    has_key = bool(api_key or os.environ.get(API_KEY_VARIABLE))
+    findings += [finding("clock", url, await _clock(url)), finding("access", url, await _access(url, has_key=has_key))]
     if facts.doctor:
         findings.append(finding("memory", url, _memory(facts.doctor)))
         findings += _store(url, facts.doctor)
@@ -54,16 +63,22 @@ async def check_service(url: str) -> tuple[ServiceFacts, list[Finding]]:
     return facts, findings
 
 
-async def check_cached(url: str, name: str, facts: ServiceFacts, probing: Probing) -> Verdict:
+async def check_cached(
+    url: str, name: str, facts: ServiceFacts, probing: Probing, *, api_key: str | None = None
+) -> Verdict:
     """Whether an answer through the cache, as kept and as a later hit, is what the teacher itself says."""
+    if facts.forbidden:
+        return Verdict("not run", f"only an admin's key may see what is kept: {facts.forbidden}", _ADMIN)
+    if not facts.doctor:
+        return Verdict("not run", "the service did not say what it keeps")
     kept = (facts.doctor.get("kept") or {}).get(name)
     if kept is None:
         return Verdict("not run", "nothing is kept of this teacher's answers")
     if kept.get("store_error"):
         return Verdict("warn", f"answers are not kept: {kept['store_error']}", "see 'write access' and 'room'")
     async with (
-        HttpTeacher.open(url, name, store=False, timeout=_TIMEOUT, retry=_RETRY) as live,
-        HttpTeacher.open(url, name, store=True, timeout=_TIMEOUT, retry=_RETRY) as cached,
+        HttpTeacher.open(url, name, api_key=api_key, store=False, timeout=_TIMEOUT, retry=_RETRY) as live,
+        HttpTeacher.open(url, name, api_key=api_key, store=True, timeout=_TIMEOUT, retry=_RETRY) as cached,
     ):
         row = probe_row(live, probing)
         fields = Fields(k=min(int(kept["k"]), live.limits.max_top_k or live.identity.vocab_size))
@@ -79,42 +94,47 @@ async def check_cached(url: str, name: str, facts: ServiceFacts, probing: Probin
     return Verdict("ok", told) if apart <= bound else Verdict("fail", told, "the teacher moved since: drop its journal")
 
 
-async def replica_count(url: str, name: str) -> int:
+async def replica_count(url: str, name: str, *, api_key: str | None = None) -> int:
     """Running replicas of a teacher."""
-    replicas = (await get_replicas(url, name)).get("replicas")
+    replicas = (await get_replicas(url, name, api_key=api_key)).get("replicas")
     return replicas if isinstance(replicas, int) else 1
 
 
-async def _reach(url: str) -> tuple[ServiceFacts, list[Finding]]:
+async def _reach(url: str, api_key: str | None) -> tuple[ServiceFacts, list[Finding]]:
     doctor: Mapping[str, Any] = {}
+    forbidden = ""
     try:
-        async with Connection.open(url, timeout=_TIMEOUT, retry=_RETRY) as connection:
+        async with Connection.open(url, api_key=api_key, timeout=_TIMEOUT, retry=_RETRY) as connection:
             teachers = (await connection.get_json("/v1/teachers")).get("teachers")
             if not isinstance(teachers, list):
                 raise TeacherFailed(f"{url} does not list its teachers; is it a Potstill service?")
     except PotstillError as error:
         way_out = "start it with `potstill serve`, or give its --url"
         if isinstance(error, Unauthenticated):
-            way_out = f"put a key into {API_KEY_VARIABLE}"
+            way_out = f"put a key into {API_KEY_VARIABLE}, or name its variable with --api-key-env"
         return ServiceFacts((), doctor), [finding("service", url, Verdict("fail", error.detail, way_out))]
-    findings = [finding("service", url, _ready(teachers))]
     try:
-        async with Connection.open(url, timeout=_TIMEOUT, retry=_RETRY) as connection:
+        async with Connection.open(url, api_key=api_key, timeout=_TIMEOUT, retry=_RETRY) as connection:
             doctor = await connection.get_json("/v1/doctor")
     except NotFound:
         told = "it has no /v1/doctor: it is older than this client"
-        findings.append(finding("wire version", url, Verdict("fail", told, "upgrade the service")))
+        version = Verdict("fail", told, "upgrade the service")
     except PotstillError as error:
-        told = f"what only the service itself can see was not looked at: {error.detail}"
-        findings.append(finding("wire version", url, Verdict("warn", told, "use a key with the role admin")))
+        forbidden = error.detail if isinstance(error, Forbidden) else ""
+        version = Verdict("warn", f"what only the service itself can see was not looked at: {error.detail}", _ADMIN)
     else:
-        findings.append(finding("wire version", url, _version(doctor)))
-    return ServiceFacts(teachers, doctor), findings
+        version = _version(doctor)
+    facts = ServiceFacts(teachers, doctor, forbidden)
+    return facts, [finding("service", url, _ready(facts)), finding("wire version", url, version)]
 
 
-def _ready(teachers: Sequence[Mapping[str, Any]]) -> Verdict:
+def _ready(facts: ServiceFacts) -> Verdict:
+    teachers = facts.teachers
     if not teachers:
-        return Verdict("fail", "it serves no teacher", "add one: `potstill serve --teacher NAME=MODEL`")
+        way_out = "add one: `potstill teachers add NAME=MODEL`"
+        if facts.doctor.get("store") is not None:
+            return Verdict("warn", "it serves no teacher, only what its cache has committed", way_out)
+        return Verdict("fail", "it serves no teacher", way_out)
     late = [
         f"{teacher.get('name')} is {teacher.get('state')}" for teacher in teachers if teacher.get("state") != "ready"
     ]
@@ -151,7 +171,7 @@ async def _clock(url: str) -> Verdict:
     return Verdict("warn", told, way_out) if abs(skew) > _SKEW_WARN else Verdict("ok", "clocks agree within 2 seconds")
 
 
-async def _access(url: str) -> Verdict:
+async def _access(url: str, *, has_key: bool) -> Verdict:
     parsed = httpx.URL(url)
     if _is_loopback(parsed.host):
         return Verdict("ok", "on a loopback address")
@@ -164,7 +184,7 @@ async def _access(url: str) -> Verdict:
         way_out = "give it keys: `potstill keys add`, and name the file in [access]"
         return Verdict("fail", "it answers others without a key", way_out)
     if parsed.scheme == "http":
-        told = "keys and rows go over the network in the clear" if os.environ.get(API_KEY_VARIABLE) else "no TLS"
+        told = "keys and rows go over the network in the clear" if has_key else "no TLS"
         return Verdict("warn", told, "serve it with TLS ([tls] certfile, keyfile) or behind a proxy that has it")
     return Verdict("ok", "keys are asked for, and the connection is encrypted")
 
@@ -182,7 +202,7 @@ def _memory(doctor: Mapping[str, Any]) -> Verdict:
     if available is None or admitted is None:
         return Verdict("not run", "the service's platform does not say how much memory is left")
     told = f"{_gib(available)} are left, {_gib(admitted)} may be let in at one time; it holds {_gib(rss or 0)} now"
-    way_out = "lower max_engine_bytes or max_answer_bytes_in_flight in [limits], or give it more memory"
+    way_out = "lower max_engine_bytes, max_answer_bytes_in_flight or max_miss_bytes_in_flight, or give it more memory"
     if available < admitted // 2:
         return Verdict("fail", told, way_out)
     return Verdict("warn", told, way_out) if available < admitted else Verdict("ok", told)

@@ -1,0 +1,38 @@
+"""The options by which commands name a running service and the key that they show it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from cache.errors import InvalidInput
+
+DEFAULT_URL = "http://127.0.0.1:8700"
+
+
+def add_service_options(parser: argparse.ArgumentParser) -> None:
+    """Declare `--url` and the option of `key_of`."""
+    parser.add_argument("--url", default=DEFAULT_URL, help="the service (default: %(default)s)")
+    add_key_option(parser)
+
+
+def add_key_option(parser: argparse.ArgumentParser) -> None:
+    """Declare the option of `key_of`."""
+    parser.add_argument(
+        "--api-key-env", metavar="VAR", help="variable that holds the API key (default: POTSTILL_API_KEY)"
+    )
+
+
+def key_of(args: argparse.Namespace) -> str | None:
+    """The API key that the options name; None leaves the choice to the client, which takes `POTSTILL_API_KEY`.
+
+    Raises:
+        InvalidInput: the variable is not set, or empty.
+    """
+    variable = args.api_key_env
+    if variable is None:
+        return None
+    key = os.environ.get(variable)
+    if not key:
+        raise InvalidInput(f"--api-key-env {variable}: there is no such environment variable, or it is empty")
+    return key

@@ -1,0 +1,76 @@
+"""Watching a job of a service over its whole life, also while the service does not answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from cache.errors import NotFound, PotstillError, Unavailable
+from clients.http_fill import HttpFill
+from clients.retry import RetryPolicy
+
+
+class FillWatch:
+    """Looks at one job that was started.
+
+    Args:
+        job: its service should be asked once a call (`RetryPolicy(attempts=1)`): trying again is done here.
+        patience: seconds without an answer after which it is given up.
+        again: the command that starts the job, or goes on with it, for messages.
+        tell: is told, in a line, that the service does not answer for now, and that it does again.
+        retry: how long to wait between two tries.
+    """
+
+    def __init__(
+        self,
+        job: HttpFill,
+        *,
+        patience: float,
+        again: str,
+        tell: Callable[[str], None],
+        retry: RetryPolicy | None = None,
+    ) -> None:
+        self._job = job
+        self._patience = patience
+        self._again = again
+        self._tell = tell
+        self._retry = retry or RetryPolicy()
+
+    def look(self) -> dict[str, Any]:
+        """Where the job stands, as `HttpFill.status` has it; tries until there is an answer.
+
+        Raises:
+            Unavailable: there was no answer for as long as `patience`.
+            NotFound: the service was started anew, and with it the job ended. PotstillError: what else it refuses with.
+        """
+        begin = time.monotonic()
+        failures = 0
+        while True:
+            try:
+                at = self._job.status()
+            except NotFound as error:
+                raise NotFound(
+                    "the service was restarted, which ended the fill: a restarted service does not go on by itself. "
+                    f"What is committed stays; `{self._again}` goes on with the rest"
+                ) from error
+            except PotstillError as error:
+                if not error.retryable:
+                    raise
+                failures += 1
+                self._wait(error, failures, begin)
+            else:
+                if failures:
+                    self._tell("the service answers again")
+                return at
+
+    def _wait(self, error: PotstillError, failures: int, begin: float) -> None:
+        left = begin + self._patience - time.monotonic()
+        if left <= 0:
+            raise Unavailable(
+                f"no answer for {self._patience:g} s ({error.detail}). The job may go on there: `{self._again}` "
+                "watches it, or goes on with the rest after a restart"
+            ) from error
+        if failures == 1:
+            self._tell(f"no answer for now ({error.detail}); trying again for up to {self._patience:g} s")
+        time.sleep(min(left, self._retry.wait_seconds(failures, error.retry_after)))

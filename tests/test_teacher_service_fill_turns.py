@@ -1,0 +1,110 @@
+"""How many jobs that fill corpora run at one time, and what becomes of the others."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from cache import Cache
+from cache.errors import TeacherFailed
+from teacher_service.settings import LimitSettings
+from tests.corpora import make_corpus, teacher_for, topics
+from tests.servers import hosted, serving_teachers
+from tests.test_teacher_service_fill_routes import BODY, MoodyTeacher, refused, run_command, until, wait_for
+
+NAMES = ("fake", "b", "c", "d")
+
+
+class Filled:
+    """A service whose teachers each wait at a gate of their own."""
+
+    def __init__(self, folder: Path, running: int) -> None:
+        self.cache: Cache = make_corpus(folder, texts=topics(2, characters=300), shard_positions=300)[0]
+        corpus = self.cache.corpus("docs")
+        self.teachers = {name: MoodyTeacher(teacher_for(corpus)) for name in NAMES}
+        for teacher in self.teachers.values():
+            teacher.gate.clear()
+        self._limits = LimitSettings(max_fills_running=running)
+        self.url = ""
+
+    @contextmanager
+    def served(self) -> Iterator[Filled]:
+        known = [hosted(name, teacher) for name, teacher in self.teachers.items()]
+        with serving_teachers(*known, cache=self.cache, limits=self._limits) as self.url:
+            yield self
+
+    def address(self, name: str) -> str:
+        return f"{self.url}/v1/corpora/docs/fill/{name}"
+
+    def put(self, name: str, body: dict[str, Any] = BODY) -> httpx.Response:
+        return httpx.put(self.address(name), json=body, timeout=30)
+
+    def states(self) -> dict[str, str]:
+        fills = httpx.get(f"{self.url}/v1/fills", timeout=30).json()["fills"]
+        return {job["teacher"]: job["state"] for job in fills}
+
+
+def test_jobs_over_the_bound_wait_in_the_order_of_asking(tmp_path: Path) -> None:
+    with Filled(tmp_path / "c", 1).served() as filled:
+        begun = [filled.put(name).json() for name in NAMES[:3]]
+        assert [job["state"] for job in begun] == ["running", "waiting", "waiting"]
+        assert (begun[1]["seconds"], begun[1]["positions_per_second"]) == (0.0, 0.0)
+        assert filled.put("b").json()["state"] == "waiting"
+        refused(filled.put("b", {"fields": {"k": 5}}), 409, "already_exists")
+        for name, left in zip(NAMES, (("b", "c"), ("c",), ()), strict=False):
+            assert [waiting for waiting, state in filled.states().items() if state == "waiting"] == list(left)
+            wait_for(lambda name=name: filled.teachers[name].calls > 0)  # type: ignore[misc]
+            assert all(filled.teachers[other].calls == 0 for other in left)
+            filled.teachers[name].gate.set()
+            assert until(filled.address(name), "done", "failed")["state"] == "done"
+        assert filled.cache.fresh().targets("c", "docs").committed.all()
+
+
+def test_a_job_that_fails_or_is_stopped_lets_the_next_one_run(tmp_path: Path) -> None:
+    with Filled(tmp_path / "c", 2).served() as filled:
+        filled.teachers["fake"].errors.append(TeacherFailed("the engine answered NaN"))
+        assert [filled.put(name).json()["state"] for name in NAMES] == ["running", "running", "waiting", "waiting"]
+        stopped = httpx.delete(filled.address("c"), timeout=30).json()
+        assert (stopped["state"], stopped["seconds"]) == ("stopped", 0.0)
+        filled.teachers["fake"].gate.set()
+        assert until(filled.address("fake"), "done", "failed")["state"] == "failed"
+        wait_for(lambda: filled.teachers["d"].calls > 0)
+        assert filled.states() == {"fake": "failed", "b": "running", "c": "stopped", "d": "running"}
+        # One that is asked for again is the last in the order.
+        assert [filled.put(name).json()["state"] for name in ("fake", "c")] == ["waiting", "waiting"]
+        assert httpx.delete(filled.address("b"), timeout=30).json()["state"] == "stopped"
+        wait_for(lambda: filled.states()["fake"] == "running")
+        assert filled.states()["c"] == "waiting"
+        assert filled.teachers["c"].calls == 0
+
+
+def test_waiting_jobs_end_with_the_service(tmp_path: Path) -> None:
+    filled = Filled(tmp_path / "c", 1)
+    with filled.served():
+        for name in NAMES:
+            filled.put(name)
+        wait_for(lambda: filled.teachers["fake"].calls > 0)
+    assert [filled.teachers[name].calls for name in NAMES[1:]] == [0, 0, 0]
+
+
+def test_the_command_watches_a_job_that_waits_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Filled(tmp_path / "c", 1).served() as filled:
+        filled.put("b")
+        assert run_command(filled.url, "--top-k", "4", "--no-watch") == 0
+        assert "fake on docs: waiting" in capsys.readouterr().out
+        statuses: list[int] = []
+        watching = threading.Thread(target=lambda: statuses.append(run_command(filled.url, "--top-k", "4")))
+        watching.start()
+        watching.join(1.0)
+        assert watching.is_alive()
+        for name in ("b", "fake"):
+            filled.teachers[name].gate.set()
+        watching.join()
+        assert statuses == [0]
+        assert "fake on docs: done" in capsys.readouterr().out
