@@ -12,8 +12,8 @@ Per position, of logits z over the whole vocabulary, t = z - max z, e = exp(t) a
 
 The draws are those of `cache.draws.draw_rows` on the same logprobs, but for a u at the very edge between two ids.
 
-t and e exist for a strip of few rows at a time, in a core's second cache; what is left of a row is its sums. A block
-has many strips, as the steps after the sweep cost by the call.
+t and e exist for a strip of few rows at a time, while these are in a cache; what is left of a row is its sums. A block
+has several strips, as the steps after the sweep cost by the call.
 
 Memory beside the logits and the answer: MEMORY_COPIES times what is handed in at once, which counts as 4 N float32 a
 row where that is more than V.
@@ -34,14 +34,14 @@ from numpy.typing import NDArray
 
 from cache.types import Fields
 
-BLOCK_BYTES = 4 * 2**20
+BLOCK_BYTES = 8 * 2**20
 """float32 logits that a thread works on at once on a CPU."""
 MEMORY_COPIES = 8
 """Of what is handed in at once, at most: one in float32 and one with blocks of 64 ids of it, three for what is looked
-up for draws, and less than three for the strips."""
+up for draws, and three for the strips of a GPU, where a strip is all."""
 
 _STRIP_BYTES = 2 * 2**20
-"""float32 logits that are swept at once on a CPU; t and e come on top, and a core's second cache is about 1 MiB."""
+"""float32 logits that are swept at once on a CPU: smaller strips cost more by their calls than they save in caches."""
 _PARTS = 32
 """Interleaved parts of the vocabulary, whose elementwise maximum bounds the k-th largest entry from below."""
 _DRAW_BLOCK = 64
@@ -91,11 +91,12 @@ def capture_block(
         space: what is worked in.
     """
     logits = logits.float()
-    where = None if uniforms is None else torch.from_numpy(uniforms).to(logits.device)
     if want.only_top_k:
-        sums = _sweep_for_top_k(logits, want, space)
-    else:
-        sums = _sweep(logits, want, where, out.get("dense"), space)
+        assert labels is not None, "labels belong to the top-k"
+        _fill_top_k(logits, labels, want.k, out, space)
+        return None
+    where = None if uniforms is None else torch.from_numpy(uniforms).to(logits.device)
+    sums = _sweep(logits, want, where, out.get("dense"), space)
     log_total = sums.log_total
     # NaN where the logits hold a NaN, a +inf or nothing but -inf, as t is.
     out["top"].copy_(-log_total)
@@ -112,6 +113,29 @@ def capture_block(
     if where is None:
         return None
     return _counted(_look_up(logits, sums, where, space) if sums.drawn is None else sums.drawn)
+
+
+def _fill_top_k(
+    logits: torch.Tensor, labels: torch.Tensor, k: int, out: Mapping[str, torch.Tensor], space: Workspace
+) -> None:
+    """Where nothing else is wanted, torch's own log-softmax of a strip is less than its sums."""
+    vocab_size = logits.shape[1]
+    for rows in _strips(logits):
+        shape = (rows.stop - rows.start, vocab_size)
+        logprobs = torch.log_softmax(logits[rows], dim=1, out=space.take("t", shape, logits, torch.float32))
+        maxima = space.take("maxima", (shape[0], vocab_size // _PARTS), logits, torch.float32)
+        out["top"][rows].copy_(_top(logprobs, maxima))
+        values, ids = _top_k(logprobs, maxima, k)
+        out["logprobs"][rows].copy_(values)
+        out["ids"][rows].copy_(ids)
+        out["label_logprob"][rows].copy_(logprobs.gather(1, labels[rows, None])[:, 0])
+
+
+def _strips(logits: torch.Tensor) -> list[slice]:
+    """Rows that are swept at once: on a GPU all."""
+    num_rows, vocab_size = logits.shape
+    step = max(1, _STRIP_BYTES // (4 * vocab_size)) if logits.is_cpu else max(1, num_rows)
+    return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
 
 
 def _logprobs(logits: torch.Tensor, top: torch.Tensor, log_total: torch.Tensor) -> torch.Tensor:
@@ -162,42 +186,21 @@ def _num_blocks(vocab_size: int) -> int:
     return -(-vocab_size // _DRAW_BLOCK)
 
 
-def _strip_rows(logits: torch.Tensor) -> int:
-    num_rows, vocab_size = logits.shape
-    return min(num_rows, max(1, _STRIP_BYTES // (4 * vocab_size))) if logits.is_cpu else num_rows
-
-
-def _sweep_for_top_k(logits: torch.Tensor, want: Fields, space: Workspace) -> _Sums:
-    """`_sweep` where nothing but a top-k is wanted: few calls, as threads wait for each other between any two."""
-    num_rows, vocab_size = logits.shape
-    sums = _Sums.empty(logits, want)
-    step = _strip_rows(logits)
-    whole = space.take("t", (step, vocab_size), logits, torch.float32)
-    for start in range(0, num_rows, step):
-        rows = slice(start, min(start + step, num_rows))
-        logprobs = torch.log_softmax(logits[rows], dim=1, out=whole[: rows.stop - start])
-        torch.amax(logprobs, dim=1, out=sums.log_total[rows])
-        sums.top[rows] = _top(logits[rows], sums.maxima[rows])
-    sums.log_total.neg_()
-    return sums
-
-
 def _sweep(
     logits: torch.Tensor, want: Fields, where: torch.Tensor | None, dense: torch.Tensor | None, space: Workspace
 ) -> _Sums:
     """Each strip is read once; `dense` gets its logprobs."""
-    num_rows, vocab_size = logits.shape
+    vocab_size = logits.shape[1]
     sums = _Sums.empty(logits, want)
-    step = _strip_rows(logits)
+    strips = _strips(logits)
     width = _num_blocks(vocab_size) * _DRAW_BLOCK
-    padded = space.take("e", (step, width), logits, torch.float32)
+    padded = space.take("e", (strips[0].stop, width), logits, torch.float32)
     padded[:, vocab_size:] = 0
     keeps_t = want.entropy or dense is not None or not {0.5, 2.0}.issuperset(want.temperatures)
     # Where only e is wanted t becomes e in place, so that more rows stay in the cache.
-    whole = space.take("t", (step, vocab_size), logits, torch.float32) if keeps_t else padded[:, :vocab_size]
-    for start in range(0, num_rows, step):
-        rows = slice(start, min(start + step, num_rows))
-        t, masses = whole[: rows.stop - start], padded[: rows.stop - start]
+    whole = space.take("t", (strips[0].stop, vocab_size), logits, torch.float32) if keeps_t else padded[:, :vocab_size]
+    for rows in strips:
+        t, masses = whole[: rows.stop - rows.start], padded[: rows.stop - rows.start]
         e = masses[:, :vocab_size]
         top = sums.top[rows] = _top(logits[rows], sums.maxima[rows])
         torch.sub(logits[rows], top[:, None], out=t)

@@ -16,7 +16,7 @@ import torch
 from cache.types import Draws, Fields, Targets
 from teacher_service.capture import targets_from_captured
 from teacher_service.capture_layout import Captured, Wish
-from teacher_service.capture_worker import PromptCapture, _cores_of
+from teacher_service.capture_worker import PromptCapture, _cores_of, _one_torch_thread_each
 
 VOCAB = 5000
 LENGTH = 700
@@ -155,6 +155,24 @@ def test_a_failure_before_the_preemption_is_forgotten() -> None:
     assert row.step((0, 512)) == {}
     row.runner.model.breaks = False
     assert_same(row.targets([(0, 333), (333, 367)]), whole)
+
+
+def test_the_captures_threads_run_torch_alone_and_the_others_as_before() -> None:
+    before = torch.get_num_threads()
+    torch._C.set_num_threads(3)
+    try:
+        with _one_torch_thread_each() as pool:
+            together = threading.Barrier(3)
+
+            def work(_: int) -> int:
+                together.wait(timeout=60)  # so that each thread takes one
+                torch.ones(100, 1000).log_softmax(1)
+                return torch.get_num_threads()
+
+            assert list(pool.map(work, range(3))) == [1, 1, 1]
+        assert torch.get_num_threads() == 3
+    finally:
+        torch._C.set_num_threads(before)
 
 
 def test_a_thread_that_has_ended_names_no_cores() -> None:
