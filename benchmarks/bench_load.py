@@ -9,6 +9,9 @@ Every hit is compared with the targets in the cache, and every miss with a plain
 hit is not answered or wrong, a miss is answered wrong, fails without `Retry-After`, or fewer than 95 % of the
 misses are answered.
 
+The service has `MALLOC_ARENA_MAX=2`, as in `deploy`, unless it is set otherwise. Of its memory the report gives the
+range over each eighth of the time, with the misses kept by then, and the growth by misses kept.
+
     python -m benchmarks.bench_load [--minutes 10] [--clients 200] [--hits 0.8] [--kill-minutes 4]
 """
 
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import random
 import signal
 import socket
@@ -58,6 +62,15 @@ resources = {{ cpus = 0.5 }}
 """
 
 
+@dataclass(frozen=True)
+class Resident:
+    """What the service's process holds in memory at one time, and how many misses it had kept by then."""
+
+    seconds: float
+    mib: float
+    kept: int
+
+
 @dataclass
 class Seen:
     """What the clients saw."""
@@ -66,8 +79,7 @@ class Seen:
     seconds: dict[str, list[float]] = field(default_factory=lambda: {"hit": [], "miss": []})
     wrong: list[str] = field(default_factory=list)
     misses: list[tuple[Tokens, Targets]] = field(default_factory=list)
-    resident: list[tuple[float, int]] = field(default_factory=list)
-    """Seconds since the start, bytes of the service's process."""
+    resident: list[Resident] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
 
 
@@ -157,7 +169,8 @@ async def watch(load: Load, total: float) -> None:
     begin = time.monotonic()
     async with httpx.AsyncClient(base_url=load.url, timeout=60) as http:
         while (now := time.monotonic() - begin) < total:
-            load.seen.resident.append((now, psutil.Process(load.pid).memory_info().rss))
+            mib = psutil.Process(load.pid).memory_info().rss / 2**20
+            load.seen.resident.append(Resident(now, mib, len(load.seen.misses)))
             if len(load.seen.resident) % 12 == 0:
                 status = (await http.get(f"/v1/teachers/{MODEL_NAME}/replicas")).json()
                 done = sum(count for what, count in load.seen.outcomes.items() if "answered" in what)
@@ -209,7 +222,8 @@ def start_service(folder: Path, cache: Path, model: Path) -> tuple[subprocess.Po
     config = folder / "service.toml"
     config.write_text(CONFIG.format(cache=cache, port=port, model=model))
     command = [sys.executable, "-m", "clients.cli", "serve", str(config)]
-    service = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    environment = {"MALLOC_ARENA_MAX": "2", **os.environ}
+    service = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True, env=environment)
     assert service.stdout is not None
     line = service.stdout.readline()
     if not line.startswith("ready:"):
@@ -240,9 +254,7 @@ def report(seen: Seen, worst: float) -> bool:
     for kind, seconds in seen.seconds.items():
         p50, p95, p99 = np.percentile(seconds, [50, 95, 99]) * 1000
         print(f"  {kind}: latency ms p50 {p50:.0f}, p95 {p95:.0f}, p99 {p99:.0f}, max {max(seconds) * 1000:.0f}")
-    warm = [rss for now, rss in seen.resident if now > seen.resident[-1][0] / 4]
-    mib = [rss / 2**20 for rss in (seen.resident[0][1], warm[0], warm[-1], max(warm))]
-    print("  service MiB: at the start {:.0f}, after a quarter {:.0f}, at the end {:.0f}, most {:.0f}".format(*mib))
+    report_memory(seen.resident)
     print(f"  misses: at most {worst:.4f} nats off a plain forward; wrong answers: {len(seen.wrong)} {seen.wrong[:3]}")
     answered, refused = seen.outcomes["miss answered"], seen.outcomes["miss refused with Retry-After"]
     misses = sum(count for what, count in seen.outcomes.items() if what.startswith("miss"))
@@ -252,6 +264,23 @@ def report(seen: Seen, worst: float) -> bool:
     )
     bad = misses - answered - refused + hits - seen.outcomes["hit answered"]
     return not seen.wrong and not bad and answered >= 0.95 * misses
+
+
+def report_memory(resident: list[Resident]) -> None:
+    """Growth by misses kept: what is a cost of rows goes on with them, what is a plateau does not."""
+    end = resident[-1].seconds
+    print(f"  service MiB: at the start {resident[0].mib:.0f}, most {max(each.mib for each in resident):.0f}")
+    for start, stop in zip(np.linspace(0, end, 9)[:-1], np.linspace(0, end, 9)[1:], strict=True):
+        part = [each for each in resident if start <= each.seconds <= stop]
+        if part:
+            least, most = min(each.mib for each in part), max(each.mib for each in part)
+            print(f"    to {stop:4.0f} s, {part[-1].kept:7,} misses kept: {least:.0f} to {most:.0f}")
+    for name, start, stop in (("second", 0.25, 0.5), ("third", 0.5, 0.75), ("last", 0.75, 1.0)):
+        part = [each for each in resident if start * end <= each.seconds <= stop * end]
+        kept = [each.kept for each in part]
+        if len(set(kept)) > 1:
+            slope = np.polyfit(kept, [each.mib for each in part], 1)[0] * 1000
+            print(f"    in the {name} quarter {slope:+.2f} MiB per 1,000 misses kept, by a straight line")
 
 
 def main() -> int:

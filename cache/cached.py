@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
@@ -120,6 +121,9 @@ class CachedTeacher:
         self._journal = Journal(cache.root, name, inner.identity, policy.journal(), self._trouble)
         self._known = KnownTargets(cache, name, inner.identity, self._trouble)
         self._losses = self._journal.losses
+        # A thread keeps the memory that it freed (glibc's arenas): in any of asyncio's, all would come to keep as much.
+        self._flusher = ThreadPoolExecutor(1, f"flush-{name}")
+        self._tidier = ThreadPoolExecutor(1, f"tidy-{name}")
 
     @classmethod
     @asynccontextmanager
@@ -334,7 +338,7 @@ class CachedTeacher:
 
     async def _flush(self) -> None:
         try:
-            await asyncio.to_thread(self._journal.flush, self.provenance)
+            await asyncio.get_running_loop().run_in_executor(self._flusher, self._journal.flush, self.provenance)
             self.store_error = ""
         except PotstillError as error:
             # The answers were given; the rows wait for the next try.
@@ -344,7 +348,7 @@ class CachedTeacher:
         while True:
             await asyncio.sleep(self._policy.tidy_seconds)
             try:
-                await asyncio.to_thread(self._journal.tidy)
+                await asyncio.get_running_loop().run_in_executor(self._tidier, self._journal.tidy)
             except PotstillError as error:
                 self._trouble(error)
 
@@ -363,6 +367,8 @@ class CachedTeacher:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._flush()
         await asyncio.to_thread(self._journal.close)
+        self._flusher.shutdown()
+        self._tidier.shutdown()
 
 
 def _num_rows(batch: _Batch | None) -> int:

@@ -41,6 +41,8 @@ _FIRST_TIER_POSITIONS = 1 << 14
 _LARGEST_POSITIONS = 1 << 23
 # 51 MB decoded at K = 64: what is read, and written as one object, at a time.
 _BLOCK_POSITIONS = 1 << 18
+# A whole number of chunks of every array.
+_PART_POSITIONS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,23 +183,24 @@ def _write(
         size = min(_BLOCK_POSITIONS, max(total, 1))
         layout = Layout(TOKEN_LAYOUT.chunk, size) if name == TOKENS else array_layout(name, shape, size)
         array = writer.array(name, shape, dtype, layout)
-        for start, block in _blocks(name, spans, size):
+        for start, block in _blocks(name, spans, np.empty((size, *shape[1:]), dtype)):
             if not wanted():
                 raise _StoppedError
-            writer.put(array, start, block.astype(dtype, copy=False))
+            writer.put(array, start, block)
 
 
-def _blocks(name: str, spans: Sequence[_Span], size: int) -> Iterator[tuple[int, NDArray[Any]]]:
-    """An array of all spans in blocks of `size` positions, each with where it starts."""
-    start, held, parts = 0, 0, list[NDArray[Any]]()
+def _blocks(name: str, spans: Sequence[_Span], block: NDArray[Any]) -> Iterator[tuple[int, NDArray[Any]]]:
+    """An array of all spans in blocks, each with where it starts, in the memory of `block`: the next overwrites it."""
+    start = held = 0
     for span in spans:
         at = span.start
         while at < span.stop:
-            stop = min(span.stop, at + size - held)
-            parts.append(span.segment.array(name, at, stop))
+            # Up to where a chunk ends, so that none is decoded twice.
+            stop = min(span.stop, at + len(block) - held, (at // _PART_POSITIONS + 1) * _PART_POSITIONS)
+            block[held : held + stop - at] = span.segment.array(name, at, stop)
             held, at = held + stop - at, stop
-            if held == size:
-                yield start, np.concatenate(parts)
-                start, held, parts = start + held, 0, []
-    if parts:
-        yield start, np.concatenate(parts)
+            if held == len(block):
+                yield start, block
+                start, held = start + held, 0
+    if held:
+        yield start, block[:held]

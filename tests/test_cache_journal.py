@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import tracemalloc
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -115,6 +116,26 @@ def test_few_segments_and_those_of_another_k_stay_as_they_are(root: Root) -> Non
     writer.tidy()
     assert segments(root) == 2
     assert all(a is not None for a in found(writer, [numbered(i) for i in (*range(MANY), 98, 99)]))
+
+
+def test_joining_holds_one_block_of_one_array_however_many_there_are(root: Root) -> None:
+    writer = journal(root)
+    one = kept(numbered(1, 64))
+    repeated = {name: np.concatenate([part] * 256) for name, part in one.stored.items()}
+    tokens = np.concatenate([one.tokens] * 256)
+    for i in range(MANY + 1):
+        writer.add([replace(one, key=i.to_bytes(16, "big"), tokens=tokens, stored=repeated)])
+        writer.flush(TEACHER.provenance)
+    block_bytes = (1 << 18) * K * repeated["ids"].itemsize
+    assert (MANY + 1) * repeated["ids"].nbytes > block_bytes
+    tracemalloc.start()
+    try:
+        writer.tidy()
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert segments(root) == 1
+    assert most < 2 * block_bytes
 
 
 def test_joined_segments_are_not_joined_again_with_every_new_one(root: Root) -> None:
