@@ -38,7 +38,7 @@ class Page:
         number = next(self._ids)
         self._socket.send(json.dumps({"id": number, "method": method, "params": params}))
         while True:
-            message = json.loads(self._socket.recv(timeout=30))
+            message = json.loads(self._socket.recv(timeout=120))
             if message.get("id") == number:
                 assert "error" not in message, (method, message)
                 result: dict[str, Any] = message["result"]
@@ -64,7 +64,7 @@ class Page:
         assert "exceptionDetails" not in done, done
         return done["result"].get("value")
 
-    def until(self, expression: str, is_right: Callable[[Any], bool] = bool, seconds: float = 15.0) -> Any:
+    def until(self, expression: str, is_right: Callable[[Any], bool] = bool, seconds: float = 60.0) -> Any:
         """Ask again until the value is right; returns it."""
         deadline = time.monotonic() + seconds
         while not is_right(value := self.run(expression)):
@@ -120,7 +120,7 @@ def browsing(chromium: str, *, width: int = 1280, height: int = 800, dark: bool 
                 yield page
         finally:
             process.terminate()
-            process.wait(timeout=30)
+            process.wait(timeout=120)
 
 
 def _port(process: subprocess.Popen[bytes], told: Path) -> int:

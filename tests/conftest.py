@@ -74,16 +74,16 @@ def vllm_teacher(tiny_llama: Path) -> Iterator[VllmTeacher]:
 
 @pytest.fixture(scope="session")
 def ray_mark() -> Iterator[str]:
-    """The session's one Ray, on two CPUs; `POTSTILL_TEST_RAY` is this mark in every process that it starts."""
+    """The session's one Ray, on two CPUs; `RAY_OF_THE_TESTS` is this mark in every process that it starts."""
     import ray
 
     mark = uuid.uuid4().hex
-    os.environ["POTSTILL_TEST_RAY"] = mark
+    os.environ["RAY_OF_THE_TESTS"] = mark
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield mark
     ray.shutdown()
-    del os.environ["POTSTILL_TEST_RAY"]
+    del os.environ["RAY_OF_THE_TESTS"]
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -117,3 +118,55 @@ class FakeTeacher:
             log_tail=log_tail.astype(np.float32),
             label_logprob=label.astype(np.float32),
         )
+
+
+class GatedTeacher(FakeTeacher):
+    """Waits in `score` until it is let go; counts who waits and who was cancelled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+        self.waiting = 0
+        self.cancelled = 0
+
+    async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
+        self.waiting += 1
+        try:
+            while not self.gate.is_set():  # noqa: ASYNC110  set by another thread
+                await asyncio.sleep(0.01)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        finally:
+            self.waiting -= 1
+        return await super().score(rows, want)
+
+
+class MoodyTeacher(FakeTeacher):
+    """Raises what it is given, one call each, and waits while `gate` is shut."""
+
+    def __init__(self, inner: FakeTeacher, errors: Sequence[Exception] = ()) -> None:
+        super().__init__(inner.identity)
+        self.errors = list(errors)
+        self.gate = threading.Event()
+        self.gate.set()
+        self.calls = 0
+
+    async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
+        self.calls += 1
+        while not self.gate.is_set():  # noqa: ASYNC110  set by another thread
+            await asyncio.sleep(0.01)
+        if self.errors:
+            raise self.errors.pop(0)
+        return await super().score(rows, want)
+
+
+class BrokenTeacher(FakeTeacher):
+    """Raises what it is given."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+    async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
+        raise self.error

@@ -12,12 +12,14 @@ from typing import Any
 import httpx
 import uvicorn
 
+from cache import Cache
 from cache.types import Teacher
 from teacher_service.app import create_app
 from teacher_service.connections import bounded_protocol
 from teacher_service.hosted import HostedTeacher, Keep
 from teacher_service.service import Service
 from teacher_service.settings import LimitSettings
+from tests.fakes import FakeTeacher
 
 
 @contextmanager
@@ -62,3 +64,32 @@ def serving_teachers(*teachers: HostedTeacher, **options: Any) -> Iterator[str]:
     with serving(create_app(Service.of(teachers, **options)), limits=options.get("limits")) as url:
         wait_ready(url)
         yield url
+
+
+@contextmanager
+def serving_corpora(cache: Cache | None) -> Iterator[str]:
+    """A service of a cache's corpora, with bounds that small corpora reach; its one teacher is not theirs."""
+    limits = LimitSettings(max_range_positions=50, max_stream_positions=1200, max_rows=20)
+    with serving_teachers(hosted("other", FakeTeacher()), cache=cache, limits=limits) as url:
+        yield url
+
+
+def targets_of(url: str, **params: Any) -> httpx.Response:
+    """Ask for targets of the teacher `fake` on the corpus `docs`."""
+    return httpx.get(f"{url}/v1/corpora/docs/targets/fake", params=params, timeout=60)
+
+
+def post_json(url: str, value: Any, *, name: str = "smol", **headers: str) -> httpx.Response:
+    """Ask a teacher to score, in JSON."""
+    return httpx.post(f"{url}/v1/teachers/{name}/score", json=value, headers=headers)
+
+
+def refused(reply: httpx.Response, status: int, kind: str) -> str:
+    """Check the one error shape; returns the detail."""
+    assert reply.status_code == status, reply.text[:500]
+    assert reply.headers["content-type"] == "application/json"
+    body = reply.json()
+    assert set(body) == {"kind", "detail"}
+    assert body["kind"] == kind
+    assert "\n" not in body["detail"]
+    return str(body["detail"])

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import http.server
 import json
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fastapi import FastAPI
-from fastapi.responses import JSONResponse
 
 from cache import Cache, Fields, Targets
 from cache.cached import KeepPolicy
@@ -26,18 +21,12 @@ from clients.doctor.examine import Patient, examine
 from clients.doctor.findings import Finding
 from clients.doctor.service_checks import ServiceFacts, check_cached, check_service
 from clients.doctor.teacher_checks import Probing, check_teacher
-from teacher_service.access import Access
-from teacher_service.auth import Role
 from teacher_service.hosted import Keep
-from teacher_service.key_ring import KeyRing
-from teacher_service.keys_file import add_key
-from teacher_service.quotas import Quota
 from tests.command_line import run
 from tests.corpora import make_corpus, plan_targets, teacher_for
 from tests.fakes import FakeTeacher, fake_identity
-from tests.servers import hosted, serving, serving_teachers
-
-PROBING = Probing(row_tokens=12)
+from tests.findings import PROBING, failed, levels
+from tests.servers import hosted, serving_teachers
 
 
 class Limited(FakeTeacher):
@@ -121,18 +110,6 @@ class Moving(FakeTeacher):
 
     def dense_logprobs(self, row: Tokens) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
         return super().dense_logprobs((row + 1) % 64 if self.moved else row)
-
-
-def levels(findings: Sequence[Finding]) -> dict[str, str]:
-    return {finding.check: finding.level for finding in findings}
-
-
-def failed(findings: Sequence[Finding]) -> Finding:
-    """The only one that fails; it says what to do."""
-    [finding] = [finding for finding in findings if finding.level == "fail"]
-    assert finding.way_out
-    assert "\n" not in finding.detail
-    return finding
 
 
 def look_at(teacher: Teacher) -> list[Finding]:
@@ -303,112 +280,6 @@ def test_kept_answers_of_a_teacher_that_moved_are_found(tmp_path: Path) -> None:
         assert "kept and live differ by" in verdict.detail
     empty = ServiceFacts((), {})
     assert asyncio.run(check_cached("http://127.0.0.1:9", "smol", empty, PROBING)).level == "not run"
-
-
-def test_a_service_that_cannot_be_reached_is_found() -> None:
-    finding = failed(asyncio.run(examine(Patient(url="http://127.0.0.1:9"), PROBING)))
-    assert finding.check == "service"
-    assert "cannot be reached" in finding.detail
-
-
-def other_service(**doctor: object) -> FastAPI:
-    """A service that is not quite ours: what `/v1/doctor` says, or nothing when it is older."""
-    app = FastAPI()
-
-    @app.get("/healthz")
-    def healthz() -> dict[str, str]:
-        return {}
-
-    @app.get("/v1/teachers")
-    def teachers() -> dict[str, list[dict[str, str]]]:
-        return {"teachers": [{"name": "smol", "state": "starting"}]}
-
-    @app.get("/v1/doctor")
-    def facts() -> JSONResponse:
-        if not doctor:
-            return JSONResponse({"kind": "not_found", "detail": "GET /v1/doctor: Not Found"}, status_code=404)
-        return JSONResponse(doctor)
-
-    return app
-
-
-def look_at_service(app: FastAPI) -> dict[str, Finding]:
-    with serving(app) as url:
-        return {finding.check: finding for finding in asyncio.run(check_service(url))[1]}
-
-
-def test_an_older_service_and_another_wire_version_are_found() -> None:
-    older = look_at_service(other_service())
-    assert (older["wire version"].level, older["wire version"].way_out) == ("fail", "upgrade the service")
-    assert (older["service"].level, older["service"].detail) == ("warn", "smol is starting")
-    newer = look_at_service(other_service(wire_version="99"))["wire version"]
-    assert (newer.level, newer.way_out) == ("fail", "upgrade the older")
-
-
-def test_a_service_that_may_run_out_of_memory_is_found() -> None:
-    def level(available: int | None) -> str:
-        memory = {"rss_bytes": 1, "available_bytes": available, "admitted_bytes": 2**32}
-        return look_at_service(other_service(wire_version="1", memory=memory))["memory"].level
-
-    assert [level(n) for n in (2**33, 2**32 - 1, 2**30, None)] == ["ok", "warn", "fail", "not run"]
-
-
-@contextmanager
-def service_of_another_time(seconds: float) -> Iterator[str]:
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.send_header("content-length", "0")
-            self.end_headers()
-
-        def date_time_string(self, timestamp: float | None = None) -> str:
-            import time
-
-            return super().date_time_string((time.time() if timestamp is None else timestamp) + seconds)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}"
-        finally:
-            server.shutdown()
-            thread.join()
-
-
-@pytest.mark.parametrize(("seconds", "level"), [(0, "ok"), (-20, "warn"), (900, "fail")])
-def test_clocks_that_differ_are_found(seconds: float, level: str) -> None:
-    with service_of_another_time(seconds) as url:
-        clock = next(finding for finding in asyncio.run(check_service(url))[1] if finding.check == "clock")
-    assert clock.level == level
-    if level != "ok":
-        assert ("ahead of" if seconds > 0 else "behind") in clock.detail
-
-
-def test_a_service_that_others_reach_without_a_key_is_found() -> None:
-    with serving_teachers(hosted("smol", FakeTeacher())) as url:
-        reached = url.replace("127.0.0.1", "0.0.0.0")
-        access = next(finding for finding in asyncio.run(check_service(reached))[1] if finding.check == "access")
-    assert (access.level, access.detail) == ("fail", "it answers others without a key")
-
-
-def test_what_a_key_may_not_see_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    keys_file = tmp_path / "keys.toml"
-    key = add_key(keys_file, "trainer", Role.TRAINER, Quota())
-    with serving_teachers(hosted("smol", FakeTeacher()), access=Access(KeyRing(keys_file))) as url:
-        unknown = failed(asyncio.run(check_service(url))[1])
-        assert unknown.way_out == "put a key into POTSTILL_API_KEY, or name its variable with --api-key-env"
-        monkeypatch.setenv("POTSTILL_API_KEY", key)
-        findings = asyncio.run(examine(Patient(url=url), PROBING))
-        version = next(finding for finding in findings if finding.check == "wire version")
-        assert (version.level, version.way_out) == ("warn", "use a key with the role admin")
-        assert "fail" not in levels(findings).values()
-        open_to_others = url.replace("127.0.0.1", "0.0.0.0")
-        [access] = [finding for finding in asyncio.run(check_service(open_to_others))[1] if finding.check == "access"]
-        assert (access.level, access.detail) == ("warn", "keys and rows go over the network in the clear")
 
 
 def test_a_wrong_command_line_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,7 @@ from tests.corpora import make_corpus, plan_targets, teacher_for
 from tests.fakes import FakeTeacher
 from tests.filled_caches import commit
 from tests.servers import hosted, serving_teachers
-from tests.test_teacher_service_app import until
+from tests.waiting import until
 
 
 def examined(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, dict[str, Any]]:

@@ -23,10 +23,9 @@ from teacher_service.quotas import Quota
 from teacher_service.service import Service
 from tests.command_line import refused, run
 from tests.corpora import make_corpus, teacher_for, topics
-from tests.fakes import FakeTeacher
+from tests.fakes import FakeTeacher, MoodyTeacher
 from tests.faulty_proxy import faulty_proxy, no_faults
 from tests.servers import hosted, serving, serving_teachers, wait_ready
-from tests.test_teacher_service_fill_routes import MoodyTeacher
 
 FIELDS = ("--top-k", "4", "--entropy", "--temperatures", "2.0,4.0")
 

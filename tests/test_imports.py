@@ -68,10 +68,18 @@ def test_a_heavy_package_is_imported_only_where_the_design_says(heavy: str) -> N
 
 
 def test_no_file_is_long_and_none_is_named_for_nothing() -> None:
-    for package in PACKAGES:
-        for path in sources(package):
+    for folder in (*PACKAGES, "tests", "benchmarks"):
+        for path in sources(folder):
             assert len(path.read_text().splitlines()) <= 400, path
             assert path.stem not in {"utils", "util", "common", "helpers", "manager"}, path
+
+
+def test_what_tests_share_is_in_no_test_file() -> None:
+    for path in sources("tests"):
+        modules = {
+            node.module or "" for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)
+        }
+        assert not [module for module in modules if module.startswith("tests.test_")], path
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -102,7 +102,11 @@ def test_an_unreadable_file_is_named(tmp_path: Path, text: str | None) -> None:
 def test_a_run_goes_on_under_what_does_not_change_it() -> None:
     before = config_of(ROOT, OUT)
     changed = {"steps": 99, "checkpoint_every": 1, "workers": 2, "micro_batch_rows": 1}
-    config_of(Path("/moved"), Path("/moved"), train={**changed, "out": "/moved"}).check_continues(before)
+    moved = config_of(Path("/moved"), Path("/moved"), train={**changed, "out": "/moved"})
+    moved.check_continues(before)
+    assert {name: getattr(moved.train, name) for name in changed} == changed
+    with pytest.raises(SpecMismatch, match=r"^train\.lr"):
+        config_of(Path("/moved"), Path("/moved"), train={**changed, "out": "/moved", "lr": 5.0}).check_continues(before)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def worker_processes(mark: str) -> list[int]:
             title, environment = (folder / "cmdline").read_bytes(), (folder / "environ").read_bytes()
         except OSError:
             continue  # gone meanwhile
-        if b"TrainWorker" in title and f"POTSTILL_TEST_RAY={mark}".encode() in environment:
+        if b"TrainWorker" in title and f"RAY_OF_THE_TESTS={mark}".encode() in environment:
             found.append(int(folder.name))
     return found
 

@@ -18,7 +18,7 @@ from teacher_service.hosted import HostedTeacher
 from teacher_service.service import Service
 from tests.corpora import make_corpus
 from tests.fakes import FakeTeacher, fake_identity
-from tests.servers import hosted, serving, serving_teachers, wait_ready
+from tests.servers import hosted, refused, serving, serving_teachers, wait_ready
 
 ROWS = {"rows": [[1, 2, 3], [4, 5]], "fields": {"k": 3}}
 
@@ -35,13 +35,6 @@ def origin() -> Iterator[str]:
 def url() -> Iterator[str]:
     with serving_teachers(hosted("own", FakeTeacher())) as url:
         yield url
-
-
-def refused(answer: httpx.Response, status: int, kind: str) -> str:
-    error = answer.json()
-    assert (answer.status_code, error["kind"]) == (status, kind)
-    assert "\n" not in error["detail"]
-    return str(error["detail"])
 
 
 def teachers(url: str) -> dict[str, Any]:

@@ -18,8 +18,9 @@ from teacher_service.hosted import Keep
 from teacher_service.request_limits import bytes_per_position
 from teacher_service.service import Service
 from teacher_service.settings import LimitSettings
-from tests.servers import hosted, serving, wait_ready
-from tests.test_teacher_service_app import GatedTeacher, post_json, until
+from tests.fakes import GatedTeacher
+from tests.servers import hosted, post_json, serving, wait_ready
+from tests.waiting import until
 
 K = 4
 ROW_BYTES = 3 * bytes_per_position(Fields(k=K), 64)

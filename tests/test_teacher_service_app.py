@@ -2,12 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
-import socket
-import threading
-import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,61 +11,18 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from cache import Fields, Targets, wire
+from cache import wire
 from cache.cache import Cache
 from cache.cached import KeepPolicy
-from cache.errors import InvalidInput, TeacherFailed, Unavailable
-from cache.types import Teacher, TeacherLimits, Tokens
-from teacher_service.app import create_app
-from teacher_service.hosted import HostedTeacher, Keep
-from teacher_service.replicas import LocalPool
-from teacher_service.service import Service
+from cache.types import TeacherLimits
+from teacher_service.hosted import Keep
 from teacher_service.settings import LimitSettings
-from tests.fakes import FakeTeacher
-from tests.servers import hosted, opens, serving, serving_teachers, wait_ready
+from tests.fakes import FakeTeacher, GatedTeacher
+from tests.servers import hosted, post_json, refused, serving_teachers
+from tests.waiting import until
 
 ARROW = "application/vnd.apache.arrow.stream"
 ROWS = [[1, 2, 3], [4, 5], [6]]
-
-
-class GatedTeacher(FakeTeacher):
-    """Waits in `score` until it is let go; counts who waits and who was cancelled."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate = threading.Event()
-        self.waiting = 0
-        self.cancelled = 0
-
-    async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
-        self.waiting += 1
-        try:
-            while not self.gate.is_set():  # noqa: ASYNC110  set by another thread
-                await asyncio.sleep(0.01)
-        except asyncio.CancelledError:
-            self.cancelled += 1
-            raise
-        finally:
-            self.waiting -= 1
-        return await super().score(rows, want)
-
-
-class BrokenTeacher(FakeTeacher):
-    """Raises what it is given."""
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__()
-        self.error = error
-
-    async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
-        raise self.error
-
-
-def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "did not come true in time"
-        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -83,21 +35,6 @@ def url(teacher: FakeTeacher) -> Iterator[str]:
     limits = LimitSettings(max_body_bytes=100_000, max_rows=50, max_tokens_in_flight=2000, max_answer_bytes=50_000)
     with serving_teachers(hosted("smol", teacher), hosted("other", FakeTeacher()), limits=limits) as address:
         yield address
-
-
-def refused(reply: httpx.Response, status: int, kind: str) -> str:
-    """Check the one error shape; returns the detail."""
-    assert reply.status_code == status, reply.text
-    assert reply.headers["content-type"] == "application/json"
-    body = reply.json()
-    assert set(body) == {"kind", "detail"}
-    assert body["kind"] == kind
-    assert "\n" not in body["detail"]
-    return str(body["detail"])
-
-
-def post_json(url: str, value: Any, *, name: str = "smol", **headers: str) -> httpx.Response:
-    return httpx.post(f"{url}/v1/teachers/{name}/score", json=value, headers=headers)
 
 
 def hand_built(rows: list[list[int]], *, version: bytes = b"1", fields: bytes = b'{"k": 4}') -> bytes:
@@ -181,16 +118,18 @@ def test_bad_json_is_refused_in_one_line(url: str, value: Any, status: int, kind
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[" * 90_000, b"\xff\xfe", b'{"rows": [[1]]} x'])
-def test_what_is_not_json_is_refused(url: str, body: bytes) -> None:
+def test_what_is_not_json_is_refused(url: str, teacher: FakeTeacher, body: bytes) -> None:
     headers = {"content-type": "application/json"}
     reply = httpx.post(f"{url}/v1/teachers/smol/score", content=body, headers=headers)
-    refused(reply, 422, "invalid_input")
+    assert "JSON" in refused(reply, 422, "invalid_input")
+    assert teacher.scored == []
 
 
-def test_what_is_not_arrow_is_refused(url: str) -> None:
-    refused(post_arrow(url, b"nonsense"), 422, "invalid_input")
-    refused(post_arrow(url, hand_built(ROWS)[:-30]), 422, "invalid_input")
-    refused(post_arrow(url, hand_built(ROWS, fields=b"{}}")), 422, "invalid_input")
+def test_what_is_not_arrow_is_refused(url: str, teacher: FakeTeacher) -> None:
+    for body in (b"nonsense", hand_built(ROWS)[:-30]):
+        assert "Arrow" in refused(post_arrow(url, body), 422, "invalid_input")
+    assert "potstill.fields" in refused(post_arrow(url, hand_built(ROWS, fields=b"{}}")), 422, "invalid_input")
+    assert teacher.scored == []
 
 
 def test_a_header_of_another_wire_version_is_refused_whatever_the_body(url: str) -> None:
@@ -283,73 +222,6 @@ def test_limits_that_a_teacher_states_are_enforced() -> None:
         assert "k=9" in refused(post_json(url, {"rows": [[1]], "fields": {"k": 9}}), 422, "limit_exceeded")
 
 
-def test_tokens_over_the_bound_are_told_to_come_back() -> None:
-    teacher = GatedTeacher()
-    limits = LimitSettings(max_tokens_in_flight=10)
-    with serving_teachers(hosted("smol", teacher), limits=limits) as url:
-        first = threading.Thread(target=post_json, args=(url, {"rows": [[1] * 6]}))
-        first.start()
-        until(lambda: teacher.waiting == 1)
-        reply = post_json(url, {"rows": [[1] * 5]})
-        assert "10" in refused(reply, 429, "overloaded")
-        assert int(reply.headers["retry-after"]) >= 1
-        assert 'potstill_tokens_in_flight{teacher="smol"} 6.0' in httpx.get(f"{url}/metrics").text
-        teacher.gate.set()
-        first.join()
-        assert post_json(url, {"rows": [[1] * 10]}).status_code == 200
-        assert 'potstill_tokens_in_flight{teacher="smol"} 0.0' in httpx.get(f"{url}/metrics").text
-
-
-def test_requests_over_the_bound_are_told_to_come_back() -> None:
-    with serving_teachers(hosted("smol", FakeTeacher()), limits=LimitSettings(max_requests_in_flight=1)) as url:
-        host, _, port = url.removeprefix("http://").partition(":")
-        with socket.create_connection((host, int(port))) as first:
-            head = "POST /v1/teachers/smol/score HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-            first.sendall(f"{head}content-length: 100\r\n\r\n".encode())
-            until(lambda: "potstill_requests_in_flight 1.0" in httpx.get(f"{url}/metrics").text)
-            refused(post_json(url, {"rows": [[1]]}), 429, "overloaded")
-            assert httpx.get(f"{url}/healthz").status_code == 200
-
-
-def test_hits_are_answered_while_misses_wait_for_the_engine(tmp_path: Path) -> None:
-    teacher = GatedTeacher()
-    keep = Keep(Cache.open(tmp_path / "c", mode="r+"), KeepPolicy(k=4))
-    limits = LimitSettings(max_requests_in_flight=16, max_engine_tokens=3)
-    with serving_teachers(hosted("smol", teacher, keep), limits=limits) as url:
-        known = {"rows": [[1, 2, 3]], "fields": {"k": 2}}
-        first = threading.Thread(target=post_json, args=(url, known))
-        first.start()
-        until(lambda: teacher.waiting == 1)
-        teacher.gate.set()
-        first.join()
-        teacher.gate.clear()
-        # Some ask without storing, and the last joins the score of another.
-        rows = [[i] * 3 for i in [*range(4, 19), 4]]
-        heads = [{"cache-control": "no-store"} if i in (12, 13, 14) else {} for i in range(16)]
-        misses = [
-            threading.Thread(target=post_json, args=(url, {"rows": [row], "fields": {"k": 2}}), kwargs=head)
-            for row, head in zip(rows, heads, strict=True)
-        ]
-        for miss in misses:
-            miss.start()
-        until(lambda: 'potstill_tokens_waiting{teacher="smol"} 42.0' in httpx.get(f"{url}/metrics").text)
-        for _ in range(20):
-            assert post_json(url, known).status_code == 200
-        teacher.gate.set()
-        for miss in misses:
-            miss.join()
-
-
-def test_a_client_that_leaves_cancels_its_work() -> None:
-    teacher = GatedTeacher()
-    with serving_teachers(hosted("smol", teacher)) as url:
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{url}/v1/teachers/smol/score", json={"rows": [[1]]}, timeout=0.3)
-        until(lambda: teacher.cancelled == 1)
-        assert 'potstill_tokens_in_flight{teacher="smol"} 0.0' in httpx.get(f"{url}/metrics").text
-        until(lambda: 'status="499"' in httpx.get(f"{url}/metrics").text)
-
-
 def test_the_caller_may_give_a_deadline(url: str) -> None:
     teacher = GatedTeacher()
     with serving_teachers(hosted("smol", teacher)) as gated:
@@ -358,48 +230,6 @@ def test_the_caller_may_give_a_deadline(url: str) -> None:
         until(lambda: teacher.cancelled == 1)
     for bad in ("soon", "0", "-1", "nan", "inf"):
         refused(post_json(url, {"rows": [[1]]}, **{"potstill-timeout": bad}), 422, "invalid_input")
-
-
-def test_a_failing_teacher_is_reported_by_its_own_class() -> None:
-    with serving_teachers(hosted("smol", BrokenTeacher(TeacherFailed("the engine\ndied")))) as url:
-        assert refused(post_json(url, {"rows": [[1]]}), 502, "teacher_failed") == "the engine died"
-
-
-def test_a_bug_is_logged_and_its_insides_stay_inside(caplog: pytest.LogCaptureFixture) -> None:
-    with (
-        caplog.at_level(logging.ERROR),
-        serving_teachers(hosted("smol", BrokenTeacher(RuntimeError("secret of the engine")))) as url,
-    ):
-        assert "secret" not in refused(post_json(url, {"rows": [[1]]}), 500, "internal")
-        assert 'potstill_refusals_total{kind="internal"} 1.0' in httpx.get(f"{url}/metrics").text
-    tracebacks = [record for record in caplog.records if record.exc_info and "RuntimeError" in str(record.exc_info)]
-    assert len(tracebacks) == 1
-    assert any("/v1/teachers/smol/score" in record.getMessage() for record in caplog.records)
-
-
-def test_the_service_listens_while_its_teachers_start() -> None:
-    gate = threading.Event()
-
-    @asynccontextmanager
-    async def slowly() -> AsyncIterator[Teacher]:
-        while not gate.is_set():  # noqa: ASYNC110  set by another thread
-            await asyncio.sleep(0.01)
-        yield FakeTeacher()
-
-    app = create_app(Service.of([HostedTeacher("slow", slowly), hosted("smol", FakeTeacher())]))
-    with serving(app) as url:
-        until(lambda: httpx.get(f"{url}/readyz").json()["teachers"]["smol"] == "ready")
-        assert httpx.get(f"{url}/healthz").status_code == 200
-        assert httpx.get(f"{url}/readyz").status_code == 503
-        assert post_json(url, {"rows": [[1]]}).status_code == 200
-        reply = post_json(url, {"rows": [[1]]}, name="slow")
-        assert "starting" in refused(reply, 503, "unavailable")
-        assert "retry-after" in reply.headers
-        refused(httpx.get(f"{url}/v1/teachers/slow"), 503, "unavailable")
-        refused(httpx.get(f"{url}/v1/teachers/slow/replicas"), 503, "unavailable")
-        assert httpx.get(f"{url}/v1/teachers").json()["teachers"][0] == {"name": "slow", "state": "starting"}
-        gate.set()
-        wait_ready(url)
 
 
 def test_metrics_count_by_route_and_not_by_path(url: str) -> None:
@@ -427,75 +257,6 @@ def test_many_requests_at_once_each_get_their_own_answer(url: str, teacher: Fake
     for i, reply in enumerate(asyncio.run(ask())):
         expected = teacher.distribution(np.array([i, i + 1], np.uint32), 2)
         assert reply.json()["rows"][0]["ids"] == expected.ids.tolist()
-
-
-async def test_a_teacher_that_does_not_start_says_so() -> None:
-    @asynccontextmanager
-    async def failing(error: Exception) -> AsyncIterator[Teacher]:
-        raise error
-        yield
-
-    for error, cls, words in (
-        (RuntimeError("no memory"), TeacherFailed, "RuntimeError: no memory"),
-        (InvalidInput("bad option"), InvalidInput, "bad option"),
-    ):
-        teacher = HostedTeacher("smol", lambda error=error: failing(error))  # type: ignore[misc]
-        teacher.start()
-        with pytest.raises(cls, match=f"'smol' did not start.*{words}"):
-            await teacher.settled()
-        assert teacher.state == "failed"
-        with pytest.raises(Unavailable, match="failed"):
-            _ = teacher.pool
-        await teacher.stop()
-
-
-async def test_a_start_that_is_under_way_is_given_up() -> None:
-    closed = []
-
-    @asynccontextmanager
-    async def never() -> AsyncIterator[Teacher]:
-        try:
-            await asyncio.Event().wait()
-            yield FakeTeacher()
-        finally:
-            closed.append(True)
-
-    teacher = HostedTeacher("smol", never)
-    teacher.start()
-    await asyncio.sleep(0)
-    waiting = asyncio.create_task(teacher.settled())
-    await asyncio.sleep(0)
-    await teacher.stop()
-    assert closed == [True]
-    with pytest.raises(Unavailable, match="stopped before"):
-        await waiting
-
-
-async def test_what_goes_wrong_while_closing_is_raised_after_all_are_closed() -> None:
-    closed = []
-
-    def opening(name: str) -> Callable[[], AbstractAsyncContextManager[Teacher]]:
-        @asynccontextmanager
-        async def open_it() -> AsyncIterator[Teacher]:
-            yield FakeTeacher()
-            closed.append(name)
-            raise TeacherFailed(f"{name} does not close")
-
-        return open_it
-
-    service = Service.of([HostedTeacher(name, opening(name)) for name in ("a", "b")])
-    with pytest.raises(TeacherFailed, match="a does not close"):
-        async with service.running():
-            await service.started()
-    assert sorted(closed) == ["a", "b"]
-
-
-async def test_a_pool_is_a_teacher(teacher: FakeTeacher) -> None:
-    async with LocalPool.open(opens(teacher)) as pool:
-        assert (pool.identity, pool.provenance) == (teacher.identity, teacher.provenance)
-        row = np.arange(5, dtype=np.uint32)
-        (targets,) = await pool.score([row], Fields(k=3))
-    np.testing.assert_array_equal(targets.ids, teacher.distribution(row, 3).ids)
 
 
 @pytest.fixture

@@ -19,9 +19,9 @@ from teacher_service.app import create_app
 from teacher_service.service import Service
 from teacher_service.settings import LimitSettings
 from teacher_service.shared_bound import SharedBound
-from tests.fakes import FakeTeacher
+from tests.fakes import FakeTeacher, GatedTeacher
 from tests.servers import hosted, serving, serving_teachers, wait_ready
-from tests.test_teacher_service_app import GatedTeacher, until
+from tests.waiting import until
 
 PATH = "/v1/teachers/smol/score"
 LIMITS = LimitSettings(max_body_bytes=100_000, max_body_bytes_in_flight=150_000, body_seconds=0.5)
@@ -174,6 +174,10 @@ def test_a_connection_that_is_half_closed_while_it_waits_leaves_the_engine() -> 
             until(lambda: gated.waiting == 1)
             connection.shutdown(socket.SHUT_WR)
             until(lambda: gated.cancelled == 1 and nothing_is_held(service))
+            assert connection.recv(100) == b""
+        assert (gated.waiting, gated.scored) == (0, [])
+        gated.gate.set()
+        assert httpx.post(f"{url}{PATH}", json={"rows": [[1, 2]]}).status_code == 200
 
 
 def test_an_answer_that_is_not_taken_is_given_up() -> None:

@@ -117,9 +117,11 @@ def test_one_address_does_not_take_all_connections() -> None:
 def test_zero_bounds_no_address() -> None:
     limits = LimitSettings(max_connections=8, max_connections_per_address=0)
     with serving_teachers(hosted("smol", FakeTeacher()), limits=limits) as url, ExitStack() as held:
-        for _ in range(7):
-            held.enter_context(connected(url))
+        taken = [held.enter_context(connected(url)) for _ in range(7)]
         until_served(url)
+        for connection in taken:
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert connection.recv(65_536).startswith(b"HTTP/1.1 200")
 
 
 @pytest.mark.parametrize(

@@ -1,50 +1,25 @@
 from __future__ import annotations
 
-import asyncio
 import io
-import shutil
-import threading
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pyarrow as pa
 import pytest
-from fastapi.responses import JSONResponse
 
-from cache import Cache, Fields, Targets, wire
-from cache.delete import plan_shards, remove
-from cache.targets import TargetSet
+from cache import Cache, Fields, wire
 from cache.wire_stream import END
-from teacher_service.corpus_json import json_pieces
 from teacher_service.corpus_reads import RangeRead
-from teacher_service.request_limits import bytes_per_position
-from teacher_service.settings import LimitSettings
-from teacher_service.streamed import ReadSlots, StreamedAnswer
-from tests.corpora import plan_targets, teacher_for
 from tests.fakes import FakeTeacher
-from tests.filled_caches import commit, filled_cache
-from tests.servers import hosted, serving, serving_teachers
+from tests.filled_caches import filled_cache
+from tests.servers import hosted, refused, serving_corpora, serving_teachers, targets_of
 
 ARROW = "application/vnd.apache.arrow.stream"
 TOP_K = ("ids", "logprobs", "log_tail", "label_logprob")
 FIELDS = Fields(k=8, entropy=True)
-
-
-def refused(reply: httpx.Response, status: int, kind: str) -> str:
-    """Check the one error shape; returns the detail."""
-    assert reply.status_code == status, reply.text[:500]
-    body = reply.json()
-    assert set(body) == {"kind", "detail"}
-    assert body["kind"] == kind
-    assert "\n" not in body["detail"]
-    return str(body["detail"])
 
 
 @pytest.fixture(scope="module")
@@ -53,34 +28,10 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Cache:
     return filled_cache(tmp_path_factory.mktemp("filled") / "cache", FIELDS, missing=2)
 
 
-@pytest.fixture
-def own(filled: Cache, tmp_path: Path) -> Cache:
-    """A copy that a test may change."""
-    shutil.copytree(filled.root.url, tmp_path / "cache")
-    return Cache.open(tmp_path / "cache", "r+")
-
-
-@contextmanager
-def served(cache: Cache | None) -> Iterator[str]:
-    limits = LimitSettings(max_range_positions=50, max_stream_positions=1200, max_rows=20)
-    with serving_teachers(hosted("other", FakeTeacher()), cache=cache, limits=limits) as address:
-        yield address
-
-
 @pytest.fixture(scope="module")
 def url(filled: Cache) -> Iterator[str]:
-    with served(filled) as address:
+    with serving_corpora(filled) as address:
         yield address
-
-
-@pytest.fixture
-def own_url(own: Cache) -> Iterator[str]:
-    with served(own) as address:
-        yield address
-
-
-def targets_of(url: str, **params: Any) -> httpx.Response:
-    return httpx.get(f"{url}/v1/corpora/docs/targets/fake", params=params, timeout=60)
 
 
 def test_corpora_are_described(url: str, filled: Cache) -> None:
@@ -183,81 +134,6 @@ def test_json_has_the_version_and_is_bounded_by_itself(url: str, filled: Cache) 
     assert targets_of(url, start=0, stop=51).status_code == 200
 
 
-def dense_cache(root: Path) -> Cache:
-    return filled_cache(root, Fields(k=4, dense=True), encoding="f32", missing=0)
-
-
-def test_json_is_bounded_in_bytes_too(tmp_path: Path) -> None:
-    cache = dense_cache(tmp_path / "cache")
-    targets = cache.targets("fake", "docs")
-    size = bytes_per_position(targets.fields, targets.identity.vocab_size)
-    limits = LimitSettings(max_answer_bytes=10 * size, max_range_positions=1000)
-    with serving_teachers(hosted("other", FakeTeacher()), cache=cache, limits=limits) as url:
-        address, ask = f"{url}/v1/corpora/docs/targets/fake", {"accept": "application/json"}
-        whole = httpx.get(address, params={"start": 0, "stop": 10}, headers=ask)
-        expected = wire.targets_to_json(targets.read(0, 10))
-        assert whole.headers["content-type"] == "application/json"
-        assert whole.json() == {
-            "format": wire.WIRE_VERSION,
-            "identity": targets.identity.to_json(),
-            "rows": [expected],
-        }
-        over = httpx.get(address, params={"start": 0, "stop": 11}, headers=ask)
-        detail = refused(over, 422, "limit_exceeded")
-        assert f"{11 * size} bytes" in detail
-        assert f"max_answer_bytes={10 * size}" in detail
-        over = httpx.post(f"{address}/rows", json={"rows": [0]}, headers=ask)
-        assert "max_answer_bytes" in refused(over, 422, "limit_exceeded")
-        assert targets_of(url, start=0, stop=11).status_code == 200
-
-
-def test_json_holds_its_bytes_and_a_place_until_it_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = dense_cache(tmp_path / "cache")
-    targets = cache.targets("fake", "docs")
-    size = bytes_per_position(targets.fields, targets.identity.vocab_size)
-    gate, seen = threading.Event(), threading.Event()
-    read = TargetSet.read
-
-    def gated(self: TargetSet, *args: Any, **kwargs: Any) -> Targets:
-        seen.set()
-        assert gate.wait(20)
-        return read(self, *args, **kwargs)
-
-    monkeypatch.setattr(TargetSet, "read", gated)
-
-    def second(limits: LimitSettings) -> httpx.Response:
-        gate.clear()
-        seen.clear()
-        with (
-            serving_teachers(hosted("other", FakeTeacher()), cache=cache, limits=limits) as url,
-            ThreadPoolExecutor(1) as pool,
-        ):
-            address, ask = f"{url}/v1/corpora/docs/targets/fake?start=0&stop=10", {"accept": "application/json"}
-            first = pool.submit(httpx.get, address, headers=ask, timeout=30)
-            assert seen.wait(20)
-            refusal = httpx.get(address, headers=ask)
-            gate.set()
-            assert first.result().status_code == 200
-            assert httpx.get(address, headers=ask).status_code == 200
-            return refusal
-
-    assert "max_streams" in refused(second(LimitSettings(max_streams=1)), 429, "overloaded")
-    assert "bytes of answers" in refused(second(LimitSettings(max_answer_bytes_in_flight=15 * size)), 429, "overloaded")
-
-
-def test_json_in_pieces_is_the_json_of_the_wire(monkeypatch: pytest.MonkeyPatch) -> None:
-    fields = Fields(k=4, draws=50, temperatures=(0.5, 2.0), entropy=True, dense=True)
-    teacher = FakeTeacher()
-    rows = [np.array(tokens, np.uint32) for tokens in ([1, 2, 3, 4, 5, 6, 7], [9], [5, 5, 5])]
-    for asked in (fields, Fields(k=0, entropy=True)):
-        targets = [teacher.targets(row, asked) for row in rows]
-        answer = wire.answer_to_json(wire.ScoreAnswer(teacher.identity, targets))
-        expected = JSONResponse({"format": wire.WIRE_VERSION, **answer}).body
-        for elements in (1 << 14, 100, 7):
-            monkeypatch.setattr("teacher_service.corpus_json._ELEMENTS", elements)
-            assert b"".join(json_pieces(teacher.identity, targets.copy)) == expected
-
-
 def test_bad_ranges_names_and_fields_are_refused(url: str, filled: Cache) -> None:
     last = filled.corpus("docs").num_positions
     refused(targets_of(url, start=last - 1, stop=last), 404, "not_committed")
@@ -309,77 +185,6 @@ def test_rows_are_asked_for_by_number_as_json_or_arrow(url: str, filled: Cache) 
     refused(httpx.post(address, json={"rows": [len(filled.corpus("docs")) - 1]}), 404, "not_committed")
 
 
-def test_an_etag_names_the_content_and_saves_its_reading(own_url: str, own: Cache) -> None:
-    address, params = f"{own_url}/v1/corpora/docs/targets/fake", {"start": "0", "stop": "100"}
-    first = httpx.get(address, params=params)
-    etag = first.headers["etag"]
-    assert etag.startswith('"')
-    assert first.headers["cache-control"] == "private, immutable"
-    for held in (etag, f'"other", {etag}', f"W/{etag}", "*"):
-        again = httpx.get(address, params=params, headers={"if-none-match": held})
-        assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", etag)
-    assert httpx.get(address, params=params, headers={"if-none-match": '"other"'}).status_code == 200
-    head = httpx.head(address, params=params)
-    assert (head.status_code, head.content, head.headers["etag"]) == (200, b"", etag)
-    assert head.headers["content-type"] == ARROW
-    others: list[dict[str, Any]] = [{"stop": 101}, {"k": 4}, {"fields": "top_k"}, {"start": 1}]
-    found = [httpx.head(address, params={**params, **other}).headers["etag"] for other in others]
-    as_json = httpx.head(address, params={**params, "stop": 50}, headers={"accept": "application/json"})
-    found += [as_json.headers["etag"], httpx.head(address, params={**params, "stop": 50}).headers["etag"]]
-    assert len({etag, *found}) == len(found) + 1
-    # The objects' hashes are in the commits: what is there need not be read, and is not.
-    shutil.rmtree(next((Path(own.root.url) / "targets/fake/docs/segments").glob("000000-*")))
-    assert httpx.head(address, params=params).headers["etag"] == etag
-
-
-def test_an_etag_outlives_the_service_and_changes_with_a_shard(own: Cache) -> None:
-    def etags() -> tuple[str, str]:
-        with serving_teachers(hosted("other", FakeTeacher()), cache=own) as url:
-            starts = own.corpus("docs").shard_starts.tolist()
-            first, second = (
-                httpx.head(f"{url}/v1/corpora/docs/targets/fake", params={"start": a, "stop": b})
-                for a, b in ((0, starts[1]), (starts[1], starts[2]))
-            )
-            return first.headers["etag"], second.headers["etag"]
-
-    before = etags()
-    assert etags() == before
-    (removal,) = plan_shards(own.root, "fake", "docs", None, [1])
-    remove(own.root, removal)
-    fresh = own.fresh()
-    teacher = teacher_for(fresh.corpus("docs"))
-    commit(plan_targets(fresh, teacher, fields=FIELDS), teacher, [1])
-    after = etags()
-    assert after[0] == before[0]
-    assert after[1] != before[1]
-
-
-def test_a_running_service_sees_a_shard_that_is_committed_deleted_and_filled_again(own: Cache, own_url: str) -> None:
-    corpus = own.corpus("docs")
-    teacher = teacher_for(corpus)
-    shard = corpus.num_shards - 2
-    params = {"start": int(corpus.shard_starts[shard]), "stop": int(corpus.shard_starts[shard]) + 1}
-    refused(targets_of(own_url, **params), 404, "not_committed")
-    commit(plan_targets(own.fresh(), teacher, fields=FIELDS), teacher, [shard])
-    first = targets_of(own_url, **params)
-    assert first.status_code == 200
-    (removal,) = plan_shards(own.root, "fake", "docs", None, [shard])
-    remove(own.root, removal)
-    until(lambda: targets_of(own_url, **params).status_code == 404)
-    commit(plan_targets(own.fresh(), teacher, fields=FIELDS), teacher, [shard])
-    until(lambda: targets_of(own_url, **params).status_code == 200)
-    again = targets_of(own_url, **params)
-    assert again.headers["etag"] != first.headers["etag"]
-    assert again.content == first.content
-
-
-def until(holds: Any) -> None:
-    deadline = time.monotonic() + 20
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def test_another_wire_version_is_refused_naming_both(url: str) -> None:
     newer = {"potstill-format": "2"}
     for path in ("", "/docs", "/docs/targets/fake", "/docs/tokens", "/docs/rows", "/docs/tokenizer"):
@@ -409,99 +214,6 @@ def test_without_a_cache_there_is_no_corpus() -> None:
     with serving_teachers(hosted("other", FakeTeacher())) as url:
         assert httpx.get(f"{url}/v1/corpora").json() == {"format": wire.WIRE_VERSION, "corpora": []}
         assert "--cache" in refused(targets_of(url, start=0, stop=1), 404, "unknown_corpus")
-
-
-def damage(cache: Cache, shard: int) -> None:
-    """Cut an object of a shard's segment in half."""
-    (segment,) = (Path(cache.root.url) / "targets/fake/docs/segments").glob(f"{shard:06d}-*")
-    (chunk,) = (file for file in (segment / "ids").rglob("*") if file.is_file() and file.name != "zarr.json")
-    chunk.write_bytes(chunk.read_bytes()[: chunk.stat().st_size // 2])
-
-
-def test_damage_found_before_the_first_block_is_an_error_and_later_breaks_the_connection(
-    own_url: str, own: Cache
-) -> None:
-    damage(own, 2)
-    starts = own.corpus("docs").shard_starts.tolist()
-    refused(targets_of(own_url, start=starts[2], stop=starts[2] + 5), 500, "corrupt_segment")
-    with pytest.raises(httpx.RemoteProtocolError, match="incomplete|peer closed"):
-        targets_of(own_url, start=0, stop=starts[3])
-    assert targets_of(own_url, start=0, stop=starts[2]).status_code == 200
-
-
-class CountedPieces:
-    """Pieces of 1 MiB without end; counts those that were read."""
-
-    def __init__(self) -> None:
-        self.read = 0
-        self.lock = threading.Lock()
-
-    def __iter__(self) -> Iterator[bytes]:
-        return self
-
-    def __next__(self) -> bytes:
-        with self.lock:
-            self.read += 1
-        return bytes(1 << 20)
-
-
-def test_a_client_that_takes_nothing_is_dropped_and_holds_no_thread_meanwhile() -> None:
-    slots = ReadSlots(threads=1, streams=1, stall_seconds=1.0)
-    pieces = CountedPieces()
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http":
-            await StreamedAnswer(iter(pieces), slots, headers={}, media_type=ARROW)(scope, receive, send)
-
-    with serving(app) as url, httpx.stream("GET", url):
-        until(lambda: pieces.read > 2)
-        # The one thread is free, though the answer is still under way.
-        assert slots.pool.submit(lambda: 7).result(timeout=5) == 7
-        assert slots.in_use == 1
-        until(lambda: slots.in_use == 0)
-        assert pieces.read < 50
-
-
-def test_a_client_that_leaves_stops_the_reading() -> None:
-    slots = ReadSlots(threads=1, streams=1, stall_seconds=60.0)
-    pieces = CountedPieces()
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http":
-            try:
-                await StreamedAnswer(iter(pieces), slots, headers={}, media_type=ARROW)(scope, receive, send)
-            except BaseException as error:
-                if type(error).__name__ != "ClientDisconnect":
-                    raise
-
-    with serving(app) as url:
-        with httpx.stream("GET", url):
-            until(lambda: pieces.read > 2)
-        until(lambda: slots.in_use == 0)
-        read = pieces.read
-        time.sleep(0.2)
-        assert pieces.read == read
-
-
-async def test_more_streams_than_there_are_places_are_turned_away() -> None:
-    slots = ReadSlots(threads=1, streams=1, stall_seconds=60.0)
-    slots.take()
-    sent: list[Any] = []
-
-    async def receive() -> Any:
-        await asyncio.sleep(60)
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    answer = StreamedAnswer(iter([b"x"]), slots, headers={}, media_type=ARROW)
-    with pytest.raises(Exception, match="max_streams"):
-        await answer({"type": "http", "method": "GET"}, receive, send)
-    assert sent == []
-    slots.in_use -= 1
-    await answer({"type": "http", "method": "GET"}, receive, send)
-    assert b"".join(message.get("body", b"") for message in sent) == b"x"
-    assert slots.in_use == 0
 
 
 def test_a_misspelt_query_parameter_is_refused_by_name(url: str) -> None:

@@ -1,11 +1,10 @@
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,37 +15,16 @@ import pytest
 from cache import Cache, Fields, Targets
 from cache.errors import Overloaded, TeacherFailed
 from cache.types import Tokens
-from clients.commands import fill as command
 from teacher_service.fill_jobs import spread
 from teacher_service.request_limits import bytes_per_position
 from teacher_service.settings import LimitSettings
 from tests.contracts import TargetSetContract
 from tests.corpora import make_corpus, plan_targets, teacher_for, topics
-from tests.fakes import FakeTeacher, fake_identity
+from tests.fakes import FakeTeacher, MoodyTeacher, fake_identity
+from tests.fill_requests import BODY, FIELDS, run_fill, until_state
 from tests.filled_caches import commit
-from tests.servers import hosted, serving_teachers
-
-FIELDS = Fields(k=4)
-BODY: dict[str, Any] = {"fields": FIELDS.to_json(), "batch_tokens": 200}
-
-
-class MoodyTeacher(FakeTeacher):
-    """Raises what it is given, one call each, and waits while `gate` is shut."""
-
-    def __init__(self, inner: FakeTeacher, errors: Sequence[Exception] = ()) -> None:
-        super().__init__(inner.identity)
-        self.errors = list(errors)
-        self.gate = threading.Event()
-        self.gate.set()
-        self.calls = 0
-
-    async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
-        self.calls += 1
-        while not self.gate.is_set():  # noqa: ASYNC110  set by another thread
-            await asyncio.sleep(0.01)
-        if self.errors:
-            raise self.errors.pop(0)
-        return await super().score(rows, want)
+from tests.servers import hosted, refused, serving_teachers
+from tests.waiting import until
 
 
 @pytest.fixture
@@ -65,34 +43,13 @@ def served(cache: Cache | None, **teachers: FakeTeacher) -> Iterator[str]:
         yield f"{url}/v1/corpora/docs/fill"
 
 
-def until(address: str, *states: str) -> dict[str, Any]:
-    deadline = time.monotonic() + 30
-    while (at := httpx.get(address, timeout=30).json())["state"] not in states:
-        assert time.monotonic() < deadline, at
-        time.sleep(0.05)
-    return dict(at)
-
-
-def wait_for(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def refused(reply: httpx.Response, status: int, kind: str) -> str:
-    assert (reply.status_code, reply.json()["kind"]) == (status, kind), reply.text
-    assert "\n" not in reply.json()["detail"]
-    return str(reply.json()["detail"])
-
-
 def test_a_corpus_is_filled_as_prefill_fills_it(cache: Cache, teacher: MoodyTeacher, tmp_path: Path) -> None:
     corpus = cache.corpus("docs")
     with served(cache, fake=teacher) as address:
         assert "PUT" in refused(httpx.get(f"{address}/fake"), 404, "not_found")
         begun = httpx.put(f"{address}/fake", json=BODY, timeout=30).json()
         assert (begun["format"], begun["state"], begun["shards"]) == ("1", "running", corpus.num_shards)
-        done = until(f"{address}/fake", "done", "failed")
+        done = until_state(f"{address}/fake", "done", "failed")
     assert done["error"] is None
     assert done["state"] == "done"
     assert done["shards_committed"] == corpus.num_shards
@@ -111,7 +68,7 @@ def test_a_corpus_is_filled_as_prefill_fills_it(cache: Cache, teacher: MoodyTeac
 def test_a_job_is_stopped_and_goes_on_later(cache: Cache, teacher: MoodyTeacher) -> None:
     with served(cache, fake=teacher) as address:
         httpx.put(f"{address}/fake", json=BODY, timeout=30)
-        wait_for(lambda: any(cache.fresh().targets("fake", "docs").committed if cache.teachers("docs") else ()))
+        until(lambda: any(cache.fresh().targets("fake", "docs").committed if cache.teachers("docs") else ()))
         teacher.gate.clear()
         stopped = httpx.delete(f"{address}/fake", timeout=30).json()
         assert stopped["state"] in ("stopped", "done")
@@ -122,7 +79,7 @@ def test_a_job_is_stopped_and_goes_on_later(cache: Cache, teacher: MoodyTeacher)
         teacher.gate.set()
         before = int(cache.fresh().targets("fake", "docs").committed.sum())
         httpx.put(f"{address}/fake", json=BODY, timeout=30)
-        done = until(f"{address}/fake", "done", "failed")
+        done = until_state(f"{address}/fake", "done", "failed")
         assert (done["state"], done["shards_before"]) == ("done", before)
         assert done["shards_before"] + done["shards_committed"] == done["shards"]
     assert cache.fresh().targets("fake", "docs").committed.all()
@@ -145,7 +102,7 @@ def test_a_running_job_ends_with_the_service(cache: Cache, teacher: MoodyTeacher
     teacher.gate.clear()
     with served(cache, fake=teacher) as address:
         httpx.put(f"{address}/fake", json=BODY, timeout=30)
-        wait_for(lambda: teacher.calls > 0)
+        until(lambda: teacher.calls > 0)
     calls = teacher.calls
     teacher.gate.set()
     time.sleep(0.2)
@@ -160,13 +117,13 @@ def test_a_busy_teacher_is_asked_again_and_a_broken_one_ends_the_job(cache: Cach
     with served(cache, busy=busy, broken=broken) as address:
         for name in ("busy", "broken"):
             httpx.put(f"{address}/{name}", json=BODY, timeout=30)
-        done = until(f"{address}/busy", "done", "failed")
+        done = until_state(f"{address}/busy", "done", "failed")
         assert (done["state"], done["refusals"]) == ("done", 2)
-        failed = until(f"{address}/broken", "done", "failed")
+        failed = until_state(f"{address}/broken", "done", "failed")
         assert failed["state"] == "failed"
         assert failed["error"] == {"kind": "teacher_failed", "detail": "the engine answered NaN"}
         httpx.put(f"{address}/broken", json=BODY, timeout=30)
-        assert until(f"{address}/broken", "done", "failed")["state"] == "done"
+        assert until_state(f"{address}/broken", "done", "failed")["state"] == "done"
 
 
 def test_what_cannot_be_filled_is_refused_before_anything_is_written(cache: Cache) -> None:
@@ -223,7 +180,7 @@ def test_batches_are_cut_to_the_bounds_of_answers(cache: Cache) -> None:
         address = f"{url}/v1/corpora/docs/fill/fake"
         begun = httpx.put(address, json=wanted, timeout=30).json()
         assert (begun["batch_tokens"], begun["in_flight"]) == (2 * longest, 3)
-        assert until(address, "done", "failed")["state"] == "done"
+        assert until_state(address, "done", "failed")["state"] == "done"
         assert httpx.put(address, json=wanted, timeout=30).json()["batch_tokens"] == 2 * longest
     assert 0 < teacher.most <= 2 * longest
     assert 0 < teacher.most_together <= 7 * longest
@@ -252,23 +209,17 @@ def test_batches_that_are_turned_away_together_spread_out() -> None:
     assert 5.5 < max(waits) <= 6.0
 
 
-def run_command(url: str, *options: str) -> int:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return command.run(parser.parse_args(["--url", url, "--corpus", "docs", "--teacher", "fake", *options]))
-
-
 def test_the_command_starts_watches_and_sums_up(
     cache: Cache, teacher: MoodyTeacher, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with served(cache, fake=teacher) as address:
         url = address.removesuffix("/v1/corpora/docs/fill")
-        assert run_command(url, "--top-k", "4", "--entropy") == 0
+        assert run_fill(url, "--top-k", "4", "--entropy") == 0
         shards = cache.corpus("docs").num_shards
         assert f"fake on docs: done, {shards} of {shards} shards committed (0 before)" in capsys.readouterr().out
-        assert run_command(url, "--top-k", "4", "--entropy", "--json") == 0
+        assert run_fill(url, "--top-k", "4", "--entropy", "--json") == 0
         assert json.loads(capsys.readouterr().out)["shards_before"] == shards
-        assert run_command(url, "--stop") == 0
+        assert run_fill(url, "--stop") == 0
         assert "done" in capsys.readouterr().out
     assert cache.fresh().targets("fake", "docs").fields == Fields(k=4, entropy=True)
 
@@ -279,11 +230,11 @@ def test_the_command_leaves_a_job_behind_and_stops_it(
     teacher.gate.clear()
     with served(cache, fake=teacher) as address:
         url = address.removesuffix("/v1/corpora/docs/fill")
-        assert run_command(url, "--top-k", "4", "--no-watch") == 0
+        assert run_fill(url, "--top-k", "4", "--no-watch") == 0
         assert "running" in capsys.readouterr().out
-        assert run_command(url, "--stop") == 0
+        assert run_fill(url, "--stop") == 0
         assert "stopped" in capsys.readouterr().out
         teacher.gate.set()
         teacher.errors.append(TeacherFailed("the engine answered NaN"))
-        assert run_command(url, "--top-k", "4") == 1
+        assert run_fill(url, "--top-k", "4") == 1
         assert "teacher_failed: the engine answered NaN" in capsys.readouterr().out

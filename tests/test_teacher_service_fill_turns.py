@@ -15,8 +15,10 @@ from cache import Cache
 from cache.errors import TeacherFailed
 from teacher_service.settings import LimitSettings
 from tests.corpora import make_corpus, teacher_for, topics
-from tests.servers import hosted, serving_teachers
-from tests.test_teacher_service_fill_routes import BODY, MoodyTeacher, refused, run_command, until, wait_for
+from tests.fakes import MoodyTeacher
+from tests.fill_requests import BODY, run_fill, until_state
+from tests.servers import hosted, refused, serving_teachers
+from tests.waiting import until
 
 NAMES = ("fake", "b", "c", "d")
 
@@ -59,10 +61,10 @@ def test_jobs_over_the_bound_wait_in_the_order_of_asking(tmp_path: Path) -> None
         refused(filled.put("b", {"fields": {"k": 5}}), 409, "already_exists")
         for name, left in zip(NAMES, (("b", "c"), ("c",), ()), strict=False):
             assert [waiting for waiting, state in filled.states().items() if state == "waiting"] == list(left)
-            wait_for(lambda name=name: filled.teachers[name].calls > 0)  # type: ignore[misc]
+            until(lambda name=name: filled.teachers[name].calls > 0)  # type: ignore[misc]
             assert all(filled.teachers[other].calls == 0 for other in left)
             filled.teachers[name].gate.set()
-            assert until(filled.address(name), "done", "failed")["state"] == "done"
+            assert until_state(filled.address(name), "done", "failed")["state"] == "done"
         assert filled.cache.fresh().targets("c", "docs").committed.all()
 
 
@@ -73,13 +75,13 @@ def test_a_job_that_fails_or_is_stopped_lets_the_next_one_run(tmp_path: Path) ->
         stopped = httpx.delete(filled.address("c"), timeout=30).json()
         assert (stopped["state"], stopped["seconds"]) == ("stopped", 0.0)
         filled.teachers["fake"].gate.set()
-        assert until(filled.address("fake"), "done", "failed")["state"] == "failed"
-        wait_for(lambda: filled.teachers["d"].calls > 0)
+        assert until_state(filled.address("fake"), "done", "failed")["state"] == "failed"
+        until(lambda: filled.teachers["d"].calls > 0)
         assert filled.states() == {"fake": "failed", "b": "running", "c": "stopped", "d": "running"}
         # One that is asked for again is the last in the order.
         assert [filled.put(name).json()["state"] for name in ("fake", "c")] == ["waiting", "waiting"]
         assert httpx.delete(filled.address("b"), timeout=30).json()["state"] == "stopped"
-        wait_for(lambda: filled.states()["fake"] == "running")
+        until(lambda: filled.states()["fake"] == "running")
         assert filled.states()["c"] == "waiting"
         assert filled.teachers["c"].calls == 0
 
@@ -89,17 +91,17 @@ def test_waiting_jobs_end_with_the_service(tmp_path: Path) -> None:
     with filled.served():
         for name in NAMES:
             filled.put(name)
-        wait_for(lambda: filled.teachers["fake"].calls > 0)
+        until(lambda: filled.teachers["fake"].calls > 0)
     assert [filled.teachers[name].calls for name in NAMES[1:]] == [0, 0, 0]
 
 
 def test_the_command_watches_a_job_that_waits_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Filled(tmp_path / "c", 1).served() as filled:
         filled.put("b")
-        assert run_command(filled.url, "--top-k", "4", "--no-watch") == 0
+        assert run_fill(filled.url, "--top-k", "4", "--no-watch") == 0
         assert "fake on docs: waiting" in capsys.readouterr().out
         statuses: list[int] = []
-        watching = threading.Thread(target=lambda: statuses.append(run_command(filled.url, "--top-k", "4")))
+        watching = threading.Thread(target=lambda: statuses.append(run_fill(filled.url, "--top-k", "4")))
         watching.start()
         watching.join(1.0)
         assert watching.is_alive()

@@ -22,10 +22,10 @@ from teacher_service.app import create_app
 from teacher_service.hosted import HostedTeacher
 from teacher_service.service import Service
 from teacher_service.settings import LogSettings, load_settings
-from tests.fakes import FakeTeacher
-from tests.servers import hosted, serving, serving_teachers
-from tests.test_teacher_service_app import BrokenTeacher, post_json, until
-from tests.test_teacher_service_serve import COMMAND, Serving, environment
+from tests.fakes import BrokenTeacher, FakeTeacher
+from tests.serve_process import COMMAND, Serving, environment
+from tests.servers import hosted, post_json, serving, serving_teachers
+from tests.waiting import until
 
 ACCESS = "teacher_service.access"
 

@@ -21,10 +21,10 @@ from teacher_service.app import create_app
 from teacher_service.hosted import HostedTeacher, Keep
 from teacher_service.service import Service
 from teacher_service.settings import LimitSettings
-from tests.fakes import FakeTeacher
+from tests.fakes import FakeTeacher, GatedTeacher
 from tests.pools import hosted_pool
-from tests.servers import hosted, serving, serving_teachers
-from tests.test_teacher_service_app import GatedTeacher, post_json, until
+from tests.servers import hosted, post_json, serving, serving_teachers
+from tests.waiting import until
 
 ROOT = Path(__file__).parent.parent
 

@@ -77,7 +77,7 @@ def text_of(name: str, what: str) -> str:
 
 def test_the_page_shows_teachers_and_scales_one(page: Page) -> None:
     with (
-        serving_teachers(hosted_pool("big", FakeTeacher()), hosted("fixed", FakeTeacher())) as url,
+        serving_teachers(hosted_pool("big", FakeTeacher(), start_seconds=5), hosted("fixed", FakeTeacher())) as url,
         looking_at(page, url, teachers=2),
     ):
         assert page.run(text_of("big", ".ready")) == "1 of 1"
@@ -148,14 +148,14 @@ def test_it_says_when_the_service_is_gone_and_when_it_is_back(page: Page) -> Non
     assert "does not answer" in page.run("document.querySelector('#connection').textContent")
     assert page.run("document.querySelectorAll('#teachers tr').length") == 1
     with serving(create_app(Service.of([hosted("other", FakeTeacher())])), port=port):
-        page.until(state, lambda value: value == "live", seconds=30)
+        page.until(state, lambda value: value == "live", seconds=60)
         page.until(text_of("other", ".badge"), lambda text: text == "ready")
 
 
 def test_nothing_moves_when_news_come(page: Page) -> None:
     """Layout shifts, as the browser itself counts them, once the first answer is drawn."""
     with (
-        serving_teachers(hosted_pool("big", FakeTeacher()), hosted("fixed", FakeTeacher())) as url,
+        serving_teachers(hosted_pool("big", FakeTeacher(), start_seconds=5), hosted("fixed", FakeTeacher())) as url,
         looking_at(page, url, teachers=2),
     ):
         page.run(

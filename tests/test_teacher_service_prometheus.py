@@ -16,8 +16,7 @@ import pytest
 
 from tests.fakes import FakeTeacher
 from tests.pools import hosted_pool
-from tests.servers import serving_teachers
-from tests.test_teacher_service_app import post_json
+from tests.servers import post_json, serving_teachers
 
 ALERTS = Path(__file__).parent.parent / "deploy" / "prometheus-alerts.yml"
 

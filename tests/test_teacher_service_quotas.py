@@ -44,6 +44,10 @@ def test_keys_do_not_share_a_quota() -> None:
     meter.take("a", MINUTE, 600)
     meter.take("b", MINUTE, 600)
     meter.take("free", Quota(), 10**9)
+    assert [refused(meter, MINUTE, 60, key) for key in ("a", "b")] == pytest.approx([6.0, 6.0])
+    # What was taken without a quota is not owed under one.
+    meter.take("free", MINUTE, 600)
+    assert refused(meter, MINUTE, 60, "free") == pytest.approx(6.0)
 
 
 def test_a_call_over_the_minute_waits_for_a_full_bucket_and_is_paid_off_later() -> None:
@@ -55,6 +59,7 @@ def test_a_call_over_the_minute_waits_for_a_full_bucket_and_is_paid_off_later() 
     assert refused(meter, MINUTE, 60) == pytest.approx(6.0)
     clock.now += 60
     meter.take("a", MINUTE, 1200)
+    assert refused(meter, MINUTE, 1) == pytest.approx(60.1)
 
 
 def test_a_day_begins_anew_at_midnight() -> None:
@@ -75,16 +80,19 @@ def test_what_was_not_scored_comes_back() -> None:
     meter.take("a", both, 100)
     meter.give_back("a", 60)
     meter.take("a", both, 60)
-    refused(meter, both, 1)
+    assert refused(meter, both, 1) == pytest.approx(0.6)
     meter.give_back("nobody", 5)
+    meter.take("nobody", both, 100)
+    assert refused(meter, both, 1, "nobody") == pytest.approx(0.6)
 
 
 def test_a_refusal_costs_nothing() -> None:
     meter = QuotaMeter(Clock())
     meter.take("a", DAY, 90)
     for _ in range(5):
-        refused(meter, DAY, 20)
+        assert refused(meter, DAY, 20) == pytest.approx(NOON)
     meter.take("a", DAY, 10)
+    assert refused(meter, DAY, 1) == pytest.approx(NOON)
 
 
 def test_a_clock_that_is_set_back_gives_nothing_away() -> None:
@@ -95,3 +103,4 @@ def test_a_clock_that_is_set_back_gives_nothing_away() -> None:
     assert refused(meter, MINUTE, 60) == pytest.approx(6.0)
     clock.now += 6
     meter.take("a", MINUTE, 60)
+    assert refused(meter, MINUTE, 60) == pytest.approx(6.0)

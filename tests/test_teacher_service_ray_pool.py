@@ -16,7 +16,7 @@ import pytest_asyncio
 
 from cache import Fields
 from cache.entry_points import open_teacher
-from cache.errors import InvalidInput, LimitExceeded
+from cache.errors import InvalidInput, LimitExceeded, TeacherFailed
 from cache.types import JSON, Teacher
 from teacher_service.ray_pool import RayPool
 from teacher_service.ray_serve import RayConnection
@@ -24,7 +24,7 @@ from teacher_service.replica_settings import AutoscaleSettings, RaySettings, Rep
 from tests.conftest import Forward
 from tests.contracts import FieldsTeacherContract, rows
 from tests.fakes import FakeTeacher, fake_identity
-from tests.process_teacher import opens_process_teacher
+from tests.process_teacher import DEADLY, opens_process_teacher
 from tests.waiting import eventually
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -63,7 +63,7 @@ def _command(folder: Path) -> bytes:
 def _processes(mark: str) -> Iterator[Path]:
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if f"POTSTILL_TEST_RAY={mark}".encode() in (folder / "environ").read_bytes():
+            if f"RAY_OF_THE_TESTS={mark}".encode() in (folder / "environ").read_bytes():
                 yield folder
         except OSError:
             continue  # gone meanwhile
@@ -163,6 +163,7 @@ async def test_a_killed_replica_costs_no_call(pool: RayPool, ray_mark: str) -> N
         await settled(pool, 2)
         sent = flowing.answered
         await eventually(lambda: flowing.answered > sent + 16)
+    assert flowing.answered > sent + 16
 
 
 async def test_a_wedged_engine_is_replaced_and_its_rows_are_answered(pool: RayPool, ray_mark: str) -> None:
@@ -176,6 +177,8 @@ async def test_a_wedged_engine_is_replaced_and_its_rows_are_answered(pool: RayPo
         await settled(pool, 2)
         sent = flowing.answered
         await eventually(lambda: flowing.answered > sent + 16)
+    assert stuck not in engines(ray_mark)
+    assert flowing.answered > sent + 16
 
 
 async def test_calls_outlive_the_engine_of_the_only_replica(pool: RayPool, ray_mark: str) -> None:
@@ -188,16 +191,30 @@ async def test_calls_outlive_the_engine_of_the_only_replica(pool: RayPool, ray_m
         )
         sent = flowing.answered
         await eventually(lambda: flowing.answered > sent + 16, 60)
+    assert flowing.answered > sent + 16
 
 
 @pytest.mark.slow
 async def test_a_dead_engine_is_replaced_though_its_replica_lives(pool: RayPool, ray_mark: str) -> None:
     await scaled(pool, 2)
     old = {info.name for info in pool.status.each}
-    async with traffic(pool, callers=8):
+    async with traffic(pool, callers=8) as flowing:
         os.kill(engines(ray_mark)[0], signal.SIGKILL)
         await eventually(lambda: {info.name for info in pool.status.each} != old, 120)
         await settled(pool, 2)
+        sent = flowing.answered
+        await eventually(lambda: flowing.answered > sent + 16)
+    assert flowing.answered > sent + 16
+
+
+@pytest.mark.slow
+async def test_rows_that_kill_engines_cost_three_replicas_and_are_not_to_be_retried(pool: RayPool) -> None:
+    await scaled(pool, 1)
+    deadly = np.array([DEADLY, 1, 2], np.uint32)
+    with pytest.raises(TeacherFailed, match="3 replicas of teacher 'fake' crashed while .* 1 rows of 3 tokens"):
+        await pool.score([deadly], Fields(k=4))
+    await settled(pool, 1)
+    assert (await pool.score(rows(9), Fields(k=4)))[0].num_positions == 9
 
 
 async def test_more_replicas_than_allowed_are_refused(pool: RayPool) -> None:
@@ -214,8 +231,9 @@ async def test_autoscaling_follows_the_tokens_that_wait(pool: RayPool) -> None:
     assert (status.min, status.max) == (1, 2)
     with pytest.raises(InvalidInput, match="autoscaled between 1 and 2 replicas"):
         await pool.scale(2)
-    async with traffic(pool, callers=12):
+    async with traffic(pool, callers=12) as flowing:
         await settled(pool, 2)
+    assert flowing.answered > 0
     await settled(pool, 1)
     status = await pool.autoscale(None)
     assert (status.target, status.min, status.max) == (1, 1, 3)

@@ -26,9 +26,9 @@ from teacher_service.quotas import Quota
 from teacher_service.serve import check_tls
 from teacher_service.settings import TlsSettings
 from tests.fakes import FakeTeacher
+from tests.serve_process import COMMAND, environment, refused
 from tests.servers import hosted, serving_teachers
-from tests.test_teacher_service_app import until
-from tests.test_teacher_service_serve import COMMAND, environment, refused
+from tests.waiting import until
 
 
 @pytest.fixture

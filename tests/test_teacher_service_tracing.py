@@ -14,10 +14,9 @@ from cache.errors import InvalidInput
 from teacher_service.app import create_app
 from teacher_service.hosted import Keep
 from teacher_service.service import Service
-from teacher_service.tracing import OtelTracer, open_tracer, span
+from teacher_service.tracing import OtelTracer, current_tracer, open_tracer, span
 from tests.fakes import FakeTeacher
-from tests.servers import hosted, serving, wait_ready
-from tests.test_teacher_service_app import post_json
+from tests.servers import hosted, post_json, serving, wait_ready
 
 PARENT = "4bf92f3577b34da6a3ce929d0e0e4736"
 
@@ -30,20 +29,25 @@ def spans() -> Any:
 
 
 @pytest.fixture
-def traced_url(spans: Any, tmp_path: Path) -> Iterator[str]:
+def tracer(spans: Any) -> Iterator[OtelTracer]:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(spans))
+    made = OtelTracer(provider)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def traced_url(tracer: OtelTracer, spans: Any, tmp_path: Path) -> Iterator[str]:
     keep = Keep(Cache.open(tmp_path / "cache", mode="r+"), KeepPolicy())
     service = Service.of([hosted("smol", FakeTeacher(), keep)], cache=keep.cache)
-    tracer = OtelTracer(provider)
     with serving(create_app(service, tracer=tracer)) as url:
         wait_ready(url)
         spans.clear()
         yield url
-    tracer.close()
 
 
 def test_a_miss_has_spans_down_to_the_engine_and_a_hit_has_not(traced_url: str, spans: Any) -> None:
@@ -62,9 +66,16 @@ def test_a_miss_has_spans_down_to_the_engine_and_a_hit_has_not(traced_url: str, 
     assert by_name[route].attributes["http.response.status_code"] == 200
 
 
-def test_without_a_tracer_a_span_is_nothing() -> None:
+def test_without_a_tracer_a_span_is_nothing(tracer: OtelTracer, spans: Any) -> None:
+    from opentelemetry.trace import get_current_span
+
     with span("anything", tokens=3):
-        pass
+        assert not get_current_span().is_recording()
+    token = current_tracer.set(tracer)
+    with span("something", tokens=3):
+        assert get_current_span().is_recording()
+    current_tracer.reset(token)
+    assert [each.name for each in spans.get_finished_spans()] == ["something"]
 
 
 def test_tracing_without_the_package_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:

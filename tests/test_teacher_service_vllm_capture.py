@@ -20,7 +20,7 @@ from cache.errors import TeacherFailed, UnsupportedField
 from cache.types import Fields, Targets, Tokens
 from teacher_service.vllm_teacher import VllmOptions, VllmTeacher
 from tests.conftest import Forward
-from tests.test_teacher_service_vllm_teacher import TOLERANCE, VOCAB, assert_matches, random_row
+from tests.forwards import TOLERANCE, VOCAB, assert_matches, random_row
 from tests.tiny_models import make_tiny_llama
 
 BROKEN_TOKEN = 13

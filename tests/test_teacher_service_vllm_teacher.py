@@ -16,40 +16,19 @@ import pytest
 
 from cache.errors import InvalidInput, LimitExceeded, TeacherFailed, Unavailable
 from cache.tokenizer import fingerprint, load_tokenizer
-from cache.types import JSON, Fields, Targets, TeacherLimits, Tokens
+from cache.types import JSON, Fields, TeacherLimits
 from teacher_service.vllm_teacher import VllmOptions, VllmTeacher, open_vllm_teacher
 from tests.conftest import Forward, plain_forward
+from tests.forwards import TOLERANCE, VOCAB, assert_matches, random_row
 from tests.tiny_models import make_tiny_llama
 
-VOCAB = 512
 PREFIX = (7, 300)
-TOLERANCE = 1e-3
-"""Nats; two float32 implementations of one model."""
-
-
-def random_row(length: int, seed: int = 0) -> Tokens:
-    return np.random.default_rng([seed, length]).integers(0, VOCAB, length).astype(np.uint32)
-
-
-def assert_matches(targets: Targets, dense: np.ndarray, row: Tokens) -> None:
-    """Positions, values, order, labels and tails against full float32 logprobs [T, V]."""
-    assert targets.num_positions == len(row)
-    theirs = np.take_along_axis(dense, targets.ids.astype(np.int64), axis=1)
-    np.testing.assert_allclose(targets.logprobs, theirs, atol=TOLERANCE)
-    best = -np.sort(-dense, axis=1)[:, : targets.k]
-    np.testing.assert_allclose(targets.logprobs, best, atol=TOLERANCE)
-    assert (np.diff(targets.logprobs, axis=1) <= 0).all()
-    assert (np.diff(np.sort(targets.ids, axis=1), axis=1) > 0).all(), "an id came twice"
-    labels = dense[np.arange(len(row) - 1), row[1:].astype(np.int64)]
-    np.testing.assert_allclose(targets.label_logprob[:-1], labels, atol=TOLERANCE)
-    assert np.isnan(targets.label_logprob[-1])
-    tail = 1.0 - np.exp(best.astype(np.float64)).sum(axis=1)
-    np.testing.assert_allclose(np.exp(targets.log_tail.astype(np.float64)), tail, atol=TOLERANCE)
 
 
 def test_importing_the_module_imports_no_engine() -> None:
-    code = "import sys, teacher_service.vllm_teacher; sys.exit(bool({'vllm', 'torch'} & set(sys.modules)))"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    code = "import sys, teacher_service.vllm_teacher; print({'vllm', 'torch'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 128, 200, 255])

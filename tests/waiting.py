@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 
 
@@ -11,3 +12,11 @@ async def eventually(condition: Callable[[], bool], seconds: float = 60.0) -> No
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110 -- what is waited for has no event to tell
             await asyncio.sleep(0.01)
+
+
+def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    """The same outside an event loop; an AssertionError if it does not become so."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "did not come true in time"
+        time.sleep(0.01)
