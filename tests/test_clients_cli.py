@@ -113,7 +113,7 @@ def test_ctrl_c_is_one_line_and_status_130(commands: Path) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == "up\n"
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=120)
     assert (process.returncode, stderr) == (130, "interrupted\n")
 
 

@@ -63,7 +63,7 @@ def url(filled: Cache) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def remote(url: str) -> Iterator[HttpCache]:
-    with HttpCache(url, timeout=20) as cache:
+    with HttpCache(url, timeout=120) as cache:
         yield cache
 
 
@@ -109,7 +109,7 @@ def test_a_corpus_is_read_like_its_files(remote: HttpCache, filled: Cache) -> No
 def test_annotations_are_read_by_name(tmp_path: Path) -> None:
     cache, corpus = make_corpus(tmp_path / "cache", texts=topics(2))
     kinds = ("bool", "int16", "float64")
-    with serving_teachers(hosted("other", FakeTeacher()), cache=cache) as url, HttpCache(url, timeout=20) as remote:
+    with serving_teachers(hosted("other", FakeTeacher()), cache=cache) as url, HttpCache(url, timeout=120) as remote:
         assert remote.corpus("docs").annotations() == []
         for kind in kinds:
             annotate(cache.root, corpus, kind, (np.arange(len(corpus)) % 3 == 0).astype(kind), {})
@@ -165,7 +165,7 @@ def test_an_answer_cut_anywhere_is_never_a_short_one(url: str, local: TargetSet)
     proxy = CuttingProxy(url)
     starts = local.corpus.shard_starts.tolist()
     start, stop = starts[1] - 2, starts[2] + 2
-    with serving(proxy) as through, HttpCache(through, retry=ONCE, timeout=20) as cache:
+    with serving(proxy) as through, HttpCache(through, retry=ONCE, timeout=120) as cache:
         targets = cache.targets("fake", "docs")
         TargetSetContract().assert_same(targets.read(start, stop), local.read(start, stop))
         size = proxy.sizes[-1]
@@ -187,7 +187,7 @@ def test_an_answer_cut_anywhere_is_never_a_short_one(url: str, local: TargetSet)
 def test_a_read_goes_on_where_an_answer_broke_off(url: str, local: TargetSet) -> None:
     starts = local.corpus.shard_starts.tolist()
     proxy = CuttingProxy(url)
-    with serving(proxy) as through, HttpCache(through, retry=RetryPolicy(base=0.0), timeout=20) as cache:
+    with serving(proxy) as through, HttpCache(through, retry=RetryPolicy(base=0.0), timeout=120) as cache:
         targets = cache.targets("fake", "docs")
         targets.read(0, starts[3])
         # Two of the three blocks arrive, then one of the rest, and so on.
@@ -208,7 +208,7 @@ def test_a_connection_that_breaks_is_no_end_either(url: str, local: TargetSet) -
     def choose(method: str, target: str) -> Any:
         return "truncate" if "start=" in target else None
 
-    with faulty_proxy(url, choose) as proxy, HttpCache(proxy.endpoint, retry=ONCE, timeout=20) as cache:
+    with faulty_proxy(url, choose) as proxy, HttpCache(proxy.endpoint, retry=ONCE, timeout=120) as cache:
         targets = cache.targets("fake", "docs")
         with pytest.raises(Unavailable):
             targets.read(0, 300)
@@ -230,14 +230,14 @@ async def test_an_older_service_is_refused_naming_both_versions() -> None:
             await send(head)
             await send({"type": "http.response.body", "body": b'{"format": "0", "corpora": []}'})
 
-    with serving(older) as url, HttpCache(url, retry=ONCE, timeout=20) as cache:
+    with serving(older) as url, HttpCache(url, retry=ONCE, timeout=120) as cache:
         for refused in (cache.corpora, lambda: cache.corpus("docs")):
             with pytest.raises(WireVersionError, match="'0'.*'1'"):
                 refused()
 
 
 def test_a_closed_cache_refuses_to_read(url: str) -> None:
-    with HttpCache(url, timeout=20) as cache:
+    with HttpCache(url, timeout=120) as cache:
         targets = cache.targets("fake", "docs")
     with pytest.raises(Unavailable, match="closed"):
         targets.read(0, 5)
@@ -257,7 +257,7 @@ def test_another_corpus_under_the_name_is_not_mixed_in(tmp_path: Path) -> None:
     filled_cache(root, Fields(k=4))
     cache = Cache.open(root, "r+")
     served = serving_teachers(hosted("other", FakeTeacher()), cache=cache)
-    with served as url, HttpCache(url, retry=ONCE, timeout=20) as remote:
+    with served as url, HttpCache(url, retry=ONCE, timeout=120) as remote:
         targets, corpus = remote.targets("fake", "docs"), remote.corpus("docs")
         targets.read(0, 5)
         shutil.rmtree(root / "corpora")
@@ -285,7 +285,7 @@ def answering(filled: Cache, call: str, *parts: NDArray[Any]) -> Iterator[HttpCo
         else:
             await service(scope, receive, send)
 
-    with serving(app) as url, HttpCache(url, timeout=20) as remote:
+    with serving(app) as url, HttpCache(url, timeout=120) as remote:
         yield remote.corpus("docs")
 
 

@@ -42,7 +42,7 @@ def teachers(url: str) -> dict[str, Any]:
 
 
 def score(url: str, name: str) -> httpx.Response:
-    return httpx.post(f"{url}/v1/teachers/{name}/score", json=ROWS, timeout=30)
+    return httpx.post(f"{url}/v1/teachers/{name}/score", json=ROWS, timeout=120)
 
 
 def gone(url: str, name: str) -> bool:

@@ -87,7 +87,7 @@ def test_a_client_that_leaves_cancels_its_work() -> None:
     teacher = GatedTeacher()
     with serving_teachers(hosted("smol", teacher)) as url:
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{url}/v1/teachers/smol/score", json={"rows": [[1]]}, timeout=0.3)
+            httpx.post(f"{url}/v1/teachers/smol/score", json={"rows": [[1]]}, timeout=2.0)
         until(lambda: teacher.cancelled == 1)
         assert 'potstill_tokens_in_flight{teacher="smol"} 0.0' in httpx.get(f"{url}/metrics").text
         until(lambda: 'status="499"' in httpx.get(f"{url}/metrics").text)

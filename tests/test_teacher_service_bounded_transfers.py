@@ -31,7 +31,7 @@ LIMITS = LimitSettings(max_body_bytes=100_000, max_body_bytes_in_flight=150_000,
 def talking(url: str, headers: str = "", *, path: str = PATH, method: str = "POST") -> Iterator[socket.socket]:
     """A plain connection that has sent the head of a request."""
     host, _, port = url.removeprefix("http://").partition(":")
-    with socket.create_connection((host, int(port)), timeout=10) as connection:
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
         head = f"{method} {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n{headers}\r\n"
         connection.sendall(head.encode())
         yield connection

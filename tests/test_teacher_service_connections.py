@@ -30,7 +30,7 @@ def url() -> Iterator[str]:
 
 def connected(url: str, source: str = "127.0.0.1") -> socket.socket:
     host, _, port = url.removeprefix("http://").partition(":")
-    return socket.create_connection((host, int(port)), timeout=10, source_address=(source, 0))
+    return socket.create_connection((host, int(port)), timeout=60, source_address=(source, 0))
 
 
 def is_closed(connection: socket.socket) -> bool:
@@ -158,7 +158,7 @@ def test_of_an_answer_that_is_not_taken_no_more_is_made_and_its_connection_ends(
         with socket.socket() as small:
             small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             host, _, port = url.removeprefix("http://").partition(":")
-            small.settimeout(10)
+            small.settimeout(60)
             small.connect((host, int(port)))
             head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n"
             small.sendall(f"{head}content-type: application/json\r\n\r\n".encode() + body)

@@ -72,7 +72,7 @@ def test_json_holds_its_bytes_and_a_place_until_it_is_sent(tmp_path: Path, monke
             ThreadPoolExecutor(1) as pool,
         ):
             address, ask = f"{url}/v1/corpora/docs/targets/fake?start=0&stop=10", {"accept": "application/json"}
-            first = pool.submit(httpx.get, address, headers=ask, timeout=30)
+            first = pool.submit(httpx.get, address, headers=ask, timeout=120)
             assert seen.wait(20)
             refusal = httpx.get(address, headers=ask)
             gate.set()

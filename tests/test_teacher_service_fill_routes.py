@@ -47,7 +47,7 @@ def test_a_corpus_is_filled_as_prefill_fills_it(cache: Cache, teacher: MoodyTeac
     corpus = cache.corpus("docs")
     with served(cache, fake=teacher) as address:
         assert "PUT" in refused(httpx.get(f"{address}/fake"), 404, "not_found")
-        begun = httpx.put(f"{address}/fake", json=BODY, timeout=30).json()
+        begun = httpx.put(f"{address}/fake", json=BODY, timeout=120).json()
         assert (begun["format"], begun["state"], begun["shards"]) == ("1", "running", corpus.num_shards)
         done = until_state(f"{address}/fake", "done", "failed")
     assert done["error"] is None
@@ -67,18 +67,18 @@ def test_a_corpus_is_filled_as_prefill_fills_it(cache: Cache, teacher: MoodyTeac
 
 def test_a_job_is_stopped_and_goes_on_later(cache: Cache, teacher: MoodyTeacher) -> None:
     with served(cache, fake=teacher) as address:
-        httpx.put(f"{address}/fake", json=BODY, timeout=30)
+        httpx.put(f"{address}/fake", json=BODY, timeout=120)
         until(lambda: any(cache.fresh().targets("fake", "docs").committed if cache.teachers("docs") else ()))
         teacher.gate.clear()
-        stopped = httpx.delete(f"{address}/fake", timeout=30).json()
+        stopped = httpx.delete(f"{address}/fake", timeout=120).json()
         assert stopped["state"] in ("stopped", "done")
-        assert httpx.delete(f"{address}/fake", timeout=30).json()["state"] == stopped["state"]
+        assert httpx.delete(f"{address}/fake", timeout=120).json()["state"] == stopped["state"]
         calls = teacher.calls
         time.sleep(0.2)
         assert teacher.calls == calls
         teacher.gate.set()
         before = int(cache.fresh().targets("fake", "docs").committed.sum())
-        httpx.put(f"{address}/fake", json=BODY, timeout=30)
+        httpx.put(f"{address}/fake", json=BODY, timeout=120)
         done = until_state(f"{address}/fake", "done", "failed")
         assert (done["state"], done["shards_before"]) == ("done", before)
         assert done["shards_before"] + done["shards_committed"] == done["shards"]
@@ -88,11 +88,11 @@ def test_a_job_is_stopped_and_goes_on_later(cache: Cache, teacher: MoodyTeacher)
 def test_there_is_one_job_of_a_corpus_and_a_teacher(cache: Cache, teacher: MoodyTeacher) -> None:
     teacher.gate.clear()
     with served(cache, fake=teacher) as address:
-        first = httpx.put(f"{address}/fake", json=BODY, timeout=30).json()
-        again = httpx.put(f"{address}/fake", json=BODY, timeout=30).json()
+        first = httpx.put(f"{address}/fake", json=BODY, timeout=120).json()
+        again = httpx.put(f"{address}/fake", json=BODY, timeout=120).json()
         assert (first["state"], again["state"]) == ("running", "running")
         assert again["seconds"] >= first["seconds"]
-        other = httpx.put(f"{address}/fake", json={"fields": {"k": 5}}, timeout=30)
+        other = httpx.put(f"{address}/fake", json={"fields": {"k": 5}}, timeout=120)
         assert "DELETE" in refused(other, 409, "already_exists")
         fills = httpx.get(f"{address.removesuffix('/v1/corpora/docs/fill')}/v1/fills").json()
         assert [job["teacher"] for job in fills["fills"]] == ["fake"]
@@ -101,7 +101,7 @@ def test_there_is_one_job_of_a_corpus_and_a_teacher(cache: Cache, teacher: Moody
 def test_a_running_job_ends_with_the_service(cache: Cache, teacher: MoodyTeacher) -> None:
     teacher.gate.clear()
     with served(cache, fake=teacher) as address:
-        httpx.put(f"{address}/fake", json=BODY, timeout=30)
+        httpx.put(f"{address}/fake", json=BODY, timeout=120)
         until(lambda: teacher.calls > 0)
     calls = teacher.calls
     teacher.gate.set()
@@ -116,13 +116,13 @@ def test_a_busy_teacher_is_asked_again_and_a_broken_one_ends_the_job(cache: Cach
     broken = MoodyTeacher(inner, [TeacherFailed("the engine answered NaN")])
     with served(cache, busy=busy, broken=broken) as address:
         for name in ("busy", "broken"):
-            httpx.put(f"{address}/{name}", json=BODY, timeout=30)
+            httpx.put(f"{address}/{name}", json=BODY, timeout=120)
         done = until_state(f"{address}/busy", "done", "failed")
         assert (done["state"], done["refusals"]) == ("done", 2)
         failed = until_state(f"{address}/broken", "done", "failed")
         assert failed["state"] == "failed"
         assert failed["error"] == {"kind": "teacher_failed", "detail": "the engine answered NaN"}
-        httpx.put(f"{address}/broken", json=BODY, timeout=30)
+        httpx.put(f"{address}/broken", json=BODY, timeout=120)
         assert until_state(f"{address}/broken", "done", "failed")["state"] == "done"
 
 
@@ -150,7 +150,7 @@ def test_a_body_of_another_wire_version_is_refused_naming_both(cache: Cache, tea
             assert "'2'" in detail
             assert "'1'" in detail
         refused(httpx.put(f"{address}/fake", json={**BODY, "format": 2}), 422, "invalid_input")
-        assert httpx.put(f"{address}/fake", json={**BODY, "format": "1"}, timeout=30).status_code == 200
+        assert httpx.put(f"{address}/fake", json={**BODY, "format": "1"}, timeout=120).status_code == 200
 
 
 class WeighingTeacher(FakeTeacher):
@@ -178,10 +178,10 @@ def test_batches_are_cut_to_the_bounds_of_answers(cache: Cache) -> None:
     wanted = {"fields": fields.to_json(), "encoding": "f32", "batch_tokens": 100_000, "in_flight": 64}
     with serving_teachers(hosted("fake", teacher), cache=cache, limits=limits) as url:
         address = f"{url}/v1/corpora/docs/fill/fake"
-        begun = httpx.put(address, json=wanted, timeout=30).json()
+        begun = httpx.put(address, json=wanted, timeout=120).json()
         assert (begun["batch_tokens"], begun["in_flight"]) == (2 * longest, 3)
         assert until_state(address, "done", "failed")["state"] == "done"
-        assert httpx.put(address, json=wanted, timeout=30).json()["batch_tokens"] == 2 * longest
+        assert httpx.put(address, json=wanted, timeout=120).json()["batch_tokens"] == 2 * longest
     assert 0 < teacher.most <= 2 * longest
     assert 0 < teacher.most_together <= 7 * longest
 
@@ -195,7 +195,7 @@ def test_a_row_whose_targets_do_not_fit_is_refused_and_nothing_written(cache: Ca
         limits = LimitSettings(**{name: held - 1})
         with serving_teachers(hosted("fake", teacher), cache=cache, limits=limits) as url:
             wanted = {"fields": fields.to_json(), "encoding": "f32"}
-            reply = httpx.put(f"{url}/v1/corpora/docs/fill/fake", json=wanted, timeout=30)
+            reply = httpx.put(f"{url}/v1/corpora/docs/fill/fake", json=wanted, timeout=120)
             detail = refused(reply, 422, "limit_exceeded")
             assert f"{held} bytes" in detail
             assert f"{name}={held - 1}" in detail

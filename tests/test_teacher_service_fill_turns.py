@@ -45,10 +45,10 @@ class Filled:
         return f"{self.url}/v1/corpora/docs/fill/{name}"
 
     def put(self, name: str, body: dict[str, Any] = BODY) -> httpx.Response:
-        return httpx.put(self.address(name), json=body, timeout=30)
+        return httpx.put(self.address(name), json=body, timeout=120)
 
     def states(self) -> dict[str, str]:
-        fills = httpx.get(f"{self.url}/v1/fills", timeout=30).json()["fills"]
+        fills = httpx.get(f"{self.url}/v1/fills", timeout=120).json()["fills"]
         return {job["teacher"]: job["state"] for job in fills}
 
 
@@ -72,7 +72,7 @@ def test_a_job_that_fails_or_is_stopped_lets_the_next_one_run(tmp_path: Path) ->
     with Filled(tmp_path / "c", 2).served() as filled:
         filled.teachers["fake"].errors.append(TeacherFailed("the engine answered NaN"))
         assert [filled.put(name).json()["state"] for name in NAMES] == ["running", "running", "waiting", "waiting"]
-        stopped = httpx.delete(filled.address("c"), timeout=30).json()
+        stopped = httpx.delete(filled.address("c"), timeout=120).json()
         assert (stopped["state"], stopped["seconds"]) == ("stopped", 0.0)
         filled.teachers["fake"].gate.set()
         assert until_state(filled.address("fake"), "done", "failed")["state"] == "failed"
@@ -80,7 +80,7 @@ def test_a_job_that_fails_or_is_stopped_lets_the_next_one_run(tmp_path: Path) ->
         assert filled.states() == {"fake": "failed", "b": "running", "c": "stopped", "d": "running"}
         # One that is asked for again is the last in the order.
         assert [filled.put(name).json()["state"] for name in ("fake", "c")] == ["waiting", "waiting"]
-        assert httpx.delete(filled.address("b"), timeout=30).json()["state"] == "stopped"
+        assert httpx.delete(filled.address("b"), timeout=120).json()["state"] == "stopped"
         until(lambda: filled.states()["fake"] == "running")
         assert filled.states()["c"] == "waiting"
         assert filled.teachers["c"].calls == 0

@@ -40,7 +40,7 @@ def prometheus(folder: Path, target: str) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
-        process.wait(timeout=30)
+        process.wait(timeout=120)
 
 
 def ask(url: str, query: str) -> list[dict[str, Any]]:

@@ -187,7 +187,7 @@ def test_ray_says_whether_a_process_ended_by_itself_or_was_stopped() -> None:
         waiting = victim.wait.remote()
         stop((victim, pid))
         with pytest.raises(RayActorError) as error:
-            ray.get(waiting, timeout=30)
+            ray.get(waiting, timeout=120)
         return error.value
 
     by_itself = loss(lambda it: os.kill(it[1], signal.SIGSEGV))

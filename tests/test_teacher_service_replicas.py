@@ -206,7 +206,7 @@ async def test_a_start_that_hangs_keeps_nobody_from_stopping(stubborn: bool, cap
     await eventually(lambda: len(engines) == 2)
     waiting = asyncio.create_task(hosted.front(store=True).score(rows(5), Fields(k=4)))
     await asyncio.sleep(0)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await hosted.drain(no_engine_seconds=0.1)
         await hosted.stop()
     with pytest.raises(Unavailable, match="closed"):

@@ -87,7 +87,7 @@ def test_a_connection_that_never_becomes_a_request_is_closed(behind_url: str, tm
     config.write_text(f'[limits]\nbody_seconds = 0.5\n[[teachers]]\nname = "smol"\nmodel = "{behind_url}"\n')
     serving = Serving(str(config))
     host, _, port = serving.url.removeprefix("http://").partition(":")
-    with socket.create_connection((host, int(port)), timeout=20) as connection:
+    with socket.create_connection((host, int(port)), timeout=120) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\nhost: x\r\nx-a: ")
         assert connection.recv(100) == b""
     assert serving.stop() == (0, "")
@@ -112,7 +112,7 @@ def test_what_is_in_flight_is_finished_before_it_stops() -> None:
             httpx.get(f"{serving.url}/healthz")
         assert serving.process.poll() is None
         gated.gate.set()
-        asking.join(timeout=30)
+        asking.join(timeout=120)
         assert_scored(rows_of(3), got)
         assert serving.finish() == (0, "")
 
@@ -130,14 +130,14 @@ def test_the_grace_time_ends(tmp_path: Path) -> None:
         begin = time.monotonic()
         status, _ = serving.stop()
         assert status == 0
-        assert 0.9 < time.monotonic() - begin < 10
-        asking.join(timeout=30)
+        assert 0.9 < time.monotonic() - begin < 25
+        asking.join(timeout=120)
         until(lambda: gated.cancelled == 1)
 
 
 def _ignore_errors(address: str) -> None:
     try:
-        httpx.post(address, json={"rows": [[1]]}, timeout=30)
+        httpx.post(address, json={"rows": [[1]]}, timeout=120)
     except httpx.TransportError:
         return
 
@@ -200,7 +200,7 @@ def test_it_stops_while_a_teacher_still_starts() -> None:
         connection, _ = silent.accept()
         time.sleep(0.5)
         process.send_signal(signal.SIGTERM)
-        stdout, stderr = process.communicate(timeout=30)
+        stdout, stderr = process.communicate(timeout=120)
         connection.close()
     assert (process.returncode, stdout, stderr) == (0, "", "")
 

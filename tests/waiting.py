@@ -14,7 +14,7 @@ async def eventually(condition: Callable[[], bool], seconds: float = 60.0) -> No
             await asyncio.sleep(0.01)
 
 
-def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
     """The same outside an event loop; an AssertionError if it does not become so."""
     deadline = time.monotonic() + seconds
     while not condition():
