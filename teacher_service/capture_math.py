@@ -232,16 +232,19 @@ def _powers(
     t: torch.Tensor, e: torch.Tensor, temperatures: tuple[float, ...], powers: torch.Tensor, space: Workspace
 ) -> None:
     """Fill [R, V] e and [R, temperatures] sum exp(t / T); the two usual temperatures take no exponential more."""
+    root_sum = None
     if 2.0 in temperatures:
         root = _exp(torch.mul(t, 0.5, out=e), out=e)
-        powers[:, temperatures.index(2.0)] = root.sum(dim=1)
+        root_sum = root.sum(dim=1)
         torch.mul(root, root, out=e)
     else:
         _exp(t, out=e)
     for column, temperature in enumerate(temperatures):
-        if temperature == 0.5:
+        if root_sum is not None and temperature == 2.0:
+            powers[:, column] = root_sum
+        elif temperature == 0.5:
             powers[:, column] = _dot(e, e)
-        elif temperature != 2.0:
+        else:
             scratch = space.take("scratch", (t.shape[0], t.shape[1]), t, torch.float32)
             powers[:, column] = _exp(torch.mul(t, 1.0 / temperature, out=scratch), out=scratch).sum(dim=1)
 

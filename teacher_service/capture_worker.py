@@ -27,6 +27,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -46,6 +47,7 @@ CPU_HEAD_BYTES = 16 * 2**20
 """The same on a CPU: below the 32 MiB from which glibc maps fresh pages for each allocation, which cost a quarter of
 the head's time, and small enough for the third cache."""
 
+_START_SECONDS = 60.0
 _STEP = "_get_prompt_logprobs_dict"
 _NEEDED = (_STEP, "num_prompt_logprobs", "requests", "input_batch", "query_start_loc", "model", "model_config")
 # What torch and numpy raise when they are out of memory or are handed what they do not take.
@@ -296,14 +298,15 @@ def _one_torch_thread_each() -> ThreadPoolExecutor:
     own = [{core} for core in cores] if len(cores) == num_threads else [cores] * num_threads
 
     def prepare() -> None:
-        os.sched_setaffinity(0, own.pop())
+        with suppress(OSError):  # a core that was taken from the process meanwhile
+            os.sched_setaffinity(0, own.pop())
         torch.get_num_threads()  # a thread takes the process's number when it first looks, and that is not 1
         set_num_threads(1)
-        barrier.wait()
+        barrier.wait(_START_SECONDS)
 
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="capture", initializer=prepare)
     for _ in range(num_threads):
         pool.submit(int)
-    barrier.wait()
+    barrier.wait(_START_SECONDS)
     set_num_threads(num_threads)
     return pool

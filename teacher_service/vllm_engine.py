@@ -154,11 +154,13 @@ class VllmEngine:
         """Free what the engine holds; a failed engine may not manage, which is logged."""
         try:
             core = self._engine.engine_core
-            processes = [] if self._inside else list(core.resources.engine_manager.processes)
+            processes = _processes_of(core)
             self._engine.renderer.shutdown()
             core.shutdown()
             for process in processes:
                 process.join(_KILLED_SECONDS)  # vLLM kills one that takes over five seconds, and does not wait for it
+                if process.is_alive():
+                    _LOG.warning("process %d of an engine lives on %g s after its end", process.pid, _KILLED_SECONDS)
         except Exception:  # noqa: BLE001 -- there is nothing left to do, and nobody to tell
             _LOG.warning("vLLM did not shut down cleanly", exc_info=True)
         finally:
@@ -246,6 +248,12 @@ class VllmEngine:
         if self._inside:
             self._inside = False
             _INSIDE_THIS_PROCESS.release()
+
+
+def _processes_of(core: Any) -> list[Any]:
+    """Of vLLM's client of an engine; none where it is in this process."""
+    manager = getattr(getattr(core, "resources", None), "engine_manager", None)
+    return list(getattr(manager, "processes", ()))
 
 
 def _import_vllm() -> Any:

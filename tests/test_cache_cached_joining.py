@@ -14,6 +14,7 @@ from cache.errors import DeadlineExceeded, LimitExceeded, Overloaded, PotstillEr
 from cache.types import Tokens
 from tests.fakes import FakeTeacher
 from tests.scored_rows import assert_same, row
+from tests.waiting import eventually
 
 POLICY = KeepPolicy(k=16)
 WANT = Fields(k=16)
@@ -91,6 +92,11 @@ async def test_who_joined_a_score_that_is_refused_is_scored_as_itself(cache: Cac
         assert cached._in_flight == {}
 
 
+async def two_wait(cached: CachedTeacher) -> None:
+    """Until two callers wait for the one row that is being scored."""
+    await eventually(lambda: sum(batch.waiters for batches in cached._in_flight.values() for batch in batches) == 2)
+
+
 async def test_who_joined_is_refused_when_it_is_refused_itself_and_when_the_teacher_fails(cache: Cache) -> None:
     for error, calls in ((Overloaded("full"), 3), (TeacherFailed("broken"), 1)):
         teacher = Refusing(error, 99)
@@ -98,7 +104,7 @@ async def test_who_joined_is_refused_when_it_is_refused_itself_and_when_the_teac
             first = asyncio.create_task(cached.score([row(1)], WANT))
             await teacher.asked(1)
             joined = asyncio.create_task(cached.score([row(1)], WANT))
-            await asyncio.sleep(0.05)
+            await two_wait(cached)
             teacher.gate.set()
             for asked in (first, joined):
                 with pytest.raises(type(error)):
@@ -112,7 +118,7 @@ async def test_a_caller_that_leaves_does_not_fail_the_others(cache: Cache) -> No
         leaving = asyncio.create_task(cached.score([row(1)], WANT))
         await teacher.asked(1)
         staying = asyncio.create_task(cached.score([row(1)], WANT))
-        await asyncio.sleep(0.05)
+        await two_wait(cached)
         leaving.cancel()
         with pytest.raises(asyncio.CancelledError):
             await leaving
@@ -145,7 +151,7 @@ async def test_a_row_asked_for_with_two_k_at_once_keeps_its_answers(cache: Cache
         wide = asyncio.create_task(cached.score([row(1, 2)], Fields(k=40)))
         await teacher.asked(1)
         narrow = asyncio.create_task(cached.score([row(1, 2)], Fields(k=20)))
-        await asyncio.sleep(0.05)
+        await two_wait(cached)
         teacher.gate.set()
         (first,), (joined,) = await narrow, await wide
         assert_same(joined.prefix(20), first)
@@ -161,12 +167,12 @@ async def test_work_that_nobody_waits_for_any_more_is_dropped(cache: Cache) -> N
     teacher = Gated()
     async with CachedTeacher.open(teacher, name="smol", cache=cache, policy=POLICY) as cached:
         leaving = [asyncio.create_task(cached.score([row(1)], WANT)) for _ in range(2)]
+        await two_wait(cached)
         await teacher.asked(1)
         for task in leaving:
             task.cancel()
         await asyncio.gather(*leaving, return_exceptions=True)
-        await asyncio.sleep(0.05)
-        assert cached._in_flight == {}
+        await eventually(lambda: cached._in_flight == {})
         teacher.gate.set()
         assert (await cached.score([row(1)], WANT))[0].num_positions == 1
     assert len(teacher.scored) == 2

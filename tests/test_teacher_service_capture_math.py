@@ -119,6 +119,15 @@ def test_log_z_is_finite_at_the_bounds_of_temperature() -> None:
         np.testing.assert_allclose(log_z[:, column], theirs, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("temperatures", [(2.0, 2.0), (1.0, 2.0, 2.0), (0.5, 0.5, 2.0, 0.5), (3.0, 3.0)])
+def test_a_temperature_that_is_asked_for_twice_is_answered_twice(temperatures: tuple[float, ...]) -> None:
+    logits = random_logits(3, 500)
+    log_z = captured(logits, Fields(k=0, temperatures=temperatures))["log_z"]
+    for column, temperature in enumerate(temperatures):
+        theirs = np.logaddexp.reduce(exact(logits) / temperature, axis=1)
+        np.testing.assert_allclose(log_z[:, column], theirs, atol=1e-4)
+
+
 @pytest.mark.parametrize("vocab_size", VOCABS)
 @pytest.mark.parametrize("num_draws", [1, 50, 3000])
 def test_draws_are_those_of_the_reference(vocab_size: int, num_draws: int) -> None:

@@ -34,27 +34,7 @@ class CountedPieces:
         return bytes(1 << 20)
 
 
-def test_a_client_that_takes_nothing_is_dropped_and_holds_no_thread_meanwhile() -> None:
-    slots = ReadSlots(threads=1, streams=1, stall_seconds=1.0)
-    pieces = CountedPieces()
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http":
-            await StreamedAnswer(iter(pieces), slots, headers={}, media_type=ARROW)(scope, receive, send)
-
-    with serving(app) as url, httpx.stream("GET", url):
-        until(lambda: pieces.read > 2)
-        # The one thread is free, though the answer is still under way.
-        assert slots.pool.submit(lambda: 7).result(timeout=5) == 7
-        assert slots.in_use == 1
-        until(lambda: slots.in_use == 0)
-        assert pieces.read < 50
-
-
-def test_a_client_that_leaves_stops_the_reading() -> None:
-    slots = ReadSlots(threads=1, streams=1, stall_seconds=60.0)
-    pieces = CountedPieces()
-
+def streaming(pieces: CountedPieces, slots: ReadSlots) -> Any:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http":
             try:
@@ -63,7 +43,31 @@ def test_a_client_that_leaves_stops_the_reading() -> None:
                 if type(error).__name__ != "ClientDisconnect":
                     raise
 
-    with serving(app) as url:
+    return app
+
+
+def test_a_client_that_takes_nothing_is_dropped() -> None:
+    slots = ReadSlots(threads=1, streams=1, stall_seconds=1.0)
+    pieces = CountedPieces()
+    with serving(streaming(pieces, slots)) as url, httpx.stream("GET", url):
+        until(lambda: pieces.read > 2 and slots.in_use == 0)
+        assert pieces.read < 50
+
+
+def test_a_client_that_takes_nothing_holds_no_thread_meanwhile() -> None:
+    slots = ReadSlots(threads=1, streams=1, stall_seconds=600.0)
+    pieces = CountedPieces()
+    with serving(streaming(pieces, slots)) as url, httpx.stream("GET", url):
+        until(lambda: pieces.read > 2)
+        # The one thread is free, though the answer is still under way.
+        assert slots.pool.submit(lambda: 7).result(timeout=60) == 7
+        assert slots.in_use == 1
+
+
+def test_a_client_that_leaves_stops_the_reading() -> None:
+    slots = ReadSlots(threads=1, streams=1, stall_seconds=600.0)
+    pieces = CountedPieces()
+    with serving(streaming(pieces, slots)) as url:
         with httpx.stream("GET", url):
             until(lambda: pieces.read > 2)
         until(lambda: slots.in_use == 0)
