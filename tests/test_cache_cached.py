@@ -114,10 +114,7 @@ async def test_rows_are_stored_when_they_have_waited_long_enough(cache: Cache) -
     policy = KeepPolicy(k=16, segment_seconds=0.1)
     async with CachedTeacher.open(FakeTeacher(), name="smol", cache=cache, policy=policy) as cached:
         await cached.score([row(1, 2)], WANT)
-        for _ in range(100):
-            if list(Path(cache.root.url).rglob("smol-*.json")):
-                break
-            await asyncio.sleep(0.05)
+        await eventually(lambda: any(Path(cache.root.url).rglob("smol-*.json")))
         assert len(list(Path(cache.root.url).rglob("smol-*.json"))) == 1
         (again,) = await cached.score([row(1, 2)], WANT)
         assert again.num_positions == 2
@@ -144,10 +141,7 @@ async def test_a_store_that_takes_nothing_costs_neither_answers_nor_memory(cache
         blocker.write_text("not a folder")
         for i in range(5):
             await cached.score([row(i)], WANT)
-        for _ in range(100):
-            if cached.store_error:
-                break
-            await asyncio.sleep(0.05)
+        await eventually(lambda: cached.store_error != "")
         assert "journal" in cached.store_error
         blocker.unlink()
     async with CachedTeacher.open(FakeTeacher(), name="smol", cache=cache, policy=policy) as cached:
@@ -255,11 +249,8 @@ async def test_a_running_service_keeps_its_journal_within_the_quota(cache: Cache
         for i in range(8):
             await cached.score([row(*range(i, i + 40))], WANT)
             await cached._flush()
-        for _ in range(200):
-            await asyncio.sleep(0.05)
-            if sum(cache.root.sizes("journal").values()) <= 60_000:
-                break
-        assert sum(cache.root.sizes("journal").values()) <= 60_000, "records come on top of the arrays"
+        # Records come on top of the arrays.
+        await eventually(lambda: sum(cache.root.sizes("journal").values()) <= 60_000)
         assert cached.store_error == ""
         (answer,) = await cached.score([row(*range(7, 47))], WANT)
         assert answer.num_positions == 40

@@ -45,7 +45,7 @@ def prometheus(folder: Path, target: str) -> Iterator[str]:
 
 def ask(url: str, query: str) -> list[dict[str, Any]]:
     """The result of a query, asked until there is one."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 90
     while True:
         try:
             reply = httpx.get(f"{url}/api/v1/query", params={"query": query}).json()
