@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cache.errors import CorruptSegment, FormatError
 from cache.record import read_group_metadata
@@ -33,13 +33,19 @@ def stored_identities(root: Root) -> list[StoredIdentity]:
     Raises:
         StoreError: the store does not answer.
     """
-    found = []
-    for target_set in target_set_paths(root):
-        _, teacher, corpus = target_set.split("/")
-        identity = _identity(root, target_set)
-        if identity is not None:
-            found.append(StoredIdentity(teacher, corpus, identity))
-    return found
+    stored = (stored_identity(root, target_set) for target_set in target_set_paths(root))
+    return [each for each in stored if each is not None]
+
+
+def stored_identity(root: Root, target_set: str) -> StoredIdentity | None:
+    """Of one of `target_set_paths`; None when its record cannot be read.
+
+    Raises:
+        StoreError: the store does not answer.
+    """
+    _, teacher, corpus = target_set.split("/")
+    identity = _identity(root, target_set)
+    return None if identity is None else StoredIdentity(teacher, corpus, identity)
 
 
 def renamed_line(name: str, identity: TeacherIdentity, stored: Sequence[StoredIdentity]) -> str:
@@ -55,17 +61,32 @@ def renamed_line(name: str, identity: TeacherIdentity, stored: Sequence[StoredId
     others = [each for each in same if each.identity.model != identity.model and (each.teacher == name or not known)]
     if not others:
         return ""
-    # The teacher's own name first: that is the one whose targets were there yesterday.
-    first = min(others, key=lambda each: (each.teacher != name, each.teacher, each.corpus))
+    # The teacher's own name first: that is the one whose targets were there yesterday. Then those that need the least.
+    first = min(
+        others,
+        key=lambda each: (each.teacher != name, bool(_beside_name(identity, each.identity)), each.teacher, each.corpus),
+    )
     where = ", ".join(
-        each.corpus for each in others if (each.teacher, each.identity.model) == (first.teacher, first.identity.model)
+        each.corpus for each in others if (each.teacher, each.identity) == (first.teacher, first.identity)
     )
     return (
         f"teacher {name!r} is model {identity.model!r}, and the cache has targets of the same weights as model "
         f"{first.identity.model!r} (teacher {first.teacher!r}, corpora {where}): these are another teacher's to it and "
-        f"are not used; to use them, serve the weights as {first.teacher!r} from a folder named "
-        f"{first.identity.model!r}, else fill under a new teacher name"
+        f"are not used; to use them, serve the weights as {first.teacher!r} {_way_back(identity, first.identity)}, "
+        "else fill under a new teacher name"
     )
+
+
+def _way_back(now: TeacherIdentity, before: TeacherIdentity) -> str:
+    """How what is served as `now` becomes the teacher `before`."""
+    # A folder's name has no slash: that is a name on the hub.
+    place = f"by the model name {before.model!r}" if "/" in before.model else f"from a folder named {before.model!r}"
+    rest = _beside_name(now, before)
+    return f"{place} and mend what differs beside the name (now != stored: {rest})" if rest else place
+
+
+def _beside_name(now: TeacherIdentity, before: TeacherIdentity) -> str:
+    return replace(now, model=before.model).differences(before)
 
 
 def _same_weights(mine: TeacherIdentity, theirs: TeacherIdentity) -> bool:

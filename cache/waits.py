@@ -16,6 +16,11 @@ def on_wait(tell: Callable[[], None]) -> None:
     _on_wait.set((*_on_wait.get(), tell))
 
 
+def forget_waits() -> None:
+    """Have nobody called who was given to `on_wait` so far: what begins here is another call."""
+    _on_wait.set(())
+
+
 def waits() -> None:
     """The current call's rows have to wait from now on.
 

@@ -1,4 +1,4 @@
-"""Watching a job of a service over its whole life, also while the service does not answer."""
+"""A job of a service over its whole life, also while the service does not answer."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 from cache.errors import NotFound, PotstillError, Unavailable
+from cache.types import Fields
 from clients.http_fill import HttpFill
 from clients.retry import RetryPolicy
 
 
 class FillWatch:
-    """Looks at one job that was started.
+    """Starts, looks at and stops one job.
 
     Args:
         job: its service should be asked once a call (`RetryPolicy(attempts=1)`): trying again is done here.
@@ -44,33 +45,52 @@ class FillWatch:
             Unavailable: there was no answer for as long as `patience`.
             NotFound: the service was started anew, and with it the job ended. PotstillError: what else it refuses with.
         """
+        way_on = f"The job may go on there: `{self._again}` watches it, or goes on with the rest after a restart"
+        try:
+            return self._answer(self._job.status, way_on)
+        except NotFound as error:
+            raise NotFound(
+                "the service was restarted, which ended the fill: a restarted service does not go on by itself. "
+                f"What is committed stays; `{self._again}` goes on with the rest"
+            ) from error
+
+    def start(self, fields: Fields, encoding: str) -> dict[str, Any]:
+        """Start it, as `HttpFill.start` does; tries until there is an answer.
+
+        Raises:
+            Unavailable: there was no answer for as long as `patience`. PotstillError: what else it refuses with.
+        """
+        way_on = f"Whether it began is not known: `{self._again}` starts it, or watches it"
+        return self._answer(lambda: self._job.start(fields, encoding), way_on)
+
+    def stop(self) -> dict[str, Any]:
+        """Stop it, as `HttpFill.stop` does; tries until there is an answer.
+
+        Raises:
+            Unavailable: there was no answer for as long as `patience`. PotstillError: what else it refuses with.
+        """
+        return self._answer(self._job.stop, "The job may go on there: the same command tries to stop it again")
+
+    def _answer(self, ask: Callable[[], dict[str, Any]], way_on: str) -> dict[str, Any]:
         begin = time.monotonic()
         failures = 0
         while True:
             try:
-                at = self._job.status()
-            except NotFound as error:
-                raise NotFound(
-                    "the service was restarted, which ended the fill: a restarted service does not go on by itself. "
-                    f"What is committed stays; `{self._again}` goes on with the rest"
-                ) from error
+                at = ask()
             except PotstillError as error:
                 if not error.retryable:
                     raise
                 failures += 1
-                self._wait(error, failures, begin)
+                self._wait(error, failures, begin, way_on)
             else:
                 if failures:
                     self._tell("the service answers again")
                 return at
 
-    def _wait(self, error: PotstillError, failures: int, begin: float) -> None:
+    def _wait(self, error: PotstillError, failures: int, begin: float, way_on: str) -> None:
         left = begin + self._patience - time.monotonic()
         if left <= 0:
-            raise Unavailable(
-                f"no answer for {self._patience:g} s ({error.detail}). The job may go on there: `{self._again}` "
-                "watches it, or goes on with the rest after a restart"
-            ) from error
+            raise Unavailable(f"no answer for {self._patience:g} s ({error.detail}). {way_on}") from error
         if failures == 1:
             self._tell(f"no answer for now ({error.detail}); trying again for up to {self._patience:g} s")
         time.sleep(min(left, self._retry.wait_seconds(failures, error.retry_after)))

@@ -21,7 +21,7 @@ from cache.errors import (
     WireVersionError,
 )
 from cache.wire_stream import CutShort, StreamReader
-from clients.retry import API_KEY_VARIABLE, Refusal, RetryPolicy, checked_key, checked_url, refusal_from
+from clients.retry import API_KEY_VARIABLE, Refusal, RetryPolicy, checked_key, checked_url, login_of, refusal_from
 
 T = TypeVar("T")
 _SILENCE_SECONDS = 60.0
@@ -57,7 +57,9 @@ class Reads:
         # Silence is bounded by itself: a service that reads from far away may take long between two blocks.
         times = httpx.Timeout(min(_SILENCE_SECONDS, timeout), connect=min(10.0, timeout), pool=None)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=16)
-        self._client = httpx.Client(base_url=self.url, headers=headers, timeout=times, limits=limits)
+        self._client = httpx.Client(
+            base_url=self.url, auth=login_of(url), headers=headers, timeout=times, limits=limits
+        )
 
     def __enter__(self) -> Self:
         """The same; nothing is sent yet."""

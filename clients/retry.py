@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from cache.errors import (
 from cache.types import JSON
 
 T = TypeVar("T")
+_LOGIN = re.compile(r"(?<=://)[^/?#\s]*@")
 API_KEY_VARIABLE = "POTSTILL_API_KEY"
 """Holds the API key for every service that is called without one, so that no command line shows it."""
 
@@ -130,7 +132,7 @@ class Connection:
             InvalidInput: not an `http://host:port` or `https://` URL, a number that makes no sense, or a key that no
                 header can hold.
         """
-        url = checked_url(url)
+        login, url = login_of(url), checked_url(url)
         if not 0 < timeout < math.inf or max_in_flight < 1:
             raise InvalidInput("timeout must be a positive number of seconds, max_in_flight at least 1")
         headers = {"user-agent": "potstill"}
@@ -140,7 +142,7 @@ class Connection:
         # The deadline of the call bounds everything but the connection, which fails fast to be tried again.
         times = httpx.Timeout(None, connect=min(10.0, timeout))
         limits = httpx.Limits(max_connections=max_in_flight)
-        async with httpx.AsyncClient(base_url=url, headers=headers, timeout=times, limits=limits) as client:
+        async with httpx.AsyncClient(base_url=url, auth=login, headers=headers, timeout=times, limits=limits) as client:
             yield cls(client, url, timeout=timeout, max_in_flight=max_in_flight, retry=retry or RetryPolicy())
 
     async def get_json(self, path: str) -> dict[str, Any]:
@@ -213,21 +215,41 @@ def checked_key(api_key: str) -> str:
     return key
 
 
+def without_login(text: str) -> str:
+    """The text without the user and password, which may be an API key, of any URL in it."""
+    return _LOGIN.sub("", text)
+
+
+def login_of(url: str) -> tuple[str, str] | None:
+    """The user and password in a URL; None when it has none.
+
+    Raises:
+        InvalidInput: not a URL.
+    """
+    parsed = _parsed(url)
+    return (parsed.username, parsed.password) if parsed.userinfo else None
+
+
 def checked_url(url: str) -> str:
-    """The URL without a trailing slash.
+    """The URL without a trailing slash and without what `login_of` has of it, so that messages may show it.
 
     Raises:
         InvalidInput: no http or https scheme, no host, a bad port, or a query or fragment.
     """
-    try:
-        parsed = httpx.URL(url)
-    except (httpx.InvalidURL, TypeError) as error:
-        raise InvalidInput(f"{url!r} is not a URL: {error}; write http://host:port") from error
+    parsed = _parsed(url)
+    shown = without_login(url)
     if parsed.port is not None and not 0 < parsed.port < 2**16:
-        raise InvalidInput(f"{url!r} has port {parsed.port}; a port is a number from 1 to 65535")
+        raise InvalidInput(f"{shown!r} has port {parsed.port}; a port is a number from 1 to 65535")
     if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or parsed.fragment:
-        raise InvalidInput(f"{url!r} is not the URL of a service; write http://host:port")
-    return str(parsed).rstrip("/")
+        raise InvalidInput(f"{shown!r} is not the URL of a service; write http://host:port")
+    return without_login(str(parsed)).rstrip("/")
+
+
+def _parsed(url: str) -> httpx.URL:
+    try:
+        return httpx.URL(url)
+    except (httpx.InvalidURL, TypeError) as error:
+        raise InvalidInput(f"{without_login(str(url))!r} is not a URL: {error}; write http://host:port") from error
 
 
 def refusal_from(reply: httpx.Response, url: str) -> Refusal:

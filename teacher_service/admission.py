@@ -105,8 +105,8 @@ class Admission:
         is within `max_answer_bytes_in_flight` and `max_miss_bytes_in_flight` together, each answer as its arrays.
 
         Raises:
-            Overloaded: together with the others they are over `max_answer_bytes_in_flight`. Beginning to wait raises
-                it too: together with the other misses they are over `max_miss_bytes_in_flight`.
+            Overloaded: together with the others they are over `max_answer_bytes_in_flight`. LimitExceeded: they are
+                alone. Beginning to wait raises the same of the misses and `max_miss_bytes_in_flight`.
         """
         place = _AnswerPlace(current_caller().name, num_bytes, self._answers, self._misses)
         held_until_answered.get().callback(place.give_back)

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from cache.errors import BodyTooLarge, RequestTimeout
+from cache.waits import forget_waits
 from teacher_service.admission import Admission, held_until_answered
 from teacher_service.auth import current_caller
 from teacher_service.connections import ABORT
@@ -37,6 +38,9 @@ class BoundedTransfers:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        # A server may start a request in a copy of the context of the one before on the connection: asyncio reads on
+        # in the context that resumed the reading of a long body, and a pipelined request is started by the one before.
+        forget_waits()
         with ExitStack() as held:
             held_until_answered.set(held)
             body = _Body(self._admission, receive)

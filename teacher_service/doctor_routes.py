@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import Depends, FastAPI
 
 from cache import wire
+from cache.errors import StoreError
 from cache.types import JSON
 from teacher_service.auth import Role, allow
+from teacher_service.renamed_look import RenamedLook, look_for_renamed
 from teacher_service.service import Service
 
 if TYPE_CHECKING:
@@ -27,13 +30,16 @@ def add_doctor_routes(app: FastAPI, service: Service) -> None:
     @app.get("/v1/doctor", dependencies=[Depends(allow(Role.ADMIN))])
     async def doctor() -> dict[str, Any]:
         store = None if service.cache is None else await asyncio.to_thread(_store, service.cache)
+        up = [teacher for teacher in service.teachers.values() if teacher.state == "ready"]
+        renamed = RenamedLook({}) if service.cache is None else await look_for_renamed(up, service.cache)
         return {
             "wire_version": wire.WIRE_VERSION,
             "has_keys": service.access.keys is not None,
             "memory": {**memory(), "admitted_bytes": admitted_bytes(service)},
             "store": store,
             "kept": _kept(service),
-            "renamed": {} if service.cache is None else await asyncio.to_thread(_renamed, service, service.cache),
+            "renamed": dict(renamed.lines),
+            "renamed_problem": renamed.problem,
         }
 
 
@@ -42,7 +48,9 @@ def admitted_bytes(service: Service) -> int:
     limits = service.limits
     engines = max(len(service.teachers), 1) * limits.max_engine_bytes
     answers = limits.max_answer_bytes_in_flight + limits.max_miss_bytes_in_flight
-    return engines + limits.max_body_bytes_in_flight + answers
+    # A fill that waits until its teacher takes more gives its turn to another, and keeps what it has.
+    fills = max(limits.max_fills_running, service.fills.num_begun) * limits.max_answer_bytes_in_flight
+    return engines + limits.max_body_bytes_in_flight + answers + fills
 
 
 def memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> dict[str, JSON]:
@@ -62,6 +70,16 @@ def memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) ->
 def _store(cache: Cache) -> dict[str, JSON]:
     from cache.store_probe import probe_store  # noqa: PLC0415 -- zarr and obstore, only where there is a cache
 
+    probe = probe_store(cache.root)
+    corpora: list[JSON] = []
+    try:
+        corpora = _corpora(cache)
+    except StoreError as error:
+        probe = replace(probe, problem=probe.problem or error.detail)
+    return {**probe.to_json(), "corpora": corpora}
+
+
+def _corpora(cache: Cache) -> list[JSON]:
     corpora: list[JSON] = []
     for name in cache.corpora():
         corpus = cache.corpus(name)
@@ -72,18 +90,7 @@ def _store(cache: Cache) -> dict[str, JSON]:
             "teachers": list(cache.teachers(name)),
         }
         corpora.append(facts)
-    return {**probe_store(cache.root).to_json(), "corpora": corpora}
-
-
-def _renamed(service: Service, cache: Cache) -> dict[str, JSON]:
-    """Of each teacher that is up, a line on targets of its weights under another model name, if there are any."""
-    from cache.renamed import renamed_line, stored_identities  # noqa: PLC0415
-
-    stored = stored_identities(cache.root)
-    teachers = list(service.teachers.items())
-    up = {name: teacher.pool.identity for name, teacher in teachers if teacher.state == "ready"}
-    lines = {name: renamed_line(name, identity, stored) for name, identity in up.items()}
-    return {name: line for name, line in lines.items() if line}
+    return corpora
 
 
 def _kept(service: Service) -> dict[str, JSON]:

@@ -2,7 +2,8 @@
 
 A job is `cache.fill.fill` on a hosted teacher, behind admission like any caller of it: the task inherits who asked for
 it, so its work waits in that caller's turn. It is stopped, or killed, at no cost but the shard in work. At most
-`max_fills_running` run at one time; the others wait in the order in which they were asked for.
+`max_fills_running` run at one time; the others wait in the order in which they were asked for, and one that its teacher
+told to come back later waits behind them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from cache.errors import (
     TeacherFailed,
 )
 from cache.types import JSON, Fields, Provenance, Targets, Teacher, TeacherIdentity, TeacherLimits, Tokens
+from teacher_service.fill_turns import FillTurn, FillTurns
 from teacher_service.request_limits import bytes_per_position
 from teacher_service.settings import LimitSettings
 
@@ -65,25 +67,30 @@ class FillJob:
     error: PotstillError | None = None
     refusals: int = 0
     """How often the teacher said to come back later."""
-    turn: asyncio.Event = field(default_factory=asyncio.Event)
-    began: float = field(default_factory=time.monotonic)
-    """When its turn came; before that, when it was asked for."""
+    refusal: PotstillError | None = None
+    """The last of them."""
+    turn: FillTurn = field(default_factory=FillTurn)
     ended: float | None = None
     task: asyncio.Task[None] | None = None
 
     @property
     def state(self) -> JobState:
-        """Where it stands."""
+        """Where it stands; it waits for its turn among the jobs, or until it may ask its teacher again."""
         if self.ended is None:
-            return "running" if self.turn.is_set() else "waiting"
+            return "running" if self.turn.given.is_set() else "waiting"
         if self.report is not None:
             return "done"
         return "stopped" if self.error is None else "failed"
 
-    def begin(self) -> None:
-        """Its turn has come."""
-        self.began = time.monotonic()
-        self.turn.set()
+    @property
+    def seconds(self) -> float:
+        """Since its turn came first; 0 before that."""
+        return 0.0 if self.turn.began is None else (self.ended or time.monotonic()) - self.turn.began
+
+    @property
+    def told_to_wait(self) -> PotstillError | None:
+        """Why it waits, when its teacher told it to come back later."""
+        return self.refusal if self.state == "waiting" and self.turn.pausing else None
 
     def ended_by(self, task: asyncio.Task[None]) -> None:
         """Note the end, and a bug that ended the task: nobody awaits it."""
@@ -96,7 +103,7 @@ class FillJob:
     def to_json(self) -> dict[str, JSON]:
         """All of it in numbers."""
         at = self.progress
-        seconds = (self.ended or time.monotonic()) - self.began if self.turn.is_set() else 0.0
+        seconds = self.seconds
         scored = self.report.positions_scored if self.report else at.positions_scored if at else 0
         return {
             "corpus": self.corpus,
@@ -115,7 +122,8 @@ class FillJob:
             "seconds": round(seconds, 3),
             "positions_per_second": round(scored / seconds, 1) if seconds > 0 else 0.0,
             "refusals": self.refusals,
-            "error": None if self.error is None else {"kind": self.error.kind, "detail": self.error.detail},
+            "told_to_wait": _told(self.told_to_wait),
+            "error": _told(self.error),
             "report": None if self.report is None else asdict(self.report),
         }
 
@@ -127,6 +135,12 @@ class FillJobs:
         self._cache = cache
         self._limits = limits
         self._jobs: dict[tuple[str, str], FillJob] = {}
+        self._turns = FillTurns(limits.max_fills_running)
+
+    @property
+    def num_begun(self) -> int:
+        """Jobs that may hold targets: those that run, and those that wait until they may ask their teacher again."""
+        return sum(job.ended is None and job.turn.began is not None for job in self._jobs.values())
 
     def jobs(self) -> list[FillJob]:
         """All that are remembered."""
@@ -170,10 +184,11 @@ class FillJobs:
         job = FillJob(corpus, teacher, order, fitted, shards_before=before, shards=targets.corpus.num_shards)
         self._jobs.pop((corpus, teacher), None)  # so that the order is that of asking
         self._jobs[corpus, teacher] = job
-        job.task = asyncio.create_task(_run(job, _Patient(open_teacher, inner, job), targets), name=f"fill {corpus}")
+        self._turns.want(job.turn)
+        patient = _Patient(open_teacher, inner, job, self._turns)
+        job.task = asyncio.create_task(_run(job, patient, targets), name=f"fill {corpus}")
         job.task.add_done_callback(job.ended_by)
-        job.task.add_done_callback(lambda _: self._give_turns())
-        self._give_turns()
+        job.task.add_done_callback(lambda _: self._turns.give_back(job.turn))
         return job
 
     async def stop(self, corpus: str, teacher: str) -> FillJob:
@@ -190,14 +205,6 @@ class FillJobs:
         """Stop all of them."""
         await asyncio.gather(*(_stopped(job) for job in self._jobs.values()))
 
-    def _give_turns(self) -> None:
-        """Begin those that wait longest, as many as may run."""
-        states = [job.state for job in self._jobs.values()]
-        free = self._limits.max_fills_running - states.count("running")
-        waiting = [job for job in self._jobs.values() if job.state == "waiting"]
-        for job in waiting[: max(free, 0)]:
-            job.begin()
-
     def _running(self, corpus: str, teacher: str, order: FillOrder) -> FillJob | None:
         found = self._jobs.get((corpus, teacher))
         if found is None or found.ended is not None:
@@ -209,6 +216,10 @@ class FillJobs:
                 f"--teacher {teacher} --stop` (over HTTP: DELETE)"
             )
         return found
+
+
+def _told(error: PotstillError | None) -> JSON:
+    return None if error is None else {"kind": error.kind, "detail": error.detail}
 
 
 def _plan(cache: Cache, corpus: str, name: str, teacher: Teacher, order: FillOrder) -> TargetSet:
@@ -255,7 +266,7 @@ async def _run(job: FillJob, teacher: Teacher, targets: TargetSet) -> None:
 
     plan = FillPlan(batch_tokens=job.fitted.batch_tokens, in_flight=job.fitted.in_flight)
     try:
-        await job.turn.wait()
+        await job.turn.given.wait()
         job.shards_before = int((await asyncio.to_thread(lambda: targets.committed)).sum())  # it may have waited long
         job.report = await fill(teacher, targets, plan, on_progress=on_progress)
     except PotstillError as error:
@@ -279,10 +290,11 @@ def spread(seconds: float) -> float:
 class _Patient:
     """A `Teacher` that comes back when it is told to: a job has time, and loses work when it gives up."""
 
-    def __init__(self, open_teacher: Callable[[], Teacher], opened: Teacher, job: FillJob) -> None:
+    def __init__(self, open_teacher: Callable[[], Teacher], opened: Teacher, job: FillJob, turns: FillTurns) -> None:
         self._open = open_teacher
         self._opened = opened
         self._job = job
+        self._turns = turns
 
     @property
     def identity(self) -> TeacherIdentity:
@@ -300,16 +312,18 @@ class _Patient:
         pause = _PAUSE_SECONDS
         while True:
             try:
-                # Asked for anew: a teacher that was removed and added again is another one under the name.
-                teacher = self._open()
-                self._require_same(teacher)
-                return await teacher.score(rows, want)
+                async with self._turns.asking(self._job.turn):
+                    # Asked for anew: a teacher that was removed and added again is another one under the name.
+                    teacher = self._open()
+                    self._require_same(teacher)
+                    return await teacher.score(rows, want)
             except PotstillError as error:
                 if not error.retryable:
                     raise
                 self._job.refusals += 1
+                self._job.refusal = error
                 wait = pause if error.retry_after is None else error.retry_after
-            await asyncio.sleep(spread(min(wait, _LONGEST_PAUSE_SECONDS)))
+            await self._turns.pause(self._job.turn, spread(min(wait, _LONGEST_PAUSE_SECONDS)))
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
     def _require_same(self, teacher: Teacher) -> None:

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import secrets
 import sys
+import threading
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
@@ -21,6 +24,7 @@ from teacher_service.settings import LogSettings
 
 _LOG = logging.getLogger(__name__)
 REQUEST_ID_HEADER = "x-request-id"
+_VLLM_LOGGING = "VLLM_LOGGING_CONFIG_PATH"
 _GOOD_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _ESCAPES = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))}
 
@@ -100,7 +104,8 @@ class TextLines(logging.Formatter):
 def configure(settings: LogSettings, stream: TextIO) -> None:
     """Send the log of the whole process to `stream`, in place of where it went before.
 
-    As JSON, what Python writes there by itself comes as lines of the log too: warnings, and what ends the process.
+    As JSON, what Python writes there by itself comes as lines of the log too: warnings, what ends the process or one of
+    its threads, and what fails where nobody can be told. vLLM is told to write such lines, in its own processes too.
     """
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonLines() if settings.format == "json" else TextLines())
@@ -110,10 +115,35 @@ def configure(settings: LogSettings, stream: TextIO) -> None:
     if settings.format == "json":
         logging.captureWarnings(capture=True)
         sys.excepthook = _log_the_end
+        threading.excepthook = _log_the_end_of_a_thread
+        sys.unraisablehook = _log_unraisable
+        _have_vllm_write_json()
+
+
+def _have_vllm_write_json() -> None:
+    # Each engine sets up vLLM's loggers anew when it starts, so what is set up here would not last. Switching that off
+    # would leave engines of their own process with bare text. Either way whoever set vLLM's variables knows better.
+    if not {_VLLM_LOGGING, "VLLM_CONFIGURE_LOGGING"} & os.environ.keys():
+        os.environ[_VLLM_LOGGING] = str(Path(__file__).with_name("vllm_logging.json"))
 
 
 def _log_the_end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     _LOG.critical("the process ends by a failure that nobody expected", exc_info=(kind, error, trace))
+
+
+def _log_the_end_of_a_thread(ended: threading.ExceptHookArgs) -> None:
+    if issubclass(ended.exc_type, SystemExit):
+        return  # how a thread ends itself
+    name = "" if ended.thread is None else ended.thread.name
+    error = BaseException() if ended.exc_value is None else ended.exc_value
+    trace = ended.exc_traceback
+    _LOG.error("the thread %r ends by a failure that nobody expected", name, exc_info=(ended.exc_type, error, trace))
+
+
+def _log_unraisable(met: sys.UnraisableHookArgs) -> None:
+    error = BaseException() if met.exc_value is None else met.exc_value
+    where = met.err_msg or "a failure where nobody can be told, in"
+    _LOG.error("%s %r", where, met.object, exc_info=(met.exc_type, error, met.exc_traceback))
 
 
 def _request_of(record: logging.LogRecord) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 A call goes to the replica with the fewest tokens in flight. One whose replica is lost is scored by another, and waits
 for the one that Serve starts in its place where there is no other, so a killed, wedged or drained replica is nothing
-that a caller sees.
+that a caller sees. One whose replica crashed is tried again with a replica to itself, so that rows which kill engines
+are found out, and other calls that were with them are answered.
 
 Run on CPUs; replicas with GPUs, and tensor-parallel ones, were not run.
 """
@@ -12,10 +13,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from ray.exceptions import RayError
@@ -27,6 +26,7 @@ from teacher_service.autoscale import Autoscaler
 from teacher_service.ray_losses import LOST, Losses, first_line, lost
 from teacher_service.ray_replica import Described, Refused, ScoreCall, Scored
 from teacher_service.ray_serve import RayConnection, ServeApp, ServeView, cluster_has_gpus, take_signals_back
+from teacher_service.ray_work import Work
 from teacher_service.replica_settings import AutoscaleSettings, RaySettings, ReplicaSettings
 from teacher_service.replicas import OpenTeacher, PoolState, ReplicaInfo, ReplicaStatus
 
@@ -52,7 +52,11 @@ class RayPool:
         self._view = ServeView("NOT_STARTED", "", 0, {})
         self._target = settings.autoscale.min if settings.autoscale else settings.replicas
         self._autoscaler = Autoscaler(settings.autoscale) if settings.autoscale else None
-        self._work = _Work()
+        self._work = Work()
+        # Calls that a crash made suspect have a replica to themselves, one call at a time; other calls go elsewhere.
+        self._suspects = asyncio.Lock()
+        self._reserved = ""
+        self._suspects_lost_at = 0.0
         self._queued: Callable[[], int] = lambda: 0
         # One change of the number at a time, or the slower of two would have the last word.
         self._scaling = asyncio.Lock()
@@ -195,37 +199,73 @@ class RayPool:
             return []
         call = ScoreCall.of(rows, want, self.identity)
         losses = Losses()
-        until = 0.0
-        while True:
-            before = len(losses.replicas)
-            outcome = await self._try_once(call, losses)
-            if isinstance(outcome, Scored):
-                return _rows_of(outcome.targets, call)
+        outcome = await self._try_once(call, losses, await self._unreserved(losses.replicas))
+        while not isinstance(outcome, Scored):
             if not outcome.elsewhere:
                 raise outcome.error()
-            if len(losses.replicas) > before:
-                until = time.monotonic() + self._patience_seconds
-                _LOG.warning("teacher %s: %s; its rows go to another replica", self._name, outcome.detail)
-            if losses.enough or not await self._another(losses.replicas, until):
+            again = None if losses.enough else await self._try_again(call, losses)
+            if again is None:
                 raise self._closed_error if self._closed else losses.error(self._name, call, outcome)
+            outcome = again
+        return _rows_of(outcome.targets, call)
 
     @property
     def _closed_error(self) -> PotstillError:
         return Unavailable(f"teacher {self._name!r} is closed")
 
+    async def _try_again(self, call: ScoreCall, losses: Losses) -> Scored | Refused | None:
+        """Another replica's answer; None if none came in the time that Serve needs to replace one."""
+        if losses.suspect:
+            async with self._suspects:
+                return await self._try_alone(call, losses)
+        if not await self._another(losses.replicas, losses.last + self._patience_seconds):
+            return None
+        return await self._try_once(call, losses, await self._unreserved(losses.replicas))
+
+    async def _try_alone(self, call: ScoreCall, losses: Losses) -> Scored | Refused | None:
+        """The same of a replica that has no other call, as far as Serve's router follows our ranking."""
+        # Who waited here while others lost what was ready is not to be blamed for the time.
+        while await self._another(losses.replicas, max(losses.last, self._suspects_lost_at) + self._patience_seconds):
+            self._reserved = replica = self._ranking(losses.replicas)[0]
+            try:
+                if await self._drained(replica):
+                    outcome = await self._try_once(call, losses, [replica])
+                    self._suspects_lost_at = max(losses.last, self._suspects_lost_at)
+                    return outcome
+            finally:
+                self._reserved = ""
+            self._suspects_lost_at = time.monotonic()
+        return None
+
+    async def _drained(self, replica: str) -> bool:
+        """Wait until the replica has no call; False if it is lost before."""
+        while self._is_ready(replica):
+            if not self._work.calls(replica):
+                return True
+            await asyncio.sleep(_PAUSE_SECONDS)
+        return False
+
+    async def _unreserved(self, avoid: set[str]) -> list[str]:
+        """The ranking without the reserved replica; waits while that is the only one that is not to be avoided."""
+        while True:
+            ranking = self._ranking(avoid)
+            others = [name for name in ranking if name != self._reserved]
+            if others == ranking or set(others) - avoid:
+                return others
+            await asyncio.sleep(_PAUSE_SECONDS)
+
     async def _another(self, avoid: set[str], until: float) -> bool:
         """Wait for a replica that is not to be avoided; False if by `until`, a monotonic time, there is none to ask."""
         again = time.monotonic() + _ASK_AGAIN_SECONDS
         while not self._closed and time.monotonic() < until:
-            await asyncio.sleep(_PAUSE_SECONDS)
             ready = set(self._ranking(avoid))
             if ready - avoid or (ready and time.monotonic() >= again):
                 return True
+            await asyncio.sleep(_PAUSE_SECONDS)
         return False
 
-    async def _try_once(self, call: ScoreCall, losses: Losses) -> Scored | Refused:
+    async def _try_once(self, call: ScoreCall, losses: Losses, ranking: list[str]) -> Scored | Refused:
         """One replica's answer; one that is lost or broken is added to `losses`."""
-        ranking = self._ranking(losses.replicas)
         replica = ranking[0] if ranking else ""
         # Counted before the choice, which takes a round trip: calls that come meanwhile must see it.
         work = self._work.begin(replica, len(call.tokens))
@@ -247,13 +287,22 @@ class RayPool:
         if isinstance(outcome, Scored):
             self._work.scored[replica] += len(call.tokens)
         elif outcome.elsewhere:
-            losses.add(replica, outcome)
+            self._lose(replica, outcome, losses, alone=work.alone)
         return outcome
+
+    def _lose(self, replica: str, outcome: Refused, losses: Losses, *, alone: bool) -> None:
+        if outcome.crashed:
+            self._work.crashed.add(replica)
+        if losses.add(replica, outcome, alone=alone):
+            _LOG.warning("teacher %s: %s; its rows go to another replica", self._name, outcome.detail)
 
     def _ranking(self, avoid: set[str]) -> list[str]:
         """The replicas that are ready, by the tokens that wait for them; those to avoid come last."""
-        ready = [name for name, state in self._view.replicas.items() if state == "ready"]
+        ready = filter(self._is_ready, self._view.replicas)
         return sorted(ready, key=lambda name: (name in avoid, self._work.waiting[name]))
+
+    def _is_ready(self, replica: str) -> bool:
+        return self._view.replicas.get(replica) == "ready" and replica not in self._work.crashed
 
     def _info(self, replica: str) -> ReplicaInfo:
         return ReplicaInfo(
@@ -321,44 +370,6 @@ class RayPool:
         await asyncio.to_thread(self._app.scale, num_replicas)
         self._target = num_replicas
         self._view = await asyncio.to_thread(self._app.look)
-
-
-class _Work:
-    """Tokens that wait for each replica, and that it has scored; by unique id."""
-
-    def __init__(self) -> None:
-        self.waiting: Counter[str] = Counter()
-        self.scored: Counter[str] = Counter()
-
-    def begin(self, replica: str, num_tokens: int) -> _Call:
-        """Count one call."""
-        self.waiting[replica] += num_tokens
-        return _Call(self.waiting, replica, num_tokens)
-
-    def forget(self, known: set[str]) -> None:
-        """Drop replicas that are gone and have nothing to answer."""
-        for gone in (set(self.waiting) | set(self.scored)) - known:
-            if not self.waiting[gone]:
-                del self.waiting[gone], self.scored[gone]
-
-
-@dataclass(slots=True)
-class _Call:
-    """One call's share of what waits for a replica."""
-
-    waiting: Counter[str]
-    replica: str
-    num_tokens: int
-
-    def move(self, replica: str) -> str:
-        """It went to this one."""
-        self.waiting[self.replica] -= self.num_tokens
-        self.waiting[replica] += self.num_tokens
-        self.replica = replica
-        return replica
-
-    def end(self) -> None:
-        self.waiting[self.replica] -= self.num_tokens
 
 
 def _rows_of(targets: Targets, call: ScoreCall) -> list[Targets]:

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import uvicorn
 
@@ -26,13 +25,11 @@ from teacher_service.access import Access
 from teacher_service.app import create_app
 from teacher_service.connections import bounded_protocol
 from teacher_service.hosted import Keep
+from teacher_service.renamed_look import look_for_renamed
 from teacher_service.service import Service
 from teacher_service.settings import ServiceSettings, TlsSettings, load_settings, teacher_from_argument
 from teacher_service.teacher_source import TeacherSource
 from teacher_service.tracing import Tracer
-
-if TYPE_CHECKING:
-    from cache.cache import Cache
 
 _LOG = logging.getLogger(__name__)
 # Longer than clients hold an idle connection: closing first, we might do so while the next request is on its way.
@@ -200,38 +197,33 @@ async def _serve(settings: ServiceSettings, access: Access, listener: socket.soc
     server = _Server(config, None if access.keys is None else access.keys.reload)
     async with service.running():
         serving = asyncio.create_task(server.serve(sockets=[listener]))
-        starting = asyncio.create_task(_started(service))
+        starting = asyncio.create_task(service.started())
+        looking = None
         try:
             await asyncio.wait({serving, starting}, return_when=asyncio.FIRST_COMPLETED)
             if starting.done() and starting.exception() is None:
                 _tell_ready(settings, listener)
+                looking = asyncio.create_task(_warn_of_renamed(service))  # may take as long as the store likes
                 await serving
         finally:
             server.should_exit = True
             starting.cancel()
+            if looking is not None:
+                looking.cancel()
             await asyncio.wait({serving, starting})
         if not starting.cancelled():
             starting.result()
         serving.result()
 
 
-async def _started(service: Service) -> None:
-    await service.started()
-    if service.cache is not None:
-        await asyncio.to_thread(_warn_of_renamed, service, service.cache)
-
-
-def _warn_of_renamed(service: Service, cache: Cache) -> None:
-    from cache.renamed import renamed_line, stored_identities  # noqa: PLC0415  zarr, only when a service runs
-
-    try:
-        stored = stored_identities(cache.root)
-        lines = [renamed_line(name, teacher.pool.identity, stored) for name, teacher in list(service.teachers.items())]
-    except PotstillError as error:
-        _LOG.warning("not looked for targets of renamed models: %s", error.detail)
+async def _warn_of_renamed(service: Service) -> None:
+    if service.cache is None:
         return
-    for line in filter(None, lines):
+    look = await look_for_renamed(service.teachers.values(), service.cache)
+    for line in look.lines.values():
         _LOG.warning("%s", line)
+    if look.problem:
+        _LOG.warning("not looked everywhere for targets of renamed models: %s", look.problem)
 
 
 def _tell_ready(settings: ServiceSettings, listener: socket.socket) -> None:

@@ -31,6 +31,13 @@ ENVIRONMENT = {"POTSTILL_HOST": "host", "POTSTILL_PORT": "port", "POTSTILL_CACHE
 """Every environment variable the service reads, and the setting it sets."""
 _OF_CLIENTS = frozenset({"POTSTILL_API_KEY"})  # also read here, by a teacher that is another service
 
+_OF_ONE_AND_ALL = (
+    ("max_body_bytes", "max_body_bytes_in_flight"),
+    ("max_answer_bytes", "max_answer_bytes_in_flight"),
+    ("max_answer_bytes", "max_miss_bytes_in_flight"),
+)
+"""What one request may have, and the bound of all together that has to have room for it."""
+
 Count: TypeAlias = Annotated[int, Field(ge=1, strict=True)]
 
 
@@ -50,7 +57,10 @@ class KeepSettings(_Frozen):
 
 
 class LimitSettings(_Frozen):
-    """What one request, and all requests together, may ask for. Over it: `LimitExceeded` or `Overloaded`."""
+    """What one request, and all requests together, may ask for. Over it: `LimitExceeded` or `Overloaded`.
+
+    A bound of all together that is not given is raised to what one request may have, when that is more.
+    """
 
     max_body_bytes: Count = 8 * 2**20
     """Of one request; the default holds twice the default `max_tokens_in_flight` even as JSON."""
@@ -93,7 +103,32 @@ class LimitSettings(_Frozen):
     clients come from the proxy's address: set 0 there, and bound them in the proxy."""
     max_fills_running: Count = 2
     """Jobs that fill corpora at one time; further ones wait in the order in which they came. Each holds the targets of
-    its batches, at most `max_answer_bytes_in_flight`, and of the shards that it gathers and writes."""
+    its batches, at most `max_answer_bytes_in_flight`, and of the shards that it gathers and writes. One whose teacher
+    tells it to come back later lets the next one run, and keeps what it holds."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _make_room(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        made = dict(given)
+        for one, together in _OF_ONE_AND_ALL:
+            most = given.get(one)
+            if isinstance(most, int) and together not in given:
+                made[together] = max(most, cls.model_fields[together].default)
+        return made
+
+    @model_validator(mode="after")
+    def _one_fits_among_all(self) -> Self:
+        for one, together in _OF_ONE_AND_ALL:
+            most, room = getattr(self, one), getattr(self, together)
+            # Who only lowers a bound of all has not promised anybody as much as the default of one.
+            if one in self.model_fields_set and most > room:
+                raise ValueError(
+                    f"{one}={most} is over {together}={room}, which would refuse what is in between for ever; "
+                    f"lower {one} to at most {room}, or raise {together}"
+                )
+        return self
 
 
 class AccessSettings(_Frozen):
@@ -256,6 +291,8 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "string_pattern_mismatch":
         return f"{where} is {first['input']!r}; a name is 1 to 64 letters, digits, '.', '_' or '-'"
     message = re.sub(r"^Value error, ", "", first["msg"])
+    if isinstance(first["input"], dict):  # a whole table, of which the message names what is wrong
+        return f"{where}: {message}" if where else message
     return f"{where} is {first['input']!r}: {message}" if where else message
 
 

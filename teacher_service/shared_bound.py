@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from cache.errors import Overloaded
+from cache.errors import LimitExceeded, Overloaded
 
 
 class SharedBound:
@@ -42,8 +42,13 @@ class SharedBound:
         """Hold more, until `give_back`.
 
         Raises:
-            Overloaded: there is not enough left.
+            Overloaded: there is not enough left. LimitExceeded: it is more than the limit, and can never be held.
         """
+        if amount > self._limit:
+            self._refusals[self._reason] += 1
+            raise LimitExceeded(
+                f"{amount} {self._what} are over the {self._limit} that all together may have; ask for less at one time"
+            )
         greedy = key != "" and 2 * self._of_key[key] >= self.in_use > 0
         limit = self._limit - self._limit // 8 if greedy else self._limit
         if self.in_use + amount > limit:

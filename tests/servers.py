@@ -27,7 +27,8 @@ def serving(app: Any, *, port: int = 0, limits: LimitSettings | None = None) -> 
     """Run an ASGI app on a loopback port, by default a free one, in a thread; yields its URL."""
     listener = socket.create_server(("127.0.0.1", port))
     protocol = bounded_protocol(limits or LimitSettings())
-    config = uvicorn.Config(app, http=protocol, log_config=None, ws="none", timeout_graceful_shutdown=2)
+    # The loop of `potstill serve`; uvicorn alone would take another one where that is installed.
+    config = uvicorn.Config(app, loop="asyncio", http=protocol, log_config=None, ws="none", timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
@@ -52,8 +53,8 @@ def hosted(name: str, teacher: Teacher, keep: Keep | None = None) -> HostedTeach
 
 
 def wait_ready(url: str) -> None:
-    deadline = time.monotonic() + 10
-    while httpx.get(f"{url}/readyz").status_code != 200:
+    deadline = time.monotonic() + 60
+    while httpx.get(f"{url}/readyz", timeout=60).status_code != 200:
         assert time.monotonic() < deadline
         time.sleep(0.02)
 

@@ -4,9 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from cache import Cache, Fields
-from cache.renamed import renamed_line, stored_identities
+from cache.renamed import StoredIdentity, renamed_line, stored_identities
 from cache.types import TeacherIdentity
 from tests.corpora import make_corpus, teacher_for
+from tests.fakes import fake_identity
 from tests.filled_caches import commit
 
 
@@ -34,6 +35,28 @@ def test_targets_of_the_same_weights_under_another_model_name_are_told(tmp_path:
     assert "\n" not in told
     # Also under another teacher name, while nothing is there under the new one.
     assert "as 'big' from a folder named 'smol-old'" in line(cache, "large", now)
+
+
+def test_what_differs_beside_the_name_is_told_for_serving_under_it_alone_would_be_refused() -> None:
+    before = replace(fake_identity(model="old"), dtype="bfloat16")
+    now = fake_identity(model="new")
+    stored = [StoredIdentity("big", "docs", before)]
+    told = renamed_line("big", now, stored)
+    assert "a folder named 'old' and mend what differs beside the name (now != stored: dtype: 'float32' != '" in told
+    assert "'bfloat16'), else fill under a new teacher name" in told
+    assert "differs beside the name" not in renamed_line("big", replace(now, dtype="bfloat16"), stored)
+    # Of targets that need it and targets that do not, the latter are told of.
+    stored.append(StoredIdentity("big", "wiki", replace(before, dtype="float32")))
+    told = renamed_line("big", now, stored)
+    assert "(teacher 'big', corpora wiki)" in told
+    assert "differs beside the name" not in told
+
+
+def test_a_name_on_the_hub_is_not_told_as_a_folder() -> None:
+    stored = [StoredIdentity("big", "docs", fake_identity(model="HuggingFaceTB/SmolLM2-135M"))]
+    told = renamed_line("big", fake_identity(model="SmolLM2-135M"), stored)
+    assert "serve the weights as 'big' by the model name 'HuggingFaceTB/SmolLM2-135M', else" in told
+    assert "folder" not in told
 
 
 def test_other_weights_and_other_tokenizers_are_other_teachers(tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
-from clients.doctor.examine import Patient, examine
+from clients.doctor.examine import Patient, examine, same_origin
 from clients.doctor.findings import Finding
 from clients.doctor.service_checks import check_service
 from teacher_service.access import Access
@@ -130,3 +130,65 @@ def test_what_a_key_may_not_see_is_told(tmp_path: Path, monkeypatch: pytest.Monk
         open_to_others = url.replace("127.0.0.1", "0.0.0.0")
         [access] = [finding for finding in asyncio.run(check_service(open_to_others))[1] if finding.check == "access"]
         assert (access.level, access.detail) == ("warn", "keys and rows go over the network in the clear")
+
+
+@contextmanager
+def stranger() -> Iterator[tuple[str, list[str | None]]]:
+    """A host that knows no teacher, and the `authorization` of each request to it."""
+    shown: list[str | None] = []
+    app = FastAPI()
+
+    @app.get("/{path:path}")
+    def refuse(request: Request) -> JSONResponse:
+        shown.append(request.headers.get("authorization"))
+        return JSONResponse({"kind": "not_found", "detail": "not here"}, status_code=404)
+
+    with serving(app) as url:
+        yield url, shown
+
+
+@pytest.mark.parametrize(("of_all", "shown"), [(None, None), ("everybody", "Bearer everybody")])
+def test_the_key_of_the_service_is_not_shown_to_a_teacher_elsewhere(
+    of_all: str | None, shown: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if of_all is None:
+        monkeypatch.delenv("POTSTILL_API_KEY", raising=False)
+    else:
+        monkeypatch.setenv("POTSTILL_API_KEY", of_all)
+    key = add_key(tmp_path / "keys.toml", "admin", Role.ADMIN, Quota())
+    access = Access(KeyRing(tmp_path / "keys.toml"))
+    with serving_teachers(hosted("smol", FakeTeacher()), access=access) as url, stranger() as (elsewhere, seen):
+        teachers = [("there", f"{elsewhere}#x"), ("here", f"{url}#smol")]
+        findings = asyncio.run(examine(Patient(url=url, api_key=key, teachers=teachers), PROBING))
+        assert set(seen) == {shown}
+        assert {finding.level for finding in findings if finding.subject == "here"} == {"ok", "not run"}
+        seen.clear()
+        asyncio.run(examine(Patient(api_key=key, teachers=teachers[:1]), PROBING))
+        assert set(seen) == {f"Bearer {key}"}
+
+
+@pytest.mark.parametrize(
+    ("other", "same"),
+    [
+        ("http://host:80/#x", True),
+        ("http://HOST/deeper#x", True),
+        ("https://host#x", False),
+        ("http://host:8700#x", False),
+        ("http://host@elsewhere#x", False),
+        ("http://host.elsewhere#x", False),
+        ("http://host:x", False),
+    ],
+)
+def test_an_origin_is_scheme_host_and_port(other: str, same: bool) -> None:
+    assert same_origin("http://host", other) is same
+
+
+def test_a_key_in_the_url_is_used_and_shown_in_no_finding(tmp_path: Path) -> None:
+    key = add_key(tmp_path / "keys.toml", "admin", Role.ADMIN, Quota())
+    with serving_teachers(hosted("smol", FakeTeacher()), access=Access(KeyRing(tmp_path / "keys.toml"))) as url:
+        open_to_others = url.replace("127.0.0.1", f"any:{key}@0.0.0.0")
+        findings = asyncio.run(examine(Patient(url=open_to_others), PROBING))
+    by_check = {finding.check: finding for finding in findings}
+    assert by_check["wire version"].level == "ok"
+    assert (by_check["access"].level, "in the clear" in by_check["access"].detail) == ("warn", True)
+    assert key not in str(findings)

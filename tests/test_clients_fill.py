@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import shlex
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
 from cache import Cache
+from clients.fill_watch import FillWatch
 from teacher_service.access import Access
 from teacher_service.app import create_app
 from teacher_service.auth import Role
@@ -75,7 +78,7 @@ class Watching:
         return self._err
 
     def until(self, holds: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 90
         while not holds():
             assert time.monotonic() < deadline, self.err
             time.sleep(0.02)
@@ -126,7 +129,6 @@ def test_a_watcher_waits_for_a_service_that_does_not_answer_for_a_while(
         watching = Watching(capsys, *names(proxy.endpoint), *FIELDS)
         watching.until(lambda: shut.calls > 0)
         proxy.choose = lambda _method, _target: "drop before"
-        # As often as a start tries at all.
         watching.until(lambda: proxy.met["drop before"] >= 5)
         shut.gate.set()
         proxy.choose = no_faults
@@ -174,6 +176,87 @@ def test_a_restarted_service_has_forgotten_the_job_and_the_way_on_is_told(
         assert err[-1].endswith(f"What is committed stays; `{again}` goes on with the rest")
         assert run(*shlex.split(again)[1:]) == 0
     assert cache.fresh().targets("fake", "docs").committed.all()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def test_a_service_that_is_not_up_yet_is_waited_for(cache: Cache, capsys: pytest.CaptureFixture[str]) -> None:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    watching = Watching(capsys, *names(url), *FIELDS)
+    watching.until(lambda: "no answer for now" in watching.err)
+    with served(cache, teacher_for(cache.corpus("docs")), port=port):
+        status, out, err = watching.finish()
+    assert (status, "fake on docs: done" in out) == (0, True)
+    told = [line for line in err if "tokens" not in line]
+    assert told[0].startswith(f"fill docs by fake: no answer for now ({url} cannot be reached")
+    assert told[1:] == ["fill docs by fake: the service answers again"]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"), [((), "Whether it began is not known"), (("--stop",), "the same command")]
+)
+def test_a_service_that_does_not_come_up_is_given_up_after_the_stated_time(
+    options: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert run(*names(f"http://127.0.0.1:{free_port()}"), "--patience", "0.3", *options) == 1
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.endswith("trying again for up to 0.3 s")
+    assert last.startswith("unavailable: no answer for 0.3 s (http://127.0.0.1:")
+    assert told in last
+
+
+def test_a_key_in_the_url_is_sent_and_printed_nowhere(
+    cache: Cache, shut: MoodyTeacher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "keys.toml"
+    key = add_key(file, "filler", Role.BATCH, Quota())
+    with ExitStack() as stack:
+        url = stack.enter_context(serving_teachers(hosted("fake", shut), cache=cache, access=Access(KeyRing(file))))
+        with_key = url.replace("http://", f"http://any:{key}@")
+        assert run(*names(with_key), "--no-watch") == 0
+        begun = capsys.readouterr().out
+        assert f"watch it: potstill fill --url {url} --corpus docs" in begun
+        assert "POTSTILL_API_KEY" in begun.splitlines()[-1]
+        wrong = refused(capsys, *names(url.replace("http://", "http://any:wrong@")))
+        watching = Watching(capsys, *names(with_key), "--patience", "0.5")
+        watching.until(lambda: shut.calls > 0)
+        stack.close()
+        status, out, err = watching.finish()
+    assert (wrong.startswith("unauthenticated: "), status) == (True, 1)
+    assert f"`potstill fill --url {url} --corpus docs" in err[-1]
+    for printed in (begun, out, *err):
+        assert key not in printed
+    assert "wrong" not in wrong
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://any:SECRET@host:99999", "http://any:SECRET@host:x", "ftp://any:SECRET@host", "http://a:SECRET@h?q=1"],
+)
+def test_a_url_that_is_refused_is_shown_without_its_key(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (names(url), ("teachers", "list", "--url", url), ("doctor", "--url", url)):
+        line = refused(capsys, *command)
+        assert line.startswith("invalid_input: ")
+        assert "SECRET" not in line
+
+
+def test_ctrl_c_names_the_command_that_stops_the_job_without_the_key(
+    cache: Cache, shut: MoodyTeacher, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: FillWatch) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FillWatch, "look", interrupted)
+    with served(cache, shut) as url:
+        assert run(*names(url.replace("http://", "http://any:SECRET@"))) == 130
+        err = capsys.readouterr().err
+    assert f"`potstill fill --url {url} --corpus docs --teacher fake --stop` ends it" in err
+    assert "SECRET" not in err
 
 
 def test_a_patience_that_makes_no_sense_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

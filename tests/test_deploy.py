@@ -312,7 +312,16 @@ def test_the_service_on_kubernetes_has_settings_that_load_and_a_command_that_par
     assert container["ports"][0]["containerPort"] == settings.port == documents["Service"]["spec"]["ports"][0]["port"]
     assert settings.ray is not None
     assert settings.access.keys_file is not None
+    assert settings.limits.max_connections_per_address == 0  # an ingress is one address
     assert documents["Deployment"]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] > settings.grace_seconds
+
+
+def test_the_settings_of_compose_bound_each_client_and_say_how_not_to_behind_a_proxy(tmp_path: Path) -> None:
+    text = (DEPLOY / "potstill.toml").read_text()
+    assert settings_of(DEPLOY / "potstill.toml").limits.max_connections_per_address > 0
+    behind = tmp_path / "potstill.toml"
+    behind.write_text(re.sub(r"^# (\[limits\]|max_connections_per_address\b)", r"\1", text, flags=re.MULTILINE))
+    assert settings_of(behind).limits.max_connections_per_address == 0
 
 
 def test_every_secret_on_kubernetes_stands_in_the_docs() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import socket
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,17 +14,19 @@ import pytest
 
 from cache import Cache
 from cache.cached import KeepPolicy
-from cache.types import Fields
+from cache.types import Fields, Targets, Tokens
+from cache.waits import _on_wait
 from teacher_service.app import create_app
 from teacher_service.hosted import Keep
 from teacher_service.request_limits import bytes_per_position
 from teacher_service.service import Service
 from teacher_service.settings import LimitSettings
-from tests.fakes import GatedTeacher
-from tests.servers import hosted, post_json, serving, wait_ready
+from tests.fakes import FakeTeacher, GatedTeacher
+from tests.servers import hosted, post_json, serving, serving_teachers, wait_ready
 from tests.waiting import until
 
 K = 4
+JSON = {"content-type": "application/json"}
 ROW_BYTES = 3 * bytes_per_position(Fields(k=K), 64)
 
 
@@ -47,6 +51,7 @@ class Served:
             wait_ready(self.url)
             self.teacher.gate.set()
             assert post_json(self.url, asked(1, 2)).status_code == 200
+            until(lambda: self.service.admission._misses.in_use == 0)  # given back after the client has its answer
             self.teacher.gate.clear()
             try:
                 yield self
@@ -102,9 +107,24 @@ def test_a_miss_over_the_bound_of_misses_is_refused_before_it_is_scored_and_hits
 
 def test_a_hit_is_still_bounded(tmp_path: Path) -> None:
     with Served(tmp_path / "c", LimitSettings(max_answer_bytes_in_flight=2 * ROW_BYTES)).running() as served:
-        reply = post_json(served.url, asked(1, 2, 1))
+        with served.service.admission._answers.hold("", ROW_BYTES):
+            reply = post_json(served.url, asked(1, 2))
         assert (reply.status_code, reply.json()["kind"]) == (429, "overloaded")
         assert "bytes of answers are in flight" in reply.json()["detail"]
+        assert post_json(served.url, asked(1, 2)).status_code == 200
+
+
+def test_an_answer_that_can_never_have_room_is_refused_for_good(tmp_path: Path) -> None:
+    limits = LimitSettings(max_answer_bytes_in_flight=3 * ROW_BYTES, max_miss_bytes_in_flight=2 * ROW_BYTES)
+    with Served(tmp_path / "c", limits).running() as served:
+        scored = len(served.teacher.scored)
+        for firsts in ((1, 2, 1, 2), (3, 4, 5)):
+            reply = post_json(served.url, asked(*firsts))
+            assert (reply.status_code, reply.json()["kind"]) == (422, "limit_exceeded")
+            assert reply.json()["detail"].startswith(f"{len(firsts) * ROW_BYTES} bytes of answers")
+            assert "retry-after" not in reply.headers
+        assert len(served.teacher.scored) == scored
+        assert served.service.admission._answers.in_use == served.service.admission._misses.in_use == 0
 
 
 def test_what_a_client_that_left_held_is_given_back_once(tmp_path: Path) -> None:
@@ -123,3 +143,48 @@ def test_what_a_client_that_left_held_is_given_back_once(tmp_path: Path) -> None
         assert second.result().status_code == 200
         until(lambda: served.service.admission._misses.in_use == 0)
         assert served.service.admission._answers.in_use == 0
+
+
+class ToldTeacher(FakeTeacher):
+    """Counts who is told when one of its calls begins to wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[int] = []
+
+    async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
+        self.told.append(len(_on_wait.get()))
+        return await super().score(rows, want)
+
+
+def long_request(num_bytes: int) -> bytes:
+    """In JSON, of one short row."""
+    return json.dumps(asked(7)).encode().ljust(num_bytes)
+
+
+def test_a_request_tells_nobody_of_an_earlier_one_on_its_connection_that_it_waits() -> None:
+    teacher = ToldTeacher()
+    with serving_teachers(hosted("smol", teacher)) as url, httpx.Client(base_url=url) as client:
+        for _ in range(3):
+            # Longer than what the server reads ahead: it stops reading, and goes on for the request that takes it.
+            reply = client.post("/v1/teachers/smol/score", content=long_request(300_000), headers=JSON)
+            assert reply.status_code == 200
+    assert teacher.told == [2, 2, 2]
+
+
+def test_a_pipelined_request_tells_nobody_of_the_one_before_that_it_waits() -> None:
+    teacher = ToldTeacher()
+    body = long_request(100)
+    lines = (
+        "POST /v1/teachers/smol/score HTTP/1.1",
+        "host: x",
+        "content-type: application/json",
+        "content-length: 100",
+    )
+    head = "\r\n".join((*lines, "", "")).encode()
+    with serving_teachers(hosted("smol", teacher)) as url:
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=60) as connection:
+            connection.sendall((head + body) * 3)
+            until(lambda: len(teacher.told) == 3)
+    assert teacher.told == [2, 2, 2]

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from cache import wire
-from cache.errors import Overloaded
+from cache.errors import LimitExceeded, Overloaded
 from teacher_service.app import create_app
 from teacher_service.service import Service
 from teacher_service.settings import LimitSettings
@@ -226,6 +226,8 @@ def test_one_key_cannot_take_every_place() -> None:
     with pytest.raises(Overloaded, match="16 places are in flight of at most 16; retry later"):
         bound.take("little", 1)
     assert refusals == {"requests": 2}
+    with pytest.raises(LimitExceeded, match="17 places are over the 16 that all together may have"):
+        bound.take("little", 17)
     for _ in range(14):
         bound.give_back("much", 1)
     with bound.hold("", 14):  # without keys there is nobody to keep anything for

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,15 +13,20 @@ import httpx
 import pytest
 
 from cache import Cache
-from cache.errors import TeacherFailed
+from cache.errors import Overloaded, TeacherFailed
+from teacher_service.doctor_routes import admitted_bytes
+from teacher_service.fill_turns import FillTurn, FillTurns
+from teacher_service.service import Service
 from teacher_service.settings import LimitSettings
 from tests.corpora import make_corpus, teacher_for, topics
 from tests.fakes import MoodyTeacher
 from tests.fill_requests import BODY, run_fill, until_state
 from tests.servers import hosted, refused, serving_teachers
-from tests.waiting import until
+from tests.waiting import eventually, until
 
 NAMES = ("fake", "b", "c", "d")
+ONE_BATCH = {**BODY, "in_flight": 1}
+SPENT = "the quota of the day is spent"
 
 
 class Filled:
@@ -46,6 +52,9 @@ class Filled:
 
     def put(self, name: str, body: dict[str, Any] = BODY) -> httpx.Response:
         return httpx.put(self.address(name), json=body, timeout=120)
+
+    def admitted_bytes(self) -> int:
+        return int(httpx.get(f"{self.url}/v1/doctor", timeout=120).json()["memory"]["admitted_bytes"])
 
     def states(self) -> dict[str, str]:
         fills = httpx.get(f"{self.url}/v1/fills", timeout=120).json()["fills"]
@@ -110,3 +119,95 @@ def test_the_command_watches_a_job_that_waits_first(tmp_path: Path, capsys: pyte
         watching.join()
         assert statuses == [0]
         assert "fake on docs: done" in capsys.readouterr().out
+
+
+def test_jobs_that_are_told_to_come_back_later_let_others_run(tmp_path: Path) -> None:
+    with Filled(tmp_path / "c", 2).served() as filled:
+        for name in ("fake", "b"):
+            filled.teachers[name].errors += [Overloaded(SPENT, retry_after=3600.0)] * 4
+        assert [filled.put(name).json()["state"] for name in NAMES] == ["running", "running", "waiting", "waiting"]
+        for name in NAMES:
+            filled.teachers[name].gate.set()
+        for name in ("c", "d"):
+            assert until_state(filled.address(name), "done", "failed")["state"] == "done"
+        assert filled.states() == {"fake": "waiting", "b": "waiting", "c": "done", "d": "done"}
+        at = httpx.get(filled.address("fake"), timeout=120).json()
+        assert at["told_to_wait"] == {"kind": "overloaded", "detail": SPENT}
+        stopped = httpx.delete(filled.address("fake"), timeout=120).json()
+        assert (stopped["state"], stopped["told_to_wait"]) == ("stopped", None)
+        assert stopped["seconds"] > 0
+
+
+def test_a_job_that_may_go_on_waits_behind_those_that_wait(tmp_path: Path) -> None:
+    with Filled(tmp_path / "c", 1).served() as filled:
+        refused_once = filled.teachers["fake"]
+        refused_once.errors.append(Overloaded("busy", retry_after=0.01))
+        admitted = filled.admitted_bytes()
+        for name in NAMES[:3]:
+            filled.put(name, ONE_BATCH)
+        until(lambda: refused_once.calls == 1)
+        refused_once.gate.set()
+        for name, states in (("b", ("running", "waiting")), ("c", ("done", "running"))):
+            until(lambda name=name: filled.teachers[name].calls > 0)  # type: ignore[misc]
+            until(lambda: httpx.get(filled.address("fake"), timeout=120).json()["told_to_wait"] is None)
+            assert filled.states() == {"fake": "waiting", "b": states[0], "c": states[1]}
+            assert refused_once.calls == 1
+            # It keeps what it has scored so far, beside what the one that runs may hold.
+            assert filled.admitted_bytes() == admitted + LimitSettings().max_answer_bytes_in_flight
+            filled.teachers[name].gate.set()
+        done = until_state(filled.address("fake"), "done", "failed")
+        assert (done["state"], done["refusals"]) == ("done", 1)
+    assert filled.cache.fresh().targets("fake", "docs").committed.all()
+
+
+def test_a_job_keeps_its_turn_while_one_of_its_calls_gets_on() -> None:
+    async def told() -> None:
+        turns, first, second = FillTurns(1), FillTurn(), FillTurn()
+        turns.want(first)
+        turns.want(second)
+        async with turns.asking(first):
+            pausing = asyncio.create_task(turns.pause(first, 3600.0))
+            await eventually(lambda: first.pausing == 1)
+            assert (first.given.is_set(), second.given.is_set()) == (True, False)
+        assert (first.given.is_set(), second.given.is_set()) == (False, True)
+        turns.give_back(second)
+        # While it pauses it wants none; what it has to ask besides does.
+        assert not first.given.is_set()
+        async with turns.asking(first):
+            assert first.given.is_set()
+        pausing.cancel()
+
+    asyncio.run(told())
+
+
+def test_the_command_tells_why_a_job_waits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cache.progress._LINE_SECONDS", 0.0)
+    with Filled(tmp_path / "c", 1).served() as filled:
+        filled.teachers["fake"].errors += [Overloaded(SPENT, retry_after=3600.0)] * 4
+        filled.teachers["fake"].gate.set()
+        filled.put("fake", {"fields": BODY["fields"]})
+        until(lambda: filled.states()["fake"] == "waiting")
+        watching = threading.Thread(target=run_fill, args=(filled.url, "--top-k", "4", "--patience", "5"))
+        watching.start()
+        told = ""
+
+        def shown() -> bool:
+            nonlocal told
+            told += capsys.readouterr().err
+            return f"told to come back later (overloaded: {SPENT})" in told
+
+        until(shown)
+        assert httpx.delete(filled.address("fake"), timeout=120).json()["state"] == "stopped"
+        watching.join()
+
+
+def test_what_fills_may_hold_is_among_what_the_service_lets_in() -> None:
+    def admitted(**limits: int) -> int:
+        return admitted_bytes(Service.of([], limits=LimitSettings(max_answer_bytes_in_flight=1000, **limits)))
+
+    assert admitted(max_fills_running=5) - admitted(max_fills_running=2) == 3000
+    limits = LimitSettings(max_answer_bytes_in_flight=1000)
+    rest = limits.max_engine_bytes + limits.max_body_bytes_in_flight + limits.max_miss_bytes_in_flight
+    assert admitted() == rest + 1000 + limits.max_fills_running * 1000

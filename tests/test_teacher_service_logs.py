@@ -4,9 +4,11 @@ import asyncio
 import io
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -28,6 +30,13 @@ from tests.servers import hosted, post_json, serving, serving_teachers
 from tests.waiting import until
 
 ACCESS = "teacher_service.access"
+VLLM_VARIABLES = ("VLLM_LOGGING_CONFIG_PATH", "VLLM_CONFIGURE_LOGGING")
+CONFIGURE = (
+    "import gc, sys, threading, warnings\n"
+    "from teacher_service import logs\n"
+    "from teacher_service.settings import LogSettings\n"
+    "logs.configure(LogSettings(format='json'), sys.stderr)\n"
+)
 
 
 @pytest.fixture
@@ -56,6 +65,11 @@ async def never_up() -> AsyncIterator[Teacher]:
 def configured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """`logs.configure`, taken back at the end."""
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    for name in VLLM_VARIABLES:
+        monkeypatch.setenv(name, "")  # what is set without a value before is not taken back at the end
+        monkeypatch.delenv(name)
     root = logging.getLogger()
     before, level, httpx_level = root.handlers[:], root.level, logging.getLogger("httpx").level
     yield logs.configure
@@ -221,20 +235,74 @@ def test_what_ends_a_served_process_is_json_too(tmp_path: Path) -> None:
     assert line["message"].startswith("unknown_teacher: teacher 'bad' did not start: ")
 
 
-def test_warnings_and_bugs_that_end_a_process_are_json_too() -> None:
-    code = (
-        "import sys, warnings\n"
-        "from teacher_service import logs\n"
-        "from teacher_service.settings import LogSettings\n"
-        "logs.configure(LogSettings(format='json'), sys.stderr)\n"
-        "warnings.warn('old', stacklevel=1)\n"
-        "raise RuntimeError('two\\nlines')\n"
+def lines_of(code: str) -> tuple[int, list[dict[str, Any]]]:
+    """The exit status of a process that logs JSON and runs this code, and its lines, which all have to be objects."""
+    variables = {key: value for key, value in environment().items() if key not in VLLM_VARIABLES}
+    done = subprocess.run(
+        [sys.executable, "-c", CONFIGURE + code],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=variables,
+        check=False,
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stdout) == (1, "")
-    warned, ended = map(json.loads, done.stderr.splitlines())
+    assert done.stdout == ""
+    return done.returncode, [json.loads(line) for line in done.stderr.splitlines()]
+
+
+def test_warnings_and_bugs_that_end_a_process_are_json_too() -> None:
+    status, (warned, ended) = lines_of("warnings.warn('old', stacklevel=1)\nraise RuntimeError('two\\nlines')\n")
+    assert status == 1
     assert "UserWarning: old" in warned["message"]
     assert (ended["level"], "RuntimeError: two\nlines" in ended["exception"]) == ("critical", True)
+
+
+def test_what_ends_a_thread_or_fails_in_a_finalizer_is_json_too() -> None:
+    status, (thread, finalizer) = lines_of(
+        "class Held:\n"
+        "    def __del__(self): raise ValueError('late')\n"
+        "def bug(): raise RuntimeError('in a thread')\n"
+        "for work in (bug, sys.exit):\n"
+        "    thread = threading.Thread(target=work, name='worker')\n"
+        "    thread.start()\n"
+        "    thread.join()\n"
+        "Held()\n"
+        "gc.collect()\n"
+    )
+    assert status == 0
+    assert thread["message"] == "the thread 'worker' ends by a failure that nobody expected"
+    assert "RuntimeError: in a thread" in thread["exception"]
+    assert "__del__" in finalizer["message"]
+    assert "ValueError: late" in finalizer["exception"]
+
+
+def test_what_vllm_logs_after_an_engine_has_set_up_its_loggers_is_json_too() -> None:
+    _, lines = lines_of(
+        "import vllm.logger\n"
+        "from vllm.config.logging import LoggingConfig\n"
+        "vllm.logger.configure_logging_if_needed(LoggingConfig())\n"  # as `LLMEngine` and an engine's own process do
+        "core = vllm.logger.init_logger('vllm.v1.engine.core')\n"
+        "core.warning('not told')\n"
+        "core.error('EngineCore encountered a fatal error.')\n"
+    )
+    [line] = [line for line in lines if line["logger"] == "vllm.v1.engine.core"]
+    assert (line["level"], line["message"]) == ("error", "EngineCore encountered a fatal error.")
+
+
+@pytest.mark.parametrize("variable", VLLM_VARIABLES)
+def test_a_logging_of_vllm_that_somebody_chose_is_left_alone(
+    variable: str, configured: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logging.getLogger().handlers[:] = []
+    monkeypatch.setenv(variable, "1")
+    configured(LogSettings(format="json"), io.StringIO())
+    assert {name: os.environ[name] for name in VLLM_VARIABLES if name in os.environ} == {variable: "1"}
+
+
+def test_text_leaves_vllm_to_itself(configured: Any) -> None:
+    logging.getLogger().handlers[:] = []
+    configured(LogSettings(), io.StringIO())
+    assert not set(VLLM_VARIABLES) & os.environ.keys()
 
 
 @pytest.mark.parametrize(("ready", "level"), [(True, "DEBUG"), (False, "INFO")])

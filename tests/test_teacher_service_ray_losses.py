@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ from ray.exceptions import ActorUnavailableError, RayActorError
 
 from cache import Fields, Targets
 from cache.errors import InvalidInput, PotstillError, TeacherFailed, Unavailable
-from teacher_service.ray_losses import has_crashed, lost
+from teacher_service.ray_losses import Losses, has_crashed, lost
 from teacher_service.ray_pool import RayPool
 from teacher_service.ray_replica import Described, Refused, Replica, ScoreCall, Scored
 from teacher_service.ray_serve import ServeApp, ServeView
@@ -123,6 +123,137 @@ async def test_a_crash_or_two_among_replicas_that_were_stopped_is_not_the_rows_f
         await pool_of(handle, *"abcdefg").score(rows(9), Fields(k=4))
     assert failure.value.retryable
     assert len(handle.asked) == 5
+
+
+def test_crashes_in_company_are_not_the_rows_fault_however_many() -> None:
+    call = ScoreCall.of(rows(9), Fields(k=4), FakeTeacher().identity)
+    losses = Losses()
+    for name in "abcd":
+        losses.add(name, CRASHED, alone=name == "d")
+        assert not losses.enough
+    losses.add("e", DEAD, alone=True)
+    assert losses.enough
+    assert isinstance(losses.error("smol", call, CRASHED), Unavailable)
+    losses.add("f", CRASHED, alone=True)
+    assert isinstance(losses.error("smol", call, CRASHED), TeacherFailed)
+
+
+POISON = 3
+
+
+class Poisoned(Handle):
+    """Of a pool whose `r0` is replaced by `r1`, and so on: a call of `POISON` tokens kills its replica and all with it.
+
+    Args:
+        held: replicas that neither answer nor die before their gate is opened.
+        spares: what is ready too once one died.
+        unseen: replicas whose death Serve does not know of at once.
+    """
+
+    def __init__(self, *held: str, spares: Sequence[str] = (), unseen: str = "") -> None:
+        super().__init__(lambda _: None)
+        self.calls: list[tuple[str, int]] = []
+        self.gates = {name: asyncio.Event() for name in held}
+        self.pool = pool_of(self, "r0")
+        self._spares = spares
+        self._unseen = unseen
+
+    async def _answer(self, chosen: Chosen, call: ScoreCall) -> Scored | Refused:
+        name, size = chosen.replica_id, len(call.tokens)
+        self.calls.append((name, size))
+        if name in self.gates:
+            await self.gates[name].wait()
+        if (name, POISON) not in self.calls:
+            return await super()._answer(chosen, call)
+        if name != self._unseen:
+            see(self.pool, f"r{int(name[1:]) + 1}", *self._spares)
+        return CRASHED
+
+    def score(self, num_tokens: int) -> asyncio.Task[list[Targets]]:
+        return asyncio.create_task(self.pool.score(rows(num_tokens), Fields(k=4)))
+
+
+async def test_who_shares_a_replica_with_rows_that_kill_it_is_answered_and_only_they_are_blamed() -> None:
+    handle = Poisoned("r0")
+    poison, *others = (handle.score(size) for size in (POISON, 9, 11))
+    await eventually(lambda: len(handle.calls) == 3)
+    handle.gates["r0"].set()
+    with pytest.raises(TeacherFailed, match=r"3 replicas .* these 1 rows of 3 tokens, 2 of them with no other call"):
+        await poison
+    assert [len(await other) for other in others] == [1, 1]
+    assert [name for name, size in handle.calls if size == POISON] == ["r0", "r1", "r2"]
+    for other in (9, 11):
+        first, again = (name for name, size in handle.calls if size == other)
+        assert first == "r0"
+        assert again != "r1"
+
+
+async def test_a_suspect_that_waits_for_another_does_not_run_out_of_patience() -> None:
+    handle = Poisoned("r0", "r1")
+    poison, other = handle.score(POISON), handle.score(9)
+    await eventually(lambda: len(handle.calls) == 2)
+    handle.gates["r0"].set()
+    await eventually(lambda: handle.calls[2:] == [("r1", POISON)])
+    over = time.monotonic() + handle.pool._patience_seconds
+    await eventually(lambda: time.monotonic() > over)
+    handle.gates["r1"].set()
+    assert len(await other) == 1
+    with pytest.raises(TeacherFailed):
+        await poison
+
+
+async def test_a_call_without_a_crash_waits_while_a_suspect_has_the_only_replica() -> None:
+    handle = Poisoned("r1")
+    poison = handle.score(POISON)
+    await eventually(lambda: handle.calls == [("r0", POISON), ("r1", POISON)])
+    newcomer = handle.score(9)
+    await asyncio.sleep(0)  # its first step, which would take it to a free replica
+    handle.gates["r1"].set()
+    assert len(await newcomer) == 1
+    with pytest.raises(TeacherFailed):
+        await poison
+    (name,) = (name for name, size in handle.calls if size == 9)
+    assert name != "r1"
+
+
+async def test_a_suspect_waits_for_the_calls_that_its_replica_has() -> None:
+    handle = Poisoned("r1")
+    see(handle.pool, "r0", "r1")
+    poison, other = handle.score(POISON), handle.score(9)
+    await eventually(lambda: handle.pool._reserved == "r1")
+    handle.gates["r1"].set()
+    assert len(await other) == 1
+    with pytest.raises(TeacherFailed):
+        await poison
+    assert handle.calls == [("r0", POISON), ("r1", 9), ("r1", POISON), ("r2", POISON)]
+
+
+async def test_one_suspect_at_a_time_takes_a_replica_from_the_other_calls() -> None:
+    handle = Poisoned("r0", "r1", "spare", spares=["spare"])
+    poison, other = handle.score(POISON), handle.score(9)
+    await eventually(lambda: len(handle.calls) == 2)
+    handle.gates["r0"].set()
+    await eventually(lambda: handle.calls[2:] == [("r1", POISON)])
+    newcomers = [handle.score(20), handle.score(21)]
+    await eventually(lambda: handle.calls[3:] == [("spare", 20), ("spare", 21)])
+    for gate in handle.gates.values():
+        gate.set()
+    assert [len(await call) for call in (other, *newcomers)] == [1, 1, 1]
+    with pytest.raises(TeacherFailed):
+        await poison
+
+
+async def test_a_crashed_replica_is_not_asked_again_though_serve_still_calls_it_ready() -> None:
+    handle = Poisoned("r0", unseen="r1")
+    poison, other = handle.score(POISON), handle.score(9)
+    await eventually(lambda: len(handle.calls) == 2)
+    handle.gates["r0"].set()
+    await eventually(lambda: "r1" in handle.pool._work.crashed)
+    see(handle.pool, "r1", "r2")
+    assert len(await other) == 1
+    with pytest.raises(TeacherFailed):
+        await poison
+    assert [name for name, size in handle.calls if size == 9] == ["r0", "r2"]
 
 
 class Undeployed(Replica):

@@ -208,11 +208,17 @@ async def test_a_dead_engine_is_replaced_though_its_replica_lives(pool: RayPool,
 
 
 @pytest.mark.slow
-async def test_rows_that_kill_engines_cost_three_replicas_and_are_not_to_be_retried(pool: RayPool) -> None:
+async def test_rows_that_kill_engines_cost_three_replicas_and_no_call_of_others(pool: RayPool) -> None:
     await scaled(pool, 1)
     deadly = np.array([DEADLY, 1, 2], np.uint32)
-    with pytest.raises(TeacherFailed, match="3 replicas of teacher 'fake' crashed while .* 1 rows of 3 tokens"):
-        await pool.score([deadly], Fields(k=4))
+    async with traffic(pool, callers=6) as flowing:
+        await eventually(lambda: flowing.answered > 6)
+        with pytest.raises(
+            TeacherFailed, match="3 replicas of teacher 'fake' crashed while .* 1 rows of 3 tokens, 2 of"
+        ):
+            await pool.score([deadly], Fields(k=4))
+        sent = flowing.answered
+        await eventually(lambda: flowing.answered > sent + 16)
     await settled(pool, 1)
     assert (await pool.score(rows(9), Fields(k=4)))[0].num_positions == 9
 

@@ -11,6 +11,7 @@ from cache.errors import InvalidInput
 from teacher_service.replica_settings import RaySettings
 from teacher_service.settings import (
     AccessSettings,
+    LimitSettings,
     ServiceSettings,
     TeacherSettings,
     TlsSettings,
@@ -241,6 +242,40 @@ def test_access_and_tls(toml: Callable[[str], Path]) -> None:
     ):
         with pytest.raises(InvalidInput, match=words):
             load(toml(bad), teachers=SMOL)
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        ("max_answer_bytes = 30\nmax_answer_bytes_in_flight = 20", ["max_answer_bytes=30", "_in_flight=20, which"]),
+        (
+            "max_answer_bytes = 30\nmax_miss_bytes_in_flight = 20",
+            ["max_answer_bytes=30", "max_miss_bytes_in_flight=20"],
+        ),
+        ("max_body_bytes = 30\nmax_body_bytes_in_flight = 20", ["max_body_bytes=30", "max_body_bytes_in_flight=20"]),
+    ],
+)
+def test_what_one_may_have_and_all_together_may_not_is_refused_at_the_start(
+    toml: Callable[[str], Path], limits: str, words: list[str]
+) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        load(toml(f"[limits]\n{limits}"), teachers=SMOL)
+    detail = caught.value.detail
+    assert "serve.toml: limits: max_" in detail
+    assert "to at most 20, or raise" in detail
+    for word in words:
+        assert word in detail
+
+
+def test_bounds_of_all_together_that_are_not_given_have_room_for_the_largest_of_one(
+    toml: Callable[[str], Path],
+) -> None:
+    limits = load(toml("[limits]\nmax_answer_bytes = 3_000_000_000"), teachers=SMOL).limits
+    assert (limits.max_answer_bytes_in_flight, limits.max_miss_bytes_in_flight) == (3_000_000_000, 3_000_000_000)
+    assert limits.max_body_bytes_in_flight == LimitSettings().max_body_bytes_in_flight
+    assert load(toml("[limits]\nmax_answer_bytes = 5"), teachers=SMOL).limits.max_miss_bytes_in_flight == 2**30
+    lowered = load(toml("[limits]\nmax_miss_bytes_in_flight = 20"), teachers=SMOL).limits
+    assert (lowered.max_miss_bytes_in_flight, lowered.max_answer_bytes) == (20, LimitSettings().max_answer_bytes)
 
 
 def test_a_bad_variable_is_named() -> None:

@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=MODEL",
-        help="open MODEL (a model, its path, or http://host:port#NAME) and look at it; may be repeated",
+        help="open MODEL (a model, its path, or http://host:port#NAME) and look at it; may be repeated. Beside --url, "
+        "the key of --api-key-env is shown to URLs of its scheme, host and port only",
     )
     parser.add_argument("--json", action="store_true", help='print {"ok", "findings"}')
     parser.add_argument(

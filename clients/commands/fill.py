@@ -15,7 +15,7 @@ from cache.errors import InvalidInput
 from clients.commands.service_options import add_service_options, key_of
 
 if TYPE_CHECKING:
-    from clients.http_fill import HttpFill
+    from clients.fill_watch import FillWatch
 
 SUMMARY = "have a running service fill a corpus with a teacher's targets"
 _SILENCE_SECONDS = 60.0
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=600.0,
         metavar="S",
-        help="watch on for so long while the service does not answer (default: %(default)g seconds)",
+        help="try on for so long while the service does not answer (default: %(default)g seconds)",
     )
     parser.add_argument("--json", action="store_true", help="print the job's last state as JSON")
 
@@ -46,59 +46,69 @@ def run(args: argparse.Namespace) -> int:
         Unavailable: the service did not answer for `--patience` seconds.
         NotFound: there is no job to stop, or the service was restarted. PotstillError: what it refuses.
     """
+    from clients.fill_watch import FillWatch
     from clients.http_fill import HttpFill
     from clients.http_reads import Reads
     from clients.retry import RetryPolicy
 
     if not 0 < args.patience < math.inf:
         raise InvalidInput(f"--patience is {args.patience:g}; it must be a positive number of seconds")
-    api_key = key_of(args)
-    with Reads(args.url, api_key=api_key, retry=RetryPolicy(attempts=5)) as reads:
-        job = HttpFill(reads, args.corpus, args.teacher)
-        at = job.stop() if args.stop else job.start(fields_of(args), args.encoding)
-    if args.stop or args.no_watch:
-        tells = _summary if args.stop else _begun
-        print(json.dumps(at, indent=2) if args.json else tells(at, args))
-        return _exit_status(at)
     silence = min(_SILENCE_SECONDS, args.patience)
-    with Reads(args.url, api_key=api_key, timeout=silence, retry=RetryPolicy(attempts=1)) as reads:
-        at = _watched(HttpFill(reads, args.corpus, args.teacher), at, args)
-    print(json.dumps(at, indent=2) if args.json else _summary(at, args))
+    with Reads(args.url, api_key=key_of(args), timeout=silence, retry=RetryPolicy(attempts=1)) as reads:
+        watch = FillWatch(
+            HttpFill(reads, args.corpus, args.teacher),
+            patience=args.patience,
+            again=_command(args),
+            tell=lambda line: print(f"{_title(args)}: {line}", file=sys.stderr, flush=True),
+        )
+        at = watch.stop() if args.stop else watch.start(fields_of(args), args.encoding)
+        watches = not (args.stop or args.no_watch)
+        if watches:
+            at = _watched(watch, at, args)
+    tells = _summary if args.stop or watches else _begun
+    print(json.dumps(at, indent=2) if args.json else tells(at, args))
     return _exit_status(at)
 
 
-def _watched(job: HttpFill, at: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    from cache.progress import Step, progress
-    from clients.fill_watch import FillWatch
+def _title(args: argparse.Namespace) -> str:
+    return f"fill {args.corpus} by {args.teacher}"
 
-    title = f"fill {args.corpus} by {args.teacher}"
-    watch = FillWatch(
-        job,
-        patience=args.patience,
-        again=_command(args),
-        tell=lambda line: print(f"{title}: {line}", file=sys.stderr, flush=True),
-    )
+
+def _watched(watch: FillWatch, at: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    from cache.progress import Step, progress
+
     pause = 0.2
     try:
-        with progress(title, "tokens") as show:
+        with progress(_title(args), "tokens") as show:
             while at["state"] in ("waiting", "running"):
                 time.sleep(pause)
                 pause = min(2.0, pause * 1.5)
                 at = watch.look()
-                waiting = f", waiting for {at['waiting_for']} shards of other jobs" if at["waiting_for"] else ""
-                if at["state"] == "waiting":
-                    waiting = ", waiting for its turn among the service's jobs"
                 shards = f"{at['shards_committed']}/{at['shards'] - at['shards_before']} shards"
-                show(Step(at["positions_scored"], at["positions"] or None, shards + waiting))
+                show(Step(at["positions_scored"], at["positions"] or None, shards + _waiting(at)))
     except KeyboardInterrupt:
         print(f"the job goes on in the service; `{_command(args, stop=True)}` ends it", file=sys.stderr)
         raise
     return at
 
 
+def _waiting(at: dict[str, Any]) -> str:
+    told = at.get("told_to_wait")  # which an older service does not say
+    if told:
+        return f", told to come back later ({told['kind']}: {told['detail']})"
+    if at["state"] == "waiting":
+        return ", waiting for its turn among the service's jobs"
+    return f", waiting for {at['waiting_for']} shards of other jobs" if at["waiting_for"] else ""
+
+
 def _command(args: argparse.Namespace, *, stop: bool = False) -> str:
-    """The command line that watches the job, and starts it when it does not run; or the one that stops it."""
-    words = ["potstill", "fill", "--url", args.url, "--corpus", args.corpus, "--teacher", args.teacher]
+    """The command line that watches the job, and starts it when it does not run; or the one that stops it.
+
+    Without a key that is in the URL: what is printed is copied and kept.
+    """
+    from clients.retry import without_login
+
+    words = ["potstill", "fill", "--url", without_login(args.url), "--corpus", args.corpus, "--teacher", args.teacher]
     if args.api_key_env is not None:
         words += ["--api-key-env", args.api_key_env]
     return shlex.join([*words, "--stop"] if stop else [*words, *field_arguments(args)])
@@ -106,9 +116,12 @@ def _command(args: argparse.Namespace, *, stop: bool = False) -> str:
 
 def _begun(at: dict[str, Any], args: argparse.Namespace) -> str:
     """Of a job that runs: all that is known this early for certain, and what to type next."""
+    from clients.retry import login_of
+
+    left_out = "" if login_of(args.url) is None else "\n(without the key of the URL: put it into POTSTILL_API_KEY)"
     return (
         f"{at['teacher']} on {at['corpus']}: {at['state']} in the service; {at['shards_before']} of {at['shards']} "
-        f"shards were committed before it\nwatch it: {_command(args)}\nstop it: {_command(args, stop=True)}"
+        f"shards were committed before it\nwatch it: {_command(args)}\nstop it: {_command(args, stop=True)}{left_out}"
     )
 
 

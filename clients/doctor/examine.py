@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
+
+import httpx
 
 from cache.entry_points import open_teacher
 from cache.errors import PotstillError
@@ -39,7 +41,8 @@ class Patient:
     teachers: Sequence[tuple[str, str]] = ()
     """Name and model, path or URL of each teacher that is opened by this process."""
     api_key: str | None = None
-    """For the service, and for teachers behind a URL; that of `POTSTILL_API_KEY` when not given."""
+    """For the service and for teachers behind its URL, or for all behind one where no service is named. Whoever is
+    not shown it is shown that of `POTSTILL_API_KEY`, as by every client."""
 
 
 async def examine(patient: Patient, probing: Probing) -> list[Finding]:
@@ -52,10 +55,26 @@ async def examine(patient: Patient, probing: Probing) -> list[Finding]:
         cache, seen = _open_cache(patient.cache)
         findings += seen
     for name, spec in patient.teachers:
-        of_service = patient.api_key is not None and spec.startswith(("http://", "https://"))
-        options: dict[str, JSON] = {"api_key": patient.api_key} if of_service else {}
+        options = _key_option(patient, spec)
         findings += await _examine_opened(name, partial(open_teacher, spec, options=options), cache, probing)
     return findings
+
+
+def same_origin(url: str, other: str) -> bool:
+    """Whether two URLs mean the same scheme, host and port, as the client that connects to them reads them."""
+    try:
+        ours, theirs = httpx.URL(url), httpx.URL(other)
+    except httpx.InvalidURL:
+        return False
+    return (ours.scheme, ours.host, ours.port) == (theirs.scheme, theirs.host, theirs.port)
+
+
+def _key_option(patient: Patient, spec: str) -> Mapping[str, JSON]:
+    # The key may be an admin's of the service: another host that is only looked at must not learn it.
+    shown = patient.url is None or same_origin(patient.url, spec)
+    if patient.api_key is None or not shown or not spec.startswith(("http://", "https://")):
+        return {}
+    return {"api_key": patient.api_key}
 
 
 async def _examine_service(url: str, api_key: str | None, probing: Probing) -> list[Finding]:

@@ -19,7 +19,7 @@ from clients.doctor.cache_checks import CorpusFacts, store_findings
 from clients.doctor.findings import Finding, Verdict, finding
 from clients.doctor.teacher_checks import Probing, difference, probe_row
 from clients.http_teacher import HttpTeacher, get_replicas
-from clients.retry import API_KEY_VARIABLE, Connection, RetryPolicy, checked_url
+from clients.retry import API_KEY_VARIABLE, Connection, RetryPolicy, checked_url, login_of
 
 _SKEW_WARN = 2.0  # seconds; the Date header itself has whole ones
 _SKEW_FAIL = 60.0
@@ -47,16 +47,23 @@ class ServiceFacts:
         """By teacher, what `cache.renamed` has to say."""
         return self.doctor.get("renamed") or {}
 
+    @property
+    def renamed_problem(self) -> str:
+        """What the service did not look at for `renamed`, and why; empty when it looked at everything."""
+        return str(self.doctor.get("renamed_problem") or "")
+
 
 async def check_service(url: str, *, api_key: str | None = None) -> tuple[ServiceFacts, list[Finding]]:
     """Everything about the service that is not one teacher's."""
-    url = checked_url(url)
     facts, findings = await _reach(url, api_key)
-    has_key = bool(api_key or os.environ.get(API_KEY_VARIABLE))
+    has_key = bool(api_key or os.environ.get(API_KEY_VARIABLE) or login_of(url))
+    url = checked_url(url)
     findings += [finding("clock", url, await _clock(url)), finding("access", url, await _access(url, has_key=has_key))]
     if facts.doctor:
         findings.append(finding("memory", url, _memory(facts.doctor)))
         findings += _store(url, facts.doctor)
+        if facts.renamed_problem:
+            findings.append(finding("model name", url, Verdict("not run", facts.renamed_problem)))
         devices = {str((t.get("provenance") or {}).get("device", "")) for t in facts.teachers}
         told = f"only the host's memory was looked at (devices: {', '.join(sorted(devices - {''})) or 'none'})"
         findings.append(finding("GPU memory", url, Verdict("not run", told)))
@@ -103,16 +110,17 @@ async def replica_count(url: str, name: str, *, api_key: str | None = None) -> i
 async def _reach(url: str, api_key: str | None) -> tuple[ServiceFacts, list[Finding]]:
     doctor: Mapping[str, Any] = {}
     forbidden = ""
+    shown = checked_url(url)
     try:
         async with Connection.open(url, api_key=api_key, timeout=_TIMEOUT, retry=_RETRY) as connection:
             teachers = (await connection.get_json("/v1/teachers")).get("teachers")
             if not isinstance(teachers, list):
-                raise TeacherFailed(f"{url} does not list its teachers; is it a Potstill service?")
+                raise TeacherFailed(f"{shown} does not list its teachers; is it a Potstill service?")
     except PotstillError as error:
         way_out = "start it with `potstill serve`, or give its --url"
         if isinstance(error, Unauthenticated):
             way_out = f"put a key into {API_KEY_VARIABLE}, or name its variable with --api-key-env"
-        return ServiceFacts((), doctor), [finding("service", url, Verdict("fail", error.detail, way_out))]
+        return ServiceFacts((), doctor), [finding("service", shown, Verdict("fail", error.detail, way_out))]
     try:
         async with Connection.open(url, api_key=api_key, timeout=_TIMEOUT, retry=_RETRY) as connection:
             doctor = await connection.get_json("/v1/doctor")
@@ -125,7 +133,7 @@ async def _reach(url: str, api_key: str | None) -> tuple[ServiceFacts, list[Find
     else:
         version = _version(doctor)
     facts = ServiceFacts(teachers, doctor, forbidden)
-    return facts, [finding("service", url, _ready(facts)), finding("wire version", url, version)]
+    return facts, [finding("service", shown, _ready(facts)), finding("wire version", shown, version)]
 
 
 def _ready(facts: ServiceFacts) -> Verdict:
@@ -202,7 +210,10 @@ def _memory(doctor: Mapping[str, Any]) -> Verdict:
     if available is None or admitted is None:
         return Verdict("not run", "the service's platform does not say how much memory is left")
     told = f"{_gib(available)} are left, {_gib(admitted)} may be let in at one time; it holds {_gib(rss or 0)} now"
-    way_out = "lower max_engine_bytes, max_answer_bytes_in_flight or max_miss_bytes_in_flight, or give it more memory"
+    way_out = (
+        "lower max_engine_bytes, max_answer_bytes_in_flight, max_miss_bytes_in_flight or max_fills_running, "
+        "or give it more memory"
+    )
     if available < admitted // 2:
         return Verdict("fail", told, way_out)
     return Verdict("warn", told, way_out) if available < admitted else Verdict("ok", told)

@@ -1,0 +1,66 @@
+"""What a pool has in flight on each of its replicas, and which calls shared one; by the replicas' unique ids."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+
+class Work:
+    """Of one pool. Used from one event loop only."""
+
+    def __init__(self) -> None:
+        self.waiting: Counter[str] = Counter()
+        """Tokens."""
+        self.scored: Counter[str] = Counter()
+        """Tokens."""
+        self.crashed: set[str] = set()
+        """Replicas that ended by themselves: they answer nothing more, though Serve may not know it yet."""
+        self._calls: dict[str, set[InFlight]] = {}
+
+    def begin(self, replica: str, num_tokens: int) -> InFlight:
+        """Count one call."""
+        call = InFlight(self, num_tokens)
+        call.move(replica)
+        return call
+
+    def calls(self, replica: str) -> set[InFlight]:
+        """Those that the replica has now."""
+        return self._calls.setdefault(replica, set())
+
+    def forget(self, known: set[str]) -> None:
+        """Drop replicas that are gone and have nothing to answer."""
+        for gone in (set(self.waiting) | set(self.scored) | set(self._calls)) - known:
+            if not self.calls(gone):
+                del self.waiting[gone], self.scored[gone], self._calls[gone]
+        self.crashed &= known
+
+
+class InFlight:
+    """One call's share of a replica's work."""
+
+    def __init__(self, work: Work, num_tokens: int) -> None:
+        self.alone = True
+        """Whether no other call was on its replica in all the time that it was."""
+        self._work = work
+        self._num_tokens = num_tokens
+        self._replica: str | None = None
+
+    def move(self, replica: str) -> str:
+        """It went to this one."""
+        if replica != self._replica:
+            self.end()
+            self._replica = replica
+            others = self._work.calls(replica)
+            self.alone = not others
+            for other in others:
+                other.alone = False
+            others.add(self)
+            self._work.waiting[replica] += self._num_tokens
+        return replica
+
+    def end(self) -> None:
+        """It is no longer there."""
+        if self._replica is not None:
+            self._work.calls(self._replica).remove(self)
+            self._work.waiting[self._replica] -= self._num_tokens
+            self._replica = None
