@@ -10,11 +10,12 @@ and a stream that no encoder wrote sets `FAILED` and decodes to some value that 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from cache import compiled as _compiled
 
 Compiled = TypeVar("Compiled", bound=Callable[..., object])
 Whole: TypeAlias = "int | np.signedinteger[Any]"
@@ -28,8 +29,8 @@ _LIMIT = 1 << 15
 
 
 def compiled(function: Compiled) -> Compiled:
-    """The function as machine code, kept on disk between processes."""
-    return cast(Compiled, numba.njit(cache=True, nogil=True, error_model="numpy", _nrt=False)(function))
+    """The function as machine code that manages no memory."""
+    return _compiled.compiled(function, _nrt=False)
 
 
 class Coder(NamedTuple):

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,6 +74,17 @@ class Captured:
     ids: NDArray[np.int32]
     floats: NDArray[np.float32]
     ints: NDArray[np.generic]
+
+
+class Drawn(NamedTuple):
+    """Draws with replacement of S rows, one row after the other."""
+
+    lengths: NDArray[np.int64]
+    """[S] unique ids of each row."""
+    ids: NDArray[np.int32]
+    """[U] rising within a row."""
+    counts: NDArray[np.int32]
+    """[U]"""
 
 
 def float_sections(want: Fields, num_positions: int, vocab_size: int) -> Sections:

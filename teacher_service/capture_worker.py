@@ -8,15 +8,15 @@ All rows of an engine step go through the head together, `head_rows` at a time, 
 targets are computed while these logits exist. So beside the model, a step needs no more than
 
     logits           HEAD_BYTES, CPU_HEAD_BYTES on a CPU, and as much again where the head makes a copy of them
-    working memory   MEMORY_COPIES * BLOCK_BYTES for each thread on a CPU, MEMORY_COPIES * HEAD_BYTES elsewhere
+    working memory   2 BLOCK_BYTES for each thread on a CPU, MEMORY_COPIES * HEAD_BYTES elsewhere
     answers          4 bytes * (2 K + 2 + temperatures + 1 for the entropy + V for `dense` + 2 N) a position of each row
                      in flight, on the host
 
 where HEAD_BYTES and BLOCK_BYTES stand for one row's 4 V or 16 N bytes if those are more (`capture_math`).
 
-On a CPU each thread works on blocks of its own with one torch thread: torch's own threads meet after every operation,
-which takes ten milliseconds instead of 20 us when another process has one of the cores. For the same reason they must
-not spin when the head is done: `vllm_engine` sets GOMP_SPINCOUNT, without which the targets take twice the time.
+On a CPU each thread works on blocks of its own: torch's own threads meet after every operation, which takes ten
+milliseconds instead of 20 us when another process has one of the cores. For the same reason they must not spin when the
+head is done: `vllm_engine` sets GOMP_SPINCOUNT, without which the targets take twice the time.
 
 Shape legend:  T tokens of a row without its prefix, R rows through the head at once, V vocabulary size, K, N draws.
 """
@@ -24,7 +24,6 @@ Shape legend:  T tokens of a row without its prefix, R rows through the head at 
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -38,8 +37,8 @@ from numpy.typing import NDArray
 
 from cache.draws import uniforms
 from cache.errors import PotstillError
-from teacher_service.capture_layout import Wish, float_sections, num_floats, split
-from teacher_service.capture_math import BLOCK_BYTES, Drawn, Workspace, capture_block, rows_at_once
+from teacher_service.capture_layout import Drawn, Wish, float_sections, num_floats, split
+from teacher_service.capture_math import BLOCK_BYTES, capture_block, rows_at_once
 
 HEAD_BYTES = 128 * 2**20
 """float32 logits that the head gives at once on a GPU."""
@@ -47,7 +46,6 @@ CPU_HEAD_BYTES = 16 * 2**20
 """The same on a CPU: below the 32 MiB from which glibc maps fresh pages for each allocation, which cost a quarter of
 the head's time, and small enough for the third cache."""
 
-_START_SECONDS = 60.0
 _STEP = "_get_prompt_logprobs_dict"
 _NEEDED = (_STEP, "num_prompt_logprobs", "requests", "input_batch", "query_start_loc", "model", "model_config")
 # What torch and numpy raise when they are out of memory or are handed what they do not take.
@@ -67,6 +65,8 @@ class CaptureExtension:
             return f"the worker's {type(runner).__name__} has no {missing[0]}"
         try:
             from vllm.v1.outputs import LogprobsTensors  # noqa: PLC0415 -- the engine starts without it, too
+
+            from teacher_service import capture_kernel  # noqa: F401, PLC0415 -- numba, only once vLLM has started
         except ImportError as error:
             return str(error)
         if not isinstance(getattr(runner, _STEP), PromptCapture):
@@ -103,7 +103,7 @@ class _Answer:
             elif first + len(lengths) > position:
                 kept = lengths[: position - first]
                 num_ids = int(kept.sum())
-                self.drawn[first] = (kept, ids[:num_ids], counts[:num_ids])
+                self.drawn[first] = Drawn(kept, ids[:num_ids], counts[:num_ids])
         if position == 0:
             self.failure = ""
 
@@ -155,11 +155,10 @@ class PromptCapture:
         self._transport = transport
         self._others = getattr(runner, _STEP)
         self._vocab_size = int(runner.model_config.get_vocab_size())
-        self._space = Workspace()
         self._num_threads = torch.get_num_threads()
         self._pool = None
         if runner.device.type == "cpu":
-            self._pool = _one_torch_thread_each()
+            self._pool = _a_core_each(self._num_threads)
             _keep_freed_memory()
 
     def __call__(self, hidden_states: torch.Tensor, num_scheduled_tokens: dict[str, int]) -> dict[str, Any]:
@@ -229,26 +228,28 @@ class PromptCapture:
             self._targets(logits, start, parts)
 
     def _targets(self, logits: torch.Tensor, start: int, parts: list[_Span]) -> None:
+        if self._pool is not None:
+            logits = logits.float()  # by all of torch's threads, once
         block_bytes, num_threads = (HEAD_BYTES, 1) if self._pool is None else (BLOCK_BYTES, self._num_threads)
         blocks = [block for part in parts for block in part.blocks(self._vocab_size, block_bytes, num_threads)]
         tasks = [(block, logits[block.hidden - start : block.hidden - start + block.count]) for block in blocks]
         if self._pool is None or len(tasks) == 1:
             for block, rows in tasks:
-                _fill(block, rows, self._space)
+                _fill(block, rows)
         else:
-            for _ in self._pool.map(lambda task: _fill(task[0], task[1], self._space), tasks):
+            for _ in self._pool.map(lambda task: _fill(*task), tasks):
                 pass
 
 
-def _fill(span: _Span, logits: torch.Tensor, space: Workspace) -> None:
+def _fill(span: _Span, logits: torch.Tensor) -> None:
     """Compute the targets of a span; a failure is the request's, not the engine's."""
     try:
-        _compute(span, logits, space)
+        _compute(span, logits)
     except _FAILURES as error:
         span.answer.failure = _one_line(error)
 
 
-def _compute(span: _Span, logits: torch.Tensor, space: Workspace) -> None:
+def _compute(span: _Span, logits: torch.Tensor) -> None:
     want, answer = span.wish.fields, span.answer
     here = slice(span.position, span.position + span.count)
     labels = None
@@ -261,7 +262,7 @@ def _compute(span: _Span, logits: torch.Tensor, space: Workspace) -> None:
         row_key = answer.tokens.astype(np.uint32).tobytes()
         chances = uniforms(span.count, want.draws, want.seed, row_key, start=span.position)
     views = {name: view[here] for name, view in answer.views.items()}
-    drawn = capture_block(logits, labels, want, chances, views, space)
+    drawn = capture_block(logits, labels, want, chances, views)
     if drawn is not None:
         answer.drawn[span.position] = drawn
 
@@ -286,27 +287,14 @@ def _keep_freed_memory() -> None:
     torch.empty(30 * 2**20, dtype=torch.uint8)
 
 
-def _one_torch_thread_each() -> ThreadPoolExecutor:
-    """As many threads as torch uses, each of which runs torch's operations alone."""
-    num_threads = torch.get_num_threads()
-    # vLLM replaces `torch.set_num_threads` by a warning; the number is a thread's own, but for threads yet to come.
-    set_num_threads = torch._C.set_num_threads  # noqa: SLF001
+def _a_core_each(num_threads: int) -> ThreadPoolExecutor:
     # vLLM may have bound this thread to one core, which new threads would inherit.
     cores = set().union(*map(_cores_of, os.listdir("/proc/self/task")))
-    barrier = threading.Barrier(num_threads + 1)
     # Threads that wake each other are drawn to one core, where they would take turns.
     own = [{core} for core in cores] if len(cores) == num_threads else [cores] * num_threads
 
-    def prepare() -> None:
+    def settle() -> None:
         with suppress(OSError):  # a core that was taken from the process meanwhile
             os.sched_setaffinity(0, own.pop())
-        torch.get_num_threads()  # a thread takes the process's number when it first looks, and that is not 1
-        set_num_threads(1)
-        barrier.wait(_START_SECONDS)
 
-    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="capture", initializer=prepare)
-    for _ in range(num_threads):
-        pool.submit(int)
-    barrier.wait(_START_SECONDS)
-    set_num_threads(num_threads)
-    return pool
+    return ThreadPoolExecutor(num_threads, thread_name_prefix="capture", initializer=settle)

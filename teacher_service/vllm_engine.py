@@ -5,8 +5,9 @@ holds one engine: two built side by side do score, but closing either breaks the
 model parallel group is not initialized"). The first open engine of a process therefore runs inside
 it, and every further one in a process of its own, which costs about ten seconds more to start and
 one more import of vLLM. Such a process is spawned, so a script that opens a second teacher needs
-the usual `if __name__ == "__main__":`. So does the first one where numba was loaded before it, by the
-`archive` encoding: while it starts, vLLM looks into every module's attributes and stumbles over one of llvmlite.
+the usual `if __name__ == "__main__":`. So does one that starts where numba was loaded before it, by the
+`archive` encoding or by an engine that was closed: while it starts, vLLM looks into every module's attributes
+and stumbles over one of llvmlite.
 
 What becomes of an answer is a capture path's (`capture_paths`). The best one is taken that gives what vLLM's public
 one gives on a few tokens of the running engine (`capture_check`); why another one was passed over is logged once.

@@ -33,7 +33,7 @@ HEAVY = {
     },
     "zarr": {"cache/groups.py", "cache/chunks.py", "cache/pipelines.py"},
     "obstore": {"cache/store.py", "cache/object_stores.py", "cache/pipelines.py"},
-    "numba": {"cache/entropy_coder.py"},
+    "numba": {"cache/compiled.py", "teacher_service/capture_kernel.py"},
 }
 NEVER = {"cache": {"torch", "transformers", "vllm", "ray", "fastapi", "httpx", "uvicorn"}, "clients": {"torch", "vllm"}}
 

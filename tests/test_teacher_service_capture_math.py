@@ -1,8 +1,8 @@
-"""The worker's arithmetic on plain tensors, against torch's own and float64."""
+"""The worker's arithmetic on plain tensors, against torch's own and float64: the compiled one, and that of GPUs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,40 +14,39 @@ from scipy import stats
 from cache.draws import draw_rows, uniforms
 from cache.types import Draws, Fields
 from teacher_service.capture_layout import float_sections, num_floats, split
-from teacher_service.capture_math import Workspace, capture_block
+from teacher_service.capture_math import capture_on_cpu, capture_on_gpu
 from teacher_service.vllm_teacher import MAX_TEMPERATURE, MIN_TEMPERATURE
 
 # A multiple of 32 and of 128, neither, and so small that nothing is left out.
 VOCABS = (32_000, 50_257, 300)
 
 
-@pytest.fixture(autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    """As in the worker. An engine in this process has replaced `torch.set_num_threads` by a warning."""
-    before = torch.get_num_threads()
-    torch._C.set_num_threads(1)
-    yield
-    torch._C.set_num_threads(before)
+Captured = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(params=[capture_on_cpu, capture_on_gpu], ids=["cpu", "gpu"])
+def captured(request: pytest.FixtureRequest) -> Captured:
+    """From logits and what is wanted to every section as numpy, `ids`, and `draws`."""
+
+    def capture(logits: torch.Tensor, want: Fields, *, row_key: bytes = b"row") -> dict[str, Any]:
+        num_rows, vocab_size = logits.shape
+        sections = float_sections(want, num_rows, vocab_size)
+        out = split(torch.empty(num_floats(sections)), sections)
+        out["ids"] = torch.empty((num_rows, want.k), dtype=torch.int32)
+        chances = uniforms(num_rows, want.draws, want.seed, row_key) if want.draws else None
+        labels = torch.arange(num_rows) if want.k else None
+        drawn = request.param(logits, labels, want, chances, out)
+        found: dict[str, Any] = {name: tensor.numpy() for name, tensor in out.items()}
+        if drawn is not None:
+            lengths, ids, counts = drawn
+            found["draws"] = Draws(np.append(0, np.cumsum(lengths)), ids.astype(np.uint32), counts.astype(np.uint16))
+        return found
+
+    return capture
 
 
 def random_logits(num_rows: int, vocab_size: int, seed: int = 0) -> torch.Tensor:
     return 3 * torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(seed))
-
-
-def captured(logits: torch.Tensor, want: Fields, *, row_key: bytes = b"row") -> dict[str, Any]:
-    """Every section as numpy, `ids`, and `draws`."""
-    num_rows, vocab_size = logits.shape
-    sections = float_sections(want, num_rows, vocab_size)
-    out = split(torch.empty(num_floats(sections)), sections)
-    out["ids"] = torch.empty((num_rows, want.k), dtype=torch.int32)
-    chances = uniforms(num_rows, want.draws, want.seed, row_key) if want.draws else None
-    labels = torch.arange(num_rows) if want.k else None
-    drawn = capture_block(logits, labels, want, chances, out, Workspace())
-    found: dict[str, Any] = {name: tensor.numpy() for name, tensor in out.items()}
-    if drawn is not None:
-        lengths, ids, counts = drawn
-        found["draws"] = Draws(np.append(0, np.cumsum(lengths)), ids.astype(np.uint32), counts.astype(np.uint16))
-    return found
 
 
 def exact(logits: torch.Tensor) -> NDArray[np.float64]:
@@ -57,7 +56,7 @@ def exact(logits: torch.Tensor) -> NDArray[np.float64]:
 
 @pytest.mark.parametrize("vocab_size", VOCABS)
 @pytest.mark.parametrize("k", [1, 64, 200])
-def test_the_top_k_is_torchs(vocab_size: int, k: int) -> None:
+def test_the_top_k_is_torchs(captured: Captured, vocab_size: int, k: int) -> None:
     logits = random_logits(5, vocab_size)
     logits[3, -20:] += 30  # the best stand where 32 equal parts leave a rest
     found = captured(logits, Fields(k=k))
@@ -69,7 +68,7 @@ def test_the_top_k_is_torchs(vocab_size: int, k: int) -> None:
 
 
 @pytest.mark.parametrize("levels", [1, 2, 2000])
-def test_equal_entries_are_taken_once_each(levels: int) -> None:
+def test_equal_entries_are_taken_once_each(captured: Captured, levels: int) -> None:
     logits = torch.from_numpy(np.random.default_rng(0).integers(0, levels, (4, 32_000)).astype(np.float32))
     found = captured(logits, Fields(k=64))
     best = torch.from_numpy(exact(logits)).topk(64).values.numpy()
@@ -79,7 +78,7 @@ def test_equal_entries_are_taken_once_each(levels: int) -> None:
 
 
 @pytest.mark.parametrize("vocab_size", VOCABS)
-def test_a_vocabulary_whose_padding_was_cut_off_is_read_in_place(vocab_size: int) -> None:
+def test_a_vocabulary_whose_padding_was_cut_off_is_read_in_place(captured: Captured, vocab_size: int) -> None:
     want = Fields(k=8, entropy=True, temperatures=(0.5, 2.0), draws=2, seed=3)
     logits = random_logits(5, vocab_size)
     for padding in (64 - vocab_size % 64, 7):
@@ -92,7 +91,7 @@ def test_a_vocabulary_whose_padding_was_cut_off_is_read_in_place(vocab_size: int
 
 
 @pytest.mark.parametrize("vocab_size", VOCABS)
-def test_entropy_and_log_z_are_those_of_float64(vocab_size: int) -> None:
+def test_entropy_and_log_z_are_those_of_float64(captured: Captured, vocab_size: int) -> None:
     logits = random_logits(6, vocab_size)
     logits[1] *= 20  # nearly all mass on one id
     logits[2] = 0
@@ -107,7 +106,7 @@ def test_entropy_and_log_z_are_those_of_float64(vocab_size: int) -> None:
         np.testing.assert_allclose(found["log_z"][:, column], log_z, atol=1e-4)
 
 
-def test_log_z_is_finite_at_the_bounds_of_temperature() -> None:
+def test_log_z_is_finite_at_the_bounds_of_temperature(captured: Captured) -> None:
     logits = random_logits(4, 32_000)
     logits[1] *= 30  # nearly all mass on one id
     logits[2] = 0
@@ -120,7 +119,9 @@ def test_log_z_is_finite_at_the_bounds_of_temperature() -> None:
 
 
 @pytest.mark.parametrize("temperatures", [(2.0, 2.0), (1.0, 2.0, 2.0), (0.5, 0.5, 2.0, 0.5), (3.0, 3.0)])
-def test_a_temperature_that_is_asked_for_twice_is_answered_twice(temperatures: tuple[float, ...]) -> None:
+def test_a_temperature_that_is_asked_for_twice_is_answered_twice(
+    captured: Captured, temperatures: tuple[float, ...]
+) -> None:
     logits = random_logits(3, 500)
     log_z = captured(logits, Fields(k=0, temperatures=temperatures))["log_z"]
     for column, temperature in enumerate(temperatures):
@@ -130,7 +131,7 @@ def test_a_temperature_that_is_asked_for_twice_is_answered_twice(temperatures: t
 
 @pytest.mark.parametrize("vocab_size", VOCABS)
 @pytest.mark.parametrize("num_draws", [1, 50, 3000])
-def test_draws_are_those_of_the_reference(vocab_size: int, num_draws: int) -> None:
+def test_draws_are_those_of_the_reference(captured: Captured, vocab_size: int, num_draws: int) -> None:
     logits = random_logits(4, vocab_size)
     logits[2, 100:] = -torch.inf
     found = captured(logits, Fields(k=0, draws=num_draws, seed=7))["draws"]
@@ -150,7 +151,7 @@ def counts_of(draws: Draws, vocab_size: int) -> NDArray[np.int64]:
 
 
 @pytest.mark.parametrize("num_draws", [50, 20_000])
-def test_draws_follow_the_full_softmax(num_draws: int) -> None:
+def test_draws_follow_the_full_softmax(captured: Captured, num_draws: int) -> None:
     """Chi-square over all draws, with ids joined until each cell is expected ten times: both ways of looking up."""
     num_rows, vocab_size = (400, 8192) if num_draws == 50 else (1, 8192)
     logits = random_logits(1, vocab_size).expand(num_rows, -1).contiguous()
@@ -163,7 +164,7 @@ def test_draws_follow_the_full_softmax(num_draws: int) -> None:
     assert stats.chisquare(joined[0], joined[1] * joined[0].sum() / joined[1].sum()).pvalue > 1e-4
 
 
-def test_the_tail_is_not_lost_beside_a_heavy_id() -> None:
+def test_the_tail_is_not_lost_beside_a_heavy_id(captured: Captured) -> None:
     """Behind an id with nearly all mass, 127 ids of one block share 1e-4 of it: a float32 sum would be too coarse."""
     logits = torch.full((2000, 8192), -torch.inf)
     logits[:, 0] = 0
@@ -176,7 +177,9 @@ def test_the_tail_is_not_lost_beside_a_heavy_id() -> None:
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("want", [Fields(k=8), Fields(k=0, draws=4), Fields(k=8, draws=300, entropy=True)])
-def test_logits_that_are_no_numbers_show_in_top_and_hurt_no_other_row(bad: float, want: Fields) -> None:
+def test_logits_that_are_no_numbers_show_in_top_and_hurt_no_other_row(
+    captured: Captured, bad: float, want: Fields
+) -> None:
     logits = random_logits(3, 32_000)
     whole = captured(logits, want)
     if bad == -torch.inf:

@@ -16,7 +16,7 @@ import torch
 from cache.types import Draws, Fields, Targets
 from teacher_service.capture import targets_from_captured
 from teacher_service.capture_layout import Captured, Wish
-from teacher_service.capture_worker import PromptCapture, _cores_of, _one_torch_thread_each
+from teacher_service.capture_worker import PromptCapture, _a_core_each, _cores_of
 
 VOCAB = 5000
 LENGTH = 700
@@ -64,6 +64,13 @@ class Head:
 
     def get_vocab_size(self) -> int:
         return self.weight.shape[1]
+
+
+class Widened(Head):
+    """What it gives, in float32."""
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return Head.compute_logits(self, hidden_states).float()
 
 
 @dataclass(slots=True)
@@ -157,22 +164,27 @@ def test_a_failure_before_the_preemption_is_forgotten() -> None:
     assert_same(row.targets([(0, 333), (333, 367)]), whole)
 
 
-def test_the_captures_threads_run_torch_alone_and_the_others_as_before() -> None:
-    before = torch.get_num_threads()
-    torch._C.set_num_threads(3)
-    try:
-        with _one_torch_thread_each() as pool:
-            together = threading.Barrier(3)
+def test_each_of_the_captures_threads_has_a_core_of_its_own_where_there_are_as_many() -> None:
+    mine = os.sched_getaffinity(0)
+    num_threads = len(mine)
+    with _a_core_each(num_threads) as pool:
+        together = threading.Barrier(num_threads)
 
-            def work(_: int) -> int:
-                together.wait(timeout=60)  # so that each thread takes one
-                torch.ones(100, 1000).log_softmax(1)
-                return torch.get_num_threads()
+        def cores(_: int) -> set[int]:
+            together.wait(timeout=60)  # so that each thread takes one
+            return os.sched_getaffinity(0)
 
-            assert list(pool.map(work, range(3))) == [1, 1, 1]
-        assert torch.get_num_threads() == 3
-    finally:
-        torch._C.set_num_threads(before)
+        taken = list(pool.map(cores, range(num_threads)))
+    assert sorted(core for each in taken for core in each) == sorted(mine)
+    assert os.sched_getaffinity(0) == mine
+
+
+def test_logits_of_a_narrower_type_are_those_of_float32() -> None:
+    whole, narrow = Prefill(EVERYTHING), Prefill(EVERYTHING)
+    for row in (whole, narrow):
+        row.hidden, row.runner.model.weight = row.hidden.bfloat16(), row.runner.model.weight.bfloat16()
+    whole.runner.model = Widened(whole.runner.model.weight)
+    assert_same(narrow.targets([(0, LENGTH)]), whole.targets([(0, LENGTH)]))
 
 
 def test_a_thread_that_has_ended_names_no_cores() -> None:
