@@ -2,9 +2,9 @@
 
 A synthetic corpus of short rows and a target set with a segment for every few hundred of them are made once (they are
 not flushed to disk, which is not what is measured) and measured in fresh processes. What is in the folder already is
-used, also after a stop.
+used, also after a stop; without `--folder` it is a temporary one.
 
-    python -m benchmarks.bench_scale --folder DIR [--rows 10000000] [--segments 20000]
+    python -m benchmarks.bench_scale [--folder DIR] [--rows 10000000] [--segments 20000]
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -60,23 +61,28 @@ class UnflushedRoot(Root):
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="for the cache: about 150 bytes a row")
+    parser.add_argument("--folder", type=Path, help="for the cache, which is kept: about 150 bytes a row")
     parser.add_argument("--rows", type=int, default=10_000_000)
     parser.add_argument("--segments", type=int, default=20_000)
-    parser.add_argument("--stage", choices=STAGES, help="run one stage here; prints JSON")
+    parser.add_argument("--stage", choices=STAGES, help="run one stage here, in --folder; prints JSON")
     args = parser.parse_args()
-    root = args.folder / f"scale-{args.rows}-{args.segments}"
     if args.stage:
-        print(json.dumps(STAGES[args.stage](root, args.rows, args.segments)))
+        print(json.dumps(STAGES[args.stage](args.folder, args.rows, args.segments)))
         return 0
-    for stage in STAGES:
-        command = [sys.executable, "-m", "benchmarks.bench_scale", "--folder", str(args.folder), "--stage", stage]
-        command += ["--rows", str(args.rows), "--segments", str(args.segments)]
-        answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        print(f"\n{stage}")
-        for name, value in json.loads(answer.stdout.splitlines()[-1]).items():
-            print(f"  {name:58}  {value:>16,.{0 if isinstance(value, int) else 3}f}")
+    with tempfile.TemporaryDirectory() as temporary:
+        run_stages((args.folder or Path(temporary)) / f"scale-{args.rows}-{args.segments}", args.rows, args.segments)
     return 0
+
+
+def run_stages(folder: Path, rows: int, segments: int) -> None:
+    """Each in a process of its own."""
+    for stage in STAGES:
+        command = [sys.executable, "-m", "benchmarks.bench_scale", "--folder", str(folder), "--stage", stage]
+        command += ["--rows", str(rows), "--segments", str(segments)]
+        answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        print(f"\n{stage}", flush=True)
+        for name, value in json.loads(answer.stdout.splitlines()[-1]).items():
+            print(f"  {name:58}  {value:>16,.{0 if isinstance(value, int) else 3}f}", flush=True)
 
 
 def make_corpus(folder: Path, rows: int, segments: int) -> dict[str, float]:
