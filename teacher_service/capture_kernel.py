@@ -9,14 +9,12 @@ A row of logits stays in the core's own cache while the vocabulary is swept
 The top-k is found in the blocks whose largest entry is at or above a bound that at least k blocks reach: little more
 than k entries, of which each is given its rank; equal ones by rising id. Draws look into the blocks that they hit only.
 
-torch's operations on the same logits take two to three times as long, as each reads and writes the whole of them. Sums
-inside a block are float32, those of blocks float64. The exponential is a minimax polynomial for 2**x, within 1.1e-7 and
-exact at 0; at and below 2**-126 it is 0. A row with a NaN, a +inf or nothing but -inf has NaN in all of its floats, ids
-0, and no draws.
+Sums inside a block are float32, those of blocks float64. The exponential is a minimax polynomial for 2**x, within
+1.1e-7 and exact at 0; at and below 2**-126 it is 0. A row with a NaN, a +inf or nothing but -inf has NaN in all of its
+floats, ids 0, and no draws.
 
-Compiled code checks no bounds: `fill` does, once for all rows.
-
-Shape legend:  S rows, V vocabulary size, K kept entries, N draws, B blocks of 64 ids, U unique ids drawn.
+Compiled code checks no bounds, `fill` does.
+Shape legend:  S rows, V vocabulary size, K kept entries, N draws, U unique ids drawn.
 """
 
 from __future__ import annotations
@@ -41,10 +39,12 @@ _BLOCK = 64
 _RANKED = 512
 """Candidates that are ranked by comparing each with all; more are sorted."""
 _HALVINGS = 24
+_WIDTH = np.float32(16)
+"""Below the largest entry the k-th is looked for in so many nats, else in the square of it, and so on."""
 
 _ZERO, _ONE, _LOG2_E = np.float32(0), np.float32(1), np.float32(1.4426950408889634)
 _LOWEST = np.float32(-126)
-"""Powers of two from here on are 0: float32 has no normal number below."""
+"""Powers of two from here on are 0: they are no normal float32."""
 _MAGIC = np.float32(1.5 * 2**23)
 """Added to a small whole number it leaves that number in the lowest bits."""
 _ONE_BITS = np.int32(0x3F800000)
@@ -137,12 +137,12 @@ def fill(logits: NDArray[np.float32], top: NDArray[np.float32], top_k: TopK, ext
         top: [S], for the largest logprobs.
         top_k: of K <= V entries.
         extras: what else is wanted.
+
+    Raises:
+        ValueError: shapes that do not belong together, or labels that are no ids.
     """
+    _check(logits, top, top_k, extras)
     num_rows, vocab_size = logits.shape
-    assert num_rows, "rows"
-    assert logits.strides[1] == logits.itemsize, "entries beside each other"
-    assert top_k.ids.shape[1] <= vocab_size < 2**31, "no more entries than there are"
-    assert not len(top_k.labels) or 0 <= top_k.labels.min() <= top_k.labels.max() < vocab_size, "labels are ids"
     stride = logits.strides[0] // logits.itemsize
     # One array of all rows without a copy, of which numba knows that entries are beside each other.
     flat = np.lib.stride_tricks.as_strided(logits, ((num_rows - 1) * stride + vocab_size,), (logits.itemsize,))
@@ -150,6 +150,30 @@ def fill(logits: NDArray[np.float32], top: NDArray[np.float32], top_k: TopK, ext
     drawn = Drawn(np.zeros(num_rows, np.int64), np.empty(most, np.int32), np.empty(most, np.int32))
     num_ids = _fill(flat, stride, top, top_k, extras, drawn)
     return Drawn(drawn.lengths, drawn.ids[:num_ids].copy(), drawn.counts[:num_ids].copy())
+
+
+def _check(logits: NDArray[np.float32], top: NDArray[np.float32], top_k: TopK, extras: Extras) -> None:
+    num_rows, vocab_size = logits.shape
+    k = top_k.ids.shape[1]
+    labelled = num_rows if k else 0
+    shapes = {
+        "top": (top.shape, (num_rows,)),
+        "ids": (top_k.ids.shape, (num_rows, k)),
+        "logprobs": (top_k.logprobs.shape, (num_rows, k)),
+        "labels": (top_k.labels.shape, (labelled,)),
+        "label_logprob": (top_k.label_logprob.shape, (labelled,)),
+        "entropy": (extras.entropy.shape, (num_rows if len(extras.entropy) else 0,)),
+        "log_z": (extras.log_z.shape, (num_rows, len(extras.temperatures))),
+        "dense": (extras.dense.shape, (num_rows if len(extras.dense) else 0, vocab_size)),
+        "uniforms": (extras.uniforms.shape[:1], (num_rows,)),
+    }
+    wrong = [f"{name} {shape}" for name, (shape, right) in shapes.items() if shape != right]
+    if wrong or k > vocab_size or not 0 < vocab_size < 2**31 or not num_rows:
+        raise ValueError(f"logits {logits.shape} and a top-{k} do not go with {', '.join(wrong) or 'each other'}")
+    if logits.strides[1] != logits.itemsize or logits.strides[0] % logits.itemsize:
+        raise ValueError(f"logits have strides {logits.strides}; a row's entries must be beside each other")
+    if k and not 0 <= top_k.labels.min() <= top_k.labels.max() < vocab_size:
+        raise ValueError(f"labels from {top_k.labels.min()} to {top_k.labels.max()} are no ids of {vocab_size}")
 
 
 @_swept
@@ -167,11 +191,9 @@ def _fill(flat: Any, stride: int, top: Any, top_k: Any, extras: Any, drawn: Any)
         total, weighted = _sums(z, highest, masses)
         log_total = np.log(total)
         top[row] = -log_total
-        broken = np.isnan(log_total)
-        shift = np.float64(highest) + log_total
         if k:
-            top_k.label_logprob[row] = np.float64(z[top_k.labels[row]]) - shift
-            _top_k(z, shift, maxima, keys, broken, top_k.ids[row], top_k.logprobs[row])
+            top_k.label_logprob[row] = _logprob(z[top_k.labels[row]], highest, log_total)
+            _top_k(z, highest, log_total, maxima, keys, top_k.ids[row], top_k.logprobs[row])
         if len(extras.entropy):
             extras.entropy[row] = log_total - weighted / total
         for column in range(len(extras.temperatures)):
@@ -179,8 +201,9 @@ def _fill(flat: Any, stride: int, top: Any, top_k: Any, extras: Any, drawn: Any)
             power = _power(z, highest, _LOG2_E * np.float32(inverse))
             extras.log_z[row, column] = np.log(power) - log_total * inverse
         if len(extras.dense):
-            _logprobs(z, shift, extras.dense[row])
-        if extras.uniforms.shape[1] and not broken:
+            for i in range(vocab_size):
+                extras.dense[row, i] = _logprob(z[i], highest, log_total)
+        if extras.uniforms.shape[1] and not np.isnan(log_total):
             drawn.lengths[row] = _draw(z, highest, masses, extras.uniforms[row], inside, drawn, num_ids)
             num_ids += drawn.lengths[row]
     return num_ids
@@ -188,7 +211,7 @@ def _fill(flat: Any, stride: int, top: Any, top_k: Any, extras: Any, drawn: Any)
 
 @_swept
 def _maxima(z: Any, maxima: Any) -> Any:
-    """The largest entry; fills the largest one of each block. A NaN may hide what is behind it."""
+    """The largest entry; fills the largest one of each block."""
     full = len(z) // _BLOCK
     for block in range(full):
         maxima[block] = _largest(z, block * _BLOCK, block * _BLOCK + _BLOCK)
@@ -240,8 +263,8 @@ def _power(z: Any, highest: Any, factor: Any) -> Any:
     """Sum 2**((z - highest) factor)."""
     total = 0.0
     full = len(z) // _BLOCK
-    for block in range(full):
-        total += _block_power(z, highest, factor, block * _BLOCK, block * _BLOCK + _BLOCK)
+    for start in range(0, full * _BLOCK, _BLOCK):
+        total += _block_power(z, highest, factor, start, start + _BLOCK)
     return total + _block_power(z, highest, factor, full * _BLOCK, len(z))
 
 
@@ -253,48 +276,51 @@ def _block_power(z: Any, highest: Any, factor: Any, start: int, stop: int) -> An
     return mass
 
 
-@_swept
-def _logprobs(z: Any, shift: float, out: Any) -> None:
-    for i in range(len(z)):
-        out[i] = np.float64(z[i]) - shift
+@compiled
+def _logprob(logit: Any, highest: Any, log_total: Any) -> Any:
+    """In this order: the sum of the two that are taken off might swallow one of them."""
+    return (np.float64(logit) - np.float64(highest)) - log_total
 
 
 @_swept
-def _top_k(z: Any, shift: float, maxima: Any, keys: Any, broken: bool, ids: Any, logprobs: Any) -> None:  # noqa: FBT001
+def _top_k(z: Any, highest: Any, log_total: float, maxima: Any, keys: Any, ids: Any, logprobs: Any) -> None:
     """Fills ids and logprobs of one row."""
     k = len(ids)
-    if broken:
+    if np.isnan(log_total):
         ids[:] = 0
         logprobs[:] = np.nan
         return
-    # With fewer blocks than this the bound would leave hardly anything out.
-    found = _at_least(z, _bound(maxima, k) if len(maxima) >= 2 * k else _bound(z, k), maxima, keys)
+    bound = _bound(maxima, k) if len(maxima) >= 2 * k else -np.inf
+    if bound == -np.inf or _count(maxima, bound) > 2 * k:  # few blocks, or few with anything in them
+        bound = _bound(z, k)
+    found = _at_least(z, bound, maxima, keys)
     if found <= _RANKED:
         for i in range(found):
             rank = 0
             for j in range(found):
                 rank += int(keys[j] < keys[i])
             if rank < k:
-                ids[rank] = np.int64(keys[i] & np.uint64(0xFFFFFFFF))
+                ids[rank] = keys[i] & np.uint64(0xFFFFFFFF)
     else:
         keys[:found].sort()
         for rank in range(k):
-            ids[rank] = np.int64(keys[rank] & np.uint64(0xFFFFFFFF))
+            ids[rank] = keys[rank] & np.uint64(0xFFFFFFFF)
     for rank in range(k):
-        logprobs[rank] = np.float64(z[ids[rank]]) - shift
+        logprobs[rank] = _logprob(z[ids[rank]], highest, log_total)
 
 
 @_swept
 def _bound(values: Any, k: int) -> Any:
-    """What k values or a few more are at or above: by halving the range from the smallest to the largest."""
-    low = high = values[0]
+    """What k values or a few more are at or above: by halving a range below the largest that holds k."""
+    high = values[0]
     for i in range(len(values)):
-        low = values[i] if values[i] < low else low
         high = values[i] if values[i] > high else high
+    width = _WIDTH
+    while _count(values, high - width) < k:
+        width *= _WIDTH
+    low = high - width
     if low == -np.inf:
-        low = np.float32(-3e38)
-        if _count(values, low) < k:
-            return np.float32(-np.inf)
+        return low
     for _ in range(_HALVINGS):
         middle = low + (high - low) * np.float32(0.5)
         count = _count(values, middle)

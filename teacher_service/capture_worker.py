@@ -24,6 +24,7 @@ Shape legend:  T tokens of a row without its prefix, R rows through the head at 
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -37,6 +38,7 @@ from numpy.typing import NDArray
 
 from cache.draws import uniforms
 from cache.errors import PotstillError
+from cache.types import Fields
 from teacher_service.capture_layout import Drawn, Wish, float_sections, num_floats, split
 from teacher_service.capture_math import BLOCK_BYTES, capture_block, rows_at_once
 
@@ -65,10 +67,11 @@ class CaptureExtension:
             return f"the worker's {type(runner).__name__} has no {missing[0]}"
         try:
             from vllm.v1.outputs import LogprobsTensors  # noqa: PLC0415 -- the engine starts without it, too
-
-            from teacher_service import capture_kernel  # noqa: F401, PLC0415 -- numba, only once vLLM has started
         except ImportError as error:
             return str(error)
+        why_not = _compile() if runner.device.type == "cpu" else ""
+        if why_not:
+            return why_not
         if not isinstance(getattr(runner, _STEP), PromptCapture):
             setattr(runner, _STEP, PromptCapture(runner, LogprobsTensors))
         return ""
@@ -285,6 +288,19 @@ def _keep_freed_memory() -> None:
     It keeps twice the largest block below 32 MiB that was ever mapped alone and freed (M_TRIM_THRESHOLD in mallopt(3)).
     """
     torch.empty(30 * 2**20, dtype=torch.uint8)
+
+
+def _compile() -> str:
+    """Compile, or load from disk, what the first rows would wait for; why that cannot be, or an empty string."""
+    want = Fields(k=1, draws=1, entropy=True, temperatures=(2.0,), dense=True)
+    sections = float_sections(want, 1, 2)
+    out = split(torch.empty(num_floats(sections)), sections)
+    out["ids"] = torch.empty((1, 1), dtype=torch.int32)
+    try:
+        capture_block(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), want, np.zeros((1, 1)), out)
+    except (*_FAILURES, ImportError, OSError, EOFError, pickle.UnpicklingError) as error:
+        return f"numba cannot compile or keep the capture's code ({_one_line(error)}); NUMBA_CACHE_DIR names its folder"
+    return ""
 
 
 def _a_core_each(num_threads: int) -> ThreadPoolExecutor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from cache.compiled import compiled
-from teacher_service.capture_kernel import Extras, TopK, fill
+from teacher_service.capture_kernel import Extras, TopK, _bound, fill
 from teacher_service.capture_layout import Drawn
 
 LEVELS = (-np.inf, -3.3e38, -1e30, -50.0, -0.0, 0.0, 1.0, 1.0000001, 40.0)
@@ -23,17 +25,18 @@ def top_k_of(logits: NDArray[np.float32], k: int) -> TopK:
         labels=np.arange(num_rows) % vocab_size,
         label_logprob=np.empty(num_rows, np.float32),
     )
-    fill(logits, np.empty(num_rows, np.float32), top_k, nothing_beside(num_rows))
+    fill(logits, np.empty(num_rows, np.float32), top_k, nothing_beside(num_rows, vocab_size))
     return top_k
 
 
-def nothing_beside(num_rows: int) -> Extras:
+def nothing_beside(num_rows: int, vocab_size: int) -> Extras:
     nothing = np.empty((num_rows, 0), np.float32)
-    return Extras(np.empty(0, np.float32), np.empty(0), nothing, np.empty((0, 0), np.float32), np.empty((num_rows, 0)))
+    dense = np.empty((0, vocab_size), np.float32)
+    return Extras(np.empty(0, np.float32), np.empty(0), nothing, dense, np.empty((num_rows, 0)))
 
 
 def drawn_from(row: NDArray[np.float32], uniforms: NDArray[np.float64]) -> Drawn:
-    extras = nothing_beside(1)._replace(uniforms=uniforms[None])
+    extras = nothing_beside(1, len(row))._replace(uniforms=uniforms[None])
     none = np.empty((1, 0), np.float32)
     top_k = TopK(np.empty((1, 0), np.int32), none, np.empty(0, np.int64), np.empty(0, np.float32))
     return fill(row[None], np.empty(1, np.float32), top_k, extras)
@@ -97,10 +100,51 @@ def test_a_row_that_is_no_distribution_is_drawn_nothing_from() -> None:
     assert not len(drawn.ids)
 
 
-def test_labels_outside_the_vocabulary_are_refused_before_they_are_looked_up() -> None:
-    top_k = TopK(np.empty((1, 1), np.int32), np.empty((1, 1), np.float32), np.array([3]), np.empty(1, np.float32))
-    with pytest.raises(AssertionError):
-        fill(np.zeros((1, 3), np.float32), np.empty(1, np.float32), top_k, nothing_beside(1))
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"labels": np.array([3])}, "labels from 3 to 3"),
+        ({"labels": np.array([-1])}, "labels from -1"),
+        ({"labels": np.array([], np.int64)}, r"labels \(0,\)"),
+        ({"ids": np.empty((2, 1), np.int32)}, r"ids \(2, 1\)"),
+        ({"ids": np.empty((1, 4), np.int32), "logprobs": np.empty((1, 4), np.float32)}, "top-4"),
+        ({"label_logprob": np.empty(0, np.float32)}, "label_logprob"),
+        ({"entropy": np.empty(2, np.float32)}, "entropy"),
+        ({"temperatures": np.ones(1)}, "log_z"),
+        ({"dense": np.empty((1, 2), np.float32)}, r"dense \(1, 2\)"),
+        ({"uniforms": np.empty((2, 1))}, "uniforms"),
+    ],
+)
+def test_what_compiled_code_would_not_notice_is_refused_before_it(wrong: dict[str, Any], says: str) -> None:
+    top_k = TopK(np.empty((1, 1), np.int32), np.empty((1, 1), np.float32), np.array([2]), np.empty(1, np.float32))
+    extras = nothing_beside(1, 3)
+    top_k = top_k._replace(**{name: value for name, value in wrong.items() if name in TopK._fields})
+    extras = extras._replace(**{name: value for name, value in wrong.items() if name in Extras._fields})
+    with pytest.raises(ValueError, match=says):
+        fill(np.zeros((1, 3), np.float32), np.empty(1, np.float32), top_k, extras)
+
+
+def test_rows_whose_entries_are_not_beside_each_other_are_refused() -> None:
+    with pytest.raises(ValueError, match="beside each other"):
+        top_k_of(np.zeros((4, 6), np.float32)[:, ::2], 1)
+
+
+@pytest.mark.parametrize("masked", [-np.inf, -3.4e38, -1e9, -1e30])
+@pytest.mark.parametrize("num_open", [3, 70, 5000])
+def test_few_of_a_masked_vocabulary_are_candidates(masked: float, num_open: int) -> None:
+    """Sorting all that is masked would take a hundred times as long."""
+    rng = np.random.default_rng(0)
+    row = np.full(8192, masked, np.float32)
+    row[rng.permutation(8192)[:num_open]] = rng.standard_normal(num_open).astype(np.float32)
+    expected = np.argsort(-row, kind="stable")[:64]
+    np.testing.assert_array_equal(top_k_of(row[None], 64).ids[0], expected)
+    if num_open >= 64:
+        assert (row >= _bound(row, 64)).sum() <= 64 + 64 // 16
+
+
+def test_equal_logits_share_the_mass_however_large_they_are() -> None:
+    found = top_k_of(np.full((1, 3), -1e30, np.float32), 3)
+    np.testing.assert_allclose(found.logprobs[0], np.log(1 / 3), rtol=1e-6)
 
 
 def test_a_function_is_compiled_where_no_folder_can_keep_it() -> None:
