@@ -33,16 +33,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import ClassVar
 
+from cache.logins import without_login
+
 
 class PotstillError(Exception):
-    """Base of every error this project raises on purpose; `str(error)` is one line for a person."""
+    """Base of every error this project raises on purpose; `str(error)` is a line for a person, no URL of it with a login."""
 
     kind: ClassVar[str] = "internal"
     status: ClassVar[int] = 500
     retryable: ClassVar[bool] = False
 
     def __init__(self, *args: object, retry_after: float | None = None) -> None:
-        super().__init__(*args)
+        super().__init__(*(without_login(arg) if isinstance(arg, str) else arg for arg in args))
         self.retry_after = retry_after
         """Seconds after which the same call may succeed; None when that is not known."""
 

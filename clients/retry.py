@@ -24,10 +24,10 @@ from cache.errors import (
     Unavailable,
     error_class,
 )
+from cache.logins import without_login
 from cache.types import JSON
 
 T = TypeVar("T")
-_LOGIN = re.compile(r"(?<=://)[^/?#\s]*@")
 API_KEY_VARIABLE = "POTSTILL_API_KEY"
 """Holds the API key for every service that is called without one, so that no command line shows it."""
 
@@ -215,11 +215,6 @@ def checked_key(api_key: str) -> str:
     return key
 
 
-def without_login(text: str) -> str:
-    """The text without the user and password, which may be an API key, of any URL in it."""
-    return _LOGIN.sub("", text)
-
-
 def login_of(url: str) -> tuple[str, str] | None:
     """The user and password in a URL; None when it has none.
 
@@ -237,11 +232,12 @@ def checked_url(url: str) -> str:
         InvalidInput: no http or https scheme, no host, a bad port, or a query or fragment.
     """
     parsed = _parsed(url)
-    shown = without_login(url)
+    if re.search(r"\s", url):
+        raise InvalidInput("the URL of the service has a space in it; write http://host:port, with %20 for a space")
     if parsed.port is not None and not 0 < parsed.port < 2**16:
-        raise InvalidInput(f"{shown!r} has port {parsed.port}; a port is a number from 1 to 65535")
+        raise InvalidInput(f"{url!r} has port {parsed.port}; a port is a number from 1 to 65535")
     if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or parsed.fragment:
-        raise InvalidInput(f"{shown!r} is not the URL of a service; write http://host:port")
+        raise InvalidInput(f"{url!r} is not the URL of a service; write http://host:port")
     return without_login(str(parsed)).rstrip("/")
 
 
@@ -249,7 +245,8 @@ def _parsed(url: str) -> httpx.URL:
     try:
         return httpx.URL(url)
     except (httpx.InvalidURL, TypeError) as error:
-        raise InvalidInput(f"{without_login(str(url))!r} is not a URL: {error}; write http://host:port") from error
+        why = "" if "@" in str(url) else f": {error}"  # which may quote a part of a password
+        raise InvalidInput(f"{str(url)!r} is not a URL{why}; write http://host:port") from error
 
 
 def refusal_from(reply: httpx.Response, url: str) -> Refusal:

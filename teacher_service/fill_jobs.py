@@ -2,8 +2,8 @@
 
 A job is `cache.fill.fill` on a hosted teacher, behind admission like any caller of it: the task inherits who asked for
 it, so its work waits in that caller's turn. It is stopped, or killed, at no cost but the shard in work. At most
-`max_fills_running` run at one time; the others wait in the order in which they were asked for, and one that its teacher
-told to come back later waits behind them.
+`max_fills_running` run at one time; the others wait in the order in which they were asked for. While a teacher tells
+jobs to come back later, as many others may begin (`fill_turns`).
 """
 
 from __future__ import annotations
@@ -77,20 +77,20 @@ class FillJob:
     def state(self) -> JobState:
         """Where it stands; it waits for its turn among the jobs, or until it may ask its teacher again."""
         if self.ended is None:
-            return "running" if self.turn.given.is_set() else "waiting"
+            return "running" if self.turn.given.is_set() and not self.turn.rests else "waiting"
         if self.report is not None:
             return "done"
         return "stopped" if self.error is None else "failed"
 
     @property
     def seconds(self) -> float:
-        """Since its turn came first; 0 before that."""
+        """Since its turn came; 0 before that."""
         return 0.0 if self.turn.began is None else (self.ended or time.monotonic()) - self.turn.began
 
     @property
     def told_to_wait(self) -> PotstillError | None:
         """Why it waits, when its teacher told it to come back later."""
-        return self.refusal if self.state == "waiting" and self.turn.pausing else None
+        return self.refusal if self.ended is None and self.turn.rests else None
 
     def ended_by(self, task: asyncio.Task[None]) -> None:
         """Note the end, and a bug that ended the task: nobody awaits it."""
@@ -139,7 +139,7 @@ class FillJobs:
 
     @property
     def num_begun(self) -> int:
-        """Jobs that may hold targets: those that run, and those that wait until they may ask their teacher again."""
+        """Jobs that may hold targets: those that run, and those that rest until they may ask their teacher again."""
         return sum(job.ended is None and job.turn.began is not None for job in self._jobs.values())
 
     def jobs(self) -> list[FillJob]:
@@ -188,7 +188,7 @@ class FillJobs:
         patient = _Patient(open_teacher, inner, job, self._turns)
         job.task = asyncio.create_task(_run(job, patient, targets), name=f"fill {corpus}")
         job.task.add_done_callback(job.ended_by)
-        job.task.add_done_callback(lambda _: self._turns.give_back(job.turn))
+        job.task.add_done_callback(lambda _: self._turns.end(job.turn))
         return job
 
     async def stop(self, corpus: str, teacher: str) -> FillJob:
@@ -312,7 +312,7 @@ class _Patient:
         pause = _PAUSE_SECONDS
         while True:
             try:
-                async with self._turns.asking(self._job.turn):
+                with self._turns.asking(self._job.turn):
                     # Asked for anew: a teacher that was removed and added again is another one under the name.
                     teacher = self._open()
                     self._require_same(teacher)

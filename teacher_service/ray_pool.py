@@ -56,7 +56,7 @@ class RayPool:
         # Calls that a crash made suspect have a replica to themselves, one call at a time; other calls go elsewhere.
         self._suspects = asyncio.Lock()
         self._reserved = ""
-        self._suspects_lost_at = 0.0
+        self._last_alone = 0.0
         self._queued: Callable[[], int] = lambda: 0
         # One change of the number at a time, or the slower of two would have the last word.
         self._scaling = asyncio.Lock()
@@ -224,17 +224,15 @@ class RayPool:
 
     async def _try_alone(self, call: ScoreCall, losses: Losses) -> Scored | Refused | None:
         """The same of a replica that has no other call, as far as Serve's router follows our ranking."""
-        # Who waited here while others lost what was ready is not to be blamed for the time.
-        while await self._another(losses.replicas, max(losses.last, self._suspects_lost_at) + self._patience_seconds):
+        # Who waited here while others had what was ready is not to be blamed for the time.
+        while await self._another(losses.replicas, max(losses.last, self._last_alone) + self._patience_seconds):
             self._reserved = replica = self._ranking(losses.replicas)[0]
             try:
                 if await self._drained(replica):
-                    outcome = await self._try_once(call, losses, [replica])
-                    self._suspects_lost_at = max(losses.last, self._suspects_lost_at)
-                    return outcome
+                    return await self._try_once(call, losses, [replica])
             finally:
                 self._reserved = ""
-            self._suspects_lost_at = time.monotonic()
+                self._last_alone = time.monotonic()
         return None
 
     async def _drained(self, replica: str) -> bool:
@@ -257,10 +255,12 @@ class RayPool:
     async def _another(self, avoid: set[str], until: float) -> bool:
         """Wait for a replica that is not to be avoided; False if by `until`, a monotonic time, there is none to ask."""
         again = time.monotonic() + _ASK_AGAIN_SECONDS
-        while not self._closed and time.monotonic() < until:
+        while not self._closed:
             ready = set(self._ranking(avoid))
             if ready - avoid or (ready and time.monotonic() >= again):
                 return True
+            if time.monotonic() >= until:
+                return False
             await asyncio.sleep(_PAUSE_SECONDS)
         return False
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import uvicorn
 
 from cache.errors import InvalidInput, PotstillError
+from cache.logins import without_login
 from teacher_service import logs, tracing
 from teacher_service.access import Access
 from teacher_service.app import create_app
@@ -239,6 +240,6 @@ def ready_line(settings: ServiceSettings, listener: socket.socket) -> str:
     """`ready: URL teachers NAME (MODEL), ...`."""
     host, port = listener.getsockname()[:2]
     where = f"[{host}]" if ":" in host else host
-    teachers = ", ".join(f"{teacher.name} ({teacher.model})" for teacher in settings.teachers)
+    teachers = ", ".join(f"{teacher.name} ({without_login(teacher.model)})" for teacher in settings.teachers)
     scheme = "http" if settings.tls is None else "https"
     return f"ready: {scheme}://{where}:{port} teachers {teachers}"

@@ -103,8 +103,8 @@ class LimitSettings(_Frozen):
     clients come from the proxy's address: set 0 there, and bound them in the proxy."""
     max_fills_running: Count = 2
     """Jobs that fill corpora at one time; further ones wait in the order in which they came. Each holds the targets of
-    its batches, at most `max_answer_bytes_in_flight`, and of the shards that it gathers and writes. One whose teacher
-    tells it to come back later lets the next one run, and keeps what it holds."""
+    its batches, at most `max_answer_bytes_in_flight`, and of the shards that it gathers and writes. While a
+    teacher tells one to come back later another may begin, up to twice as many in all."""
 
     @model_validator(mode="before")
     @classmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -138,46 +138,92 @@ def test_jobs_that_are_told_to_come_back_later_let_others_run(tmp_path: Path) ->
         assert stopped["seconds"] > 0
 
 
-def test_a_job_that_may_go_on_waits_behind_those_that_wait(tmp_path: Path) -> None:
+def test_a_job_that_may_go_on_does_so_while_the_one_that_began_meanwhile_runs(tmp_path: Path) -> None:
+    """It may hold what others wait for, in other services too; so what it holds is counted besides."""
     with Filled(tmp_path / "c", 1).served() as filled:
         refused_once = filled.teachers["fake"]
-        refused_once.errors.append(Overloaded("busy", retry_after=0.01))
+        refused_once.errors.append(Overloaded("busy", retry_after=0.5))
         admitted = filled.admitted_bytes()
         for name in NAMES[:3]:
             filled.put(name, ONE_BATCH)
         until(lambda: refused_once.calls == 1)
         refused_once.gate.set()
-        for name, states in (("b", ("running", "waiting")), ("c", ("done", "running"))):
-            until(lambda name=name: filled.teachers[name].calls > 0)  # type: ignore[misc]
-            until(lambda: httpx.get(filled.address("fake"), timeout=120).json()["told_to_wait"] is None)
-            assert filled.states() == {"fake": "waiting", "b": states[0], "c": states[1]}
-            assert refused_once.calls == 1
-            # It keeps what it has scored so far, beside what the one that runs may hold.
-            assert filled.admitted_bytes() == admitted + LimitSettings().max_answer_bytes_in_flight
-            filled.teachers[name].gate.set()
+        until(lambda: filled.teachers["b"].calls > 0)
+        assert filled.admitted_bytes() == admitted + LimitSettings().max_answer_bytes_in_flight
         done = until_state(filled.address("fake"), "done", "failed")
         assert (done["state"], done["refusals"]) == ("done", 1)
+        assert filled.states() == {"fake": "done", "b": "running", "c": "waiting"}
+        for name in ("b", "c"):
+            filled.teachers[name].gate.set()
+            assert until_state(filled.address(name), "done", "failed")["state"] == "done"
     assert filled.cache.fresh().targets("fake", "docs").committed.all()
 
 
-def test_a_job_keeps_its_turn_while_one_of_its_calls_gets_on() -> None:
+def test_a_job_rests_only_while_none_of_its_calls_gets_on() -> None:
     async def told() -> None:
         turns, first, second = FillTurns(1), FillTurn(), FillTurn()
         turns.want(first)
         turns.want(second)
-        async with turns.asking(first):
+        with turns.asking(first):
             pausing = asyncio.create_task(turns.pause(first, 3600.0))
             await eventually(lambda: first.pausing == 1)
-            assert (first.given.is_set(), second.given.is_set()) == (True, False)
-        assert (first.given.is_set(), second.given.is_set()) == (False, True)
-        turns.give_back(second)
-        # While it pauses it wants none; what it has to ask besides does.
-        assert not first.given.is_set()
-        async with turns.asking(first):
-            assert first.given.is_set()
+            assert (first.rests, second.given.is_set()) == (False, False)
+        assert (first.rests, second.given.is_set()) == (True, True)
+        with turns.asking(first):
+            assert not first.rests
         pausing.cancel()
 
     asyncio.run(told())
+
+
+def test_at_most_twice_as_many_begin_as_run_however_many_rest() -> None:
+    async def told() -> None:
+        turns, jobs = FillTurns(2), [FillTurn() for _ in range(7)]
+        for job in jobs:
+            turns.want(job)
+        begun = [job.given.is_set() for job in jobs]
+        assert begun == [True] * 2 + [False] * 5
+        pauses = [asyncio.create_task(turns.pause(job, 3600.0)) for job in jobs[:4]]
+        await eventually(lambda: all(job.pausing for job in jobs[:4]))
+        assert [job.given.is_set() for job in jobs] == [True] * 4 + [False] * 3
+        turns.end(jobs[5])  # one that was stopped before it began
+        pauses[1].cancel()
+        await eventually(lambda: not jobs[1].pausing)
+        turns.end(jobs[0])
+        assert [job.given.is_set() for job in jobs] == [True] * 5 + [False] * 2
+        turns.end(jobs[2])
+        assert not jobs[6].given.is_set()  # two run: the one that went on, and the one that began last
+        turns.end(jobs[1])
+        assert jobs[6].given.is_set()
+        for pause in pauses:
+            pause.cancel()
+
+    asyncio.run(told())
+
+
+def test_services_that_wait_for_shards_of_each_other_both_end(tmp_path: Path) -> None:
+    """Each one's first job is told to come back later, and its second waits for shards that the other's first has."""
+    cache = make_corpus(tmp_path / "c", texts=topics(2, characters=300), shard_positions=300)[0]
+    teachers = [{name: MoodyTeacher(teacher_for(cache.corpus("docs"))) for name in ("p", "q")} for _ in range(2)]
+    orders = [("p", "q"), ("q", "p")]
+    limits = LimitSettings(max_fills_running=1)
+    with ExitStack() as served:
+        urls = []
+        for moody, (first, _) in zip(teachers, orders, strict=True):
+            moody[first].errors.append(Overloaded("busy", retry_after=3.0))
+            known = [hosted(name, teacher) for name, teacher in moody.items()]
+            urls.append(served.enter_context(serving_teachers(*known, cache=cache.fresh(), limits=limits)))
+        firsts, seconds = (
+            [f"{url}/v1/corpora/docs/fill/{names[i]}" for url, names in zip(urls, orders, strict=True)] for i in (0, 1)
+        )
+        for addresses in (firsts, seconds):
+            for address in addresses:
+                httpx.put(address, json=ONE_BATCH, timeout=120).raise_for_status()
+            until(lambda: all(httpx.get(address, timeout=120).json()["told_to_wait"] for address in firsts))
+        for address in firsts + seconds:
+            assert until_state(address, "done", "failed")["state"] == "done"
+    for name in ("p", "q"):
+        assert cache.fresh().targets(name, "docs").committed.all()
 
 
 def test_the_command_tells_why_a_job_waits(

@@ -101,6 +101,29 @@ async def test_a_replica_that_is_not_replaced_in_time_is_an_error_to_retry(stays
         await call
 
 
+class SlowButWell(Handle):
+    """Replica `a` crashes with all that it has; the others take a fifth of a second for each call."""
+
+    async def _answer(self, chosen: Chosen, call: ScoreCall) -> Scored | Refused:
+        if chosen.replica_id == "a":
+            await asyncio.sleep(0.1)
+            return CRASHED
+        await asyncio.sleep(0.2)
+        return await Handle._answer(self, chosen, call)
+
+
+async def test_calls_that_are_tried_alone_one_after_the_other_are_all_answered() -> None:
+    """However long the last of them waits for the others: a replica is there all the time."""
+    handle = SlowButWell(lambda _: None)
+    pool = pool_of(handle, "a")
+    num_calls = int(3 * pool._patience_seconds / 0.2)
+    calls = [asyncio.create_task(pool.score(rows(9 + i), Fields(k=4))) for i in range(num_calls)]
+    await eventually(lambda: len(handle.asked) == num_calls)
+    see(pool, "a", "b")
+    answers = await asyncio.gather(*calls)
+    assert [len(answer) for answer in answers] == [1] * num_calls
+
+
 async def test_a_call_does_not_cost_replicas_without_end() -> None:
     handle = Handle(lambda _: DEAD)
     with pytest.raises(Unavailable, match="5 replicas"):

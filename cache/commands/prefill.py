@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cache.commands.field_options import add_field_options, fields_of
 from cache.entry_points import open_teacher
 from cache.errors import CorruptSegment, FormatError, InvalidInput, LimitExceeded, SpecMismatch, StoreError
+from cache.logins import without_login
 from cache.progress import Step, progress
 from cache.types import Fields, Teacher
 
@@ -81,7 +82,7 @@ async def prefill(
     corpus = cache.corpus(corpus_name)
     if _nothing_to_do(cache, corpus, name, spec, fields=fields, encoding=encoding):
         return
-    print(f"{name}: opening the teacher {spec}", flush=True)
+    print(f"{name}: opening the teacher {without_login(spec)}", flush=True)
     async with open_teacher(spec) as teacher:
         targets = cache.plan_targets(name, corpus_name, teacher.identity, fields=fields, encoding=encoding)
         _check_limits(teacher, corpus, targets.fields)
@@ -114,8 +115,8 @@ def _nothing_to_do(cache: Cache, corpus: Corpus, name: str, spec: str, *, fields
     targets.fold()
     shards = corpus.num_shards
     print(
-        f"{name}: {shards} of {shards} shards committed ({shards} before), nothing to do; {spec} was not opened, "
-        f"so it was not checked to be the stored teacher {identity.model!r} still"
+        f"{name}: {shards} of {shards} shards committed ({shards} before), nothing to do; "
+        f"{without_login(spec)} was not opened, so it was not checked to be the stored teacher {identity.model!r} still"
     )
     return True
 

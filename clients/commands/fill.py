@@ -106,7 +106,7 @@ def _command(args: argparse.Namespace, *, stop: bool = False) -> str:
 
     Without a key that is in the URL: what is printed is copied and kept.
     """
-    from clients.retry import without_login
+    from cache.logins import without_login
 
     words = ["potstill", "fill", "--url", without_login(args.url), "--corpus", args.corpus, "--teacher", args.teacher]
     if args.api_key_env is not None:
