@@ -37,7 +37,7 @@ from cache.logins import without_login
 
 
 class PotstillError(Exception):
-    """Base of every error this project raises on purpose; `str(error)` is a line for a person, no URL of it with a login."""
+    """Base of every error that is raised on purpose; `str(error)` is a line for a person, without logins of URLs."""
 
     kind: ClassVar[str] = "internal"
     status: ClassVar[int] = 500

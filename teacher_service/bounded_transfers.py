@@ -97,10 +97,12 @@ class _Body:
             ) from error
 
     def _hold(self, num_bytes: int) -> None:
-        most = self._limits.max_body_bytes
+        # What is over the bound of all together would be told to come back later for ever.
+        name = min(("max_body_bytes", "max_body_bytes_in_flight"), key=lambda name: int(getattr(self._limits, name)))
+        most = getattr(self._limits, name)
         if self._held + num_bytes > most:
-            raise BodyTooLarge(f"the body is over max_body_bytes={most}; send fewer rows per request")
-        self._bound.take(self._key, num_bytes)
+            raise BodyTooLarge(f"the body is over {name}={most}; send fewer rows per request")
+        self._bound.take(self._key, num_bytes, own=self._held)
         self._held += num_bytes
 
 

@@ -38,8 +38,13 @@ class SharedBound:
         self._retry_after = retry_after
         self._of_key: Counter[str] = Counter()
 
-    def take(self, key: str, amount: int) -> None:
+    def take(self, key: str, amount: int, *, own: int = 0) -> None:
         """Hold more, until `give_back`.
+
+        Args:
+            key: whose it is.
+            amount: how much more.
+            own: of what the key holds already, how much is of the same request, which alone may have all.
 
         Raises:
             Overloaded: there is not enough left. LimitExceeded: it is more than the limit, and can never be held.
@@ -49,7 +54,7 @@ class SharedBound:
             raise LimitExceeded(
                 f"{amount} {self._what} are over the {self._limit} that all together may have; ask for less at one time"
             )
-        greedy = key != "" and 2 * self._of_key[key] >= self.in_use > 0
+        greedy = key != "" and 2 * self._of_key[key] >= self.in_use and self._of_key[key] > own
         limit = self._limit - self._limit // 8 if greedy else self._limit
         if self.in_use + amount > limit:
             self._refusals[self._reason] += 1

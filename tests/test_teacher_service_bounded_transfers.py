@@ -233,3 +233,23 @@ def test_one_key_cannot_take_every_place() -> None:
     with bound.hold("", 14):  # without keys there is nobody to keep anything for
         assert bound.in_use == 16
     assert bound.in_use == 2
+
+
+def test_one_request_of_one_key_may_have_all_that_nobody_else_has() -> None:
+    bound = SharedBound(16, "bytes", reason="bodies", refusals=Counter())
+    for held in range(0, 16, 4):
+        bound.take("ann", 4, own=held)
+    bound.give_back("ann", 16)
+    bound.take("ann", 4)
+    bound.take("ann", 10, own=0)  # another request of the key, up to the last eighth
+    with pytest.raises(Overloaded, match="a key that holds half"):
+        bound.take("ann", 1, own=10)
+    bound.take("bob", 2)
+
+
+def test_a_body_over_the_bound_of_all_together_is_not_told_to_come_again() -> None:
+    limits = LimitSettings(max_body_bytes_in_flight=50_000)
+    with serving(create_app(Service.of([hosted("smol", FakeTeacher())], limits=limits))) as url:
+        reply = httpx.post(url + PATH, content=b" " * 60_000, headers={"content-type": "application/json"})
+    assert reply.status_code == 413
+    assert "max_body_bytes_in_flight=50000" in reply.json()["detail"]
