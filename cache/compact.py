@@ -3,7 +3,8 @@
 Rows that the journal keeps with K entries, of all processes and each once, become a corpus; their stored arrays are
 copied into a target set as they are, only with ids as ranks of its table, so that every answer keeps its bits. Then the
 segments whose rows are all in the corpus are removed. Rows with more entries come along cut to K (encoded again:
-their tail is rounded a second time) and stay in the journal too, which holds more of them; rows with fewer stay.
+their tail is rounded a second time, `cache.journal_copy`) and stay in the journal too, which holds more of them; rows
+with fewer stay.
 
 Stopped anywhere, the same call goes on: a corpus that was sealed is taken up again as long as the journal holds the
 rows of its uncommitted shards, and nothing is removed before all of them are committed. Services keep answering, and
@@ -27,8 +28,10 @@ from cache.encoding import RankTable
 from cache.errors import AlreadyExists, CorruptSegment, FormatError, InvalidInput, SpecMismatch, StoreError
 from cache.ingest import IngestPlan, ingest_rows
 from cache.journal import CLAIMS
+from cache.journal_copy import copy_rows
 from cache.journal_rows import JournalRows, first_rows, tokens_of
 from cache.journal_segment import JournalSegment, SegmentRecord, journal_records
+from cache.lineage import from_journal
 from cache.segment import EncodedSegment
 from cache.segment_set import SegmentSet
 from cache.store import check_name
@@ -203,13 +206,15 @@ def _fill(
 def _write_shard(segments: SegmentSet, source: JournalRows, shard: int) -> None:
     blocks = _keys(segments.corpus, *segments.corpus.shard_rows[shard : shard + 2].tolist())
     keys = [key for _, block in blocks for key in block]
-    stored = source.steadily(lambda: source.stored(keys))
+    copied = source.steadily(lambda: copy_rows(source, keys))
 
     def ranked(ranks: RankTable) -> EncodedSegment:
-        ids = ranks.ranks_by_id[stored.arrays["ids"]].astype(ranks.dtype)
-        return replace(stored, arrays={**stored.arrays, "ids": ids})
+        arrays = copied.segment.arrays
+        ids = ranks.ranks_by_id[arrays["ids"]].astype(ranks.dtype)
+        return replace(copied.segment, arrays={**arrays, "ids": ids})
 
-    provenance = replace(source.provenance, capture_path=f"{source.provenance.capture_path}, journal")
+    path = from_journal(source.provenance.capture_path, copied.again, partly=copied.partly)
+    provenance = replace(source.provenance, capture_path=path)
     segments.write_encoded(shard, ranked, provenance)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,9 @@ from cache.corpus import Corpus, Source
 from cache.documents import file_sha256
 from cache.errors import SpecMismatch, UnknownCorpus
 from cache.ingest import IngestPlan, ingest_rows
-from cache.interchange import RowFormat
+from cache.interchange import Origin, RowFormat
+from cache.lineage import Handed, imported
+from cache.parquet import ListColumns
 from cache.row_files import RowFile, RowReader, came_from, placed
 from cache.store import check_name
 from cache.targets import TargetSet
@@ -80,7 +83,7 @@ def import_targets(
     rows, committed = corpus.shard_rows, targets.committed
     held = [s for s in range(corpus.num_shards) if reader.holds(int(rows[s]), int(rows[s + 1]))]
     todo = [shard for shard in held if not committed[shard]]
-    _fill(targets, reader, todo, _provenance(files), on_progress)
+    _fill(targets, reader, todo, _provenances(corpus, files, form, todo), on_progress)
     return ImportReport(
         corpus_made=made,
         shards_written=len(todo),
@@ -93,14 +96,14 @@ def _fill(
     targets: TargetSet,
     reader: RowReader,
     todo: list[int],
-    provenance: Provenance,
+    provenances: Sequence[Provenance],
     on_progress: Callable[[ImportProgress], None],
 ) -> None:
     corpus = targets.corpus
     total, done = int(np.diff(corpus.shard_starts)[todo].sum()), 0
     if todo:
         _make_ranks(targets, reader)
-    for shard in todo:
+    for shard, provenance in zip(todo, provenances, strict=True):
         blocks = []
         start, stop = (int(row) for row in corpus.shard_rows[shard : shard + 2])
         for block in reader.targets(start, stop):
@@ -213,8 +216,26 @@ def _require_one_origin(files: Sequence[RowFile], tokenizer_sha256: str) -> None
             )
 
 
-def _provenance(files: Sequence[RowFile]) -> Provenance:
-    origin = files[0].origin
+def _provenances(corpus: Corpus, files: Sequence[RowFile], form: RowFormat, shards: Sequence[int]) -> list[Provenance]:
+    """Of each shard: of the files that it comes from, that which may be furthest from the teacher."""
+    made = [_provenance(file.origin, form) for file in files]
+    spans = [(file.first_row, file.first_row + file.num_rows) for file in files]
+    found = []
+    for shard in shards:
+        start, stop = corpus.shard_rows[shard : shard + 2].tolist()
+        inside = (each for each, (first, end) in zip(made, spans, strict=True) if first < stop and end > start)
+        found.append(max(inside, key=_furthest))
+    return found
+
+
+def _provenance(origin: Origin | None, form: RowFormat) -> Provenance:
     if origin is None:
-        return Provenance(engine="unknown", engine_version="", device="", capture_path="import")
-    return replace(origin.provenance, capture_path=f"{origin.provenance.capture_path}, import")
+        return Provenance(engine="unknown", engine_version="", device="", capture_path=imported("", None))
+    # List columns have every number as it was; DistillKit's are an encoding of their own, without a bound.
+    kept_as = origin.encoding if isinstance(form, ListColumns) else None
+    return replace(origin.provenance, capture_path=imported(origin.provenance.capture_path, kept_as))
+
+
+def _furthest(provenance: Provenance) -> float:
+    error = Handed.of(provenance.capture_path).max_abs_error
+    return math.inf if error is None else error

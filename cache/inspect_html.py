@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from cache.cache import Cache
 from cache.errors import CorruptSegment, FormatError
-from cache.inspection import Inspection, SetSummary, fields_text
+from cache.inspection import Inspection, SetSummary, against_text, fields_text
 from cache.live import sample_rows
 from cache.types import Fields
 
@@ -49,7 +49,7 @@ def page(cache: Cache, inspection: Inspection) -> str:
         _section(
             "Mass kept by rank", f"Mean over the positions of up to {_SAMPLE_ROWS} rows.", _mass(cache, inspection)
         ),
-        _section("Encoding error", "Measured when each shard was written.", _errors(inspection)),
+        _section("Encoding error", "Measured when each shard was encoded.", _errors(inspection)),
         _section("Size", "Stored bytes a position, by array.", _sizes(inspection)),
         _section("Journals", "", _journals(found["journals"])) if found["journals"] else "",
     ]
@@ -136,13 +136,15 @@ def _sets(inspection: Inspection) -> str:
                     f"{about['encoding']['max_abs_error']:g}",
                     _number(error.get("max_abs"), ".4f"),
                     _number(error.get("mean_kl"), ".1e"),
+                    against_text(about["measured_against"]),
                     "yes" if each.folded else "no",
                     made or "-",
                     " to ".join(dict.fromkeys((each.first_captured[:10], each.last_captured[:10]))) or "-",
                 )
             )
-    head = ("teacher", "corpus", "set", "model", "fields", "encoding", "bound", "max |Δ|", "mean KL", "folded")
-    return _table((*head, "captured by", "captured"), rows) if rows else _nothing()
+    head = ("teacher", "corpus", "set", "model", "fields", "encoding", "its bound", "max |Δ|", "mean KL")
+    tail = ("measured against", "folded", "captured by", "captured")
+    return _table((*head, *tail), rows) if rows else _nothing()
 
 
 def _mass(cache: Cache, inspection: Inspection) -> str:
@@ -192,7 +194,8 @@ def _errors(inspection: Inspection) -> str:
     for (teacher, corpus), sets in inspection.sets.items():
         for each in sets:
             bound = each.segments.spec.encoding.max_abs_error
-            title = f"{teacher} on {corpus}, {each.name}"
+            against = "" if each.exact_source else f", against {against_text(each.to_json()['measured_against'])}"
+            title = f"{teacher} on {corpus}, {each.name}{against}"
             if "max_abs" in each.errors and not max(each.errors["max_abs"]):
                 figures.append(
                     _figure(title, f"<p>{each.segments.spec.encoding.name}: every logprob is kept exactly.</p>")

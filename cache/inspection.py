@@ -6,7 +6,7 @@ Shape legend:  S shards, C commits of a segment set.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,12 +19,15 @@ from cache.commit import Commit
 from cache.corpus import Corpus
 from cache.groups import Reading
 from cache.journal_segment import SegmentRecord, journal_records
+from cache.lineage import ONLY_BOUNDED, Handed, measured_against
 from cache.manifest import Manifest
 from cache.segment_set import SegmentSet
 from cache.store import Root, StoredObject
 from cache.targets import TargetSet
 from cache.types import Fields
 
+# The figures that no bound was ever added to.
+_COUNTED = ("saturated", "saturated_mass")
 # A commit is about 5 KB in memory.
 _COMMITS_AT_ONCE = 1024
 
@@ -42,7 +45,9 @@ class SetSummary:
     array_bytes: Counter[str] = field(default_factory=Counter)
     """Stored bytes by the array's name."""
     errors: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """[C] of each error figure."""
+    """[C] of each error figure that was measured."""
+    against: Counter[Handed] = field(default_factory=Counter)
+    """Shards by what their figures compare the decoded targets with."""
     provenances: Counter[tuple[str, str, str, str]] = field(default_factory=Counter)
     """Shards by engine, engine version, device and capture path."""
     first_captured: str = ""
@@ -64,6 +69,11 @@ class SetSummary:
         """The largest of each error figure."""
         return {name: max(values) for name, values in self.errors.items()}
 
+    @property
+    def exact_source(self) -> bool:
+        """Whether all figures compare with the teacher's own answers."""
+        return all(handed.max_abs_error == 0 for handed in self.against)
+
     def add(self, commit: Commit, positions: int) -> None:
         """Take up one commit."""
         self.covered[commit.shard] = True
@@ -71,9 +81,13 @@ class SetSummary:
         self.num_bytes += commit.num_bytes
         for item in commit.objects:
             self.array_bytes[_array_of(item)] += item.size
-        for name, value in commit.error.items():
-            self.errors[name].append(float(value))
         made = commit.provenance
+        if commit.error:
+            handed = measured_against(made.capture_path, commit.error, self.segments.spec.encoding)
+            self.against[handed] += 1
+            for name, value in commit.error.items():
+                if handed != ONLY_BOUNDED or name in _COUNTED:
+                    self.errors[name].append(float(value))
         self.provenances[made.engine, made.engine_version, made.device, made.capture_path] += 1
         if made.captured_at:
             self.first_captured = min(self.first_captured or made.captured_at, made.captured_at)
@@ -94,6 +108,7 @@ class SetSummary:
             "bytes_per_position": self.bytes_per_position,
             "array_bytes": dict(self.array_bytes.most_common()),
             "measured_error": self.worst_error,
+            "measured_against": _describe_against(self.against),
             "provenance": [
                 dict(zip(("engine", "engine_version", "device", "capture_path", "shards"), (*key, count), strict=True))
                 for key, count in self.provenances.most_common()
@@ -144,6 +159,13 @@ def fields_text(fields: Fields) -> str:
     return ", ".join(part for part in parts if part)
 
 
+def against_text(measured_against: Sequence[Mapping[str, Any]]) -> str:
+    """`measured_against` of a set in a few words; a dash when nothing was measured."""
+    if len(measured_against) < 2:
+        return "".join(each["what"] for each in measured_against) or "-"
+    return "; ".join(f"{each['shards']:,} shards: {each['what']}" for each in measured_against)
+
+
 def _describe_corpus(root: Root, corpus: Corpus) -> dict[str, Any]:
     annotations = {name: open_annotation(root, corpus.annotated, name) for name in corpus.annotations()}
     return {
@@ -181,8 +203,16 @@ def _describe_targets(targets: TargetSet, sets: list[SetSummary]) -> dict[str, A
         "bytes": sum(each.num_bytes for each in sets),
         "bytes_per_position": sum(per_position) if per_position else None,
         "measured_error": worst,
+        "measured_against": _describe_against(sum((each.against for each in sets), Counter())),
         "sets": [each.to_json() for each in sets],
     }
+
+
+def _describe_against(against: Counter[Handed]) -> list[dict[str, Any]]:
+    return [
+        {"what": handed.words, "max_abs_error": handed.max_abs_error, "shards": shards}
+        for handed, shards in against.most_common()
+    ]
 
 
 def _describe_journals(root: Root) -> dict[str, Any]:

@@ -6,7 +6,6 @@ Shape legend:  R rows, K kept entries.
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -14,20 +13,16 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.encoding import ENCODINGS, Encoding, RankTable, StoredArrays, encode, encoding_by_name
-from cache.errors import CorruptSegment, FormatError, InvalidInput, NotFound, SpecMismatch, StoreError
+from cache.encoding import ENCODINGS, Encoding, RankTable, encoding_by_name
+from cache.errors import CorruptSegment, FormatError, InvalidInput, NotFound, StoreError
 from cache.journal_index import JournalIndex
 from cache.journal_segment import (
     TOKENS,
     JournalSegment,
     SegmentRecord,
-    joined_arrays,
-    joined_error,
     journal_records,
-    stated_error,
 )
 from cache.keys import KEY_BYTES
-from cache.segment import EncodedSegment
 from cache.store import Root
 from cache.types import Provenance, Targets, TeacherIdentity, Tokens
 
@@ -104,44 +99,10 @@ class JournalRows:
                 found[i] = None if row is None else (segment, row)
         return found
 
-    def stored(self, keys: Sequence[bytes]) -> EncodedSegment:
-        """The stored arrays of rows in the encoding and K of this compaction, one row after the other, ids as they are.
-
-        Raises:
-            SpecMismatch: a row is not in the journal any more.
-        """
-        of_segment: dict[JournalSegment, dict[int, int]] = defaultdict(dict)
-        for i, place in enumerate(self.locate(keys)):
-            if place is None:
-                raise SpecMismatch("rows left the journal while they were compacted; raise its quota and start again")
-            of_segment[place[0]][i] = place[1]
-        parts: dict[int, StoredArrays] = {}
-        errors = []
-        for segment, rows in of_segment.items():
-            arrays = self._stored_in(segment, list(rows.values()))
-            parts.update(zip(rows, arrays, strict=True))
-            errors.append((self._error(segment), sum(len(part["log_tail"]) for part in arrays)))
-        return EncodedSegment(joined_arrays([parts[i] for i in range(len(keys))]), joined_error(errors))
-
     def targets(self, keys: Sequence[bytes]) -> Targets:
         """The decoded targets of rows, for a rank table."""
         places = [place for place in self.locate(keys) if place is not None]
         return Targets.concat([segment.read([row])[0].prefix(self.k) for segment, row in places])
-
-    def _error(self, segment: JournalSegment) -> dict[str, float]:
-        """Of the rows of a segment as they are stored now; what is encoded again may be off by its bound once more."""
-        error = dict(segment.record.error)
-        again = {} if self._same(segment) else stated_error(self.encoding)
-        return {name: value + again.get(name, 0) for name, value in error.items()}
-
-    def _same(self, segment: JournalSegment) -> bool:
-        return (segment.record.k, segment.record.encoding) == (self.k, self.encoding)
-
-    def _stored_in(self, segment: JournalSegment, rows: Sequence[int]) -> list[StoredArrays]:
-        if self._same(segment):
-            return segment.read_stored(rows)
-        plain = _plain(segment.record)
-        return [encode(targets.prefix(self.k), self.encoding, plain) for targets in segment.read(rows)]
 
 
 def _one_k(teacher: str, k: int | None, records: Sequence[SegmentRecord]) -> int:

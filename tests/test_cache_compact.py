@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,16 @@ from cache import Cache, Fields, Targets
 from cache.cached import CachedTeacher, KeepPolicy
 from cache.commands import compact as command
 from cache.commands import verify
+from cache.commit import Commit
 from cache.compact import CompactPlan, compact
 from cache.encoding import RankTable, encoding_by_name
 from cache.errors import InvalidInput, NotFound, SpecMismatch, StoreError
 from cache.garbage import find_garbage
+from cache.inspection import inspect_cache
 from cache.journal import Journal, JournalPolicy, journal_records
 from cache.journal_segment import JournalRow, SegmentRecord
 from cache.keys import row_key
+from cache.lineage import Handed
 from cache.segment_set import SegmentSet
 from cache.store import Root
 from cache.tokenizer import fingerprint
@@ -98,6 +102,7 @@ async def test_what_several_services_kept_becomes_a_corpus_and_answers_keep_thei
     (commit, *_) = targets.sets[0].commits()
     assert 0 <= commit.error["max_abs"] <= targets.encoding.max_abs_error
     assert commit.provenance.capture_path == "fake, journal"
+    assert Handed.of(commit.provenance.capture_path).words == "the teacher"
     assert verified(cache) == 0
     assert find_garbage(cache.root, min_age_seconds=0.0) == []
 
@@ -153,6 +158,60 @@ async def test_rows_of_another_encoding_are_encoded_again_into_the_one_of_most_r
     for tokens, targets in zip(ROWS[:4], answers[:4], strict=True):
         distribution = FakeTeacher(IDENTITY).distribution(tokens, K)
         assert np.abs(targets.logprobs - distribution.logprobs).max() <= 0.0635
+
+
+def worst(found: list[Targets], other: list[Targets]) -> float:
+    """The largest difference of a logprob."""
+    return max(float(np.abs(a.logprobs - b.logprobs).max()) for a, b in zip(found, other, strict=True))
+
+
+def only_commit(cache: Cache) -> Commit:
+    (commit,) = cache.targets("smol", "asked").sets[0].commits()
+    return commit
+
+
+@pytest.mark.parametrize(("k", "told"), [(16, "journal partly of u8"), (8, "journal of u8")])
+async def test_figures_are_measured_and_say_where_that_was_against_the_journal(cache: Cache, k: int, told: str) -> None:
+    wide = await ask(cache, ROWS[:1], k=32)
+    copied = await ask(cache, ROWS[1:6], k=16)
+    compact(cache, CompactPlan(teacher="smol", corpus="asked", k=k, tokenizer=TOKENIZER))
+    commit, targets = only_commit(cache), cache.targets("smol", "asked")
+    assert commit.provenance.capture_path == f"fake, {told} within 0.0635"
+    place = {row.tobytes(): i for i, row in enumerate(targets.corpus.rows(0, 6))}
+    stored = targets.read_rows([place[row.tobytes()] for row in ROWS[:6]])
+    handed = [wide[0].prefix(k), *(each.prefix(k) for each in copied)]
+    exact = [FakeTeacher(IDENTITY).distribution(row, k) for row in ROWS[:6]]
+    # Cut rows were handed over by the journal, copied ones by the teacher.
+    against = handed if k == 8 else [handed[0], *exact[1:]]
+    assert commit.error["max_abs"] == pytest.approx(worst(stored, against), abs=1e-6)
+    assert worst(stored, exact) <= worst(stored, handed) + targets.encoding.max_abs_error
+    assert commit.error["mean_kl"] <= commit.error["p999_kl"] < 1e-3
+    about = inspect_cache(cache).to_json["targets"]["smol"]["asked"]
+    assert about["measured_error"]["max_abs"] <= about["encoding"]["max_abs_error"]
+    assert [each["max_abs_error"] for each in about["measured_against"]] == [0.0635]
+    assert verified(cache) == 0
+
+
+async def test_rows_kept_exactly_and_encoded_for_the_corpus_are_measured_against_the_teacher(cache: Cache) -> None:
+    await ask(cache, ROWS[:1], encoding="f32")
+    await ask(cache, ROWS[1:6])
+    compact(cache, PLAN)
+    targets = cache.targets("smol", "asked")
+    exact = [FakeTeacher(IDENTITY).distribution(row, K) for row in targets.corpus.rows(0, len(targets.corpus))]
+    found = worst(targets.read_rows(range(len(exact))), exact)
+    errors = [commit.error["max_abs"] for commit in targets.sets[0].commits()]
+    assert max(errors) == pytest.approx(found, abs=1e-6)
+    (against,) = inspect_cache(cache).to_json["targets"]["smol"]["asked"]["measured_against"]
+    assert (against["what"], against["max_abs_error"]) == ("the teacher", 0.0)
+
+
+async def test_a_journal_of_format_1_measured_nothing_and_its_rows_say_so(tmp_path: Path) -> None:
+    shutil.copytree(Path(__file__).parent / "golden" / "format-1", tmp_path / "c")
+    cache = Cache.open(tmp_path / "c", mode="r+")
+    compact(cache, CompactPlan(teacher="asked", corpus="asked"))
+    (commit,) = cache.targets("asked", "asked").sets[0].commits()
+    assert {commit.error[name] for name in ("max_abs", "mean_abs", "mean_kl", "p999_kl")} == {0.0}
+    assert commit.provenance.capture_path.endswith(", journal of u8 within 0.0635")
 
 
 async def test_the_journal_is_kept_when_told_so(cache: Cache) -> None:

@@ -98,7 +98,7 @@ def _targets(targets: dict[str, Any]) -> Any:
 
 
 def _sets(sets: list[tuple[str, str, dict[str, Any]]]) -> Any:
-    from cache.inspection import fields_text
+    from cache.inspection import against_text, fields_text
 
     table = _table(
         "segment sets",
@@ -107,9 +107,10 @@ def _sets(sets: list[tuple[str, str, dict[str, Any]]]) -> Any:
         "set",
         "fields",
         "encoding",
-        "bound",
+        "its bound",
         "max |Δlogprob|",
         "mean KL",
+        "measured against",
         "shards",
         "folded",
         "bytes/position",
@@ -126,6 +127,7 @@ def _sets(sets: list[tuple[str, str, dict[str, Any]]]) -> Any:
             f"{each['encoding']['max_abs_error']:g}",
             _number(error.get("max_abs"), ".4f"),
             _number(error.get("mean_kl"), ".1e"),
+            against_text(each["measured_against"]),
             f"{each['shards_committed']:,}/{each['shards']:,}",
             "yes" if each["folded"] else "no",
             _number(each["bytes_per_position"], ".1f"),
