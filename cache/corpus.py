@@ -214,9 +214,9 @@ class Corpus:
         """[N, 2] position at which each of N rows starts and ends; rows may come in any order and again.
 
         Raises:
-            InvalidInput: a row outside the corpus. CorruptSegment: stored bytes are damaged.
+            InvalidInput: a row outside the corpus, or no whole number. CorruptSegment: stored bytes are damaged.
         """
-        wanted = np.asarray(rows, dtype=np.int64)
+        wanted = _row_numbers(rows)
         outside = (wanted < 0) | (wanted >= len(self))
         if outside.any():
             row = wanted[outside.argmax()]
@@ -299,6 +299,24 @@ class Corpus:
         if axis[0] != 0 or axis[-1] != end or (np.diff(axis) < 1).any():
             raise FormatError(f"{self._reader.path}/{name} does not rise from 0 to {end}")
         return axis
+
+
+def _row_numbers(rows: Sequence[int] | NDArray[Any]) -> NDArray[np.int64]:
+    """[N] row numbers; a mask or fractions would silently become other rows.
+
+    Raises:
+        InvalidInput: they are not whole numbers.
+    """
+    wanted = np.asarray(rows)
+    if not len(wanted):
+        return np.empty(0, np.int64)
+    # Among whole numbers in a list numpy takes True for 1.
+    mixed = not isinstance(rows, np.ndarray) and any(isinstance(row, bool | np.bool_) for row in rows)
+    if wanted.dtype == np.bool_ or mixed:
+        raise InvalidInput("rows hold True or False, not row numbers; take np.flatnonzero(mask) of a mask")
+    if not np.issubdtype(wanted.dtype, np.integer):
+        raise InvalidInput(f"rows are {wanted.dtype}, like {wanted.ravel()[:3].tolist()!s:.60}; give whole numbers")
+    return wanted.astype(np.int64, copy=False)
 
 
 def list_corpora(root: Root) -> list[str]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cache.commit import commit_name
-from cache.corpus import corpus_path
-from cache.errors import NotFound, UnknownCorpus, UnknownTeacher
+from cache.corpus import Corpus, corpus_path
+from cache.errors import NotFound, PotstillError, UnknownCorpus, UnknownTeacher
 from cache.journal import journal_records
+from cache.shard_queue import claim_name
 from cache.store import Root, check_name, is_name
 from cache.targets import segment_set_paths, target_set_paths, targets_path
 
@@ -37,6 +38,14 @@ class Removal:
     """Objects, and prefixes that end in `/`, below the root; each phase is gone for good before the next begins."""
     num_objects: int
     num_bytes: int
+    claims: tuple[str, ...] = ()
+    """How the paths of the claims on it begin that do not go with it."""
+
+
+def set_arguments(path: str) -> str:
+    """The words of a command line that mean one segment set."""
+    _, teacher, corpus, *name = path.split("/")
+    return f"--teacher {teacher} --corpus {corpus} --set {name[1] if name else FIRST_SET}"
 
 
 def plan_teacher(root: Root, teacher: str, corpus: str | None = None) -> list[Removal]:
@@ -69,16 +78,15 @@ def plan_shards(root: Root, teacher: str, corpus: str, name: str | None, shards:
         UnknownTeacher, NotFound: there are none, or no commit of a shard.
     """
     plan_teacher(root, teacher, corpus)
-    paths = segment_set_paths(root, targets_path(teacher, corpus))
-    if name is not None:
-        paths = [_set_path(root, teacher, corpus, name)]
+    every = segment_set_paths(root, targets_path(teacher, corpus))
+    paths = every if name is None else [_set_path(root, teacher, corpus, name)]
     held = {path: _held_shards(root, path, shards) for path in paths}
     for shard in shards:
         if not any(shard in its for its in held.values()):
-            raise NotFound(
-                f"shard {shard} of {', '.join(paths)} has no commit; `potstill gc` removes what is left of it"
-            )
-    return [_shards(root, path, its) for path, its in held.items() if its]
+            raise _no_commit(root, corpus, paths, shard)
+    # A job claims a shard in one of the sets that it fills, for all of them.
+    claims = tuple(f"{path}/claims/{claim_name(shard)}-" for path in every for shard in shards)
+    return [replace(_shards(root, path, its), claims=claims) for path, its in held.items() if its]
 
 
 def plan_corpus(root: Root, corpus: str) -> list[Removal]:
@@ -134,10 +142,18 @@ def remove(root: Root, removal: Removal) -> None:
 
 
 def jobs_at_work(root: Root, removals: Sequence[Removal]) -> list[str]:
-    """Segment sets among them whose claims were renewed a moment ago."""
-    prefixes = {path for removal in removals for phase in removal.phases for path in phase if path.endswith("/claims/")}
-    ages = {prefix: root.seconds_since_write(prefix[:-1]) for prefix in sorted(prefixes)}
-    return [prefix.removesuffix("/claims/") for prefix, age in ages.items() if age is not None and age < _CLAIM_SECONDS]
+    """Segment sets, and single shards of them, among them whose claims were renewed a moment ago."""
+    sets = {path for removal in removals for phase in removal.phases for path in phase if path.endswith("/claims/")}
+    prefixes = sets | {path for removal in removals for path in removal.claims}
+    busy = []
+    for folder in sorted({prefix.rpartition("/")[0] for prefix in prefixes}):
+        fresh = tuple(f"{folder}/{name}" for name, age in root.ages(folder).items() if age < _CLAIM_SECONDS)
+        path = folder.removesuffix("/claims")
+        for prefix in sorted(each for each in prefixes if each.rpartition("/")[0] == folder):
+            if any(claim.startswith(prefix) for claim in fresh):
+                shard = prefix[len(folder) + 1 : -1]
+                busy.append(f"shard {int(shard)} of {path}" if shard else path)
+    return busy
 
 
 def _target_set(root: Root, path: str) -> Iterator[Removal]:
@@ -188,6 +204,16 @@ def _held_shards(root: Root, path: str, shards: Sequence[int]) -> list[int]:
     folded = _FOLDED.search(root.get(f"{path}/manifest.json") or b"")
     commits, count = set(root.objects(f"{path}/commits")), int(folded[1]) if folded else 0
     return [shard for shard in shards if commit_name(shard) in commits or 0 <= shard < count]
+
+
+def _no_commit(root: Root, corpus: str, paths: Sequence[str], shard: int) -> NotFound:
+    try:
+        last = Corpus.open(root, corpus).num_shards - 1
+    except PotstillError:
+        last = shard  # the corpus is damaged or gone; what is there of its targets can be deleted all the same
+    if not 0 <= shard <= last:
+        return NotFound(f"there is no shard {shard} of corpus {corpus!r}; it has shards 0 to {last}")
+    return NotFound(f"shard {shard} of {', '.join(paths)} has no commit; `potstill gc` removes what is left of it")
 
 
 def _named(root: Root, record: str, pattern: re.Pattern[bytes]) -> str | None:

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 
 from cache.corpus import Corpus, CorpusSpec, Source, corpus_path, seal_corpus
 from cache.documents import SourceFile, documents, file_sha256, source_files
-from cache.errors import AlreadyExists, InvalidInput
+from cache.errors import AlreadyExists, InvalidInput, LimitExceeded
 from cache.groups import GroupWriter, Layout, attempt_name, removed_on_failure
 from cache.keys import KEY_BYTES, sort_file, write_key_index
 from cache.spool import RowSpool
@@ -36,6 +36,8 @@ _ROW_CHUNK = 4096
 # Elements of one object: 256 MiB of tokens before compression, 16 MiB of row starts.
 _OBJECT_TOKENS = 1 << 26
 _OBJECT_ROWS = 1 << 21
+# Of a row's tokens and a shard's positions: more than any machine holds, and no sum of it and a position overflows.
+_MOST = 1 << 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +45,7 @@ class IngestPlan:
     """How text becomes rows and shards.
 
     Raises:
-        InvalidInput: a size below 1.
+        InvalidInput: a size below 1. LimitExceeded: one over 2**40.
     """
 
     row_tokens: int = 512
@@ -55,8 +57,11 @@ class IngestPlan:
 
     def __post_init__(self) -> None:
         for name in ("row_tokens", "shard_positions"):
-            if getattr(self, name) < 1:
-                raise InvalidInput(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+            option, size = f"--{name.replace('_', '-')}", getattr(self, name)
+            if size < 1:
+                raise InvalidInput(f"{option} is {size}; it must be at least 1")
+            if size > _MOST:
+                raise LimitExceeded(f"{option} is {size}; it must be at most {_MOST}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,8 @@ class Checked:
     is_shard: bool
     problems: tuple[str, ...]
     """One line for each object that is not what was committed; none when the group is intact."""
+    refill: str = ""
+    """Of a shard that has to be deleted and scored again, the options of that prefill."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,7 @@ class _Check:
     path: str
     run: Callable[[], list[str]]
     is_shard: bool = False
+    refill: str = ""
 
 
 def check_cache(root: Root, *, decode: bool = False, jobs: int = 1) -> Generator[Checked, None, None]:
@@ -87,9 +90,18 @@ def count_checks(root: Root) -> int:
 def _run(check: _Check) -> Checked:
     try:
         problems = check.run()
+        own = any(_is_of_shard(check.path, problem) for problem in problems)
     except _FINDINGS as error:
         problems = [_line(check.path, error)]
-    return Checked(check.path, check.is_shard, tuple(problems))
+        # What the store does not give now may be intact.
+        own = not isinstance(error, StoreError) and _is_of_shard(check.path, error.detail)
+    return Checked(check.path, check.is_shard, tuple(problems), check.refill if own else "")
+
+
+def _is_of_shard(path: str, problem: str) -> bool:
+    """Whether a problem met at a shard is of its segment or commit, not of what all shards of the set share."""
+    own = (path, f"{path.rpartition('/commits/')[0]}/segments/")
+    return any(part in problem for part in own)
 
 
 def _line(path: str, error: PotstillError) -> str:
@@ -165,6 +177,7 @@ def _shard_checks(root: Root, path: str, corpus: Corpus, shards: list[int], *, d
             f"{path}/commits/{commit_name(shard)}",
             partial(_check_shard, segments, shard, decode=decode),
             is_shard=True,
+            refill=segments.spec.fill_options,
         )
 
 

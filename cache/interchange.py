@@ -192,9 +192,11 @@ def export_shards(
     """
     missing = [shard for shard in shards if not targets.is_committed(shard)]
     if missing:
+        lacking = [each for each in targets.sets if any(each.commit_of(shard) is None for shard in missing)]
+        ways = ", and with ".join(each.spec.fill_options for each in lacking)
         raise NotCommitted(
             f"{len(missing)} of {len(shards)} shards have no targets of teacher {targets.teacher!r} yet, the first is "
-            f"{missing[0]}; run `potstill prefill`, or take --shards that have"
+            f"{missing[0]}; run `potstill prefill` with {ways}, or take --shards that have"
         )
     with store_errors(str(folder)):
         folder.mkdir(parents=True, exist_ok=True)

@@ -123,7 +123,7 @@ class SegmentSet:
         if commit is None:
             raise NotCommitted(
                 f"shard {shard} of corpus {self.corpus.name!r} has no targets in {self.path} yet; "
-                "run `potstill prefill` or `fill` for it"
+                f"run `potstill prefill` or `fill` with {self.spec.fill_options}"
             )
         return commit
 

@@ -64,8 +64,8 @@ class Root:
         """Open a root by path or URL, for writing too if `create`; an object store is reached once.
 
         Raises:
-            InvalidInput: a local folder that does not exist, unless `create`; an unknown URL scheme; an object
-                store without conditional puts.
+            InvalidInput: a local folder that does not exist, unless `create`; a file; an unknown URL scheme; an
+                object store without conditional puts.
             StoreError: the folder cannot be made; the bucket is missing, denied or not reached in about 20 seconds.
         """
         text = str(url)
@@ -73,8 +73,10 @@ class Root:
         if "://" in text and parts.scheme != "file":
             return cls(text, open_object_store(text, write=create), None)
         folder = Path(unquote(parts.path) if parts.scheme == "file" else text).expanduser().absolute()
-        if create:
-            with _translated(text):
+        with _translated(text):
+            if folder.exists() and not folder.is_dir():
+                raise InvalidInput(f"no cache at {text!r}: it is a file, not a folder")
+            if create:
                 folder.mkdir(parents=True, exist_ok=True)
         if not folder.is_dir():
             raise InvalidInput(f"no cache at {text!r}: the folder does not exist; `potstill ingest` makes one")
@@ -115,8 +117,13 @@ class Root:
 
     def seconds_since_write(self, prefix: str) -> float | None:
         """Seconds since anything below `prefix` was last written, by the store's clock; None when there is nothing."""
-        times = [written for _, written in self._objects_below(prefix).values()]
-        return datetime.now(UTC).timestamp() + self._store_clock_ahead() - max(times) if times else None
+        return min(self.ages(prefix).values(), default=None)
+
+    def ages(self, prefix: str) -> dict[str, float]:
+        """Seconds since each object below `prefix` was written, by the store's clock and its path relative to it."""
+        below = self._objects_below(prefix)
+        now = datetime.now(UTC).timestamp() + self._store_clock_ahead() if below else 0.0
+        return {path: now - written for path, (_, written) in below.items()}
 
     def folders(self, prefix: str) -> list[str]:
         """Names directly below `prefix` that hold objects and that this project could have given, sorted."""

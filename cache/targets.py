@@ -8,7 +8,8 @@ A reader sees their fields together; a writer fills the sets that lack a shard.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import reduce
 
@@ -19,7 +20,7 @@ from cache.archive_blocks import MAX_K
 from cache.commit import Commit
 from cache.corpus import Corpus
 from cache.encoding import Encoding
-from cache.errors import InvalidInput, SpecMismatch, UnknownTeacher, UnsupportedField
+from cache.errors import CorruptSegment, InvalidInput, SpecMismatch, UnknownTeacher, UnsupportedField
 from cache.groups import Reading
 from cache.ranks import pilot_rows
 from cache.segment import Piece, read_pieces, with_fields
@@ -178,7 +179,8 @@ class TargetSet:
             if left is not None and part is not None:
                 left = left.without(part)
                 holders.append(each)
-        return [each.require_commit(shard) for shard in shards for each in holders]
+        with self._way_out():
+            return [each.require_commit(shard) for shard in shards for each in holders]
 
     def read_column(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
         """One number a position, `log_tail`, `label_logprob` or `entropy`, without reading anything else.
@@ -196,8 +198,9 @@ class TargetSet:
             )
         parts = []
         while start < stop:
-            piece = self._piece(holders[0], start, stop)
-            parts.append(piece.reader.read_column(name, piece.start, piece.stop))
+            with self._way_out():
+                piece = self._piece(holders[0], start, stop)
+                parts.append(piece.reader.read_column(name, piece.start, piece.stop))
             start += piece.stop - piece.start
         return np.concatenate([np.empty(0, np.float32), *parts])
 
@@ -269,12 +272,23 @@ class TargetSet:
                 continue
             # Jobs that add fields at the same moment may leave two sets with one field: the first has it.
             left = left.without(part)
-            read = read_pieces([self._piece(each, start, stop) for start, stop in ranges], part)
+            with self._way_out():
+                read = read_pieces([self._piece(each, start, stop) for start, stop in ranges], part)
             found = [
                 new if old is None else with_fields(*((old, new) if old.k else (new, old)))
                 for old, new in zip(found, read, strict=True)
             ]
         return [targets for targets in found if targets is not None]
+
+    @contextmanager
+    def _way_out(self) -> Iterator[None]:
+        """Says of damage that a reader meets what to do about it; `verify` reads segment sets without this."""
+        try:
+            yield
+        except CorruptSegment as error:
+            # Without the root, which a service's clients need not know.
+            more = "`potstill verify` of its cache tells what else is damaged and how to mend it"
+            raise CorruptSegment(f"{error.detail}; {more}") from error
 
     def _piece(self, segments: SegmentSet, start: int, stop: int) -> Piece:
         """The part of a range that lies in the shard of its first position."""

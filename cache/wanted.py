@@ -12,6 +12,8 @@ from cache.types import Fields
 FIELD_NAMES = ("top_k", "draws", "entropy", "log_z", "dense")
 """What fields are called where they are chosen by name. The top-k comes with its tail and the label's logprob."""
 
+_ADD_IT = "ask for what is kept, or add it with `potstill prefill` or `fill`"
+
 _ATTRIBUTES = dict(zip(FIELD_NAMES, ("k", "draws", "entropy", "temperatures", "dense"), strict=True))
 
 
@@ -38,9 +40,21 @@ def wanted_fields(held: Fields, k: int | None, fields: Fields | None, who: str) 
         problems.append(f"temperatures {want.temperatures} were asked for, {held.temperatures or 'none'} are kept")
     problems += [f"{name} is not kept" for name in ("entropy", "dense") if getattr(want, name) > getattr(held, name)]
     if problems:
-        way_out = "ask for what is kept, or add it with `potstill prefill` or `fill`"
-        raise UnsupportedField(f"{who}: {'; '.join(problems)}; {way_out}")
+        raise UnsupportedField(f"{who}: {'; '.join(problems)}; {_way_out(held, want)}")
     return want
+
+
+def _way_out(held: Fields, want: Fields) -> str:
+    """A kind of field that is kept is never replaced; one that is not can be added."""
+    replaced = {
+        "k": 0 < held.k < want.k,
+        "draws": bool(held.draws and want.draws) and (held.draws, held.seed) != (want.draws, want.seed),
+        "temperatures": bool(held.temperatures and want.temperatures) and held.temperatures != want.temperatures,
+    }
+    names = [name for name, differs in replaced.items() if differs]
+    if names:
+        return f"ask for what is kept, or fill under another teacher name: {' and '.join(names)} cannot be changed"
+    return _ADD_IT
 
 
 def shared_fields(want: Fields, held: Fields) -> Fields | None:
@@ -70,10 +84,7 @@ def named_fields(held: Fields, names: Sequence[str] | None, k: int | None, who: 
         raise InvalidInput(f"there is no field {unknown[0][:40]!r}; fields are {', '.join(FIELD_NAMES)}")
     missing = [name for name in dict.fromkeys(names) if not getattr(held, _ATTRIBUTES[name])]
     if missing:
-        raise UnsupportedField(
-            f"{who}: {', '.join(missing)} is not kept, {', '.join(names_of(held))} is; "
-            "ask for what is kept, or add it with `potstill prefill` or `fill`"
-        )
+        raise UnsupportedField(f"{who}: {', '.join(missing)} is not kept, {', '.join(names_of(held))} is; {_ADD_IT}")
     chosen: dict[str, Any] = {
         attribute: getattr(held, attribute) if name in names else type(getattr(held, attribute))()
         for name, attribute in _ATTRIBUTES.items()

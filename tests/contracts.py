@@ -228,6 +228,15 @@ class TargetSetContract:
         with pytest.raises(InvalidInput):
             targets.read(0, 5, k=-1)
 
+    def test_a_mask_or_fractions_are_no_row_numbers(self, targets: Any) -> None:
+        mask = np.zeros(len(targets.corpus), dtype=bool)
+        for rows in (mask, mask.tolist(), [1, True]):
+            with pytest.raises(InvalidInput, match=r"take np.flatnonzero\(mask\) of a mask"):
+                targets.read_rows(rows)
+        for rows in ([0, 1.9], np.array([0, 1.9])):
+            with pytest.raises(InvalidInput, match=r"rows are float64, like \[0.0, 1.9\]; give whole numbers"):
+                targets.read_rows(rows)
+
     def test_many_threads_read_at_once(self, targets: Any, local: TargetSet) -> None:
         def read(start: int) -> Targets:
             found: Targets = targets.read(start, start + 200)

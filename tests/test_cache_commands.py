@@ -119,6 +119,10 @@ def test_an_ingest_that_cannot_be_leaves_no_cache_behind(tmp_path: Path, capsys:
         ([tmp_path / "empty.txt", *tail, "--tokenizer", tmp_path], "a corpus cannot be empty"),
         ([tmp_path / "a.txt", *tail, "--tokenizer", "/no/tokenizer"], "no tokenizer at '/no/tokenizer'"),
         ([tmp_path / "a.txt", *tail, "--tokenizer", tmp_path, "--row-tokens", 0], "--row-tokens is 0"),
+        (
+            [tmp_path / "a.txt", *tail, "--tokenizer", tmp_path, "--shard-positions", 10**20],
+            "limit_exceeded: --shard-positions is 100000000000000000000; it must be at most 1099511627776",
+        ),
     ]
     for arguments, words in cases:
         assert words in refused(capsys, "ingest", *arguments)

@@ -68,7 +68,7 @@ def test_the_command_names_what_is_damaged_and_the_way_out(tmp_path: Path, capsy
     assert main(["verify", str(tmp_path / "c")]) == 1
     told = capsys.readouterr().out
     assert f"corrupt: {chunk.relative_to(tmp_path / 'c')} has sha256 " in told
-    assert "--teacher T --corpus C --shard N" in told
+    assert f"  potstill delete {tmp_path / 'c'} --teacher one --corpus b --set first --shard 1\n" in told
     assert main(["verify", str(tmp_path / "c"), "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert set(found) == {"ok", "shards_checked", "corrupt"}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import shlex
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cache.entry_points import open_teacher
 from cache.errors import CorruptSegment, FormatError, InvalidInput, UnknownTeacher
+from cache.logins import without_login
 from cache.progress import Step, progress
 
 if TYPE_CHECKING:
@@ -58,9 +60,19 @@ class _Summary:
     others: int = 0
     corrupt: dict[str, None] = field(default_factory=dict)
     """Lines in the order they came, each once: a damaged rank table or manifest is met again at every shard."""
+    again: dict[tuple[str, str], list[int]] = field(default_factory=dict)
+    """Shards that have to be scored again, by segment set and the options of that prefill."""
+
+    @property
+    def nothing(self) -> bool:
+        """Whether there was nothing to look at, which is more likely a wrong name than a cache in order."""
+        return not (self.shards or self.others)
 
     def add(self, checked: Checked) -> None:
         self.corrupt.update(dict.fromkeys(checked.problems))
+        if checked.refill:
+            path, _, commit = checked.path.rpartition("/commits/")
+            self.again.setdefault((path, checked.refill), []).append(int(commit.removesuffix(".json")))
         if checked.is_shard:
             self.shards += 1
         else:
@@ -84,26 +96,22 @@ def _run_checks(args: argparse.Namespace) -> int:
                     show(Step(found.shards + found.others, total, note))
         except KeyboardInterrupt:
             stopped = True
+    ok = not found.corrupt and not stopped and not found.nothing
     if args.json:
-        ok = not found.corrupt and not stopped
         print(json.dumps({"ok": ok, "shards_checked": found.shards, "corrupt": list(found.corrupt)}, indent=1))
     else:
         _print_findings(args.root, found, stopped=stopped, total=total)
     if stopped:
         return _INTERRUPTED
-    return 1 if found.corrupt else 0
+    return 0 if ok else 1
 
 
 def _print_findings(root: str, found: _Summary, *, stopped: bool, total: int) -> None:
     for line in found.corrupt:
         print(f"corrupt: {line}")
-    if found.corrupt:
-        print(
-            f"a damaged shard is scored again after `potstill delete {root} --teacher T --corpus C --shard N`, by the "
-            "same `potstill prefill`; for another damaged object see cache/FORMAT.md"
-        )
-    if not (found.shards or found.others or stopped):
-        print(f"there is nothing to check in {root}; `potstill ingest` makes a cache")
+    _print_ways_out(root, found)
+    if found.nothing and not stopped:
+        print(f"there is nothing to check in {without_login(root)}; `potstill ingest` makes a cache")
         return
     checked = f"{found.shards:,} shards and {found.others:,} other groups checked"
     if stopped:
@@ -111,6 +119,19 @@ def _print_findings(root: str, found: _Summary, *, stopped: bool, total: int) ->
         print(f"stopped: {checked}, {len(found.corrupt):,} corrupt objects; about {left:,} groups were not looked at")
     else:
         print(f"{checked}, {len(found.corrupt):,} corrupt objects")
+
+
+def _print_ways_out(root: str, found: _Summary) -> None:
+    from cache.delete import set_arguments
+
+    place = shlex.quote(without_login(root))
+    for (path, options), shards in found.again.items():
+        teacher, corpus = path.split("/")[1:3]
+        print(f"to score the damaged shards of {path} again, with the teacher that they are of:")
+        print(f"  potstill delete {place} {set_arguments(path)} --shard {' '.join(map(str, shards))}")
+        print(f"  potstill prefill --cache {place} --corpus {corpus} --teacher {teacher}=MODEL_OR_URL {options}")
+    if found.corrupt:
+        print("for any other damaged object see `What to do about damage` in cache/FORMAT.md")
 
 
 def _run_live(args: argparse.Namespace) -> int:
