@@ -12,7 +12,7 @@ from teacher_service.settings import TeacherSettings
 from teacher_service.teacher_source import TeacherSource
 
 _LOG = logging.getLogger(__name__)
-_EARLY_FAILURE_SECONDS = 1.0
+_EARLY_FAILURE_SECONDS = 3.0
 
 
 class TeacherAdmin:
