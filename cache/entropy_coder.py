@@ -9,15 +9,14 @@ and a stream that no encoder wrote sets `FAILED` and decodes to some value that 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cache import compiled as _compiled
+from cache.compiled import Function
+from cache.compiled import compiled as compiled_with
 
-Compiled = TypeVar("Compiled", bound=Callable[..., object])
 Whole: TypeAlias = "int | np.signedinteger[Any]"
 
 LOW, RANGE, CODE, UNIT = 0, 1, 2, 3
@@ -28,9 +27,9 @@ _STEP = 24
 _LIMIT = 1 << 15
 
 
-def compiled(function: Compiled) -> Compiled:
+def compiled(function: Function) -> Function:
     """The function as machine code that manages no memory."""
-    return _compiled.compiled(function, _nrt=False)
+    return compiled_with(function, _nrt=False)
 
 
 class Coder(NamedTuple):

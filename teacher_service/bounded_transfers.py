@@ -56,6 +56,8 @@ class _Body:
 
     def __init__(self, admission: Admission, receive: Receive) -> None:
         self._limits = admission.limits
+        # What is over the bound of all together would be told to come back later for ever.
+        self._most = self._limits.smallest("max_body_bytes", "max_body_bytes_in_flight")
         self._bound = admission.bodies
         self._receive = receive
         self._key = current_caller().name
@@ -97,9 +99,7 @@ class _Body:
             ) from error
 
     def _hold(self, num_bytes: int) -> None:
-        # What is over the bound of all together would be told to come back later for ever.
-        name = min(("max_body_bytes", "max_body_bytes_in_flight"), key=lambda name: int(getattr(self._limits, name)))
-        most = getattr(self._limits, name)
+        name, most = self._most
         if self._held + num_bytes > most:
             raise BodyTooLarge(f"the body is over {name}={most}; send fewer rows per request")
         self._bound.take(self._key, num_bytes, own=self._held)

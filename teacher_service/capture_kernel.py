@@ -19,9 +19,8 @@ Shape legend:  S rows, V vocabulary size, K kept entries, N draws, U unique ids 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, cast
 
 import numba
 import numpy as np
@@ -30,10 +29,8 @@ from numba import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from cache.compiled import compiled
+from cache.compiled import Function, compiled
 from teacher_service.capture_layout import Drawn
-
-Function = TypeVar("Function", bound=Callable[..., object])
 
 _BLOCK = 64
 _RANKED = 512

@@ -108,12 +108,11 @@ def capture_on_gpu(
     log_total = e.sum(dim=1).log_()
     # NaN where the logits hold a NaN, a +inf or nothing but -inf, as t is.
     out["top"].copy_(-log_total)
-    shift = top.double() + log_total[:, None].double()
     if labels is not None:
         found = torch.topk(logits, want.k, dim=1)
-        out["logprobs"].copy_(found.values.double() - shift)
+        out["logprobs"].copy_(_logprobs(found.values, top, log_total))
         out["ids"].copy_(found.indices)
-        out["label_logprob"].copy_((logits.gather(1, labels[:, None]).double() - shift)[:, 0])
+        out["label_logprob"].copy_(_logprobs(logits.gather(1, labels[:, None]), top, log_total)[:, 0])
     if want.entropy:
         # 0 * -inf of a masked id is nothing.
         weighted = torch.linalg.vecdot(e, t.clamp(min=torch.finfo(torch.float32).min))
@@ -130,6 +129,11 @@ def capture_on_gpu(
     # A product that rounds up to all of the mass would fall behind the last id that has any.
     target = torch.minimum(target, torch.nextafter(ends[:, -1:], torch.zeros_like(ends[:, -1:])))
     return _counted(torch.searchsorted(ends, target, right=True).clamp_(max=logits.shape[1] - 1))
+
+
+def _logprobs(logits: torch.Tensor, top: torch.Tensor, log_total: torch.Tensor) -> torch.Tensor:
+    """Of [S, n] logits, in this order: the sum of the two that are taken off might swallow one of them."""
+    return (logits.double() - top) - log_total[:, None]
 
 
 def _counted(drawn: torch.Tensor) -> Drawn:

@@ -48,7 +48,7 @@ def admitted_bytes(service: Service) -> int:
     limits = service.limits
     engines = max(len(service.teachers), 1) * limits.max_engine_bytes
     answers = limits.max_answer_bytes_in_flight + limits.max_miss_bytes_in_flight
-    # A fill that waits until its teacher takes more gives its turn to another, and keeps what it has.
+    # A fill that rests until its teacher takes more lets another begin, and keeps what it has.
     fills = max(limits.max_fills_running, service.fills.num_begun) * limits.max_answer_bytes_in_flight
     return engines + limits.max_body_bytes_in_flight + answers + fills
 

@@ -140,7 +140,7 @@ class FillJobs:
     @property
     def num_begun(self) -> int:
         """Jobs that may hold targets: those that run, and those that rest until they may ask their teacher again."""
-        return sum(job.ended is None and job.turn.began is not None for job in self._jobs.values())
+        return self._turns.num_begun
 
     def jobs(self) -> list[FillJob]:
         """All that are remembered."""
@@ -246,12 +246,12 @@ def fitted_order(order: FillOrder, targets: TargetSet, limits: LimitSettings) ->
         LimitExceeded: the longest row alone does not fit.
     """
     per_token = bytes_per_position(targets.fields, targets.identity.vocab_size)
-    name = min(("max_answer_bytes", "max_answer_bytes_in_flight"), key=lambda name: int(getattr(limits, name)))
-    most, longest = getattr(limits, name) // per_token, targets.corpus.spec.longest_row
+    name, num_bytes = limits.smallest("max_answer_bytes", "max_answer_bytes_in_flight")
+    most, longest = num_bytes // per_token, targets.corpus.spec.longest_row
     if longest > most:
         raise LimitExceeded(
             f"corpus {targets.corpus.name!r} has a row of {longest} tokens, whose targets hold {longest * per_token} "
-            f"bytes, over {name}={getattr(limits, name)}; ask for less, or ingest it again with --row-tokens {most}"
+            f"bytes, over {name}={num_bytes}; ask for less, or ingest it again with --row-tokens {most}"
         )
     batch_tokens = min(order.batch_tokens, most)
     fitting = limits.max_answer_bytes_in_flight // (max(batch_tokens, longest) * per_token)

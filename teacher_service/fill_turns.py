@@ -43,6 +43,11 @@ class FillTurns:
         self._begun: list[FillTurn] = []
         self._wanted: list[FillTurn] = []
 
+    @property
+    def num_begun(self) -> int:
+        """Those that run or rest."""
+        return len(self._begun)
+
     def want(self, turn: FillTurn) -> None:
         """Have it given now or later."""
         self._wanted.append(turn)

@@ -106,6 +106,11 @@ class LimitSettings(_Frozen):
     its batches, at most `max_answer_bytes_in_flight`, and of the shards that it gathers and writes. While a
     teacher tells one to come back later another may begin, up to twice as many in all."""
 
+    def smallest(self, *names: str) -> tuple[str, int]:
+        """Name and value of the smallest of these bounds."""
+        name = min(names, key=lambda each: int(getattr(self, each)))
+        return name, int(getattr(self, name))
+
     @model_validator(mode="before")
     @classmethod
     def _make_room(cls, given: Any) -> Any:

@@ -90,6 +90,12 @@ def test_a_vocabulary_whose_padding_was_cut_off_is_read_in_place(captured: Captu
             np.testing.assert_array_equal(found[name], whole[name])
 
 
+def test_equal_logits_share_the_mass_however_large_they_are(captured: Captured) -> None:
+    found = captured(torch.full((2, 3), -1e30), Fields(k=3))
+    for name in ("logprobs", "label_logprob", "top"):
+        np.testing.assert_allclose(found[name], np.log(1 / 3), rtol=1e-6)
+
+
 @pytest.mark.parametrize("vocab_size", VOCABS)
 def test_entropy_and_log_z_are_those_of_float64(captured: Captured, vocab_size: int) -> None:
     logits = random_logits(6, vocab_size)

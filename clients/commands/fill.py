@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cache.commands.field_options import add_field_options, field_arguments, fields_of
 from cache.errors import InvalidInput
+from cache.logins import without_login
 from clients.commands.service_options import add_service_options, key_of
 
 if TYPE_CHECKING:
@@ -106,8 +107,6 @@ def _command(args: argparse.Namespace, *, stop: bool = False) -> str:
 
     Without a key that is in the URL: what is printed is copied and kept.
     """
-    from cache.logins import without_login
-
     words = ["potstill", "fill", "--url", without_login(args.url), "--corpus", args.corpus, "--teacher", args.teacher]
     if args.api_key_env is not None:
         words += ["--api-key-env", args.api_key_env]
