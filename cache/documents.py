@@ -115,7 +115,8 @@ def _encodable(text: str, where: str) -> str:
 
 
 def _utf8(data: bytes, where: str) -> str:
+    """Without the byte order mark that some editors put before it."""
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InvalidInput(f"{where} is not UTF-8: {error.reason} at byte {error.start}") from error

@@ -43,6 +43,7 @@ def page(cache: Cache, inspection: Inspection) -> str:
     found = inspection.to_json
     when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     sections = [
+        *(_section("Cannot be read, and not counted", _text(line), "") for line in found["unreadable"]),
         _corpora(found["corpora"]),
         _section("Coverage", "Which shards have targets, from the first to the last.", _coverage(inspection)),
         _section("Targets", "", _sets(inspection)),

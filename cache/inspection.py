@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from cache.annotations import open_annotation
 from cache.cache import Cache
 from cache.commit import Commit
 from cache.corpus import Corpus
+from cache.errors import CorruptSegment, FormatError, SpecMismatch
 from cache.groups import Reading
 from cache.journal_segment import SegmentRecord, journal_records
 from cache.lineage import ONLY_BOUNDED, Handed, measured_against
@@ -126,25 +128,43 @@ class Inspection:
     sets: dict[tuple[str, str], list[SetSummary]]
 
 
+class _Damage:
+    """The records that could not be read, a line each; what lies beside them is shown all the same."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Note what cannot be read, and go on behind the block."""
+        try:
+            yield
+        except (CorruptSegment, FormatError, SpecMismatch) as error:
+            self.lines.append(str(error))
+
+
 def inspect_cache(cache: Cache) -> Inspection:
     """Look at every record of a cache; segments are not read.
 
-    Raises:
-        CorruptSegment, FormatError, SpecMismatch: a record is damaged; `potstill verify` names all of them.
+    A record that cannot be read is a line of `unreadable`, and what it is the record of is left out of the sums.
     """
     corpora: dict[str, Any] = {}
     targets: dict[str, dict[str, Any]] = {}
     summaries: dict[tuple[str, str], list[SetSummary]] = {}
+    damage = _Damage()
     for name in cache.corpora():
-        corpus = cache.corpus(name)
-        corpora[name] = _describe_corpus(cache.root, corpus)
-        for teacher in cache.teachers(name):
-            opened = cache.targets(teacher, name)
-            sets = [_summarise(cache.root, each) for each in opened.sets]
-            targets.setdefault(teacher, {})[name] = _describe_targets(opened, sets)
-            summaries[teacher, name] = sets
-    found = {"corpora": corpora, "targets": targets, "journals": _describe_journals(cache.root)}
-    return Inspection(found, summaries)
+        with damage.noted():
+            corpora[name] = _describe_corpus(cache.root, cache.corpus(name))
+        for teacher in cache.teachers(name) if name in corpora else ():
+            with damage.noted():
+                opened = cache.targets(teacher, name)
+                sets = [_summarise(cache.root, each, damage) for each in opened.sets]
+                targets.setdefault(teacher, {})[name] = _describe_targets(opened, sets)
+                summaries[teacher, name] = sets
+    journals = _describe_journals(cache.root, damage)
+    return Inspection(
+        {"corpora": corpora, "targets": targets, "journals": journals, "unreadable": damage.lines}, summaries
+    )
 
 
 def fields_text(fields: Fields) -> str:
@@ -215,10 +235,12 @@ def _describe_against(against: Counter[Handed]) -> list[dict[str, Any]]:
     ]
 
 
-def _describe_journals(root: Root) -> dict[str, Any]:
+def _describe_journals(root: Root, damage: _Damage) -> dict[str, Any]:
     journals: dict[str, Any] = {}
     for path in journal_records(root):
-        record = SegmentRecord.read(root, path)
+        record = None
+        with damage.noted():
+            record = SegmentRecord.read(root, path)
         if record is not None:
             about = journals.setdefault(record.teacher, {"segments": 0, "rows": 0, "positions": 0, "bytes": 0})
             for name, value in zip(about, (1, record.num_rows, record.num_positions, record.num_bytes), strict=True):
@@ -226,16 +248,16 @@ def _describe_journals(root: Root) -> dict[str, Any]:
     return journals
 
 
-def _summarise(root: Root, segments: SegmentSet) -> SetSummary:
+def _summarise(root: Root, segments: SegmentSet, damage: _Damage) -> SetSummary:
     starts = segments.corpus.shard_starts
     manifest = Manifest.open(root, segments.path, segments.corpus.num_shards)
     summary = SetSummary(segments, manifest is not None, np.zeros(len(starts) - 1, dtype=bool))
-    for commit in _commits(root, segments, manifest):
+    for commit in _commits(root, segments, manifest, damage):
         summary.add(commit, int(starts[commit.shard + 1] - starts[commit.shard]))
     return summary
 
 
-def _commits(root: Root, segments: SegmentSet, manifest: Manifest | None) -> Iterator[Commit]:
+def _commits(root: Root, segments: SegmentSet, manifest: Manifest | None, damage: _Damage) -> Iterator[Commit]:
     """All commits, not many of them in memory at one time."""
     if manifest is not None:
         for start in range(0, manifest.num_shards, _COMMITS_AT_ONCE):
@@ -245,8 +267,12 @@ def _commits(root: Root, segments: SegmentSet, manifest: Manifest | None) -> Ite
     for start in range(0, len(shards), _COMMITS_AT_ONCE):
         # A segment set remembers every commit that it read.
         opened = SegmentSet.open(root, segments.path, segments.corpus, Reading.open())
-        found = (opened.commit_of(shard) for shard in shards[start : start + _COMMITS_AT_ONCE]) if opened else ()
-        yield from (commit for commit in found if commit is not None)
+        for shard in shards[start : start + _COMMITS_AT_ONCE] if opened else ():
+            commit = None
+            with damage.noted():
+                commit = opened.commit_of(shard) if opened else None
+            if commit is not None:
+                yield commit
 
 
 def _array_of(item: StoredObject) -> str:

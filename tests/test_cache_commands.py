@@ -133,14 +133,16 @@ def test_a_cache_of_a_newer_format_is_refused_by_every_command(root: Path, capsy
     seal = root / "corpora" / "docs" / "zarr.json"
     seal.write_text(seal.read_text().replace('"format": 2', '"format": 3'))
     for command in (
-        ["inspect", root],
         ["gc", root],
         ["prefill", "--cache", root, "--corpus", "docs", "--teacher", "a=b"],
     ):
         line = refused(capsys, *command)
         assert line.startswith("format: ")
         assert "corpora/docs/zarr.json has format 3, this version reads up to 2" in line
-    assert main(["verify", str(root)]) == 1
+    for command in ("inspect", "verify"):
+        assert main([command, str(root)]) == 1
+        told = capsys.readouterr()
+        assert "corpora/docs/zarr.json has format 3, this version reads up to 2" in told.out + told.err
 
 
 def test_a_prefill_stopped_by_sigterm_says_how_to_go_on(root: Path) -> None:

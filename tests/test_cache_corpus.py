@@ -90,6 +90,13 @@ def test_jsonl_and_parquet_give_one_document_a_record(tmp_path: Path) -> None:
     assert corpus.spec.duplicate_rows == len(corpus) // 2
 
 
+def test_a_byte_order_mark_is_not_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("caf\u00e9", encoding="utf-8-sig")
+    (tmp_path / "a.jsonl").write_text('{"text": "caf\u00e9"}\n', encoding="utf-8-sig")
+    for name in ("a.txt", "a.jsonl"):
+        assert list(documents(tmp_path / name, "text")) == ["caf\u00e9"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_keys_that_others_read_are_there(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(root), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found) == {"corpora", "targets", "journals"}
+    assert set(found) == {"corpora", "targets", "journals", "unreadable"}
     assert {"rows", "positions", "shards", "tokenizer_sha256"} <= set(found["corpora"]["a"])
     about = found["targets"]["one"]["a"]
     wanted = {"identity", "fields", "encoding", "shards_committed", "shards", "bytes", "bytes_per_position"}
@@ -68,6 +69,32 @@ def test_the_tables_have_all_of_it(root: Path, capsys: pytest.CaptureFixture[str
     told = capsys.readouterr().out
     for words in ("held-out, split", "draws-5_entropy", "log Z at 0.5, 2", "fake 1", "journals", "3/3"):
         assert words in told
+
+
+def test_what_cannot_be_read_is_named_and_the_rest_is_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, drawn = tmp_path / "c", tmp_path / "page.html"
+    build(root, archive=False)
+    commit = next((root / "targets/one/a").rglob("draws-5_entropy/commits/000001.json"))
+    journal = next(root.rglob("journal*/**/*.json"))
+    for record in (commit, journal):
+        record.write_bytes(record.read_bytes()[:-40])
+    assert main(["inspect", str(root), "--json", "--html", str(drawn)]) == 1
+    told = capsys.readouterr()
+    found = json.loads(told.out)
+    assert [each["shards_committed"] for each in found["targets"]["one"]["a"]["sets"]] == [3, 2]
+    assert len(found["unreadable"]) == 2
+    for line, record in zip(found["unreadable"], (commit, journal), strict=True):
+        assert record.relative_to(root).as_posix() in line
+        assert f"not counted above: {line}" in told.err
+        assert escape(line) in drawn.read_text()
+    assert f"potstill verify {root}" in told.err
+    (root / "corpora/a/zarr.json").write_text("{}")
+    assert main(["inspect", str(root)]) == 1
+    told = capsys.readouterr()
+    assert "corpora/a/zarr.json" in told.err
+    assert "there is no corpus" not in told.out
 
 
 class Page(HTMLParser):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cache.errors import StoreError
+from cache.logins import without_login
 from cache.types import Fields
 
 SUMMARY = "show the corpora and targets of a cache"
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print it."""
+    """Print it, records that cannot be read last on stderr; 1 when there are some."""
     from cache.cache import Cache
     from cache.inspection import inspect_cache
 
@@ -35,11 +36,18 @@ def run(args: argparse.Namespace) -> int:
         _write(args.html, page(cache, inspection))
     if args.json:
         print(json.dumps(found, indent=1))
-    elif not found["corpora"]:
+    elif not found["corpora"] and not found["unreadable"]:
         print(f"there is no corpus in {args.root}; `potstill ingest` makes one")
     else:
         _print_tables(found)
-    return 0
+    for line in found["unreadable"]:
+        print(f"not counted above: {line}", file=sys.stderr)
+    if found["unreadable"]:
+        print(
+            f"`potstill verify {without_login(args.root)}` names all that is damaged and how to mend it",
+            file=sys.stderr,
+        )
+    return int(bool(found["unreadable"]))
 
 
 def _write(path: Path, text: str) -> None:
