@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 
 from ray.exceptions import ActorDiedError, GetTimeoutError, ObjectLostError, RayActorError, TaskCancelledError
-from ray.serve.exceptions import RayServeException
+from ray.serve.exceptions import RayServeException, ReplicaUnavailableError
 
 from cache.errors import PotstillError, SpecMismatch, TeacherFailed, Unavailable
 from teacher_service.ray_replica import Refused, ScoreCall
@@ -90,6 +90,8 @@ class Losses:
 
 def lost(replica: str, error: Exception, *, had_call: bool) -> Refused:
     """What one of `LOST` comes to; `had_call` says whether the replica was well enough to be given the call."""
+    if isinstance(error, ReplicaUnavailableError):  # scaled away between being chosen and being sent the call
+        return Refused("unavailable", f"replica {replica} left before it was sent the rows", elsewhere=True)
     detail = f"replica {replica} was lost: {first_line(error)}"
     return Refused("unavailable", detail, elsewhere=True, crashed=had_call and has_crashed(error))
 
