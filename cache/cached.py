@@ -187,9 +187,11 @@ class CachedTeacher:
         if missing:
             waits()  # before there is a batch: it may refuse
         batches, mine = self._join_or_score(missing, want)
-        self._count(hits=len(rows) - found.count(None), misses=_num_rows(mine), rows=len(rows))
+        self._count(hits=len(rows) - found.count(None), misses=_num_rows(mine))
         answers = await self._wait_for(batches, mine)
-        answers |= await self._score_refused({key: missing[key] for key in missing if key not in answers}, want)
+        refused = {key: missing[key] for key in missing if key not in answers}
+        self._count(joined=found.count(None) - _num_rows(mine) - len(refused))
+        answers |= await self._score_refused(refused, want)
         return [
             (targets if targets is not None else answers[key]).prefix(want.k)
             for key, targets in zip(keys, found, strict=True)
@@ -205,8 +207,10 @@ class CachedTeacher:
             answers |= {key: targets for key, targets in zip(left, found, strict=True) if targets is not None}
             left = {key: row for key, row in left.items() if key not in answers}
             batches, mine = self._join_or_score(left, want, join=join)
-            self._count(hits=0, misses=_num_rows(mine), rows=0)  # until now they counted as joined
-            answers |= await self._wait_for(batches, mine)
+            self._count(misses=_num_rows(mine))
+            scored = await self._wait_for(batches, mine)
+            self._count(joined=len(scored) - _num_rows(mine))
+            answers |= scored
             left = {key: row for key, row in left.items() if key not in answers}
         return answers
 
@@ -217,7 +221,7 @@ class CachedTeacher:
         if missing:
             waits()
         scored = iter(await self.inner.score(missing, want) if missing else [])
-        self._count(hits=len(rows) - len(missing), misses=len(missing), rows=len(rows))
+        self._count(hits=len(rows) - len(missing), misses=len(missing))
         return [targets if targets is not None else next(scored) for targets in found]
 
     async def _look(self, keys: list[bytes], want: Fields) -> list[Targets | None]:
@@ -232,10 +236,9 @@ class CachedTeacher:
             if not any(kept is None and key in look.landed for key, kept in zip(keys, found, strict=True)):
                 return found
 
-    def _count(self, *, hits: int, misses: int, rows: int) -> None:
+    def _count(self, *, hits: int = 0, misses: int = 0, joined: int = 0) -> None:
         old = self.counters
-        joined = old.joined + rows - hits - misses
-        self.counters = CacheCounters(hits=old.hits + hits, misses=old.misses + misses, joined=joined)
+        self.counters = CacheCounters(old.hits + hits, old.misses + misses, old.joined + joined)
 
     def _join_or_score(
         self, missing: dict[bytes, Tokens], want: Fields, *, join: bool = True

@@ -272,6 +272,11 @@ class Claims:
             self._root.remove(path)
 
 
+def time_to_live(data: bytes | None, otherwise: float) -> float:
+    """Seconds after which a stored claim that nobody renewed is no more; `otherwise` where the record does not say."""
+    return _parse(data, otherwise)[1]
+
+
 def _object_name(name: str, generation: int) -> str:
     return f"{name}-{generation:04d}.json"
 

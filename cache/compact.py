@@ -36,7 +36,7 @@ from cache.segment import EncodedSegment
 from cache.segment_set import SegmentSet
 from cache.store import check_name
 from cache.targets import TargetSet
-from cache.tokenizer import fingerprint
+from cache.tokenizer import fingerprint, num_ids
 from cache.types import Fields, TeacherIdentity
 
 _ROWS_AT_ONCE = 1 << 14
@@ -100,7 +100,7 @@ def compact(
         NotFound: the journal keeps nothing of the teacher, or nothing with so many entries.
         InvalidInput: several K and none chosen, no tokenizer to be had, or the cache was opened to read.
         SpecMismatch: the tokenizer is not the teacher's, the corpus holds rows that the journal does not, or the target
-            set exists with another spec.
+            set exists with another spec or more fields.
         CorruptSegment: a journal segment is damaged; nothing was removed.
         StoreError: the cache cannot be written.
     """
@@ -117,6 +117,11 @@ def compact(
         targets = cache.plan_targets(
             plan.teacher, corpus.name, source.identity, fields=fields, encoding=source.encoding.name
         )
+        if targets.fields != fields:
+            raise SpecMismatch(
+                f"targets of {plan.teacher!r} for corpus {corpus.name!r} also keep fields that the journal does not; "
+                "compact into another --corpus"
+            )
         committed = targets.committed
         todo = [int(shard) for shard in np.flatnonzero(~committed)]
         if todo and not made:
@@ -146,7 +151,7 @@ def _corpus(cache: Cache, source: JournalRows, plan: CompactPlan) -> tuple[Corpu
         first, longest = first_rows(source)
         ingest = IngestPlan(row_tokens=longest, shard_positions=plan.shard_positions)
         came_from = (Source(name=f"journal of {plan.teacher}", sha256="", documents=sum(len(r) for _, r in first)),)
-        rows = tokens_of(first, max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1)
+        rows = tokens_of(first, num_ids(tokenizer))
         return ingest_rows(cache.root, plan.corpus, rows, tokenizer, ingest, sources=came_from)
 
     try:

@@ -2,7 +2,8 @@
 
 Of each segment set go first the manifest's record, then commits, then the set's own record, and only then groups: what
 is left when this stops anywhere reads as never written, and the same deletion finishes it. Between these phases
-a local root is flushed, so that a power cut cannot undo the first and keep the last.
+a local root is flushed, so that a power cut cannot undo the first and keep the last. A job may fold the commits
+meanwhile: the manifest's record goes once more behind them, and `SegmentSet.fold` takes back one that came later.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from cache.claims import time_to_live
 from cache.commit import commit_name
 from cache.corpus import Corpus, corpus_path
 from cache.errors import NotFound, PotstillError, UnknownCorpus, UnknownTeacher
@@ -25,7 +27,7 @@ FIRST_SET = "first"
 _SEGMENT = re.compile(rb'"segment": *"([^"]+)"')
 _FOLDED = re.compile(rb'"shards": *(\d{1,9})\b')
 _GROUP = re.compile(rb'"group": *"([^"]+)"')
-# Jobs renew their claims more often than this.
+# Jobs whose claims do not say how long they last renew them more often than this.
 _CLAIM_SECONDS = 120.0
 
 
@@ -147,13 +149,17 @@ def jobs_at_work(root: Root, removals: Sequence[Removal]) -> list[str]:
     prefixes = sets | {path for removal in removals for path in removal.claims}
     busy = []
     for folder in sorted({prefix.rpartition("/")[0] for prefix in prefixes}):
-        fresh = tuple(f"{folder}/{name}" for name, age in root.ages(folder).items() if age < _CLAIM_SECONDS)
+        fresh = tuple(f"{folder}/{name}" for name, age in root.ages(folder).items() if age < _lasts(root, folder, name))
         path = folder.removesuffix("/claims")
         for prefix in sorted(each for each in prefixes if each.rpartition("/")[0] == folder):
             if any(claim.startswith(prefix) for claim in fresh):
                 shard = prefix[len(folder) + 1 : -1]
                 busy.append(f"shard {int(shard)} of {path}" if shard else path)
     return busy
+
+
+def _lasts(root: Root, folder: str, name: str) -> float:
+    return max(time_to_live(root.get(f"{folder}/{name}"), _CLAIM_SECONDS), _CLAIM_SECONDS)
 
 
 def _target_set(root: Root, path: str) -> Iterator[Removal]:
@@ -168,14 +174,13 @@ def _segment_set(root: Root, path: str) -> Removal:
     folders = [name for name in root.folders(path) if name != "sets"]
     sizes = [root.sizes(f"{path}/{name}") for name in folders]
     commits = len(root.objects(f"{path}/commits"))
-    first = [name for name in ("manifest.json",) if name in objects]
     last = [name for name in objects if name != "manifest.json"]
     # The claims go last: while they are there, a job that still runs can be seen.
     groups = sorted((name for name in folders if name != "commits"), key=lambda name: name == "claims")
     phases = (
-        tuple(f"{path}/{name}" for name in first),
+        (f"{path}/manifest.json",),
         tuple(f"{path}/{name}/" for name in folders if name == "commits"),
-        tuple(f"{path}/{name}" for name in last),
+        (f"{path}/manifest.json", *(f"{path}/{name}" for name in last)),
         tuple(f"{path}/{name}/" for name in groups),
     )
     count = sum(map(len, sizes)) + len(objects)
@@ -192,7 +197,8 @@ def _shards(root: Root, path: str, shards: Sequence[int]) -> Removal:
     record = (f"{path}/manifest.json",) if root.get(f"{path}/manifest.json") is not None else ()
     groups += [f"{path}/{manifest}"] if manifest else []
     sizes = [root.sizes(group) for group in groups]
-    phases = (record, tuple(commits), tuple(f"{group}/" for group, held in zip(groups, sizes, strict=True) if held))
+    held = tuple(f"{group}/" for group, objects in zip(groups, sizes, strict=True) if objects)
+    phases = ((f"{path}/manifest.json",), tuple(commits), (f"{path}/manifest.json",), held)
     what = ", ".join(map(str, shards[:10])) + (f" and {len(shards) - 10:,} more" if len(shards) > 10 else "")
     title = f"{path}: shards {what}{', and the manifest' if record else ''}"
     count = sum(map(len, sizes)) + len(commits) + len(record)

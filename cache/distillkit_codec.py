@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.distillkit_config import CompressionConfig, ResidualBin
-from cache.errors import FormatError
+from cache.errors import FormatError, InvalidInput
 
 Fit = Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[np.float64]]
 """Terms [A, N] and values [P, A] -> coefficients [P, N]."""
@@ -77,7 +77,17 @@ def unpack(data: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.int64]:
 
 
 def compress(logprobs: NDArray[np.float32], config: CompressionConfig, fit: Fit = least_squares) -> NDArray[np.uint8]:
-    """[P, K] falling logprobs as [P, `logprob_bytes`] bytes."""
+    """[P, K] falling logprobs as [P, `logprob_bytes`] bytes.
+
+    Raises:
+        InvalidInput: the config's polynomial terms do not determine a fit.
+    """
+    left, terms = config.k - config.exact_k, config.polynomial_terms
+    if len(set(terms)) < len(terms) or (left and len(terms) > left):
+        raise InvalidInput(
+            f"polynomial_terms is {list(terms)}; the k - exact_k = {left} entries are fitted by as many terms at most, "
+            "each another one"
+        )
     values = np.maximum(logprobs.astype(np.float32), _LEAST_LOGPROB)
     if config.delta_encoding:
         values = _deltas(values, diffused=config.error_diffusion)

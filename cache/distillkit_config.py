@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -181,7 +181,10 @@ def config_from_mapping(value: Any) -> CompressionConfig:
         bins = tuple(ResidualBin(**item) for item in value.get("residual_bins") or ())
     except TypeError as error:
         raise InvalidInput(f"residual_bins cannot be read: {error}") from error
-    return CompressionConfig(**rest, bins=bins, polynomial_terms=tuple(value.get("polynomial_terms") or ()))
+    terms = value.get("polynomial_terms") or ()
+    if not isinstance(terms, Sequence) or isinstance(terms, str):
+        raise InvalidInput(f"polynomial_terms is {terms!r}; it must be a list")
+    return CompressionConfig(**rest, bins=bins, polynomial_terms=tuple(terms))
 
 
 def _require_whole(name: str, value: object, least: int, most: int) -> None:

@@ -153,11 +153,13 @@ def encode(targets: Targets, encoding: Encoding, ranks: RankTable) -> StoredArra
     else:
         with np.errstate(over="ignore"):  # no mass in float16: -inf
             stored["logprobs"] = targets.logprobs.astype(np.float32 if encoding.name == "f32" else np.float16)
+    # A teacher's mass is 1 up to a tolerance; a reader takes no more than all of it.
+    tail, label = (np.minimum(logprob, np.float32(0.0)) for logprob in (targets.log_tail, targets.label_logprob))
     if encoding.name == "f32":
-        stored["log_tail"], stored["label_logprob"] = targets.log_tail, targets.label_logprob
+        stored["log_tail"], stored["label_logprob"] = tail, label
     else:
         stored["log_tail"] = np.minimum(targets.log_tail.astype(np.float16), _LEAST_LOG_TAIL)
-        stored["label_logprob"] = targets.label_logprob.astype(np.float16)
+        stored["label_logprob"] = label.astype(np.float16)
     return stored
 
 
@@ -276,7 +278,7 @@ def check_targets(targets: Targets, vocab_size: int) -> None:
     """Refuse what no teacher can mean.
 
     Raises:
-        TeacherFailed: NaN, entries not sorted by falling logprob, mass that is not 1, an id over the vocabulary.
+        TeacherFailed: NaN, unsorted entries, mass that is not 1, a label over 0, an id over the vocabulary.
     """
     if np.isnan(targets.logprobs).any() or np.isnan(targets.log_tail).any():
         raise TeacherFailed("the teacher answered NaN logprobs; its targets are not kept")
@@ -286,15 +288,13 @@ def check_targets(targets: Targets, vocab_size: int) -> None:
     off = np.abs(mass - 1.0).max(initial=0.0)
     if off > _MASS_TOLERANCE:
         raise TeacherFailed(f"the teacher's top-k and tail sum to 1 only within {off:.1e}; they are not kept")
+    if (targets.label_logprob > _MASS_TOLERANCE).any():
+        raise TeacherFailed("the teacher answered a label's logprob over 0; its targets are not kept")
     check_ids(targets, vocab_size)
 
 
 def check_ids(targets: Targets, vocab_size: int) -> None:
-    """The part of `check_targets` that is cheap on a whole shard.
-
-    Raises:
-        TeacherFailed: an id over the vocabulary.
-    """
+    """The part of `check_targets` that is cheap on a whole shard: raises TeacherFailed for an id over the vocabulary."""
     if targets.ids.size and int(targets.ids.max()) >= vocab_size:
         raise TeacherFailed(f"the teacher answered id {int(targets.ids.max())}, its vocabulary has {vocab_size}")
 

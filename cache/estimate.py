@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from cache.cache import Cache
 from cache.encoding import Encoding, encoding_by_name
 from cache.errors import InvalidInput
-from cache.fields import stored_shapes
+from cache.fields import check_kept, stored_shapes
 from cache.targets import TargetSet
 from cache.types import JSON, Fields
 
@@ -60,6 +60,7 @@ _RANK_OBJECTS = 6
 _CLAIM_PUTS = 4
 """A shard's claim: made, renewed now and then, and given back."""
 _GIBIBYTE = 2**30
+_MOST = 10**18
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +68,7 @@ class Workload:
     """What is to be kept.
 
     Raises:
-        InvalidInput: a number below 1.
+        InvalidInput: a number below 1, or one that nobody can mean.
     """
 
     positions: int
@@ -78,8 +79,8 @@ class Workload:
 
     def __post_init__(self) -> None:
         for name in ("positions", "vocab_size", "teachers", "shard_positions"):
-            if getattr(self, name) < 1:
-                raise InvalidInput(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+            if not 1 <= getattr(self, name) <= _MOST:
+                raise InvalidInput(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be 1 to {_MOST:,}")
         if self.fields.k > self.vocab_size:
             raise InvalidInput(f"--top-k is {self.fields.k}; the vocabulary has {self.vocab_size} ids")
 
@@ -156,8 +157,9 @@ def estimate(workload: Workload, encoding: str, prices: Prices, basis: Basis = T
     """What the workload takes in one encoding.
 
     Raises:
-        InvalidInput: an unknown encoding.
+        InvalidInput: an unknown encoding, or one that does not keep so much.
     """
+    check_kept(workload.fields, encoding_by_name(encoding))
     segment_objects = 2 * _arrays(workload.fields, encoding_by_name(encoding), workload.vocab_size) + 1
     ranked = bool(workload.fields.k or workload.fields.draws)
     segments = modelled_bytes(workload.fields, encoding, workload.vocab_size) * basis.factor

@@ -29,9 +29,10 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from cache.archive_blocks import MAX_K
 from cache.draws import check_num_draws
 from cache.encoding import Encoding, RankTable, StoredArrays
-from cache.errors import FormatError, PotstillError, TeacherFailed
+from cache.errors import FormatError, InvalidInput, PotstillError, TeacherFailed
 from cache.types import Draws, Fields, Targets
 
 BLOCK_POSITIONS = 2048
@@ -135,6 +136,8 @@ def decode_fields(
     if "dense" in arrays:
         arrays["dense"] = _scaled(arrays["dense"])
     decoded = {name: array.astype(np.float32, copy=False) for name, array in arrays.items()}
+    if encoding.name != "f32":
+        _clip_scalars(decoded, fields, vocab_size)
     draws = _read_draws(read, positions, fields.draws, ranks, num_positions) if fields.draws else None
     return without_top_k(stop - start, **decoded, draws=draws)
 
@@ -150,6 +153,24 @@ def round_trip_fields(targets: Targets, fields: Fields, encoding: Encoding, rank
     return decode_fields(
         lambda name, start, stop: stored[name][start:stop], everything, fields, encoding, ranks, targets.num_positions
     )
+
+
+def keeps(fields: Fields, encoding: Encoding) -> bool:
+    """Whether the encoding has room for so many entries and draws of a position."""
+    return not encoding.packed or max(fields.k, fields.draws) <= MAX_K
+
+
+def check_kept(fields: Fields, encoding: Encoding) -> None:
+    """Refuse what the encoding does not keep.
+
+    Raises:
+        InvalidInput: more entries or draws than there is room for.
+    """
+    if not keeps(fields, encoding):
+        most = max(fields.k, fields.draws)
+        raise InvalidInput(
+            f"{encoding.name} keeps at most {MAX_K} entries or draws of a position, not {most}; take 'u8'"
+        )
 
 
 def without_top_k(num_positions: int, **fields: Any) -> Targets:
@@ -209,6 +230,16 @@ def check_draws(draws: Draws, n: int, vocab_size: int) -> None:
         raise TeacherFailed("the teacher's drawn ids do not rise within a position; its draws are not kept")
     if int(draws.ids.max()) >= vocab_size:
         raise TeacherFailed(f"the teacher drew id {int(draws.ids.max())}, its vocabulary has {vocab_size}")
+
+
+def _clip_scalars(decoded: dict[str, NDArray[np.float32]], fields: Fields, vocab_size: int) -> None:
+    """Take float16's rounding beyond what a vocabulary can give away, as it is refused of who hands it in again."""
+    if "entropy" in decoded:
+        decoded["entropy"] = np.clip(decoded["entropy"], 0.0, np.float32(np.log(vocab_size)))
+    if "log_z" in decoded:
+        ends = (1.0 - 1.0 / np.array(fields.temperatures)) * np.log(vocab_size)
+        low, high = np.minimum(ends, 0.0).astype(np.float32), np.maximum(ends, 0.0).astype(np.float32)
+        decoded["log_z"] = np.clip(decoded["log_z"], low, high)
 
 
 def _check_scalars(

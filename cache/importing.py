@@ -20,7 +20,7 @@ from cache.parquet import ListColumns
 from cache.row_files import RowFile, RowReader, came_from, placed
 from cache.store import check_name
 from cache.targets import TargetSet
-from cache.tokenizer import fingerprint
+from cache.tokenizer import fingerprint, num_ids
 from cache.types import Fields, Provenance, Targets, TeacherIdentity, Tokens
 
 
@@ -155,7 +155,7 @@ def _check_tokens(reader: RowReader, tokenizer: Tokenizer) -> int:
     Raises:
         InvalidInput: a token id that the tokenizer does not have.
     """
-    vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    vocab_size = num_ids(tokenizer)
     longest = 1
     for place, _, rows in reader.rows():
         if int(rows.tokens.max()) >= vocab_size:

@@ -25,7 +25,7 @@ from cache.groups import GroupWriter, Layout, attempt_name, removed_on_failure
 from cache.keys import KEY_BYTES, sort_file, write_key_index
 from cache.spool import RowSpool
 from cache.store import Root, StoredObject
-from cache.tokenizer import fingerprint
+from cache.tokenizer import fingerprint, num_ids
 from cache.types import Tokens
 
 _BATCH_DOCUMENTS = 256
@@ -165,8 +165,7 @@ def _make_corpus(
     what: str,
 ) -> Corpus:
     """Write what `fill` spools to a new group, and seal it."""
-    # The vocabulary may have holes, so its size is one more than the largest id.
-    vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    vocab_size = num_ids(tokenizer)
     with tempfile.TemporaryDirectory(prefix="potstill-ingest-") as folder:
         spool = RowSpool(Path(folder), fingerprint(tokenizer), vocab_size, plan.row_tokens)
         with spool:
@@ -193,13 +192,20 @@ def _ingest_files(
     for number, file in enumerate(files):
         count = 0
         for batch in _batches(documents(file.path, plan.text_field)):
-            for encoded in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
+            for encoded in _encoded(tokenizer, batch, file):
                 for row in cut(np.array(encoded.ids, dtype=np.uint32), plan.row_tokens):
                     spool.add(row)
             count += len(batch)
             on_progress(IngestProgress(number, len(files), spool.num_positions))
         yield Source(name=file.name, sha256=file_sha256(file.path), documents=count)
         on_progress(IngestProgress(number + 1, len(files), spool.num_positions))
+
+
+def _encoded(tokenizer: Tokenizer, batch: list[str], file: SourceFile) -> list[Any]:
+    try:
+        return list(tokenizer.encode_batch_fast(batch, add_special_tokens=False))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise InvalidInput(f"the tokenizer cannot read a document of {file.path}: {error}") from error
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:

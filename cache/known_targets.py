@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from cache.cache import Cache
-from cache.errors import CorruptSegment, FormatError, PotstillError, StoreError
+from cache.errors import CorruptSegment, FormatError, NotCommitted, PotstillError, StoreError
 from cache.targets import TargetSet, has_targets
 from cache.types import Fields, Targets, TeacherIdentity
 
@@ -35,6 +35,7 @@ class KnownTargets:
         self._lock = threading.Lock()
         self._sets: dict[str, TargetSet] = {}
         self._strangers: set[str] = set()
+        self._reopened_at: dict[str, float] = {}
         self._read_at = float("-inf")
 
     def look_again(self) -> None:
@@ -80,14 +81,30 @@ class KnownTargets:
             return self._one_by_one(targets, rows, want)
 
     def _one_by_one(self, targets: TargetSet, rows: dict[int, int], want: Fields) -> dict[int, Targets]:
-        """What can be read of rows of which some are damaged."""
+        """What can be read of rows of which some are damaged, or were deleted, and perhaps filled again, since."""
+        self._reopen(targets.corpus.name)
+        opened = self._sets.get(targets.corpus.name)
+        fresh = None if opened is None else holding_only(opened, want)
         found = {}
         for i, row in rows.items():
+            if fresh is None:
+                break
             try:
-                found[i] = targets.read_rows([row], fields=want)[0]
+                found[i] = fresh.read_rows([row], fields=want)[0]
+            except NotCommitted:
+                continue
             except CorruptSegment as error:
                 self._on_trouble(error)
         return found
+
+    def _reopen(self, corpus: str) -> None:
+        """Forget the commits that are remembered of it; a damaged corpus is not opened for every row."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._reopened_at.get(corpus, float("-inf")) >= _REFRESH_SECONDS:
+                self._reopened_at[corpus] = now
+                self._sets.pop(corpus, None)
+                self._open(corpus)
 
     def _refresh(self, want: Fields) -> None:
         with self._lock:

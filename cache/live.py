@@ -78,10 +78,12 @@ def sample_rows(targets: TargetSet, count: int, seed: int) -> list[int]:
     """Different committed rows at random, sorted; fewer than `count` where there are no more.
 
     Raises:
-        InvalidInput: `count` is less than 1. NotCommitted: there is not one.
+        InvalidInput: `count` is less than 1, or `seed` than 0. NotCommitted: there is not one.
     """
     if count < 1:
         raise InvalidInput(f"--sample is {count}; it must be at least 1")
+    if seed < 0:
+        raise InvalidInput(f"--seed is {seed}; it must be at least 0")
     starts = targets.corpus.shard_rows
     shards = np.flatnonzero(targets.committed)
     ends = np.cumsum(starts[shards + 1] - starts[shards])

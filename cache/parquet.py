@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 
 from cache.errors import InvalidInput
 from cache.interchange import Place, Rows
+from cache.row_files import reading
 from cache.types import Draws, Fields, Targets
 
 _TOP_K = ("ids", "logprobs")
@@ -178,7 +179,7 @@ def list_columns(path: Path, fields: Fields | None, vocab_size: int) -> ListColu
     Raises:
         InvalidInput: a column that the fields mean, or every file needs, is not there.
     """
-    with pq.ParquetFile(path) as file:
+    with reading(path), pq.ParquetFile(path) as file:
         names = file.schema_arrow.names
         if fields is None:
             present = tuple(name for name in (*_TOP_K, *_SCALARS) if name in names)

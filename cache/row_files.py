@@ -39,7 +39,7 @@ def row_files(sources: Sequence[str | Path], columns: Sequence[str]) -> list[Row
     found: list[RowFile] = []
     first = 0
     for path in _parquet_paths(sources):
-        with _reading(path), pq.ParquetFile(path) as file:
+        with reading(path), pq.ParquetFile(path) as file:
             names, num_rows = file.schema_arrow.names, file.metadata.num_rows
             origin = Origin.from_metadata(path, file.schema_arrow.metadata)
         missing = [name for name in columns if name not in names]
@@ -124,7 +124,7 @@ class RowReader:
         for source in self._files:
             if source.first_row + source.num_rows <= row:
                 continue
-            with _reading(source.path), pq.ParquetFile(source.path) as file:
+            with reading(source.path), pq.ParquetFile(source.path) as file:
                 start = 0
                 for group in range(file.num_row_groups):
                     about = file.metadata.row_group(group)
@@ -177,7 +177,7 @@ def _by_numbers(path: Path) -> list[tuple[int, str]]:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
     """What a damaged file makes pyarrow raise, as one line that names it."""
     try:
         yield

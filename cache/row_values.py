@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from cache.errors import InvalidInput
 
 _BOOLS = {"true": True, "false": False}
+_WHOLE = re.compile(r"[+-]?\d{1,400}")
 
 
 def read_row_values(path: Path, column: str | None = None) -> NDArray[Any]:
@@ -59,6 +61,9 @@ def _text(path: Path) -> NDArray[Any]:
     words = [line.strip().lower() for line in lines]
     if words and all(word in _BOOLS for word in words):
         return np.array([_BOOLS[word] for word in words])
+    whole = [number for number, word in enumerate(words, start=1) if _WHOLE.fullmatch(word)]
+    if len(whole) == len(words) and (wide := [n for n in whole if not -(2**63) <= int(words[n - 1]) < 2**63]):
+        raise InvalidInput(f"{path}:{wide[0]} is {words[wide[0] - 1]}; whole numbers go from -2^63 to 2^63 - 1")
     for dtype in (np.int64, np.float64):
         try:
             return np.array(words, dtype=np.str_).astype(dtype)

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from cache.commit import Commit, commit_bytes, commit_from_json, commit_name, shard_of_commit
 from cache.corpus import Corpus
 from cache.encoding import RankTable, check_ids
-from cache.errors import CorruptSegment, FormatError, NotCommitted, TeacherFailed
+from cache.errors import CorruptSegment, FormatError, NotCommitted, SpecMismatch, TeacherFailed
 from cache.groups import GroupReader, GroupWriter, Reading, attempt_name, removed_on_failure
 from cache.manifest import Manifest, fold
 from cache.packed import Text
@@ -209,6 +209,7 @@ class SegmentSet:
 
         Raises:
             StoreError: the store is full or cannot be written; the shard stays uncommitted. What `encode` raises.
+            SpecMismatch: the set was deleted meanwhile.
         """
         self._publish_spec()
         segment = attempt_name(f"{shard:06d}")
@@ -216,6 +217,7 @@ class SegmentSet:
         with removed_on_failure(self.root, path):
             commit = self._write_segment(shard, segment, encode, provenance)
             mine = still_mine()
+            self._require_own_spec()
         # From here on a commit may name the segment, also when `create` raises: it is not ours to delete.
         if mine and self.root.create(f"{self.path}/commits/{commit_name(shard)}", commit_bytes(commit)):
             self._commits[shard] = commit
@@ -226,12 +228,24 @@ class SegmentSet:
     def fold(self) -> bool:
         """Fold the commits of a complete set into a manifest; whether this call did.
 
+        The commits are read again, and looked at again when the manifest is there: one of them may be deleted and
+        its shard filled anew at any time, and a manifest of what was there before would bring it back.
+
         Raises:
             StoreError: the store is full or cannot be written. CorruptSegment, FormatError: a damaged commit.
         """
         if self._folded() is not None or not self.committed.all():
             return False
-        return fold(self.root, self.path, self.commits())
+        before = self.root.versions(f"{self.path}/commits")
+        with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
+            found = list(pool.map(self._read_commit, range(self.corpus.num_shards)))
+        commits = [commit for commit in found if commit is not None]
+        if len(commits) < len(found) or not fold(self.root, self.path, commits):
+            return False
+        if self.root.versions(f"{self.path}/commits") != before:
+            self.root.remove(f"{self.path}/manifest.json")
+            return False
+        return True
 
     def segment_path(self, segment: str) -> str:
         """Where a segment lives below the root."""
@@ -248,7 +262,7 @@ class SegmentSet:
             found += self._committed_group(shard).corrupt_objects()
             if self._manifest is not None and not self._manifest.holds(shard, self._read_commit(shard)):
                 found.append(f"{self.path}/commits/{commit_name(shard)} is not the commit that the manifest has")
-            self._open_group(shard)
+            self._open_segment(shard)
         except (CorruptSegment, FormatError) as error:
             found.append(error.detail)
         return found
@@ -327,6 +341,13 @@ class SegmentSet:
         if commit.spec_sha256 and commit.spec_sha256 != self._spec_sha256:
             raise CorruptSegment(f"{self.path}/commits/{commit_name(shard)} is the commit of another segment set")
         return GroupReader(self.root, self.segment_path(commit.segment), commit.objects, self._reading)
+
+    def _require_own_spec(self) -> None:
+        data = self.root.get(f"{self.path}/zarr.json")
+        if data is None or hashlib.sha256(data).hexdigest() != self._spec_sha256:
+            raise SpecMismatch(
+                f"{self.path} was deleted while it was filled; run the same command again to fill it anew"
+            )
 
     def _publish_spec(self) -> None:
         if self._is_begun():

@@ -69,9 +69,14 @@ class Root:
             StoreError: the folder cannot be made; the bucket is missing, denied or not reached in about 20 seconds.
         """
         text = str(url)
-        parts = urlsplit(text)
+        try:
+            parts = urlsplit(text)
+        except ValueError as error:
+            raise InvalidInput(f"cannot open {text!r}: {error}") from error
         if "://" in text and parts.scheme != "file":
             return cls(text, open_object_store(text, write=create), None)
+        if parts.scheme == "file" and (parts.netloc not in ("", "localhost") or not parts.path):
+            raise InvalidInput(f"{text!r} names no folder; write file:///absolute/path, or the path alone")
         folder = Path(unquote(parts.path) if parts.scheme == "file" else text).expanduser().absolute()
         with _translated(text):
             if folder.exists() and not folder.is_dir():

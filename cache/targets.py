@@ -16,11 +16,11 @@ from functools import reduce
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.archive_blocks import MAX_K
 from cache.commit import Commit
 from cache.corpus import Corpus
 from cache.encoding import Encoding
 from cache.errors import CorruptSegment, InvalidInput, SpecMismatch, UnknownTeacher, UnsupportedField
+from cache.fields import check_kept
 from cache.groups import Reading
 from cache.ranks import pilot_rows
 from cache.segment import Piece, read_pieces, with_fields
@@ -68,9 +68,7 @@ class TargetSet:
             InvalidInput: more entries or draws than the encoding keeps.
         """
         _check_fits(teacher, corpus, spec.identity)
-        most = max(spec.fields.k, spec.fields.draws)
-        if spec.encoding.packed and most > MAX_K:
-            raise InvalidInput(f"archive keeps at most {MAX_K} entries or draws of a position, not {most}; take 'u8'")
+        check_kept(spec.fields, spec.encoding)
         sets = []
         missing: Fields | None = spec.fields
         for found in _open_sets(root, teacher, corpus, reading):

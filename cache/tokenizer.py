@@ -35,6 +35,18 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise InvalidInput(f"{str(file)!r} is not a tokenizer: {error}") from error
 
 
+def num_ids(tokenizer: Tokenizer) -> int:
+    """One more than the largest id: a vocabulary may have holes.
+
+    Raises:
+        InvalidInput: it has no token.
+    """
+    ids = tokenizer.get_vocab(with_added_tokens=True).values()
+    if not ids:
+        raise InvalidInput("the tokenizer's vocabulary is empty; give the tokenizer that made the rows")
+    return max(ids) + 1
+
+
 def fingerprint(tokenizer: Tokenizer) -> str:
     """sha256, in hex, of the id -> bytes table and the special ids."""
     special = {i for i, added in tokenizer.get_added_tokens_decoder().items() if added.special}

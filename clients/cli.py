@@ -8,6 +8,7 @@ Exit status: 0 done, 1 a `PotstillError` (one line `kind: detail` on stderr), 2 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,9 @@ _INTERRUPTED = 128 + 2  # as shells report SIGINT
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit status, or leaves by SystemExit(2) on wrong usage."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # of a terminal or pipe that has no such letter
+            stream.reconfigure(errors="replace")
     try:
         status = _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
@@ -40,6 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # Whoever read our output has had enough. Python's own flush at exit must not complain again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        # A file or folder that may not be read, a name that is too long, no place for temporary files.
+        print(f"potstill: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return status
 

@@ -48,10 +48,13 @@ class HttpAdmin:
     async def remove(self, name: str) -> dict[str, Any]:
         """Have a teacher end its calls and stop; returns at once.
 
+        One that is gone after a try whose answer was lost was removed by that try.
+
         Raises:
             UnknownTeacher: there is none.
         """
-        return await self._connection.delete_json(teacher_path(name))
+        removed = await self._connection.delete_json(teacher_path(name))
+        return {"name": name, "state": "removed"} if removed is None else removed
 
     async def change_replicas(self, name: str, wanted: Mapping[str, JSON]) -> dict[str, Any]:
         """Ask for a number of `replicas`, or for `autoscale` limits (None ends it); returns the status.

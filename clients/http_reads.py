@@ -195,12 +195,15 @@ class Patience:
 
         Raises:
             DeadlineExceeded: no time is left for it. Unavailable: closed meanwhile.
-            PotstillError: the refusal's, when it may not be tried again.
+            PotstillError: the refusal's, when it may not be tried again, or not before the deadline.
         """
         self._failures += 1
         if self._closed.is_set():
             raise Unavailable("the connection to the service was closed") from refusal
         if not self._retry.tries_again(self._failures, refusal):
+            raise refusal.error from refusal.__cause__
+        if refusal.retry_after is not None and time.monotonic() + refusal.retry_after >= self._deadline:
+            # Who calls us may have that time, and DeadlineExceeded would tell them not to come back.
             raise refusal.error from refusal.__cause__
         seconds = self._retry.wait_seconds(self._failures, refusal.retry_after)
         if time.monotonic() + seconds >= self._deadline:

@@ -18,6 +18,7 @@ import httpx
 from cache.errors import (
     DeadlineExceeded,
     InvalidInput,
+    NotFound,
     Overloaded,
     PotstillError,
     TeacherFailed,
@@ -33,12 +34,22 @@ API_KEY_VARIABLE = "POTSTILL_API_KEY"
 
 
 class Refusal(Exception):
-    """An error, and the seconds after which the service wants to hear from us again."""
+    """An error, and the seconds after which the service wants to hear from us again.
 
-    def __init__(self, error: PotstillError, retry_after: float | None = None) -> None:
+    `named` says that the service itself answered with the error, so that it did nothing of what was asked.
+    """
+
+    def __init__(self, error: PotstillError, retry_after: float | None = None, *, named: bool = False) -> None:
         super().__init__(error.detail)
         self.error = error
         self.retry_after = retry_after
+        self.named = named
+
+    @property
+    def may_be_done(self) -> bool:
+        """Whether the service may have done what was asked all the same, and only its answer was lost."""
+        unsent = isinstance(self.__cause__, httpx.ConnectError | httpx.ConnectTimeout)
+        return not self.named and not unsent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +88,8 @@ async def with_retries(policy: RetryPolicy, call: Callable[[], Awaitable[T]], *,
 
     Raises:
         DeadlineExceeded: the time is over, or the next attempt would begin after it.
-        PotstillError: what `call` put into a `Refusal` that may not be retried, or the last one.
+        PotstillError: what `call` put into a `Refusal` that may not be retried, or the last one; also one that named
+            a time to come back, its `retry_after`, which is after the deadline.
     """
     clock = asyncio.get_running_loop().time
     failures = 0
@@ -96,6 +108,9 @@ async def with_retries(policy: RetryPolicy, call: Callable[[], Awaitable[T]], *,
                 raise refusal.error from refusal.__cause__
             last = f"attempt {failures} met {refusal.error.kind}: {refusal.error.detail}"
             wait = policy.wait_seconds(failures, refusal.retry_after)
+            if refusal.retry_after is not None and clock() + refusal.retry_after >= deadline:
+                # Who calls us may have that time, and DeadlineExceeded would tell them not to come back.
+                raise refusal.error from refusal.__cause__
             if clock() + wait >= deadline:
                 raise DeadlineExceeded(f"no time left to try again; {last}") from refusal.error
         await asyncio.sleep(wait)
@@ -155,9 +170,16 @@ class Connection:
         body = json.dumps(value).encode()
         return self._object(path, await self._call("PUT", path, body=body, headers=headers, deadline=None))
 
-    async def delete_json(self, path: str) -> dict[str, Any]:
-        """DELETE, get a JSON object."""
-        return self._object(path, await self._call("DELETE", path, deadline=None))
+    async def delete_json(self, path: str) -> dict[str, Any] | None:
+        """DELETE, get a JSON object; None when it is gone after an earlier try whose answer did not come."""
+        refusals: list[Refusal] = []
+        try:
+            content = await self._call("DELETE", path, deadline=None, refusals=refusals)
+        except NotFound:
+            if any(refusal.may_be_done for refusal in refusals[:-1]):
+                return None
+            raise
+        return self._object(path, content)
 
     async def post(self, path: str, body: bytes, *, headers: Mapping[str, str], deadline: float) -> bytes:
         """POST bytes, get bytes; `deadline` is on the event loop's clock."""
@@ -171,7 +193,9 @@ class Connection:
         deadline: float | None,
         body: bytes | None = None,
         headers: Mapping[str, str] | None = None,
+        refusals: list[Refusal] | None = None,
     ) -> bytes:
+        """The reply's body. Every refusal is added to `refusals`."""
         clock = asyncio.get_running_loop().time
         ends = clock() + self.timeout if deadline is None else deadline
 
@@ -180,7 +204,12 @@ class Connection:
             async with self._slots:
                 remaining = f"{max(0.001, ends - clock()):.3f}"
                 all_headers = {**(headers or {}), "potstill-timeout": remaining}
-                return await self._send(self._client.build_request(method, path, content=body, headers=all_headers))
+                try:
+                    return await self._send(self._client.build_request(method, path, content=body, headers=all_headers))
+                except Refusal as refusal:
+                    if refusals is not None:
+                        refusals.append(refusal)
+                    raise
 
         return await with_retries(self._retry, once, deadline=ends)
 
@@ -254,7 +283,8 @@ def refusal_from(reply: httpx.Response, url: str) -> Refusal:
     value = _json(reply.content)
     after = _seconds(reply.headers.get("retry-after"))
     if isinstance(value, dict) and isinstance(value.get("kind"), str):
-        return Refusal(error_class(value["kind"])(str(value.get("detail", ""))), after)
+        error = error_class(value["kind"])(str(value.get("detail", "")), retry_after=after)
+        return Refusal(error, after, named=True)
     detail = f"{url} answered {reply.status_code} without saying why; is it a Potstill service?"
     by_status: dict[int, type[PotstillError]] = {
         429: Overloaded,
@@ -262,7 +292,7 @@ def refusal_from(reply: httpx.Response, url: str) -> Refusal:
         503: Unavailable,
         504: Unavailable,
     }
-    return Refusal(by_status.get(reply.status_code, TeacherFailed)(detail), after)
+    return Refusal(by_status.get(reply.status_code, TeacherFailed)(detail, retry_after=after), after)
 
 
 def _seconds(retry_after: str | None) -> float | None:

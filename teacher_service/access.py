@@ -6,6 +6,7 @@ read; only the paths in `OPEN_PATHS` are for everybody.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import time
 from collections.abc import Callable
@@ -166,6 +167,10 @@ class _Audited:
     async def serve(self, app: ASGIApp) -> None:
         try:
             await app(self._scope, self._receiving, self._sending)
+        except asyncio.CancelledError:
+            # By a shutdown that takes too long, for one: what was begun may be done.
+            await self._record(_CLIENT_LEFT)
+            raise
         except Exception:
             await self._record(500)
             raise

@@ -8,12 +8,12 @@ from typing import Annotated, Any
 from fastapi import Depends, FastAPI, Path, Response
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from cache.errors import InvalidInput
+from cache.errors import InvalidInput, LimitExceeded
 from cache.types import JSON
 from teacher_service.auth import Role, allow
 from teacher_service.hosted import HostedTeacher
 from teacher_service.replica_settings import AutoscaleSettings, ReplicaSettings
-from teacher_service.replicas import ReplicaPool
+from teacher_service.replicas import ReplicaPool, ReplicaStatus
 from teacher_service.service import Service
 from teacher_service.settings import NAME_PATTERN, TeacherSettings
 
@@ -74,11 +74,22 @@ async def _change_replicas(pool: ReplicaPool, wanted: ReplicasWanted) -> dict[st
     """Limits begin autoscaling, a null ends it, a number alone is refused while it is on: they exclude each other."""
     if (wanted.replicas is None) == (wanted.autoscale is None):
         raise InvalidInput("send either replicas, a number, or autoscale, its limits")
+    if wanted.replicas is None:
+        return asdict(await pool.autoscale(wanted.autoscale))
     if "autoscale" in wanted.model_fields_set:
-        status = await pool.autoscale(wanted.autoscale)
-    if wanted.replicas is not None:
-        status = await pool.scale(wanted.replicas)
-    return asdict(status)
+        return asdict(await _scale_instead(pool, wanted.replicas))
+    return asdict(await pool.scale(wanted.replicas))
+
+
+async def _scale_instead(pool: ReplicaPool, replicas: int) -> ReplicaStatus:
+    """End autoscaling, if it is on and the pool can have that many: a refusal must change nothing."""
+    try:
+        return await pool.scale(replicas)
+    except LimitExceeded:
+        raise
+    except InvalidInput:  # the number is right, and the pool is autoscaled
+        await pool.autoscale(None)
+        return await pool.scale(replicas)
 
 
 def _describe(teacher: HostedTeacher) -> dict[str, JSON]:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from cache import wire
 from cache.corpus import Corpus
-from cache.errors import PotstillError
+from cache.errors import PotstillError, UnknownCorpus
 from cache.segment_set import SegmentSet
 from cache.targets import TargetSet
 from cache.types import JSON
@@ -25,12 +25,16 @@ def runs(committed: NDArray[np.bool_]) -> list[JSON]:
 
 
 def describe_corpora(opened: OpenedSets) -> dict[str, Any]:
-    """All corpora in a few words each."""
-    corpora = [(opened.corpus(name), opened.teachers(name)) for name in opened.names()]
-    return {
-        "format": wire.WIRE_VERSION,
-        "corpora": [{**_counts(corpus), "teachers": teachers} for corpus, teachers in corpora],
-    }
+    """All corpora in a few words each; those that cannot be read apart, so that they do not hide the others."""
+    corpora, unreadable = [], []
+    for name in opened.names():
+        try:
+            corpora.append({**_counts(opened.corpus(name)), "teachers": opened.teachers(name)})
+        except UnknownCorpus:
+            continue  # deleted meanwhile
+        except PotstillError as error:
+            unreadable.append({"name": name, "detail": error.detail})
+    return {"format": wire.WIRE_VERSION, "corpora": corpora, "unreadable": unreadable}
 
 
 def describe_corpus(opened: OpenedSets, name: str) -> dict[str, Any]:

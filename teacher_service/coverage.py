@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.errors import PotstillError
+from cache.errors import PotstillError, UnknownCorpus
 
 if TYPE_CHECKING:
     from cache.cache import Cache
@@ -44,6 +44,8 @@ class CorpusCoverage:
     positions: int
     shards: int
     teachers: tuple[TeacherCoverage, ...]
+    error: str = ""
+    """Why it could not be read; empty when it could."""
 
 
 def fold(committed: NDArray[np.bool_], max_cells: int = MAX_CELLS) -> tuple[float, ...]:
@@ -60,9 +62,10 @@ def read_coverage(cache: Cache) -> tuple[CorpusCoverage, ...]:
     """Of every corpus and teacher; blocks.
 
     Raises:
-        StoreError: the store does not answer. PotstillError: a corpus cannot be opened.
+        StoreError: the store does not answer.
     """
-    return tuple(_of_corpus(cache, name) for name in cache.corpora())
+    found = (_of_corpus(cache, name) for name in cache.corpora())
+    return tuple(corpus for corpus in found if corpus is not None)
 
 
 class Coverage:
@@ -96,7 +99,17 @@ class Coverage:
             self._reading = None
 
 
-def _of_corpus(cache: Cache, name: str) -> CorpusCoverage:
+def _of_corpus(cache: Cache, name: str) -> CorpusCoverage | None:
+    """None for one that was deleted meanwhile; one that cannot be read must not hide the others."""
+    try:
+        return _of_readable(cache, name)
+    except UnknownCorpus:
+        return None
+    except PotstillError as error:
+        return CorpusCoverage(corpus=name, rows=0, positions=0, shards=0, teachers=(), error=error.detail)
+
+
+def _of_readable(cache: Cache, name: str) -> CorpusCoverage:
     corpus = cache.corpus(name)
     return CorpusCoverage(
         corpus=name,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import Depends, FastAPI
 
 from cache import wire
-from cache.errors import StoreError
+from cache.errors import PotstillError, StoreError, UnknownCorpus
 from cache.types import JSON
 from teacher_service.auth import Role, allow
 from teacher_service.renamed_look import RenamedLook, look_for_renamed
@@ -72,25 +72,39 @@ def _store(cache: Cache) -> dict[str, JSON]:
 
     probe = probe_store(cache.root)
     corpora: list[JSON] = []
+    unreadable: dict[str, str] = {}
     try:
-        corpora = _corpora(cache)
+        corpora, unreadable = _corpora(cache)
+        problem = "; ".join(f"corpus {name} cannot be read: {detail}" for name, detail in unreadable.items())
     except StoreError as error:
-        probe = replace(probe, problem=probe.problem or error.detail)
-    return {**probe.to_json(), "corpora": corpora}
+        problem = error.detail
+    probe = replace(probe, problem=probe.problem or problem)
+    listed: list[JSON] = [{"name": name, "detail": detail} for name, detail in unreadable.items()]
+    return {**probe.to_json(), "corpora": corpora, "unreadable": listed}
 
 
-def _corpora(cache: Cache) -> list[JSON]:
+def _corpora(cache: Cache) -> tuple[list[JSON], dict[str, str]]:
+    """Those that can be read, and why the others cannot: these do not hide the first."""
     corpora: list[JSON] = []
+    unreadable: dict[str, str] = {}
     for name in cache.corpora():
-        corpus = cache.corpus(name)
-        facts: dict[str, JSON] = {
-            "name": name,
-            "tokenizer_sha256": corpus.tokenizer_sha256,
-            "vocab_size": corpus.vocab_size,
-            "teachers": list(cache.teachers(name)),
-        }
-        corpora.append(facts)
-    return corpora
+        try:
+            corpora.append(_facts(cache, name))
+        except UnknownCorpus:
+            continue  # deleted meanwhile
+        except PotstillError as error:
+            unreadable[name] = error.detail
+    return corpora, unreadable
+
+
+def _facts(cache: Cache, name: str) -> dict[str, JSON]:
+    corpus = cache.corpus(name)
+    return {
+        "name": name,
+        "tokenizer_sha256": corpus.tokenizer_sha256,
+        "vocab_size": corpus.vocab_size,
+        "teachers": list(cache.teachers(name)),
+    }
 
 
 def _kept(service: Service) -> dict[str, JSON]:

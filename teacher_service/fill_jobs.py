@@ -1,9 +1,9 @@
 """Jobs that fill corpora with the targets of hosted teachers, in the background of the service.
 
-A job is `cache.fill.fill` on a hosted teacher, behind admission like any caller of it: the task inherits who asked for
-it, so its work waits in that caller's turn. It is stopped, or killed, at no cost but the shard in work. At most
-`max_fills_running` run at one time; the others wait in the order in which they were asked for. While a teacher tells
-jobs to come back later, as many others may begin (`fill_turns`).
+A job is `cache.fill.fill` on a hosted teacher, behind admission like any caller of it: its work waits in the turn of
+who asked for it. That caller is looked up before each call: a key may be removed or changed while its job runs. A job
+is stopped, or killed, at no cost but the shard in work. At most `max_fills_running` run at one time; the others wait in
+the order in which they were asked for. While a teacher tells jobs to come back later, others may begin (`fill_turns`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -26,7 +27,9 @@ from cache.errors import (
     TeacherFailed,
 )
 from cache.types import JSON, Fields, Provenance, Targets, Teacher, TeacherIdentity, TeacherLimits, Tokens
+from teacher_service.auth import Caller, caller, current_caller
 from teacher_service.fill_turns import FillTurn, FillTurns
+from teacher_service.quotas import Quota
 from teacher_service.request_limits import bytes_per_position
 from teacher_service.settings import LimitSettings
 
@@ -160,8 +163,22 @@ class FillJobs:
             )
         return found
 
-    async def start(self, corpus: str, teacher: str, order: FillOrder, open_teacher: Callable[[], Teacher]) -> FillJob:
+    async def start(
+        self,
+        corpus: str,
+        teacher: str,
+        order: FillOrder,
+        open_teacher: Callable[[], Teacher],
+        find_caller: Callable[[], Caller] = current_caller,
+    ) -> FillJob:
         """Start a job, or return the one that runs or waits already for the same order.
+
+        Args:
+            corpus: its name.
+            teacher: the name of its targets.
+            order: what to keep, and how.
+            open_teacher: called before each call of the teacher.
+            find_caller: for whom, called as often; what it raises ends the job.
 
         Raises:
             AlreadyExists: one with another order runs or waits. UnknownCorpus: there is no such corpus.
@@ -176,16 +193,18 @@ class FillJobs:
             return running
         inner = open_teacher()
         targets = await asyncio.to_thread(_plan, cache.fresh(), corpus, teacher, inner, order)
-        fitted = fitted_order(order, targets, self._limits)
+        who = current_caller()
+        fitted = fitted_order(order, targets, self._limits, who.quota)
         before = await asyncio.to_thread(lambda: int(targets.committed.sum()))
         running = self._running(corpus, teacher, order)  # another caller may have been faster
         if running is not None:
             return running
         job = FillJob(corpus, teacher, order, fitted, shards_before=before, shards=targets.corpus.num_shards)
+        job.turn.key = who.name
         self._jobs.pop((corpus, teacher), None)  # so that the order is that of asking
         self._jobs[corpus, teacher] = job
         self._turns.want(job.turn)
-        patient = _Patient(open_teacher, inner, job, self._turns)
+        patient = _Patient(open_teacher, inner, find_caller, job, self._turns)
         job.task = asyncio.create_task(_run(job, patient, targets), name=f"fill {corpus}")
         job.task.add_done_callback(job.ended_by)
         job.task.add_done_callback(lambda _: self._turns.end(job.turn))
@@ -237,14 +256,15 @@ def _plan(cache: Cache, corpus: str, name: str, teacher: Teacher, order: FillOrd
     return targets
 
 
-def fitted_order(order: FillOrder, targets: TargetSet, limits: LimitSettings) -> FillOrder:
+def fitted_order(order: FillOrder, targets: TargetSet, limits: LimitSettings, quota: Quota) -> FillOrder:
     """The order in batches of which each fits into `max_answer_bytes`, and all into `max_answer_bytes_in_flight`.
 
-    A batch is `batch_tokens` long, or one longer row.
+    A batch is `batch_tokens` long, or one longer row. None is over what may ever be in flight, or scored in a day.
 
     Raises:
         LimitExceeded: the longest row alone does not fit.
     """
+    most_tokens = _most_tokens(targets, limits, quota)
     per_token = bytes_per_position(targets.fields, targets.identity.vocab_size)
     name, num_bytes = limits.smallest("max_answer_bytes", "max_answer_bytes_in_flight")
     most, longest = num_bytes // per_token, targets.corpus.spec.longest_row
@@ -253,9 +273,23 @@ def fitted_order(order: FillOrder, targets: TargetSet, limits: LimitSettings) ->
             f"corpus {targets.corpus.name!r} has a row of {longest} tokens, whose targets hold {longest * per_token} "
             f"bytes, over {name}={num_bytes}; ask for less, or ingest it again with --row-tokens {most}"
         )
-    batch_tokens = min(order.batch_tokens, most)
+    batch_tokens = min(order.batch_tokens, most, most_tokens)
     fitting = limits.max_answer_bytes_in_flight // (max(batch_tokens, longest) * per_token)
     return replace(order, batch_tokens=batch_tokens, in_flight=min(order.in_flight, fitting))
+
+
+def _most_tokens(targets: TargetSet, limits: LimitSettings, quota: Quota) -> int:
+    """Of one batch: a larger one would be told to come back later for ever, or be refused."""
+    most, what = limits.max_tokens_in_flight, f"max_tokens_in_flight={limits.max_tokens_in_flight}"
+    if quota.tokens_per_day is not None and quota.tokens_per_day < most:
+        most, what = quota.tokens_per_day, f"tokens_per_day={quota.tokens_per_day} of your key"
+    longest = targets.corpus.spec.longest_row
+    if longest > most:
+        raise LimitExceeded(
+            f"corpus {targets.corpus.name!r} has a row of {longest} tokens, over {what}; ingest it again with "
+            f"--row-tokens {most}, or have that raised"
+        )
+    return most
 
 
 async def _run(job: FillJob, teacher: Teacher, targets: TargetSet) -> None:
@@ -282,6 +316,15 @@ async def _stopped(job: FillJob) -> None:
         await asyncio.wait([job.task])
 
 
+@contextmanager
+def _acting_as(who: Caller) -> Iterator[None]:
+    before = caller.set(who)
+    try:
+        yield
+    finally:
+        caller.reset(before)
+
+
 def spread(seconds: float) -> float:
     """At least so long and less than twice: batches that are turned away together do not come back together."""
     return seconds * random.uniform(1.0, 2.0)  # noqa: S311
@@ -290,9 +333,17 @@ def spread(seconds: float) -> float:
 class _Patient:
     """A `Teacher` that comes back when it is told to: a job has time, and loses work when it gives up."""
 
-    def __init__(self, open_teacher: Callable[[], Teacher], opened: Teacher, job: FillJob, turns: FillTurns) -> None:
+    def __init__(
+        self,
+        open_teacher: Callable[[], Teacher],
+        opened: Teacher,
+        find_caller: Callable[[], Caller],
+        job: FillJob,
+        turns: FillTurns,
+    ) -> None:
         self._open = open_teacher
         self._opened = opened
+        self._find_caller = find_caller
         self._job = job
         self._turns = turns
 
@@ -316,7 +367,8 @@ class _Patient:
                     # Asked for anew: a teacher that was removed and added again is another one under the name.
                     teacher = self._open()
                     self._require_same(teacher)
-                    return await teacher.score(rows, want)
+                    with _acting_as(self._find_caller()):
+                        return await teacher.score(rows, want)
             except PotstillError as error:
                 if not error.retryable:
                     raise

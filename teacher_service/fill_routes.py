@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from fastapi import Depends, FastAPI
+from fastapi import Depends, FastAPI, Request
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+from starlette.datastructures import Headers
 
 from cache import wire
+from cache.errors import Forbidden, Unauthenticated
 from cache.types import JSON, Fields, Teacher
-from teacher_service.auth import Role, allow
+from teacher_service.access import Access
+from teacher_service.auth import Caller, Role, allow, current_caller
 from teacher_service.corpus_bodies import same_wire
 from teacher_service.fill_jobs import FillJob, FillOrder
 from teacher_service.service import Service
@@ -52,7 +56,7 @@ def add_fill_routes(app: FastAPI, service: Service) -> None:
         return _answer(service.fills.job(corpus, teacher))
 
     @app.put(_PATH, dependencies=filling)
-    async def put_fill(corpus: str, teacher: str, wanted: FillWanted) -> dict[str, Any]:
+    async def put_fill(corpus: str, teacher: str, wanted: FillWanted, request: Request) -> dict[str, Any]:
         most = service.limits.max_tokens_in_flight
         order = FillOrder(
             fields=Fields.from_json(wanted.fields),
@@ -65,11 +69,34 @@ def add_fill_routes(app: FastAPI, service: Service) -> None:
             # Without the cache in front: the targets go to the corpus, and would be kept in the journal too.
             return service.teacher(teacher).front(store=False)
 
-        return _answer(await service.fills.start(corpus, teacher, order, front))
+        find_caller = _finding(service.access, request)
+        return _answer(await service.fills.start(corpus, teacher, order, front, find_caller))
 
     @app.delete(_PATH, dependencies=filling)
     async def delete_fill(corpus: str, teacher: str) -> dict[str, Any]:
         return _answer(await service.fills.stop(corpus, teacher))
+
+
+def _finding(access: Access, request: Request) -> Callable[[], Caller]:
+    """Finds who sent the request, as the keys are by then."""
+    name = current_caller().name
+    headers = Headers({"authorization": request.headers.get("authorization", "")})
+
+    def find() -> Caller:
+        try:
+            who = access.identify(headers)
+        except Unauthenticated as error:
+            raise Unauthenticated(
+                f"the key {name!r}, which started this fill, is not known any more; start it with another to go on"
+            ) from error
+        if not who.role.includes(Role.BATCH):
+            raise Forbidden(
+                f"the key {name!r}, which started this fill, has the role {who.role.value} by now and needs "
+                f"{Role.BATCH.value}; start it with another to go on"
+            )
+        return who
+
+    return find
 
 
 def _answer(job: FillJob) -> dict[str, JSON]:

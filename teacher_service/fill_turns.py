@@ -1,7 +1,8 @@
 """When jobs that fill corpora begin.
 
 A job that was told to come back later may be told so for a day. While it rests another one may begin, up to twice as
-many as run at one time. What has begun never waits for others to end: it may hold claims on shards that a job of
+many as run at one time, and beyond that the first one of each key: a spent quota of one key keeps no other key's jobs
+from beginning. What has begun never waits for others to end: it may hold claims on shards that a job of
 another service waits for, and that service may have begun no other.
 """
 
@@ -18,6 +19,8 @@ from dataclasses import dataclass, field
 class FillTurn:
     """Of one job."""
 
+    key: str = ""
+    """Whose it is; empty where there are no keys."""
     given: asyncio.Event = field(default_factory=asyncio.Event)
     began: float | None = None
     """When it was given, on the monotonic clock."""
@@ -80,10 +83,17 @@ class FillTurns:
             turn.pausing -= 1
 
     def _give(self) -> None:
-        while self._wanted and len(self._begun) < 2 * self._limit:
-            if sum(not turn.rests for turn in self._begun) >= self._limit:
+        while sum(not turn.rests for turn in self._begun) < self._limit:
+            turn = self._next()
+            if turn is None:
                 return
-            turn = self._wanted.pop(0)
+            self._wanted.remove(turn)
             self._begun.append(turn)
             turn.began = time.monotonic()
             turn.given.set()
+
+    def _next(self) -> FillTurn | None:
+        if len(self._begun) < 2 * self._limit:
+            return next(iter(self._wanted), None)
+        keys = {turn.key for turn in self._begun}
+        return next((turn for turn in self._wanted if turn.key not in keys), None)

@@ -90,7 +90,8 @@ class HostedTeacher:
     @property
     def in_order(self) -> bool:
         """Whether the service need not be called unready because of this teacher."""
-        return self.state in ("ready", "draining") or (self._pool is None and not self.awaited)
+        # What was stopped was to go, and may take long to close while the others work.
+        return self.state in ("ready", "draining", "stopped") or (self._pool is None and not self.awaited)
 
     @property
     def failure(self) -> str:

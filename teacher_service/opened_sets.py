@@ -11,7 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from cache.cache import Cache
 from cache.commit import commit_name
@@ -64,6 +64,17 @@ class _Opened(Generic[T]):
     value: T
     seen: _Seen
     checked_at: float
+
+
+def _is_current(opened: _Opened[Any]) -> bool:
+    """Whether it is what the store has, or had a moment ago."""
+    now = time.monotonic()
+    if now - opened.checked_at < _TRUST_SECONDS:
+        return True
+    opened.checked_at = now
+    value = opened.value
+    known = not isinstance(value, TargetSet) or opened.seen.knows(value)
+    return known and opened.seen.still_there()
 
 
 class OpenedSets:
@@ -140,13 +151,15 @@ class OpenedSets:
     def _get(self, opened: OrderedDict[K, _Opened[T]], key: K, open_it: Callable[[], _Opened[T]]) -> T:
         with self._lock:
             found = opened.get(key)
-        now = time.monotonic()
-        if found is not None and now - found.checked_at >= _TRUST_SECONDS:
-            found.checked_at = now
-            value = found.value
-            known = not isinstance(value, TargetSet) or found.seen.knows(value)
-            found = found if known and found.seen.still_there() else None
-        found = found or open_it()
+            if found is not None:
+                opened.move_to_end(key)
+        if found is not None and _is_current(found):
+            return found.value
+        with self._lock:
+            # Now, and by nobody put back: opening raises where all was deleted, and the next request must not find it.
+            if opened.get(key) is found:
+                opened.pop(key, None)
+        found = open_it()
         with self._lock:
             opened[key] = found
             opened.move_to_end(key)

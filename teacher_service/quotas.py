@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 from cache.errors import InvalidInput, LimitExceeded, Overloaded
 
 _MINUTE = 60.0
 _DAY = 86_400.0
+# A call may wait over midnight: what it gives back then is of the old day, and the new one must not get it.
+_taken_on: ContextVar[int | None] = ContextVar("taken_on", default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +66,7 @@ class QuotaMeter:
             Overloaded: over the quota; `retry_after` is when there is enough again.
             LimitExceeded: more than a whole day's quota.
         """
+        _taken_on.set(None)
         if quota.tokens_per_minute is None and quota.tokens_per_day is None:
             return
         now = self._clock()
@@ -72,12 +76,15 @@ class QuotaMeter:
         _check_day(spent, quota, tokens, key, now)
         spent.owed += tokens
         spent.of_day += tokens
+        _taken_on.set(spent.day)
 
     def give_back(self, key: str, tokens: int) -> None:
-        """Return what was taken and then not scored."""
+        """Return what the same task took last and was then not scored."""
         spent = self._spent.get(key)
-        if spent is not None:
-            spent.owed = max(0.0, spent.owed - tokens)
+        if spent is None:
+            return
+        spent.owed = max(0.0, spent.owed - tokens)
+        if spent.day == _taken_on.get():
             spent.of_day = max(0, spent.of_day - tokens)
 
 

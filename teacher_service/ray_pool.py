@@ -154,6 +154,7 @@ class RayPool:
 
         Raises:
             LimitExceeded: over `max_replicas`. InvalidInput: the teacher is autoscaled.
+            Unavailable: Ray Serve does not answer.
         """
         if not 1 <= num_replicas <= self._settings.max_replicas:
             raise LimitExceeded(
@@ -167,7 +168,11 @@ class RayPool:
                     f"teacher {self._name!r} is autoscaled between {limits.min} and {limits.max} replicas; set other"
                     ' limits with {"autoscale": {...}}, or end it with {"autoscale": null, "replicas": N}'
                 )
-            await self._scale(num_replicas)
+            try:
+                await self._scale(num_replicas)
+            except (RayError, RayServeException) as error:
+                cause = first_line(error)
+                raise Unavailable(f"Ray Serve does not scale {self._name!r} now: {cause}; try again") from error
         return self.status
 
     async def autoscale(self, limits: AutoscaleSettings | None) -> ReplicaStatus:
@@ -349,7 +354,7 @@ class RayPool:
                 self._view = await asyncio.to_thread(self._app.look)
                 await self._follow_need()
                 silent = False
-            except (RayError, RayServeException) as error:
+            except (RayError, RayServeException, OSError) as error:
                 # Calls go on without the controller, which Ray starts again.
                 if not silent:
                     _LOG.warning("teacher %s: Ray Serve does not answer: %s", self._name, first_line(error))

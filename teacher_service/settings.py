@@ -104,7 +104,8 @@ class LimitSettings(_Frozen):
     max_fills_running: Count = 2
     """Jobs that fill corpora at one time; further ones wait in the order in which they came. Each holds the targets of
     its batches, at most `max_answer_bytes_in_flight`, and of the shards that it gathers and writes. While a
-    teacher tells one to come back later another may begin, up to twice as many in all."""
+    teacher tells one to come back later another may begin, up to twice as many in all, and beyond that the first of
+    each key."""
 
     def smallest(self, *names: str) -> tuple[str, int]:
         """Name and value of the smallest of these bounds."""

@@ -9,45 +9,49 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from cache.errors import Overloaded, PotstillError
+from cache.errors import PotstillError
+from teacher_service.auth import current_caller
+from teacher_service.shared_bound import SharedBound
 
 _LOG = logging.getLogger(__name__)
 
 
 class ReadSlots:
-    """The threads that read the store, and how many answers may be streamed at one time."""
+    """The threads that read the store, and how many answers may be streamed at one time, not all to one key."""
 
     def __init__(self, *, threads: int, streams: int, stall_seconds: float) -> None:
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="corpus-read")
-        self.streams = streams
         self.stall_seconds = stall_seconds
         """How long a client may take nothing of what is sent to it."""
-        self.in_use = 0
+        self._places = SharedBound(streams, "streamed answers (max_streams)", reason="streams", refusals=Counter())
 
-    def take(self) -> None:
-        """Take a stream's place; who takes it gives it back by `in_use -= 1`.
+    @property
+    def in_use(self) -> int:
+        """Answers that are being streamed."""
+        return self._places.in_use
 
-        Raises:
-            Overloaded: all are taken.
-        """
-        if self.in_use >= self.streams:
-            raise Overloaded(f"{self.in_use} answers are being streamed, the most allowed (max_streams); retry later")
-        self.in_use += 1
+    def place(self) -> AbstractContextManager[None]:
+        """Hold a place of the current caller; to enter it raises Overloaded when there is none left for that key."""
+        return self._places.hold(current_caller().name, 1)
 
 
 class StreamedAnswer(Response):
     """Sends the pieces of an iterator. Of a HEAD request only the status and the headers are sent, and nothing is read.
 
+    When the client leaves, nothing more is read.
+
     Raises:
         Overloaded: too many are streamed already. What the iterator raises before its first piece.
-        ClientDisconnect: the client left; nothing more is read then.
+        ClientDisconnect: the client left before anything was sent.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class StreamedAnswer(Response):
         self.body = b""
         self._pieces = pieces
         self._slots = slots
+        self._begun = False
         self.init_headers(headers)
         del self.headers["content-length"]
 
@@ -68,22 +73,26 @@ class StreamedAnswer(Response):
             await send(self._start())
             await send(_body(b"", more=False))
             return
-        self._slots.take()
+        with self._slots.place():
+            await self._send_while_there(receive, send)
+
+    async def _send_while_there(self, receive: Receive, send: Send) -> None:
         sending = asyncio.create_task(self._send(send))
         leaving = asyncio.create_task(_left(receive))
         try:
             await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if not sending.done():
-                raise ClientDisconnect
-            sending.result()
+            if sending.done():
+                sending.result()
+            elif not self._begun:
+                raise ClientDisconnect  # later nobody could answer it any more, and it would count as our failure
         finally:
-            self._slots.in_use -= 1
             sending.cancel()
             leaving.cancel()
             await asyncio.gather(sending, leaving, return_exceptions=True)
 
     async def _send(self, send: Send) -> None:
         piece = await self._read()
+        self._begun = True
         await send(self._start())
         # To return before the last message is how an ASGI app breaks a connection off.
         try:

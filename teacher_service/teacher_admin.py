@@ -29,6 +29,7 @@ class TeacherAdmin:
         self._admission = admission
         self._source = source
         self._removals: dict[str, asyncio.Task[None]] = {}
+        self._replaced: set[str] = set()
 
     async def add(self, settings: TeacherSettings) -> bool:
         """Start a teacher; False when the very same is there already. One that failed is started anew.
@@ -37,12 +38,12 @@ class TeacherAdmin:
 
         Raises:
             SpecMismatch: another teacher has the name.
-            Unavailable: one of that name is being removed.
+            Unavailable: one of that name is being removed, or this one was before it started.
             PotstillError: what its start raises at once; then there is no teacher of that name.
         """
         name = settings.name
         there = self._teachers.get(name)
-        if name in self._removals:
+        if name in self._removals or (there is None and name in self._replaced):
             raise Unavailable(f"teacher {name!r} is being removed; add it when it is gone")
         if there is not None and there.state != "failed":
             self._require_same(there, settings)
@@ -50,18 +51,12 @@ class TeacherAdmin:
         teacher = self._source.host(settings)
         teacher.awaited = False
         self._teachers[name] = teacher
-        teacher.start(self._admission)
         if there is not None:
-            await self._close(there)
-        try:
-            async with asyncio.timeout(_EARLY_FAILURE_SECONDS):
-                await teacher.settled()
-        except TimeoutError:
-            pass  # it starts, as engines do: slowly
-        except PotstillError:
-            if self._teachers.get(name) is teacher:
-                del self._teachers[name]
-            raise
+            await self._close_replaced(there)
+            if teacher.state == "stopped":
+                raise Unavailable(f"teacher {name!r} was removed before it started")
+        teacher.start(self._admission)
+        await self._see_early_failure(teacher)
         return True
 
     def remove(self, name: str) -> None:
@@ -89,6 +84,25 @@ class TeacherAdmin:
             del self._teachers[name]
         finally:
             del self._removals[name]
+
+    async def _close_replaced(self, teacher: HostedTeacher) -> None:
+        """Close it before another one of its name starts: what is outside, as a Ray application, goes by that name."""
+        self._replaced.add(teacher.name)
+        try:
+            await self._close(teacher)
+        finally:
+            self._replaced.discard(teacher.name)
+
+    async def _see_early_failure(self, teacher: HostedTeacher) -> None:
+        try:
+            async with asyncio.timeout(_EARLY_FAILURE_SECONDS):
+                await teacher.settled()
+        except TimeoutError:
+            pass  # it starts, as engines do: slowly
+        except PotstillError:
+            if self._teachers.get(teacher.name) is teacher:
+                del self._teachers[teacher.name]
+            raise
 
     @staticmethod
     async def _close(teacher: HostedTeacher) -> None:

@@ -172,6 +172,7 @@ def test_text_is_of_the_narrowest_kind_that_holds_every_line(tmp_path: Path, lin
         ("v.txt", b"1\nyes\n", r"v\.txt:2 is 'yes'; one number, or true or false, a line"),
         ("v.txt", b"true\n1\n", r"v\.txt:1 is 'true'"),
         ("v.txt", b"1\n\n2\n", r"v\.txt:2 is ''"),
+        ("v.txt", b"1\n9223372036854775808\n", r"v\.txt:2 is 9223372036854775808; whole numbers go from -2\^63"),
         ("v.txt", b"\xff", r"v\.txt is not UTF-8"),
         ("v.npy", b"\x93NUMPY", "cannot be read as an array"),
         ("v.parquet", b"PAR1", "cannot be read as Parquet"),

@@ -139,8 +139,8 @@ def test_a_cache_of_a_newer_format_is_refused_by_every_command(root: Path, capsy
         line = refused(capsys, *command)
         assert line.startswith("format: ")
         assert "corpora/docs/zarr.json has format 3, this version reads up to 2" in line
-    for command in ("inspect", "verify"):
-        assert main([command, str(root)]) == 1
+    for looking in ("inspect", "verify"):
+        assert main([looking, str(root)]) == 1
         told = capsys.readouterr()
         assert "corpora/docs/zarr.json has format 3, this version reads up to 2" in told.out + told.err
 

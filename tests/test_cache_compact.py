@@ -371,3 +371,18 @@ async def test_the_command_says_what_it_did(cache: Cache, capsys: pytest.Capture
     assert seal["attributes"]["potstill"]["sources"] == [
         {"name": "journal of smol", "sha256": "", "documents": 6},
     ]
+
+
+async def test_a_set_that_keeps_more_than_the_journal_is_not_filled_from_it(tmp_path: Path) -> None:
+    cache, corpus = make_corpus(tmp_path / "c")
+    await ask(cache, [corpus.row(row) for row in range(len(corpus))])
+    want = Fields(k=K, entropy=True)
+    targets = cache.plan_targets("smol", "docs", IDENTITY, fields=want, encoding="u8")
+    first, last = (int(row) for row in corpus.shard_rows[:2])
+    teacher = FakeTeacher(IDENTITY)
+    scored = [teacher.targets(corpus.row(row), want) for row in range(first, last)]
+    assert targets.write_shard(0, Targets.concat(scored), teacher.provenance)
+    with pytest.raises(SpecMismatch, match="also keep fields that the journal does not; compact into another"):
+        compact(cache, CompactPlan(teacher="smol", corpus="docs", tokenizer=TOKENIZER))
+    assert int(Cache.open(cache.root.url).targets("smol", "docs").committed.sum()) == 1
+    assert journal_records(cache.root)

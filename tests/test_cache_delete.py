@@ -161,7 +161,7 @@ class StoppedError(Exception):
 
 
 class StoppingRoot(Root):
-    """A root whose process is killed before the n-th removal."""
+    """A root whose process is killed before the n-th removal of something that is there."""
 
     stops_at = 10**9
 
@@ -171,7 +171,8 @@ class StoppingRoot(Root):
             raise StoppedError
 
     def remove(self, path: str) -> None:
-        self._count()
+        if self.get(path) is not None:
+            self._count()
         super().remove(path)
 
     def delete(self, prefix: str) -> None:

@@ -245,6 +245,7 @@ def test_a_config_comes_back_from_its_own_names(name: str) -> None:
         ({"polynomial_terms": None}, "there are no polynomial_terms and no residual_bins"),
         ({"residual_bins": [{"scale_dtype": "float32", "element_bits": 4, "num_elements": 200}]}, "more elements"),
         ({"residual_bins": [{"bits": 4}]}, "residual_bins cannot be read"),
+        ({"polynomial_terms": 5}, "polynomial_terms is 5; it must be a list"),
         ({"delta_encoding": "yes"}, "delta_encoding is 'yes'; it must be true or false"),
         ({"codebook": 3}, "a compression config has no key 'codebook'"),
     ],

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -124,11 +126,26 @@ def test_what_no_teacher_can_mean_is_not_kept() -> None:
         ids=good.ids, logprobs=good.logprobs[:, ::-1], log_tail=good.log_tail, label_logprob=good.label_logprob
     )
     heavy = Targets(ids=good.ids, logprobs=good.logprobs + 1, log_tail=good.log_tail, label_logprob=good.label_logprob)
-    for broken in (nan, unsorted, heavy):
+    surer = replace(good, label_logprob=np.array([np.nan, 0.01], np.float32))
+    for broken in (nan, unsorted, heavy, surer):
         with pytest.raises(TeacherFailed):
             encode(broken, ENCODINGS["u8"], ranks)
     with pytest.raises(TeacherFailed, match="vocabulary has 3"):
         encode(good, ENCODINGS["u8"], RankTable.plain(3))
+
+
+@pytest.mark.parametrize("name", ["u8", "f16", "f32"])
+def test_mass_a_little_over_1_is_kept_as_all_of_it(name: str) -> None:
+    """As a teacher rounds; readers refuse a tail above 0."""
+    sure = Targets(
+        ids=np.array([[1]], np.uint32),
+        logprobs=np.array([[-20.0]], np.float32),
+        log_tail=np.array([1e-6], np.float32),
+        label_logprob=np.array([1e-6], np.float32),
+    )
+    kept = round_trip(sure, ENCODINGS[name], RankTable.plain(9))
+    assert kept.log_tail[0] <= 0
+    assert kept.label_logprob[0] <= 0
 
 
 def test_a_stored_rank_over_the_vocabulary_is_refused() -> None:

@@ -154,8 +154,10 @@ def test_a_cache_is_measured_from_the_command_line(tmp_path: Path, capsys: pytes
         (["--positions", "many"], "--positions 'many' must be a number of at least 1"),
         (["--positions", "0"], "--positions '0' must be a number of at least 1"),
         (["--positions", "nan"], "--positions 'nan' must be"),
-        (["--vocab-size", "0"], "--vocab-size is 0; it must be at least 1"),
-        (["--teachers", "-1"], "--teachers is -1; it must be at least 1"),
+        (["--vocab-size", "0"], "--vocab-size is 0; it must be 1 to"),
+        (["--teachers", "-1"], "--teachers is -1; it must be 1 to"),
+        (["--teachers", "9" * 400], "it must be 1 to 1,000,000,000,000,000,000"),
+        (["--top-k", "3000", "--encoding", "archive"], "archive keeps at most 2048 entries or draws of a position"),
         (["--top-k", "500", "--vocab-size", "300"], "--top-k is 500; the vocabulary has 300 ids"),
         (["--top-k", "0"], "fields ask for nothing"),
         (["--encoding", "u4"], "encoding 'u4' is unknown"),
@@ -171,6 +173,11 @@ def test_what_cannot_be_estimated_is_refused_in_one_line(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert words in lines[0]
+
+
+def test_an_encoding_that_does_not_keep_so_much_has_no_price(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", "--top-k", "3000", "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["encodings"]) == {"u8", "f16", "f32"}
 
 
 def test_a_cache_without_targets_cannot_be_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

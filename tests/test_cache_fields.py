@@ -157,6 +157,7 @@ def test_every_field_decodes_within_its_bound(
             assert b.dtype == np.float32
             kept = a > -32 if field == "dense" else np.isfinite(a)
             assert np.abs(a[kept] - b[kept]).max(initial=0.0) <= (0.0 if name == "f32" else bound), field
+    check_fields(back, replace(fields, draws=0), vocab_size)  # what is read can be handed in again
     assert back.dense is not None
     np.testing.assert_allclose(np.exp(back.dense.astype(np.float64)).sum(axis=1), 1.0, atol=1e-5)
 

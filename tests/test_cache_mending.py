@@ -193,7 +193,7 @@ def test_a_shard_that_a_job_is_filling_is_left_alone_and_the_others_are_not(
     with Claims(two_sets.root, f"{path}/claims") as claims:
         assert claims.take("000001") is not None
         told = refused(capsys, *delete, 0, 1)
-        assert f"a job seems to be filling shard 1 of {path}; stop it and wait two minutes, or add --force" in told
+        assert f"a job seems to be filling shard 1 of {path}; stop it and wait until its claims" in told
         assert run(*delete, 0) == 0
         (claim,) = (Path(root) / path / "claims").iterdir()
         os.utime(claim, (time.time() - 121, time.time() - 121))

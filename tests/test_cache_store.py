@@ -162,6 +162,15 @@ def test_a_scheme_that_cannot_hold_a_cache_is_refused_in_one_line(url: str) -> N
         Root.open(url)
 
 
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [("file://mycache", "names no folder"), ("file://", "names no folder"), ("s3://[bad", "cannot open 's3://")],
+)
+def test_a_url_that_means_nothing_is_no_other_folder(url: str, words: str) -> None:
+    with pytest.raises(InvalidInput, match=words):
+        Root.open(url, create=True)
+
+
 def test_a_folder_that_is_not_there_is_made_only_to_write(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="the folder does not exist"):
         Root.open(tmp_path / "none")

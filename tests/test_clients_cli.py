@@ -130,6 +130,19 @@ def test_a_reader_that_has_had_enough_is_no_traceback(commands: Path) -> None:
     assert (done.stdout, done.stderr) == ("HEY\n", "")
 
 
+def test_what_the_system_refuses_is_one_line(tmp_path: Path) -> None:
+    done = potstill("ingest", "--cache", str(tmp_path / "c"), "--corpus", "a", "--tokenizer", "x" * 300, "y" * 300)
+    assert done.returncode == 1
+    assert done.stderr.startswith("potstill: [Errno 36] File name too long")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_terminal_without_the_letter_gets_another_one() -> None:
+    done = potstill("estimate", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "? 2" in done.stdout or "? 1" in done.stdout or " ? " in done.stdout
+
+
 def test_only_the_chosen_command_is_loaded() -> None:
     code = (
         "import sys\n"

@@ -128,14 +128,24 @@ async def test_while_the_service_says_when_to_come_back_only_the_deadline_ends_t
         assert len(script.requests) == 8
 
 
-async def test_a_retry_after_beyond_the_deadline_is_not_waited_for() -> None:
+async def test_a_retry_after_beyond_the_deadline_is_not_waited_for_but_told() -> None:
     script = Script(429, answered, headers={"retry-after": "60"})
     with serving(script) as url:
         async with HttpTeacher.open(url, "smol", retry=FAST, timeout=59.0) as remote:
             begin = time.monotonic()
-            with pytest.raises(DeadlineExceeded, match="overloaded: scripted 429"):
+            with pytest.raises(Overloaded, match="scripted 429") as told:
                 await remote.score(rows_of(3), WANT)
     assert time.monotonic() - begin < 50.0
+    assert told.value.retry_after == 60.0
+
+
+async def test_a_wait_of_our_own_beyond_the_deadline_is_the_deadlines_end() -> None:
+    script = Script(429, answered)
+    with serving(script) as url:
+        slow = RetryPolicy(base=1e9, cap=1e9)
+        async with HttpTeacher.open(url, "smol", retry=slow, timeout=59.0) as remote:
+            with pytest.raises(DeadlineExceeded, match="no time left to try again; .* overloaded: scripted 429"):
+                await remote.score(rows_of(3), WANT)
 
 
 async def test_the_deadline_ends_a_hanging_call_and_is_told_to_the_service() -> None:

@@ -1,11 +1,24 @@
 from __future__ import annotations
 
+import asyncio
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
 
+import httpx
 import pytest
 
-from cache.types import JSON
+from cache.types import JSON, Teacher
+from teacher_service.access import Access
+from teacher_service.app import create_app
 from teacher_service.audit import detail_of
+from teacher_service.hosted import HostedTeacher
+from teacher_service.service import Service
+from teacher_service.settings import AccessSettings, TeacherSettings
+from teacher_service.teacher_source import TeacherSource
+from tests.fakes import FakeTeacher
+from tests.waiting import eventually
 
 
 @pytest.mark.parametrize(
@@ -27,3 +40,30 @@ from teacher_service.audit import detail_of
 )
 def test_the_audit_keeps_no_secret_wherever_it_stands(sent: JSON, kept: JSON) -> None:
     assert detail_of(json.dumps(sent).encode()) == kept
+
+
+@asynccontextmanager
+async def never_up() -> AsyncIterator[Teacher]:
+    await asyncio.Event().wait()
+    yield FakeTeacher()
+
+
+class Slow(TeacherSource):
+    """Its teachers start for ever."""
+
+    def host(self, settings: TeacherSettings) -> HostedTeacher:
+        return HostedTeacher(settings.name, never_up, settings=settings)
+
+
+async def test_an_action_that_is_cancelled_is_written_down(tmp_path: Path) -> None:
+    file = tmp_path / "audit.jsonl"
+    service = Service.of([], access=Access.of(AccessSettings(audit_file=str(file))), source=Slow())
+    transport = httpx.ASGITransport(create_app(service))
+    async with service.running(), httpx.AsyncClient(transport=transport, base_url="http://potstill") as client:
+        adding = asyncio.create_task(client.put("/v1/teachers/new", json={"model": "m"}))
+        await eventually(lambda: "new" in service.teachers)
+        adding.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await adding
+    [line] = [json.loads(text) for text in file.read_text().splitlines()]
+    assert (line["target"], line["status"], line["detail"]) == ("/v1/teachers/new", 499, {"model": "m"})

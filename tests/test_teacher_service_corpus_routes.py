@@ -44,7 +44,8 @@ def test_corpora_are_described(url: str, filled: Cache) -> None:
         "tokenizer_sha256": corpus.tokenizer_sha256,
     }
     described = httpx.get(f"{url}/v1/corpora").json()
-    assert described == {"format": wire.WIRE_VERSION, "corpora": [{**counts, "teachers": ["fake"]}]}
+    listed = [{**counts, "teachers": ["fake"]}]
+    assert described == {"format": wire.WIRE_VERSION, "corpora": listed, "unreadable": []}
     one = httpx.get(f"{url}/v1/corpora/docs").json()
     assert counts.items() <= one.items()
     assert one["format"] == wire.WIRE_VERSION
@@ -212,7 +213,7 @@ def test_every_body_says_which_wire_version_it_is(url: str) -> None:
 
 def test_without_a_cache_there_is_no_corpus() -> None:
     with serving_teachers(hosted("other", FakeTeacher())) as url:
-        assert httpx.get(f"{url}/v1/corpora").json() == {"format": wire.WIRE_VERSION, "corpora": []}
+        assert httpx.get(f"{url}/v1/corpora").json() == {"format": wire.WIRE_VERSION, "corpora": [], "unreadable": []}
         assert "--cache" in refused(targets_of(url, start=0, stop=1), 404, "unknown_corpus")
 
 

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from cache import Cache, Fields
-from cache.delete import plan_shards, remove
+from cache.delete import plan_corpus, plan_shards, plan_teacher, remove
 from tests.corpora import plan_targets, teacher_for
 from tests.fakes import FakeTeacher
 from tests.filled_caches import commit, filled_cache
@@ -121,3 +121,19 @@ def test_damage_found_before_the_first_block_is_an_error_and_later_breaks_the_co
     with pytest.raises(httpx.RemoteProtocolError, match="incomplete|peer closed"):
         targets_of(own_url, start=0, stop=starts[3])
     assert targets_of(own_url, start=0, stop=starts[2]).status_code == 200
+
+
+@pytest.mark.parametrize("what", ["corpus", "targets"])
+def test_what_was_deleted_stays_gone(own: Cache, own_url: str, what: str) -> None:
+    first = targets_of(own_url, start=0, stop=10)
+    assert first.status_code == 200
+    plans = plan_corpus(own.root, "docs") if what == "corpus" else plan_teacher(own.root, "fake", "docs")
+    for removal in plans:
+        remove(own.root, removal)
+    until(lambda: targets_of(own_url).status_code == 404)
+    held = {"if-none-match": first.headers["etag"]}
+    for _ in range(4):
+        assert targets_of(own_url).status_code == 404
+        again = httpx.get(f"{own_url}/v1/corpora/docs/targets/fake", params={"start": 0, "stop": 10}, headers=held)
+        assert again.status_code == 404
+        assert httpx.get(f"{own_url}/v1/corpora/docs").status_code == (404 if what == "corpus" else 200)

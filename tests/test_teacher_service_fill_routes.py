@@ -203,6 +203,23 @@ def test_a_row_whose_targets_do_not_fit_is_refused_and_nothing_written(cache: Ca
     assert cache.fresh().teachers("docs") == []
 
 
+def test_a_row_over_what_may_be_in_flight_is_refused_and_nothing_written(cache: Cache) -> None:
+    corpus = cache.corpus("docs")
+    longest = corpus.spec.longest_row
+    for most, status in ((longest - 1, 422), (longest, 200)):
+        limits = LimitSettings(max_tokens_in_flight=most)
+        with serving_teachers(hosted("fake", teacher_for(corpus)), cache=cache, limits=limits) as url:
+            reply = httpx.put(f"{url}/v1/corpora/docs/fill/fake", json=BODY, timeout=120)
+            assert reply.status_code == status
+            if status == 200:
+                assert until_state(f"{url}/v1/corpora/docs/fill/fake", "done", "failed")["state"] == "done"
+                continue
+            detail = refused(reply, 422, "limit_exceeded")
+            assert f"a row of {longest} tokens, over max_tokens_in_flight={most}" in detail
+            assert f"--row-tokens {most}" in detail
+            assert cache.fresh().teachers("docs") == []
+
+
 def test_batches_that_are_turned_away_together_spread_out() -> None:
     waits = [spread(3.0) for _ in range(200)]
     assert 3.0 <= min(waits) < 3.5

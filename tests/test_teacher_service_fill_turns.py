@@ -201,6 +201,33 @@ def test_at_most_twice_as_many_begin_as_run_however_many_rest() -> None:
     asyncio.run(told())
 
 
+def test_resting_jobs_of_one_key_keep_no_other_key_from_beginning() -> None:
+    async def told() -> None:
+        turns = FillTurns(1)
+        spent, others = [FillTurn("ann") for _ in range(3)], [FillTurn(key) for key in ("bob", "bob", "eve")]
+        pauses = []
+        for turn in spent:
+            turns.want(turn)
+        for turn in spent[:2]:
+            await eventually(turn.given.is_set)
+            pauses.append(asyncio.create_task(turns.pause(turn, 3600.0)))
+        await eventually(lambda: all(turn.rests for turn in spent[:2]))
+        for turn in others:
+            turns.want(turn)
+        assert [turn.given.is_set() for turn in spent + others] == [True, True, False, True, False, False]
+        pauses.append(asyncio.create_task(turns.pause(others[0], 3600.0)))
+        await eventually(others[2].given.is_set)
+        turns.end(others[0])
+        assert not others[1].given.is_set()  # the one of eve runs
+        turns.end(others[2])
+        assert others[1].given.is_set()
+        assert not spent[2].given.is_set()
+        for pause in pauses:
+            pause.cancel()
+
+    asyncio.run(told())
+
+
 def test_services_that_wait_for_shards_of_each_other_both_end(tmp_path: Path) -> None:
     """Each one's first job is told to come back later, and its second waits for shards that the other's first has."""
     cache = make_corpus(tmp_path / "c", texts=topics(2, characters=300), shard_positions=300)[0]

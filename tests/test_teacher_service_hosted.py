@@ -17,6 +17,7 @@ from teacher_service.replicas import LocalPool
 from teacher_service.service import Service
 from tests.fakes import FakeTeacher
 from tests.servers import opens
+from tests.waiting import eventually
 
 
 async def test_a_teacher_that_does_not_start_says_so() -> None:
@@ -78,6 +79,26 @@ async def test_what_goes_wrong_while_closing_is_raised_after_all_are_closed() ->
         async with service.running():
             await service.started()
     assert sorted(closed) == ["a", "b"]
+
+
+async def test_a_service_is_ready_while_a_teacher_that_was_removed_closes() -> None:
+    closing = asyncio.Event()
+
+    @asynccontextmanager
+    async def slow_to_close() -> AsyncIterator[Teacher]:
+        yield FakeTeacher()
+        await closing.wait()
+
+    service = Service.of([HostedTeacher("own", opens(FakeTeacher())), HostedTeacher("going", slow_to_close)])
+    async with service.running():
+        await service.started()
+        service.admin.remove("going")
+        await eventually(lambda: service.teachers["going"].state == "stopped")
+        ready = service.ready
+        closing.set()  # before anything is asserted: the service waits for it at its end
+        assert ready
+        await eventually(lambda: "going" not in service.teachers)
+        assert service.ready
 
 
 async def test_a_pool_is_a_teacher() -> None:

@@ -16,12 +16,13 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cache import Cache
 from cache.cached import KeepPolicy
+from cache.errors import Overloaded
 from cache.types import Teacher
 from teacher_service.app import create_app
 from teacher_service.hosted import HostedTeacher, Keep
 from teacher_service.service import Service
 from teacher_service.settings import LimitSettings
-from tests.fakes import FakeTeacher, GatedTeacher
+from tests.fakes import BrokenTeacher, FakeTeacher, GatedTeacher
 from tests.pools import hosted_pool
 from tests.servers import hosted, post_json, serving, serving_teachers
 from tests.waiting import until
@@ -168,3 +169,17 @@ def test_promtool_has_nothing_to_say() -> None:
         text = httpx.get(f"{url}/metrics").content
     done = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, check=False)
     assert (done.returncode, done.stdout + done.stderr) == (0, b"")
+
+
+def test_only_answers_have_a_time() -> None:
+    asked = {"rows": [[1, 2, 3]], "fields": {"k": 2}}
+    busy, gated = BrokenTeacher(Overloaded("come back")), GatedTeacher()
+    with serving_teachers(hosted("busy", busy), hosted("late", gated), hosted("good", FakeTeacher())) as url:
+        assert post_json(url, asked, name="busy").status_code == 429
+        assert post_json(url, asked, name="late", **{"potstill-timeout": "0.05"}).status_code == 504
+        assert post_json(url, asked, name="good").status_code == 200
+        found = samples(url)
+    counts = {
+        name: found.get(f"potstill_score_seconds_count{{teacher={name}}}", 0) for name in ("busy", "late", "good")
+    }
+    assert counts == {"busy": 0, "late": 0, "good": 1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -206,6 +207,47 @@ def test_a_key_is_asked_for_used_and_kept_in_the_tab(page: Page, tmp_path: Path)
         assert page.run("Object.values(sessionStorage)") == [admin]
         assert page.run("localStorage.length + document.cookie.length") == 0
         page.open("about:blank")
+
+
+def test_a_key_that_no_header_can_hold_is_refused_and_never_sent(page: Page, tmp_path: Path) -> None:
+    keys = tmp_path / "keys.toml"
+    key = add_key(keys, "ann", Role.TRAINER, Quota())
+    dialog, trouble = (
+        "document.querySelector('#key-dialog')?.open",
+        "document.querySelector('#key-trouble').textContent",
+    )
+
+    def give(text: str) -> None:
+        page.run(f"document.querySelector('#key-input').value = {json.dumps(text)}")
+        page.run("document.querySelector('#key-form').requestSubmit()")
+
+    with serving_teachers(hosted("smol", FakeTeacher()), access=Access(KeyRing(keys))) as url:
+        page.open(url)
+        page.until(dialog)
+        give(key[:12] + "…")
+        page.until(trouble, lambda text: "characters that no key has" in text)
+        assert page.run(dialog) is True
+        assert page.run("sessionStorage.length") == 0
+        # One that is there all the same, from whatever page was here before, is none.
+        page.run("sessionStorage.setItem('potstill.key', 'pot\u2026')")
+        page.run("(() => { window.before = true; location.reload() })()")
+        page.until("window.before === undefined && document.querySelector('#key-dialog')?.open")
+        assert page.run(trouble) == ""
+        give(key)
+        page.until("document.querySelectorAll('#teachers tr').length", lambda count: count == 1)
+        page.open("about:blank")
+
+
+def test_a_corpus_that_cannot_be_read_is_told_in_its_place(page: Page, half: tuple[Cache, Corpus]) -> None:
+    cache, _ = half
+    make_corpus(Path(cache.root.url), name="bad")
+    (Path(cache.root.url) / "corpora" / "bad" / "zarr.json").write_text("{")
+    shown = "[...document.querySelectorAll('.corpus')].map(corpus => corpus.querySelector('h3').textContent)"
+    with serving_teachers(hosted("fake", FakeTeacher()), cache=cache) as url, looking_at(page, url):
+        bad, good = page.until(shown, lambda found: len(found) == 2)
+        assert bad.startswith("badcannot be read: corpora/bad/zarr.json is not JSON")
+        assert good.startswith("docs")
+        assert "cannot be read" not in good
 
 
 def test_the_page_is_served_with_a_strict_policy() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from contextvars import copy_context
+
 import pytest
 
 from cache.errors import LimitExceeded, Overloaded
@@ -104,3 +106,18 @@ def test_a_clock_that_is_set_back_gives_nothing_away() -> None:
     clock.now += 6
     meter.take("a", MINUTE, 60)
     assert refused(meter, MINUTE, 60) == pytest.approx(6.0)
+
+
+def test_what_comes_back_after_midnight_is_of_the_day_before() -> None:
+    clock = Clock()
+    meter = QuotaMeter(clock)
+    # Each call is a task of its own, as in the service.
+    late, early = copy_context(), copy_context()
+    late.run(meter.take, "a", DAY, 100)
+    clock.now += NOON + 1
+    early.run(meter.take, "a", DAY, 100)
+    late.run(meter.give_back, "a", 100)
+    assert refused(meter, DAY, 1) == pytest.approx(2 * NOON - 1)
+    early.run(meter.give_back, "a", 40)
+    meter.take("a", DAY, 40)
+    assert refused(meter, DAY, 1) == pytest.approx(2 * NOON - 1)

@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError
-from ray.serve.exceptions import ReplicaUnavailableError
 
 from cache import Fields, Targets
 from cache.errors import InvalidInput, PotstillError, TeacherFailed, Unavailable
@@ -351,8 +350,6 @@ def test_ray_says_whether_a_process_ended_by_itself_or_was_stopped() -> None:
     assert not has_crashed(stopped)
     assert lost("r1", by_itself, had_call=True).crashed
     assert not lost("r1", by_itself, had_call=False).crashed
-    left = lost("r1", ReplicaUnavailableError("r1"), had_call=True)
-    assert (left.detail, left.elsewhere, left.crashed) == ("replica r1 left before it was sent the rows", True, False)
     assert not has_crashed(ActorUnavailableError("the network is slow", None))
 
 

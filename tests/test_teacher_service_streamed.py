@@ -6,14 +6,21 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
 import pytest
+from starlette.requests import ClientDisconnect
 
+from cache.errors import Overloaded
+from teacher_service.app import create_app
+from teacher_service.auth import Caller, Role, caller
+from teacher_service.service import Service
 from teacher_service.streamed import ReadSlots, StreamedAnswer
-from tests.servers import serving
-from tests.waiting import until
+from tests.fakes import FakeTeacher
+from tests.servers import hosted, serving
+from tests.waiting import eventually, until
 
 ARROW = "application/vnd.apache.arrow.stream"
 
@@ -76,22 +83,97 @@ def test_a_client_that_leaves_stops_the_reading() -> None:
         assert pieces.read == read
 
 
+class Connection:
+    """One request's ASGI side: keeps what is sent, and leaves when it is told to."""
+
+    def __init__(self) -> None:
+        self.sent: list[Any] = []
+        self.left = asyncio.Event()
+
+    async def receive(self) -> Any:
+        await self.left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Any) -> None:
+        self.sent.append(message)
+        await asyncio.sleep(0)
+
+    async def take(self, pieces: Iterator[bytes], slots: ReadSlots) -> None:
+        answer = StreamedAnswer(pieces, slots, headers={}, media_type=ARROW)
+        await answer({"type": "http", "method": "GET"}, self.receive, self.send)
+
+
 async def test_more_streams_than_there_are_places_are_turned_away() -> None:
     slots = ReadSlots(threads=1, streams=1, stall_seconds=60.0)
-    slots.take()
-    sent: list[Any] = []
-
-    async def receive() -> Any:
-        await asyncio.sleep(60)
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    answer = StreamedAnswer(iter([b"x"]), slots, headers={}, media_type=ARROW)
-    with pytest.raises(Exception, match="max_streams"):
-        await answer({"type": "http", "method": "GET"}, receive, send)
-    assert sent == []
-    slots.in_use -= 1
-    await answer({"type": "http", "method": "GET"}, receive, send)
-    assert b"".join(message.get("body", b"") for message in sent) == b"x"
+    connection = Connection()
+    with slots.place(), pytest.raises(Overloaded, match="max_streams"):
+        await connection.take(iter([b"x"]), slots)
+    assert connection.sent == []
+    await connection.take(iter([b"x"]), slots)
+    assert b"".join(message.get("body", b"") for message in connection.sent) == b"x"
     assert slots.in_use == 0
+
+
+async def test_a_key_leaves_a_share_of_the_places_to_others() -> None:
+    slots = ReadSlots(threads=1, streams=16, stall_seconds=60.0)
+    with ExitStack() as held:
+        caller.set(Caller("ann", Role.TRAINER))
+        for _ in range(14):
+            held.enter_context(slots.place())
+        greedy = Connection()
+        with pytest.raises(Overloaded, match="max_streams"):
+            await greedy.take(iter([b"x"]), slots)
+        caller.set(Caller("bob", Role.TRAINER))
+        other = Connection()
+        await other.take(iter([b"x"]), slots)
+        assert (greedy.sent, other.sent[0]["status"]) == ([], 200)
+        assert slots.in_use == 14
+    assert slots.in_use == 0
+
+
+async def test_a_client_that_leaves_in_the_middle_is_no_failure() -> None:
+    slots, pieces = ReadSlots(threads=1, streams=1, stall_seconds=60.0), CountedPieces()
+    connection = Connection()
+    taking = asyncio.create_task(connection.take(iter(pieces), slots))
+    await eventually(lambda: len(connection.sent) > 2)
+    connection.left.set()
+    await taking
+    assert connection.sent[-1]["more_body"]
+    assert slots.in_use == 0
+
+
+async def test_a_client_that_leaves_before_the_first_piece_gets_no_answer() -> None:
+    slots, reading = ReadSlots(threads=1, streams=1, stall_seconds=60.0), threading.Event()
+
+    def held_up() -> Iterator[bytes]:
+        reading.wait()
+        yield b"x"
+
+    connection = Connection()
+    taking = asyncio.create_task(connection.take(held_up(), slots))
+    await eventually(lambda: slots.in_use == 1)
+    connection.left.set()
+    with pytest.raises(ClientDisconnect):
+        await taking
+    reading.set()
+    assert connection.sent == []
+    assert slots.in_use == 0
+
+
+def test_a_service_counts_no_refusal_of_a_client_that_leaves_in_the_middle() -> None:
+    slots, pieces = ReadSlots(threads=1, streams=1, stall_seconds=600.0), CountedPieces()
+    service = Service.of([hosted("fake", FakeTeacher())])
+    app = create_app(service)
+
+    @app.get("/endless")
+    async def endless() -> StreamedAnswer:
+        return StreamedAnswer(iter(pieces), slots, headers={}, media_type=ARROW)
+
+    with serving(app) as url:
+        with httpx.stream("GET", f"{url}/endless"):
+            until(lambda: pieces.read > 2)
+        until(lambda: slots.in_use == 0)
+        until(
+            lambda: service.metrics.value("potstill_requests_total", method="GET", route="/endless", status="200") == 1
+        )
+        assert service.metrics.num_refusals == 0

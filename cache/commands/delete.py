@@ -31,24 +31,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Say what goes, ask, and remove it; exit status 1 when the answer is no."""
-    from cache.delete import jobs_at_work, remove
+    from cache.delete import remove
     from cache.store import Root
 
     root = Root.open(args.root)
-    removals = _plan(root, args)
+    removals = _plan_idle(root, args)
     for removal in removals:
         print(f"{removal.title}; {removal.num_objects:,} objects, {removal.num_bytes:,} bytes")
-    busy = jobs_at_work(root, removals)
-    if busy and not args.force:
-        raise InvalidInput(f"a job seems to be filling {', '.join(busy)}; stop it and wait two minutes, or add --force")
-    if not (args.yes or _agreed()):
-        print("nothing was removed")
-        return 1
+    if not args.yes:
+        if not _agreed():
+            print("nothing was removed")
+            return 1
+        # A job may have begun or ended while the question was read.
+        removals = _plan_idle(root, args)
     for removal in removals:
         remove(root, removal)
     stored = sum(removal.num_bytes for removal in removals)
     print(f"removed {sum(removal.num_objects for removal in removals):,} objects, {stored:,} bytes")
     return 0
+
+
+def _plan_idle(root: Root, args: argparse.Namespace) -> list[Removal]:
+    from cache.delete import jobs_at_work
+
+    removals = _plan(root, args)
+    busy = jobs_at_work(root, removals)
+    if busy and not args.force:
+        raise InvalidInput(
+            f"a job seems to be filling {', '.join(busy)}; stop it and wait until its claims expire (two minutes, or "
+            "its --claim-seconds), or add --force"
+        )
+    return removals
 
 
 def _plan(root: Root, args: argparse.Namespace) -> list[Removal]:
@@ -79,4 +92,7 @@ def _check_combination(args: argparse.Namespace) -> None:
 def _agreed() -> bool:
     if not sys.stdin.isatty():
         raise InvalidInput("nothing was removed: there is no terminal to ask on; add --yes")
-    return input("remove it? [y/N] ").strip().lower() in ("y", "yes")
+    try:
+        return input("remove it? [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        return False

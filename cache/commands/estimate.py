@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from cache.cache import Cache
     from cache.encoding import ENCODINGS
     from cache.estimate import TABLE, Prices, Workload, estimate, measure
+    from cache.fields import keeps
 
     fields = Fields(
         k=args.top_k,
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     )
     prices = Prices(gib_month=args.price, thousand_puts=args.put_price)
     basis = measure(Cache.open(args.like), fields) if args.like else TABLE
-    names = [args.encoding] if args.encoding else list(ENCODINGS)
+    names = [args.encoding] if args.encoding else [name for name in ENCODINGS if keeps(fields, ENCODINGS[name])]
     found = [estimate(workload, name, prices, basis) for name in names]
     if args.json:
         print(json.dumps(_to_json(workload, prices, basis, found), indent=1))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "take over targets kept as Parquet or by DistillKit"
 
+_MOST_IDS = 2**32
 _IDENTITY = ("model", "revision", "weights_sha256", "vocab_size", "dtype", "head_dtype", "quantization")
 
 
@@ -136,5 +137,7 @@ def _identity(
     given.setdefault("vocab_size", vocab_size)
     if given["vocab_size"] is None or given["vocab_size"] < 1:
         raise InvalidInput("--vocab-size is needed: how many ids the teacher's logprobs range over")
+    if given["vocab_size"] > _MOST_IDS:
+        raise InvalidInput(f"--vocab-size is {given['vocab_size']}; ids are below {_MOST_IDS}")
     unknown = dict.fromkeys(("revision", "weights_sha256", "dtype", "head_dtype"), "unknown")
     return TeacherIdentity(**{**unknown, **given}, tokenizer_sha256=fingerprint(tokenizer))

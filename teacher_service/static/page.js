@@ -40,7 +40,8 @@ class CorpusView {
   show(corpus) {
     const count = (value, word) => `${compact(value)} ${word}${value === 1 ? "" : "s"}`;
     const counts = [count(corpus.positions, "position"), count(corpus.rows, "row"), count(corpus.shards, "shard")];
-    say(this.counts, corpus.teachers.length ? counts.join(", ") : `${counts.join(", ")}; no teacher has targets yet`);
+    const none = corpus.teachers.length ? "" : "; no teacher has targets yet";
+    say(this.counts, corpus.error ? `cannot be read: ${corpus.error}` : `${counts.join(", ")}${none}`);
     const strips = corpus.teachers.map((teacher) => ({ ...teacher, corpus: corpus.corpus, shards: corpus.shards }));
     this.teachers.show(strips, (strip) => strip.teacher);
   }
@@ -198,7 +199,9 @@ $("key-button").addEventListener("click", () => askForKey(""));
 $("key-cancel").addEventListener("click", () => $("key-dialog").close());
 $("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  setKey($("key-input").value.trim());
+  const trouble = setKey($("key-input").value.trim());
+  say($("key-trouble"), trouble);
+  if (trouble) return;
   askedForKey = false;
   $("key-dialog").close();
   pause = POLL_MS;

@@ -12,11 +12,22 @@ export class Refused extends Error {
 
 export class Unreachable extends Error {}
 
-export const hasKey = () => sessionStorage.getItem(KEY) !== null;
+// The browser sends no request with a header that it cannot hold: such a key would look like a service that is gone.
+const isSendable = (key) => /^[\x20-\x7e]+$/.test(key);
 
+function storedKey() {
+  const key = sessionStorage.getItem(KEY);
+  return key !== null && isSendable(key) ? key : null;
+}
+
+export const hasKey = () => storedKey() !== null;
+
+// Why it cannot be used, or an empty text after keeping it. An empty key forgets the one that was kept.
 export function setKey(key) {
+  if (key && !isSendable(key)) return "this has characters that no key has; paste it as `potstill keys add` printed it";
   if (key) sessionStorage.setItem(KEY, key);
   else sessionStorage.removeItem(KEY);
+  return "";
 }
 
 export const overview = () => ask("v1/overview");
@@ -29,7 +40,7 @@ export const scale = (teacher, replicas) =>
   });
 
 async function ask(path, { headers = {}, ...options } = {}) {
-  const key = sessionStorage.getItem(KEY);
+  const key = storedKey();
   if (key !== null) headers.authorization = `Bearer ${key}`;
   let answer;
   let body;

@@ -1,0 +1,65 @@
+"""A damaged corpus does not hide the others, and one that was deleted meanwhile is left out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from cache import Cache
+from teacher_service.coverage import read_coverage
+from tests.command_line import run
+from tests.corpora import make_corpus
+from tests.fakes import FakeTeacher
+from tests.servers import hosted, serving_teachers
+
+
+class Late(Cache):
+    """Lists a corpus that is deleted before anybody opens it."""
+
+    def corpora(self) -> list[str]:
+        return [*super().corpora(), "gone"]
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    """Of the corpora `bad`, which cannot be read, and `good`."""
+    for name in ("bad", "good"):
+        make_corpus(tmp_path / "cache", name=name)
+    (tmp_path / "cache" / "corpora" / "bad" / "zarr.json").write_text("{")
+    return Late.open(tmp_path / "cache", mode="r+")
+
+
+@pytest.fixture
+def url(cache: Cache) -> Iterator[str]:
+    with serving_teachers(hosted("smol", FakeTeacher()), cache=cache) as address:
+        yield address
+
+
+def test_the_list_of_corpora_names_it_apart(url: str) -> None:
+    found = httpx.get(f"{url}/v1/corpora").json()
+    assert [corpus["name"] for corpus in found["corpora"]] == ["good"]
+    [bad] = found["unreadable"]
+    assert bad["name"] == "bad"
+    assert "corpora/bad/zarr.json is not JSON" in bad["detail"]
+
+
+def test_the_doctor_tells_it_and_goes_on(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    store = httpx.get(f"{url}/v1/doctor").json()["store"]
+    assert [corpus["name"] for corpus in store["corpora"]] == ["good"]
+    assert [corpus["name"] for corpus in store["unreadable"]] == ["bad"]
+    assert run("doctor", "--url", url, "--json") == 1
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    assert any("corpus bad cannot be read: corpora/bad/zarr.json" in finding["detail"] for finding in findings)
+    assert [finding["subject"] for finding in findings if finding["check"] == "tokenizer"] == ["smol on good"]
+
+
+def test_the_coverage_has_its_error_in_its_place(cache: Cache) -> None:
+    bad, good = read_coverage(cache)
+    assert (bad.corpus, bad.shards, bad.teachers) == ("bad", 0, ())
+    assert "corpora/bad/zarr.json is not JSON" in bad.error
+    assert (good.corpus, good.error) == ("good", "")
+    assert good.shards > 0
