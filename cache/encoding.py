@@ -294,7 +294,7 @@ def check_targets(targets: Targets, vocab_size: int) -> None:
 
 
 def check_ids(targets: Targets, vocab_size: int) -> None:
-    """The part of `check_targets` that is cheap on a whole shard: raises TeacherFailed for an id over the vocabulary."""
+    """The part of `check_targets` that is cheap on a whole shard; raises TeacherFailed for an id over V."""
     if targets.ids.size and int(targets.ids.max()) >= vocab_size:
         raise TeacherFailed(f"the teacher answered id {int(targets.ids.max())}, its vocabulary has {vocab_size}")
 
