@@ -75,16 +75,18 @@ def _store(cache: Cache) -> dict[str, JSON]:
     unreadable: dict[str, str] = {}
     try:
         corpora, unreadable = _corpora(cache)
-        problem = "; ".join(f"corpus {name} cannot be read: {detail}" for name, detail in unreadable.items())
     except StoreError as error:
-        problem = error.detail
-    probe = replace(probe, problem=probe.problem or problem)
+        probe = replace(probe, problem=probe.problem or error.detail)
     listed: list[JSON] = [{"name": name, "detail": detail} for name, detail in unreadable.items()]
     return {**probe.to_json(), "corpora": corpora, "unreadable": listed}
 
 
 def _corpora(cache: Cache) -> tuple[list[JSON], dict[str, str]]:
-    """Those that can be read, and why the others cannot: these do not hide the first."""
+    """Those that can be read, and why the others cannot: these do not hide the first.
+
+    Raises:
+        StoreError: the store does not answer.
+    """
     corpora: list[JSON] = []
     unreadable: dict[str, str] = {}
     for name in cache.corpora():
@@ -92,6 +94,8 @@ def _corpora(cache: Cache) -> tuple[list[JSON], dict[str, str]]:
             corpora.append(_facts(cache, name))
         except UnknownCorpus:
             continue  # deleted meanwhile
+        except StoreError:
+            raise
         except PotstillError as error:
             unreadable[name] = error.detail
     return corpora, unreadable

@@ -118,6 +118,8 @@ class LocalPool:
         self._failure = ""
         self._starting = False
         self._news = asyncio.Event()
+        self._suspects = 0
+        self._alone = asyncio.Lock()
         self._stopping = asyncio.Event()
         self._opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -219,17 +221,34 @@ class LocalPool:
         """Score on the engine; see `cache.types.Teacher`.
 
         Raises:
-            TeacherFailed: engines do not start any more, or two were lost with these rows.
+            TeacherFailed: engines do not start any more, or two were lost with these rows, the second with them alone.
             Unavailable: the teacher is closed.
         """
         try:
-            return await (await self._running()).score(rows, want)
+            return await (await self._unsuspected()).score(rows, want)
         except _EngineLost as lost:
             _LOG.info("%s; its rows are scored again", lost)
+        # Any of the calls that the engine had may have killed it: each has the next one to itself.
+        self._suspects += 1
         try:
-            return await (await self._running()).score(rows, want)
+            async with self._alone:
+                return await (await self._running()).score(rows, want)
         except _EngineLost as lost:
-            raise TeacherFailed(f"two engines were lost while they scored these rows: {lost}") from lost
+            raise TeacherFailed(
+                f"two engines were lost while they scored these rows, the second one with no other call: {lost}"
+            ) from lost
+        finally:
+            self._suspects -= 1
+            if not self._suspects:
+                self._tell()
+
+    async def _unsuspected(self) -> _Engine:
+        """The engine, for a call that was on none that was lost; those that were come first."""
+        while True:
+            engine = await self._running()
+            if not self._suspects:
+                return engine
+            await self._news.wait()
 
     async def _running(self) -> _Engine:
         while self._engine is None or self._engine.lost.done():

@@ -48,8 +48,9 @@ def ask(url: str, query: str) -> list[dict[str, Any]]:
     deadline = time.monotonic() + 90
     while True:
         try:
-            reply = httpx.get(f"{url}/api/v1/query", params={"query": query}).json()
-            found: list[dict[str, Any]] = reply["data"]["result"]
+            reply = httpx.get(f"{url}/api/v1/query", params={"query": query})
+            # It answers 503 until it has read its own files.
+            found: list[dict[str, Any]] = reply.json()["data"]["result"] if reply.is_success else []
         except httpx.TransportError:
             found = []
         if found:

@@ -90,6 +90,20 @@ async def test_rows_that_an_engine_dies_of_cost_two_engines_and_not_more() -> No
         assert len(engines) == 3
 
 
+async def test_who_was_beside_rows_that_kill_engines_is_answered_and_only_they_are_blamed() -> None:
+    engines: list[ProcessTeacher] = []
+    async with LocalPool.open(opens_process_teacher(opened=engines.append), PATIENT) as pool:
+        deadly = np.array([DEADLY, 1, 2], dtype=np.uint32)
+        killer = asyncio.create_task(pool.score([deadly], Fields(k=4)))
+        others = [asyncio.create_task(pool.score(rows(5), Fields(k=4))) for _ in range(3)]
+        await eventually(lambda: len(engines) == 2)
+        late = asyncio.create_task(pool.score(rows(5), Fields(k=4)))
+        with pytest.raises(TeacherFailed, match="the second one with no other call"):
+            await killer
+        assert [len(await call) for call in (*others, late)] == [1] * 4
+        assert len(engines) == 3
+
+
 async def test_an_engine_is_not_wedged_while_it_answers_or_has_nothing_to_do() -> None:
     engines: list[ProcessTeacher] = []
     async with LocalPool.open(opens_process_teacher(tokens_per_second=100.0, opened=engines.append), QUICK) as pool:

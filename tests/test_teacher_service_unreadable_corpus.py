@@ -53,7 +53,10 @@ def test_the_doctor_tells_it_and_goes_on(url: str, capsys: pytest.CaptureFixture
     assert [corpus["name"] for corpus in store["unreadable"]] == ["bad"]
     assert run("doctor", "--url", url, "--json") == 1
     findings = json.loads(capsys.readouterr().out)["findings"]
-    assert any("corpus bad cannot be read: corpora/bad/zarr.json" in finding["detail"] for finding in findings)
+    [bad] = [finding for finding in findings if finding["check"] == "corpus"]
+    assert bad["subject"] == f"bad of {url}"
+    assert "corpora/bad/zarr.json is not JSON" in bad["detail"]
+    assert "potstill verify" in bad["way_out"]
     assert [finding["subject"] for finding in findings if finding["check"] == "tokenizer"] == ["smol on good"]
 
 

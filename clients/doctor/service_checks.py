@@ -226,7 +226,14 @@ def _store(url: str, doctor: Mapping[str, Any]) -> list[Finding]:
     kept = (doctor.get("kept") or {}).values()
     may_grow = sum(max(int(of["quota_bytes"]) - int(of["journal_bytes"]), 0) for of in kept)
     where = f"{url} ({store.get('url')})"
-    return store_findings(where, str(store.get("problem", "")), store.get("free_bytes"), may_grow)
+    way_out = "run `potstill verify` on the cache; it says what is damaged and how to mend it"
+    return [
+        *store_findings(where, str(store.get("problem", "")), store.get("free_bytes"), may_grow),
+        *(
+            finding("corpus", f"{each['name']} of {url}", Verdict("fail", str(each["detail"]), way_out))
+            for each in store.get("unreadable", ())
+        ),
+    ]
 
 
 def _gib(num_bytes: int) -> str:
