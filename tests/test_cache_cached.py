@@ -232,17 +232,6 @@ async def test_a_damaged_row_of_a_corpus_is_scored_again_and_its_neighbours_are_
         assert "gaps" in cached.store_error
 
 
-async def test_a_quota_of_nothing_still_answers_and_scores_once_for_those_who_wait_together(cache: Cache) -> None:
-    teacher = FakeTeacher()
-    policy = KeepPolicy(k=16, quota_bytes=0)
-    async with CachedTeacher.open(teacher, name="smol", cache=cache, policy=policy) as cached:
-        await asyncio.gather(*(cached.score([row(1, 2)], WANT) for _ in range(3)))
-        assert len(teacher.scored) == 1
-        await cached.score([row(1, 2)], WANT)
-        assert len(teacher.scored) == 2
-    assert cache.root.sizes("journal") == {}
-
-
 async def test_a_running_service_keeps_its_journal_within_the_quota(cache: Cache) -> None:
     policy = KeepPolicy(k=16, tidy_seconds=0.05, quota_bytes=40_000)
     async with CachedTeacher.open(FakeTeacher(), name="smol", cache=cache, policy=policy) as cached:

@@ -59,6 +59,20 @@ async def test_callers_that_ask_at_the_same_time_share_one_score(cache: Cache) -
     assert cached.counters.joined == 9
 
 
+async def test_a_quota_of_nothing_still_answers_and_scores_once_for_those_who_wait_together(cache: Cache) -> None:
+    teacher = Gated()
+    policy = KeepPolicy(k=16, quota_bytes=0)
+    async with CachedTeacher.open(teacher, name="smol", cache=cache, policy=policy) as cached:
+        asking = [asyncio.create_task(cached.score([row(1, 2)], WANT)) for _ in range(3)]
+        await wait_for_one_row(cached, 3)
+        teacher.gate.set()
+        await asyncio.gather(*asking)
+        assert len(teacher.scored) == 1
+        await cached.score([row(1, 2)], WANT)
+        assert len(teacher.scored) == 2
+    assert cache.root.sizes("journal") == {}
+
+
 class Refusing(Gated):
     """Refuses the first calls once the gate opens."""
 
@@ -92,9 +106,13 @@ async def test_who_joined_a_score_that_is_refused_is_scored_as_itself(cache: Cac
         assert cached._in_flight == {}
 
 
-async def two_wait(cached: CachedTeacher) -> None:
-    """Until two callers wait for the one row that is being scored."""
-    await eventually(lambda: sum(batch.waiters for batches in cached._in_flight.values() for batch in batches) == 2)
+async def wait_for_one_row(cached: CachedTeacher, callers: int) -> None:
+    """Until so many callers wait for the one row that is being scored."""
+    await eventually(lambda: _waiters(cached) == callers)
+
+
+def _waiters(cached: CachedTeacher) -> int:
+    return sum(batch.waiters for batches in cached._in_flight.values() for batch in batches)
 
 
 async def test_who_joined_is_refused_when_it_is_refused_itself_and_when_the_teacher_fails(cache: Cache) -> None:
@@ -104,7 +122,7 @@ async def test_who_joined_is_refused_when_it_is_refused_itself_and_when_the_teac
             first = asyncio.create_task(cached.score([row(1)], WANT))
             await teacher.asked(1)
             joined = asyncio.create_task(cached.score([row(1)], WANT))
-            await two_wait(cached)
+            await wait_for_one_row(cached, 2)
             teacher.gate.set()
             for asked in (first, joined):
                 with pytest.raises(type(error)):
@@ -118,7 +136,7 @@ async def test_a_caller_that_leaves_does_not_fail_the_others(cache: Cache) -> No
         leaving = asyncio.create_task(cached.score([row(1)], WANT))
         await teacher.asked(1)
         staying = asyncio.create_task(cached.score([row(1)], WANT))
-        await two_wait(cached)
+        await wait_for_one_row(cached, 2)
         leaving.cancel()
         with pytest.raises(asyncio.CancelledError):
             await leaving
@@ -151,7 +169,7 @@ async def test_a_row_asked_for_with_two_k_at_once_keeps_its_answers(cache: Cache
         wide = asyncio.create_task(cached.score([row(1, 2)], Fields(k=40)))
         await teacher.asked(1)
         narrow = asyncio.create_task(cached.score([row(1, 2)], Fields(k=20)))
-        await two_wait(cached)
+        await wait_for_one_row(cached, 2)
         teacher.gate.set()
         (first,), (joined,) = await narrow, await wide
         assert_same(joined.prefix(20), first)
@@ -167,7 +185,7 @@ async def test_work_that_nobody_waits_for_any_more_is_dropped(cache: Cache) -> N
     teacher = Gated()
     async with CachedTeacher.open(teacher, name="smol", cache=cache, policy=POLICY) as cached:
         leaving = [asyncio.create_task(cached.score([row(1)], WANT)) for _ in range(2)]
-        await two_wait(cached)
+        await wait_for_one_row(cached, 2)
         await teacher.asked(1)
         for task in leaving:
             task.cancel()
