@@ -202,8 +202,7 @@ class Patience:
             raise Unavailable("the connection to the service was closed") from refusal
         if not self._retry.tries_again(self._failures, refusal):
             raise refusal.error from refusal.__cause__
-        if refusal.retry_after is not None and time.monotonic() + refusal.retry_after >= self._deadline:
-            # Who calls us may have that time, and DeadlineExceeded would tell them not to come back.
+        if refusal.is_for_later(self._deadline - time.monotonic()):
             raise refusal.error from refusal.__cause__
         seconds = self._retry.wait_seconds(self._failures, refusal.retry_after)
         if time.monotonic() + seconds >= self._deadline:

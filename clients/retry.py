@@ -51,6 +51,13 @@ class Refusal(Exception):
         unsent = isinstance(self.__cause__, httpx.ConnectError | httpx.ConnectTimeout)
         return not self.named and not unsent
 
+    def is_for_later(self, seconds_left: float) -> bool:
+        """Whether the service named a time to come back that is not in what is left.
+
+        Who calls us may have that time, and DeadlineExceeded would tell them not to come back.
+        """
+        return self.retry_after is not None and self.retry_after >= seconds_left
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryPolicy:
@@ -108,8 +115,7 @@ async def with_retries(policy: RetryPolicy, call: Callable[[], Awaitable[T]], *,
                 raise refusal.error from refusal.__cause__
             last = f"attempt {failures} met {refusal.error.kind}: {refusal.error.detail}"
             wait = policy.wait_seconds(failures, refusal.retry_after)
-            if refusal.retry_after is not None and clock() + refusal.retry_after >= deadline:
-                # Who calls us may have that time, and DeadlineExceeded would tell them not to come back.
+            if refusal.is_for_later(deadline - clock()):
                 raise refusal.error from refusal.__cause__
             if clock() + wait >= deadline:
                 raise DeadlineExceeded(f"no time left to try again; {last}") from refusal.error
