@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Generic, Literal, Self, TypeVar
 
 from cache.corpus import Corpus, list_corpora
 from cache.encoding import encoding_by_name
-from cache.errors import InvalidInput
+from cache.errors import InvalidInput, PotstillError, UnknownCorpus
 from cache.groups import Reading
 from cache.set_spec import SetSpec
 from cache.store import Root
@@ -15,6 +17,16 @@ from cache.targets import TargetSet, has_targets
 from cache.types import Fields, TeacherIdentity
 
 Mode = Literal["r", "r+"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class CorporaLook(Generic[T]):
+    """What was seen of each corpus of a cache, by name; one that cannot be read does not hide the others."""
+
+    found: dict[str, T]
+    unreadable: dict[str, str]
+    """Why nothing was seen, a line each."""
 
 
 class Cache:
@@ -49,6 +61,22 @@ class Cache:
     def corpora(self) -> list[str]:
         """Names of the sealed corpora."""
         return list_corpora(self.root)
+
+    def look_at_corpora(self, look: Callable[[str], T]) -> CorporaLook[T]:
+        """`look` at every corpus, by name. One that is deleted meanwhile is left out.
+
+        Raises:
+            StoreError: the store does not list them.
+        """
+        seen: CorporaLook[T] = CorporaLook({}, {})
+        for name in self.corpora():
+            try:
+                seen.found[name] = look(name)
+            except UnknownCorpus:
+                continue
+            except PotstillError as error:
+                seen.unreadable[name] = error.detail
+        return seen
 
     def corpus(self, name: str) -> Corpus:
         """A corpus by name; sealed ones never change, so it is opened once.

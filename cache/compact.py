@@ -169,9 +169,9 @@ def _tokenizer(cache: Cache, identity: TeacherIdentity, plan: CompactPlan) -> To
                 "give the teacher's own"
             )
         return plan.tokenizer
-    for name in cache.corpora():
-        if cache.corpus(name).tokenizer_sha256 == wanted:
-            return cache.corpus(name).tokenizer
+    for corpus in cache.look_at_corpora(cache.corpus).found.values():
+        if corpus.tokenizer_sha256 == wanted:
+            return corpus.tokenizer
     raise InvalidInput(
         f"no corpus in {cache.root.url} has the tokenizer {wanted[:12]} of teacher {plan.teacher!r}; "
         "give it with --tokenizer"

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from cache import wire
 from cache.corpus import Corpus
-from cache.errors import PotstillError, UnknownCorpus
+from cache.errors import PotstillError
 from cache.segment_set import SegmentSet
 from cache.targets import TargetSet
 from cache.types import JSON
@@ -26,15 +26,9 @@ def runs(committed: NDArray[np.bool_]) -> list[JSON]:
 
 def describe_corpora(opened: OpenedSets) -> dict[str, Any]:
     """All corpora in a few words each; those that cannot be read apart, so that they do not hide the others."""
-    corpora, unreadable = [], []
-    for name in opened.names():
-        try:
-            corpora.append({**_counts(opened.corpus(name)), "teachers": opened.teachers(name)})
-        except UnknownCorpus:
-            continue  # deleted meanwhile
-        except PotstillError as error:
-            unreadable.append({"name": name, "detail": error.detail})
-    return {"format": wire.WIRE_VERSION, "corpora": corpora, "unreadable": unreadable}
+    seen = opened.look_at_corpora(lambda name: {**_counts(opened.corpus(name)), "teachers": opened.teachers(name)})
+    unreadable = [{"name": name, "detail": detail} for name, detail in seen.unreadable.items()]
+    return {"format": wire.WIRE_VERSION, "corpora": list(seen.found.values()), "unreadable": unreadable}
 
 
 def describe_corpus(opened: OpenedSets, name: str) -> dict[str, Any]:

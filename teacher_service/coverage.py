@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.errors import PotstillError, UnknownCorpus
+from cache.errors import PotstillError
 
 if TYPE_CHECKING:
     from cache.cache import Cache
@@ -59,13 +59,17 @@ def fold(committed: NDArray[np.bool_], max_cells: int = MAX_CELLS) -> tuple[floa
 
 
 def read_coverage(cache: Cache) -> tuple[CorpusCoverage, ...]:
-    """Of every corpus and teacher; blocks.
+    """Of every corpus and teacher, in the order of their names; blocks.
 
     Raises:
         StoreError: the store does not answer.
     """
-    found = (_of_corpus(cache, name) for name in cache.corpora())
-    return tuple(corpus for corpus in found if corpus is not None)
+    seen = cache.look_at_corpora(lambda name: _of_corpus(cache, name))
+    unreadable = (
+        CorpusCoverage(corpus=name, rows=0, positions=0, shards=0, teachers=(), error=detail)
+        for name, detail in seen.unreadable.items()
+    )
+    return tuple(sorted((*seen.found.values(), *unreadable), key=lambda coverage: coverage.corpus))
 
 
 class Coverage:
@@ -99,17 +103,7 @@ class Coverage:
             self._reading = None
 
 
-def _of_corpus(cache: Cache, name: str) -> CorpusCoverage | None:
-    """None for one that was deleted meanwhile; one that cannot be read must not hide the others."""
-    try:
-        return _of_readable(cache, name)
-    except UnknownCorpus:
-        return None
-    except PotstillError as error:
-        return CorpusCoverage(corpus=name, rows=0, positions=0, shards=0, teachers=(), error=error.detail)
-
-
-def _of_readable(cache: Cache, name: str) -> CorpusCoverage:
+def _of_corpus(cache: Cache, name: str) -> CorpusCoverage:
     corpus = cache.corpus(name)
     return CorpusCoverage(
         corpus=name,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import Depends, FastAPI
 
 from cache import wire
-from cache.errors import PotstillError, StoreError, UnknownCorpus
+from cache.errors import StoreError
 from cache.types import JSON
 from teacher_service.auth import Role, allow
 from teacher_service.renamed_look import RenamedLook, look_for_renamed
@@ -72,33 +72,14 @@ def _store(cache: Cache) -> dict[str, JSON]:
 
     probe = probe_store(cache.root)
     corpora: list[JSON] = []
-    unreadable: dict[str, str] = {}
+    unreadable: list[JSON] = []
     try:
-        corpora, unreadable = _corpora(cache)
+        seen = cache.look_at_corpora(lambda name: _facts(cache, name))
+        corpora += seen.found.values()
+        unreadable += [{"name": name, "detail": detail} for name, detail in seen.unreadable.items()]
     except StoreError as error:
         probe = replace(probe, problem=probe.problem or error.detail)
-    listed: list[JSON] = [{"name": name, "detail": detail} for name, detail in unreadable.items()]
-    return {**probe.to_json(), "corpora": corpora, "unreadable": listed}
-
-
-def _corpora(cache: Cache) -> tuple[list[JSON], dict[str, str]]:
-    """Those that can be read, and why the others cannot: these do not hide the first.
-
-    Raises:
-        StoreError: the store does not answer.
-    """
-    corpora: list[JSON] = []
-    unreadable: dict[str, str] = {}
-    for name in cache.corpora():
-        try:
-            corpora.append(_facts(cache, name))
-        except UnknownCorpus:
-            continue  # deleted meanwhile
-        except StoreError:
-            raise
-        except PotstillError as error:
-            unreadable[name] = error.detail
-    return corpora, unreadable
+    return {**probe.to_json(), "corpora": corpora, "unreadable": unreadable}
 
 
 def _facts(cache: Cache, name: str) -> dict[str, JSON]:

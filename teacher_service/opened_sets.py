@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from cache.cache import Cache
+from cache.cache import Cache, CorporaLook
 from cache.commit import commit_name
 from cache.corpus import Corpus, corpus_path
 from cache.errors import CorruptSegment, UnknownCorpus
@@ -95,9 +95,9 @@ class OpenedSets:
         """
         return self._require_cache().root
 
-    def names(self) -> list[str]:
-        """Names of all corpora; none without a cache."""
-        return [] if self._cache is None else self._cache.corpora()
+    def look_at_corpora(self, look: Callable[[str], T]) -> CorporaLook[T]:
+        """As `Cache.look_at_corpora`; without a cache there are none."""
+        return CorporaLook({}, {}) if self._cache is None else self._cache.look_at_corpora(look)
 
     def teachers(self, corpus: str) -> list[str]:
         """Names of the teachers that have targets for a corpus."""

@@ -60,6 +60,17 @@ def test_the_doctor_tells_it_and_goes_on(url: str, capsys: pytest.CaptureFixture
     assert [finding["subject"] for finding in findings if finding["check"] == "tokenizer"] == ["smol on good"]
 
 
+def test_the_doctor_tells_it_of_a_cache_without_a_service(
+    cache: Cache, url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("doctor", "--cache", cache.root.url, "--teacher", f"smol={url}#smol", "--json") == 1
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    [bad] = [finding for finding in findings if finding["check"] == "corpus"]
+    assert bad["subject"] == f"bad of {cache.root.url}"
+    assert "corpora/bad/zarr.json is not JSON" in bad["detail"]
+    assert [finding["subject"] for finding in findings if finding["check"] == "tokenizer"] == ["smol on good"]
+
+
 def test_the_coverage_has_its_error_in_its_place(cache: Cache) -> None:
     bad, good = read_coverage(cache)
     assert (bad.corpus, bad.shards, bad.teachers) == ("bad", 0, ())

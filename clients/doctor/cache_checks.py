@@ -11,7 +11,7 @@ from cache.types import Teacher, TeacherIdentity
 from clients.doctor.findings import Finding, Verdict, finding, found
 
 if TYPE_CHECKING:
-    from cache.cache import Cache
+    from cache.cache import Cache, CorporaLook
 
 _LITTLE_ROOM = 1 << 30
 
@@ -37,16 +37,26 @@ class CorpusFacts:
         )
 
 
-def corpora_of(cache: Cache) -> list[CorpusFacts]:
+def corpora_of(cache: Cache) -> CorporaLook[CorpusFacts]:
     """Of every corpus of a cache."""
-    return [
-        CorpusFacts(
+
+    def facts(name: str) -> CorpusFacts:
+        corpus = cache.corpus(name)
+        return CorpusFacts(
             name=name,
-            tokenizer_sha256=cache.corpus(name).tokenizer_sha256,
-            vocab_size=cache.corpus(name).vocab_size,
+            tokenizer_sha256=corpus.tokenizer_sha256,
+            vocab_size=corpus.vocab_size,
             teachers=tuple(cache.teachers(name)),
         )
-        for name in cache.corpora()
+
+    return cache.look_at_corpora(facts)
+
+
+def unreadable_findings(where: str, unreadable: Mapping[str, str]) -> list[Finding]:
+    """Of the corpora, by name, that cannot be read, and why."""
+    way_out = "run `potstill verify` on the cache; it says what is damaged and how to mend it"
+    return [
+        finding("corpus", f"{name} of {where}", Verdict("fail", detail, way_out)) for name, detail in unreadable.items()
     ]
 
 

@@ -14,11 +14,13 @@ from cache.entry_points import open_teacher
 from cache.errors import PotstillError
 from cache.types import JSON, Teacher
 from clients.doctor.cache_checks import (
+    CorpusFacts,
     check_stored,
     corpora_of,
     renamed_findings,
     store_findings,
     stored_names,
+    unreadable_findings,
     vocabulary_findings,
 )
 from clients.doctor.findings import Finding, Verdict, finding, found
@@ -45,18 +47,26 @@ class Patient:
     not shown it is shown that of `POTSTILL_API_KEY`, as by every client."""
 
 
+@dataclass(frozen=True, slots=True)
+class _OpenedCache:
+    """A cache, and those of its corpora that can be read."""
+
+    cache: Cache
+    corpora: Sequence[CorpusFacts]
+
+
 async def examine(patient: Patient, probing: Probing) -> list[Finding]:
     """Every finding, in the order in which things depend on each other."""
     findings: list[Finding] = []
     if patient.url is not None:
         findings += await _examine_service(patient.url, patient.api_key, probing)
-    cache = None
+    opened = None
     if patient.cache is not None:
-        cache, seen = _open_cache(patient.cache)
+        opened, seen = _open_cache(patient.cache)
         findings += seen
     for name, spec in patient.teachers:
         options = _key_option(patient, spec)
-        findings += await _examine_opened(name, partial(open_teacher, spec, options=options), cache, probing)
+        findings += await _examine_opened(name, partial(open_teacher, spec, options=options), opened, probing)
     return findings
 
 
@@ -106,21 +116,27 @@ async def _examine_served(
     return [*findings, await found("kept = live", name, look)]
 
 
-def _open_cache(root: str) -> tuple[Cache | None, list[Finding]]:
+def _open_cache(root: str) -> tuple[_OpenedCache | None, list[Finding]]:
     from cache.cache import Cache  # noqa: PLC0415 -- zarr and obstore
     from cache.store_probe import probe_store  # noqa: PLC0415
 
     try:
         cache = Cache.open(root)
+        seen = corpora_of(cache)
     except PotstillError as error:
         way_out = "`potstill ingest` makes a cache; name its folder or URL"
         return None, [finding("cache", root, Verdict("fail", error.detail, way_out))]
     probe = probe_store(cache.root)
-    return cache, store_findings(root, probe.problem, probe.free_bytes, None)
+    findings = store_findings(root, probe.problem, probe.free_bytes, None)
+    findings += unreadable_findings(root, seen.unreadable)
+    return _OpenedCache(cache, list(seen.found.values())), findings
 
 
 async def _examine_opened(
-    name: str, open_it: Callable[[], AbstractAsyncContextManager[Teacher]], cache: Cache | None, probing: Probing
+    name: str,
+    open_it: Callable[[], AbstractAsyncContextManager[Teacher]],
+    opened: _OpenedCache | None,
+    probing: Probing,
 ) -> list[Finding]:
     findings: list[Finding] = []
     async with AsyncExitStack() as stack:
@@ -129,10 +145,10 @@ async def _examine_opened(
         except PotstillError as error:
             way_out = "name a model folder, a model's name or http://host:port#NAME"
             return [finding("teacher", name, Verdict("fail", error.detail, way_out))]
-        if cache is not None:
-            findings += vocabulary_findings(name, teacher.identity, corpora_of(cache))
-            findings += stored_names(cache, name, teacher.identity)
+        if opened is not None:
+            findings += vocabulary_findings(name, teacher.identity, opened.corpora)
+            findings += stored_names(opened.cache, name, teacher.identity)
         findings += await check_teacher(teacher, name, probing)
-        if cache is not None:
-            findings += await check_stored(cache, name, teacher, probing.tolerance)
+        if opened is not None:
+            findings += await check_stored(opened.cache, name, teacher, probing.tolerance)
     return findings

@@ -15,7 +15,7 @@ import httpx
 from cache.errors import Forbidden, NotFound, PotstillError, TeacherFailed, Unauthenticated
 from cache.types import Fields
 from cache.wire import WIRE_VERSION
-from clients.doctor.cache_checks import CorpusFacts, store_findings
+from clients.doctor.cache_checks import CorpusFacts, store_findings, unreadable_findings
 from clients.doctor.findings import Finding, Verdict, finding
 from clients.doctor.teacher_checks import Probing, difference, probe_row
 from clients.http_teacher import HttpTeacher, get_replicas
@@ -226,13 +226,10 @@ def _store(url: str, doctor: Mapping[str, Any]) -> list[Finding]:
     kept = (doctor.get("kept") or {}).values()
     may_grow = sum(max(int(of["quota_bytes"]) - int(of["journal_bytes"]), 0) for of in kept)
     where = f"{url} ({store.get('url')})"
-    way_out = "run `potstill verify` on the cache; it says what is damaged and how to mend it"
+    unreadable = {str(each["name"]): str(each["detail"]) for each in store.get("unreadable", ())}
     return [
         *store_findings(where, str(store.get("problem", "")), store.get("free_bytes"), may_grow),
-        *(
-            finding("corpus", f"{each['name']} of {url}", Verdict("fail", str(each["detail"]), way_out))
-            for each in store.get("unreadable", ())
-        ),
+        *unreadable_findings(url, unreadable),
     ]
 
 
