@@ -5,9 +5,9 @@ holds one engine: two built side by side do score, but closing either breaks the
 model parallel group is not initialized"). The first open engine of a process therefore runs inside
 it, and every further one in a process of its own, which costs about ten seconds more to start and
 one more import of vLLM. Such a process is spawned, so a script that opens a second teacher needs
-the usual `if __name__ == "__main__":`. So does one that starts where numba was loaded before it, by the
-`archive` encoding or by an engine that was closed: while it starts, vLLM looks into every module's attributes
-and stumbles over one of llvmlite.
+the usual `if __name__ == "__main__":`. So does one that starts where numba was loaded, by the `archive`
+encoding, a large read of `u8` or an engine that was closed: while it starts, vLLM looks into every module's attributes
+and stumbles over one of llvmlite. When numba is loaded while it starts, it starts again.
 
 What becomes of an answer is a capture path's (`capture_paths`). The best one is taken that gives what vLLM's public
 one gives on a few tokens of the running engine (`capture_check`); why another one was passed over is logged once.
@@ -99,7 +99,7 @@ class VllmEngine:
                 from teacher_service import capture_paths  # noqa: PLC0415 -- vLLM is set up only now
 
                 self._paths = capture_paths
-                self._engine = self._build(arguments, cpu_kv_cache_bytes=cpu_kv_cache_bytes)
+                self._engine = self._start(arguments, cpu_kv_cache_bytes=cpu_kv_cache_bytes)
         except BaseException:
             self._free_process()
             raise
@@ -167,6 +167,16 @@ class VllmEngine:
         finally:
             del self._engine
             self._free_process()
+
+    def _start(self, arguments: dict[str, Any], *, cpu_kv_cache_bytes: int) -> Any:
+        try:
+            return self._build(arguments, cpu_kv_cache_bytes=cpu_kv_cache_bytes)
+        except AttributeError:
+            if not (self._inside and "llvmlite" in sys.modules):
+                raise
+        _LOG.warning("numba was loaded while an engine started, which gets a process of its own; see vllm_engine")
+        self._free_process()
+        return self._build(arguments, cpu_kv_cache_bytes=cpu_kv_cache_bytes)
 
     def _build(self, arguments: dict[str, Any], *, cpu_kv_cache_bytes: int) -> Any:
         arguments = {

@@ -209,6 +209,13 @@ def receiver(): rename(logprobs, logprobs.LogprobsProcessor, "update_from_output
 def step(): rename(runner, runner.GPUModelRunner, "_bookkeeping_sync", "_get_prompt_logprobs_dict")
 def numbers():
     sampler.Sampler.compute_logprobs = staticmethod(lambda logits: (logits / 2).log_softmax(dim=-1))
+def reader():
+    from teacher_service.vllm_engine import VllmEngine
+    build = VllmEngine._build
+    def build_while_another_thread_reads(*arguments, **more):
+        import numba
+        return build(*arguments, **more)
+    VllmEngine._build = build_while_another_thread_reads
 
 async def main(folder, sabotage, capture):
     import numpy as np
@@ -270,3 +277,14 @@ def test_a_seam_that_has_moved_is_passed_over_and_said_so(
         dense = tiny_forward(np.arange(100, dtype=np.uint32))
         theirs = np.take_along_axis(dense, np.array(answer["ids"]), axis=1)
         np.testing.assert_allclose(answer["logprobs"], theirs, atol=TOLERANCE)
+
+
+@pytest.mark.slow
+def test_numba_loaded_while_an_engine_starts_moves_it_to_a_process_of_its_own(
+    tiny_llama: Path, tiny_forward: Forward
+) -> None:
+    answer, log = sabotaged(tiny_llama, "reader")
+    assert answer["path"] == "sampler"
+    assert "numba was loaded while an engine started" in log
+    theirs = np.take_along_axis(tiny_forward(np.arange(100, dtype=np.uint32)), np.array(answer["ids"]), axis=1)
+    np.testing.assert_allclose(answer["logprobs"], theirs, atol=TOLERANCE)
