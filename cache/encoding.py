@@ -21,20 +21,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
-from typing import TypeVar
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cache.errors import FormatError, InvalidInput, TeacherFailed
+from cache.gaps import COMPILED_ENTRIES, beyond_codes, decode_gaps, encode_gaps, log1mexp
 from cache.types import JSON, Targets, folded_tail
 
-STEP = 1 / 16
-"""Width of a `u8` gap code, in nats."""
-_SATURATED = 255
-# More steps than any codes reach, in an int32.
-_UNREACHABLE = 2.0**30
 # float16 has no number between this and zero; a tail that is all of the mass but for less is kept as this.
 _LEAST_LOG_TAIL = np.float16(-6e-8)
 # Positions that are encoded and measured together: their float64 stays in a core's L2 cache.
@@ -45,7 +40,6 @@ _DECODE_ENTRIES = 1 << 16
 _MASS_TOLERANCE = 1e-3
 
 StoredArrays = dict[str, NDArray[np.generic]]
-_Number = TypeVar("_Number", np.int32, np.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +143,7 @@ def encode(targets: Targets, encoding: Encoding, ranks: RankTable) -> StoredArra
     check_targets(targets, len(ranks.ids_by_rank))
     stored: StoredArrays = {"ids": _gathered(ranks.ranks_by_id, targets.ids).astype(ranks.dtype)}
     if encoding.name in ("u8", "archive"):
-        stored["gaps"] = _gaps(targets.logprobs)
+        stored["gaps"] = encode_gaps(targets.logprobs)
     else:
         with np.errstate(over="ignore"):  # no mass in float16: -inf
             stored["logprobs"] = targets.logprobs.astype(np.float32 if encoding.name == "f32" else np.float16)
@@ -178,7 +172,7 @@ def decode(
         raise FormatError(f"a stored rank is {int(codes.max())}, the vocabulary has {len(ranks.ids_by_rank)}")
     log_tail = stored["log_tail"].astype(np.float32)
     if "gaps" in stored:
-        logprobs = _from_gaps(stored["gaps"].astype(np.uint8, copy=False), log_tail)
+        logprobs = decode_gaps(stored["gaps"].astype(np.uint8, copy=False), log1mexp(log_tail.astype(np.float64)))
     elif encoding.name == "f16":
         logprobs = _from_float16(stored["logprobs"], log_tail)
     else:
@@ -239,7 +233,7 @@ class Measured:
     def add(self, exact: Targets, decoded: Targets) -> None:
         """Take up some positions."""
         p, q = exact.logprobs.astype(np.float64), decoded.logprobs.astype(np.float64)
-        lost = _beyond_codes(p)
+        lost = beyond_codes(p)
         with np.errstate(invalid="ignore"):
             difference = np.abs(p - q)
         if np.isnan(difference.max(initial=0.0)):
@@ -266,12 +260,6 @@ class Measured:
             saturated=self.saturated,
             saturated_mass=self.saturated_mass / max(self.positions, 1),
         )
-
-
-def log1mexp(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """log(1 - exp(x)) for x <= 0, accurate at both ends (Maechler 2012, "Accurately computing log(1-exp(-|a|))")."""
-    with np.errstate(divide="ignore"):
-        return np.where(x > -np.log(2.0), np.log(-np.expm1(x)), np.log1p(-np.exp(x)))
 
 
 def check_targets(targets: Targets, vocab_size: int) -> None:
@@ -302,79 +290,15 @@ def check_ids(targets: Targets, vocab_size: int) -> None:
 def _gathered(table: NDArray[np.uint32], codes: NDArray[np.generic]) -> NDArray[np.uint32]:
     """`table[codes]` for [P, K] codes that were checked to be inside; in blocks, and so twice as fast."""
     out = np.empty(codes.shape, np.uint32)
+    if codes.size >= COMPILED_ENTRIES:
+        from cache.decode_kernels import gather  # noqa: PLC0415 -- numba takes half a second to import
+
+        gather(table, np.ascontiguousarray(codes), out)
+        return out
     block = max(_DECODE_ENTRIES // max(codes.shape[1], 1), 1)
     for start in range(0, len(codes), block):
         np.take(table, codes[start : start + block].astype(np.intp), out=out[start : start + block], mode="clip")
     return out
-
-
-def _gaps(logprobs: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """[P, K-1] gap codes. Where a gap saturates, the next ones make up for what it could not hold."""
-    with np.errstate(invalid="ignore"):
-        steps = logprobs[:, :1].astype(np.float64) - logprobs
-    np.rint(np.multiply(steps, 1 / STEP, out=steps), out=steps)
-    if not np.isfinite(steps).all():
-        np.nan_to_num(steps, copy=False, nan=0.0, posinf=_UNREACHABLE)
-    positions = np.minimum(steps, _UNREACHABLE, out=steps).astype(np.int32)
-    gaps = np.diff(positions, axis=1)
-    rows = (gaps > _SATURATED).any(axis=1)
-    if rows.any():
-        gaps[rows] = np.diff(_reached(positions[rows], _SATURATED), axis=1)
-    return gaps.astype(np.uint8)
-
-
-def _reached(drops: NDArray[_Number], most: float) -> NDArray[_Number]:
-    """How far below the top one each entry can be said to be, when a step down is at most `most`.
-
-    Unrolls r[j] = min(d[j], r[j-1] + most), r[0] = d[0] = 0, to most * j + min(d[i] - most * i for i <= j).
-    """
-    slack = (most * np.arange(drops.shape[1])).astype(drops.dtype)
-    return np.minimum.accumulate(drops - slack, axis=1) + slack
-
-
-def _beyond_codes(logprobs: NDArray[np.float64]) -> NDArray[np.bool_] | None:
-    """[P, K] entries whose distance to the top one exceeds what saturated gaps can reach; None when there are none."""
-    with np.errstate(invalid="ignore"):
-        drop = logprobs[:, :1] - logprobs
-        # Also true of the NaN between two entries without mass.
-        wide = ~(np.diff(drop, axis=1) <= _SATURATED * STEP)
-    if not wide.any():
-        return None
-    # A gap over the widest code starts a saturated run; entries stay lost until the codes have caught up.
-    rows = wide.any(axis=1)
-    far = np.nan_to_num(drop[rows], nan=np.inf, posinf=np.inf)
-    far[:, 0] = 0.0
-    lost = np.zeros(drop.shape, dtype=bool)
-    lost[rows] = far - _reached(far, _SATURATED * STEP) > STEP
-    return lost
-
-
-@lru_cache(maxsize=8)
-def _weights(k: int) -> NDArray[np.float64]:
-    """exp(-i/16) for every sum of k - 1 gap codes."""
-    weights: NDArray[np.float64] = np.exp(-STEP * np.arange(_SATURATED * (k - 1) + 1))
-    return weights
-
-
-def _from_gaps(gaps: NDArray[np.uint8], log_tail: NDArray[np.float32]) -> NDArray[np.float32]:
-    """[P, K] logprobs that fall by the gaps and hold exactly 1 - tail."""
-    num_positions, k = gaps.shape[0], gaps.shape[1] + 1
-    # One table of exp(-i/16) instead of exp per entry: faster, and the same bits however rows are batched.
-    weights = _weights(k)
-    kept = log1mexp(log_tail.astype(np.float64))
-    logprobs = np.empty((num_positions, k), np.float32)
-    block = min(max(_DECODE_ENTRIES // k, 1), max(num_positions, 1))
-    positions, scratch = np.zeros((block, k), np.int32), np.empty((block, k))
-    for start in range(0, num_positions, block):
-        part = slice(start, start + block)
-        count = len(logprobs[part])
-        steps, values = positions[:count], scratch[:count]
-        np.cumsum(gaps[part], axis=1, dtype=np.int32, out=steps[:, 1:])
-        np.take(weights, steps, out=values, mode="clip")
-        top = kept[part] - np.log(values.sum(axis=1))
-        np.multiply(steps, STEP, out=values)
-        np.subtract(top[:, None], values, out=logprobs[part], casting="same_kind")
-    return logprobs
 
 
 def _from_float16(logprobs: NDArray[np.generic], log_tail: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from cache import Targets
-from cache.encoding import ENCODINGS, RankTable, decode, encode, encoding_by_name, log1mexp, measure_error, round_trip
+from cache.encoding import ENCODINGS, RankTable, decode, encode, encoding_by_name, measure_error, round_trip
 from cache.errors import FormatError, InvalidInput, TeacherFailed
 
 
@@ -158,16 +158,3 @@ def test_a_stored_rank_over_the_vocabulary_is_refused() -> None:
 def test_an_unknown_encoding_is_named_with_the_known_ones() -> None:
     with pytest.raises(InvalidInput, match="'u4' is unknown; known are u8, archive, f16, f32"):
         encoding_by_name("u4")
-
-
-def test_log1mexp_holds_at_both_ends() -> None:
-    x = np.array([-1e-12, -1e-3, -0.6, -0.7, -50.0, -np.inf])
-    expected = [
-        np.log(1e-12),
-        np.log(-np.expm1(-1e-3)),
-        np.log(1 - np.exp(-0.6)),
-        np.log(1 - np.exp(-0.7)),
-        -np.exp(-50.0),
-        0,
-    ]
-    np.testing.assert_allclose(log1mexp(x), expected, rtol=1e-9)
