@@ -64,7 +64,7 @@ def find_garbage(root: Root, *, min_age_seconds: float, on_skip: OnSkip = lambda
 
 
 def remove_garbage(root: Root, item: Garbage) -> bool:
-    """Delete it; False when a record has come to name it since it was found.
+    """Delete it; False when it was written to, or a record has come to name it, since it was found.
 
     Raises:
         StoreError: the store cannot be written; part of it may be left, and is found again.
@@ -74,6 +74,9 @@ def remove_garbage(root: Root, item: Garbage) -> bool:
         # A journal's record stands beside its group and has its name.
         if record is not None and (item.record == f"{item.path}.json" or _name(item.path).encode() in record):
             return False
+    age = root.seconds_since_write(item.path)
+    if age is None or age < item.age_seconds:
+        return False
     root.delete(item.path)
     return True
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -110,6 +112,18 @@ def test_what_was_written_to_lately_may_have_a_writer(cache: Cache) -> None:
     put(here(cache) / LEFT[0])
     assert find_garbage(cache.root, min_age_seconds=3600) == []
     assert find_garbage(cache.root, min_age_seconds=0)[0].age_seconds < 3600
+
+
+def test_what_is_written_to_after_it_was_found_is_kept(cache: Cache) -> None:
+    claims = here(cache) / "targets/fake/docs/claims"
+    put(claims)
+    day_ago = time.time() - 86400
+    for path in claims.rglob("*"):
+        os.utime(path, (day_ago, day_ago))
+    [item] = find_garbage(cache.root, min_age_seconds=3600)
+    (claims / "000000.json").write_text("{}")
+    assert not remove_garbage(cache.root, item)
+    assert (claims / "000000.json").exists()
 
 
 def test_an_uncommitted_shard_keeps_no_segment(tmp_path: Path) -> None:
