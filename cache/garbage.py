@@ -15,9 +15,11 @@ from cache.errors import CorruptSegment, FormatError
 from cache.journal import CLAIMS as JOURNAL_CLAIMS
 from cache.manifest import Manifest
 from cache.record import Record, read_group_metadata, read_record
-from cache.store import TEMPORARY, Root
+from cache.store import LONGEST_NAME, TEMPORARY, Root
 from cache.targets import segment_set_paths, target_set_paths
 
+# What the count of a journal group adds to the name of its teacher.
+_COUNTED = 20
 _UNREADABLE = (FormatError, CorruptSegment)
 
 
@@ -201,7 +203,7 @@ def _unnamed_groups(
 def _of_journals(root: Root, on_skip: OnSkip) -> Iterator[_Unnamed]:
     for process in root.folders("journal"):
         path = f"journal/{process}"
-        groups = root.folders(path)
+        groups = root.folders(path, longest=LONGEST_NAME + _COUNTED)
         records = [name for name in root.objects(path) if name.endswith(".json")]
         unnamed = [name for name in groups if f"{name}.json" not in records]
         try:

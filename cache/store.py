@@ -34,6 +34,8 @@ _TRIES = 3
 # Seconds for which a create is tried again while other processes keep removing its empty folder.
 _LINK_SECONDS = 10.0
 
+LONGEST_NAME = 64
+"""Letters of a corpus or a teacher."""
 TEMPORARY = ".potstill-tmp"
 """Folder of a local root in which a record is completed before it appears under its name."""
 
@@ -130,12 +132,12 @@ class Root:
         now = datetime.now(UTC).timestamp() + self._store_clock_ahead() if below else 0.0
         return {path: now - written for path, (_, written) in below.items()}
 
-    def folders(self, prefix: str) -> list[str]:
+    def folders(self, prefix: str, *, longest: int = LONGEST_NAME) -> list[str]:
         """Names directly below `prefix` that hold objects and that this project could have given, sorted."""
         with self._errors(prefix):
             listing = _whole(lambda: obstore.list_with_delimiter(self.store, prefix))
         names = (path.rstrip("/").rsplit("/", 1)[-1] for path in listing["common_prefixes"])
-        return sorted(name for name in names if is_name(name))
+        return sorted(name for name in names if is_name(name, longest=longest))
 
     def objects(self, prefix: str) -> list[str]:
         """Names of the objects directly below `prefix`, sorted; hidden ones are left out."""
@@ -251,10 +253,10 @@ class Root:
         return self._clock_ahead
 
 
-def is_name(name: str) -> bool:
+def is_name(name: str, *, longest: int = LONGEST_NAME) -> bool:
     """Whether a name can be a path segment of a cache."""
     plain = name.isascii() and all(char.isalnum() or char in "._-" for char in name)
-    return plain and name[:1].isalnum() and len(name) <= 64
+    return plain and name[:1].isalnum() and len(name) <= longest
 
 
 def check_name(kind: str, name: str) -> str:

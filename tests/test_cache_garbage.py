@@ -16,7 +16,7 @@ from cache.commands import gc
 from cache.delete import plan_set, remove
 from cache.errors import FormatError
 from cache.garbage import find_garbage, remove_garbage
-from cache.store import TEMPORARY, Root
+from cache.store import LONGEST_NAME, TEMPORARY, Root
 from cache.targets import TargetSet
 from tests.corpora import make_corpus, plan_targets, teacher_for
 from tests.fakes import FakeTeacher
@@ -106,6 +106,12 @@ def test_what_writers_left_is_found_everywhere_and_nothing_else_is_touched(cache
     assert all(remove_garbage(cache.root, item) for item in garbage)
     assert files(here(cache)) == before
     assert found(cache) == []
+
+
+def test_a_journal_group_of_the_longest_teachers_name_is_found(cache: Cache) -> None:
+    path = f"journal/host-1-ab/{'t' * LONGEST_NAME}-000000"
+    put(here(cache) / path)
+    assert found(cache) == [path]
 
 
 def test_what_was_written_to_lately_may_have_a_writer(cache: Cache) -> None:
@@ -230,9 +236,9 @@ class CountingRoot(Root):
         self.asked += 1
         return super().get(path)
 
-    def folders(self, prefix: str) -> list[str]:
+    def folders(self, prefix: str, *, longest: int = LONGEST_NAME) -> list[str]:
         self.asked += 1
-        return super().folders(prefix)
+        return super().folders(prefix, longest=longest)
 
     def versions(self, prefix: str) -> dict[str, str]:
         self.asked += 1
