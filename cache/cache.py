@@ -25,8 +25,8 @@ class CorporaLook(Generic[T]):
     """What was seen of each corpus of a cache, by name; one that cannot be read does not hide the others."""
 
     found: dict[str, T]
-    unreadable: dict[str, str]
-    """Why nothing was seen, a line each."""
+    unreadable: dict[str, PotstillError]
+    """Why nothing was seen: damage, or that the store did not give it."""
 
 
 class Cache:
@@ -63,19 +63,19 @@ class Cache:
         return list_corpora(self.root)
 
     def look_at_corpora(self, look: Callable[[str], T]) -> CorporaLook[T]:
-        """`look` at every corpus, by name. One that is deleted meanwhile is left out.
+        """`look`, which opens it, at every corpus by name. One that is not sealed, or deleted meanwhile, is left out.
 
         Raises:
             StoreError: the store does not list them.
         """
         seen: CorporaLook[T] = CorporaLook({}, {})
-        for name in self.corpora():
+        for name in self.root.folders("corpora"):
             try:
                 seen.found[name] = look(name)
             except UnknownCorpus:
                 continue
             except PotstillError as error:
-                seen.unreadable[name] = error.detail
+                seen.unreadable[name] = error
         return seen
 
     def corpus(self, name: str) -> Corpus:

@@ -169,12 +169,14 @@ def _tokenizer(cache: Cache, identity: TeacherIdentity, plan: CompactPlan) -> To
                 "give the teacher's own"
             )
         return plan.tokenizer
-    for corpus in cache.look_at_corpora(cache.corpus).found.values():
+    seen = cache.look_at_corpora(cache.corpus)
+    for corpus in seen.found.values():
         if corpus.tokenizer_sha256 == wanted:
             return corpus.tokenizer
+    told = "".join(f"; {name} cannot be read: {error.detail}" for name, error in seen.unreadable.items())
     raise InvalidInput(
         f"no corpus in {cache.root.url} has the tokenizer {wanted[:12]} of teacher {plan.teacher!r}; "
-        "give it with --tokenizer"
+        f"give it with --tokenizer{told}"
     )
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from cache.annotations import AnnotatedCorpus, corrupt_annotations, list_annotations, read_annotation
-from cache.errors import CorruptSegment, FormatError, InvalidInput, UnknownCorpus
+from cache.errors import CorruptSegment, FormatError, InvalidInput, StoreError, UnknownCorpus
 from cache.groups import GroupReader, Reading, objects_from_json, objects_to_json
 from cache.keys import KEY_BYTES, KEY_ORDER, SORTED_KEYS, KeyIndex, KeysInMemory, row_key
 from cache.record import group_metadata, read_group_metadata
@@ -121,8 +121,7 @@ class Corpus:
         path = corpus_path(name)
         seal = read_group_metadata(root, path, "corpus")
         if seal is None:
-            known = ", ".join(list_corpora(root)) or "none"
-            raise UnknownCorpus(f"no corpus {name!r} in {root.url}; there are: {known}")
+            raise UnknownCorpus(f"no corpus {name!r} in {root.url}; there are: {_known(root)}")
         spec = _spec_from_json(path, seal)
         return cls(root, name, spec, GroupReader(root, f"{path}/{spec.data}", spec.objects, reading))
 
@@ -317,6 +316,13 @@ def _row_numbers(rows: Sequence[int] | NDArray[Any]) -> NDArray[np.int64]:
     if not np.issubdtype(wanted.dtype, np.integer):
         raise InvalidInput(f"rows are {wanted.dtype}, like {wanted.ravel()[:3].tolist()!s:.60}; give whole numbers")
     return wanted.astype(np.int64, copy=False)
+
+
+def _known(root: Root) -> str:
+    try:
+        return ", ".join(list_corpora(root)) or "none"
+    except StoreError as error:  # of another corpus' record: it changes nothing about the one that is not there
+        return f"some that cannot be listed ({error.detail})"
 
 
 def list_corpora(root: Root) -> list[str]:

@@ -290,7 +290,8 @@ def check_ids(targets: Targets, vocab_size: int) -> None:
 def _gathered(table: NDArray[np.uint32], codes: NDArray[np.generic]) -> NDArray[np.uint32]:
     """`table[codes]` for [P, K] codes that were checked to be inside; in blocks, and so twice as fast."""
     out = np.empty(codes.shape, np.uint32)
-    if codes.size >= COMPILED_ENTRIES:
+    # A teacher's own arrays may have a sign or another byte order, of which the compiled code knows nothing.
+    if codes.size >= COMPILED_ENTRIES and codes.dtype in (np.uint16, np.uint32) and table.dtype == np.uint32:
         from cache.decode_kernels import gather  # noqa: PLC0415 -- numba takes half a second to import
 
         gather(table, np.ascontiguousarray(codes), out)

@@ -20,7 +20,7 @@ _UNREACHABLE = 2.0**30
 _BLOCK_ENTRIES = 1 << 16
 COMPILED_ENTRIES = 1 << 19
 """From so many on, loading the compiled code pays for itself in a few reads."""
-# Weights are whole numbers, so that any order of summing gives the same bits; the sum of 2^19 fits in an int64.
+# Weights are whole numbers, so that any order of summing gives the same bits; the sum of 2^18 fits in an int64.
 _ONE = 2.0**44
 _Number = TypeVar("_Number", np.int32, np.float64)
 
@@ -65,7 +65,7 @@ def decode_gaps(gaps: NDArray[np.uint8], kept: NDArray[np.float64]) -> NDArray[n
 
     However rows are batched, and whichever of the two ways below they take, the bits are the same.
     """
-    if gaps.size >= COMPILED_ENTRIES:
+    if len(gaps) * (gaps.shape[1] + 1) >= COMPILED_ENTRIES:
         return _decode_compiled(gaps, kept)
     logprobs = np.empty((gaps.shape[0], gaps.shape[1] + 1), np.float32)
     block = max(_BLOCK_ENTRIES // logprobs.shape[1], 1)

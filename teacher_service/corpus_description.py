@@ -27,7 +27,7 @@ def runs(committed: NDArray[np.bool_]) -> list[JSON]:
 def describe_corpora(opened: OpenedSets) -> dict[str, Any]:
     """All corpora in a few words each; those that cannot be read apart, so that they do not hide the others."""
     seen = opened.look_at_corpora(lambda name: {**_counts(opened.corpus(name)), "teachers": opened.teachers(name)})
-    unreadable = [{"name": name, "detail": detail} for name, detail in seen.unreadable.items()]
+    unreadable = [{"name": name, "detail": error.detail} for name, error in seen.unreadable.items()]
     return {"format": wire.WIRE_VERSION, "corpora": list(seen.found.values()), "unreadable": unreadable}
 
 

@@ -66,8 +66,8 @@ def read_coverage(cache: Cache) -> tuple[CorpusCoverage, ...]:
     """
     seen = cache.look_at_corpora(lambda name: _of_corpus(cache, name))
     unreadable = (
-        CorpusCoverage(corpus=name, rows=0, positions=0, shards=0, teachers=(), error=detail)
-        for name, detail in seen.unreadable.items()
+        CorpusCoverage(corpus=name, rows=0, positions=0, shards=0, teachers=(), error=error.detail)
+        for name, error in seen.unreadable.items()
     )
     return tuple(sorted((*seen.found.values(), *unreadable), key=lambda coverage: coverage.corpus))
 

@@ -76,7 +76,9 @@ def _store(cache: Cache) -> dict[str, JSON]:
     try:
         seen = cache.look_at_corpora(lambda name: _facts(cache, name))
         corpora += seen.found.values()
-        unreadable += [{"name": name, "detail": detail} for name, detail in seen.unreadable.items()]
+        unreadable += [
+            {"name": name, "detail": error.detail, "kind": error.kind} for name, error in seen.unreadable.items()
+        ]
     except StoreError as error:
         probe = replace(probe, problem=probe.problem or error.detail)
     return {**probe.to_json(), "corpora": corpora, "unreadable": unreadable}

@@ -6,7 +6,7 @@ model parallel group is not initialized"). The first open engine of a process th
 it, and every further one in a process of its own, which costs about ten seconds more to start and
 one more import of vLLM. Such a process is spawned, so a script that opens a second teacher needs
 the usual `if __name__ == "__main__":`. So does one that starts where numba was loaded, by the `archive`
-encoding, a large read of `u8` or an engine that was closed: while it starts, vLLM looks into every module's attributes
+encoding, a large read or an engine that was closed: while it starts, vLLM looks into every module's attributes
 and stumbles over one of llvmlite. When numba is loaded while it starts, it starts again.
 
 What becomes of an answer is a capture path's (`capture_paths`). The best one is taken that gives what vLLM's public
@@ -171,8 +171,8 @@ class VllmEngine:
     def _start(self, arguments: dict[str, Any], *, cpu_kv_cache_bytes: int) -> Any:
         try:
             return self._build(arguments, cpu_kv_cache_bytes=cpu_kv_cache_bytes)
-        except AttributeError:
-            if not (self._inside and "llvmlite" in sys.modules):
+        except AttributeError as error:
+            if not (self._inside and error.name == "get" and type(error.obj).__module__.startswith("llvmlite")):
                 raise
         _LOG.warning("numba was loaded while an engine started, which gets a process of its own; see vllm_engine")
         self._free_process()

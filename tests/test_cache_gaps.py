@@ -35,6 +35,15 @@ def test_decoded_logprobs_are_those_of_float64(num_positions: int) -> None:
     np.testing.assert_allclose(decode_gaps(gaps, kept), exact, rtol=2e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [">u2", "i4", "u1"])
+def test_codes_of_any_kind_are_looked_up_however_many(dtype: str) -> None:
+    ranks = RankTable.plain(200)
+    codes = np.random.default_rng(0).integers(0, 100, (COMPILED_ENTRIES // 8, 8)).astype(dtype)
+    every = np.zeros(len(codes), np.float16)
+    stored = {"ids": codes, "gaps": some_gaps(len(codes), 7), "log_tail": every - 3, "label_logprob": every - 1}
+    np.testing.assert_array_equal(decode(stored, encoding_by_name("u8"), ranks).ids, codes)
+
+
 def test_ids_of_many_positions_are_looked_up_like_those_of_few() -> None:
     rng = np.random.default_rng(0)
     ranks = RankTable.by_frequency(rng.integers(0, 70_000, (999, 8)).astype(np.uint32), np.zeros(0, np.uint32), 70_000)

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from cache import Cache, Fields, Targets
 from cache.errors import StoreError
+from cache.groups import Reading
+from cache.store import LONGEST_NAME, Root
 from teacher_service.coverage import MAX_CELLS, Coverage, fold, read_coverage
 from tests.corpora import make_corpus, plan_targets, teacher_for
 
@@ -46,10 +48,10 @@ async def test_a_cache_is_read_again_but_not_all_the_time(tmp_path: Path) -> Non
     assert second[0].positions == corpus.num_positions
 
 
-class Away(Cache):
-    """Its store does not answer."""
+class Away(Root):
+    """A store that does not answer."""
 
-    def corpora(self) -> list[str]:
+    def folders(self, prefix: str, *, longest: int = LONGEST_NAME) -> list[str]:
         raise StoreError("the store is not reached")
 
 
@@ -57,7 +59,8 @@ async def test_what_was_read_stays_while_the_store_is_away(tmp_path: Path) -> No
     cache, _ = make_corpus(tmp_path / "cache")
     coverage = Coverage(cache)
     before = await coverage.latest()
-    coverage._next, coverage._cache = 0.0, Away.open(tmp_path / "cache")
+    away = Cache(Away.open(tmp_path / "cache"), "r", Reading.open(0))
+    coverage._next, coverage._cache = 0.0, away
     assert await coverage.latest() is before
     assert coverage.error == "the store is not reached"
 

@@ -10,6 +10,10 @@ import httpx
 import pytest
 
 from cache import Cache
+from cache.errors import StoreError
+from cache.groups import Reading
+from cache.store import Root
+from clients.doctor.cache_checks import unreadable_finding
 from teacher_service.coverage import read_coverage
 from tests.command_line import run
 from tests.corpora import make_corpus
@@ -17,20 +21,24 @@ from tests.fakes import FakeTeacher
 from tests.servers import hosted, serving_teachers
 
 
-class Late(Cache):
-    """Lists a corpus that is deleted before anybody opens it."""
+class Denied(Root):
+    """Gives everything but the record of one corpus."""
 
-    def corpora(self) -> list[str]:
-        return [*super().corpora(), "gone"]
+    def get(self, path: str) -> bytes | None:
+        if path == "corpora/bad/zarr.json":
+            raise StoreError(f"{path}: permission denied")
+        return super().get(path)
 
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Cache:
-    """Of the corpora `bad`, which cannot be read, and `good`."""
+    """Of the corpora `bad`, which cannot be read, and `good`; of `gone` a deletion left something."""
     for name in ("bad", "good"):
         make_corpus(tmp_path / "cache", name=name)
     (tmp_path / "cache" / "corpora" / "bad" / "zarr.json").write_text("{")
-    return Late.open(tmp_path / "cache", mode="r+")
+    (tmp_path / "cache" / "corpora" / "gone").mkdir()
+    (tmp_path / "cache" / "corpora" / "gone" / "left").write_text("x")
+    return Cache.open(tmp_path / "cache", mode="r+")
 
 
 @pytest.fixture
@@ -77,3 +85,13 @@ def test_the_coverage_has_its_error_in_its_place(cache: Cache) -> None:
     assert "corpora/bad/zarr.json is not JSON" in bad.error
     assert (good.corpus, good.error) == ("good", "")
     assert good.shards > 0
+
+
+def test_a_record_that_the_store_does_not_give_hides_no_others_and_is_not_called_damage(cache: Cache) -> None:
+    denied = Cache(Denied.open(cache.root.url), "r", Reading.open(0))
+    seen = denied.look_at_corpora(denied.corpus)
+    assert list(seen.found) == ["good"]
+    [(name, error)] = seen.unreadable.items()
+    assert (name, error.kind) == ("bad", "store")
+    found = unreadable_finding(name, "here", kind=error.kind, detail=error.detail)
+    assert "rights" in found.way_out

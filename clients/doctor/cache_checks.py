@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cache.errors import NotCommitted
+from cache.errors import NotCommitted, StoreError
 from cache.types import Teacher, TeacherIdentity
 from clients.doctor.findings import Finding, Verdict, finding, found
 
@@ -52,12 +52,12 @@ def corpora_of(cache: Cache) -> CorporaLook[CorpusFacts]:
     return cache.look_at_corpora(facts)
 
 
-def unreadable_findings(where: str, unreadable: Mapping[str, str]) -> list[Finding]:
-    """Of the corpora, by name, that cannot be read, and why."""
+def unreadable_finding(name: str, where: str, *, kind: str, detail: str) -> Finding:
+    """Of a corpus that cannot be read, by the kind of the error that told it."""
     way_out = "run `potstill verify` on the cache; it says what is damaged and how to mend it"
-    return [
-        finding("corpus", f"{name} of {where}", Verdict("fail", detail, way_out)) for name, detail in unreadable.items()
-    ]
+    if kind == StoreError.kind:
+        way_out = "the store did not give it: look at its health, and at the rights of this process there"
+    return finding("corpus", f"{name} of {where}", Verdict("fail", detail, way_out))
 
 
 def store_findings(where: str, problem: str, free_bytes: int | None, quota_bytes: int | None) -> list[Finding]:

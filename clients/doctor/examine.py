@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import httpx
 
 from cache.entry_points import open_teacher
-from cache.errors import PotstillError
+from cache.errors import PotstillError, StoreError
 from cache.types import JSON, Teacher
 from clients.doctor.cache_checks import (
     CorpusFacts,
@@ -20,7 +20,7 @@ from clients.doctor.cache_checks import (
     renamed_findings,
     store_findings,
     stored_names,
-    unreadable_findings,
+    unreadable_finding,
     vocabulary_findings,
 )
 from clients.doctor.findings import Finding, Verdict, finding, found
@@ -122,13 +122,18 @@ def _open_cache(root: str) -> tuple[_OpenedCache | None, list[Finding]]:
 
     try:
         cache = Cache.open(root)
-        seen = corpora_of(cache)
     except PotstillError as error:
         way_out = "`potstill ingest` makes a cache; name its folder or URL"
         return None, [finding("cache", root, Verdict("fail", error.detail, way_out))]
     probe = probe_store(cache.root)
     findings = store_findings(root, probe.problem, probe.free_bytes, None)
-    findings += unreadable_findings(root, seen.unreadable)
+    try:
+        seen = corpora_of(cache)
+    except StoreError as error:
+        way_out = "look at the store's health, and at the rights of this process there"
+        return None, [*findings, finding("cache", root, Verdict("fail", error.detail, way_out))]
+    for name, why in seen.unreadable.items():
+        findings.append(unreadable_finding(name, root, kind=why.kind, detail=why.detail))
     return _OpenedCache(cache, list(seen.found.values())), findings
 
 

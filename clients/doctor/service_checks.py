@@ -15,7 +15,7 @@ import httpx
 from cache.errors import Forbidden, NotFound, PotstillError, TeacherFailed, Unauthenticated
 from cache.types import Fields
 from cache.wire import WIRE_VERSION
-from clients.doctor.cache_checks import CorpusFacts, store_findings, unreadable_findings
+from clients.doctor.cache_checks import CorpusFacts, store_findings, unreadable_finding
 from clients.doctor.findings import Finding, Verdict, finding
 from clients.doctor.teacher_checks import Probing, difference, probe_row
 from clients.http_teacher import HttpTeacher, get_replicas
@@ -226,10 +226,12 @@ def _store(url: str, doctor: Mapping[str, Any]) -> list[Finding]:
     kept = (doctor.get("kept") or {}).values()
     may_grow = sum(max(int(of["quota_bytes"]) - int(of["journal_bytes"]), 0) for of in kept)
     where = f"{url} ({store.get('url')})"
-    unreadable = {str(each["name"]): str(each["detail"]) for each in store.get("unreadable", ())}
     return [
         *store_findings(where, str(store.get("problem", "")), store.get("free_bytes"), may_grow),
-        *unreadable_findings(url, unreadable),
+        *(
+            unreadable_finding(str(each["name"]), url, kind=str(each.get("kind", "")), detail=str(each["detail"]))
+            for each in store.get("unreadable", ())
+        ),
     ]
 
 
