@@ -129,8 +129,11 @@ def test_the_doctor_answers_the_rest_when_the_store_does_not(tmp_path: Path) -> 
     told = reply.json()
     assert told["renamed"] == {}
     assert told["renamed_problem"].startswith("no teacher was looked at: targets/fake/docs/zarr.json: ")
-    assert told["store"]["problem"].startswith("targets/fake/docs/zarr.json: ")
+    [unreadable] = told["store"]["unreadable"]
+    assert (unreadable["name"], unreadable["kind"]) == ("docs", "store")
+    assert unreadable["detail"].startswith("targets/fake/docs/zarr.json: ")
     assert told["memory"]["rss_bytes"] > 0
     assert findings["wire version"].level == "ok"
-    assert findings["write access"].level == "fail"
+    assert (findings["corpus"].level, findings["corpus"].detail) == ("fail", unreadable["detail"])
+    assert "the store did not give it" in findings["corpus"].way_out
     assert (findings["model name"].level, findings["model name"].detail) == ("not run", told["renamed_problem"])
