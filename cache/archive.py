@@ -37,6 +37,7 @@ from cache.archive_blocks import (
     unframed,
 )
 from cache.errors import FormatError, InvalidInput
+from cache.gaps import STEP
 
 if TYPE_CHECKING:
     from cache.archive_model import Lists
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
 
 BLOCK_POSITIONS = 16_384
 """Positions that are best coded together: twice as many are 2% smaller, half as many 2% larger."""
-_STEP = 1 / 16
 _LABEL_BOUND = 1 / 16
 _MOST_LABEL = 65_504 * 16
 # By the exponent of a float16 from 1 to 32: the bits that a rounded tail does without.
@@ -236,8 +236,8 @@ def _near_entry(codes: TopKCodes, entry: NDArray[np.int64]) -> NDArray[np.bool_]
     label = codes.label_logprob.astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         kept = np.log(-np.expm1(np.minimum(codes.log_tail.astype(np.float64), 0.0)))
-        top = kept - np.log(np.exp(-_STEP * depth).sum(axis=1))
-        decoded = top - _STEP * np.take_along_axis(depth, np.maximum(entry, 0)[:, None], axis=1)[:, 0]
+        top = kept - np.log(np.exp(-STEP * depth).sum(axis=1))
+        decoded = top - STEP * np.take_along_axis(depth, np.maximum(entry, 0)[:, None], axis=1)[:, 0]
         # A float16 label is itself off by up to one part in 2048.
         near: NDArray[np.bool_] = np.abs(label - decoded) <= _LABEL_BOUND + np.abs(label) / 2048 + 0.001
     return near
@@ -272,12 +272,12 @@ def _label_steps(label_logprob: NDArray[np.float16]) -> NDArray[np.int64]:
     if (label_logprob > 0).any():
         raise InvalidInput(f"a label's logprob is {label_logprob[label_logprob > 0][0]}; it must be zero or below")
     known = np.isfinite(label_logprob)
-    steps = np.rint(np.where(known, -label_logprob.astype(np.float64), 0.0) / _STEP).astype(np.int64)
+    steps = np.rint(np.where(known, -label_logprob.astype(np.float64), 0.0) / STEP).astype(np.int64)
     return np.where(known, steps, np.where(np.isnan(label_logprob), -1, -2))
 
 
 def _label_values(steps: NDArray[np.int64]) -> NDArray[np.float16]:
-    values = (-_STEP * steps).astype(np.float16)
+    values = (-STEP * steps).astype(np.float16)
     return np.where(steps >= 0, values, np.where(steps == -1, np.nan, -np.inf)).astype(np.float16)
 
 

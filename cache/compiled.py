@@ -18,7 +18,7 @@ from numba.core.serialize import dumps
 Function = TypeVar("Function", bound=Callable[..., object])
 
 _LOG = logging.getLogger(__name__)
-_DIGEST = hashlib.sha256
+_DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 class _Damaged(Exception):
@@ -49,19 +49,19 @@ class _KeptFile:
             stored = path.read_bytes()
         except FileNotFoundError:
             return None
-        size = _DIGEST().digest_size
-        if _DIGEST(stored[size:]).digest() != stored[:size]:
+        digest, kept = stored[:_DIGEST_BYTES], stored[_DIGEST_BYTES:]
+        if hashlib.sha256(kept).digest() != digest:
             raise _Damaged(f"{path.name} is damaged")
-        stamp, data = pickle.loads(stored[size:])  # noqa: S301 -- as numba does; who can write here can run code
+        stamp, data = pickle.loads(kept)  # noqa: S301 -- as numba does; who can write here can run code
         return data if stamp == self._stamp else None
 
     def save(self, key: object, data: object) -> None:
         """Keep it in place of what was there; raises OSError, and leaves nothing half written."""
         path = self._path(key)
-        stored = dumps((self._stamp, data))
+        kept = dumps((self._stamp, data))
         temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
         try:
-            temporary.write_bytes(_DIGEST(stored).digest() + stored)
+            temporary.write_bytes(hashlib.sha256(kept).digest() + kept)
             temporary.replace(path)
         except OSError:
             with contextlib.suppress(OSError):

@@ -27,15 +27,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.errors import FormatError, InvalidInput, TeacherFailed
-from cache.gaps import COMPILED_ENTRIES, beyond_codes, decode_gaps, encode_gaps, log1mexp
+from cache.gaps import BLOCK_ENTRIES, COMPILED_ENTRIES, beyond_codes, decode_gaps, encode_gaps, log1mexp
 from cache.types import JSON, Targets, folded_tail
 
 # float16 has no number between this and zero; a tail that is all of the mass but for less is kept as this.
 _LEAST_LOG_TAIL = np.float16(-6e-8)
 # Positions that are encoded and measured together: their float64 stays in a core's L2 cache.
 _BLOCK = 2048
-# Entries that are decoded together, for the same reason.
-_DECODE_ENTRIES = 1 << 16
 # float32 logprobs of a large vocabulary sum to 1 within about 1e-5; more means a broken teacher.
 _MASS_TOLERANCE = 1e-3
 
@@ -288,7 +286,7 @@ def check_ids(targets: Targets, vocab_size: int) -> None:
 
 
 def _gathered(table: NDArray[np.uint32], codes: NDArray[np.generic]) -> NDArray[np.uint32]:
-    """`table[codes]` for [P, K] codes that were checked to be inside; in blocks, and so twice as fast."""
+    """`table[codes]` for [P, K] codes that were checked to be inside."""
     out = np.empty(codes.shape, np.uint32)
     # A teacher's own arrays may have a sign or another byte order, of which the compiled code knows nothing.
     if codes.size >= COMPILED_ENTRIES and codes.dtype in (np.uint16, np.uint32) and table.dtype == np.uint32:
@@ -296,7 +294,8 @@ def _gathered(table: NDArray[np.uint32], codes: NDArray[np.generic]) -> NDArray[
 
         gather(table, np.ascontiguousarray(codes), out)
         return out
-    block = max(_DECODE_ENTRIES // max(codes.shape[1], 1), 1)
+    # In blocks, and so twice as fast.
+    block = max(BLOCK_ENTRIES // max(codes.shape[1], 1), 1)
     for start in range(0, len(codes), block):
         np.take(table, codes[start : start + block].astype(np.intp), out=out[start : start + block], mode="clip")
     return out
@@ -305,7 +304,7 @@ def _gathered(table: NDArray[np.uint32], codes: NDArray[np.generic]) -> NDArray[
 def _from_float16(logprobs: NDArray[np.generic], log_tail: NDArray[np.float32]) -> NDArray[np.float32]:
     kept = log1mexp(log_tail.astype(np.float64))
     scaled = np.empty(logprobs.shape, np.float32)
-    block = max(_DECODE_ENTRIES // max(logprobs.shape[1], 1), 1)
+    block = max(BLOCK_ENTRIES // max(logprobs.shape[1], 1), 1)
     for start in range(0, len(logprobs), block):
         part = slice(start, start + block)
         values = logprobs[part].astype(np.float64)

@@ -16,8 +16,8 @@ STEP = 1 / 16
 SATURATED = 255
 # More steps than any codes reach, in an int32.
 _UNREACHABLE = 2.0**30
-# Entries that are decoded together: their float64 stays in a core's L2 cache.
-_BLOCK_ENTRIES = 1 << 16
+BLOCK_ENTRIES = 1 << 16
+"""Entries that are decoded together: their float64 stays in a core's L2 cache."""
 COMPILED_ENTRIES = 1 << 19
 """From so many on, loading the compiled code pays for itself in a few reads."""
 # Weights are whole numbers, so that any order of summing gives the same bits; the sum of 2^18 fits in an int64.
@@ -68,7 +68,7 @@ def decode_gaps(gaps: NDArray[np.uint8], kept: NDArray[np.float64]) -> NDArray[n
     if len(gaps) * (gaps.shape[1] + 1) >= COMPILED_ENTRIES:
         return _decode_compiled(gaps, kept)
     logprobs = np.empty((gaps.shape[0], gaps.shape[1] + 1), np.float32)
-    block = max(_BLOCK_ENTRIES // logprobs.shape[1], 1)
+    block = max(BLOCK_ENTRIES // logprobs.shape[1], 1)
     for start in range(0, len(gaps), block):
         part = slice(start, start + block)
         logprobs[part] = _decode_block(gaps[part], kept[part])

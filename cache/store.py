@@ -267,7 +267,7 @@ def check_name(kind: str, name: str) -> str:
     """
     if not isinstance(name, str) or not is_name(name):
         raise InvalidInput(
-            f"{kind} name {name!r} cannot be used: take 1 to 64 letters, digits, '.', '_' or '-', "
+            f"{kind} name {name!r} cannot be used: take 1 to {LONGEST_NAME} letters, digits, '.', '_' or '-', "
             "first a letter or digit"
         )
     return name

@@ -93,6 +93,7 @@ def test_a_look_that_is_given_up_leaves_one_read_behind(tmp_path: Path) -> None:
     ended.start()
     try:
         until(lambda: not ended.is_alive())
+        assert not second.is_awaited()
     finally:
         second.let_go()
         ended.join()

@@ -13,6 +13,7 @@ from clients.doctor.findings import Finding, Verdict, finding, found
 if TYPE_CHECKING:
     from cache.cache import Cache, CorporaLook
 
+LOOK_AT_STORE = "look at its health, and at the rights of this process there"
 _LITTLE_ROOM = 1 << 30
 
 
@@ -56,7 +57,7 @@ def unreadable_finding(name: str, where: str, *, kind: str, detail: str) -> Find
     """Of a corpus that cannot be read, by the kind of the error that told it."""
     way_out = "run `potstill verify` on the cache; it says what is damaged and how to mend it"
     if kind == StoreError.kind:
-        way_out = "the store did not give it: look at its health, and at the rights of this process there"
+        way_out = f"the store did not give it: {LOOK_AT_STORE}"
     return finding("corpus", f"{name} of {where}", Verdict("fail", detail, way_out))
 
 

@@ -14,6 +14,7 @@ from cache.entry_points import open_teacher
 from cache.errors import PotstillError, StoreError
 from cache.types import JSON, Teacher
 from clients.doctor.cache_checks import (
+    LOOK_AT_STORE,
     CorpusFacts,
     check_stored,
     corpora_of,
@@ -130,7 +131,7 @@ def _open_cache(root: str) -> tuple[_OpenedCache | None, list[Finding]]:
     try:
         seen = corpora_of(cache)
     except StoreError as error:
-        way_out = "look at the store's health, and at the rights of this process there"
+        way_out = f"the store did not list its corpora: {LOOK_AT_STORE}"
         return None, [*findings, finding("cache", root, Verdict("fail", error.detail, way_out))]
     for name, why in seen.unreadable.items():
         findings.append(unreadable_finding(name, root, kind=why.kind, detail=why.detail))
