@@ -41,6 +41,7 @@ RUN --mount=type=cache,target=/root/.cache/uv \
 COPY README.md LICENSE ./
 COPY cache cache
 COPY clients clients
+COPY potstill potstill
 COPY student_trainer student_trainer
 COPY teacher_service teacher_service
 RUN --mount=type=cache,target=/root/.cache/uv \
@@ -53,6 +54,7 @@ RUN --mount=type=cache,target=/root/.cache/uv \
 COPY README.md LICENSE ./
 COPY cache cache
 COPY clients clients
+COPY potstill potstill
 COPY student_trainer student_trainer
 COPY teacher_service teacher_service
 RUN --mount=type=cache,target=/root/.cache/uv \

@@ -26,10 +26,10 @@ from typing import Any
 
 import numpy as np
 
-from cache.types import Fields
-from teacher_service.capture import FlatEntries, targets_from_flat
-from teacher_service.capture_layout import Asked
-from teacher_service.vllm_engine import VllmEngine
+from potstill.cache.types import Fields
+from potstill.teacher_service.capture.layout import Asked
+from potstill.teacher_service.capture.targets import FlatEntries, targets_from_flat
+from potstill.teacher_service.engine.vllm_engine import VllmEngine
 
 K = 64
 ROW_TOKENS = 512
@@ -60,7 +60,7 @@ def main() -> int:
             other.submit(make_model, Path(folder)).result()
         missed = measure_model("random 19M Llama", Path(folder), args.rounds, args.rows, has_aims=True)
     if args.smollm2:
-        from student_trainer.demo.smollm2 import default_models_folder, materialise
+        from potstill.student_trainer.demo.smollm2 import default_models_folder, materialise
 
         measure_model("SmolLM2-135M", materialise(default_models_folder()), args.rounds, args.rows, has_aims=False)
     return int(missed)
@@ -123,7 +123,7 @@ def modes() -> dict[str, tuple[Any, Fields]]:
     """Name -> capture path and what it is asked for."""
     from vllm import SamplingParams
 
-    from teacher_service.capture_paths import ArraysPath, PublicFlatPath, SamplerPath
+    from potstill.teacher_service.capture.paths import ArraysPath, PublicFlatPath, SamplerPath
 
     class PrefillOnly(PublicFlatPath):
         def sampling_params(self, asked: Asked) -> Any:  # noqa: ARG002 -- nothing is asked for

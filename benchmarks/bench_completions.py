@@ -17,8 +17,8 @@ from pathlib import Path
 import httpx
 import numpy as np
 
-from tests.tiny_models import make_tiny_llama
-from tests.vllm_server import potstill_serving, vllm_serving
+from tests.support.processes.vllm_server import potstill_serving, vllm_serving
+from tests.support.tiny_models import make_tiny_llama
 
 
 def rate(url: str, rows: list[list[int]], *, k: int, rounds: int) -> dict[str, float]:

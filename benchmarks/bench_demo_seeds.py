@@ -16,9 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from student_trainer.config import TrainConfig
-from student_trainer.demo.plan import TEACHER, DemoPlan
-from student_trainer.loop import train
+from potstill.student_trainer.config import TrainConfig
+from potstill.student_trainer.demo.plan import TEACHER, DemoPlan
+from potstill.student_trainer.loop import train
 
 
 def main() -> int:

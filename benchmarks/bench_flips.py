@@ -28,19 +28,10 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 
-from benchmarks.flip_cache import MISS, Probe, View, build, probes
-from benchmarks.flip_faults import (
-    Fault,
-    copies,
-    cuts,
-    flips,
-    group_swaps,
-    lying_arrays,
-    lying_records,
-    swaps,
-)
-from cache import Cache
-from cache.errors import (
+from benchmarks.support.flip_cache import MISS, Probe, View, build, probes
+from benchmarks.support.flip_faults import Fault, copies, cuts, flips, group_swaps, lying_arrays, lying_records, swaps
+from potstill.cache import Cache
+from potstill.cache.errors import (
     CorruptSegment,
     FormatError,
     InvalidInput,
@@ -49,9 +40,9 @@ from cache.errors import (
     SpecMismatch,
     UnsupportedField,
 )
-from cache.integrity import check_cache
-from cache.pipelines import PIPELINES, codec_pipeline
-from cache.store import Root
+from potstill.cache.store.pipelines import PIPELINES, codec_pipeline
+from potstill.cache.store.root import Root
+from potstill.cache.upkeep.integrity import check_cache
 
 # What a reader may be told of damage. A set whose record is gone is not there, nor are its fields.
 _NAMED = (CorruptSegment, FormatError, SpecMismatch, NotFound, UnsupportedField)

@@ -29,14 +29,15 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.kill_writer import CLAIM_SECONDS, PHASES, PLAN, writer
-from cache import Cache, segment_set
-from cache.fill import fill
-from cache.garbage import find_garbage, remove_garbage
-from cache.ingest import IngestPlan, ingest
-from cache.store import Root
-from tests.corpora import byte_tokenizer, plan_targets, teacher_for, topics, write_texts
-from tests.s3 import s3_server
+from benchmarks.support.kill_writer import CLAIM_SECONDS, PHASES, PLAN, writer
+from potstill.cache import Cache
+from potstill.cache.corpus.ingest import IngestPlan, ingest
+from potstill.cache.fill.loop import fill
+from potstill.cache.store.root import Root
+from potstill.cache.targets import segment_set
+from potstill.cache.upkeep.garbage import find_garbage, remove_garbage
+from tests.support.corpora import byte_tokenizer, plan_targets, teacher_for, topics, write_texts
+from tests.support.processes.s3 import s3_server
 
 CONTEXT = multiprocessing.get_context("forkserver")
 
@@ -237,7 +238,15 @@ def main() -> int:
     parser.add_argument("--writers", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    CONTEXT.set_forkserver_preload(["zarr", "cache.fill", "cache.cache", "tests.corpora", "benchmarks.kill_writer"])
+    CONTEXT.set_forkserver_preload(
+        [
+            "zarr",
+            "potstill.cache.fill.loop",
+            "potstill.cache.cache",
+            "tests.support.corpora",
+            "benchmarks.support.kill_writer",
+        ]
+    )
     # A killed process cannot hand back its semaphores; their tracker does it at the end, and warns.
     os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"
     with ExitStack() as stack:

@@ -36,10 +36,11 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from cache import Cache, Fields, Targets, wire
-from cache.types import Tokens
-from tests.corpora import topics, write_texts
-from tests.tiny_models import make_tiny_llama
+from potstill.cache import Cache, Fields, Targets
+from potstill.cache.types import Tokens
+from potstill.cache.wire import scores as wire
+from tests.support.corpora import topics, write_texts
+from tests.support.tiny_models import make_tiny_llama
 
 K = 8
 BOUND = 0.0635 + 2e-3  # of `u8`, and float noise between batches
@@ -221,7 +222,7 @@ def start_service(folder: Path, cache: Path, model: Path) -> tuple[subprocess.Po
     port = free_port()
     config = folder / "service.toml"
     config.write_text(CONFIG.format(cache=cache, port=port, model=model))
-    command = [sys.executable, "-m", "clients.cli", "serve", str(config)]
+    command = [sys.executable, "-m", "potstill.clients.cli", "serve", str(config)]
     environment = {"MALLOC_ARENA_MAX": "2", **os.environ}
     service = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True, env=environment)
     assert service.stdout is not None
@@ -235,14 +236,14 @@ def prepare(folder: Path) -> tuple[Path, Path]:
     """A model folder and a cache with a corpus of rows of text."""
     model = make_tiny_llama(folder / MODEL_NAME, seed=0)
     write_texts(folder / "texts", topics(100))
-    command = [sys.executable, "-m", "clients.cli", "ingest", str(folder / "texts"), "--corpus", "docs"]
+    command = [sys.executable, "-m", "potstill.clients.cli", "ingest", str(folder / "texts"), "--corpus", "docs"]
     options = ["--cache", str(folder / "cache"), "--tokenizer", str(model), "--row-tokens", str(ROW_TOKENS)]
     subprocess.run([*command, *options], check=True)
     return model, folder / "cache"
 
 
 def fill(cache: Path, model: Path) -> None:
-    command = [sys.executable, "-m", "clients.cli", "prefill", "--cache", str(cache), "--corpus", "docs"]
+    command = [sys.executable, "-m", "potstill.clients.cli", "prefill", "--cache", str(cache), "--corpus", "docs"]
     subprocess.run([*command, "--teacher", f"{MODEL_NAME}={model}", "--top-k", str(K)], check=True)
 
 

@@ -19,14 +19,14 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, models
 
-from benchmarks.paced_teacher import PacedTeacher
-from cache import Cache, Fields
-from cache.corpus import Corpus
-from cache.fill import FillPlan, fill
-from cache.ingest import IngestPlan, ingest_rows
-from cache.scoring import ScoringWindow, budgeted
-from cache.types import Tokens
-from tests.fakes import fake_identity
+from benchmarks.support.paced_teacher import PacedTeacher
+from potstill.cache import Cache, Fields
+from potstill.cache.corpus.corpus import Corpus
+from potstill.cache.corpus.ingest import IngestPlan, ingest_rows
+from potstill.cache.fill.loop import FillPlan, fill
+from potstill.cache.fill.scoring import ScoringWindow, budgeted
+from potstill.cache.types import Tokens
+from tests.support.fakes import fake_identity
 
 VOCAB = 49_152
 K = 64

@@ -30,10 +30,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cache import Cache, Fields, Provenance, Targets, TeacherIdentity
-from cache.chunks import codec_pipeline
-from cache.errors import InvalidInput
-from cache.ingest import IngestPlan, ingest_rows
+from potstill.cache import Cache, Fields, Provenance, Targets, TeacherIdentity
+from potstill.cache.corpus.ingest import IngestPlan, ingest_rows
+from potstill.cache.errors import InvalidInput
+from potstill.cache.store.chunks import codec_pipeline
 
 K = 64
 ROW_TOKENS = 512
@@ -278,14 +278,14 @@ READERS = {"stock": cache_reader, "zarrs": cache_reader, "parquet": parquet_read
 
 
 def smollm2() -> Sample:
-    from benchmarks.smollm2_exact import load
+    from benchmarks.support.smollm2_exact import load
 
     exact = load()
     return Sample("SmolLM2 V=49,152", exact.vocab_size, exact.tokens, top_k(exact.targets))
 
 
 def synthetic(vocab_size: int) -> Sample:
-    from benchmarks.synthetic_targets import load
+    from benchmarks.support.synthetic_targets import load
 
     made = load(vocab_size, SYNTHETIC_POSITIONS)
     return Sample(made.name, vocab_size, made.tokens, top_k(made.targets))

@@ -28,12 +28,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, models
 
-from cache import Cache, Fields, Provenance, Targets, TeacherIdentity
-from cache.corpus import Corpus
-from cache.groups import Reading
-from cache.ingest import IngestPlan, IngestProgress, ingest_rows
-from cache.store import Root
-from cache.targets import TargetSet
+from potstill.cache import Cache, Fields, Provenance, Targets, TeacherIdentity
+from potstill.cache.corpus.corpus import Corpus
+from potstill.cache.corpus.ingest import IngestPlan, IngestProgress, ingest_rows
+from potstill.cache.store.groups import Reading
+from potstill.cache.store.root import Root
+from potstill.cache.targets.target_set import TargetSet
 
 VOCAB = 32_000
 K = 4

@@ -34,14 +34,15 @@ import httpx
 import numpy as np
 import psutil
 
-from cache import Cache, Fields, Targets, wire
-from cache.corpus import Corpus
-from cache.ingest import IngestPlan, ingest_rows
-from cache.types import Tokens
-from clients.http_targets import HttpCache
-from clients.http_teacher import SyncHttpTeacher
-from tests.corpora import byte_tokenizer, teacher_for
-from tests.vllm_server import free_port, process_serving, vllm_serving
+from potstill.cache import Cache, Fields, Targets
+from potstill.cache.corpus.corpus import Corpus
+from potstill.cache.corpus.ingest import IngestPlan, ingest_rows
+from potstill.cache.types import Tokens
+from potstill.cache.wire import scores as wire
+from potstill.clients.http_targets import HttpCache
+from potstill.clients.http_teacher import SyncHttpTeacher
+from tests.support.corpora import byte_tokenizer, teacher_for
+from tests.support.processes.vllm_server import free_port, process_serving, vllm_serving
 
 PARTS = ("ranges", "rows", "hits", "json", "vllm")
 ROW_TOKENS = 200
@@ -95,11 +96,11 @@ def serve(root: str, port: int) -> None:
     """A service with the cache, and a teacher of the same identity behind it."""
     import uvicorn
 
-    from cache.cached import KeepPolicy
-    from teacher_service.app import create_app
-    from teacher_service.hosted import Keep
-    from teacher_service.service import Service
-    from tests.servers import hosted
+    from potstill.cache.read_through.cached_teacher import KeepPolicy
+    from potstill.teacher_service.app import create_app
+    from potstill.teacher_service.hosting.hosted_teacher import Keep
+    from potstill.teacher_service.hosting.service import Service
+    from tests.support.processes.servers import hosted
 
     cache = Cache.open(root, "r+")
     keep = Keep(cache, KeepPolicy(k=64))
@@ -216,7 +217,7 @@ def measure_json(root: Path, args: argparse.Namespace) -> Figure:
 
 
 def measure_vllm(root: Path, args: argparse.Namespace) -> Figure:
-    from tests.tiny_models import make_tiny_llama
+    from tests.support.tiny_models import make_tiny_llama
 
     rows = scored_rows(root)
     model = make_tiny_llama(root.parent / "model")

@@ -31,18 +31,18 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, models
 
-from benchmarks import smollm2_exact, synthetic_targets
-from benchmarks.synthetic_targets import DRAWS, Sample
-from cache import Cache, Draws, Fields, Provenance, Targets, TeacherIdentity
-from cache.distillkit import CompressedRows
-from cache.distillkit_codec import compress, decompress, index_bytes, logprob_bytes
-from cache.distillkit_config import CompressionConfig
-from cache.encoding import ENCODINGS
-from cache.ingest import IngestPlan, ingest_rows
-from cache.interchange import RowFormat, Rows
-from cache.parquet import ListColumns
-from cache.targets import TargetSet
-from cache.tokenizer import fingerprint
+from benchmarks.support import smollm2_exact, synthetic_targets
+from benchmarks.support.synthetic_targets import DRAWS, Sample
+from potstill.cache import Cache, Draws, Fields, Provenance, Targets, TeacherIdentity
+from potstill.cache.corpus.ingest import IngestPlan, ingest_rows
+from potstill.cache.corpus.tokenizer import fingerprint
+from potstill.cache.encoding.logprobs import ENCODINGS
+from potstill.cache.interchange.distillkit import CompressedRows
+from potstill.cache.interchange.distillkit_codec import compress, decompress, index_bytes, logprob_bytes
+from potstill.cache.interchange.distillkit_config import CompressionConfig
+from potstill.cache.interchange.formats import RowFormat, Rows
+from potstill.cache.interchange.parquet import ListColumns
+from potstill.cache.targets.target_set import TargetSet
 
 KS = (8, 16, 32, 64, 128, 256)
 SYNTHETIC = (32_768, 131_072, 262_144)
@@ -62,7 +62,7 @@ class Line:
     bytes: float
     bytes_with_ranks: float = float("nan")
     segment: float = float("nan")
-    """The segment alone: what grows with the positions, and the table of `cache.estimate`."""
+    """The segment alone: what grows with the positions, and the table of `potstill.cache.upkeep.estimate`."""
     max_abs: float = float("nan")
     mean_abs: float = float("nan")
     mean_kl: float = float("nan")

@@ -25,15 +25,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache import Cache, Fields, Targets
-from cache.errors import NotCommitted, UnknownTeacher
-from cache.fill import FillPlan, fill
-from cache.ingest import IngestPlan, ingest
-from cache.targets import TargetSet
-from cache.types import Tokens
-from tests.corpora import byte_tokenizer, teacher_for, topics, write_texts
-from tests.fakes import FakeTeacher
-from tests.s3 import s3_server
+from potstill.cache import Cache, Fields, Targets
+from potstill.cache.corpus.ingest import IngestPlan, ingest
+from potstill.cache.errors import NotCommitted, UnknownTeacher
+from potstill.cache.fill.loop import FillPlan, fill
+from potstill.cache.targets.target_set import TargetSet
+from potstill.cache.types import Tokens
+from tests.support.corpora import byte_tokenizer, teacher_for, topics, write_texts
+from tests.support.fakes import FakeTeacher
+from tests.support.processes.s3 import s3_server
 
 CONTEXT = multiprocessing.get_context("forkserver")
 COUNTS = ("reads", "positions", "too early", "wrong", "sets", "shards")
@@ -203,7 +203,7 @@ def main() -> int:
     parser.add_argument("--readers", type=int, default=8)
     parser.add_argument("--store", choices=("local", "s3"), default="local")
     args = parser.parse_args()
-    CONTEXT.set_forkserver_preload(["zarr", "cache.fill", "cache.cache", "tests.corpora"])
+    CONTEXT.set_forkserver_preload(["zarr", "potstill.cache.fill.loop", "tests.support.corpora"])
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         url, environment = str(folder / "cache"), dict[str, str]()

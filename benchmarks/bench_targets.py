@@ -16,15 +16,15 @@ from pathlib import Path
 
 import numpy as np
 
-from cache import Cache, Fields, Targets
-from cache.corpus import Corpus
-from cache.encoding import ENCODINGS
-from cache.entry_points import open_teacher
-from cache.ingest import IngestPlan, ingest
-from cache.tokenizer import load_tokenizer
-from cache.types import Teacher
-from student_trainer.demo.smollm2 import default_models_folder, materialise
-from student_trainer.demo.text import write_text
+from potstill.cache import Cache, Fields, Targets
+from potstill.cache.corpus.corpus import Corpus
+from potstill.cache.corpus.ingest import IngestPlan, ingest
+from potstill.cache.corpus.tokenizer import load_tokenizer
+from potstill.cache.encoding.logprobs import ENCODINGS
+from potstill.cache.entry_points import open_teacher
+from potstill.cache.types import Teacher
+from potstill.student_trainer.demo.smollm2 import default_models_folder, materialise
+from potstill.student_trainer.demo.text import write_text
 
 K = 64
 PARITY_POSITIONS = 512

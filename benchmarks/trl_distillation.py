@@ -20,9 +20,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from tests.corpora import topics
-from tests.tiny_models import make_tiny_llama
-from tests.vllm_server import potstill_serving, vllm_serving
+from tests.support.corpora import topics
+from tests.support.processes.vllm_server import potstill_serving, vllm_serving
+from tests.support.tiny_models import make_tiny_llama
 
 
 def losses_of_a_run(student: Path, url: str, output: Path, *, steps: int, top_k: int, beta: float) -> list[float]:

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cache.types import Draws, Fields, Provenance, Targets, TeacherIdentity, TeacherLimits
+from potstill.cache.types import Draws, Fields, Provenance, Targets, TeacherIdentity, TeacherLimits
 
 if TYPE_CHECKING:
-    from cache.cache import Cache
+    from potstill.cache.cache import Cache
 
 __all__ = ["Cache", "Draws", "Fields", "Provenance", "Targets", "TeacherIdentity", "TeacherLimits"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "Cache":
-        from cache.cache import Cache  # noqa: PLC0415 -- zarr takes a second to import
+        from potstill.cache.cache import Cache  # noqa: PLC0415 -- zarr takes a second to import
 
         return Cache
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

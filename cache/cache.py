@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Literal, Self, TypeVar
 
-from cache.corpus import Corpus, list_corpora
-from cache.encoding import encoding_by_name
-from cache.errors import InvalidInput, PotstillError, UnknownCorpus
-from cache.groups import Reading
-from cache.set_spec import SetSpec
-from cache.store import Root
-from cache.targets import TargetSet, has_targets
-from cache.types import Fields, TeacherIdentity
+from potstill.cache.corpus.corpus import Corpus, list_corpora
+from potstill.cache.encoding.logprobs import encoding_by_name
+from potstill.cache.errors import InvalidInput, PotstillError, UnknownCorpus
+from potstill.cache.store.groups import Reading
+from potstill.cache.store.root import Root
+from potstill.cache.targets.set_spec import SetSpec
+from potstill.cache.targets.target_set import TargetSet, has_targets
+from potstill.cache.types import Fields, TeacherIdentity
 
 Mode = Literal["r", "r+"]
 T = TypeVar("T")

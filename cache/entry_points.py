@@ -8,8 +8,8 @@ from contextlib import AbstractAsyncContextManager
 from importlib.metadata import EntryPoint, entry_points
 from typing import Protocol, cast
 
-from cache.errors import InvalidInput
-from cache.types import JSON, Teacher
+from potstill.cache.errors import InvalidInput
+from potstill.cache.types import JSON, Teacher
 
 
 class Command(Protocol):

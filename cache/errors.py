@@ -33,7 +33,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import ClassVar
 
-from cache.logins import without_login
+from potstill.cache.logins import without_login
 
 
 class PotstillError(Exception):

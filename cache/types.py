@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeAlias, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.errors import FormatError, InvalidInput, SpecMismatch, UnsupportedField
+from potstill.cache.errors import FormatError, InvalidInput, SpecMismatch, UnsupportedField
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 Tokens: TypeAlias = NDArray[np.uint32]
@@ -29,7 +29,7 @@ class TeacherIdentity:
     revision: str
     weights_sha256: str
     tokenizer_sha256: str
-    """Of the id -> bytes table and the special ids, not of files (`cache.tokenizer.fingerprint`)."""
+    """Of the id -> bytes table and the special ids, not of files (`potstill.cache.corpus.tokenizer.fingerprint`)."""
     vocab_size: int
     dtype: str
     head_dtype: str

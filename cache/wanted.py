@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from cache.errors import InvalidInput, UnsupportedField
-from cache.types import Fields
+from potstill.cache.errors import InvalidInput, UnsupportedField
+from potstill.cache.types import Fields
 
 FIELD_NAMES = ("top_k", "draws", "entropy", "log_z", "dense")
 """What fields are called where they are chosen by name. The top-k comes with its tail and the label's logprob."""

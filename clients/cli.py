@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import EntryPoint, PackageNotFoundError, version
 from typing import cast
 
-from cache.entry_points import Command, command_entry_points
-from cache.errors import PotstillError
+from potstill.cache.entry_points import Command, command_entry_points
+from potstill.cache.errors import PotstillError
 
 _INTERRUPTED = 128 + 2  # as shells report SIGINT
 

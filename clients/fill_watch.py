@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from cache.errors import NotFound, PotstillError, Unavailable
-from cache.types import Fields
-from clients.http_fill import HttpFill
-from clients.retry import RetryPolicy
+from potstill.cache.errors import NotFound, PotstillError, Unavailable
+from potstill.cache.types import Fields
+from potstill.clients.http_fill import HttpFill
+from potstill.clients.retry import RetryPolicy
 
 
 class FillWatch:

@@ -6,10 +6,10 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
-from cache.errors import TeacherFailed
-from cache.types import JSON
-from clients.http_teacher import teacher_path
-from clients.retry import Connection, RetryPolicy
+from potstill.cache.errors import TeacherFailed
+from potstill.cache.types import JSON
+from potstill.clients.http_teacher import teacher_path
+from potstill.clients.retry import Connection, RetryPolicy
 
 _RETRY = RetryPolicy(attempts=3)  # a person waits for it
 

@@ -1,4 +1,4 @@
-"""A corpus behind a service: `cache.corpus.Corpus` without its files."""
+"""A corpus behind a service: `potstill.cache.corpus.corpus.Corpus` without its files."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from cache.corpus import Corpus, CorpusSpec, Source
-from cache.errors import FormatError, InvalidInput, SpecMismatch, TeacherFailed, UnsupportedField
-from cache.types import Tokens
-from cache.wire_stream import StreamHead, write_row_numbers
-from clients.http_reads import Reads
-from clients.retry import Refusal
+from potstill.cache.corpus.corpus import Corpus, CorpusSpec, Source
+from potstill.cache.errors import FormatError, InvalidInput, SpecMismatch, TeacherFailed, UnsupportedField
+from potstill.cache.types import Tokens
+from potstill.cache.wire.stream import StreamHead, write_row_numbers
+from potstill.clients.http_reads import Reads
+from potstill.clients.retry import Refusal
 
 _REQUEST_ELEMENTS = 1 << 22
 _REQUEST_ROWS = 1024
@@ -116,7 +116,7 @@ class HttpCorpus(Corpus):
 
 
 class _HttpArrays:
-    """The arrays of a corpus behind a service (`cache.corpus.CorpusArrays`)."""
+    """The arrays of a corpus behind a service (`potstill.cache.corpus.corpus.CorpusArrays`)."""
 
     def __init__(self, reads: Reads, name: str, spec: CorpusSpec) -> None:
         self.path = f"{reads.url}{corpus_route(name)}"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 from urllib.parse import quote
 
-from cache.types import JSON, Fields
-from clients.http_corpus import corpus_route
-from clients.http_reads import Reads
+from potstill.cache.types import JSON, Fields
+from potstill.clients.http_corpus import corpus_route
+from potstill.clients.http_reads import Reads
 
 
 class HttpFill:

@@ -12,16 +12,18 @@ from typing import Any, Self, TypeVar
 
 import httpx
 
-from cache import wire
-from cache.errors import (
-    DeadlineExceeded,
-    InvalidInput,
-    TeacherFailed,
-    Unavailable,
-    WireVersionError,
+from potstill.cache.errors import DeadlineExceeded, InvalidInput, TeacherFailed, Unavailable, WireVersionError
+from potstill.cache.wire import scores as wire
+from potstill.cache.wire.stream import CutShort, StreamReader
+from potstill.clients.retry import (
+    API_KEY_VARIABLE,
+    Refusal,
+    RetryPolicy,
+    checked_key,
+    checked_url,
+    login_of,
+    refusal_from,
 )
-from cache.wire_stream import CutShort, StreamReader
-from clients.retry import API_KEY_VARIABLE, Refusal, RetryPolicy, checked_key, checked_url, login_of, refusal_from
 
 T = TypeVar("T")
 _SILENCE_SECONDS = 60.0

@@ -15,15 +15,15 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.encoding import Encoding, encoding_by_name
-from cache.errors import FormatError, InvalidInput, SpecMismatch, TeacherFailed, UnsupportedField
-from cache.fields import check_fields
-from cache.types import Fields, Targets, TeacherIdentity
-from cache.wanted import names_of, wanted_fields
-from cache.wire_stream import StreamHead, write_row_numbers
-from clients.http_corpus import HttpCorpus, corpus_route, require_corpus
-from clients.http_reads import Reads
-from clients.retry import Refusal, RetryPolicy
+from potstill.cache.encoding.fields import check_fields
+from potstill.cache.encoding.logprobs import Encoding, encoding_by_name
+from potstill.cache.errors import FormatError, InvalidInput, SpecMismatch, TeacherFailed, UnsupportedField
+from potstill.cache.types import Fields, Targets, TeacherIdentity
+from potstill.cache.wanted import names_of, wanted_fields
+from potstill.cache.wire.stream import StreamHead, write_row_numbers
+from potstill.clients.http_corpus import HttpCorpus, corpus_route, require_corpus
+from potstill.clients.http_reads import Reads
+from potstill.clients.retry import Refusal, RetryPolicy
 
 _REQUEST_POSITIONS = 1 << 20
 _REQUEST_ROWS = 1024
@@ -219,7 +219,7 @@ class HttpCache:
     def __init__(
         self, url: str, *, api_key: str | None = None, timeout: float = 600.0, retry: RetryPolicy | None = None
     ) -> None:
-        """Nothing is sent yet; see `clients.http_reads.Reads`."""
+        """Nothing is sent yet; see `potstill.clients.http_reads.Reads`."""
         self._reads = Reads(url, api_key=api_key, timeout=timeout, retry=retry)
         self._corpora: dict[str, HttpCorpus] = {}
 

@@ -16,11 +16,11 @@ from urllib.parse import quote
 
 import numpy as np
 
-from cache import wire
-from cache.errors import FormatError, InvalidInput, SpecMismatch, TeacherFailed, Unavailable, WireVersionError
-from cache.fields import check_fields
-from cache.types import JSON, Fields, Provenance, Targets, TeacherIdentity, TeacherLimits, Tokens
-from clients.retry import Connection, RetryPolicy
+from potstill.cache.encoding.fields import check_fields
+from potstill.cache.errors import FormatError, InvalidInput, SpecMismatch, TeacherFailed, Unavailable, WireVersionError
+from potstill.cache.types import JSON, Fields, Provenance, Targets, TeacherIdentity, TeacherLimits, Tokens
+from potstill.cache.wire import scores as wire
+from potstill.clients.retry import Connection, RetryPolicy
 
 T = TypeVar("T")
 REQUEST_TOKENS = 8192
@@ -110,7 +110,7 @@ class HttpTeacher:
         return self._limits
 
     async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
-        """One `Targets` per row, in order; see `cache.types.Teacher`.
+        """One `Targets` per row, in order; see `potstill.cache.types.Teacher`.
 
         Raises:
             InvalidInput: a row that is not a list of token ids.

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from cache.errors import (
+from potstill.cache.errors import (
     DeadlineExceeded,
     InvalidInput,
     NotFound,
@@ -25,8 +25,8 @@ from cache.errors import (
     Unavailable,
     error_class,
 )
-from cache.logins import without_login
-from cache.types import JSON
+from potstill.cache.logins import without_login
+from potstill.cache.types import JSON
 
 T = TypeVar("T")
 API_KEY_VARIABLE = "POTSTILL_API_KEY"

@@ -23,9 +23,9 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from cache.errors import FormatError, SpecMismatch, StoreError
-from cache.types import JSON, TeacherIdentity
-from student_trainer.models import load_student, save_student
+from potstill.cache.errors import FormatError, SpecMismatch, StoreError
+from potstill.cache.types import JSON, TeacherIdentity
+from potstill.student_trainer.models import load_student, save_student
 
 _COMPLETE = ".complete"
 _PARTIAL = ".partial-"

@@ -33,8 +33,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from cache.errors import InvalidInput, SpecMismatch
-from cache.types import JSON
+from potstill.cache.errors import InvalidInput, SpecMismatch
+from potstill.cache.types import JSON
 
 _FREE_ON_RESUME = frozenset(
     {

@@ -19,11 +19,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cache.corpus import Corpus
-from cache.errors import TeacherFailed
-from cache.types import Targets, Tokens
-from student_trainer.loss import NO_LABEL, TeacherTargets
-from student_trainer.sources import TargetSource
+from potstill.cache.corpus.corpus import Corpus
+from potstill.cache.errors import TeacherFailed
+from potstill.cache.types import Targets, Tokens
+from potstill.student_trainer.losses import NO_LABEL, TeacherTargets
+from potstill.student_trainer.sources import TargetSource
 
 _NO_ID = np.iinfo(np.int32).max
 """Fills the id axis where a row has fewer ids: over any vocabulary, so no real id leaves the tail."""

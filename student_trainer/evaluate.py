@@ -16,10 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cache.types import JSON
-from student_trainer.data import Batch, BatchReader
-from student_trainer.group import Alone, Group
-from student_trainer.loss import NO_LABEL, TeacherTargets, kl_and_overlap
+from potstill.cache.types import JSON
+from potstill.student_trainer.data import Batch, BatchReader
+from potstill.student_trainer.group import Alone, Group
+from potstill.student_trainer.losses import NO_LABEL, TeacherTargets, kl_and_overlap
 
 _CHUNK_POSITIONS = 512
 """Positions whose [chunk, V] float32 logits are looked at together."""

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from cache.errors import InvalidInput
-from student_trainer.checkpoint import (
+from potstill.cache.errors import InvalidInput
+from potstill.student_trainer.checkpoint import (
     TrainState,
     load_model,
     load_optimizer,
@@ -39,17 +39,17 @@ from student_trainer.checkpoint import (
     publish_model,
     save_checkpoint,
 )
-from student_trainer.config import TrainConfig
-from student_trainer.data import Batch, read_ahead
-from student_trainer.evaluate import Evaluation, autocast, evaluate_student
-from student_trainer.group import Alone, Group
-from student_trainer.loss import distillation_loss
-from student_trainer.metrics import MetricsWriter, Record
-from student_trainer.models import build_student
-from student_trainer.optimizer import learning_rate, make_optimizer, set_rate
-from student_trainer.order import hashed
-from student_trainer.result import TrainResult, finished_result, remove_summary, write_summary
-from student_trainer.run import OpenRun, check_run_dir, keep_config, only_trainer, open_run
+from potstill.student_trainer.config import TrainConfig
+from potstill.student_trainer.data import Batch, read_ahead
+from potstill.student_trainer.evaluate import Evaluation, autocast, evaluate_student
+from potstill.student_trainer.group import Alone, Group
+from potstill.student_trainer.losses import distillation_loss
+from potstill.student_trainer.metrics import MetricsWriter, Record
+from potstill.student_trainer.models import build_student
+from potstill.student_trainer.optimizer import learning_rate, make_optimizer, set_rate
+from potstill.student_trainer.order import hashed
+from potstill.student_trainer.result import TrainResult, finished_result, remove_summary, write_summary
+from potstill.student_trainer.run import OpenRun, check_run_dir, keep_config, only_trainer, open_run
 
 
 def train(

@@ -13,8 +13,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from cache.errors import InvalidInput, LimitExceeded
-from student_trainer.config import StudentConfig
+from potstill.cache.errors import InvalidInput, LimitExceeded
+from potstill.student_trainer.config import StudentConfig
 
 
 def build_student(student: StudentConfig, *, seed: int, vocab_size: int, row_tokens: int) -> PreTrainedModel:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from student_trainer.config import LoopConfig
+from potstill.student_trainer.config import LoopConfig
 
 
 def learning_rate(step: int, config: LoopConfig) -> float:

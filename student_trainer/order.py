@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.corpus import Corpus
-from cache.errors import InvalidInput
-from cache.keys import KEY_BYTES
+from potstill.cache.corpus.corpus import Corpus
+from potstill.cache.corpus.keys import KEY_BYTES
+from potstill.cache.errors import InvalidInput
 
 _KEYS_AT_ONCE = 1 << 20
 _SHARDS, _ROWS, _HELD_OUT = np.uint64(1), np.uint64(2), np.uint64(3)

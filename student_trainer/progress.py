@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from student_trainer.metrics import Record
+from potstill.student_trainer.metrics import Record
 
 _LINE_SECONDS = 10.0
 """Between two lines where there is no terminal."""

@@ -22,13 +22,13 @@ import ray.train.torch
 import torch
 from torch import Tensor, distributed, nn
 
-from cache.errors import PotstillError, Unavailable
-from student_trainer.checkpoint import newest_step
-from student_trainer.config import TrainConfig
-from student_trainer.loop import train
-from student_trainer.metrics import MetricsFollower, Record
-from student_trainer.result import TrainResult
-from student_trainer.run import check_run_dir, open_run
+from potstill.cache.errors import PotstillError, Unavailable
+from potstill.student_trainer.checkpoint import newest_step
+from potstill.student_trainer.config import TrainConfig
+from potstill.student_trainer.loop import train
+from potstill.student_trainer.metrics import MetricsFollower, Record
+from potstill.student_trainer.result import TrainResult
+from potstill.student_trainer.run import check_run_dir, open_run
 
 _STOP_FILE = ".stop"
 _POLL_SECONDS = 0.5

@@ -6,11 +6,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache.errors import FormatError
-from cache.types import JSON
-from student_trainer.checkpoint import write_json
-from student_trainer.config import TrainConfig
-from student_trainer.evaluate import Evaluation
+from potstill.cache.errors import FormatError
+from potstill.cache.types import JSON
+from potstill.student_trainer.checkpoint import write_json
+from potstill.student_trainer.config import TrainConfig
+from potstill.student_trainer.evaluate import Evaluation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

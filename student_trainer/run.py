@@ -18,18 +18,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.corpus import Corpus
-from cache.errors import FormatError, InvalidInput, NotFound, StoreError, Unavailable
-from cache.types import TeacherIdentity
-from student_trainer.checkpoint import newest_checkpoint, write_json
-from student_trainer.config import TrainConfig
-from student_trainer.data import BatchReader
-from student_trainer.evaluate import Evaluation, evaluate_student
-from student_trainer.group import Alone, Group
-from student_trainer.models import load_student
-from student_trainer.order import SampleOrder, choose_held_out, with_copies
-from student_trainer.result import finished_result
-from student_trainer.sources import open_cache, open_sources
+from potstill.cache.corpus.corpus import Corpus
+from potstill.cache.errors import FormatError, InvalidInput, NotFound, StoreError, Unavailable
+from potstill.cache.types import TeacherIdentity
+from potstill.student_trainer.checkpoint import newest_checkpoint, write_json
+from potstill.student_trainer.config import TrainConfig
+from potstill.student_trainer.data import BatchReader
+from potstill.student_trainer.evaluate import Evaluation, evaluate_student
+from potstill.student_trainer.group import Alone, Group
+from potstill.student_trainer.models import load_student
+from potstill.student_trainer.order import SampleOrder, choose_held_out, with_copies
+from potstill.student_trainer.result import finished_result
+from potstill.student_trainer.sources import open_cache, open_sources
 
 _LOCK_SECONDS = 5.0
 """Workers that Ray replaces may take this long to be gone."""

@@ -11,14 +11,14 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.cache import Cache
-from cache.corpus import Corpus
-from cache.encoding import Encoding
-from cache.errors import InvalidInput, NotCommitted, SpecMismatch, UnsupportedField
-from cache.types import Fields, Targets, TeacherIdentity, Tokens
-from clients.http_targets import HttpCache
-from clients.http_teacher import SyncHttpTeacher
-from student_trainer.config import DataConfig, TeacherConfig, TrainConfig
+from potstill.cache.cache import Cache
+from potstill.cache.corpus.corpus import Corpus
+from potstill.cache.encoding.logprobs import Encoding
+from potstill.cache.errors import InvalidInput, NotCommitted, SpecMismatch, UnsupportedField
+from potstill.cache.types import Fields, Targets, TeacherIdentity, Tokens
+from potstill.clients.http_targets import HttpCache
+from potstill.clients.http_teacher import SyncHttpTeacher
+from potstill.student_trainer.config import DataConfig, TeacherConfig, TrainConfig
 
 
 class HeldTargets(Protocol):

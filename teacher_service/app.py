@@ -12,24 +12,24 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from cache import wire
-from cache.errors import InvalidInput, NotFound, PotstillError
-from teacher_service import openapi
-from teacher_service.access import AccessApp
-from teacher_service.admin_routes import add_admin_routes
-from teacher_service.bounded_transfers import BoundedTransfers
-from teacher_service.completions import add_completion_routes, error_response, is_openai_path
-from teacher_service.corpus_routes import add_corpus_routes
-from teacher_service.doctor_routes import add_doctor_routes
-from teacher_service.error_answers import error_headers
-from teacher_service.metrics import Metrics
-from teacher_service.overview import add_overview_routes
-from teacher_service.page import add_page_routes
-from teacher_service.score_routes import add_score_routes
-from teacher_service.service import Service
-from teacher_service.status_routes import add_status_routes
-from teacher_service.tracing import Tracer
-from teacher_service.watched_app import WatchedApp
+from potstill.cache.errors import InvalidInput, NotFound, PotstillError
+from potstill.cache.wire import scores as wire
+from potstill.teacher_service.access.middleware import AccessApp
+from potstill.teacher_service.hosting.metrics import Metrics
+from potstill.teacher_service.hosting.service import Service
+from potstill.teacher_service.routes import openapi
+from potstill.teacher_service.routes.admin import add_admin_routes
+from potstill.teacher_service.routes.completions.routes import add_completion_routes, error_response, is_openai_path
+from potstill.teacher_service.routes.corpora.routes import add_corpus_routes
+from potstill.teacher_service.routes.doctor import add_doctor_routes
+from potstill.teacher_service.routes.overview import add_overview_routes
+from potstill.teacher_service.routes.page import add_page_routes
+from potstill.teacher_service.routes.score import add_score_routes
+from potstill.teacher_service.routes.status import add_status_routes
+from potstill.teacher_service.telemetry.tracing import Tracer
+from potstill.teacher_service.transport.bounded_transfers import BoundedTransfers
+from potstill.teacher_service.transport.headers import error_headers
+from potstill.teacher_service.watched_app import WatchedApp
 
 _LOG = logging.getLogger(__name__)
 _DETAIL_CHARACTERS = 1000

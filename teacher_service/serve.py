@@ -19,18 +19,18 @@ from pathlib import Path
 
 import uvicorn
 
-from cache.errors import InvalidInput, PotstillError
-from cache.logins import without_login
-from teacher_service import logs, tracing
-from teacher_service.access import Access
-from teacher_service.app import create_app
-from teacher_service.connections import bounded_protocol
-from teacher_service.hosted import Keep
-from teacher_service.renamed_look import look_for_renamed
-from teacher_service.service import Service
-from teacher_service.settings import ServiceSettings, TlsSettings, load_settings, teacher_from_argument
-from teacher_service.teacher_source import TeacherSource
-from teacher_service.tracing import Tracer
+from potstill.cache.errors import InvalidInput, PotstillError
+from potstill.cache.logins import without_login
+from potstill.teacher_service.access.middleware import Access
+from potstill.teacher_service.app import create_app
+from potstill.teacher_service.hosting.hosted_teacher import Keep
+from potstill.teacher_service.hosting.renamed_look import look_for_renamed
+from potstill.teacher_service.hosting.service import Service
+from potstill.teacher_service.hosting.teacher_source import TeacherSource
+from potstill.teacher_service.settings.service import ServiceSettings, TlsSettings, load_settings, teacher_from_argument
+from potstill.teacher_service.telemetry import logs, tracing
+from potstill.teacher_service.telemetry.tracing import Tracer
+from potstill.teacher_service.transport.connections import bounded_protocol
 
 _LOG = logging.getLogger(__name__)
 # Longer than clients hold an idle connection: closing first, we might do so while the next request is on its way.
@@ -132,8 +132,8 @@ def service_of(settings: ServiceSettings, access: Access) -> Service:
     Raises:
         InvalidInput: a teacher that cannot have its replicas. PotstillError: the cache cannot be opened.
     """
-    from cache.cache import Cache  # noqa: PLC0415  zarr, only when a service runs
-    from cache.cached import KeepPolicy  # noqa: PLC0415
+    from potstill.cache.cache import Cache  # noqa: PLC0415  zarr, only when a service runs
+    from potstill.cache.read_through.cached_teacher import KeepPolicy  # noqa: PLC0415
 
     cache = None if settings.cache is None else Cache.open(settings.cache, mode="r+")
     quota_bytes = int(settings.keep.journal_quota_gib * 2**30)

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
 
-from teacher_service.logs import REQUEST_ID_HEADER, Work, begin_work, choose_request_id, request_id
-from teacher_service.metrics import Metrics
-from teacher_service.tracing import Tracer, current_tracer
+from potstill.teacher_service.hosting.metrics import Metrics
+from potstill.teacher_service.telemetry.logs import REQUEST_ID_HEADER, Work, begin_work, choose_request_id, request_id
+from potstill.teacher_service.telemetry.tracing import Tracer, current_tracer
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-_ACCESS = logging.getLogger("teacher_service.access")
+_ACCESS = logging.getLogger("potstill.teacher_service.access")
 _CLIENT_LEFT = 499
 _PROBES = frozenset({"/healthz", "/readyz", "/health", "/metrics"})
 """What machines ask every few seconds: answered well, it is news to nobody."""

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import settings
 from numpy.typing import NDArray
 
-from cache.types import Tokens
-from teacher_service.vllm_teacher import VllmOptions, VllmTeacher
-from tests.tiny_models import make_tiny_llama
+from potstill.cache.types import Tokens
+from potstill.teacher_service.engine.vllm_teacher import VllmOptions, VllmTeacher
+from tests.support.tiny_models import make_tiny_llama
 
 Forward = Callable[[Tokens], NDArray[np.float32]]
 

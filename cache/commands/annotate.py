@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from cache.errors import InvalidInput
+from potstill.cache.errors import InvalidInput
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from cache.cache import Cache
-    from cache.corpus import Corpus
+    from potstill.cache.cache import Cache
+    from potstill.cache.corpus.corpus import Corpus
 
 SUMMARY = "annotate the rows of a corpus, or list its annotations"
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Seal an annotation, or list them without --values."""
-    from cache.cache import Cache
+    from potstill.cache.cache import Cache
 
     if args.values is None:
         unused = [f"--{name}" for name in ("column", "source") if getattr(args, name) is not None]
@@ -46,21 +46,21 @@ def run(args: argparse.Namespace) -> int:
 def _annotate(cache: Cache, args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from cache.annotations import annotate
-    from cache.documents import file_sha256
-    from cache.row_values import read_row_values
+    from potstill.cache.corpus.annotations import annotate
+    from potstill.cache.corpus.documents import file_sha256
+    from potstill.cache.corpus.row_values import read_row_values
 
     corpus = cache.corpus(args.corpus)
     file = Path(args.values)
     values = read_row_values(file, args.column)
     provenance = {"file": file.name, "file_sha256": file_sha256(file), "source": args.source or ""}
-    annotate(cache.root, corpus, args.name, values, provenance)
+    annotate(cache.root, corpus.annotated, args.name, values, provenance)
     print(f"annotation {args.name} of corpus {corpus.name}: {_count(values)}")
     return 0
 
 
 def _list(cache: Cache, corpus: Corpus, name: str | None) -> int:
-    from cache.annotations import open_annotation
+    from potstill.cache.corpus.annotations import open_annotation
 
     names = corpus.annotations() if name is None else [name]
     if not names:

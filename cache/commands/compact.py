@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from cache.progress import Step, progress
+from potstill.cache.commands.progress import Step, progress
 
 if TYPE_CHECKING:
-    from cache.compact import CompactProgress, CompactReport
+    from potstill.cache.journal.compact import CompactProgress, CompactReport
 
 SUMMARY = "make a corpus of what a service's journal keeps"
 
@@ -33,9 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compact, and say what came of it; stopped anywhere, the same command goes on."""
-    from cache.cache import Cache
-    from cache.compact import CompactPlan, compact
-    from cache.tokenizer import load_tokenizer
+    from potstill.cache.cache import Cache
+    from potstill.cache.corpus.tokenizer import load_tokenizer
+    from potstill.cache.journal.compact import CompactPlan, compact
 
     plan = CompactPlan(
         teacher=args.teacher,

@@ -6,11 +6,11 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from cache.errors import InvalidInput
+from potstill.cache.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from cache.delete import Removal
-    from cache.store import Root
+    from potstill.cache.store.root import Root
+    from potstill.cache.upkeep.delete import Removal
 
 SUMMARY = "remove a teacher's targets, single shards, a corpus or a journal"
 
@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Say what goes, ask, and remove it; exit status 1 when the answer is no."""
-    from cache.delete import remove
-    from cache.store import Root
+    from potstill.cache.store.root import Root
+    from potstill.cache.upkeep.delete import remove
 
     root = Root.open(args.root)
     removals = _plan_idle(root, args)
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _plan_idle(root: Root, args: argparse.Namespace) -> list[Removal]:
-    from cache.delete import jobs_at_work
+    from potstill.cache.upkeep.delete import jobs_at_work
 
     removals = _plan(root, args)
     busy = jobs_at_work(root, removals)
@@ -65,7 +65,7 @@ def _plan_idle(root: Root, args: argparse.Namespace) -> list[Removal]:
 
 
 def _plan(root: Root, args: argparse.Namespace) -> list[Removal]:
-    from cache.delete import plan_corpus, plan_journal, plan_set, plan_shards, plan_teacher
+    from potstill.cache.upkeep.delete import plan_corpus, plan_journal, plan_set, plan_shards, plan_teacher
 
     _check_combination(args)
     if args.journal:

@@ -7,11 +7,11 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from cache.errors import InvalidInput
-from cache.types import Fields
+from potstill.cache.errors import InvalidInput
+from potstill.cache.types import Fields
 
 if TYPE_CHECKING:
-    from cache.estimate import Basis, Estimate, Prices, Workload
+    from potstill.cache.upkeep.estimate import Basis, Estimate, Prices, Workload
 
 SUMMARY = "bytes, objects and cost of targets before they are made"
 
@@ -40,10 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print it."""
-    from cache.cache import Cache
-    from cache.encoding import ENCODINGS
-    from cache.estimate import TABLE, Prices, Workload, estimate, measure
-    from cache.fields import keeps
+    from potstill.cache.cache import Cache
+    from potstill.cache.encoding.fields import keeps
+    from potstill.cache.encoding.logprobs import ENCODINGS
+    from potstill.cache.upkeep.estimate import TABLE, Prices, Workload, estimate, measure
 
     fields = Fields(
         k=args.top_k,

@@ -6,13 +6,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cache.errors import InvalidInput
-from cache.progress import Step, progress
-from cache.types import Fields
+from potstill.cache.commands.progress import Step, progress
+from potstill.cache.errors import InvalidInput
+from potstill.cache.types import Fields
 
 if TYPE_CHECKING:
-    from cache.interchange import RowFormat
-    from cache.targets import TargetSet
+    from potstill.cache.interchange.formats import RowFormat
+    from potstill.cache.targets.target_set import TargetSet
 
 SUMMARY = "write a teacher's targets as Parquet files"
 
@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export, and say what came of it; finished files are not written again."""
-    from cache.cache import Cache
-    from cache.interchange import export_shards
+    from potstill.cache.cache import Cache
+    from potstill.cache.interchange.formats import export_shards
 
     if "://" in args.to:
         raise InvalidInput(f"--to {args.to!r} must be a local folder; copy the files from there")
@@ -65,8 +65,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _format(args: argparse.Namespace, targets: TargetSet, fields: Fields, folder: Path) -> tuple[RowFormat, Fields]:
     """The format, and the fields of them that it takes."""
-    from cache.distillkit import CompressedRows, preset, read_config, write_config
-    from cache.parquet import ListColumns
+    from potstill.cache.interchange.distillkit import CompressedRows, preset, read_config, write_config
+    from potstill.cache.interchange.parquet import ListColumns
 
     vocab_size = targets.identity.vocab_size
     if args.format == "parquet":

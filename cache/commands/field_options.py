@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from cache.errors import InvalidInput
-from cache.types import Fields
+from potstill.cache.errors import InvalidInput
+from potstill.cache.types import Fields
 
 
 def add_field_options(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from cache.errors import FormatError, InvalidInput
+from potstill.cache.errors import FormatError, InvalidInput
 
 SUMMARY = "remove what stopped writers left in a cache"
 
@@ -27,8 +27,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         FormatError: after all that, when something was left alone because a record there cannot be read.
     """
-    from cache.garbage import find_garbage, remove_garbage
-    from cache.store import Root
+    from potstill.cache.store.root import Root
+    from potstill.cache.upkeep.garbage import find_garbage, remove_garbage
 
     if not args.min_age_hours >= 0:
         raise InvalidInput(f"--min-age-hours is {args.min_age_hours}; it must be at least 0")

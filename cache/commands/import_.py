@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from cache.errors import InvalidInput
-from cache.progress import Step, progress
-from cache.types import Fields, TeacherIdentity
+from potstill.cache.commands.progress import Step, progress
+from potstill.cache.errors import InvalidInput
+from potstill.cache.types import Fields, TeacherIdentity
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from cache.importing import ImportReport
-    from cache.interchange import RowFormat
-    from cache.row_files import RowFile
+    from potstill.cache.interchange.formats import RowFormat
+    from potstill.cache.interchange.importing import ImportReport
+    from potstill.cache.interchange.row_files import RowFile
 
 SUMMARY = "take over targets kept as Parquet or by DistillKit"
 
@@ -49,12 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Import, and say what came of it; committed shards are not read again."""
-    from cache.cache import Cache
-    from cache.encoding import encoding_by_name
-    from cache.importing import ImportPlan, ImportProgress, import_targets
-    from cache.row_files import row_files
-    from cache.store import check_name
-    from cache.tokenizer import load_tokenizer
+    from potstill.cache.cache import Cache
+    from potstill.cache.corpus.tokenizer import load_tokenizer
+    from potstill.cache.encoding.logprobs import encoding_by_name
+    from potstill.cache.interchange.importing import ImportPlan, ImportProgress, import_targets
+    from potstill.cache.interchange.row_files import row_files
+    from potstill.cache.store.root import check_name
 
     check_name("corpus", args.corpus)
     check_name("teacher", args.teacher)
@@ -91,7 +91,7 @@ def _summary(teacher: str, corpus: str, report: ImportReport) -> str:
 
 
 def _scaled(form: RowFormat) -> str:
-    from cache.distillkit import CompressedRows
+    from potstill.cache.interchange.distillkit import CompressedRows
 
     if not isinstance(form, CompressedRows) or not form.scaled.positions:
         return ""
@@ -102,8 +102,8 @@ def _scaled(form: RowFormat) -> str:
 def _format(
     args: argparse.Namespace, files: list[RowFile], tokenizer: Tokenizer
 ) -> tuple[RowFormat, Fields, TeacherIdentity]:
-    from cache.distillkit import CompressedRows, find_config
-    from cache.parquet import list_columns
+    from potstill.cache.interchange.distillkit import CompressedRows, find_config
+    from potstill.cache.interchange.parquet import list_columns
 
     origin = files[0].origin
     if args.format == "distillkit":
@@ -123,7 +123,7 @@ def _identity(
     args: argparse.Namespace, files: list[RowFile], tokenizer: Tokenizer, vocab_size: int | None
 ) -> TeacherIdentity:
     """The one the files name, or the one of the command line."""
-    from cache.tokenizer import fingerprint
+    from potstill.cache.corpus.tokenizer import fingerprint
 
     given = {name: getattr(args, name) for name in _IDENTITY if getattr(args, name) is not None}
     origin = files[0].origin

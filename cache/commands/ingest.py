@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from cache.progress import Step, progress
+from potstill.cache.commands.progress import Step, progress
 
 SUMMARY = "make a sealed corpus of text, JSONL or Parquet"
 
@@ -22,11 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Ingest, and say what came of it."""
-    from cache.cache import Cache
-    from cache.documents import source_files
-    from cache.ingest import IngestPlan, IngestProgress, ingest
-    from cache.store import check_name
-    from cache.tokenizer import load_tokenizer
+    from potstill.cache.cache import Cache
+    from potstill.cache.corpus.documents import source_files
+    from potstill.cache.corpus.ingest import IngestPlan, IngestProgress, ingest
+    from potstill.cache.corpus.tokenizer import load_tokenizer
+    from potstill.cache.store.root import check_name
 
     plan = IngestPlan(row_tokens=args.row_tokens, shard_positions=args.shard_positions, text_field=args.text_field)
     check_name("corpus", args.corpus)

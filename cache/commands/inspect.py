@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cache.errors import StoreError
-from cache.logins import without_login
-from cache.types import Fields
+from potstill.cache.errors import StoreError
+from potstill.cache.logins import without_login
+from potstill.cache.types import Fields
 
 SUMMARY = "show the corpora and targets of a cache"
 
@@ -24,14 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print it, records that cannot be read last on stderr; 1 when there are some."""
-    from cache.cache import Cache
-    from cache.inspection import inspect_cache
+    from potstill.cache.cache import Cache
+    from potstill.cache.upkeep.inspection import inspect_cache
 
     cache = Cache.open(args.root)
     inspection = inspect_cache(cache)
     found = inspection.to_json
     if args.html is not None:
-        from cache.inspect_html import page
+        from potstill.cache.upkeep.inspect_html import page
 
         _write(args.html, page(cache, inspection))
     if args.json:
@@ -106,7 +106,7 @@ def _targets(targets: dict[str, Any]) -> Any:
 
 
 def _sets(sets: list[tuple[str, str, dict[str, Any]]]) -> Any:
-    from cache.inspection import against_text, fields_text
+    from potstill.cache.upkeep.inspection import against_text, fields_text
 
     table = _table(
         "segment sets",

@@ -8,18 +8,18 @@ import signal
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
-from cache.commands.field_options import add_field_options, fields_of
-from cache.entry_points import open_teacher
-from cache.errors import CorruptSegment, FormatError, InvalidInput, LimitExceeded, SpecMismatch, StoreError
-from cache.logins import without_login
-from cache.progress import Step, progress
-from cache.types import Fields, Teacher
+from potstill.cache.commands.field_options import add_field_options, fields_of
+from potstill.cache.commands.progress import Step, progress
+from potstill.cache.entry_points import open_teacher
+from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput, LimitExceeded, SpecMismatch, StoreError
+from potstill.cache.logins import without_login
+from potstill.cache.types import Fields, Teacher
 
 if TYPE_CHECKING:
-    from cache.cache import Cache
-    from cache.corpus import Corpus
-    from cache.fill import FillPlan, FillReport
-    from cache.targets import TargetSet
+    from potstill.cache.cache import Cache
+    from potstill.cache.corpus.corpus import Corpus
+    from potstill.cache.fill.loop import FillPlan, FillReport
+    from potstill.cache.targets.target_set import TargetSet
 
 SUMMARY = "score a corpus with a teacher and keep its targets"
 
@@ -50,10 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Fill one teacher after the other; what is committed stays, the same command goes on from there."""
-    from cache.cache import Cache
-    from cache.encoding import encoding_by_name
-    from cache.fill import FillPlan
-    from cache.store import check_name
+    from potstill.cache.cache import Cache
+    from potstill.cache.encoding.logprobs import encoding_by_name
+    from potstill.cache.fill.loop import FillPlan
+    from potstill.cache.store.root import check_name
 
     fields = fields_of(args)
     encoding_by_name(args.encoding)
@@ -104,7 +104,7 @@ def _nothing_to_do(cache: Cache, corpus: Corpus, name: str, spec: str, *, fields
     Raises:
         SpecMismatch: it is there with other parameters.
     """
-    from cache.targets import has_targets
+    from potstill.cache.targets.target_set import has_targets
 
     if not has_targets(cache.root, name, corpus.name):
         return False
@@ -147,7 +147,7 @@ def _way_on(error: BaseException) -> str:
 
 
 async def _fill_with_progress(teacher: Teacher, targets: TargetSet, plan: FillPlan) -> FillReport:
-    from cache.fill import FillProgress, fill
+    from potstill.cache.fill.loop import FillProgress, fill
 
     with progress(f"prefill {targets.teacher}", "tokens") as show:
 

@@ -10,15 +10,15 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from cache.entry_points import open_teacher
-from cache.errors import CorruptSegment, FormatError, InvalidInput, UnknownTeacher
-from cache.logins import without_login
-from cache.progress import Step, progress
+from potstill.cache.commands.progress import Step, progress
+from potstill.cache.entry_points import open_teacher
+from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput, UnknownTeacher
+from potstill.cache.logins import without_login
 
 if TYPE_CHECKING:
-    from cache.integrity import Checked
-    from cache.live import Drift
-    from cache.targets import TargetSet
+    from potstill.cache.targets.target_set import TargetSet
+    from potstill.cache.upkeep.drift import Drift
+    from potstill.cache.upkeep.integrity import Checked
 
 SUMMARY = "check every committed byte of a cache, or a sample against a live teacher"
 
@@ -80,8 +80,8 @@ class _Summary:
 
 
 def _run_checks(args: argparse.Namespace) -> int:
-    from cache.integrity import check_cache, count_checks
-    from cache.store import Root
+    from potstill.cache.store.root import Root
+    from potstill.cache.upkeep.integrity import check_cache, count_checks
 
     root = Root.open(args.root)
     found = _Summary()
@@ -122,7 +122,7 @@ def _print_findings(root: str, found: _Summary, *, stopped: bool, total: int) ->
 
 
 def _print_ways_out(root: str, found: _Summary) -> None:
-    from cache.delete import set_arguments
+    from potstill.cache.upkeep.delete import set_arguments
 
     place = shlex.quote(without_login(root))
     for (path, options), shards in found.again.items():
@@ -135,7 +135,7 @@ def _print_ways_out(root: str, found: _Summary) -> None:
 
 
 def _run_live(args: argparse.Namespace) -> int:
-    from cache.cache import Cache
+    from potstill.cache.cache import Cache
 
     name, equals, spec = args.live.partition("=")
     if not equals or not spec:
@@ -167,7 +167,7 @@ async def _measure(
     """The drift of each corpus' sample, and one line for each corpus whose stored rows cannot be read."""
     import sys
 
-    from cache.live import check_same_vocabulary, measure_drift, sample_rows
+    from potstill.cache.upkeep.drift import check_same_vocabulary, measure_drift, sample_rows
 
     drifts: dict[str, Drift] = {}
     corrupt: list[str] = []

@@ -8,11 +8,11 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from cache.errors import InvalidInput
-from clients.commands.service_options import DEFAULT_URL, add_key_option, key_of
+from potstill.cache.errors import InvalidInput
+from potstill.clients.commands.service_options import DEFAULT_URL, add_key_option, key_of
 
 if TYPE_CHECKING:
-    from clients.doctor.findings import Finding
+    from potstill.clients.doctor.findings import Finding
 
 SUMMARY = "check a service, its teachers and a cache: offsets, replicas, vocabularies, limits, clocks, room"
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red", "not run": "dim"}
@@ -50,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 1 when any check fails."""
-    from clients.doctor.examine import Patient, examine
-    from clients.doctor.teacher_checks import Probing
+    from potstill.clients.doctor.examine import Patient, examine
+    from potstill.clients.doctor.teacher_checks import Probing
 
     nothing = args.url is None and args.cache is None and not args.teacher
     patient = Patient(

@@ -10,13 +10,13 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from cache.commands.field_options import add_field_options, field_arguments, fields_of
-from cache.errors import InvalidInput
-from cache.logins import without_login
-from clients.commands.service_options import add_service_options, key_of
+from potstill.cache.commands.field_options import add_field_options, field_arguments, fields_of
+from potstill.cache.errors import InvalidInput
+from potstill.cache.logins import without_login
+from potstill.clients.commands.service_options import add_service_options, key_of
 
 if TYPE_CHECKING:
-    from clients.fill_watch import FillWatch
+    from potstill.clients.fill_watch import FillWatch
 
 SUMMARY = "have a running service fill a corpus with a teacher's targets"
 _SILENCE_SECONDS = 60.0
@@ -47,10 +47,10 @@ def run(args: argparse.Namespace) -> int:
         Unavailable: the service did not answer for `--patience` seconds.
         NotFound: there is no job to stop, or the service was restarted. PotstillError: what it refuses.
     """
-    from clients.fill_watch import FillWatch
-    from clients.http_fill import HttpFill
-    from clients.http_reads import Reads
-    from clients.retry import RetryPolicy
+    from potstill.clients.fill_watch import FillWatch
+    from potstill.clients.http_fill import HttpFill
+    from potstill.clients.http_reads import Reads
+    from potstill.clients.retry import RetryPolicy
 
     if not 0 < args.patience < math.inf:
         raise InvalidInput(f"--patience is {args.patience:g}; it must be a positive number of seconds")
@@ -76,7 +76,7 @@ def _title(args: argparse.Namespace) -> str:
 
 
 def _watched(watch: FillWatch, at: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    from cache.progress import Step, progress
+    from potstill.cache.commands.progress import Step, progress
 
     pause = 0.2
     try:
@@ -115,7 +115,7 @@ def _command(args: argparse.Namespace, *, stop: bool = False) -> str:
 
 def _begun(at: dict[str, Any], args: argparse.Namespace) -> str:
     """Of a job that runs: all that is known this early for certain, and what to type next."""
-    from clients.retry import login_of
+    from potstill.clients.retry import login_of
 
     left_out = "" if login_of(args.url) is None else "\n(without the key of the URL: put it into POTSTILL_API_KEY)"
     return (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from cache.errors import InvalidInput
+from potstill.cache.errors import InvalidInput
 
 DEFAULT_URL = "http://127.0.0.1:8700"
 

@@ -8,12 +8,12 @@ import json
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from cache.errors import InvalidInput
-from cache.types import JSON
-from clients.commands.service_options import add_service_options, key_of
+from potstill.cache.errors import InvalidInput
+from potstill.cache.types import JSON
+from potstill.clients.commands.service_options import add_service_options, key_of
 
 if TYPE_CHECKING:
-    from clients.http_admin import HttpAdmin
+    from potstill.clients.http_admin import HttpAdmin
 
 T = TypeVar("T")
 SUMMARY = "list the teachers of a running service; add, scale or remove one"
@@ -87,7 +87,7 @@ def _remove(args: argparse.Namespace) -> None:
 
 
 def _ask(args: argparse.Namespace, call: Callable[[HttpAdmin], Awaitable[T]]) -> T:
-    from clients.http_admin import HttpAdmin
+    from potstill.clients.http_admin import HttpAdmin
 
     api_key = key_of(args)
 

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cache.errors import NotCommitted, StoreError
-from cache.types import Teacher, TeacherIdentity
-from clients.doctor.findings import Finding, Verdict, finding, found
+from potstill.cache.errors import NotCommitted, StoreError
+from potstill.cache.types import Teacher, TeacherIdentity
+from potstill.clients.doctor.findings import Finding, Verdict, finding, found
 
 if TYPE_CHECKING:
-    from cache.cache import Cache, CorporaLook
+    from potstill.cache.cache import Cache, CorporaLook
 
 LOOK_AT_STORE = "look at its health, and at the rights of this process there"
 _LITTLE_ROOM = 1 << 30
@@ -62,7 +62,7 @@ def unreadable_finding(name: str, where: str, *, kind: str, detail: str) -> Find
 
 
 def store_findings(where: str, problem: str, free_bytes: int | None, quota_bytes: int | None) -> list[Finding]:
-    """Of `cache.store_probe`, wherever it was made; the quota is what the journals may still grow to."""
+    """Of `potstill.cache.store.probe`, wherever it was made; the quota is what the journals may still grow to."""
     written = Verdict("ok", "a probe object was written, read and removed")
     if problem:
         written = Verdict("fail", problem, "give the process write access, or name another cache")
@@ -112,13 +112,13 @@ def _fit(name: str, identity: TeacherIdentity, corpus: CorpusFacts, *, alone: bo
 
 def stored_names(cache: Cache, name: str, identity: TeacherIdentity) -> list[Finding]:
     """As `renamed_findings`, of a cache that this process can read."""
-    from cache.renamed import renamed_line, stored_identities  # noqa: PLC0415 -- heavy
+    from potstill.cache.upkeep.renamed import renamed_line, stored_identities  # noqa: PLC0415 -- heavy
 
     return renamed_findings(name, renamed_line(name, identity, stored_identities(cache.root)))
 
 
 def renamed_findings(name: str, line: str) -> list[Finding]:
-    """Of a line of `cache.renamed`: nothing when there is none."""
+    """Of a line of `potstill.cache.upkeep.renamed`: nothing when there is none."""
     if not line:
         return []
     told, _, way_out = line.partition("; ")
@@ -141,7 +141,7 @@ async def check_stored(cache: Cache, name: str, teacher: Teacher, tolerance: flo
 
 
 async def _stored(cache: Cache, name: str, teacher: Teacher, corpus: str, tolerance: float) -> Verdict:
-    from cache.live import check_same_vocabulary, measure_drift, sample_rows  # noqa: PLC0415 -- heavy
+    from potstill.cache.upkeep.drift import check_same_vocabulary, measure_drift, sample_rows  # noqa: PLC0415 -- heavy
 
     targets = cache.targets(name, corpus).top_k_only()
     differences = check_same_vocabulary(targets.identity, teacher.identity)

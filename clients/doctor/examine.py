@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import httpx
 
-from cache.entry_points import open_teacher
-from cache.errors import PotstillError, StoreError
-from cache.types import JSON, Teacher
-from clients.doctor.cache_checks import (
+from potstill.cache.entry_points import open_teacher
+from potstill.cache.errors import PotstillError, StoreError
+from potstill.cache.types import JSON, Teacher
+from potstill.clients.doctor.cache_checks import (
     LOOK_AT_STORE,
     CorpusFacts,
     check_stored,
@@ -24,13 +24,13 @@ from clients.doctor.cache_checks import (
     unreadable_finding,
     vocabulary_findings,
 )
-from clients.doctor.findings import Finding, Verdict, finding, found
-from clients.doctor.service_checks import ServiceFacts, check_cached, check_service, replica_count
-from clients.doctor.teacher_checks import Probing, check_teacher
-from clients.http_teacher import HttpTeacher
+from potstill.clients.doctor.findings import Finding, Verdict, finding, found
+from potstill.clients.doctor.service_checks import ServiceFacts, check_cached, check_service, replica_count
+from potstill.clients.doctor.teacher_checks import Probing, check_teacher
+from potstill.clients.http_teacher import HttpTeacher
 
 if TYPE_CHECKING:
-    from cache.cache import Cache
+    from potstill.cache.cache import Cache
 
 _TIMEOUT = 300.0
 
@@ -118,8 +118,8 @@ async def _examine_served(
 
 
 def _open_cache(root: str) -> tuple[_OpenedCache | None, list[Finding]]:
-    from cache.cache import Cache  # noqa: PLC0415 -- zarr and obstore
-    from cache.store_probe import probe_store  # noqa: PLC0415
+    from potstill.cache.cache import Cache  # noqa: PLC0415 -- zarr and obstore
+    from potstill.cache.store.probe import probe_store  # noqa: PLC0415
 
     try:
         cache = Cache.open(root)

@@ -6,8 +6,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
 from typing import Literal, TypeAlias
 
-from cache.errors import PotstillError
-from cache.types import JSON
+from potstill.cache.errors import PotstillError
+from potstill.cache.types import JSON
 
 Level: TypeAlias = Literal["ok", "warn", "fail", "not run"]
 

@@ -12,14 +12,14 @@ from typing import Any
 
 import httpx
 
-from cache.errors import Forbidden, NotFound, PotstillError, TeacherFailed, Unauthenticated
-from cache.types import Fields
-from cache.wire import WIRE_VERSION
-from clients.doctor.cache_checks import CorpusFacts, store_findings, unreadable_finding
-from clients.doctor.findings import Finding, Verdict, finding
-from clients.doctor.teacher_checks import Probing, difference, probe_row
-from clients.http_teacher import HttpTeacher, get_replicas
-from clients.retry import API_KEY_VARIABLE, Connection, RetryPolicy, checked_url, login_of
+from potstill.cache.errors import Forbidden, NotFound, PotstillError, TeacherFailed, Unauthenticated
+from potstill.cache.types import Fields
+from potstill.cache.wire.scores import WIRE_VERSION
+from potstill.clients.doctor.cache_checks import CorpusFacts, store_findings, unreadable_finding
+from potstill.clients.doctor.findings import Finding, Verdict, finding
+from potstill.clients.doctor.teacher_checks import Probing, difference, probe_row
+from potstill.clients.http_teacher import HttpTeacher, get_replicas
+from potstill.clients.retry import API_KEY_VARIABLE, Connection, RetryPolicy, checked_url, login_of
 
 _SKEW_WARN = 2.0  # seconds; the Date header itself has whole ones
 _SKEW_FAIL = 60.0
@@ -44,7 +44,7 @@ class ServiceFacts:
 
     @property
     def renamed(self) -> Mapping[str, str]:
-        """By teacher, what `cache.renamed` has to say."""
+        """By teacher, what `potstill.cache.upkeep.renamed` has to say."""
         return self.doctor.get("renamed") or {}
 
     @property

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.errors import InvalidInput, LimitExceeded, UnsupportedField
-from cache.types import Fields, Targets, Teacher, Tokens
-from clients.doctor.findings import Finding, Verdict, found
+from potstill.cache.errors import InvalidInput, LimitExceeded, UnsupportedField
+from potstill.cache.types import Fields, Targets, Teacher, Tokens
+from potstill.clients.doctor.findings import Finding, Verdict, found
 
 _MASS_ERROR = 1e-3  # float32 logprobs of 64 entries and a tail add up to 1 within 1e-5; an encoding keeps it so
 _UNMOVED = 1e-6  # nats: what a target may move that does not depend on what was changed

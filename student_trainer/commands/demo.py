@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from student_trainer.demo.plan import DemoPlan
-    from student_trainer.result import TrainResult
+    from potstill.student_trainer.demo.plan import DemoPlan
+    from potstill.student_trainer.result import TrainResult
 
 SUMMARY = "distil a real small teacher, from text to report, in under ten minutes"
 
@@ -26,9 +26,9 @@ def run(args: argparse.Namespace) -> int:
     """Run every stage and print what came of it."""
     from rich.console import Console
 
-    from student_trainer.demo.plan import DemoPlan
-    from student_trainer.demo.run import run_demo
-    from student_trainer.demo.smollm2 import default_models_folder
+    from potstill.student_trainer.demo.plan import DemoPlan
+    from potstill.student_trainer.demo.run import run_demo
+    from potstill.student_trainer.demo.smollm2 import default_models_folder
 
     console = Console()
     plan = DemoPlan(out=args.out, models=args.models or default_models_folder(), seed=args.seed)
@@ -38,9 +38,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(plan: DemoPlan, student: str, console: Console) -> TrainResult:
-    from student_trainer.interrupt import stop_on_signals
-    from student_trainer.progress import showing
-    from student_trainer.ray_train import train_with_ray
+    from potstill.student_trainer.interrupt import stop_on_signals
+    from potstill.student_trainer.progress import showing
+    from potstill.student_trainer.ray_train import train_with_ray
 
     config = plan.train_config(student, plan.alpha if student == "distilled" else 0.0)
     with stop_on_signals() as stop, showing(config.train.steps, console) as show:

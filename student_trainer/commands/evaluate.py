@@ -18,7 +18,7 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate the final model, or the newest checkpoint of a run that is not finished."""
     import json
 
-    from student_trainer.run import evaluate_run
+    from potstill.student_trainer.run import evaluate_run
 
     found = evaluate_run(args.run_dir)
     if args.json:

@@ -25,18 +25,18 @@ def run(args: argparse.Namespace) -> int:
     """Train until done or asked to stop. 0 when done; 128 + signal when stopped, with a checkpoint."""
     from rich.console import Console
 
-    from student_trainer.config import TrainConfig
+    from potstill.student_trainer.config import TrainConfig
 
     config = TrainConfig.from_toml(args.config, out=args.out)
     if args.no_ray and config.train.workers > 1:
-        from cache.errors import InvalidInput
+        from potstill.cache.errors import InvalidInput
 
         raise InvalidInput(f"train.workers is {config.train.workers}, but --no-ray trains with 1; set it to 1")
 
-    from student_trainer.checkpoint import newest_step
-    from student_trainer.interrupt import stop_on_signals
-    from student_trainer.loop import train
-    from student_trainer.progress import held_out_text, showing
+    from potstill.student_trainer.checkpoint import newest_step
+    from potstill.student_trainer.interrupt import stop_on_signals
+    from potstill.student_trainer.loop import train
+    from potstill.student_trainer.progress import held_out_text, showing
 
     console = Console()
     begun = newest_step(config.run_dir / "checkpoints")
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         if args.no_ray:
             result = train(config, should_stop=stop, on_record=show)
         else:
-            from student_trainer.ray_train import train_with_ray
+            from potstill.student_trainer.ray_train import train_with_ray
 
             result = train_with_ray(config, address=args.ray, should_stop=stop, on_record=show)
     if not result.finished:

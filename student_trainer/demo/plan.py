@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from student_trainer.config import TrainConfig
+from potstill.student_trainer.config import TrainConfig
 
 TEACHER = "smollm2"
 CORPUS = "pydoc"

@@ -14,22 +14,22 @@ from typing import Any
 
 from rich.console import Console
 
-from cache.cache import Cache
-from cache.commands.prefill import prefill
-from cache.corpus import Corpus
-from cache.errors import InvalidInput
-from cache.fill import FillPlan
-from cache.ingest import IngestPlan, ingest
-from cache.tokenizer import load_tokenizer
-from cache.types import JSON, Fields
-from clients.http_teacher import HttpTeacher
-from student_trainer.demo.plan import CORPUS, TEACHER, DemoPlan
-from student_trainer.demo.report import write_report
-from student_trainer.demo.service import running_service
-from student_trainer.demo.smollm2 import is_materialised, materialise
-from student_trainer.demo.text import write_text
-from student_trainer.metrics import Record
-from student_trainer.result import TrainResult
+from potstill.cache.cache import Cache
+from potstill.cache.commands.prefill import prefill
+from potstill.cache.corpus.corpus import Corpus
+from potstill.cache.corpus.ingest import IngestPlan, ingest
+from potstill.cache.corpus.tokenizer import load_tokenizer
+from potstill.cache.errors import InvalidInput
+from potstill.cache.fill.loop import FillPlan
+from potstill.cache.types import JSON, Fields
+from potstill.clients.http_teacher import HttpTeacher
+from potstill.student_trainer.demo.plan import CORPUS, TEACHER, DemoPlan
+from potstill.student_trainer.demo.report import write_report
+from potstill.student_trainer.demo.service import running_service
+from potstill.student_trainer.demo.smollm2 import is_materialised, materialise
+from potstill.student_trainer.demo.text import write_text
+from potstill.student_trainer.metrics import Record
+from potstill.student_trainer.result import TrainResult
 
 _STAMP = ".potstill-demo.json"
 """Says that a folder is a demo's, and of which plan."""
@@ -140,8 +140,8 @@ async def _ask_service(url: str, corpus: Corpus) -> str:
 
 
 def _report(plan: DemoPlan, cache: Cache, corpus: Corpus, results: dict[str, TrainResult]) -> dict[str, Any]:
-    from student_trainer.demo.samples import samples
-    from student_trainer.order import choose_held_out
+    from potstill.student_trainer.demo.samples import samples
+    from potstill.student_trainer.order import choose_held_out
 
     targets = cache.targets(TEACHER, CORPUS)
     commits = [commit for each in targets.sets for commit in each.commits()]

@@ -12,9 +12,9 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from cache import Targets
-from cache.corpus import Corpus
-from cache.types import JSON, Tokens
+from potstill.cache import Targets
+from potstill.cache.corpus.corpus import Corpus
+from potstill.cache.types import JSON, Tokens
 
 _CONTEXT_TOKENS = 40
 _SHOWN = 5

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from cache.errors import Unavailable
+from potstill.cache.errors import Unavailable
 
 _START_SECONDS = 300.0
 _STOP_SECONDS = 60.0
@@ -23,7 +23,7 @@ def running_service(arguments: Sequence[str], log: Path) -> Iterator[str]:
     Raises:
         Unavailable: the service did not start; its last line says why.
     """
-    command = [sys.executable, "-m", "clients.cli", "serve", *arguments]
+    command = [sys.executable, "-m", "potstill.clients.cli", "serve", *arguments]
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
         try:

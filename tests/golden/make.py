@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from cache import Cache, Fields
-from cache.annotations import annotate
-from cache.cached import CachedTeacher, KeepPolicy
-from cache.encoding import ENCODINGS
-from cache.fill import FillPlan, fill
-from cache.ingest import IngestPlan, ingest
-from tests.corpora import byte_tokenizer, write_texts
-from tests.fakes import FakeTeacher, fake_identity
+from potstill.cache import Cache, Fields
+from potstill.cache.corpus.annotations import annotate
+from potstill.cache.corpus.ingest import IngestPlan, ingest
+from potstill.cache.encoding.logprobs import ENCODINGS
+from potstill.cache.fill.loop import FillPlan, fill
+from potstill.cache.read_through.cached_teacher import CachedTeacher, KeepPolicy
+from tests.support.corpora import byte_tokenizer, write_texts
+from tests.support.fakes import FakeTeacher, fake_identity
 
 TEXTS = ["Potstill keeps what teachers know. " * 4, "Nothing published is ever rewritten."]
 K = 8
@@ -39,7 +39,7 @@ async def make(root: Path) -> None:
         await fill(teacher, targets, FillPlan())
         later = cache.plan_targets(name, "docs", teacher.identity, fields=LATER, encoding=name)
         await fill(teacher, later, FillPlan())
-    annotate(cache.root, corpus, "even", np.arange(len(corpus)) % 2 == 0, {"source": "its row number"})
+    annotate(cache.root, corpus.annotated, "even", np.arange(len(corpus)) % 2 == 0, {"source": "its row number"})
     async with CachedTeacher.open(teacher, name="asked", cache=cache, policy=KeepPolicy(k=K)) as cached:
         await cached.score([JOURNAL_ROW], Fields(k=K))
 

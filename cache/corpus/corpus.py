@@ -1,0 +1,363 @@
+"""A corpus: sealed rows of tokens with one tokenizer, on a flat token axis without holes.
+
+On disk `corpora/<name>/` is a Zarr group whose attributes are the seal, created if absent and last; the
+arrays are in the child group that the seal names. `cache/FORMAT.md` has the layout.
+
+Shape legend:  P positions, R rows, S shards.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from potstill.cache.corpus.annotations import AnnotatedCorpus, corrupt_annotations, list_annotations, read_annotation
+from potstill.cache.corpus.keys import KEY_BYTES, KEY_ORDER, SORTED_KEYS, KeyIndex, KeysInMemory, row_key
+from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput, StoreError, UnknownCorpus
+from potstill.cache.store.groups import GroupReader, Reading, objects_from_json, objects_to_json
+from potstill.cache.store.record import group_metadata, read_group_metadata
+from potstill.cache.store.root import Root, StoredObject, check_name, is_name
+from potstill.cache.types import JSON, Tokens
+
+# Row starts are read by pages of this many, which is how they are cut on disk.
+_PAGE_ROWS = 4096
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """One file that was ingested."""
+
+    name: str
+    sha256: str
+    documents: int
+
+    def to_json(self) -> dict[str, JSON]:
+        """A JSON object with one key per attribute."""
+        return {"name": self.name, "sha256": self.sha256, "documents": self.documents}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CorpusSpec:
+    """What the seal of a corpus says."""
+
+    data: str
+    """Name of the child group that holds the arrays."""
+    fingerprint: str
+    """sha256 of the content: tokenizer, tokens, rows and shards."""
+    tokenizer_sha256: str
+    vocab_size: int
+    num_rows: int
+    num_positions: int
+    num_shards: int
+    longest_row: int
+    max_token_id: int
+    row_tokens: int
+    duplicate_rows: int
+    """Rows whose key an earlier row already has."""
+    sources: tuple[Source, ...]
+    objects: tuple[StoredObject, ...]
+
+
+class CorpusArrays(Protocol):
+    """Where a corpus reads its arrays: a published group (`GroupReader`), or a service that has one."""
+
+    @property
+    def path(self) -> str:
+        """What errors call it."""
+        ...
+
+    def has(self, name: str) -> bool:
+        """Whether there is an array of this name."""
+        ...
+
+    def expect(self, name: str, shape: tuple[int, ...], dtypes: Iterable[str]) -> str:
+        """Check an array's shape and dtype; the dtype's name."""
+        ...
+
+    def read(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        """`array[start:stop]`."""
+        ...
+
+    def read_all(self, name: str) -> NDArray[Any]:
+        """The whole array."""
+        ...
+
+    def corrupt_objects(self) -> list[str]:
+        """One line for each object that is not what was published."""
+        ...
+
+
+def corpus_path(name: str) -> str:
+    """Where a corpus lives below the root."""
+    return f"corpora/{check_name('corpus', name)}"
+
+
+class Corpus:
+    """Read a sealed corpus: `len(corpus)` rows, `corpus.row(i)` their tokens."""
+
+    def __init__(self, root: Root, name: str, spec: CorpusSpec, reader: CorpusArrays) -> None:
+        self.name = name
+        self.spec = spec
+        self._root = root
+        self._reader = reader
+
+    @classmethod
+    def open(cls, root: Root, name: str, reading: Reading | None = None) -> Corpus:
+        """Open by name; what is read goes through `reading`, or a small chunk cache of its own.
+
+        Raises:
+            UnknownCorpus: no sealed corpus under that name. FormatError: a seal this version cannot read.
+        """
+        path = corpus_path(name)
+        seal = read_group_metadata(root, path, "corpus")
+        if seal is None:
+            raise UnknownCorpus(f"no corpus {name!r} in {root.url}; there are: {_known(root)}")
+        spec = _spec_from_json(path, seal)
+        return cls(root, name, spec, GroupReader(root, f"{path}/{spec.data}", spec.objects, reading))
+
+    def __len__(self) -> int:
+        return self.spec.num_rows
+
+    @property
+    def num_positions(self) -> int:
+        """P."""
+        return self.spec.num_positions
+
+    @property
+    def num_shards(self) -> int:
+        """S."""
+        return self.spec.num_shards
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        """Fingerprint of the tokenizer (`potstill.cache.corpus.tokenizer.fingerprint`)."""
+        return self.spec.tokenizer_sha256
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the tokenizer's largest id."""
+        return self.spec.vocab_size
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the content, in hex."""
+        return self.spec.fingerprint
+
+    @cached_property
+    def row_starts(self) -> NDArray[np.int64]:
+        """[R+1] position at which each row starts, and the end: 8 bytes a row that stay in memory.
+
+        `starts` and `spans` read only what is asked for.
+        """
+        return self._axis("row_starts", self.spec.num_rows, self.spec.num_positions)
+
+    @cached_property
+    def shard_rows(self) -> NDArray[np.int64]:
+        """[S+1] row at which each shard starts, and the end."""
+        return self._axis("shard_rows", self.spec.num_shards, self.spec.num_rows)
+
+    @cached_property
+    def shard_starts(self) -> NDArray[np.int64]:
+        """[S+1] position at which each shard starts, and the end."""
+        if self._reader.has("shard_starts"):
+            return self._axis("shard_starts", self.spec.num_shards, self.spec.num_positions)
+        return self.row_starts[self.shard_rows]
+
+    def row(self, index: int) -> Tokens:
+        """The tokens of one row."""
+        return self.rows(index, index + 1)[0]
+
+    def rows(self, start: int, stop: int) -> list[Tokens]:
+        """The tokens of rows `start` to `stop`.
+
+        Raises:
+            InvalidInput: a range outside the corpus.
+        """
+        starts = self.starts(start, stop)
+        flat = self.tokens(int(starts[0]), int(starts[-1]))
+        return [flat[a - starts[0] : b - starts[0]] for a, b in pairwise(starts)]
+
+    def take(self, rows: Sequence[int]) -> list[Tokens]:
+        """The tokens of rows in any order.
+
+        Raises:
+            InvalidInput: a row outside the corpus.
+        """
+        return [self.tokens(start, stop) for start, stop in self.spans(rows).tolist()]
+
+    def starts(self, start: int, stop: int) -> NDArray[np.int64]:
+        """[stop - start + 1] positions at which rows `start` to `stop` start, and the end of the last one.
+
+        Raises:
+            InvalidInput: a range outside the corpus. CorruptSegment: stored bytes are damaged.
+        """
+        if not 0 <= start <= stop <= len(self):
+            raise InvalidInput(f"rows {start} to {stop} are outside corpus {self.name!r} of {len(self)} rows")
+        self._reader.expect("row_starts", (len(self) + 1,), ("int64",))
+        starts = self._reader.read("row_starts", start, stop + 1).astype(np.int64, copy=False)
+        if starts[0] < start or starts[-1] > self.num_positions or (np.diff(starts) < 1).any():
+            raise CorruptSegment(f"{self._reader.path}/row_starts does not rise from row {start} to {stop}")
+        return starts
+
+    def spans(self, rows: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+        """[N, 2] position at which each of N rows starts and ends; rows may come in any order and again.
+
+        Raises:
+            InvalidInput: a row outside the corpus, or no whole number. CorruptSegment: stored bytes are damaged.
+        """
+        wanted = _row_numbers(rows)
+        outside = (wanted < 0) | (wanted >= len(self))
+        if outside.any():
+            row = wanted[outside.argmax()]
+            raise InvalidInput(f"row {row} is outside corpus {self.name!r} of {len(self)} rows")
+        spans = np.empty((len(wanted), 2), dtype=np.int64)
+        pages = wanted // _PAGE_ROWS
+        for page in np.unique(pages):
+            here = np.flatnonzero(pages == page)
+            first = int(wanted[here].min())
+            starts = self.starts(first, int(wanted[here].max()) + 1)
+            spans[here, 0], spans[here, 1] = starts[wanted[here] - first], starts[wanted[here] - first + 1]
+        return spans
+
+    def tokens(self, start: int, stop: int) -> Tokens:
+        """The tokens at positions `start` to `stop`, [stop - start]."""
+        self._reader.expect("tokens", (self.num_positions,), ("uint32",))
+        return self._reader.read("tokens", start, stop).astype(np.uint32, copy=False)
+
+    def row_keys(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """[stop - start, 16] keys of rows."""
+        self._reader.expect("row_keys", (len(self), KEY_BYTES), ("uint8",))
+        return self._reader.read("row_keys", start, stop).astype(np.uint8, copy=False)
+
+    def key(self, row: Tokens) -> bytes:
+        """The key of a row of tokens, in this corpus or not."""
+        return row_key(self.tokenizer_sha256, row)
+
+    def find(self, keys: Sequence[bytes]) -> list[int | None]:
+        """The first row with each key, or None.
+
+        Looked up on disk, best many at a time. A corpus of format 1 has no sorted keys: they are made in memory,
+        24 bytes a row.
+        """
+        return self._key_index.find(keys)
+
+    def shard_of_row(self, row: int) -> int:
+        """The shard a row belongs to."""
+        return int(np.searchsorted(self.shard_rows, row, side="right")) - 1
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer the corpus was made with, as it was kept beside the tokens."""
+        return Tokenizer.from_str(self._reader.read_all("tokenizer_json").tobytes().decode())
+
+    @property
+    def annotated(self) -> AnnotatedCorpus:
+        """What annotations are compared with."""
+        return AnnotatedCorpus(corpus_path(self.name), self.name, self.fingerprint, len(self))
+
+    def annotations(self) -> list[str]:
+        """Names of the annotations that lie beside the corpus right now; a query of the store at every call."""
+        return list_annotations(self._root, self.annotated)
+
+    def annotation(self, name: str) -> NDArray[Any]:
+        """[R] a value of each row: bool, int or float.
+
+        Raises:
+            NotFound: there is none of this name. SpecMismatch: it is of another corpus.
+            CorruptSegment: stored bytes are damaged.
+        """
+        return read_annotation(self._root, self.annotated, name)
+
+    def corrupt_objects(self) -> list[str]:
+        """One line per stored object, those of annotations included, that is not what was sealed."""
+        return self._reader.corrupt_objects() + corrupt_annotations(self._root, self.annotated)
+
+    @cached_property
+    def _key_index(self) -> KeyIndex | KeysInMemory:
+        if isinstance(self._reader, GroupReader) and self._reader.has(SORTED_KEYS):
+            return KeyIndex(self._reader, len(self))
+        self._reader.expect(KEY_ORDER, (len(self),), ("int64",))
+        order = self._reader.read_all(KEY_ORDER).astype(np.int64)
+        if order.min() < 0 or order.max() >= len(self):
+            raise CorruptSegment(f"{self._reader.path}/{KEY_ORDER} names rows outside 0 to {len(self)}")
+        return KeysInMemory(self.row_keys(0, len(self)), order)
+
+    def _axis(self, name: str, count: int, end: int) -> NDArray[np.int64]:
+        self._reader.expect(name, (count + 1,), ("int64",))
+        axis = self._reader.read_all(name).astype(np.int64)
+        if axis[0] != 0 or axis[-1] != end or (np.diff(axis) < 1).any():
+            raise FormatError(f"{self._reader.path}/{name} does not rise from 0 to {end}")
+        return axis
+
+
+def _row_numbers(rows: Sequence[int] | NDArray[Any]) -> NDArray[np.int64]:
+    """[N] row numbers; a mask or fractions would silently become other rows.
+
+    Raises:
+        InvalidInput: they are not whole numbers.
+    """
+    wanted = np.asarray(rows)
+    if not len(wanted):
+        return np.empty(0, np.int64)
+    # Among whole numbers in a list numpy takes True for 1.
+    mixed = not isinstance(rows, np.ndarray) and any(isinstance(row, bool | np.bool_) for row in rows)
+    if wanted.dtype == np.bool_ or mixed:
+        raise InvalidInput("rows hold True or False, not row numbers; take np.flatnonzero(mask) of a mask")
+    if not np.issubdtype(wanted.dtype, np.integer):
+        raise InvalidInput(f"rows are {wanted.dtype}, like {wanted.ravel()[:3].tolist()!s:.60}; give whole numbers")
+    return wanted.astype(np.int64, copy=False)
+
+
+def _known(root: Root) -> str:
+    try:
+        return ", ".join(list_corpora(root)) or "none"
+    except StoreError as error:  # of another corpus' record: it changes nothing about the one that is not there
+        return f"some that cannot be listed ({error.detail})"
+
+
+def list_corpora(root: Root) -> list[str]:
+    """Names of the sealed corpora."""
+    return [name for name in root.folders("corpora") if root.get(f"corpora/{name}/zarr.json") is not None]
+
+
+def seal_corpus(root: Root, name: str, spec: CorpusSpec) -> bool:
+    """Make the corpus exist; False when another one was sealed under the name meanwhile."""
+    record = {
+        **{n: getattr(spec, n) for n in spec.__dataclass_fields__ if n not in {"sources", "objects"}},
+        "sources": [source.to_json() for source in spec.sources],
+        "objects": objects_to_json(spec.objects),
+    }
+    return root.create(f"{corpus_path(name)}/zarr.json", group_metadata("corpus", record))
+
+
+def _spec_from_json(path: str, seal: dict[str, Any]) -> CorpusSpec:
+    try:
+        sources = tuple(Source(**source) for source in seal["sources"])
+        values = {n: seal[n] for n in CorpusSpec.__dataclass_fields__ if n not in {"sources", "objects"}}
+        objects = objects_from_json(seal["objects"])
+        spec = CorpusSpec(**values, sources=sources, objects=objects)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise FormatError(f"{path}/zarr.json is not the seal of a corpus: {error!r}") from error
+    counts = (spec.num_rows, spec.num_positions, spec.num_shards, spec.vocab_size, spec.longest_row)
+    if not all(type(n) is int and 0 < n < 2**62 for n in counts):
+        raise FormatError(f"{path}/zarr.json has impossible counts: {json.dumps(counts)}")
+    texts = (spec.data, spec.fingerprint, spec.tokenizer_sha256)
+    if not all(isinstance(text, str) for text in texts) or not is_name(spec.data):
+        raise FormatError(f"{path}/zarr.json has impossible names: {json.dumps(texts)}")
+    if not _SHA256.fullmatch(spec.tokenizer_sha256):
+        raise FormatError(
+            f"{path}/zarr.json has the tokenizer_sha256 {spec.tokenizer_sha256[:80]!r}, which is no sha256"
+        )
+    if type(spec.max_token_id) is not int:
+        raise FormatError(f"{path}/zarr.json has impossible counts: max_token_id {spec.max_token_id!r}")
+    return spec

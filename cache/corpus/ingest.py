@@ -1,0 +1,287 @@
+"""Text or rows of tokens -> sealed corpus.
+
+Documents are tokenized in batches and cut into rows that never cross a document; rows that are tokens already are
+kept as they are. Both are spooled to temporary files, so that memory stays flat; the spool is then written to a
+new Zarr group, and the seal makes it a corpus. Stopped or failed, nothing is sealed and what was written is removed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from potstill.cache.corpus.corpus import Corpus, CorpusSpec, Source, corpus_path, seal_corpus
+from potstill.cache.corpus.documents import SourceFile, documents, file_sha256, source_files
+from potstill.cache.corpus.keys import KEY_BYTES, sort_file, write_key_index
+from potstill.cache.corpus.spool import RowSpool
+from potstill.cache.corpus.tokenizer import fingerprint, num_ids
+from potstill.cache.errors import AlreadyExists, InvalidInput, LimitExceeded
+from potstill.cache.store.groups import GroupWriter, Layout, attempt_name, removed_on_failure
+from potstill.cache.store.root import Root, StoredObject
+from potstill.cache.types import Tokens
+
+_BATCH_DOCUMENTS = 256
+_BATCH_CHARACTERS = 4 << 20
+_PROGRESS_ROWS = 8192
+_TOKEN_CHUNK = 1 << 16
+_ROW_CHUNK = 4096
+# Elements of one object: 256 MiB of tokens before compression, 16 MiB of row starts.
+_OBJECT_TOKENS = 1 << 26
+_OBJECT_ROWS = 1 << 21
+# Of a row's tokens and a shard's positions: more than any machine holds, and no sum of it and a position overflows.
+_MOST = 1 << 40
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IngestPlan:
+    """How text becomes rows and shards.
+
+    Raises:
+        InvalidInput: a size below 1. LimitExceeded: one over 2**40.
+    """
+
+    row_tokens: int = 512
+    """Longest row, in tokens."""
+    shard_positions: int = 1 << 20
+    """A shard is closed before the row that would take it over this; the unit of work and of commit."""
+    text_field: str = "text"
+    """Key or column of JSONL and Parquet records."""
+
+    def __post_init__(self) -> None:
+        for name in ("row_tokens", "shard_positions"):
+            option, size = f"--{name.replace('_', '-')}", getattr(self, name)
+            if size < 1:
+                raise InvalidInput(f"{option} is {size}; it must be at least 1")
+            if size > _MOST:
+                raise LimitExceeded(f"{option} is {size}; it must be at most {_MOST}")
+
+
+@dataclass(frozen=True, slots=True)
+class IngestProgress:
+    """How far an ingest is: files read, tokens so far."""
+
+    files_done: int
+    files: int
+    tokens: int
+
+
+def ingest(
+    root: Root,
+    name: str,
+    sources: Sequence[str | Path],
+    tokenizer: Tokenizer,
+    plan: IngestPlan,
+    *,
+    on_progress: Callable[[IngestProgress], None] = lambda _: None,
+) -> Corpus:
+    """Make the corpus `name` of `sources` and return it.
+
+    Raises:
+        AlreadyExists: the name is taken. InvalidInput: a bad source, or no token in all of them.
+        StoreError: the store is full or cannot be written; nothing is left behind.
+    """
+    _require_free(root, name)
+    files = source_files(sources)
+    tokenizer = _plain_tokenizer(tokenizer)
+
+    def fill(spool: RowSpool) -> tuple[Source, ...]:
+        return tuple(_ingest_files(files, tokenizer, plan, spool, on_progress))
+
+    return _make_corpus(root, name, tokenizer, plan, fill, what=", ".join(map(str, sources)))
+
+
+def ingest_rows(
+    root: Root,
+    name: str,
+    rows: Iterable[Tokens],
+    tokenizer: Tokenizer,
+    plan: IngestPlan,
+    *,
+    sources: tuple[Source, ...] = (),
+    on_progress: Callable[[IngestProgress], None] = lambda _: None,
+) -> Corpus:
+    """Make the corpus `name` of rows that are token ids of `tokenizer` already, as they are: nothing is cut.
+
+    The arrays must not be changed after they were yielded; `sources` says where they come from.
+
+    Raises:
+        AlreadyExists: the name is taken. InvalidInput: no row at all, an empty row, one over `plan.row_tokens`, an id
+            that the tokenizer does not have.
+        StoreError: the store is full or cannot be written; nothing is left behind.
+    """
+    _require_free(root, name)
+
+    def fill(spool: RowSpool) -> tuple[Source, ...]:
+        for count, row in enumerate(rows, start=1):
+            spool.add(row)
+            if count % _PROGRESS_ROWS == 0:
+                on_progress(IngestProgress(0, len(sources), spool.num_positions))
+        return sources
+
+    return _make_corpus(root, name, _plain_tokenizer(tokenizer), plan, fill, what="the rows")
+
+
+def cut(tokens: Tokens, row_tokens: int) -> Iterator[Tokens]:
+    """Rows of at most `row_tokens` tokens; only the last of a document is shorter."""
+    for start in range(0, len(tokens), row_tokens):
+        yield tokens[start : start + row_tokens]
+
+
+def shard_bounds(row_starts: NDArray[np.int64], shard_positions: int) -> NDArray[np.int64]:
+    """[S+1] first row of each shard: whole rows, at most `shard_positions` unless one row alone is longer."""
+    bounds = [0]
+    num_rows = len(row_starts) - 1
+    while bounds[-1] < num_rows:
+        limit = row_starts[bounds[-1]] + shard_positions
+        fitting = int(np.searchsorted(row_starts, limit, side="right")) - 1
+        bounds.append(max(fitting, bounds[-1] + 1))
+    return np.array(bounds, dtype=np.int64)
+
+
+def _require_free(root: Root, name: str) -> None:
+    if root.get(f"{corpus_path(name)}/zarr.json") is not None:
+        raise _taken(root, name)
+
+
+def _taken(root: Root, name: str) -> AlreadyExists:
+    return AlreadyExists(f"corpus {name!r} is sealed in {root.url}; ingest under another name")
+
+
+def _make_corpus(
+    root: Root,
+    name: str,
+    tokenizer: Tokenizer,
+    plan: IngestPlan,
+    fill: Callable[[RowSpool], tuple[Source, ...]],
+    *,
+    what: str,
+) -> Corpus:
+    """Write what `fill` spools to a new group, and seal it."""
+    vocab_size = num_ids(tokenizer)
+    with tempfile.TemporaryDirectory(prefix="potstill-ingest-") as folder:
+        spool = RowSpool(Path(folder), fingerprint(tokenizer), vocab_size, plan.row_tokens)
+        with spool:
+            sources = fill(spool)
+        if not spool.num_rows:
+            raise InvalidInput(f"there is no token in {what}; a corpus cannot be empty")
+        group = f"{corpus_path(name)}/{attempt_name('data')}"
+        with removed_on_failure(root, group):
+            spec = _write(root, group, spool, tokenizer, sources, plan)
+        # From here on the seal may name the group, also when sealing raises: it is not ours to delete.
+        if not seal_corpus(root, name, spec):
+            root.delete(group)
+            raise _taken(root, name)
+    return Corpus.open(root, name)
+
+
+def _ingest_files(
+    files: list[SourceFile],
+    tokenizer: Tokenizer,
+    plan: IngestPlan,
+    spool: RowSpool,
+    on_progress: Callable[[IngestProgress], None],
+) -> Iterator[Source]:
+    for number, file in enumerate(files):
+        count = 0
+        for batch in _batches(documents(file.path, plan.text_field)):
+            for encoded in _encoded(tokenizer, batch, file):
+                for row in cut(np.array(encoded.ids, dtype=np.uint32), plan.row_tokens):
+                    spool.add(row)
+            count += len(batch)
+            on_progress(IngestProgress(number, len(files), spool.num_positions))
+        yield Source(name=file.name, sha256=file_sha256(file.path), documents=count)
+        on_progress(IngestProgress(number + 1, len(files), spool.num_positions))
+
+
+def _encoded(tokenizer: Tokenizer, batch: list[str], file: SourceFile) -> list[Any]:
+    try:
+        return list(tokenizer.encode_batch_fast(batch, add_special_tokens=False))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise InvalidInput(f"the tokenizer cannot read a document of {file.path}: {error}") from error
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if len(batch) == _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _write(
+    root: Root, group: str, spool: RowSpool, tokenizer: Tokenizer, sources: tuple[Source, ...], plan: IngestPlan
+) -> CorpusSpec:
+    row_starts = spool.row_starts()
+    shard_rows = shard_bounds(row_starts, plan.shard_positions)
+    writer = GroupWriter(root, group)
+    digest = hashlib.sha256(bytes.fromhex(spool.tokenizer_sha256))
+    _stream(writer, "tokens", spool.token_blocks, (spool.num_positions,), np.uint32, digest)
+    _stream(writer, "row_starts", spool.start_blocks, (spool.num_rows + 1,), np.int64, digest)
+    digest.update(shard_rows.astype("<i8").tobytes())
+    _stream(writer, "row_keys", spool.key_blocks, (spool.num_rows, KEY_BYTES), np.uint8)
+    duplicates = write_key_index(writer, sort_file(spool.key_path), spool.num_rows)
+    objects = _write_small(writer, shard_rows, row_starts[shard_rows], tokenizer)
+    return CorpusSpec(
+        data=group.rsplit("/", 1)[-1],
+        fingerprint=digest.hexdigest(),
+        tokenizer_sha256=spool.tokenizer_sha256,
+        vocab_size=spool.vocab_size,
+        num_rows=spool.num_rows,
+        num_positions=spool.num_positions,
+        num_shards=len(shard_rows) - 1,
+        longest_row=spool.longest_row,
+        max_token_id=spool.max_token_id,
+        row_tokens=plan.row_tokens,
+        duplicate_rows=duplicates,
+        sources=sources,
+        objects=objects,
+    )
+
+
+def _stream(
+    writer: GroupWriter,
+    name: str,
+    blocks: Callable[[int], Iterator[NDArray[Any]]],
+    shape: tuple[int, ...],
+    dtype: type[np.generic],
+    digest: hashlib._Hash | None = None,
+) -> None:
+    """Write an array object by object; what is hashed is part of the corpus' fingerprint."""
+    chunk, most = (_TOKEN_CHUNK, _OBJECT_TOKENS) if name == "tokens" else (_ROW_CHUNK, _OBJECT_ROWS)
+    size = min(most, shape[0])
+    array = writer.array(name, shape, dtype, Layout((chunk, *shape[1:]), size))
+    for number, block in enumerate(blocks(size)):
+        if digest is not None:
+            digest.update(block.astype(block.dtype.newbyteorder("<"), copy=False).tobytes())
+        writer.put(array, number * size, block)
+
+
+def _write_small(
+    writer: GroupWriter, shard_rows: NDArray[np.int64], shard_starts: NDArray[np.int64], tokenizer: Tokenizer
+) -> tuple[StoredObject, ...]:
+    writer.write("shard_rows", shard_rows, Layout((_TOKEN_CHUNK,)))
+    writer.write("shard_starts", shard_starts, Layout((_TOKEN_CHUNK,)))
+    text = np.frombuffer(tokenizer.to_str().encode(), dtype=np.uint8)
+    writer.write("tokenizer_json", text, Layout((1 << 20,)))
+    return writer.finish()
+
+
+def _plain_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer without truncation or padding, which its file may have asked for."""
+    plain = Tokenizer.from_str(tokenizer.to_str())
+    plain.no_truncation()
+    plain.no_padding()
+    return plain

@@ -1,0 +1,300 @@
+"""Row keys: how they are made, sorted without holding them all, kept on disk and looked up there.
+
+    sorted_keys [R, 16] uint8    the keys of all rows, rising; beside a group's `row_keys`
+    key_order   [R] int64        the row of each, the earliest of equal ones first
+
+Keys are hashes, so they lie evenly and a key's place is guessed from its value: a lookup reads a page or two of
+`sorted_keys` and one of `key_order`, however many rows there are. Memory does not grow with R.
+
+Shape legend:  R rows, W wanted keys.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potstill.cache.errors import CorruptSegment, InvalidInput
+from potstill.cache.store.groups import GroupReader, GroupWriter, Layout, Part
+from potstill.cache.types import Tokens
+
+KEY_BYTES = 16
+SORTED_KEYS = "sorted_keys"
+KEY_ORDER = "key_order"
+
+KEY_RECORD = np.dtype([("key", np.uint8, (KEY_BYTES,)), ("row", np.int64)])
+"""A key and its row, as they are sorted in temporary files."""
+
+_CHUNK = 8192
+# Half a chunk, because decoded chunks are kept for the next lookup only where a read did not use them whole.
+_PAGE = 4096
+# 32 MiB of keys to an object, so that the index of its chunks stays 4 KiB and few are held while writing.
+_OBJECT_KEYS = 1 << 21
+_SORTED_AT_ONCE = 1 << 22
+_BLOCK = 1 << 19
+_PAGES_AT_ONCE = 64
+# After these the place is halved: damaged or very repetitive keys do not lie evenly.
+_GUESSES = 4
+
+
+def row_key(tokenizer_sha256: str, row: Tokens) -> bytes:
+    """The 16-byte key of a row: a hash of its tokenizer and its token ids."""
+    return row_keys(tokenizer_sha256, row, [0, len(row)]).tobytes()
+
+
+def row_keys(tokenizer_sha256: str, tokens: Tokens, starts: Sequence[int]) -> NDArray[np.uint8]:
+    """[R, 16] keys of the rows that lie in `tokens` one after the other, from `starts[i]` to `starts[i + 1]`."""
+    begun = hashlib.blake2b(bytes.fromhex(tokenizer_sha256), digest_size=KEY_BYTES)
+    data = memoryview(np.ascontiguousarray(tokens, dtype="<u4").tobytes())
+    digests = []
+    for index in range(len(starts) - 1):
+        digest = begun.copy()
+        digest.update(data[4 * starts[index] : 4 * starts[index + 1]])
+        digests.append(digest.digest())
+    return np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, KEY_BYTES)
+
+
+def key_records(keys: NDArray[np.uint8], first_row: int = 0) -> NDArray[np.void]:
+    """[R] of `KEY_RECORD` for keys [R, 16] of rows from `first_row`."""
+    records = np.empty(len(keys), dtype=KEY_RECORD)
+    records["key"] = keys
+    records["row"] = np.arange(first_row, first_row + len(keys))
+    return records
+
+
+def sort_records(records: NDArray[np.void]) -> NDArray[np.void]:
+    """Records by rising key; equal keys stay as they are, by rising row."""
+    return records[np.argsort(_comparable(records["key"]), kind="stable")]
+
+
+def sort_file(path: Path, *, at_once: int = _SORTED_AT_ONCE) -> Iterator[NDArray[np.void]]:
+    """The `KEY_RECORD`s of a file in sorted blocks; holds some multiple of `at_once` of them in memory.
+
+    Parts are split off by one byte of the key after the other into files beside `path`, which are removed.
+    """
+    yield from _sorted_span(_Span(path, 0, path.stat().st_size // KEY_RECORD.itemsize), 0, at_once)
+
+
+def write_key_index(writer: GroupWriter, blocks: Iterable[NDArray[np.void]], num_rows: int) -> int:
+    """Write `sorted_keys` and `key_order` from sorted blocks; how many rows have the key of an earlier one."""
+    size = min(_OBJECT_KEYS, max(num_rows, 1))
+    keys = writer.array(SORTED_KEYS, (num_rows, KEY_BYTES), np.uint8, Layout((_CHUNK, KEY_BYTES), size))
+    order = writer.array(KEY_ORDER, (num_rows,), np.int64, Layout((_CHUNK,), size))
+    start, repeated, last = 0, 0, np.empty(0, dtype=f"S{KEY_BYTES}")
+    for block in _of_size(blocks, size):
+        ordered = np.concatenate([last, _comparable(block["key"])])
+        repeated += int((ordered[1:] == ordered[:-1]).sum())
+        last = ordered[-1:]
+        writer.put(keys, start, np.ascontiguousarray(block["key"]))
+        writer.put(order, start, np.ascontiguousarray(block["row"]))
+        start += len(block)
+    assert start == num_rows, f"{start} keys for {num_rows} rows"
+    return repeated
+
+
+class KeyIndex:
+    """The rows of a group by key, looked up on disk. Thread-safe as its reader is."""
+
+    def __init__(self, reader: GroupReader, num_rows: int) -> None:
+        self._reader = reader
+        self._num_rows = num_rows
+        reader.expect(SORTED_KEYS, (num_rows, KEY_BYTES), ("uint8",))
+        reader.expect(KEY_ORDER, (num_rows,), ("int64",))
+
+    def find(self, keys: Sequence[bytes]) -> list[int | None]:
+        """The first row with each key, or None; each page that is needed is read once per round of guesses.
+
+        Raises:
+            InvalidInput: a key that is not 16 bytes. CorruptSegment: stored bytes are damaged.
+        """
+        wanted, inverse = np.unique(np.frombuffer(_joined(keys), f"S{KEY_BYTES}"), return_inverse=True)
+        places = first_places(wanted, self._num_rows, _PAGE, self._sorted_pages)
+        rows = self._rows_at(places)[inverse]
+        return [None if row < 0 else row for row in rows.tolist()]
+
+    def _rows_at(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[W] the row at each place of the sorted keys; -1 for the place -1."""
+        rows = np.full(len(places), -1, dtype=np.int64)
+        found = np.flatnonzero(places >= 0)
+        pages = places[found] // _PAGE
+        for page, block in self._pages(KEY_ORDER, np.unique(pages)):
+            here = found[pages == page]
+            rows[here] = block[places[here] - page * _PAGE]
+        if (rows >= self._num_rows).any() or (rows[found] < 0).any():
+            raise CorruptSegment(f"{self._reader.path}/{KEY_ORDER} names rows outside 0 to {self._num_rows}")
+        return rows
+
+    def _sorted_pages(self, pages: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.bytes_]]]:
+        for page, block in self._pages(SORTED_KEYS, pages):
+            keys = _comparable(block)
+            if (keys[1:] < keys[:-1]).any():
+                raise CorruptSegment(f"{self._reader.path}/{SORTED_KEYS} does not rise from {page * _PAGE} on")
+            yield page, keys
+
+    def _pages(self, name: str, pages: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[Any]]]:
+        for start in range(0, len(pages), _PAGES_AT_ONCE):
+            some = pages[start : start + _PAGES_AT_ONCE].tolist()
+            parts = [Part(name, page * _PAGE, min((page + 1) * _PAGE, self._num_rows)) for page in some]
+            yield from zip(some, self._reader.read_parts(parts), strict=True)
+
+
+class KeysInMemory:
+    """The rows of a group by key where no sorted keys were stored, as in format 1: 24 bytes a row."""
+
+    def __init__(self, keys: NDArray[np.uint8], order: NDArray[np.int64]) -> None:
+        self._order = order
+        self._sorted = _comparable(keys)[order]
+
+    def find(self, keys: Sequence[bytes]) -> list[int | None]:
+        """As `KeyIndex.find`."""
+        wanted = np.frombuffer(_joined(keys), f"S{KEY_BYTES}")
+        places = np.minimum(np.searchsorted(self._sorted, wanted), len(self._sorted) - 1)
+        hits = (self._sorted[places] == wanted).tolist()
+        return [row if hit else None for row, hit in zip(self._order[places].tolist(), hits, strict=True)]
+
+
+def first_places(
+    wanted: NDArray[np.bytes_],
+    num_rows: int,
+    page: int,
+    read: Callable[[NDArray[np.int64]], Iterator[tuple[int, NDArray[np.bytes_]]]],
+) -> NDArray[np.int64]:
+    """[W] the place of each wanted key among R sorted ones, the first of equal ones; -1 for one that is not there.
+
+    `read` gives pages of `page` sorted keys by their numbers. A place is guessed from the keys around it, after some
+    guesses by halving; every page narrows what is left, so the search ends whatever is read.
+    """
+    search = _Search(wanted, num_rows)
+    tries = 0
+    while len(left := search.left()):
+        pages = search.guesses(left, halve=tries >= _GUESSES) // page
+        for number, keys in read(np.unique(pages)):
+            search.narrow(left[pages == number], number * page, keys)
+        tries += 1
+    return search.places
+
+
+class _Search:
+    """For each wanted key the span of places that is left, and the leading bytes of the keys at its ends."""
+
+    def __init__(self, wanted: NDArray[np.bytes_], num_rows: int) -> None:
+        self._wanted = wanted
+        self._values = _leading(wanted)
+        self._low = np.zeros(len(wanted), dtype=np.int64)
+        self._high = np.full(len(wanted), num_rows, dtype=np.int64)
+        self._low_value = np.zeros(len(wanted), dtype=np.float64)
+        self._high_value = np.full(len(wanted), 2.0**64)
+        self.places = np.full(len(wanted), -1, dtype=np.int64)
+
+    def left(self) -> NDArray[np.int64]:
+        """The wanted keys whose place is still open."""
+        return np.flatnonzero(self._low < self._high)
+
+    def guesses(self, left: NDArray[np.int64], *, halve: bool) -> NDArray[np.int64]:
+        """A place inside the span of each."""
+        low, high = self._low[left], self._high[left]
+        span = self._high_value[left] - self._low_value[left]
+        share = np.full(len(left), 0.5)
+        if not halve:
+            np.divide(self._values[left] - self._low_value[left], span, out=share, where=span > 0)
+        guess: NDArray[np.int64] = low + (np.clip(share, 0.0, 1.0) * (high - low)).astype(np.int64)
+        return np.asarray(np.minimum(guess, high - 1), dtype=np.int64)
+
+    def narrow(self, some: NDArray[np.int64], first: int, keys: NDArray[np.bytes_]) -> None:
+        """Use the keys at places from `first` for some of the wanted ones."""
+        at = np.searchsorted(keys, self._wanted[some])
+        hit = keys[np.minimum(at, len(keys) - 1)] == self._wanted[some]
+        self.places[some[hit]] = first + at[hit]
+        # A key equal to the page's first one may also end the page before.
+        below, above = some[at == 0], some[at == len(keys)]
+        inside = some[(at > 0) & (at < len(keys))]
+        self._high[below], self._high_value[below] = first, _leading(keys[:1])[0]
+        self._low[above], self._low_value[above] = first + len(keys), _leading(keys[-1:])[0]
+        self._low[inside] = self._high[inside]
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """Some records of a file."""
+
+    path: Path
+    start: int
+    count: int
+
+    def blocks(self) -> Iterator[NDArray[np.void]]:
+        """The records, a bounded number at a time."""
+        for start in range(self.start, self.start + self.count, _BLOCK):
+            count = min(_BLOCK, self.start + self.count - start)
+            yield np.fromfile(self.path, KEY_RECORD, count, offset=start * KEY_RECORD.itemsize)
+
+
+def _sorted_span(span: _Span, depth: int, at_once: int) -> Iterator[NDArray[np.void]]:
+    if span.count <= at_once:
+        yield sort_records(np.concatenate([np.empty(0, KEY_RECORD), *span.blocks()]))
+    elif depth == KEY_BYTES:
+        yield from span.blocks()  # all keys are equal, and rows rise
+    else:
+        counts = sum(np.bincount(block["key"][:, depth], minlength=256) for block in span.blocks())
+        target = span.path.with_name(f"{span.path.name}-{depth}")
+        try:
+            for part in _scattered(span, depth, np.asarray(counts), target):
+                yield from _sorted_span(part, depth + 1, at_once)
+        finally:
+            target.unlink(missing_ok=True)
+
+
+def _scattered(span: _Span, depth: int, counts: NDArray[np.int64], target: Path) -> list[_Span]:
+    """The records again in `target`, those of each value of one byte together; each keeps its order."""
+    if counts.max() == span.count:
+        return [span]
+    starts = np.cumsum(counts) - counts
+    places = starts.copy()
+    with target.open("wb") as file:
+        for block in span.blocks():
+            byte = block["key"][:, depth]
+            grouped = block[np.argsort(byte, kind="stable")]
+            taken = np.bincount(byte, minlength=256)
+            ends = np.cumsum(taken)
+            for value in np.flatnonzero(taken):
+                file.seek(int(places[value]) * KEY_RECORD.itemsize)
+                file.write(grouped[ends[value] - taken[value] : ends[value]].tobytes())
+            places += taken
+    return [_Span(target, int(starts[v]), int(counts[v])) for v in np.flatnonzero(counts)]
+
+
+def _of_size(blocks: Iterable[NDArray[np.void]], size: int) -> Iterator[NDArray[np.void]]:
+    """The same records in blocks of `size`, the last one shorter."""
+    held: list[NDArray[np.void]] = []
+    count = 0
+    for block in blocks:
+        held.append(block)
+        count += len(block)
+        while count >= size:
+            joined = np.concatenate(held)
+            yield joined[:size]
+            held, count = [joined[size:]], count - size
+    if count:
+        yield np.concatenate(held)
+
+
+def _comparable(keys: NDArray[np.uint8]) -> NDArray[np.bytes_]:
+    """[R] of 16-byte strings, which compare as the keys [R, 16] do."""
+    return np.ascontiguousarray(keys).reshape(-1).view(f"S{KEY_BYTES}")
+
+
+def _leading(keys: NDArray[np.bytes_]) -> NDArray[np.float64]:
+    """The first eight bytes of each key as a number below 2^64."""
+    return np.ascontiguousarray(keys).view(">u8").reshape(-1, 2)[:, 0].astype(np.float64)
+
+
+def _joined(keys: Sequence[bytes]) -> bytes:
+    wrong = next((key for key in keys if len(key) != KEY_BYTES), None)
+    if wrong is not None:
+        raise InvalidInput(f"a row key has {KEY_BYTES} bytes, not {len(wrong)}; make it with `corpus.keys.row_key`")
+    return b"".join(keys)

@@ -1,0 +1,134 @@
+"""Rows on their way to disk: checked, hashed and appended to temporary files, so that memory stays flat.
+
+Shape legend:  P positions, R rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potstill.cache.corpus.keys import KEY_RECORD, key_records, row_keys
+from potstill.cache.errors import InvalidInput
+from potstill.cache.store.root import store_errors
+from potstill.cache.types import Tokens
+
+_HELD_ROWS = 8192
+_HELD_TOKENS = 1 << 20
+
+
+class RowSpool:
+    """Takes rows one by one, gives them back as arrays in blocks. Use as a context; `add` within, read after it."""
+
+    def __init__(self, folder: Path, tokenizer_sha256: str, vocab_size: int, row_tokens: int) -> None:
+        self.tokenizer_sha256 = tokenizer_sha256
+        self.vocab_size = vocab_size
+        self.num_rows = 0
+        self.num_positions = 0
+        self.longest_row = 0
+        self.max_token_id = 0
+        self.key_path = folder / "keys"
+        """`KEY_RECORD`s by row."""
+        self._row_tokens = row_tokens
+        self._folder = folder
+        self._files: dict[str, BinaryIO] = {}
+        self._held: list[Tokens] = []
+        self._held_tokens = 0
+
+    def __enter__(self) -> None:
+        with self._store_errors():
+            self._files = {name: (self._folder / name).open("wb") for name in ("tokens", "starts", "keys")}
+            self._files["starts"].write(bytes(8))
+
+    def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
+        try:
+            if failed is None:
+                self._flush()
+        finally:
+            with self._store_errors():
+                for file in self._files.values():
+                    file.close()
+
+    def add(self, row: NDArray[Any]) -> None:
+        """Keep one row of token ids.
+
+        Raises:
+            InvalidInput: now or a few thousand rows later: a row that is empty, too long or not flat, or an id
+                that the tokenizer does not have.
+            StoreError: the disk with the temporary files is full.
+        """
+        self._held.append(row)
+        self._held_tokens += row.size
+        if len(self._held) >= _HELD_ROWS or self._held_tokens >= _HELD_TOKENS:
+            self._flush()
+
+    def token_blocks(self, size: int) -> Iterator[NDArray[np.uint32]]:
+        """The tokens of all rows, `size` at a time."""
+        return self._blocks("tokens", np.dtype(np.uint32), self.num_positions, size)
+
+    def start_blocks(self, size: int) -> Iterator[NDArray[np.int64]]:
+        """[R+1] positions at which rows start, and P, `size` at a time."""
+        return self._blocks("starts", np.dtype(np.int64), self.num_rows + 1, size)
+
+    def key_blocks(self, size: int) -> Iterator[NDArray[np.uint8]]:
+        """[R, 16] keys by row, `size` rows at a time."""
+        for block in self._blocks("keys", KEY_RECORD, self.num_rows, size):
+            yield np.ascontiguousarray(block["key"])
+
+    def row_starts(self) -> NDArray[np.int64]:
+        """[R+1], mapped: only what is looked at is read."""
+        return np.memmap(self._folder / "starts", dtype=np.int64, mode="r")
+
+    def _flush(self) -> None:
+        rows, self._held, self._held_tokens = self._held, [], 0
+        if not rows:
+            return
+        lengths = np.array([self._checked_length(self.num_rows + i, row) for i, row in enumerate(rows)])
+        joined = np.concatenate(rows)
+        self._check_ids(joined, lengths)
+        tokens = joined.astype(np.uint32, copy=False)
+        ends = np.cumsum(lengths)
+        keys = row_keys(self.tokenizer_sha256, tokens, [0, *ends.tolist()])
+        with self._store_errors():
+            self._files["tokens"].write(tokens.tobytes())
+            self._files["starts"].write((self.num_positions + ends).astype(np.int64).tobytes())
+            self._files["keys"].write(key_records(keys, self.num_rows).tobytes())
+        self.num_rows += len(rows)
+        self.num_positions += len(tokens)
+        self.longest_row = max(self.longest_row, int(lengths.max()))
+        self.max_token_id = max(self.max_token_id, int(tokens.max()))
+
+    def _checked_length(self, index: int, row: NDArray[Any]) -> int:
+        if row.ndim != 1 or row.dtype.kind not in "iu":
+            raise InvalidInput(f"row {index} is {row.dtype}{list(row.shape)}; a row is a flat array of token ids")
+        if not 1 <= len(row) <= self._row_tokens:
+            if not len(row):
+                raise InvalidInput(f"row {index} is empty; a row has at least one token: leave it out")
+            raise InvalidInput(
+                f"row {index} has {len(row)} tokens, the corpus takes rows of up to {self._row_tokens}; "
+                "raise --row-tokens or cut it first"
+            )
+        return len(row)
+
+    def _check_ids(self, joined: NDArray[Any], lengths: NDArray[np.int64]) -> None:
+        outside = (joined < 0) | (joined >= self.vocab_size)
+        if outside.any():
+            place = int(outside.argmax())
+            index = self.num_rows + int(np.searchsorted(np.cumsum(lengths), place, side="right"))
+            raise InvalidInput(
+                f"row {index} has the token id {joined[place]}, the tokenizer's ids end at {self.vocab_size - 1}; "
+                "give the tokenizer that the rows were made with"
+            )
+
+    def _blocks(self, name: str, dtype: np.dtype[Any], count: int, size: int) -> Iterator[NDArray[Any]]:
+        for start in range(0, count, size):
+            with self._store_errors():
+                block = np.fromfile(self._folder / name, dtype, min(size, count - start), offset=start * dtype.itemsize)
+            yield block
+
+    def _store_errors(self) -> Any:
+        return store_errors(f"temporary files in {self._folder}")

@@ -1,0 +1,89 @@
+"""Exact draws with replacement from full distributions: the reference that every capture path is held to.
+
+A row's draws depend on the seed, the row and its logprobs only, so that a row scored twice, in whatever batch and at
+whatever time, gives the same draws. Logprobs that differ by float noise move a draw to another id only where it falls
+on the edge between two.
+
+Shape legend:  T tokens of one row, V vocabulary size, N draws.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potstill.cache.errors import LimitExceeded, TeacherFailed
+from potstill.cache.types import Draws
+
+MAX_DRAWS = 2**16 - 1
+"""N is at most this: a count, which may be N, is kept as uint16."""
+
+# A distribution in float32 sums to 1 within about 1e-5; more means a broken teacher.
+_MASS_TOLERANCE = 1e-3
+
+
+def draw_rows(logprobs: NDArray[np.floating], n: int, seed: int, row_key: bytes) -> Draws:
+    """`n` draws with replacement at each position of one row.
+
+    Inverse-CDF sampling on a float64 cumulative sum; an id without mass is never drawn.
+
+    Args:
+        logprobs: [T, V] nats over the full vocabulary.
+        n: draws a position.
+        seed: of the target set, in [0, 2**63).
+        row_key: what tells this row from others.
+
+    Raises:
+        LimitExceeded: `n` is over 65,535 or below 1.
+        TeacherFailed: logprobs that are not a distribution.
+    """
+    check_num_draws(n)
+    parts = [_unique(_draw(*at)) for at in zip(logprobs, uniforms(len(logprobs), n, seed, row_key), strict=True)]
+    offsets = np.zeros(len(parts) + 1, np.int64)
+    np.cumsum([len(ids) for ids, _ in parts], out=offsets[1:])
+    ids = np.concatenate([np.empty(0, np.uint32), *(ids for ids, _ in parts)])
+    counts = np.concatenate([np.empty(0, np.uint16), *(counts for _, counts in parts)])
+    return Draws(offsets, ids, counts)
+
+
+def uniforms(num_positions: int, n: int, seed: int, row_key: bytes, *, start: int = 0) -> NDArray[np.float64]:
+    """[T, N] numbers in [0, 1) of 53 bits, from Philox keyed by a hash of `seed` and `row_key`.
+
+    Taken from the bit generator itself: its stream is fixed for ever, that of `Generator.random` is not. With `start`
+    they are those of the T positions from there on, as a row has them that is worked on in parts.
+    """
+    digest = hashlib.blake2b(seed.to_bytes(8, "little") + row_key, digest_size=16, person=b"potstill draws").digest()
+    generator = np.random.Philox(key=int.from_bytes(digest, "little"))
+    skipped = start * n
+    generator.advance(skipped // 4)  # the counter moves by blocks of four numbers
+    raw = generator.random_raw(skipped % 4 + num_positions * n)[skipped % 4 :]
+    return (raw >> np.uint64(11)).astype(np.float64).reshape(num_positions, n) * 2.0**-53
+
+
+def check_num_draws(n: int) -> None:
+    """Refuse a number of draws that cannot be kept.
+
+    Raises:
+        LimitExceeded: `n` is over 65,535 or below 1.
+    """
+    if not 1 <= n <= MAX_DRAWS:
+        raise LimitExceeded(f"{n} draws a position were asked for; it must be 1 to {MAX_DRAWS}")
+
+
+def _draw(logprobs: NDArray[np.floating], uniform: NDArray[np.float64]) -> NDArray[np.intp]:
+    cumulative = np.cumsum(np.exp(logprobs.astype(np.float64)))
+    mass = cumulative[-1]
+    if not abs(mass - 1.0) <= _MASS_TOLERANCE:
+        raise TeacherFailed(f"the teacher's distribution sums to {mass:.6g}, not to 1; nothing is drawn from it")
+    # A product that rounds up to all of the mass would fall behind the last id.
+    drawn: NDArray[np.intp] = np.searchsorted(
+        cumulative, np.minimum(uniform * mass, np.nextafter(mass, 0.0)), side="right"
+    )
+    return drawn
+
+
+def _unique(drawn: NDArray[np.intp]) -> tuple[NDArray[np.uint32], NDArray[np.uint16]]:
+    ids, counts = np.unique(drawn, return_counts=True)
+    return ids.astype(np.uint32), counts.astype(np.uint16)

@@ -1,0 +1,359 @@
+"""What targets hold beside the top-k (draws, entropy, log_z, dense) <-> the arrays that are stored. Pure numpy.
+
+    array        shape              dtype                                  largest error, after decoding
+    draw_gaps    [U]                uint16; uint32 if V > 2**16            0
+    draw_counts  [U]                uint8; uint16 if N > 255               0
+    draw_starts  [ceil(p/2048)+1]   int64: where each block's draws begin
+    entropy      [p]                float16; float32 in `f32`              2**-11 of the value: 0.004 nats below 16
+    log_z        [p, temperatures]  float16; float32 in `f32` or if any    0.004 nats
+                                    temperature is below 0.5
+    dense        [p, V]             float16; float32 in `f32`              0.016 nats down to -32 nats
+
+Draws are kept exactly. Within a position they are sorted by rising frequency rank; a gap is the number of ranks left
+out since the one before, and the first gap the first rank itself. Counts of a position sum to N, so where a position
+ends follows from the counts, and no lengths are stored. Decoding gives ids by rising token id.
+
+At temperature T, log_z lies between 0 (one id has all mass) and (1 - 1/T) log V (all ids have the same). So it is below
+16 for T >= 0.5, where float16 rounds by 2**-8 at most; it grows without bound as T falls, and is float32 then. Dense
+rows of float16 are scaled to a mass of 1 again, which moves all entries of a row together.
+
+Shape legend:  p positions of a segment, P positions read, V vocabulary size, N draws, U unique ids among the draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potstill.cache.encoding.archive.blocks import MAX_K
+from potstill.cache.encoding.draws import check_num_draws
+from potstill.cache.encoding.logprobs import Encoding, RankTable, StoredArrays
+from potstill.cache.errors import FormatError, InvalidInput, PotstillError, TeacherFailed
+from potstill.cache.types import Draws, Fields, Targets
+
+BLOCK_POSITIONS = 2048
+"""Positions whose draws begin at one entry of `draw_starts`: a range read touches whole blocks."""
+RAGGED = -1
+"""Stands in a shape for U, which `ragged_length` gives."""
+
+ReadRange: TypeAlias = "Callable[[str, int, int], NDArray[Any]]"
+"""`read(name, start, stop)`: that part of axis 0 of a stored array."""
+
+# Draws are sorted as one integer each, in which a position has 16 bits.
+_SORTED_POSITIONS = 2**16
+# Numbers computed in float32 over a large vocabulary are off by about 1e-5, in float16 by 4e-3; more is nonsense.
+_ANSWER_SLACK = 1e-3
+_STORED_SLACK = 1e-2
+# Entries of dense that are worked on at once in float64.
+_DENSE_ENTRIES = 2**22
+
+
+@dataclass(frozen=True, slots=True)
+class StoredShape:
+    """What an array's metadata must say."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def stored_shapes(fields: Fields, encoding: Encoding, num_positions: int, vocab_size: int) -> dict[str, StoredShape]:
+    """The arrays that hold `fields` without their top-k; axis 0 of the ragged ones is `RAGGED`.
+
+    Raises:
+        LimitExceeded: more draws than can be kept.
+    """
+    narrow = "float32" if encoding.name == "f32" else "float16"
+    shapes: dict[str, StoredShape] = {}
+    if fields.draws:
+        check_num_draws(fields.draws)
+        shapes["draw_starts"] = StoredShape((-(-num_positions // BLOCK_POSITIONS) + 1,), "int64")
+        shapes["draw_gaps"] = StoredShape((RAGGED,), "uint16" if vocab_size <= 2**16 else "uint32")
+        shapes["draw_counts"] = StoredShape((RAGGED,), "uint8" if fields.draws <= 255 else "uint16")
+    if fields.entropy:
+        shapes["entropy"] = StoredShape((num_positions,), narrow)
+    if fields.temperatures:
+        wide = min(fields.temperatures) < 0.5
+        shapes["log_z"] = StoredShape((num_positions, len(fields.temperatures)), "float32" if wide else narrow)
+    if fields.dense:
+        shapes["dense"] = StoredShape((num_positions, vocab_size), narrow)
+    return shapes
+
+
+def ragged_length(draw_starts: NDArray[Any], fields: Fields, num_positions: int) -> int:
+    """U, after checking all of `draw_starts`.
+
+    Raises:
+        FormatError: starts that no draws can have.
+    """
+    ends = np.minimum(np.arange(1, len(draw_starts)) * BLOCK_POSITIONS, num_positions)
+    positions, held = np.diff(ends, prepend=0), np.diff(draw_starts)
+    if draw_starts[0] != 0 or (held < positions).any() or (held > positions * fields.draws).any():
+        raise FormatError(f"draw_starts are not those of {num_positions} positions of {fields.draws} draws each")
+    return int(draw_starts[-1])
+
+
+def encode_fields(targets: Targets, fields: Fields, encoding: Encoding, ranks: RankTable) -> StoredArrays:
+    """The arrays of `stored_shapes` for all positions of a segment; what `fields` does not name is left out.
+
+    Raises:
+        TeacherFailed: a field is missing or holds what no teacher can mean (`check_fields`).
+    """
+    check_fields(targets, fields, len(ranks.ids_by_rank))
+    shapes = stored_shapes(fields, encoding, targets.num_positions, len(ranks.ids_by_rank))
+    stored: StoredArrays = {
+        name: getattr(targets, name).astype(shapes[name].dtype)
+        for name in ("entropy", "log_z", "dense")
+        if name in shapes
+    }
+    if targets.draws is not None and fields.draws:
+        blocks = [_gaps_and_counts(part, ranks) for part in _parts(targets.draws)]
+        for name, column in zip(("draw_gaps", "draw_counts"), zip(*blocks, strict=True), strict=True):
+            stored[name] = np.concatenate(column).astype(shapes[name].dtype)
+        stored["draw_starts"] = np.append(targets.draws.offsets[:-1:BLOCK_POSITIONS], targets.draws.offsets[-1])
+    return stored
+
+
+def decode_fields(
+    read: ReadRange, positions: range, fields: Fields, encoding: Encoding, ranks: RankTable, num_positions: int
+) -> Targets:
+    """Positions of a segment of `num_positions`, as targets without a top-k; only what they need is read.
+
+    Raises:
+        FormatError: what no encoder writes.
+    """
+    start, stop = positions.start, positions.stop
+    arrays: dict[str, Any] = {
+        name: read(name, start, stop)
+        for name in stored_shapes(fields, encoding, num_positions, len(ranks.ids_by_rank))
+        if not name.startswith("draw_")
+    }
+    vocab_size = len(ranks.ids_by_rank)
+    _check_scalars(arrays, fields, vocab_size, _STORED_SLACK, FormatError)
+    if "dense" in arrays:
+        arrays["dense"] = _scaled(arrays["dense"])
+    decoded = {name: array.astype(np.float32, copy=False) for name, array in arrays.items()}
+    if encoding.name != "f32":
+        _clip_scalars(decoded, fields, vocab_size)
+    draws = _read_draws(read, positions, fields.draws, ranks, num_positions) if fields.draws else None
+    return without_top_k(stop - start, **decoded, draws=draws)
+
+
+def round_trip_fields(targets: Targets, fields: Fields, encoding: Encoding, ranks: RankTable) -> Targets:
+    """What a read of the stored targets will give, without the top-k.
+
+    Raises:
+        TeacherFailed: as `encode_fields`.
+    """
+    stored = encode_fields(targets, fields, encoding, ranks)
+    everything = range(targets.num_positions)
+    return decode_fields(
+        lambda name, start, stop: stored[name][start:stop], everything, fields, encoding, ranks, targets.num_positions
+    )
+
+
+def keeps(fields: Fields, encoding: Encoding) -> bool:
+    """Whether the encoding has room for so many entries and draws of a position."""
+    return not encoding.packed or max(fields.k, fields.draws) <= MAX_K
+
+
+def check_kept(fields: Fields, encoding: Encoding) -> None:
+    """Refuse what the encoding does not keep.
+
+    Raises:
+        InvalidInput: more entries or draws than there is room for.
+    """
+    if not keeps(fields, encoding):
+        most = max(fields.k, fields.draws)
+        raise InvalidInput(
+            f"{encoding.name} keeps at most {MAX_K} entries or draws of a position, not {most}; take 'u8'"
+        )
+
+
+def without_top_k(num_positions: int, **fields: Any) -> Targets:
+    """Targets of `fields` alone."""
+    empty = np.empty((num_positions, 0))
+    nothing = np.zeros(num_positions, np.float32)
+    label = np.full(num_positions, np.nan, np.float32)
+    return Targets(empty.astype(np.uint32), empty.astype(np.float32), nothing, label, **fields)
+
+
+def check_fields(targets: Targets, fields: Fields, vocab_size: int) -> None:
+    """Refuse what no teacher can mean.
+
+    Raises:
+        TeacherFailed: a field is missing; entropy outside [0, log V]; log_z outside what its temperature allows; dense
+            rows that do not sum to 1; draws that are not N with rising ids below V.
+    """
+    shapes = {
+        "draws": None,
+        "entropy": (targets.num_positions,),
+        "log_z": (targets.num_positions, len(fields.temperatures)),
+        "dense": (targets.num_positions, vocab_size),
+    }
+    asked = (fields.draws, fields.entropy, fields.temperatures, fields.dense)
+    arrays = {name: getattr(targets, name) for name, wanted in zip(shapes, asked, strict=True) if wanted}
+    missing = [name for name, array in arrays.items() if array is None]
+    if missing:
+        raise TeacherFailed(f"the teacher left out {', '.join(missing)}, which was asked for")
+    draws = arrays.pop("draws", None)
+    if draws is not None:
+        check_draws(draws, fields.draws, vocab_size)
+    for name, array in arrays.items():
+        if array.shape != shapes[name]:
+            raise TeacherFailed(f"the teacher answered {name} of shape {array.shape}, not {shapes[name]}")
+    _check_scalars(arrays, fields, vocab_size, _ANSWER_SLACK, TeacherFailed)
+
+
+def check_draws(draws: Draws, n: int, vocab_size: int) -> None:
+    """Refuse draws that are not `n` at every position.
+
+    Raises:
+        LimitExceeded: `n` is more than can be kept. TeacherFailed: anything else.
+    """
+    check_num_draws(n)
+    lengths = np.diff(draws.offsets)
+    if len(draws.offsets) < 1 or draws.offsets[0] != 0 or (lengths < 1).any():
+        raise TeacherFailed("the teacher answered a position without draws; its draws are not kept")
+    if not len(lengths):
+        return
+    sums = np.add.reduceat(draws.counts.astype(np.int64), draws.offsets[:-1])
+    if (sums != n).any() or not draws.counts.all():
+        wrong = int(sums[np.argmax(sums != n)])
+        raise TeacherFailed(f"the teacher answered {wrong} draws at a position, {n} were asked for; they are not kept")
+    rises = np.diff(draws.ids.astype(np.int64)) > 0
+    rises[draws.offsets[1:-1] - 1] = True
+    if not rises.all():
+        raise TeacherFailed("the teacher's drawn ids do not rise within a position; its draws are not kept")
+    if int(draws.ids.max()) >= vocab_size:
+        raise TeacherFailed(f"the teacher drew id {int(draws.ids.max())}, its vocabulary has {vocab_size}")
+
+
+def _clip_scalars(decoded: dict[str, NDArray[np.float32]], fields: Fields, vocab_size: int) -> None:
+    """Take float16's rounding beyond what a vocabulary can give away, as it is refused of who hands it in again."""
+    if "entropy" in decoded:
+        decoded["entropy"] = np.clip(decoded["entropy"], 0.0, np.float32(np.log(vocab_size)))
+    if "log_z" in decoded:
+        ends = (1.0 - 1.0 / np.array(fields.temperatures)) * np.log(vocab_size)
+        low, high = np.minimum(ends, 0.0).astype(np.float32), np.maximum(ends, 0.0).astype(np.float32)
+        decoded["log_z"] = np.clip(decoded["log_z"], low, high)
+
+
+def _check_scalars(
+    arrays: Mapping[str, NDArray[Any]], fields: Fields, vocab_size: int, slack: float, error: type[PotstillError]
+) -> None:
+    highest = float(np.log(vocab_size))
+    if "entropy" in arrays and not _within(arrays["entropy"], 0.0, highest, slack):
+        raise error(f"an entropy is outside [0, {highest:.3f}], the log of the vocabulary of {vocab_size}")
+    for column, t in enumerate(fields.temperatures if "log_z" in arrays else ()):
+        end = (1.0 - 1.0 / t) * highest
+        if not _within(arrays["log_z"][:, column], min(end, 0.0), max(end, 0.0), slack * max(1.0, 1.0 / t)):
+            raise error(f"a log_z at temperature {t} is outside what a vocabulary of {vocab_size} can give")
+    if "dense" in arrays:
+        for part in _dense_parts(arrays["dense"]):
+            mass = np.exp(part).sum(axis=1)
+            if not _within(mass, 1.0, 1.0, slack):
+                raise error(f"a dense row does not sum to 1 within {slack}")
+
+
+def _within(values: NDArray[Any], low: float, high: float, slack: float) -> bool:
+    """Whether all are finite and in [low, high], give or take `slack`."""
+    return bool(((values >= low - slack) & (values <= high + slack) & np.isfinite(values)).all())
+
+
+def _dense_parts(dense: NDArray[Any]) -> Iterator[NDArray[np.float64]]:
+    rows = max(1, _DENSE_ENTRIES // max(1, dense.shape[1]))
+    for start in range(0, len(dense), rows):
+        yield dense[start : start + rows].astype(np.float64)
+
+
+def _scaled(dense: NDArray[Any]) -> NDArray[np.float32]:
+    """Float16 rows scaled to a mass of 1; float32 rows as they are."""
+    if dense.dtype == np.float32:
+        return dense
+    parts = [part - np.log(np.exp(part).sum(axis=1, keepdims=True)) for part in _dense_parts(dense)]
+    return np.concatenate([np.empty((0, dense.shape[1]), np.float32), *(part.astype(np.float32) for part in parts)])
+
+
+def _parts(draws: Draws) -> Iterator[Draws]:
+    num_positions = len(draws.offsets) - 1
+    for start in range(0, max(num_positions, 1), _SORTED_POSITIONS):
+        yield draws[start : min(start + _SORTED_POSITIONS, num_positions)]
+
+
+def _gaps_and_counts(draws: Draws, ranks: RankTable) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """[U] each of at most 2**16 positions, by rising rank within a position."""
+    codes, counts = _by_rising(draws.offsets, ranks.ranks_by_id[draws.ids], draws.counts)
+    gaps = np.diff(codes, prepend=0) - 1
+    first = draws.offsets[:-1]
+    gaps[first] = codes[first]
+    return gaps, counts
+
+
+def _ranks_of_gaps(gaps: NDArray[Any], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+    """[U] ranks: the running sum within each position."""
+    steps = np.zeros(len(gaps) + 1, np.int64)
+    np.cumsum(gaps.astype(np.int64) + 1, out=steps[1:])
+    return steps[1:] - np.repeat(steps[offsets[:-1]], np.diff(offsets)) - 1
+
+
+def _by_rising(
+    offsets: NDArray[np.int64], numbers: NDArray[Any], counts: NDArray[Any]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Numbers below 2**32 sorted within each of at most 2**16 positions, and the counts that go with them."""
+    # One integer of position, number and count: sorting those is several times faster than an argsort of two keys.
+    packed = np.repeat(np.arange(len(offsets) - 1, dtype=np.uint64), np.diff(offsets)) << np.uint64(48)
+    packed |= numbers.astype(np.uint64) << np.uint64(16)
+    packed |= counts.astype(np.uint64)
+    packed.sort()
+    return (packed >> np.uint64(16) & np.uint64(0xFFFFFFFF)).astype(np.int64), (packed & np.uint64(0xFFFF)).astype(
+        np.int64
+    )
+
+
+def _read_draws(read: ReadRange, positions: range, n: int, ranks: RankTable, num_positions: int) -> Draws:
+    """The draws of a range of positions, from the whole blocks that hold it."""
+    parts = [
+        _read_blocks(read, range(start, min(start + _SORTED_POSITIONS, positions.stop)), n, ranks, num_positions)
+        for start in range(positions.start, max(positions.stop, positions.start + 1), _SORTED_POSITIONS)
+    ]
+    return Draws.concat(parts)
+
+
+def _read_blocks(read: ReadRange, positions: range, n: int, ranks: RankTable, num_positions: int) -> Draws:
+    first, last = positions.start // BLOCK_POSITIONS, -(-positions.stop // BLOCK_POSITIONS)
+    if not len(positions):
+        return Draws(np.zeros(1, np.int64), np.empty(0, np.uint32), np.empty(0, np.uint16))
+    starts = read("draw_starts", first, last + 1)
+    begin, end = int(starts[0]), int(starts[-1])
+    held = range(first * BLOCK_POSITIONS, min(last * BLOCK_POSITIONS, num_positions))
+    if not 0 <= begin <= end <= begin + len(held) * n:
+        raise FormatError(f"draw_starts put {end - begin} draws into {len(held)} positions of {n} each")
+    gaps, counts = read("draw_gaps", begin, end), read("draw_counts", begin, end)
+    if not len(gaps) == len(counts) == end - begin:
+        raise FormatError(f"draw_starts name {end - begin} draws, draw_gaps has {len(gaps)}, draw_counts {len(counts)}")
+    offsets = _ends(counts, len(held), n)[positions.start - held.start : positions.stop - held.start + 1]
+    inside = slice(int(offsets[0]), int(offsets[-1]))
+    return _draws(gaps[inside], counts[inside], offsets - offsets[0], ranks)
+
+
+def _draws(gaps: NDArray[Any], counts: NDArray[Any], offsets: NDArray[np.int64], ranks: RankTable) -> Draws:
+    codes = _ranks_of_gaps(gaps, offsets)
+    if codes.size and int(codes.max()) >= len(ranks.ids_by_rank):
+        raise FormatError(f"a drawn rank is {int(codes.max())}, the vocabulary has {len(ranks.ids_by_rank)}")
+    ids, counts = _by_rising(offsets, ranks.ids_by_rank[codes], counts)
+    return Draws(offsets, ids.astype(np.uint32), counts.astype(np.uint16))
+
+
+def _ends(counts: NDArray[Any], num_positions: int, n: int) -> NDArray[np.int64]:
+    """[P+1] offsets, from counts that sum to `n` at each position."""
+    total = np.cumsum(counts, dtype=np.int64)
+    offsets = np.zeros(num_positions + 1, np.int64)
+    whole = np.flatnonzero(total % n == 0) + 1
+    if len(whole) != num_positions or not counts.all() or (len(total) and int(total[-1]) != num_positions * n):
+        raise FormatError(f"stored counts do not make {n} draws at each of {num_positions} positions")
+    offsets[1:] = whole
+    return offsets

@@ -1,0 +1,121 @@
+"""The gap codes of `u8`: falling logprobs <-> how many sixteenths of a nat each is below the one before it.
+
+Shape legend:  P positions, K kept entries.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+STEP = 1 / 16
+"""Width of a gap code, in nats."""
+SATURATED = 255
+# More steps than any codes reach, in an int32.
+_UNREACHABLE = 2.0**30
+BLOCK_ENTRIES = 1 << 16
+"""Entries that are decoded together: their float64 stays in a core's L2 cache."""
+COMPILED_ENTRIES = 1 << 19
+"""From so many on, loading the compiled code pays for itself in a few reads."""
+# Weights are whole numbers, so that any order of summing gives the same bits; the sum of 2^18 fits in an int64.
+_ONE = 2.0**44
+_Number = TypeVar("_Number", np.int32, np.float64)
+
+
+def encode_gaps(logprobs: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """[P, K-1] codes of [P, K] falling logprobs.
+
+    Where a gap saturates, the next ones make up for what it could not hold.
+    """
+    with np.errstate(invalid="ignore"):
+        steps = logprobs[:, :1].astype(np.float64) - logprobs
+    np.rint(np.multiply(steps, 1 / STEP, out=steps), out=steps)
+    if not np.isfinite(steps).all():
+        np.nan_to_num(steps, copy=False, nan=0.0, posinf=_UNREACHABLE)
+    positions = np.minimum(steps, _UNREACHABLE, out=steps).astype(np.int32)
+    gaps = np.diff(positions, axis=1)
+    rows = (gaps > SATURATED).any(axis=1)
+    if rows.any():
+        gaps[rows] = np.diff(_reached(positions[rows], SATURATED), axis=1)
+    return gaps.astype(np.uint8)
+
+
+def beyond_codes(logprobs: NDArray[np.float64]) -> NDArray[np.bool_] | None:
+    """[P, K] entries whose distance to the top one exceeds what saturated gaps can reach; None when there are none."""
+    with np.errstate(invalid="ignore"):
+        drop = logprobs[:, :1] - logprobs
+        # Also true of the NaN between two entries without mass.
+        wide = ~(np.diff(drop, axis=1) <= SATURATED * STEP)
+    if not wide.any():
+        return None
+    # A gap over the widest code starts a saturated run; entries stay lost until the codes have caught up.
+    rows = wide.any(axis=1)
+    far = np.nan_to_num(drop[rows], nan=np.inf, posinf=np.inf)
+    far[:, 0] = 0.0
+    lost = np.zeros(drop.shape, dtype=bool)
+    lost[rows] = far - _reached(far, SATURATED * STEP) > STEP
+    return lost
+
+
+def decode_gaps(gaps: NDArray[np.uint8], kept: NDArray[np.float64]) -> NDArray[np.float32]:
+    """[P, K] logprobs that fall by [P, K-1] gaps and whose exps sum to that of `kept` [P].
+
+    However rows are batched, and whichever of the two ways below they take, the bits are the same.
+    """
+    if len(gaps) * (gaps.shape[1] + 1) >= COMPILED_ENTRIES:
+        return _decode_compiled(gaps, kept)
+    logprobs = np.empty((gaps.shape[0], gaps.shape[1] + 1), np.float32)
+    block = max(BLOCK_ENTRIES // logprobs.shape[1], 1)
+    for start in range(0, len(gaps), block):
+        part = slice(start, start + block)
+        logprobs[part] = _decode_block(gaps[part], kept[part])
+    return logprobs
+
+
+def log1mexp(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """log(1 - exp(x)) for x <= 0, accurate at both ends (Maechler 2012, "Accurately computing log(1-exp(-|a|))")."""
+    with np.errstate(divide="ignore"):
+        return np.where(x > -np.log(2.0), np.log(-np.expm1(x)), np.log1p(-np.exp(x)))
+
+
+def _decode_compiled(gaps: NDArray[np.uint8], kept: NDArray[np.float64]) -> NDArray[np.float32]:
+    from potstill.cache.encoding.decode_kernels import fall_by, sum_weights  # noqa: PLC0415 -- numba takes half a second to import
+
+    gaps = np.ascontiguousarray(gaps)
+    sums = np.empty(len(gaps), np.int64)
+    sum_weights(gaps, _weights(gaps.shape[1]), sums)
+    logprobs = np.empty((gaps.shape[0], gaps.shape[1] + 1), np.float32)
+    fall_by(gaps, STEP, _top(kept, sums), logprobs)
+    return logprobs
+
+
+def _decode_block(gaps: NDArray[np.uint8], kept: NDArray[np.float64]) -> NDArray[np.float64]:
+    steps = np.zeros((gaps.shape[0], gaps.shape[1] + 1), np.int32)
+    np.cumsum(gaps, axis=1, dtype=np.int32, out=steps[:, 1:])
+    sums = np.take(_weights(gaps.shape[1]), steps, mode="clip").sum(axis=1)
+    return _top(kept, sums)[:, None] - STEP * steps
+
+
+def _top(kept: NDArray[np.float64], sums: NDArray[np.int64]) -> NDArray[np.float64]:
+    """[P] logprobs of the first entries."""
+    top: NDArray[np.float64] = kept - np.log(sums / _ONE)
+    return top
+
+
+@lru_cache(maxsize=8)
+def _weights(num_gaps: int) -> NDArray[np.int64]:
+    """exp(-i/16), in units of 1 / `_ONE`, for every sum of so many codes: faster than exp per entry."""
+    weights: NDArray[np.int64] = np.rint(_ONE * np.exp(-STEP * np.arange(SATURATED * num_gaps + 1))).astype(np.int64)
+    return weights
+
+
+def _reached(drops: NDArray[_Number], most: float) -> NDArray[_Number]:
+    """How far below the top one each entry can be said to be, when a step down is at most `most`.
+
+    Unrolls r[j] = min(d[j], r[j-1] + most), r[0] = d[0] = 0, to most * j + min(d[i] - most * i for i <= j).
+    """
+    slack = (most * np.arange(drops.shape[1])).astype(drops.dtype)
+    return np.minimum.accumulate(drops - slack, axis=1) + slack

@@ -1,0 +1,330 @@
+"""Targets <-> the arrays that are stored. Pure: numpy in, numpy out.
+
+Ids become frequency ranks (`RankTable`), which compress better. Logprobs are kept by one of:
+
+    name  stored                                               largest error in nats, after scaling
+    u8    gaps between neighbours at 1/16 nat, [P, K-1] uint8   1/16 + 0.001; gaps over 15.9 nats saturate
+    f16   the logprobs, [P, K] float16                          0.016 down to -32 nats
+    f32   the logprobs, [P, K] float32                          0
+
+`u8` quantises the running sum of the gaps, so that rounding never adds up: each entry is within 1/32 nat
+of its distance to the top one. `u8` and `f16` then scale the decoded top-k to hold exactly 1 - tail, which
+moves all entries together by at most another 1/32 nat and gives the top logprob of `u8`, which is not stored.
+The extra 0.001 is the float16 tail. `log_tail` and `label_logprob` are float16 (relative error 2**-11) in `u8` and
+`f16`, float32 in `f32`. Everything is computed position by position, so how positions are batched changes no bit.
+
+Shape legend:  P positions, K kept entries, V vocabulary size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potstill.cache.encoding.gaps import (
+    BLOCK_ENTRIES,
+    COMPILED_ENTRIES,
+    beyond_codes,
+    decode_gaps,
+    encode_gaps,
+    log1mexp,
+)
+from potstill.cache.errors import FormatError, InvalidInput, TeacherFailed
+from potstill.cache.types import JSON, Targets, folded_tail
+
+# float16 has no number between this and zero; a tail that is all of the mass but for less is kept as this.
+_LEAST_LOG_TAIL = np.float16(-6e-8)
+# Positions that are encoded and measured together: their float64 stays in a core's L2 cache.
+_BLOCK = 2048
+# float32 logprobs of a large vocabulary sum to 1 within about 1e-5; more means a broken teacher.
+_MASS_TOLERANCE = 1e-3
+
+StoredArrays = dict[str, NDArray[np.generic]]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """One way to keep logprobs: its name and the largest |error| in nats it promises."""
+
+    name: str
+    max_abs_error: float
+
+    @property
+    def packed(self) -> bool:
+        """Whether its arrays are packed in blocks (`potstill.cache.encoding.archive.codec`) instead of one by one."""
+        return self.name == "archive"
+
+    def to_json(self) -> dict[str, JSON]:
+        """`{"name", "max_abs_error"}`."""
+        return {"name": self.name, "max_abs_error": self.max_abs_error}
+
+
+ENCODINGS: Mapping[str, Encoding] = {
+    "u8": Encoding("u8", 0.0635),
+    "archive": Encoding("archive", 0.0635),
+    "f16": Encoding("f16", 0.016),
+    "f32": Encoding("f32", 0.0),
+}
+
+
+def encoding_by_name(name: str) -> Encoding:
+    """The encoding with this name.
+
+    Raises:
+        InvalidInput: there is none.
+    """
+    if name not in ENCODINGS:
+        raise InvalidInput(f"encoding {name!r} is unknown; known are {', '.join(ENCODINGS)}")
+    return ENCODINGS[name]
+
+
+@dataclass(frozen=True, eq=False)
+class RankTable:
+    """A permutation of the vocabulary: `ids_by_rank[r]` is the id stored as rank `r`."""
+
+    ids_by_rank: NDArray[np.uint32]
+
+    @classmethod
+    def plain(cls, vocab_size: int) -> RankTable:
+        """Ids stored as they are."""
+        return cls(np.arange(vocab_size, dtype=np.uint32))
+
+    @classmethod
+    def by_frequency(cls, top_ids: NDArray[np.uint32], tokens: NDArray[np.uint32], vocab_size: int) -> RankTable:
+        """Most frequent among `top_ids` first; ties by count in `tokens`, then by id."""
+        in_top = np.bincount(top_ids.reshape(-1), minlength=vocab_size)
+        in_text = np.bincount(tokens, minlength=vocab_size)
+        return cls(np.lexsort((np.arange(vocab_size), -in_text, -in_top)).astype(np.uint32))
+
+    @cached_property
+    def ranks_by_id(self) -> NDArray[np.uint32]:
+        """The inverse permutation, [V]."""
+        inverse = np.empty_like(self.ids_by_rank)
+        inverse[self.ids_by_rank] = np.arange(len(self.ids_by_rank), dtype=np.uint32)
+        return inverse
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the permutation's little-endian bytes, in hex."""
+        return hashlib.sha256(self.ids_by_rank.astype("<u4").tobytes()).hexdigest()
+
+    @property
+    def dtype(self) -> type[np.uint16 | np.uint32]:
+        """The narrowest type that holds a rank."""
+        return np.uint16 if len(self.ids_by_rank) <= 2**16 else np.uint32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodingError:
+    """How far decoded targets are from the exact ones they were encoded from."""
+
+    max_abs: float
+    """Largest |logprob difference| in nats over entries that did not saturate."""
+    mean_abs: float
+    mean_kl: float
+    """Mean over positions of KL(exact || decoded) over the top-k and the tail bucket, in nats."""
+    p999_kl: float
+    saturated: int
+    """Entries further than 15.9 nats below their neighbour, or of no mass at all."""
+    saturated_mass: float
+    """Their exact mass, averaged over positions."""
+
+    def to_json(self) -> dict[str, float]:
+        """A JSON object with one key per attribute."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+def encode(targets: Targets, encoding: Encoding, ranks: RankTable) -> StoredArrays:
+    """The arrays to store: `ids`, `log_tail`, `label_logprob`, and `gaps` or `logprobs`.
+
+    Raises:
+        TeacherFailed: NaN, entries not sorted by falling logprob, mass that is not 1, an id over the vocabulary.
+    """
+    check_targets(targets, len(ranks.ids_by_rank))
+    stored: StoredArrays = {"ids": _gathered(ranks.ranks_by_id, targets.ids).astype(ranks.dtype)}
+    if encoding.name in ("u8", "archive"):
+        stored["gaps"] = encode_gaps(targets.logprobs)
+    else:
+        with np.errstate(over="ignore"):  # no mass in float16: -inf
+            stored["logprobs"] = targets.logprobs.astype(np.float32 if encoding.name == "f32" else np.float16)
+    # A teacher's mass is 1 up to a tolerance; a reader takes no more than all of it.
+    tail, label = (np.minimum(logprob, np.float32(0.0)) for logprob in (targets.log_tail, targets.label_logprob))
+    if encoding.name == "f32":
+        stored["log_tail"], stored["label_logprob"] = tail, label
+    else:
+        stored["log_tail"] = np.minimum(targets.log_tail.astype(np.float16), _LEAST_LOG_TAIL)
+        stored["label_logprob"] = label.astype(np.float16)
+    return stored
+
+
+def decode(
+    stored: Mapping[str, NDArray[np.generic]], encoding: Encoding, ranks: RankTable, *, k: int | None = None
+) -> Targets:
+    """The targets that `encode` stored, within the encoding's error; of each position the top `k`, by default all.
+
+    `ids` may have fewer columns than the logprobs, at least `k`.
+
+    Raises:
+        FormatError: a rank over the vocabulary.
+    """
+    codes = stored["ids"][:, :k]
+    if codes.size and int(codes.max()) >= len(ranks.ids_by_rank):
+        raise FormatError(f"a stored rank is {int(codes.max())}, the vocabulary has {len(ranks.ids_by_rank)}")
+    log_tail = stored["log_tail"].astype(np.float32)
+    if "gaps" in stored:
+        logprobs = decode_gaps(stored["gaps"].astype(np.uint8, copy=False), log1mexp(log_tail.astype(np.float64)))
+    elif encoding.name == "f16":
+        logprobs = _from_float16(stored["logprobs"], log_tail)
+    else:
+        logprobs = stored["logprobs"].astype(np.float32)
+    kept = codes.shape[1]
+    if kept < logprobs.shape[1]:
+        log_tail = folded_tail(log_tail, logprobs[:, kept:])
+    return Targets(
+        ids=_gathered(ranks.ids_by_rank, codes),
+        logprobs=logprobs[:, :kept],
+        log_tail=log_tail,
+        label_logprob=stored["label_logprob"].astype(np.float32),
+    )
+
+
+def round_trip(targets: Targets, encoding: Encoding, ranks: RankTable) -> Targets:
+    """What a read of the stored targets will give."""
+    return decode(encode(targets, encoding, ranks), encoding, ranks)
+
+
+def encode_measured(targets: Targets, encoding: Encoding, ranks: RankTable) -> tuple[StoredArrays, EncodingError]:
+    """The arrays to store, and how far they decode from `targets`; in blocks, so that memory stays near the targets'.
+
+    Raises:
+        TeacherFailed: as `encode`.
+    """
+    blocks: list[StoredArrays] = []
+    measured = Measured()
+    for start in range(0, targets.num_positions, _BLOCK):
+        exact = targets[start : start + _BLOCK]
+        blocks.append(encode(exact, encoding, ranks))
+        measured.add(exact, decode(blocks[-1], encoding, ranks))
+    stored = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+    return stored, measured.error()
+
+
+def measure_error(exact: Targets, decoded: Targets) -> EncodingError:
+    """How far `decoded` is from `exact`, position by position; both have the same ids."""
+    measured = Measured()
+    for start in range(0, exact.num_positions, _BLOCK):
+        part = slice(start, start + _BLOCK)
+        measured.add(exact[part], decoded[part])
+    return measured.error()
+
+
+@dataclass(slots=True)
+class Measured:
+    """The encoding error of positions that come block by block."""
+
+    positions: int = 0
+    entries: int = 0
+    max_abs: float = 0.0
+    sum_abs: float = 0.0
+    saturated: int = 0
+    saturated_mass: float = 0.0
+    kl: list[NDArray[np.float64]] = field(default_factory=list)
+
+    def add(self, exact: Targets, decoded: Targets) -> None:
+        """Take up some positions."""
+        p, q = exact.logprobs.astype(np.float64), decoded.logprobs.astype(np.float64)
+        lost = beyond_codes(p)
+        with np.errstate(invalid="ignore"):
+            difference = np.abs(p - q)
+        if np.isnan(difference.max(initial=0.0)):
+            difference[p == q] = 0.0  # no mass in both
+        difference = difference if lost is None else difference[~lost]
+        self.positions += len(p)
+        self.entries += difference.size
+        self.max_abs = max(self.max_abs, float(difference.max(initial=0.0)))
+        self.sum_abs += float(difference.sum())
+        if lost is not None:
+            self.saturated += int(lost.sum())
+            self.saturated_mass += float(np.exp(p[lost]).sum())
+        tails = exact.log_tail.astype(np.float64), decoded.log_tail.astype(np.float64)
+        self.kl.append(_kl_terms(p, q).sum(axis=1) + _kl_terms(*tails))
+
+    def error(self) -> EncodingError:
+        """Over all positions so far."""
+        kl = np.concatenate(self.kl) if self.kl else np.zeros(1)
+        return EncodingError(
+            max_abs=self.max_abs,
+            mean_abs=self.sum_abs / max(self.entries, 1),
+            mean_kl=float(kl.mean()),
+            p999_kl=float(np.quantile(kl, 0.999)),
+            saturated=self.saturated,
+            saturated_mass=self.saturated_mass / max(self.positions, 1),
+        )
+
+
+def check_targets(targets: Targets, vocab_size: int) -> None:
+    """Refuse what no teacher can mean.
+
+    Raises:
+        TeacherFailed: NaN, unsorted entries, mass that is not 1, a label over 0, an id over the vocabulary.
+    """
+    if np.isnan(targets.logprobs).any() or np.isnan(targets.log_tail).any():
+        raise TeacherFailed("the teacher answered NaN logprobs; its targets are not kept")
+    if (targets.logprobs[:, 1:] > targets.logprobs[:, :-1]).any():
+        raise TeacherFailed("the teacher's entries are not sorted by falling logprob; they are not kept")
+    mass = np.exp(targets.logprobs.astype(np.float64)).sum(axis=1) + np.exp(targets.log_tail.astype(np.float64))
+    off = np.abs(mass - 1.0).max(initial=0.0)
+    if off > _MASS_TOLERANCE:
+        raise TeacherFailed(f"the teacher's top-k and tail sum to 1 only within {off:.1e}; they are not kept")
+    if (targets.label_logprob > _MASS_TOLERANCE).any():
+        raise TeacherFailed("the teacher answered a label's logprob over 0; its targets are not kept")
+    check_ids(targets, vocab_size)
+
+
+def check_ids(targets: Targets, vocab_size: int) -> None:
+    """The part of `check_targets` that is cheap on a whole shard; raises TeacherFailed for an id over V."""
+    if targets.ids.size and int(targets.ids.max()) >= vocab_size:
+        raise TeacherFailed(f"the teacher answered id {int(targets.ids.max())}, its vocabulary has {vocab_size}")
+
+
+def _gathered(table: NDArray[np.uint32], codes: NDArray[np.generic]) -> NDArray[np.uint32]:
+    """`table[codes]` for [P, K] codes that were checked to be inside."""
+    out = np.empty(codes.shape, np.uint32)
+    # A teacher's own arrays may have a sign or another byte order, of which the compiled code knows nothing.
+    if codes.size >= COMPILED_ENTRIES and codes.dtype in (np.uint16, np.uint32) and table.dtype == np.uint32:
+        from potstill.cache.encoding.decode_kernels import gather  # noqa: PLC0415 -- numba takes half a second to import
+
+        gather(table, np.ascontiguousarray(codes), out)
+        return out
+    # In blocks, and so twice as fast.
+    block = max(BLOCK_ENTRIES // max(codes.shape[1], 1), 1)
+    for start in range(0, len(codes), block):
+        np.take(table, codes[start : start + block].astype(np.intp), out=out[start : start + block], mode="clip")
+    return out
+
+
+def _from_float16(logprobs: NDArray[np.generic], log_tail: NDArray[np.float32]) -> NDArray[np.float32]:
+    kept = log1mexp(log_tail.astype(np.float64))
+    scaled = np.empty(logprobs.shape, np.float32)
+    block = max(BLOCK_ENTRIES // max(logprobs.shape[1], 1), 1)
+    for start in range(0, len(logprobs), block):
+        part = slice(start, start + block)
+        values = logprobs[part].astype(np.float64)
+        mass = np.exp(values).sum(axis=1)
+        # Entries without mass stay without: there is nothing to scale.
+        scale = np.where(mass > 0, kept[part] - np.log(np.where(mass > 0, mass, 1.0)), 0.0)
+        np.add(values, scale[:, None], out=scaled[part], casting="same_kind")
+    return scaled
+
+
+def _kl_terms(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.float64]:
+    """exp(p) * (p - q), zero where p has no mass. Less than no mass in q where p has some counts as 1e-45."""
+    none = np.isneginf(p)
+    terms: NDArray[np.float64] = (np.where(none, 0.0, p) if none.any() else p) - np.maximum(q, -103.0)
+    terms *= np.exp(p.astype(np.float32))
+    return terms

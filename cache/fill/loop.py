@@ -1,0 +1,351 @@
+"""The one prefill loop: claim a shard -> batches by token budget -> score -> write behind -> commit.
+
+Batches of the next shard are scored while the last shard is encoded and written. A shard is committed
+whole or not at all, so a run that stops anywhere goes on with the shards that have no commit. Any number of
+jobs fill one target set together: each claims the shards it works on, and waits for the others' at the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from potstill.cache.errors import InvalidInput, StoreError
+from potstill.cache.fill.scoring import ScoringWindow, budgeted, patiently
+from potstill.cache.fill.shard_queue import PILOT, ShardQueue
+from potstill.cache.store.claims import Claim, Claims
+from potstill.cache.targets.target_set import TargetSet
+from potstill.cache.types import Targets, Teacher, Tokens
+
+_KEPT_PILOT_BYTES = 256 << 20
+_LONGEST_POLL = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FillPlan:
+    """How work is handed to the teacher, and how long a silent job keeps its shards.
+
+    Raises:
+        InvalidInput: a number below 1, or a claim that is not a positive time.
+    """
+
+    batch_tokens: int = 8192
+    """Rows are scored in batches of at most this many tokens (one row at least)."""
+    in_flight: int = 2
+    """Batches that wait at the teacher at one time; also bounds what is held in memory ahead of a shard."""
+    claim_seconds: float = 120.0
+    """Other jobs take over a shard whose job was not heard of for so long."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_tokens", "in_flight"):
+            if getattr(self, name) < 1:
+                raise InvalidInput(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        if not 0 < self.claim_seconds < float("inf"):
+            raise InvalidInput(f"--claim-seconds is {self.claim_seconds}; it must be a positive number of seconds")
+
+
+@dataclass(frozen=True, slots=True)
+class FillProgress:
+    """How far a fill is, counted over the shards that this run found uncommitted and no other job committed since."""
+
+    positions_scored: int
+    positions: int
+    shards_committed: int
+    shards: int
+    waiting_for: int = 0
+    """Shards of other jobs that this one waits for, when it has nothing else to do."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FillReport:
+    """What a finished fill did."""
+
+    shards_committed: int
+    shards_lost: int
+    """Shards that were scored, partly or whole, but that another job took over; its commits stand."""
+    shards_elsewhere: int
+    """Shards that other jobs committed while this one ran."""
+    shards_before: int
+    """Shards that had a commit when the run began."""
+    positions_scored: int
+    """Those of the pilot included, which are kept and not scored again."""
+    seconds: float
+
+
+@dataclass(slots=True, eq=False)
+class _Work:
+    """A claimed shard on its way: rows not handed out yet, and targets gathered so far."""
+
+    shard: int
+    claim: Claim
+    row: int
+    stop: int
+    parts: list[Targets] = field(default_factory=list)
+    dropped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    work: _Work
+    rows: dict[int, Tokens]
+    known: dict[int, Targets]
+    """Targets of those rows that were in the pilot."""
+    last: bool
+    """Whether it completes its shard."""
+
+
+async def fill(
+    teacher: Teacher,
+    targets: TargetSet,
+    plan: FillPlan,
+    *,
+    on_progress: Callable[[FillProgress], None] = lambda _: None,
+) -> FillReport:
+    """Score and commit every shard of `targets` that has no commit, together with all other jobs that do.
+
+    Ends when every shard is committed, by whomever. When cancelled, scoring stops at once; a shard whose write
+    has begun is still committed.
+
+    Raises:
+        StoreError: the store is full or cannot be written; committed shards stay, the rest stays uncommitted.
+        SpecMismatch: another job made the target set with another spec since it was planned.
+        LimitExceeded, TeacherFailed, Unavailable and others: what the teacher raises.
+    """
+    began = time.monotonic()
+    root = targets.root
+    with Claims(root, targets.claims_path, ttl=plan.claim_seconds) as claims:
+        queue = await patiently(lambda: ShardQueue(targets, claims))
+        run = _Run(teacher, targets, plan, claims, queue, on_progress)
+        if queue.num_pending:
+            try:
+                await run.score_pilot()
+                await run.score_all()
+            finally:
+                await run.finish_writing()
+        await patiently(targets.fold)
+        await asyncio.to_thread(claims.clear)
+    return FillReport(
+        shards_committed=run.shards_committed,
+        shards_lost=run.shards_lost,
+        shards_elsewhere=len(queue.elsewhere),
+        shards_before=queue.shards_before,
+        positions_scored=run.positions_scored,
+        seconds=time.monotonic() - began,
+    )
+
+
+class _Run:
+    """State of one fill: batches in flight, the shard being gathered, the shard being written."""
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        targets: TargetSet,
+        plan: FillPlan,
+        claims: Claims,
+        queue: ShardQueue,
+        on_progress: Callable[[FillProgress], None],
+    ) -> None:
+        self._targets = targets
+        self._fields = targets.fields
+        self._plan = plan
+        self._claims = claims
+        self._queue = queue
+        self._teacher = teacher
+        self._on_progress = on_progress
+        self._lengths = np.diff(targets.corpus.shard_starts)
+        self._positions = int(self._lengths[queue.pending].sum())
+        self._shards = queue.num_pending
+        self._pilot: dict[int, Targets] = {}
+        self._gathering: _Work | None = None
+        self._writing: asyncio.Task[None] | None = None
+        self._poll = min(_LONGEST_POLL, plan.claim_seconds / 20)
+        self._poll_at = 0.0
+        self.positions_scored = 0
+        self.shards_committed = 0
+        self.shards_lost = 0
+
+    async def score_pilot(self) -> None:
+        """Have the pilot rows scored by one of the jobs, and their targets turned into the rank table."""
+        while await patiently(self._targets.pilot_rows):
+            claim = await patiently(self._take_pilot)
+            if claim is None:
+                self._report(waiting_for=self._queue.num_waiting)
+                await asyncio.sleep(self._poll)
+                continue
+            try:
+                rows = await patiently(self._targets.pilot_rows)
+                if rows:
+                    await self._make_ranks(rows)
+            finally:
+                await asyncio.to_thread(claim.release)
+
+    async def score_all(self) -> None:
+        """Keep `in_flight` batches at the teacher and take their answers in order."""
+        window = ScoringWindow(self._teacher, self._fields)
+        waiting: deque[_Batch] = deque()
+        try:
+            while True:
+                while len(waiting) < self._plan.in_flight and (batch := await self._next_batch()) is not None:
+                    window.start([row for index, row in batch.rows.items() if index not in batch.known])
+                    waiting.append(batch)
+                if waiting:
+                    batch = waiting.popleft()
+                    await self._take(batch, await window.oldest())
+                elif self._writing is not None:
+                    await self._written()
+                elif self._queue.num_waiting:
+                    self._report(waiting_for=self._queue.num_waiting)
+                    await asyncio.sleep(max(0.0, self._poll_at - time.monotonic()))
+                else:
+                    return
+        finally:
+            await window.close()
+
+    async def finish_writing(self) -> None:
+        """Wait for the write under way, also when cancelled meanwhile; a cancellation is passed on after it."""
+        cancelled = False
+        while self._writing is not None and not self._writing.done():
+            try:
+                await asyncio.wait([self._writing])
+            except asyncio.CancelledError:
+                cancelled = True
+        await self._written()
+        if cancelled:
+            raise asyncio.CancelledError
+
+    async def _written(self) -> None:
+        """Wait for the last write, and raise what it raised, once."""
+        writing = self._writing
+        if writing is not None:
+            try:
+                await asyncio.shield(writing)
+            finally:
+                if writing.done():
+                    self._writing = None
+
+    def _take_pilot(self) -> Claim | None:
+        self._claims.busy()
+        return self._claims.take(PILOT)
+
+    async def _make_ranks(self, rows: list[int]) -> None:
+        corpus = self._targets.corpus
+        window = ScoringWindow(self._teacher, self._fields)
+        lengths = np.diff(await asyncio.to_thread(corpus.spans, rows), axis=1)[:, 0]
+        # Bounded by the targets' own choice of pilot rows.
+        answers: list[Targets] = []
+        try:
+            for start, stop in budgeted(lengths.tolist(), self._plan.batch_tokens):
+                part = rows[start:stop]
+                window.start(await patiently(lambda part=part: [corpus.row(row) for row in part]))  # type: ignore[misc]
+                if len(window) >= self._plan.in_flight:
+                    answers += self._counted(await window.oldest())
+            while len(window):
+                answers += self._counted(await window.oldest())
+        finally:
+            await window.close()
+        await patiently(lambda: self._targets.make_ranks(Targets.concat(answers)))
+        kept = 0
+        for row, answer in zip(rows, answers, strict=True):
+            kept += _num_bytes(answer)
+            if kept > _KEPT_PILOT_BYTES:
+                break
+            self._pilot[row] = answer
+
+    def _counted(self, answers: list[Targets]) -> list[Targets]:
+        self.positions_scored += sum(answer.num_positions for answer in answers)
+        self._report()
+        return answers
+
+    async def _next_batch(self) -> _Batch | None:
+        """The next rows to score, of the shard in work or a newly claimed one; None when there is none right now."""
+        work = self._gathering
+        if work is not None and work.claim.lost:
+            self._drop(work)
+            work = None
+        if work is None:
+            if time.monotonic() < self._poll_at:
+                return None
+            began = time.monotonic()
+            taken = await patiently(self._queue.take)
+            if taken is None:
+                # Looking costs requests: at most a fifth of the time goes into it.
+                now = time.monotonic()
+                self._poll_at = now + max(self._poll, 4 * (now - began))
+                return None
+            shard, claim = taken
+            start, stop = (int(row) for row in self._targets.corpus.shard_rows[shard : shard + 2])
+            work = _Work(shard, claim, start, stop)
+        self._gathering = work
+        batch = await patiently(lambda: self._cut(work))
+        work.row += len(batch.rows)
+        self._gathering = None if batch.last else work
+        return batch
+
+    def _cut(self, work: _Work) -> _Batch:
+        corpus = self._targets.corpus
+        starts = corpus.row_starts
+        fitting = int(np.searchsorted(starts, starts[work.row] + self._plan.batch_tokens, side="right")) - 1
+        end = min(max(fitting, work.row + 1), work.stop)
+        tokens = dict(enumerate(corpus.rows(work.row, end), start=work.row))
+        return _Batch(work, tokens, {row: self._pilot[row] for row in tokens if row in self._pilot}, end == work.stop)
+
+    async def _take(self, batch: _Batch, answers: list[Targets]) -> None:
+        work = batch.work
+        self.positions_scored += sum(answer.num_positions for answer in answers)
+        scored = iter(answers)
+        work.parts.extend(batch.known[row] if row in batch.known else next(scored) for row in batch.rows)
+        for row in batch.known:
+            self._pilot.pop(row, None)
+        if work.dropped:
+            work.parts.clear()
+        elif batch.last:
+            await self._written()
+            self._writing = asyncio.create_task(self._write(work))
+        self._report()
+
+    def _drop(self, work: _Work) -> None:
+        """Another job took the shard over while it was scored."""
+        work.dropped = True
+        work.parts.clear()
+        self._gathering = None
+        self._queue.put_back(work.shard, committed=False)
+        self.shards_lost += 1
+
+    async def _write(self, work: _Work) -> None:
+        provenance = self._teacher.provenance
+        shard_targets = await asyncio.to_thread(Targets.concat, work.parts)
+        work.parts.clear()
+
+        def write() -> bool:
+            return self._targets.write_shard(work.shard, shard_targets, provenance, still_mine=work.claim.still_mine)
+
+        won = False
+        try:
+            won = await patiently(write)
+        except StoreError as error:
+            raise StoreError(f"shard {work.shard} stays uncommitted: {error.detail}") from error
+        finally:
+            await asyncio.to_thread(work.claim.release)
+            self._queue.put_back(work.shard, committed=won)
+        self.shards_committed += won
+        self.shards_lost += not won
+        self._report()
+
+    def _report(self, *, waiting_for: int = 0) -> None:
+        elsewhere = self._queue.elsewhere
+        positions = self._positions - int(sum(self._lengths[shard] for shard in elsewhere))
+        scored = min(self.positions_scored, positions)
+        shards = self._shards - len(elsewhere)
+        self._on_progress(FillProgress(scored, positions, self.shards_committed, shards, waiting_for))
+
+
+def _num_bytes(targets: Targets) -> int:
+    arrays = (targets.ids, targets.logprobs, targets.log_tail, targets.entropy, targets.log_z, targets.dense)
+    draws = 0 if targets.draws is None else targets.draws.ids.nbytes + targets.draws.counts.nbytes
+    return sum(array.nbytes for array in arrays if array is not None) + draws

@@ -1,0 +1,89 @@
+"""Batches at the teacher, and calls of the store that survive an outage: what a fill is made of."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+from potstill.cache.errors import StoreError, TeacherFailed
+from potstill.cache.types import Fields, Targets, Teacher, Tokens
+
+# What was scored is worth more than one outage: a write that fails is tried again, and reads of the corpus too.
+_STORE_PAUSES = (1.0, 4.0)
+
+_T = TypeVar("_T")
+
+
+class ScoringWindow:
+    """Batches at the teacher, answered in the order they were started in."""
+
+    def __init__(self, teacher: Teacher, fields: Fields) -> None:
+        self._teacher = teacher
+        self._fields = fields
+        self._tasks: deque[tuple[list[Tokens], asyncio.Task[list[Targets]]]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def start(self, rows: list[Tokens]) -> None:
+        """Begin to score a batch; an empty one is answered without the teacher."""
+        self._tasks.append((rows, asyncio.create_task(self._score(rows))))
+
+    async def oldest(self) -> list[Targets]:
+        """The answer to the batch that was started first.
+
+        Raises:
+            TeacherFailed: it answered something else than it was asked. Others: what the teacher raises.
+        """
+        rows, task = self._tasks[0]
+        answers = await task
+        self._tasks.popleft()
+        wanted = [(len(row), self._fields.k) for row in rows]
+        if [(answer.num_positions, answer.k) for answer in answers] != wanted:
+            raise TeacherFailed("the teacher answered other rows, positions or k than it was asked for")
+        for name, asked in _optional(self._fields).items():
+            if asked and any(getattr(answer, name) is None for answer in answers):
+                raise TeacherFailed(f"the teacher was asked for {name} and did not answer it")
+        return answers
+
+    async def close(self) -> None:
+        """Cancel what is still waiting."""
+        for _, task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*(task for _, task in self._tasks), return_exceptions=True)
+
+    async def _score(self, rows: list[Tokens]) -> list[Targets]:
+        return await self._teacher.score(rows, self._fields) if rows else []
+
+
+def _optional(fields: Fields) -> dict[str, bool]:
+    return {
+        "draws": bool(fields.draws),
+        "entropy": fields.entropy,
+        "log_z": bool(fields.temperatures),
+        "dense": fields.dense,
+    }
+
+
+def budgeted(lengths: Sequence[int], batch_tokens: int) -> Iterator[tuple[int, int]]:
+    """Ranges of rows that hold at most `batch_tokens` tokens together, or one row."""
+    start = tokens = 0
+    for index, length in enumerate(lengths):
+        if index > start and tokens + length > batch_tokens:
+            yield start, index
+            start, tokens = index, 0
+        tokens += length
+    if start < len(lengths):
+        yield start, len(lengths)
+
+
+async def patiently(do: Callable[[], _T]) -> _T:
+    """Run a blocking call of the store in a thread, again after a pause when the store fails."""
+    for pause in _STORE_PAUSES:
+        try:
+            return await asyncio.to_thread(do)
+        except StoreError:
+            await asyncio.sleep(pause)
+    return await asyncio.to_thread(do)

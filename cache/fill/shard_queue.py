@@ -1,0 +1,99 @@
+"""Which uncommitted shard a job takes next, when other jobs take from the same ones."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potstill.cache.store.claims import Claim, Claims
+from potstill.cache.targets.target_set import TargetSet
+
+PILOT = "pilot"
+"""The claim on scoring the pilot rows."""
+
+
+def claim_name(shard: int) -> str:
+    """The name under which a shard is claimed."""
+    return f"{shard:06d}"
+
+
+class ShardQueue:
+    """The shards that had no commit at the start, taken one by one under claims. For one thread at a time."""
+
+    def __init__(self, targets: TargetSet, claims: Claims) -> None:
+        committed = targets.committed
+        self.shards_before = int(committed.sum())
+        self.elsewhere: set[int] = set()
+        """Shards that other jobs committed since the start."""
+        self._targets = targets
+        self._claims = claims
+        self.pending: NDArray[np.bool_] = ~committed
+        """[S] without a commit, as far as is known; those in work here included."""
+        self._in_work: set[int] = set()
+        self._next: int | None = None
+
+    @property
+    def num_pending(self) -> int:
+        """How many are pending."""
+        return int(self.pending.sum())
+
+    @property
+    def num_waiting(self) -> int:
+        """Shards without a commit that are not in work here."""
+        return self.num_pending - len(self._in_work)
+
+    def take(self) -> tuple[int, Claim] | None:
+        """Claim a shard; None when there is none, or every one left is another job's right now.
+
+        Raises:
+            StoreError: the store does not answer.
+        """
+        busy = self._claims.busy()
+        if self._next is None:
+            # A job that comes to others' work begins elsewhere, so that they seldom reach for the same shard.
+            self._next = random.randrange(len(self.pending)) if busy else 0  # noqa: S311
+        fresh = False
+        while True:
+            shard = self._choose(busy)
+            if shard is None:
+                if fresh or not self.num_waiting:
+                    return None
+                fresh = self._refresh()
+                continue
+            claim = self._claims.take(claim_name(shard))
+            if claim is None:
+                busy.add(claim_name(shard))
+                self._next = random.randrange(len(self.pending))  # noqa: S311
+                continue
+            # Its last owner may have committed and released it since the commits were listed.
+            if self._targets.is_committed(shard):
+                claim.release()
+                self._refresh()
+                continue
+            self._next = shard + 1
+            self._in_work.add(shard)
+            return shard, claim
+
+    def put_back(self, shard: int, *, committed: bool) -> None:
+        """End the work on a taken shard; without a commit by this job, it is another job's or to be taken again."""
+        if committed:
+            self.pending[shard] = False
+        elif not self.pending[shard]:
+            self.elsewhere.add(shard)
+        self._in_work.discard(shard)
+
+    def _choose(self, busy: set[str]) -> int | None:
+        pending = np.flatnonzero(self.pending)
+        for shard in np.roll(pending, -int(np.searchsorted(pending, self._next or 0))).tolist():
+            if claim_name(shard) not in busy and shard not in self._in_work:
+                return int(shard)
+        return None
+
+    def _refresh(self) -> bool:
+        committed = self._targets.committed
+        new = np.flatnonzero(self.pending & committed).tolist()
+        self.elsewhere.update(shard for shard in new if shard not in self._in_work)
+        self.pending[new] = False
+        return True

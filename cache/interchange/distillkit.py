@@ -1,0 +1,232 @@
+"""DistillKit's compressed dataset: Parquet rows of `input_ids`, `compressed_logprobs`, `bytepacked_indices`.
+
+One list of bytes a position, in the encoding that `compression_config.yaml` beside the files states
+(`potstill.cache.interchange.distillkit_codec`). What the format cannot hold, and what comes of it:
+
+- The tail mass is implicit, 1 less the top-k: so it is read. A fit may hold more than 1, and need not fall with the
+  rank: entries are sorted, and scaled to a mass of 1 where they exceed it.
+- There is no logprob of the label: it is taken from the top-k, and is NaN where the label is not among them.
+- Entropy, log sums and draws are not exported.
+- Nothing says which teacher, revision or tokenizer it was. Files of our export say so in their schema metadata, which
+  DistillKit ignores; for others it is given on the command line.
+- A captured row has one target less than tokens, for vLLM gives no logprobs of the first token and DistillKit drops
+  the ones after the last: the last token is left out, as DistillKit's own `pack_logits` does. Packed rows have as
+  many of both; so have the rows exported here, which its trainer takes as they are.
+- A rank that vLLM did not report has a logprob of -inf and an arbitrary id: another id that is free takes its place.
+
+Legacy rows (`packed_indices`, `exact_values`, `coeffs`) hold logits without their normaliser and cannot be read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from potstill.cache.errors import InvalidInput
+from potstill.cache.interchange.distillkit_codec import (
+    compress,
+    decompress,
+    index_bits,
+    index_bytes,
+    logprob_bytes,
+    pack,
+    unpack,
+)
+from potstill.cache.interchange.distillkit_config import (
+    CompressionConfig,
+    find_config,
+    preset,
+    read_config,
+    write_config,
+)
+from potstill.cache.interchange.formats import Place, Rows
+from potstill.cache.interchange.parquet import (
+    by_falling_logprob,
+    implied_tail,
+    labels_in_top_k,
+    lists,
+    repeats,
+    token_ids,
+)
+from potstill.cache.types import Targets
+
+__all__ = ["CompressedRows", "Scaled", "find_config", "preset", "read_config", "write_config"]
+
+_LOGPROBS, _INDICES = "compressed_logprobs", "bytepacked_indices"
+_PACK_POSITIONS = 4096
+
+
+@dataclass(slots=True)
+class Scaled:
+    """Positions whose decoded entries held more than all mass."""
+
+    positions: int = 0
+    most: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class CompressedRows:
+    """The format described above; a `RowFormat`."""
+
+    config: CompressionConfig
+    vocab_size: int
+    scaled: Scaled = field(default_factory=Scaled)
+    """Counted while reading."""
+
+    @property
+    def token_columns(self) -> tuple[str, ...]:
+        """See `RowFormat`; the logprobs say how many positions have a target."""
+        return ("input_ids", _LOGPROBS)
+
+    @property
+    def target_columns(self) -> tuple[str, ...]:
+        """See `RowFormat`."""
+        return ("input_ids", _LOGPROBS, _INDICES)
+
+    def require_columns(self, path: Path) -> None:
+        """Refuse files of another format.
+
+        Raises:
+            InvalidInput: a column is not there.
+        """
+        names = pq.read_schema(path).names
+        if "packed_indices" in names:
+            raise InvalidInput(
+                f"{path} has DistillKit's legacy rows: logits without their normaliser; capture them again"
+            )
+        missing = [name for name in self.target_columns if name not in names]
+        if missing:
+            raise InvalidInput(f"{path} has no column {missing[0]!r}; it has {', '.join(names)}: take another --format")
+
+    def file_name(self, shard: int) -> str:
+        """See `RowFormat`."""
+        return f"data_{shard}.parquet"
+
+    def schema(self) -> Any:
+        """See `RowFormat`; the types are DistillKit's."""
+        of_bytes = pa.list_(pa.list_(pa.uint8()))
+        columns = [("input_ids", pa.list_(pa.uint64())), (_LOGPROBS, of_bytes), (_INDICES, of_bytes)]
+        return pa.schema([pa.field(name, kind) for name, kind in columns])
+
+    def to_batch(self, rows: Rows, targets: Targets) -> Any:
+        """See `RowFormat`."""
+        kept = self.config.k
+        logprobs = _in_parts(lambda part: compress(targets.logprobs[part, :kept], self.config), len(rows.tokens))
+        bits = index_bits(self.config)
+        indices = _in_parts(lambda part: pack(targets.ids[part, :kept], bits), len(rows.tokens))
+        offsets = pa.array(np.concatenate([[0], np.cumsum(rows.lengths)]).astype(np.int32))
+        columns = [pa.ListArray.from_arrays(offsets, pa.array(rows.tokens.astype(np.uint64)))]
+        columns += [pa.ListArray.from_arrays(offsets, _byte_lists(data)) for data in (logprobs, indices)]
+        return pa.record_batch(columns, schema=self.schema())
+
+    def rows(self, batch: Any, place: Place) -> Rows:
+        """See `RowFormat`."""
+        lengths, values = lists(batch, "input_ids", place)
+        tokens = token_ids(values, lengths, place, self.vocab_size)
+        with_target, _ = lists(batch, _LOGPROBS, place)
+        wrong = np.flatnonzero((lengths != with_target) & (lengths != with_target + 1))
+        if len(wrong):
+            row = int(wrong[0])
+            raise place.error(
+                row, f"{lengths[row]} tokens and {with_target[row]} targets; there must be as many, or one less"
+            )
+        # Where a row keeps its last token, and which tokens that leaves.
+        keep = np.ones(len(tokens), bool)
+        keep[np.cumsum(lengths)[lengths > with_target] - 1] = False
+        return Rows(with_target, tokens[keep])
+
+    def targets(self, batch: Any, place: Place) -> Targets:
+        """See `RowFormat`."""
+        rows = self.rows(batch, place)
+        packed = self._bytes(batch, _INDICES, index_bytes(self.config), rows, place)
+        compressed = self._bytes(batch, _LOGPROBS, logprob_bytes(self.config), rows, place)
+        bits = index_bits(self.config)
+        ids = _in_parts(lambda part: unpack(packed[part], bits, self.config.k), len(packed)).astype(np.uint32)
+        logprobs = _in_parts(lambda part: decompress(compressed[part], self.config), len(packed))
+        wrong = np.flatnonzero((np.isnan(logprobs) | np.isposinf(logprobs)).any(axis=1))
+        if len(wrong):
+            raise place.error_at(
+                int(wrong[0]), rows.lengths, f"{_LOGPROBS!r} decodes to NaN or inf; is this its compression config?"
+            )
+        ids, logprobs = by_falling_logprob(ids, logprobs)
+        ids = _without_absent(ids, logprobs)
+        self._check_ids(ids, rows, place)
+        logprobs = self._within_one(logprobs)
+        return Targets(
+            ids=ids,
+            logprobs=logprobs,
+            log_tail=implied_tail(logprobs),
+            label_logprob=labels_in_top_k(ids, logprobs, rows),
+        )
+
+    def _bytes(self, batch: Any, name: str, width: int, rows: Rows, place: Place) -> NDArray[np.uint8]:
+        lengths, positions = lists(batch, name, place)
+        if not np.array_equal(lengths, rows.lengths):
+            row = int(np.flatnonzero(lengths != rows.lengths)[0])
+            raise place.error(row, f"{name!r} has {lengths[row]} positions, {_LOGPROBS!r} {rows.lengths[row]}")
+        if not pa.types.is_nested(positions.type):
+            raise place.block_error(f"column {name!r} has {positions.type} at a position; it must be a list of bytes")
+        widths = positions.value_lengths().to_numpy(zero_copy_only=False)
+        wrong = np.flatnonzero(widths != width)
+        if len(wrong):
+            raise place.error_at(
+                int(wrong[0]),
+                rows.lengths,
+                f"{name!r} has {widths[wrong[0]]} bytes at a position, its compression config means {width}",
+            )
+        values = token_ids(positions.flatten(), rows.lengths * width, place, 256)
+        return values.astype(np.uint8).reshape(-1, width)
+
+    def _check_ids(self, ids: NDArray[np.uint32], rows: Rows, place: Place) -> None:
+        wrong = np.flatnonzero((ids >= self.vocab_size).any(axis=1))
+        if len(wrong):
+            worst = int(ids[wrong[0]].max())
+            raise place.error_at(
+                int(wrong[0]),
+                rows.lengths,
+                f"id {worst} is outside the vocabulary of {self.vocab_size}; give the --vocab-size of the teacher and "
+                "the d of its compression config",
+            )
+        twice = repeats(ids)
+        if len(twice):
+            raise place.error_at(
+                int(twice[0]), rows.lengths, f"{_INDICES!r} has an id twice at a position; is d={self.config.d} right?"
+            )
+
+    def _within_one(self, logprobs: NDArray[np.float32]) -> NDArray[np.float32]:
+        mass = np.exp(logprobs.astype(np.float64)).sum(axis=1)
+        over = np.flatnonzero(mass > 1)
+        if not len(over):
+            return logprobs
+        self.scaled.positions += len(over)
+        self.scaled.most = max(self.scaled.most, float(mass[over].max()))
+        scaled = logprobs.copy()
+        scaled[over] = (logprobs[over] - np.log(mass[over])[:, None]).astype(np.float32)
+        return scaled
+
+
+def _without_absent(ids: NDArray[np.uint32], logprobs: NDArray[np.float32]) -> NDArray[np.uint32]:
+    """The ids, with free ones where the logprob is -inf."""
+    absent = np.isneginf(logprobs)
+    for position in np.flatnonzero(absent.any(axis=1)):
+        taken = set(ids[position, ~absent[position]].tolist())
+        free = (number for number in range(len(taken) + int(absent[position].sum())) if number not in taken)
+        ids[position, absent[position]] = [next(free) for _ in range(int(absent[position].sum()))]
+    return ids
+
+
+def _byte_lists(data: NDArray[np.uint8]) -> Any:
+    offsets = pa.array((np.arange(len(data) + 1) * data.shape[1]).astype(np.int32))
+    return pa.ListArray.from_arrays(offsets, pa.array(data.reshape(-1)))
+
+
+def _in_parts(work: Any, num_positions: int) -> NDArray[Any]:
+    """`work` on some positions after the other: single bits take a byte each while they are packed."""
+    parts = range(0, num_positions, _PACK_POSITIONS)
+    return np.concatenate([work(slice(start, start + _PACK_POSITIONS)) for start in parts])

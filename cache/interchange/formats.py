@@ -1,0 +1,269 @@
+"""Targets in and out of Parquet files of one row per corpus row, whatever columns a format has.
+
+Export writes one file a shard under a temporary name and renames it; import reads files forward and fills a target
+set shard by shard. Both go on where they stopped: a finished file is skipped, a committed shard is not read again.
+What the columns are is the business of a `RowFormat` (`interchange.parquet`, `interchange.distillkit`).
+
+Shape legend:  P positions, R rows of a file or block.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from potstill.cache.errors import FormatError, InvalidInput, NotCommitted, SpecMismatch
+from potstill.cache.store.root import store_errors
+from potstill.cache.targets.target_set import TargetSet
+from potstill.cache.types import JSON, Fields, Provenance, Targets, TeacherIdentity
+
+BLOCK_POSITIONS = 32_768
+"""Positions that are converted together; a row alone may be longer."""
+_VERSION = "1"
+_VERSION_KEY = b"potstill.rows"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """Some rows of tokens."""
+
+    lengths: NDArray[np.int64]
+    """[R], each at least 1."""
+    tokens: NDArray[np.uint32]
+    """[P], row after row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a block of rows comes from, for messages."""
+
+    path: Path
+    first_row: int
+
+    def error(self, row: int, what: str) -> InvalidInput:
+        """`what` is wrong with the block's row of that number."""
+        return InvalidInput(f"{self.path} row {self.first_row + row}: {what}")
+
+    def block_error(self, what: str) -> InvalidInput:
+        """`what` is wrong with the block, in no row in particular."""
+        return InvalidInput(f"{self.path}, rows {self.first_row} on: {what}")
+
+    def error_at(self, position: int, lengths: NDArray[np.int64], what: str) -> InvalidInput:
+        """`what` is wrong with a position of the block."""
+        return self.error(int(np.searchsorted(np.cumsum(lengths), position, side="right")), what)
+
+
+class RowFormat(Protocol):
+    """How rows and their targets are spelt as columns."""
+
+    @property
+    def token_columns(self) -> tuple[str, ...]:
+        """The columns that `rows` needs."""
+        ...
+
+    @property
+    def target_columns(self) -> tuple[str, ...]:
+        """The columns that `targets` needs."""
+        ...
+
+    def file_name(self, shard: int) -> str:
+        """What the file of a shard is called."""
+        ...
+
+    def schema(self) -> Any:
+        """The Arrow schema that is written."""
+        ...
+
+    def to_batch(self, rows: Rows, targets: Targets) -> Any:
+        """A record batch of `schema`."""
+        ...
+
+    def rows(self, batch: Any, place: Place) -> Rows:
+        """The tokens of a record batch of `token_columns`; raises InvalidInput."""
+        ...
+
+    def targets(self, batch: Any, place: Place) -> Targets:
+        """The targets of a record batch of `target_columns`, flat; raises InvalidInput."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """What a file says of its rows: kept as JSON in the schema metadata, one key per attribute."""
+
+    identity: TeacherIdentity
+    fields: Fields
+    encoding: Mapping[str, JSON]
+    """Name and bound of the encoding that the targets were read from."""
+    corpus: Mapping[str, JSON]
+    """`name`, `fingerprint`, `tokenizer_sha256` and `vocab_size`."""
+    shard: Mapping[str, JSON]
+    """`index`, `first_row` and `rows`."""
+    provenance: Provenance
+
+    @classmethod
+    def of_shard(cls, targets: TargetSet, shard: int, fields: Fields) -> Origin:
+        """What is written with a shard of a target set."""
+        corpus = targets.corpus
+        first, last = (int(row) for row in corpus.shard_rows[shard : shard + 2])
+        commit = targets.sets[0].commit_of(shard)
+        assert commit is not None, "only committed shards are exported"
+        return cls(
+            identity=targets.identity,
+            fields=fields,
+            encoding=targets.encoding.to_json(),
+            corpus={name: getattr(corpus, name) for name in ("name", "fingerprint", "tokenizer_sha256", "vocab_size")},
+            shard={"index": shard, "first_row": first, "rows": last - first},
+            provenance=commit.provenance,
+        )
+
+    def to_metadata(self) -> dict[bytes, bytes]:
+        """The schema metadata."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        plain = {name: value.to_json() if hasattr(value, "to_json") else dict(value) for name, value in values.items()}
+        return {
+            _VERSION_KEY: _VERSION.encode(),
+            **{f"potstill.{name}".encode(): json.dumps(value).encode() for name, value in plain.items()},
+        }
+
+    @classmethod
+    def from_metadata(cls, path: Path, metadata: Mapping[bytes, bytes] | None) -> Origin | None:
+        """Read what `to_metadata` wrote; None when the file says nothing of the kind.
+
+        Raises:
+            InvalidInput: it does, but in another version or damaged.
+        """
+        version = (metadata or {}).get(_VERSION_KEY)
+        if metadata is None or version is None:
+            return None
+        if version != _VERSION.encode():
+            raise InvalidInput(f"{path} has row version {version[:40]!r}, this version reads {_VERSION!r}; update it")
+        try:
+            value = {name: json.loads(metadata[f"potstill.{name}".encode()]) for name in cls.__dataclass_fields__}
+            return cls(
+                identity=TeacherIdentity.from_json(value["identity"]),
+                fields=Fields.from_json(value["fields"]),
+                encoding=dict(value["encoding"]),
+                corpus={name: value["corpus"][name] for name in ("name", "fingerprint", "tokenizer_sha256")},
+                shard={name: int(value["shard"][name]) for name in ("index", "first_row", "rows")},
+                provenance=Provenance.from_json(value["provenance"]),
+            )
+        except (KeyError, TypeError, ValueError, FormatError, InvalidInput) as error:
+            raise InvalidInput(f"{path} has schema metadata of potstill that cannot be read: {error!r}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class ExportReport:
+    """What an export did."""
+
+    files_written: int
+    files_before: int
+    """Files that an earlier run had finished."""
+    num_bytes: int
+    """Of all of them."""
+
+
+def export_shards(
+    targets: TargetSet,
+    folder: Path,
+    form: RowFormat,
+    shards: range,
+    *,
+    fields: Fields,
+    on_progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> ExportReport:
+    """Write one file for each shard; `fields` says which, with at most the K that is kept.
+
+    `on_progress` gets positions done and positions in all.
+
+    Raises:
+        NotCommitted: a shard has no targets; nothing was written.
+        SpecMismatch: the folder has a shard's file from another export. StoreError: the folder cannot be written.
+    """
+    missing = [shard for shard in shards if not targets.is_committed(shard)]
+    if missing:
+        lacking = [each for each in targets.sets if any(each.commit_of(shard) is None for shard in missing)]
+        ways = ", and with ".join(each.spec.fill_options for each in lacking)
+        raise NotCommitted(
+            f"{len(missing)} of {len(shards)} shards have no targets of teacher {targets.teacher!r} yet, the first is "
+            f"{missing[0]}; run `potstill prefill` with {ways}, or take --shards that have"
+        )
+    with store_errors(str(folder)):
+        folder.mkdir(parents=True, exist_ok=True)
+    starts = targets.corpus.shard_starts
+    total = int(sum(starts[shard + 1] - starts[shard] for shard in shards))
+    done = written = 0
+    for shard in shards:
+        path = folder / form.file_name(shard)
+        schema = form.schema().with_metadata(Origin.of_shard(targets, shard, fields).to_metadata())
+        if not _is_finished(path, schema):
+            blocks = _shard_blocks(targets, shard, fields.k)
+            on_progress(done, total)
+            _write_file(path, schema, (form.to_batch(*block) for block in blocks))
+            written += 1
+        done += int(starts[shard + 1] - starts[shard])
+        on_progress(done, total)
+    sizes = sum((folder / form.file_name(shard)).stat().st_size for shard in shards)
+    return ExportReport(written, len(shards) - written, sizes)
+
+
+def _shard_blocks(targets: TargetSet, shard: int, k: int) -> Iterator[tuple[Rows, Targets]]:
+    corpus = targets.corpus
+    row, last = (int(row) for row in corpus.shard_rows[shard : shard + 2])
+    while row < last:
+        fitting = int(np.searchsorted(corpus.row_starts, corpus.row_starts[row] + BLOCK_POSITIONS, side="right")) - 1
+        stop = min(max(fitting, row + 1), last)
+        start, end = int(corpus.row_starts[row]), int(corpus.row_starts[stop])
+        rows = Rows(np.diff(corpus.row_starts[row : stop + 1]), corpus.tokens(start, end))
+        yield rows, targets.read(start, end, k=k)
+        row = stop
+
+
+def _is_finished(path: Path, schema: Any) -> bool:
+    """Whether an earlier run wrote this very file.
+
+    Raises:
+        SpecMismatch: there is another file under its name.
+    """
+    if not path.exists():
+        return False
+    try:
+        found = pq.read_schema(path)
+    except (pa.ArrowException, OSError) as error:
+        raise SpecMismatch(f"{path} is not a file of an export: {error}; export to an empty folder") from error
+    if not found.equals(schema):
+        raise SpecMismatch(f"{path} has other columns than this export; export to an empty folder")
+    for key, value in schema.metadata.items():
+        if (found.metadata or {}).get(key) != value:
+            raise SpecMismatch(f"{path} is of another export ({key.decode()} differs); export to an empty folder")
+    return True
+
+
+def _write_file(path: Path, schema: Any, batches: Iterator[Any]) -> None:
+    """Complete under another name, then renamed: a file under its own name is always whole."""
+    partial = path.with_name(f".{path.stem}-{uuid.uuid4().hex[:12]}.partial")
+    try:
+        with store_errors(str(path)):
+            with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+                for batch in batches:
+                    writer.write_batch(batch)
+            descriptor = os.open(partial, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            partial.replace(path)
+    finally:
+        # What a killed run of this shard left is of no use once the shard is written, or tried again.
+        for stale in path.parent.glob(f".{path.stem}-*.partial"):
+            stale.unlink(missing_ok=True)

@@ -1,0 +1,241 @@
+"""Fill a target set from the rows of files: the corpus first, then shard by shard what has no commit yet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from potstill.cache.cache import Cache
+from potstill.cache.corpus.corpus import Corpus, Source
+from potstill.cache.corpus.documents import file_sha256
+from potstill.cache.corpus.ingest import IngestPlan, ingest_rows
+from potstill.cache.corpus.tokenizer import fingerprint, num_ids
+from potstill.cache.errors import SpecMismatch, UnknownCorpus
+from potstill.cache.interchange.formats import Origin, RowFormat
+from potstill.cache.interchange.parquet import ListColumns
+from potstill.cache.interchange.row_files import RowFile, RowReader, came_from, placed
+from potstill.cache.store.root import check_name
+from potstill.cache.targets.lineage import Handed, imported
+from potstill.cache.targets.target_set import TargetSet
+from potstill.cache.types import Fields, Provenance, Targets, TeacherIdentity, Tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportPlan:
+    """Where rows go and whose targets they are."""
+
+    corpus: str
+    teacher: str
+    identity: TeacherIdentity
+    fields: Fields
+    encoding: str
+    shard_positions: int = 1 << 20
+    """For a corpus that is made; one that is there has its own shards."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImportProgress:
+    """How far an import is, over the shards it has to fill."""
+
+    positions_done: int
+    positions: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportReport:
+    """What a finished import did."""
+
+    corpus_made: bool
+    shards_written: int
+    shards_before: int
+    """Shards that had a commit."""
+    shards_absent: int
+    """Shards that the files do not hold, or hold in part."""
+
+
+def import_targets(
+    cache: Cache,
+    files: Sequence[RowFile],
+    form: RowFormat,
+    tokenizer: Tokenizer,
+    plan: ImportPlan,
+    *,
+    on_progress: Callable[[ImportProgress], None] = lambda _: None,
+) -> ImportReport:
+    """Make the corpus of the files' rows, or check that it has them, and commit every shard's targets.
+
+    Memory holds one shard's targets. Stopped anywhere, the same call goes on with the shards that have no commit.
+
+    Raises:
+        InvalidInput: a row that cannot be a teacher's; names its file. SpecMismatch: the corpus has other rows, the
+            files come from another tokenizer or teacher, or the target set exists with another spec.
+        StoreError: the cache cannot be written.
+    """
+    check_name("teacher", plan.teacher)
+    _require_one_origin(files, fingerprint(tokenizer))
+    corpus, made, files = _corpus(cache, files, form, tokenizer, plan)
+    reader = RowReader(files, form)
+    targets = cache.plan_targets(plan.teacher, corpus.name, plan.identity, fields=plan.fields, encoding=plan.encoding)
+    rows, committed = corpus.shard_rows, targets.committed
+    held = [s for s in range(corpus.num_shards) if reader.holds(int(rows[s]), int(rows[s + 1]))]
+    todo = [shard for shard in held if not committed[shard]]
+    _fill(targets, reader, todo, _provenances(corpus, files, form, todo), on_progress)
+    return ImportReport(
+        corpus_made=made,
+        shards_written=len(todo),
+        shards_before=int(committed.sum()),
+        shards_absent=corpus.num_shards - len(set(held) | set(np.flatnonzero(committed).tolist())),
+    )
+
+
+def _fill(
+    targets: TargetSet,
+    reader: RowReader,
+    todo: list[int],
+    provenances: Sequence[Provenance],
+    on_progress: Callable[[ImportProgress], None],
+) -> None:
+    corpus = targets.corpus
+    total, done = int(np.diff(corpus.shard_starts)[todo].sum()), 0
+    if todo:
+        _make_ranks(targets, reader)
+    for shard, provenance in zip(todo, provenances, strict=True):
+        blocks = []
+        start, stop = (int(row) for row in corpus.shard_rows[shard : shard + 2])
+        for block in reader.targets(start, stop):
+            blocks.append(block)
+            done += block.num_positions
+            on_progress(ImportProgress(done, total))
+        targets.write_shard(shard, Targets.concat(blocks), provenance)
+    targets.fold()
+
+
+def _make_ranks(targets: TargetSet, reader: RowReader) -> None:
+    """The rank table, of the rows the target set asks for, as far as the files hold them."""
+    wanted = [row for row in targets.pilot_rows() if reader.holds(row, row + 1)]
+    if wanted:
+        targets.make_ranks(Targets.concat([part for row in sorted(wanted) for part in reader.targets(row, row + 1)]))
+
+
+def _corpus(
+    cache: Cache, files: Sequence[RowFile], form: RowFormat, tokenizer: Tokenizer, plan: ImportPlan
+) -> tuple[Corpus, bool, Sequence[RowFile]]:
+    """The corpus, whether it was made, and the files at their rows of it."""
+    longest = _check_tokens(RowReader(files, form), tokenizer)
+    try:
+        corpus = cache.corpus(plan.corpus)
+    except UnknownCorpus:
+        ingest = IngestPlan(row_tokens=longest, shard_positions=plan.shard_positions)
+        sources = tuple(Source(name=f.path.name, sha256=file_sha256(f.path), documents=f.num_rows) for f in files)
+        rows = _each_row(RowReader(files, form))
+        return ingest_rows(cache.root, plan.corpus, rows, tokenizer, ingest, sources=sources), True, files
+    files = _at_rows_of(corpus, files)
+    _require_same_rows(corpus, RowReader(files, form), tokenizer)
+    return corpus, False, files
+
+
+def _at_rows_of(corpus: Corpus, files: Sequence[RowFile]) -> Sequence[RowFile]:
+    if came_from(files, corpus.fingerprint):
+        return placed(files)
+    count = sum(file.num_rows for file in files)
+    if count != len(corpus):
+        raise SpecMismatch(
+            f"corpus {corpus.name!r} has {len(corpus)} rows, the files have {count}; import into another corpus"
+        )
+    return files
+
+
+def _check_tokens(reader: RowReader, tokenizer: Tokenizer) -> int:
+    """The longest row in tokens.
+
+    Raises:
+        InvalidInput: a token id that the tokenizer does not have.
+    """
+    vocab_size = num_ids(tokenizer)
+    longest = 1
+    for place, _, rows in reader.rows():
+        if int(rows.tokens.max()) >= vocab_size:
+            position = int(np.argmax(rows.tokens >= vocab_size))
+            raise place.error_at(
+                position,
+                rows.lengths,
+                f"token id {rows.tokens[position]} is outside the tokenizer's {vocab_size} ids; give the --tokenizer "
+                "that made these rows",
+            )
+        longest = max(longest, int(rows.lengths.max()))
+    return longest
+
+
+def _each_row(reader: RowReader) -> Iterator[Tokens]:
+    for _, _, rows in reader.rows():
+        yield from np.split(rows.tokens, np.cumsum(rows.lengths)[:-1])
+
+
+def _require_same_rows(corpus: Corpus, reader: RowReader, tokenizer: Tokenizer) -> None:
+    if corpus.tokenizer_sha256 != fingerprint(tokenizer):
+        raise SpecMismatch(
+            f"corpus {corpus.name!r} was made with tokenizer {corpus.tokenizer_sha256[:12]}, --tokenizer is "
+            f"{fingerprint(tokenizer)[:12]}; import into another corpus"
+        )
+    for place, start, rows in reader.rows():
+        starts = corpus.row_starts[start : start + len(rows.lengths) + 1]
+        lengths = np.diff(starts)
+        wrong = np.flatnonzero(lengths != rows.lengths)
+        if not len(wrong):
+            other = np.flatnonzero(corpus.tokens(int(starts[0]), int(starts[-1])) != rows.tokens)
+            wrong = np.searchsorted(np.cumsum(lengths), other[:1], side="right")
+        if len(wrong):
+            raise SpecMismatch(
+                f"{place.path} row {place.first_row + int(wrong[0])} is not row {start + int(wrong[0])} of corpus "
+                f"{corpus.name!r}; import into another corpus"
+            )
+
+
+def _require_one_origin(files: Sequence[RowFile], tokenizer_sha256: str) -> None:
+    first = files[0].origin
+    for file in files:
+        origin = file.origin
+        if (origin is None) != (first is None):
+            raise SpecMismatch(f"{file.path} and {files[0].path} are not of one export; import them one by one")
+        if origin is None or first is None:
+            continue
+        if origin.corpus["tokenizer_sha256"] != tokenizer_sha256:
+            raise SpecMismatch(
+                f"{file.path} was made with tokenizer {str(origin.corpus['tokenizer_sha256'])[:12]}, --tokenizer is "
+                f"{tokenizer_sha256[:12]}; give the one the rows were made with"
+            )
+        differences = first.identity.differences(origin.identity)
+        if differences or first.fields != origin.fields or first.corpus != origin.corpus:
+            raise SpecMismatch(
+                f"{file.path} is of another export than {files[0].path} ({differences or 'corpus or fields differ'}); "
+                "import them one by one"
+            )
+
+
+def _provenances(corpus: Corpus, files: Sequence[RowFile], form: RowFormat, shards: Sequence[int]) -> list[Provenance]:
+    """Of each shard: of the files that it comes from, that which may be furthest from the teacher."""
+    made = [_provenance(file.origin, form) for file in files]
+    spans = [(file.first_row, file.first_row + file.num_rows) for file in files]
+    found = []
+    for shard in shards:
+        start, stop = corpus.shard_rows[shard : shard + 2].tolist()
+        inside = (each for each, (first, end) in zip(made, spans, strict=True) if first < stop and end > start)
+        found.append(max(inside, key=_furthest))
+    return found
+
+
+def _provenance(origin: Origin | None, form: RowFormat) -> Provenance:
+    if origin is None:
+        return Provenance(engine="unknown", engine_version="", device="", capture_path=imported("", None))
+    # List columns have every number as it was; DistillKit's are an encoding of their own, without a bound.
+    kept_as = origin.encoding if isinstance(form, ListColumns) else None
+    return replace(origin.provenance, capture_path=imported(origin.provenance.capture_path, kept_as))
+
+
+def _furthest(provenance: Provenance) -> float:
+    error = Handed.of(provenance.capture_path).max_abs_error
+    return math.inf if error is None else error

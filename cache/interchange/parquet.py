@@ -1,0 +1,343 @@
+"""Parquet with list columns: one row per corpus row, for any reader of Parquet.
+
+    column         type                                  of each position
+    input_ids      list<uint32>                          the token itself
+    ids            list<fixed_size_list<uint32, K>>      the top-k by falling logprob
+    logprobs       list<fixed_size_list<float, K>>       nats
+    log_tail       list<float>                           log of the mass outside the top-k; -inf for none
+    label_logprob  list<float>                           of the row's next token; NaN for a row's last position
+    entropy        list<float>                           nats
+    log_z          list<fixed_size_list<float, T>>       log of the sum of p**(1/t) for each temperature t
+    dense          list<fixed_size_list<float, V>>       all logprobs
+    draw_ids       list<list<uint32>>                    unique ids of the draws, rising
+    draw_counts    list<list<uint16>>                    how often each was drawn
+
+Only the columns that the target set's fields mean are there. The schema metadata says whose targets they are, from
+which encoding and tokenizer, and which rows (`interchange.formats.Origin`). Files made elsewhere are read too: they
+need `input_ids`, `ids` and `logprobs`, of any integer and float types; a tail that is not there is what the top-k
+leaves of 1, a label that is not there is taken from the top-k, NaN when it is not among them. Their entries are
+sorted by falling logprob.
+
+Shape legend:  P positions, K kept entries, T temperatures, V vocabulary size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from potstill.cache.errors import InvalidInput
+from potstill.cache.interchange.formats import Place, Rows
+from potstill.cache.interchange.row_files import reading
+from potstill.cache.types import Draws, Fields, Targets
+
+_TOP_K = ("ids", "logprobs")
+_SCALARS = ("log_tail", "label_logprob", "entropy")
+# More than float32 logprobs of a large vocabulary are off 1 by.
+MASS_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListColumns:
+    """The format described above; a `RowFormat`."""
+
+    fields: Fields
+    vocab_size: int
+    present: tuple[str, ...]
+    """The columns to write, or that the files to read have."""
+
+    @classmethod
+    def to_write(cls, fields: Fields, vocab_size: int) -> ListColumns:
+        """What a target set of these fields is written as."""
+        return cls(fields=fields, vocab_size=vocab_size, present=_columns_of(fields))
+
+    @property
+    def token_columns(self) -> tuple[str, ...]:
+        """See `RowFormat`."""
+        return ("input_ids",)
+
+    @property
+    def target_columns(self) -> tuple[str, ...]:
+        """See `RowFormat`."""
+        return ("input_ids", *self.present)
+
+    def file_name(self, shard: int) -> str:
+        """See `RowFormat`."""
+        return f"shard-{shard:06d}.parquet"
+
+    def schema(self) -> Any:
+        """See `RowFormat`."""
+        types = {
+            "ids": pa.list_(pa.uint32(), self.fields.k),
+            "logprobs": pa.list_(pa.float32(), self.fields.k),
+            "log_z": pa.list_(pa.float32(), len(self.fields.temperatures)),
+            "dense": pa.list_(pa.float32(), self.vocab_size),
+            "draw_ids": pa.list_(pa.uint32()),
+            "draw_counts": pa.list_(pa.uint16()),
+        }
+        columns = [pa.field(name, pa.list_(types.get(name, pa.float32()))) for name in self.present]
+        return pa.schema([pa.field("input_ids", pa.list_(pa.uint32())), *columns])
+
+    def to_batch(self, rows: Rows, targets: Targets) -> Any:
+        """See `RowFormat`."""
+        offsets = pa.array(np.concatenate([[0], np.cumsum(rows.lengths)]).astype(np.int32))
+        columns = [pa.ListArray.from_arrays(offsets, pa.array(rows.tokens))]
+        columns += [pa.ListArray.from_arrays(offsets, _position_values(name, targets)) for name in self.present]
+        return pa.record_batch(columns, schema=self.schema())
+
+    def rows(self, batch: Any, place: Place) -> Rows:
+        """See `RowFormat`."""
+        lengths, values = lists(batch, "input_ids", place)
+        return Rows(lengths, token_ids(values, lengths, place, self.vocab_size))
+
+    def targets(self, batch: Any, place: Place) -> Targets:
+        """See `RowFormat`."""
+        rows = self.rows(batch, place)
+        columns: dict[str, Any] = {name: self._matrix(batch, name, rows, place) for name in self._matrices()}
+        for name in _SCALARS:
+            if name in self.present:
+                columns[name] = self._scalars(batch, name, rows, place)
+        if "draw_ids" in self.present:
+            columns["draws"] = self._draws(batch, rows, place)
+        if not self.fields.k:
+            return _without_top_k(len(rows.tokens), columns)
+        return self._finished(columns, rows, place)
+
+    def _matrices(self) -> list[str]:
+        return [name for name in (*_TOP_K, "log_z", "dense") if name in self.present]
+
+    def _width(self, name: str) -> int:
+        return {"log_z": len(self.fields.temperatures), "dense": self.vocab_size}.get(name, self.fields.k)
+
+    def _matrix(self, batch: Any, name: str, rows: Rows, place: Place) -> NDArray[Any]:
+        """[P, width] of a column of lists of lists."""
+        inner = _per_position(batch, name, rows, place)
+        widths, values = _inner_lists(inner, name, place)
+        width = self._width(name)
+        wrong = np.flatnonzero(widths != width)
+        if len(wrong):
+            raise place.error_at(
+                int(wrong[0]), rows.lengths, f"{name!r} has {widths[wrong[0]]} entries at a position, others {width}; "
+                "every position must have as many"
+            )  # fmt: skip
+        if name == "ids":
+            return token_ids(values, rows.lengths * width, place, self.vocab_size).reshape(-1, width)
+        return _floats(values, name, place).reshape(-1, width)
+
+    def _scalars(self, batch: Any, name: str, rows: Rows, place: Place) -> NDArray[np.float32]:
+        return _floats(_per_position(batch, name, rows, place), name, place)
+
+    def _draws(self, batch: Any, rows: Rows, place: Place) -> Draws:
+        parts = {}
+        for name in ("draw_ids", "draw_counts"):
+            widths, values = _inner_lists(_per_position(batch, name, rows, place), name, place)
+            parts[name] = (widths, token_ids(values, None, place, 2**16 if name == "draw_counts" else self.vocab_size))
+        (widths, ids), (other, counts) = parts["draw_ids"], parts["draw_counts"]
+        if not np.array_equal(widths, other):
+            raise place.block_error("'draw_ids' and 'draw_counts' differ in length at a position; they must be equal")
+        offsets = np.concatenate([[0], np.cumsum(widths)]).astype(np.int64)
+        return Draws(offsets, ids, counts.astype(np.uint16))
+
+    def _finished(self, columns: dict[str, Any], rows: Rows, place: Place) -> Targets:
+        ids, logprobs = columns["ids"], columns["logprobs"]
+        wrong = np.flatnonzero(np.isnan(logprobs).any(axis=1))
+        if len(wrong):
+            raise place.error_at(
+                int(wrong[0]), rows.lengths, "'logprobs' has NaN; score the row again, or leave it out"
+            )
+        if (logprobs[:, 1:] > logprobs[:, :-1]).any():
+            ids, logprobs = by_falling_logprob(ids, logprobs)
+        repeated = repeats(ids)
+        if len(repeated):
+            raise place.error_at(
+                int(repeated[0]), rows.lengths, "'ids' has an id twice at a position; each may be once"
+            )
+        if "log_tail" not in columns:
+            columns["log_tail"] = implied_tail(logprobs)
+        mass = np.exp(logprobs.astype(np.float64)).sum(axis=1) + np.exp(columns["log_tail"].astype(np.float64))
+        wrong = np.flatnonzero(~(np.abs(mass - 1) <= MASS_TOLERANCE))
+        if len(wrong):
+            raise place.error_at(
+                int(wrong[0]), rows.lengths, f"'logprobs' and 'log_tail' hold {mass[wrong[0]]:.4f} of the mass, not 1; "
+                "they must be natural logs of the full softmax at temperature 1"
+            )  # fmt: skip
+        if "label_logprob" not in columns:
+            columns["label_logprob"] = labels_in_top_k(ids, logprobs, rows)
+        return Targets(**{**columns, "ids": ids, "logprobs": logprobs})
+
+
+def list_columns(path: Path, fields: Fields | None, vocab_size: int) -> ListColumns:
+    """The format of files like `path`: of these fields, or of what the columns themselves tell.
+
+    Raises:
+        InvalidInput: a column that the fields mean, or every file needs, is not there.
+    """
+    with reading(path), pq.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        if fields is None:
+            present = tuple(name for name in (*_TOP_K, *_SCALARS) if name in names)
+            _require(path, names, _TOP_K)
+            fields = Fields(k=_first_width(file, path), entropy="entropy" in names)
+        else:
+            present = _columns_of(fields)
+            _require(path, names, present)
+    return ListColumns(fields=fields, vocab_size=vocab_size, present=present)
+
+
+def lists(batch: Any, name: str, place: Place) -> tuple[NDArray[np.int64], Any]:
+    """The lengths of a column's lists, and their values end to end.
+
+    Raises:
+        InvalidInput: the column is not of lists, or has a null or an empty list.
+    """
+    column = batch.column(name)
+    if not _is_list(column.type):
+        raise place.block_error(f"column {name!r} is {column.type}; it must be a list per row")
+    if column.null_count:
+        raise place.error(_first_null(column), f"column {name!r} is null; every row must have a list")
+    lengths = _numpy(column.value_lengths()).astype(np.int64)
+    if (lengths == 0).any():
+        raise place.error(int(np.argmin(lengths)), f"column {name!r} is empty; every row must have a token")
+    return lengths, column.flatten()
+
+
+def token_ids(values: Any, lengths: NDArray[np.int64] | None, place: Place, vocab_size: int) -> NDArray[np.uint32]:
+    """Whole numbers below `vocab_size`; `lengths` of them belong to each row.
+
+    Raises:
+        InvalidInput: another type, a null or a number outside the vocabulary.
+    """
+    if not pa.types.is_integer(values.type) or values.null_count:
+        raise place.block_error(
+            f"token ids are {values.type} with {values.null_count} nulls; they must be whole numbers"
+        )
+    ids = _numpy(values)
+    wrong = np.flatnonzero((ids < 0) | (ids >= vocab_size))
+    if len(wrong):
+        row = 0 if lengths is None else int(np.searchsorted(np.cumsum(lengths), wrong[0], side="right"))
+        raise place.error(
+            row, f"id {ids[wrong[0]]} is outside the vocabulary of {vocab_size}; give the teacher's --vocab-size"
+        )
+    return ids.astype(np.uint32)
+
+
+def by_falling_logprob(
+    ids: NDArray[np.uint32], logprobs: NDArray[np.float32]
+) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
+    """Both [P, K], sorted; equal ones keep their order."""
+    order = np.argsort(-logprobs, axis=1, kind="stable")
+    return np.take_along_axis(ids, order, axis=1), np.take_along_axis(logprobs, order, axis=1)
+
+
+def repeats(ids: NDArray[np.uint32]) -> NDArray[np.int64]:
+    """The positions of [P, K] ids that have one twice."""
+    ordered = np.sort(ids, axis=1)
+    return np.flatnonzero((ordered[:, 1:] == ordered[:, :-1]).any(axis=1))
+
+
+def implied_tail(logprobs: NDArray[np.float32]) -> NDArray[np.float32]:
+    """[P] log of what [P, K] logprobs leave of 1; -inf where they leave nothing."""
+    left = 1.0 - np.exp(logprobs.astype(np.float64)).sum(axis=1)
+    tail = np.full(len(left), -np.inf)
+    np.log(left, out=tail, where=left > 0)
+    return tail.astype(np.float32)
+
+
+def labels_in_top_k(ids: NDArray[np.uint32], logprobs: NDArray[np.float32], rows: Rows) -> NDArray[np.float32]:
+    """[P] logprob of each row's own next token; NaN where it is not among the top-k, and at a row's end."""
+    following = np.roll(rows.tokens, -1)
+    match = ids == following[:, None]
+    found = match.any(axis=1)
+    found[np.cumsum(rows.lengths) - 1] = False
+    label = np.full(len(ids), np.nan, np.float32)
+    label[found] = logprobs[match & found[:, None]]
+    return label
+
+
+def _columns_of(fields: Fields) -> tuple[str, ...]:
+    return (
+        *((*_TOP_K, "log_tail", "label_logprob") if fields.k else ()),
+        *(["entropy"] if fields.entropy else []),
+        *(["log_z"] if fields.temperatures else []),
+        *(["dense"] if fields.dense else []),
+        *(["draw_ids", "draw_counts"] if fields.draws else []),
+    )
+
+
+def _require(path: Path, names: Sequence[str], needed: Sequence[str]) -> None:
+    missing = [name for name in needed if name not in names]
+    if missing:
+        raise InvalidInput(f"{path} has no column {missing[0]!r}; it has {', '.join(names)}: rename its columns")
+
+
+def _first_width(file: Any, path: Path) -> int:
+    """K of the first position."""
+    place = Place(path, 0)
+    batch = next(file.iter_batches(batch_size=1, columns=["ids"]))
+    widths, _ = _inner_lists(lists(batch, "ids", place)[1], "ids", place)
+    return int(widths[0])
+
+
+def _position_values(name: str, targets: Targets) -> Any:
+    if name in ("draw_ids", "draw_counts"):
+        draws = targets.draws
+        assert draws is not None, "the fields said so"
+        values = draws.ids if name == "draw_ids" else draws.counts
+        return pa.ListArray.from_arrays(pa.array(draws.offsets.astype(np.int32)), pa.array(values))
+    array = getattr(targets, name)
+    flat = pa.array(np.ascontiguousarray(array).reshape(-1))
+    return flat if array.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, array.shape[1])
+
+
+def _per_position(batch: Any, name: str, rows: Rows, place: Place) -> Any:
+    """A column's values, one for each position."""
+    lengths, values = lists(batch, name, place)
+    wrong = np.flatnonzero(lengths != rows.lengths)
+    if len(wrong):
+        row = int(wrong[0])
+        raise place.error(row, f"{name!r} has {lengths[row]} positions, 'input_ids' {rows.lengths[row]}; must be equal")
+    return values
+
+
+def _inner_lists(values: Any, name: str, place: Place) -> tuple[NDArray[np.int64], Any]:
+    if not _is_list(values.type) or values.null_count:
+        raise place.block_error(f"column {name!r} has {values.type} at a position; it must be a list, without nulls")
+    if pa.types.is_fixed_size_list(values.type):
+        return np.full(len(values), values.type.list_size, np.int64), values.flatten()
+    return _numpy(values.value_lengths()).astype(np.int64), values.flatten()
+
+
+def _floats(values: Any, name: str, place: Place) -> NDArray[np.float32]:
+    if not pa.types.is_floating(values.type) or values.null_count:
+        raise place.block_error(f"column {name!r} is {values.type} with {values.null_count} nulls; it must be floats")
+    return _numpy(values).astype(np.float32)
+
+
+def _without_top_k(num_positions: int, columns: dict[str, Any]) -> Targets:
+    empty = Targets(
+        ids=np.empty((num_positions, 0), np.uint32),
+        logprobs=np.empty((num_positions, 0), np.float32),
+        log_tail=np.zeros(num_positions, np.float32),
+        label_logprob=np.full(num_positions, np.nan, np.float32),
+    )
+    return Targets(**{name: columns.get(name, getattr(empty, name)) for name in Targets.__dataclass_fields__})
+
+
+def _is_list(kind: Any) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _first_null(column: Any) -> int:
+    return int(np.argmax(_numpy(column.is_null())))
+
+
+def _numpy(values: Any) -> NDArray[Any]:
+    array: NDArray[Any] = values.to_numpy(zero_copy_only=False)
+    return array

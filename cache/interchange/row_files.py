@@ -1,0 +1,185 @@
+"""Read the rows of Parquet files forward, in blocks, as one long run of rows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from potstill.cache.errors import InvalidInput
+from potstill.cache.interchange.formats import BLOCK_POSITIONS, Origin, Place, RowFormat, Rows
+from potstill.cache.types import Targets
+
+
+@dataclass(frozen=True, slots=True)
+class RowFile:
+    """One file to read: its rows are `first_row` to `first_row + num_rows` of the corpus."""
+
+    path: Path
+    num_rows: int
+    first_row: int
+    origin: Origin | None
+
+
+def row_files(sources: Sequence[str | Path], columns: Sequence[str]) -> list[RowFile]:
+    """The Parquet files meant by `sources` (files, or folders of them) in the order of their names, numbers as numbers.
+
+    Rows are counted through, as if the files were one.
+
+    Raises:
+        InvalidInput: no such source, no Parquet file in it, a file without one of the `columns` or without rows.
+    """
+    found: list[RowFile] = []
+    first = 0
+    for path in _parquet_paths(sources):
+        with reading(path), pq.ParquetFile(path) as file:
+            names, num_rows = file.schema_arrow.names, file.metadata.num_rows
+            origin = Origin.from_metadata(path, file.schema_arrow.metadata)
+        missing = [name for name in columns if name not in names]
+        if missing:
+            raise InvalidInput(
+                f"{path} has no column {missing[0]!r}; it has {', '.join(names)}: rename its columns, or give another "
+                "--format"
+            )
+        if num_rows:
+            found.append(RowFile(path, num_rows, first, origin))
+            first += num_rows
+    if not found:
+        raise InvalidInput(f"there is no row in {', '.join(map(str, sources))}; there is nothing to import")
+    return found
+
+
+def came_from(files: Sequence[RowFile], fingerprint: str) -> bool:
+    """Whether all files were exported from the corpus with that fingerprint."""
+    return all(file.origin is not None and file.origin.corpus["fingerprint"] == fingerprint for file in files)
+
+
+def placed(files: Sequence[RowFile]) -> list[RowFile]:
+    """Exported files at the rows of the corpus they came from, in order.
+
+    Raises:
+        InvalidInput: two files have the same rows.
+    """
+    firsts = [0 if file.origin is None else int(str(file.origin.shard["first_row"])) for file in files]
+    moved = [RowFile(f.path, f.num_rows, first, f.origin) for f, first in zip(files, firsts, strict=True)]
+    moved.sort(key=lambda file: file.first_row)
+    for before, after in pairwise(moved):
+        if before.first_row + before.num_rows > after.first_row:
+            raise InvalidInput(f"{before.path} and {after.path} have the same rows; give one of them")
+    return moved
+
+
+class RowReader:
+    """Reads rows of files forward, in blocks; going back opens the row group again. Not for several threads."""
+
+    def __init__(self, files: Sequence[RowFile], form: RowFormat) -> None:
+        self._files = files
+        self._form = form
+        self._blocks: Iterator[_Block] = iter(())
+        self._block: _Block | None = None
+
+    def rows(self) -> Iterator[tuple[Place, int, Rows]]:
+        """All rows: where each block comes from, the corpus row it begins at, and its tokens."""
+        for block in self._open(self._files[0].first_row, self._form.token_columns):
+            yield block.place, block.start, self._form.rows(block.batch, block.place)
+
+    def holds(self, start: int, stop: int) -> bool:
+        """Whether every row from `start` to `stop` of the corpus is in the files."""
+        inside = (min(f.first_row + f.num_rows, stop) - max(f.first_row, start) for f in self._files)
+        return sum(max(count, 0) for count in inside) == stop - start
+
+    def targets(self, start: int, stop: int) -> Iterator[Targets]:
+        """Targets of rows `start` to `stop` of the corpus, in blocks; the files must hold them.
+
+        Raises:
+            InvalidInput: what the format refuses.
+        """
+        while start < stop:
+            block = self._find(start)
+            offset = start - block.start
+            count = min(block.batch.num_rows - offset, stop - start)
+            place = Place(block.place.path, block.place.first_row + offset)
+            yield self._form.targets(block.batch.slice(offset, count), place)
+            start += count
+
+    def _find(self, row: int) -> _Block:
+        block = self._block
+        if block is None or not block.start <= row < block.group_stop:
+            self._blocks = self._open(row, self._form.target_columns)
+            block = next(self._blocks)
+        while row >= block.start + block.batch.num_rows:
+            block = next(self._blocks)
+        self._block = block
+        return block
+
+    def _open(self, row: int, columns: Sequence[str]) -> Iterator[_Block]:
+        """Blocks from the row group that has `row` on, to the end of the files."""
+        for source in self._files:
+            if source.first_row + source.num_rows <= row:
+                continue
+            with reading(source.path), pq.ParquetFile(source.path) as file:
+                start = 0
+                for group in range(file.num_row_groups):
+                    about = file.metadata.row_group(group)
+                    if source.first_row + start + about.num_rows > row:
+                        yield from _group_blocks(file, source, group, start, columns)
+                    start += about.num_rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    place: Place
+    start: int
+    """Its first row in the corpus."""
+    group_stop: int
+    """Where its row group ends in the corpus."""
+    batch: Any
+
+
+def _group_blocks(file: Any, source: RowFile, group: int, first: int, columns: Sequence[str]) -> Iterator[_Block]:
+    about = file.metadata.row_group(group)
+    tokens = max(about.column(i).num_values for i in range(about.num_columns) if _is_tokens(about.column(i)))
+    batch_rows = max(1, BLOCK_POSITIONS * about.num_rows // max(tokens, 1))
+    stop = source.first_row + first + about.num_rows
+    for batch in file.iter_batches(batch_size=batch_rows, row_groups=[group], columns=list(columns)):
+        yield _Block(Place(source.path, first), source.first_row + first, stop, batch)
+        first += batch.num_rows
+
+
+def _is_tokens(column: Any) -> bool:
+    return str(column.path_in_schema).partition(".")[0] == "input_ids"
+
+
+def _parquet_paths(sources: Sequence[str | Path]) -> list[Path]:
+    paths: list[Path] = []
+    for source in map(Path, sources):
+        if source.is_dir():
+            inside = [p for p in source.rglob("*.parquet") if p.is_file() and not p.name.startswith(".")]
+            if not inside:
+                raise InvalidInput(f"folder {str(source)!r} holds no .parquet file")
+            paths.extend(sorted(inside, key=_by_numbers))
+        elif source.is_file():
+            paths.append(source)
+        else:
+            raise InvalidInput(f"source {str(source)!r} does not exist")
+    return paths
+
+
+def _by_numbers(path: Path) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", str(path))]
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What a damaged file makes pyarrow raise, as one line that names it."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise InvalidInput(f"{path} cannot be read as Parquet: {error}; write it again") from error

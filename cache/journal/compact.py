@@ -1,0 +1,255 @@
+"""The journal of a teacher -> a sealed corpus with committed targets.
+
+Rows that the journal keeps with K entries, of all processes and each once, become a corpus; their stored arrays are
+copied into a target set as they are, only with ids as ranks of its table, so that every answer keeps its bits. Then the
+segments whose rows are all in the corpus are removed. Rows with more entries come along cut to K (encoded again:
+their tail is rounded a second time, `journal.copy`) and stay in the journal too, which holds more of them; rows
+with fewer stay.
+
+Stopped anywhere, the same call goes on: a corpus that was sealed is taken up again as long as the journal holds the
+rows of its uncommitted shards, and nothing is removed before all of them are committed. Services keep answering, and
+find the corpus when they miss a segment. Memory holds one shard's targets and 40 bytes for each row of the journal.
+
+Shape legend:  R rows, K kept entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from potstill.cache.cache import Cache
+from potstill.cache.corpus.corpus import Corpus, Source
+from potstill.cache.corpus.ingest import IngestPlan, ingest_rows
+from potstill.cache.corpus.tokenizer import fingerprint, num_ids
+from potstill.cache.encoding.logprobs import RankTable
+from potstill.cache.errors import AlreadyExists, CorruptSegment, FormatError, InvalidInput, SpecMismatch, StoreError
+from potstill.cache.journal.copy import copy_rows
+from potstill.cache.journal.journal import CLAIMS
+from potstill.cache.journal.rows import JournalRows, first_rows, tokens_of
+from potstill.cache.journal.segment import JournalSegment, SegmentRecord, journal_records
+from potstill.cache.store.claims import Claims
+from potstill.cache.store.root import check_name
+from potstill.cache.targets.lineage import from_journal
+from potstill.cache.targets.segment import EncodedSegment
+from potstill.cache.targets.segment_set import SegmentSet
+from potstill.cache.targets.target_set import TargetSet
+from potstill.cache.types import Fields, TeacherIdentity
+
+_ROWS_AT_ONCE = 1 << 14
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompactPlan:
+    """Which rows become which corpus.
+
+    Raises:
+        InvalidInput: k below 1, or a name that cannot be used.
+    """
+
+    teacher: str
+    corpus: str
+    k: int | None = None
+    """Entries of the target set; None for what the journal has, when that is one K."""
+    tokenizer: Tokenizer | None = None
+    """None for that of a corpus in the cache which has the teacher's."""
+    keep_journal: bool = False
+    shard_positions: int = 1 << 20
+
+    def __post_init__(self) -> None:
+        check_name("teacher", self.teacher)
+        check_name("corpus", self.corpus)
+        if self.k is not None and self.k < 1:
+            raise InvalidInput(f"--top-k is {self.k}; it must be at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class CompactProgress:
+    """How far a compaction is, over the shards it has to write."""
+
+    positions_done: int
+    positions: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompactReport:
+    """What a finished compaction did."""
+
+    corpus: Corpus
+    corpus_made: bool
+    k: int
+    encoding: str
+    shards_written: int
+    shards_before: int
+    """Shards that had a commit."""
+    segments_removed: int
+    bytes_removed: int
+    segments_left: int
+    """Of this teacher: other identities, other K, rows that came in meanwhile."""
+
+
+def compact(
+    cache: Cache, plan: CompactPlan, *, on_progress: Callable[[CompactProgress], None] = lambda _: None
+) -> CompactReport:
+    """Make the corpus, commit its targets, and remove from the journal what is in it.
+
+    Raises:
+        NotFound: the journal keeps nothing of the teacher, or nothing with so many entries.
+        InvalidInput: several K and none chosen, no tokenizer to be had, or the cache was opened to read.
+        SpecMismatch: the tokenizer is not the teacher's, the corpus holds rows that the journal does not, or the target
+            set exists with another spec or more fields.
+        CorruptSegment: a journal segment is damaged; nothing was removed.
+        StoreError: the cache cannot be written.
+    """
+    if cache.mode != "r+":
+        raise InvalidInput(f"cache {cache.root.url!r} was opened to read; open it with mode 'r+' to write")
+    with Claims(cache.root, CLAIMS) as claims:
+        # While it is ours no service joins segments, which would mix these rows with new ones.
+        name = f"journal-{plan.teacher}"
+        if name not in claims.busy():
+            claims.take(name)
+        source = JournalRows.open(cache.root, plan.teacher, plan.k)
+        corpus, made = _corpus(cache, source, plan)
+        fields = Fields(k=source.k)
+        targets = cache.plan_targets(
+            plan.teacher, corpus.name, source.identity, fields=fields, encoding=source.encoding.name
+        )
+        if targets.fields != fields:
+            raise SpecMismatch(
+                f"targets of {plan.teacher!r} for corpus {corpus.name!r} also keep fields that the journal does not; "
+                "compact into another --corpus"
+            )
+        committed = targets.committed
+        todo = [int(shard) for shard in np.flatnonzero(~committed)]
+        if todo and not made:
+            _require_held(corpus, source, todo)
+        _fill(targets, source, todo, on_progress)
+        removed = [] if plan.keep_journal else _remove(corpus, source)
+    return CompactReport(
+        corpus=corpus,
+        corpus_made=made,
+        k=source.k,
+        encoding=source.encoding.name,
+        shards_written=len(todo),
+        shards_before=int(committed.sum()),
+        segments_removed=len(removed),
+        bytes_removed=sum(record.num_bytes for record in removed),
+        segments_left=len(journal_records(cache.root, plan.teacher)),
+    )
+
+
+def _corpus(cache: Cache, source: JournalRows, plan: CompactPlan) -> tuple[Corpus, bool]:
+    """The corpus, and whether it was made."""
+    if plan.corpus in cache.corpora():
+        return cache.corpus(plan.corpus), False
+    tokenizer = _tokenizer(cache, source.identity, plan)
+
+    def make() -> Corpus:
+        first, longest = first_rows(source)
+        ingest = IngestPlan(row_tokens=longest, shard_positions=plan.shard_positions)
+        came_from = (Source(name=f"journal of {plan.teacher}", sha256="", documents=sum(len(r) for _, r in first)),)
+        rows = tokens_of(first, num_ids(tokenizer))
+        return ingest_rows(cache.root, plan.corpus, rows, tokenizer, ingest, sources=came_from)
+
+    try:
+        return source.steadily(make), True
+    except AlreadyExists:
+        return cache.corpus(plan.corpus), False
+
+
+def _tokenizer(cache: Cache, identity: TeacherIdentity, plan: CompactPlan) -> Tokenizer:
+    wanted = identity.tokenizer_sha256
+    if plan.tokenizer is not None:
+        if fingerprint(plan.tokenizer) != wanted:
+            raise SpecMismatch(
+                f"--tokenizer is {fingerprint(plan.tokenizer)[:12]}, teacher {plan.teacher!r} has {wanted[:12]}; "
+                "give the teacher's own"
+            )
+        return plan.tokenizer
+    seen = cache.look_at_corpora(cache.corpus)
+    for corpus in seen.found.values():
+        if corpus.tokenizer_sha256 == wanted:
+            return corpus.tokenizer
+    told = "".join(f"; {name} cannot be read: {error.detail}" for name, error in seen.unreadable.items())
+    raise InvalidInput(
+        f"no corpus in {cache.root.url} has the tokenizer {wanted[:12]} of teacher {plan.teacher!r}; "
+        f"give it with --tokenizer{told}"
+    )
+
+
+def _require_held(corpus: Corpus, source: JournalRows, shards: Sequence[int]) -> None:
+    """Refuse before anything is written a corpus that these rows did not make."""
+    for shard in shards:
+        for first, keys in _keys(corpus, *corpus.shard_rows[shard : shard + 2].tolist()):
+            places = source.steadily(lambda keys=keys: source.locate(keys))  # type: ignore[misc]
+            if None in places:
+                row = first + places.index(None)
+                raise SpecMismatch(
+                    f"corpus {corpus.name!r} is there, and the journal does not keep its row {row} with {source.k} "
+                    "entries; compact into another --corpus, or score what is missing with `potstill prefill`"
+                )
+
+
+def _fill(
+    targets: TargetSet, source: JournalRows, todo: Sequence[int], on_progress: Callable[[CompactProgress], None]
+) -> None:
+    corpus = targets.corpus
+    total, done = int(np.diff(corpus.shard_starts)[list(todo)].sum()), 0
+    pilot = targets.pilot_rows()
+    if todo and pilot:
+        keys = [corpus.row_keys(row, row + 1).tobytes() for row in pilot]
+        targets.make_ranks(source.steadily(lambda: source.targets(keys)))
+    (segments,) = targets.sets
+    for shard in todo:
+        _write_shard(segments, source, shard)
+        done += int(np.diff(corpus.shard_starts[shard : shard + 2])[0])
+        on_progress(CompactProgress(done, total))
+    targets.fold()
+
+
+def _write_shard(segments: SegmentSet, source: JournalRows, shard: int) -> None:
+    blocks = _keys(segments.corpus, *segments.corpus.shard_rows[shard : shard + 2].tolist())
+    keys = [key for _, block in blocks for key in block]
+    copied = source.steadily(lambda: copy_rows(source, keys))
+
+    def ranked(ranks: RankTable) -> EncodedSegment:
+        arrays = copied.segment.arrays
+        ids = ranks.ranks_by_id[arrays["ids"]].astype(ranks.dtype)
+        return replace(copied.segment, arrays={**arrays, "ids": ids})
+
+    path = from_journal(source.provenance.capture_path, copied.again, partly=copied.partly)
+    provenance = replace(source.provenance, capture_path=path)
+    segments.write_encoded(shard, ranked, provenance)
+
+
+def _remove(corpus: Corpus, source: JournalRows) -> list[SegmentRecord]:
+    """Take out of the journal every segment of exactly K entries whose rows are all in the corpus."""
+    source.index.refresh()
+    removed = []
+    for segment in source.segments():
+        if segment.record.k == source.k and _holds_all(corpus, segment, source):
+            source.index.remove(segment.record)
+            removed.append(segment.record)
+    return removed
+
+
+def _holds_all(corpus: Corpus, segment: JournalSegment, source: JournalRows) -> bool:
+    try:
+        keys = [key.tobytes() for key in segment.row_keys()]
+    except (CorruptSegment, FormatError, StoreError):
+        losses = source.index.losses
+        source.index.refresh()
+        if losses == source.index.losses:
+            raise
+        return False  # a service joined or evicted it meanwhile
+    return all(None not in corpus.find(keys[i : i + _ROWS_AT_ONCE]) for i in range(0, len(keys), _ROWS_AT_ONCE))
+
+
+def _keys(corpus: Corpus, start: int, stop: int) -> Iterator[tuple[int, list[bytes]]]:
+    """The keys of rows in blocks, each with its first row."""
+    for first in range(start, stop, _ROWS_AT_ONCE):
+        block = corpus.row_keys(first, min(first + _ROWS_AT_ONCE, stop))
+        yield first, [key.tobytes() for key in block]

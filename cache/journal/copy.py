@@ -1,0 +1,98 @@
+"""Rows of the journal -> the arrays of a segment of a corpus, with what is known of their error.
+
+Rows that are stored as they are wanted keep their bits, and so the figures that were measured when a teacher answered
+them (of their whole journal segment). Others are decoded and encoded again: their figures compare what is stored now
+with what the journal kept, because the teacher's own numbers are gone. Bounds and figures are never added up.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from potstill.cache.encoding.logprobs import Encoding, RankTable, StoredArrays, encode_measured
+from potstill.cache.errors import SpecMismatch
+from potstill.cache.journal.rows import JournalRows
+from potstill.cache.journal.segment import JournalSegment, SegmentRecord, joined_arrays, joined_error
+from potstill.cache.targets.lineage import is_stated
+from potstill.cache.targets.segment import EncodedSegment
+from potstill.cache.types import Targets
+
+
+@dataclass(frozen=True, slots=True)
+class CopiedRows:
+    """Stored arrays, ids as they are."""
+
+    segment: EncodedSegment
+    again: Encoding | None
+    """The loosest encoding that rows were in whose figures compare with the journal and not the teacher."""
+    partly: bool
+    """Whether the figures of other rows compare with the teacher."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    arrays: list[StoredArrays]
+    """Of each row."""
+    error: dict[str, float]
+    again: Encoding | None
+
+    @property
+    def num_positions(self) -> int:
+        return sum(len(each["log_tail"]) for each in self.arrays)
+
+
+def copy_rows(source: JournalRows, keys: Sequence[bytes]) -> CopiedRows:
+    """Rows in the encoding and K of a compaction, one after the other.
+
+    Raises:
+        SpecMismatch: a row is not in the journal any more. CorruptSegment, FormatError, StoreError: it cannot be read.
+    """
+    of_segment: dict[JournalSegment, dict[int, int]] = defaultdict(dict)
+    for i, place in enumerate(source.locate(keys)):
+        if place is None:
+            raise SpecMismatch("rows left the journal while they were compacted; raise its quota and start again")
+        of_segment[place[0]][i] = place[1]
+    rows: dict[int, StoredArrays] = {}
+    parts = []
+    for segment, wanted in of_segment.items():
+        part = _copied(source, segment, list(wanted.values()))
+        rows.update(zip(wanted, part.arrays, strict=True))
+        parts.append(part)
+    again = [part.again for part in parts if part.again is not None and part.again.max_abs_error]
+    joined = EncodedSegment(
+        joined_arrays([rows[i] for i in range(len(keys))]),
+        joined_error([(part.error, part.num_positions) for part in parts]),
+    )
+    loosest = max(again, key=lambda encoding: encoding.max_abs_error, default=None)
+    return CopiedRows(joined, loosest, len(again) < len(parts))
+
+
+def _copied(source: JournalRows, segment: JournalSegment, rows: Sequence[int]) -> _Part:
+    record = segment.record
+    if (record.k, record.encoding) != (source.k, source.encoding):
+        return _encoded_again(source, segment, rows)
+    stored = segment.read_stored(rows)
+    if not is_stated(record.error, record.encoding):
+        return _Part(stored, dict(record.error), None)
+    # Format 1 measured nothing: what is stored is exactly what the journal kept, and no more is known.
+    return _Part(stored, _with_saturated(dict.fromkeys(record.error, 0.0), record), record.encoding)
+
+
+def _encoded_again(source: JournalRows, segment: JournalSegment, rows: Sequence[int]) -> _Part:
+    targets = [found.prefix(source.k) for found in segment.read(rows)]
+    plain = RankTable.plain(source.identity.vocab_size)
+    stored, error = encode_measured(Targets.concat(targets), source.encoding, plain)
+    ends = np.cumsum([each.num_positions for each in targets])[:-1]
+    split = {name: np.split(array, ends) for name, array in stored.items()}
+    arrays = [{name: parts[row] for name, parts in split.items()} for row in range(len(targets))]
+    return _Part(arrays, _with_saturated(error.to_json(), segment.record), segment.record.encoding)
+
+
+def _with_saturated(error: dict[str, float], record: SegmentRecord) -> dict[str, float]:
+    """What did not fit its code the first time still does not say how far off it is."""
+    names = ("saturated", "saturated_mass")
+    return {**error, **{name: error[name] + record.error[name] for name in names}}

@@ -1,0 +1,200 @@
+"""The journal segments of one teacher over all processes, and rows looked up in them by key on disk.
+
+Segments come and go while they are read: other processes seal, join and evict them. A segment that is gone is
+dropped and the listing read again, so that what was joined into another one is found there.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+
+from potstill.cache.encoding.logprobs import RankTable
+from potstill.cache.errors import CorruptSegment, FormatError, PotstillError, StoreError
+from potstill.cache.journal.segment import JournalSegment, SegmentRecord, journal_records, remove_segment
+from potstill.cache.store.groups import Reading
+from potstill.cache.store.root import Root
+from potstill.cache.types import Targets, TeacherIdentity
+
+_LOG = logging.getLogger(__name__)
+
+# How often a lookup begins again because segments vanished under it.
+_TRIES = 4
+
+
+class JournalIndex:
+    """What all processes keep of one teacher and identity. Thread-safe."""
+
+    def __init__(
+        self,
+        root: Root,
+        teacher: str,
+        identity: TeacherIdentity,
+        ranks: RankTable,
+        on_trouble: Callable[[PotstillError], None],
+    ) -> None:
+        self.losses = 0
+        """How often segments were found gone: what they held may be elsewhere now."""
+        self.skipped: list[str] = []
+        """One line per segment or row that could not be used."""
+        self._root = root
+        self._teacher = teacher
+        self._identity = identity
+        self._ranks = ranks
+        self._on_trouble = on_trouble
+        self._reading = Reading.open()
+        self._lock = threading.Lock()
+        self._records: dict[str, SegmentRecord] = {}
+        self._segments: dict[str, JournalSegment] = {}
+        self._unusable: set[str] = set()
+        self._bad_rows: set[tuple[str, int]] = set()
+
+    @property
+    def records(self) -> list[SegmentRecord]:
+        """Of all segments under the teacher's name, also those of other identities, as of the last `refresh`."""
+        with self._lock:
+            return list(self._records.values())
+
+    def segments(self) -> list[JournalSegment]:
+        """Of this identity, as of the last `refresh`: the first that has a row with enough entries answers."""
+        with self._lock:
+            found = list(self._segments.values())
+        return sorted(found, key=lambda segment: (segment.record.k, *segment.record.order))
+
+    def refresh(self) -> None:
+        """Read the listing again.
+
+        Raises:
+            StoreError: the store does not answer.
+        """
+        while True:
+            # What is there is listed process by process: a segment may have moved behind the listing's back.
+            lost, gained = self._list()
+            if not lost or gained:
+                return
+
+    def add(self, record: SegmentRecord) -> None:
+        """Take up a segment that this process published."""
+        with self._lock:
+            self._records[record.path] = record
+            if record.identity == self._identity:
+                self._segments[record.path] = JournalSegment(self._root, record, self._ranks, self._reading)
+
+    def remove(self, record: SegmentRecord) -> None:
+        """Take a segment out of the journal, for all processes.
+
+        Raises:
+            StoreError: the store does not answer; the record may be gone, and `potstill gc` removes the rest.
+        """
+        self._drop(record.path)
+        remove_segment(self._root, record)
+
+    def find(self, keys: Sequence[bytes], k: int, waiting: Sequence[int | None]) -> dict[int, Targets]:
+        """By its place in `keys`, the stored targets of each row that has at least `k` entries here: all of them.
+
+        Of several segments that hold a row the one with the fewest entries answers, of equal ones the oldest; none
+        when `waiting` has fewer for the row.
+        Damaged rows and segments are left out and named in `skipped`; what the store cannot give is left out too.
+        """
+        found: dict[int, Targets] = {}
+        for _ in range(_TRIES):
+            losses = self.losses
+            found = self._look(keys, k, waiting)
+            if losses == self.losses:
+                break
+            try:
+                self.refresh()
+            except StoreError as error:
+                self._on_trouble(error)
+                break
+        return found
+
+    def _look(self, keys: Sequence[bytes], k: int, waiting: Sequence[int | None]) -> dict[int, Targets]:
+        found: dict[int, Targets] = {}
+        for segment in self.segments():
+            kept = segment.record.k
+            if kept < k:
+                continue
+            left = [i for i, held in enumerate(waiting) if i not in found and (held is None or held >= kept)]
+            if not left:
+                continue
+            try:
+                found.update(self._look_in(segment, keys, left))
+            except (CorruptSegment, FormatError, StoreError) as error:
+                self._failed(segment, error)
+        return found
+
+    def _look_in(self, segment: JournalSegment, keys: Sequence[bytes], left: Sequence[int]) -> dict[int, Targets]:
+        located = zip(left, segment.locate([keys[i] for i in left]), strict=True)
+        path = segment.record.path
+        rows = {i: row for i, row in located if row is not None and (path, row) not in self._bad_rows}
+        try:
+            return dict(zip(rows, segment.read(list(rows.values())), strict=True))
+        except (CorruptSegment, FormatError):
+            if not self._is_there(segment):
+                raise
+        return self._one_by_one(segment, rows)
+
+    def _one_by_one(self, segment: JournalSegment, rows: dict[int, int]) -> dict[int, Targets]:
+        """What can be read of rows of which some are damaged; those are not tried again."""
+        found = {}
+        for i, row in rows.items():
+            try:
+                found[i] = segment.read([row])[0]
+            except (CorruptSegment, FormatError) as error:
+                self._bad_rows.add((segment.record.path, row))
+                self._skip(error)
+        return found
+
+    def _failed(self, segment: JournalSegment, error: PotstillError) -> None:
+        """Drop a segment that is gone or cannot be searched; of a store that fails only take note."""
+        try:
+            there = self._is_there(segment)
+        except StoreError as second:
+            self._on_trouble(second)
+            return
+        if not there:
+            self._drop(segment.record.path)
+            self.losses += 1
+        elif isinstance(error, StoreError):
+            self._on_trouble(error)
+        else:
+            self._unusable.add(segment.record.path)
+            self._drop(segment.record.path)
+            self._skip(error)
+
+    def _is_there(self, segment: JournalSegment) -> bool:
+        return self._root.get(f"{segment.record.path}.json") is not None
+
+    def _list(self) -> tuple[bool, bool]:
+        """Take up the listing; whether segments are gone since the last one, and whether some are new."""
+        listed = set(journal_records(self._root, self._teacher))
+        with self._lock:
+            known = set(self._records)
+        # One that was published while we listed is not lost.
+        lost = {path for path in known - listed if self._root.get(f"{path}.json") is None}
+        for path in lost:
+            self._drop(path)
+        self.losses += bool(lost)
+        new = [record for path in sorted(listed - known - self._unusable) if (record := self._read(path)) is not None]
+        for record in new:
+            self.add(record)
+        return bool(lost), bool(new)
+
+    def _read(self, path: str) -> SegmentRecord | None:
+        try:
+            return SegmentRecord.read(self._root, path)
+        except (CorruptSegment, FormatError) as error:
+            self._unusable.add(path)
+            self._skip(error)
+            return None
+
+    def _drop(self, path: str) -> None:
+        with self._lock:
+            self._records.pop(path, None)
+            self._segments.pop(path, None)
+
+    def _skip(self, error: PotstillError) -> None:
+        self.skipped.append(error.detail)
+        _LOG.warning("journal of teacher %s: %s; its rows are scored again", self._teacher, error.detail)

@@ -1,0 +1,206 @@
+"""Joining small journal segments into larger ones, so that a lookup asks few of them.
+
+As in a log-structured merge tree, segments of about one size are joined once there are many; what is joined lies
+next to each other in the order in which segments answer, so that no answer changes. Stored arrays are copied block by
+block as they are. Memory holds one block of one array, and 32 bytes a row.
+
+Shape legend:  R rows, P positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potstill.cache.corpus.keys import KEY_BYTES
+from potstill.cache.errors import CorruptSegment, FormatError, StoreError
+from potstill.cache.journal.segment import (
+    TOKEN_LAYOUT,
+    TOKENS,
+    JournalSegment,
+    SegmentRecord,
+    joined_error,
+    publish,
+    write_row_index,
+)
+from potstill.cache.store.groups import GroupWriter, Layout
+from potstill.cache.store.root import Root
+from potstill.cache.targets.segment import array_layout
+
+MANY = 16
+"""More segments than this of one tier are joined."""
+# Tiers are this many times apart; below the first, segments are sealed by age.
+_TIER = 16
+_FIRST_TIER_POSITIONS = 1 << 14
+_LARGEST_POSITIONS = 1 << 23
+# 51 MB decoded at K = 64: what is read, and written as one object, at a time.
+_BLOCK_POSITIONS = 1 << 18
+# A whole number of chunks of every array.
+_PART_POSITIONS = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """Positions that go into the joined segment; of rows without a duplicate in an earlier one."""
+
+    segment: JournalSegment
+    start: int
+    stop: int
+
+
+def choose(segments: Sequence[JournalSegment], max_bytes: int) -> list[JournalSegment]:
+    """Segments to join next, in the order in which they answer; none when there are few. They fit into `max_bytes`."""
+    alike: dict[tuple[int, str], list[JournalSegment]] = defaultdict(list)
+    for segment in sorted(segments, key=lambda segment: segment.record.order):
+        alike[segment.record.k, segment.record.encoding.name].append(segment)
+    for tier in range(_tier(_LARGEST_POSITIONS) + 1):
+        for candidates in alike.values():
+            for run in _runs(candidates, tier, max_bytes):
+                fitting = _fitting(run, max_bytes)
+                if len(run) > MANY and _balanced(fitting):
+                    return fitting
+    return []
+
+
+def merge(
+    root: Root, segments: Sequence[JournalSegment], path: str, *, wanted: Callable[[], bool] = lambda: True
+) -> SegmentRecord | None:
+    """Publish one segment at `path` with the rows of all, the first of several of one key; the others stay.
+
+    None when it is not `wanted` any more, or one of them is gone or damaged; then nothing is left behind.
+
+    Raises:
+        StoreError: the store is full or cannot be written.
+    """
+    records = [segment.record for segment in segments]
+    try:
+        spans, lengths, keys = _first_rows(segments)
+        record = replace(
+            records[0],
+            path=path,
+            num_rows=len(lengths),
+            num_positions=int(lengths.sum()),
+            since=min(record.since for record in records),
+            sealed=max(record.sealed for record in records),
+            error=joined_error([(record.error, record.num_positions) for record in records]),
+            provenance=records[-1].provenance,
+            objects=(),
+        )
+
+        def write(writer: GroupWriter) -> None:
+            _write(writer, spans, lengths, keys, wanted)
+
+        def complete() -> bool:
+            return wanted() and all(root.get(f"{each.path}.json") is not None for each in records)
+
+        return publish(root, record, write, wanted=complete)
+    except (CorruptSegment, FormatError, _StoppedError):
+        return None
+    except StoreError:
+        if all(root.get(f"{each.path}.json") is not None for each in records):
+            raise
+        return None
+
+
+class _StoppedError(Exception):
+    """The joined segment is not wanted any more."""
+
+
+def _runs(segments: Sequence[JournalSegment], tier: int, max_bytes: int) -> Iterator[list[JournalSegment]]:
+    """Neighbours of the tier or below; one over half of the largest size is never joined again."""
+    run: list[JournalSegment] = []
+    for segment in segments:
+        positions, num_bytes = segment.record.num_positions, segment.record.num_bytes
+        small = positions <= _LARGEST_POSITIONS // 2 and num_bytes <= max_bytes // 2
+        if small and _tier(positions) <= tier:
+            run.append(segment)
+        else:
+            yield run
+            run = []
+    yield run
+
+
+def _fitting(run: Sequence[JournalSegment], max_bytes: int) -> list[JournalSegment]:
+    fitting: list[JournalSegment] = []
+    positions = num_bytes = 0
+    for segment in run:
+        positions += segment.record.num_positions
+        num_bytes += segment.record.num_bytes
+        if positions > _LARGEST_POSITIONS or num_bytes > max_bytes:
+            break
+        fitting.append(segment)
+    return fitting
+
+
+def _balanced(segments: Sequence[JournalSegment]) -> bool:
+    """Whether none is larger than the others together: so a row that is copied lands in twice the size at least."""
+    positions = [segment.record.num_positions for segment in segments]
+    return len(positions) > 1 and 2 * max(positions) <= sum(positions)
+
+
+def _tier(positions: int) -> int:
+    return max(0, math.ceil(math.log(max(positions, 1) / _FIRST_TIER_POSITIONS, _TIER)))
+
+
+def _first_rows(segments: Sequence[JournalSegment]) -> tuple[list[_Span], NDArray[np.int64], NDArray[np.uint8]]:
+    """The spans to copy, and lengths [R] and keys [R, 16] of their rows: the first of each key."""
+    all_keys = [segment.row_keys() for segment in segments]
+    joined = np.ascontiguousarray(np.concatenate(all_keys)).view(f"S{KEY_BYTES}").reshape(-1)
+    first = np.zeros(len(joined), dtype=bool)
+    first[np.unique(joined, return_index=True)[1]] = True
+    spans: list[_Span] = []
+    lengths, keys, done = [], [], 0
+    for segment, own in zip(segments, all_keys, strict=True):
+        kept = first[done : done + len(own)]
+        done += len(own)
+        starts = segment.starts()
+        lengths.append(np.diff(starts)[kept])
+        keys.append(own[kept])
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], kept, [False]]).astype(np.int8)))
+        spans += [_Span(segment, int(starts[a]), int(starts[b])) for a, b in edges.reshape(-1, 2)]
+    return spans, np.concatenate(lengths), np.concatenate(keys)
+
+
+def _write(
+    writer: GroupWriter,
+    spans: Sequence[_Span],
+    lengths: NDArray[np.int64],
+    keys: NDArray[np.uint8],
+    wanted: Callable[[], bool],
+) -> None:
+    write_row_index(writer, lengths, keys)
+    total = int(lengths.sum())
+    for name in (TOKENS, *spans[0].segment.names):
+        empty = [span.segment.array(name, 0, 0) for span in spans]
+        dtype = np.result_type(*{part.dtype for part in empty})
+        shape = (total, *empty[0].shape[1:])
+        size = min(_BLOCK_POSITIONS, max(total, 1))
+        layout = Layout(TOKEN_LAYOUT.chunk, size) if name == TOKENS else array_layout(name, shape, size)
+        array = writer.array(name, shape, dtype, layout)
+        for start, block in _blocks(name, spans, np.empty((size, *shape[1:]), dtype)):
+            if not wanted():
+                raise _StoppedError
+            writer.put(array, start, block)
+
+
+def _blocks(name: str, spans: Sequence[_Span], block: NDArray[Any]) -> Iterator[tuple[int, NDArray[Any]]]:
+    """An array of all spans in blocks, each with where it starts, in the memory of `block`: the next overwrites it."""
+    start = held = 0
+    for span in spans:
+        at = span.start
+        while at < span.stop:
+            # Up to where a chunk ends, so that none is decoded twice.
+            stop = min(span.stop, at + len(block) - held, (at // _PART_POSITIONS + 1) * _PART_POSITIONS)
+            block[held : held + stop - at] = span.segment.array(name, at, stop)
+            held, at = held + stop - at, stop
+            if held == len(block):
+                yield start, block
+                start, held = start + held, 0
+    if held:
+        yield start, block[:held]

@@ -1,0 +1,160 @@
+"""The rows that the journals of all processes keep of one teacher with at least K entries, each once.
+
+Shape legend:  R rows, K kept entries.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potstill.cache.corpus.keys import KEY_BYTES
+from potstill.cache.encoding.logprobs import ENCODINGS, Encoding, RankTable, encoding_by_name
+from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput, NotFound, StoreError
+from potstill.cache.journal.index import JournalIndex
+from potstill.cache.journal.segment import TOKENS, JournalSegment, SegmentRecord, journal_records
+from potstill.cache.store.root import Root
+from potstill.cache.types import Provenance, Targets, TeacherIdentity, Tokens
+
+_LOG = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+# How often reading begins again because a service joined or evicted segments meanwhile.
+_TRIES = 5
+_POSITIONS_AT_ONCE = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class JournalRows:
+    """The rows of the journal that have at least K entries; they may move while they are read."""
+
+    index: JournalIndex
+    identity: TeacherIdentity
+    k: int
+    encoding: Encoding
+    provenance: Provenance
+
+    @classmethod
+    def open(cls, root: Root, teacher: str, k: int | None) -> JournalRows:
+        """Those of the identity that was sealed last; `k` may be None when all have as many entries.
+
+        Raises:
+            NotFound: nothing is kept of the teacher, or nothing with `k` entries.
+            InvalidInput: rows with several K and none chosen.
+            FormatError, CorruptSegment: a record that cannot be read.
+        """
+        paths = journal_records(root, teacher)
+        records = [record for path in paths if (record := SegmentRecord.read(root, path)) is not None]
+        if not records:
+            raise NotFound(f"the journal in {root.url} keeps nothing of teacher {teacher!r}")
+        newest = max(records, key=lambda record: (record.sealed, record.path))
+        own = [record for record in records if record.identity == newest.identity]
+        k = _one_k(teacher, k, own)
+        enough = [record for record in own if record.k >= k]
+        if not enough:
+            most = max(record.k for record in own)
+            raise NotFound(
+                f"the journal keeps no row of teacher {teacher!r} with {k} entries; the most is {most}: "
+                f"take --top-k {most}"
+            )
+        index = JournalIndex(root, teacher, newest.identity, _plain(newest), _log)
+        index.refresh()
+        return cls(index, newest.identity, k, _most_used(enough), newest.provenance)
+
+    def segments(self) -> list[JournalSegment]:
+        """Those with enough entries; of several that hold a row the first answers."""
+        return [segment for segment in self.index.segments() if segment.record.k >= self.k]
+
+    def steadily(self, read: Callable[[], _T]) -> _T:
+        """What `read` gives, begun again when segments were moved under it."""
+        for _ in range(_TRIES - 1):
+            losses = self.index.losses
+            try:
+                return read()
+            except (CorruptSegment, FormatError, StoreError):
+                self.index.refresh()
+                if losses == self.index.losses:
+                    raise
+        return read()
+
+    def locate(self, keys: Sequence[bytes]) -> list[tuple[JournalSegment, int] | None]:
+        """Where each row lies."""
+        found: list[tuple[JournalSegment, int] | None] = [None] * len(keys)
+        for segment in self.segments():
+            left = [i for i, place in enumerate(found) if place is None]
+            if not left:
+                break
+            for i, row in zip(left, segment.locate([keys[i] for i in left]), strict=True):
+                found[i] = None if row is None else (segment, row)
+        return found
+
+    def targets(self, keys: Sequence[bytes]) -> Targets:
+        """The decoded targets of rows, for a rank table."""
+        places = [place for place in self.locate(keys) if place is not None]
+        return Targets.concat([segment.read([row])[0].prefix(self.k) for segment, row in places])
+
+
+def _one_k(teacher: str, k: int | None, records: Sequence[SegmentRecord]) -> int:
+    if k is not None:
+        return k
+    found = sorted({record.k for record in records})
+    if len(found) > 1:
+        raise InvalidInput(
+            f"the journal keeps rows of teacher {teacher!r} with {', '.join(map(str, found))} entries; "
+            "choose with --top-k: rows with fewer stay in the journal"
+        )
+    return found[0]
+
+
+def _most_used(records: Sequence[SegmentRecord]) -> Encoding:
+    """The encoding of most positions; only what has another is decoded and encoded again."""
+    positions = {
+        name: sum(record.num_positions for record in records if record.encoding.name == name) for name in ENCODINGS
+    }
+    return encoding_by_name(max(positions, key=lambda name: positions[name]))
+
+
+def _plain(record: SegmentRecord) -> RankTable:
+    return RankTable.plain(record.identity.vocab_size)
+
+
+def _log(error: Exception) -> None:
+    _LOG.warning("%s", error)
+
+
+def first_rows(source: JournalRows) -> tuple[list[tuple[JournalSegment, NDArray[np.int64]]], int]:
+    """Of each segment the start and stop [R, 2] of the rows that no earlier one has, and the longest row's tokens."""
+    segments = source.segments()
+    all_keys = [segment.row_keys() for segment in segments]
+    joined = np.ascontiguousarray(np.concatenate(all_keys)).view(f"S{KEY_BYTES}").reshape(-1)
+    first = np.zeros(len(joined), dtype=bool)
+    first[np.unique(joined, return_index=True)[1]] = True
+    found, done, longest = [], 0, 1
+    for segment, keys in zip(segments, all_keys, strict=True):
+        starts = segment.starts()
+        spans = np.stack([starts[:-1], starts[1:]], axis=1)[first[done : done + len(keys)]]
+        spans = spans[spans[:, 1] > spans[:, 0]]
+        longest = max(longest, int(np.diff(spans, axis=1).max(initial=1)))
+        found.append((segment, spans))
+        done += len(keys)
+    return found, longest
+
+
+def tokens_of(first: Sequence[tuple[JournalSegment, NDArray[np.int64]]], vocab_size: int) -> Iterator[Tokens]:
+    """The tokens of rows; one with an id that the tokenizer does not have cannot be in a corpus and stays."""
+    for segment, spans in first:
+        block, low = np.empty(0, np.uint32), 0
+        for start, stop in spans.tolist():
+            if stop > low + len(block):
+                low = start
+                high = min(max(stop, start + _POSITIONS_AT_ONCE), segment.record.num_positions)
+                block = segment.array(TOKENS, low, high)
+            row = block[start - low : stop - low]
+            if int(row.max()) < vocab_size:
+                yield row

@@ -1,0 +1,154 @@
+"""One teacher's committed targets over all corpora of a cache, looked up by row key.
+
+Corpora are asked by name; those whose targets began after the first look come behind, in the order they were found:
+so an answer does not change when another corpus is filled.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from potstill.cache.cache import Cache
+from potstill.cache.errors import CorruptSegment, FormatError, NotCommitted, PotstillError, StoreError
+from potstill.cache.targets.target_set import TargetSet, has_targets
+from potstill.cache.types import Fields, Targets, TeacherIdentity
+
+_LOG = logging.getLogger(__name__)
+
+# How often the store is asked for target sets that began since; a shard's commit is looked up at once.
+_REFRESH_SECONDS = 2.0
+
+
+class KnownTargets:
+    """What is committed of one teacher and identity. Thread-safe."""
+
+    def __init__(
+        self, cache: Cache, teacher: str, identity: TeacherIdentity, on_trouble: Callable[[PotstillError], None]
+    ) -> None:
+        self._cache = cache
+        self._teacher = teacher
+        self._identity = identity
+        self._on_trouble = on_trouble
+        self._lock = threading.Lock()
+        self._sets: dict[str, TargetSet] = {}
+        self._strangers: set[str] = set()
+        self._reopened_at: dict[str, float] = {}
+        self._read_at = float("-inf")
+
+    def look_again(self) -> None:
+        """Ask the store for new target sets at the next `find`, however recent the last time was."""
+        self._read_at = float("-inf")
+
+    def find(
+        self, keys: Sequence[bytes], want: Fields, below: Sequence[int | None] | None = None
+    ) -> list[Targets | None]:
+        """The committed targets of each row, with exactly `want`; None where there are none.
+
+        Of a row for which `below` has a number, only target sets that keep fewer entries than that are asked.
+        What cannot be read is taken as not committed, and `on_trouble` is told.
+        """
+        found: dict[int, Targets] = {}
+        limits = below or [None] * len(keys)
+        self._refresh(want)
+        for targets in list(self._sets.values()):
+            holding = holding_only(targets, want)
+            if holding is None:
+                continue
+            k = holding.fields.k
+            left = [i for i, limit in enumerate(limits) if i not in found and (limit is None or k < limit)]
+            if not left:
+                continue
+            try:
+                found.update(self._find_in(holding, keys, left, want))
+            except (CorruptSegment, FormatError, StoreError) as error:
+                self._on_trouble(error)
+        return [found.get(i) for i in range(len(keys))]
+
+    def _find_in(
+        self, targets: TargetSet, keys: Sequence[bytes], left: Sequence[int], want: Fields
+    ) -> dict[int, Targets]:
+        corpus = targets.corpus
+        located = zip(left, corpus.find([keys[i] for i in left]), strict=True)
+        shards = {i: (row, corpus.shard_of_row(row)) for i, row in located if row is not None}
+        committed = {shard for shard in {shard for _, shard in shards.values()} if targets.is_committed(shard)}
+        rows = {i: row for i, (row, shard) in shards.items() if shard in committed}
+        try:
+            return dict(zip(rows, targets.read_rows(list(rows.values()), fields=want), strict=True))
+        except CorruptSegment:
+            return self._one_by_one(targets, rows, want)
+
+    def _one_by_one(self, targets: TargetSet, rows: dict[int, int], want: Fields) -> dict[int, Targets]:
+        """What can be read of rows of which some are damaged, or were deleted, and perhaps filled again, since."""
+        self._reopen(targets.corpus.name)
+        opened = self._sets.get(targets.corpus.name)
+        fresh = None if opened is None else holding_only(opened, want)
+        found = {}
+        for i, row in rows.items():
+            if fresh is None:
+                break
+            try:
+                found[i] = fresh.read_rows([row], fields=want)[0]
+            except NotCommitted:
+                continue
+            except CorruptSegment as error:
+                self._on_trouble(error)
+        return found
+
+    def _reopen(self, corpus: str) -> None:
+        """Forget the commits that are remembered of it; a damaged corpus is not opened for every row."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._reopened_at.get(corpus, float("-inf")) >= _REFRESH_SECONDS:
+                self._reopened_at[corpus] = now
+                self._sets.pop(corpus, None)
+                self._open(corpus)
+
+    def _refresh(self, want: Fields) -> None:
+        with self._lock:
+            now = time.monotonic()
+            if now - self._read_at < _REFRESH_SECONDS:
+                return
+            self._read_at = now
+            try:
+                for corpus in self._cache.corpora():
+                    known = self._sets.get(corpus)
+                    # A field may have been added since.
+                    if known is None or holding_only(known, want) is None:
+                        self._open(corpus)
+            except PotstillError as error:
+                self._on_trouble(error)
+
+    def _open(self, corpus: str) -> None:
+        if not has_targets(self._cache.root, self._teacher, corpus):
+            return
+        try:
+            targets = self._cache.targets(self._teacher, corpus)
+        except PotstillError as error:
+            self._on_trouble(error)
+            return
+        differences = targets.identity.differences(self._identity)
+        if not differences:
+            self._sets[corpus] = targets
+        elif corpus not in self._strangers:
+            self._strangers.add(corpus)
+            _LOG.warning("teacher %s: its targets of corpus %s are not used: %s", self._teacher, corpus, differences)
+
+
+def holding_only(targets: TargetSet, want: Fields) -> TargetSet | None:
+    """The segment sets that hold what is wanted, alone; None when they do not hold all of it.
+
+    What other segment sets have no commit of does not matter then.
+    """
+    held = targets.fields
+    same_draws = not want.draws or (want.draws, want.seed) == (held.draws, held.seed)
+    same_temperatures = not want.temperatures or want.temperatures == held.temperatures
+    if not (same_draws and same_temperatures):
+        return None
+    if want.k > held.k or want.entropy > held.entropy or want.dense > held.dense:
+        return None
+    names = [name for name in ("k", "draws", "entropy", "temperatures", "dense") if getattr(want, name)]
+    sets = [each for each in targets.sets if any(getattr(each.spec.fields, name) for name in names)]
+    return TargetSet(targets.teacher, targets.corpus, sets)

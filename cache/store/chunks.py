@@ -1,0 +1,351 @@
+"""Reading ranges of sharded Zarr arrays chunk by chunk, each chunk checked against its recorded crc32c.
+
+Chunks that a read uses only in part are kept for the next one, in a cache that several arrays share; chunks that
+it uses whole are not, so that a scan does not push out what random reads want. Everything here may be used
+by several threads at once.
+
+Shape legend:  p positions of an array, K columns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.core.sync import sync
+from zarr.errors import BaseZarrError
+
+from potstill.cache.errors import CorruptSegment
+from potstill.cache.store.pipelines import codec_pipeline, encoded_chunks, open_array
+
+__all__ = [
+    "ChunkCache",
+    "ReadRequest",
+    "TiledArray",
+    "chunk_checksums",
+    "codec_pipeline",
+    "open_array",
+    "read_together",
+]
+
+# What a damaged or lying object can make zarr, numcodecs or zarrs raise while decoding.
+_DECODE_FAILURES = (BaseZarrError, ValueError, TypeError, KeyError, RuntimeError, IndexError, OSError)
+# Decoded bytes that one trip may hold beside its answers.
+_TRIP_BYTES = 64 << 20
+
+
+def chunk_checksums(data: NDArray[Any], chunk: tuple[int, ...]) -> NDArray[np.uint32]:
+    """The crc32c of every chunk of `data`, in C order of the chunk grid.
+
+    Each is of the chunk's elements inside the array, as C-order little-endian bytes, before any codec.
+    """
+    grid = [range(0, size, step) for size, step in zip(data.shape, chunk, strict=True)]
+    sums = (
+        _crc32c(data[tuple(slice(at, at + step) for at, step in zip(corner, chunk, strict=True))])
+        for corner in product(*grid)
+    )
+    return np.fromiter(sums, np.uint32)
+
+
+class ChunkCache:
+    """Decoded chunks by key, the least recently used dropped first; never more than `max_bytes` of them.
+
+    Safe for any number of threads. `hits` and `misses` count the calls of `get`.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.hits = 0
+        self.misses = 0
+        self._chunks: OrderedDict[Hashable, NDArray[Any]] = OrderedDict()
+        self._num_bytes = 0
+        self._lock = threading.Lock()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held now."""
+        return self._num_bytes
+
+    def get(self, key: Hashable) -> NDArray[Any] | None:
+        """The chunk under `key`, read-only, or None."""
+        with self._lock:
+            chunk = self._chunks.get(key)
+            if chunk is None:
+                self.misses += 1
+            else:
+                self.hits += 1
+                self._chunks.move_to_end(key)
+            return chunk
+
+    def put(self, key: Hashable, chunk: NDArray[Any]) -> None:
+        """Keep a chunk, which nobody may change from now on; one over `max_bytes` is not kept."""
+        chunk.setflags(write=False)
+        if chunk.nbytes > self.max_bytes:
+            return
+        with self._lock:
+            replaced = self._chunks.pop(key, None)
+            self._chunks[key] = chunk
+            self._num_bytes += chunk.nbytes - (0 if replaced is None else replaced.nbytes)
+            while self._num_bytes > self.max_bytes:
+                self._num_bytes -= self._chunks.popitem(last=False)[1].nbytes
+
+
+class TiledArray:
+    """One published array [p] or [p, K], read in whole chunks.
+
+    `array` comes from `open_array`, and its shape and dtype were compared with what they must be. `path` names
+    it in errors, `key` in the cache. `checksums` are what `chunk_checksums` gave, or None where none were recorded.
+    """
+
+    def __init__(
+        self,
+        array: zarr.Array[Any],
+        path: str,
+        checksums: NDArray[np.uint32] | None,
+        cache: ChunkCache,
+        key: Hashable,
+    ) -> None:
+        rows, columns = (*(-(-size // step) for size, step in zip(array.shape, array.chunks, strict=True)), 1)[:2]
+        if checksums is not None and checksums.shape != (rows * columns,):
+            raise CorruptSegment(f"{path} has {rows * columns} chunks, {checksums.size} checksums were recorded")
+        self.path = path
+        self.shape: tuple[int, ...] = array.shape
+        self.chunk: tuple[int, ...] = array.chunks
+        self.dtype: np.dtype[Any] = array.dtype
+        self._array = array
+        self._encoded = encoded_chunks(array)
+        self._sums = None if checksums is None else checksums.reshape(rows, columns)
+        self._cache = cache
+        self._key = key
+
+    def read(self, start: int, stop: int, columns: int | None = None) -> NDArray[Any]:
+        """`array[start:stop]`, or its first `columns` columns; it may be read-only.
+
+        Raises:
+            CorruptSegment: a chunk is damaged, missing or not the recorded one. StoreError: the store failed.
+        """
+        return read_together([ReadRequest(self, start, stop, columns)])[0]
+
+    def kept(self, row: int, column: int) -> NDArray[Any] | None:
+        """A kept chunk by its place in the chunk grid."""
+        return self._cache.get((self._key, row, column))
+
+    def keep(self, row: int, column: int, chunk: NDArray[Any]) -> None:
+        """Keep a chunk for later reads."""
+        self._cache.put((self._key, row, column), chunk)
+
+    async def fetch(self, run: _Run) -> NDArray[Any]:
+        """The chunks of a run as one block; not yet checked."""
+        if self._encoded is not None:
+            self._encoded.check(run.first, run.stop, run.columns)
+        rows = slice(run.first * self.chunk[0], min(run.stop * self.chunk[0], self.shape[0]))
+        try:
+            if len(self.shape) == 1:
+                block = await self._array.async_array.getitem(rows)
+            else:
+                width = min(run.columns * self.chunk[1], self.shape[1])
+                block = await self._array.async_array.getitem((rows, slice(0, width)))
+        except _DECODE_FAILURES as error:
+            raise CorruptSegment(f"{self.path} cannot be read: {error}") from error
+        return np.asarray(block)
+
+    def check(self, row: int, column: int, chunk: NDArray[Any]) -> None:
+        """Compare a decoded chunk with its recorded crc32c.
+
+        Raises:
+            CorruptSegment: it is another.
+        """
+        if self._sums is not None and _crc32c(chunk) != int(self._sums[row, column]):
+            raise CorruptSegment(f"{self.path} chunk ({row}, {column}) is not what was committed: its crc32c differs")
+
+
+@dataclass(frozen=True, slots=True)
+class ReadRequest:
+    """One range of positions of one array, and the first `columns` columns of it."""
+
+    array: TiledArray
+    start: int
+    stop: int
+    columns: int | None = None
+
+    @property
+    def chunk_rows(self) -> range:
+        """The chunks of axis 0 that hold the range."""
+        size = self.array.chunk[0]
+        return range(self.start // size, -(-self.stop // size))
+
+    @property
+    def column_chunks(self) -> int:
+        """How many chunks of axis 1 hold the columns; 1 for an array without them."""
+        return 1 if len(self.shape) == 1 else -(-self.shape[1] // self.array.chunk[1])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the answer."""
+        widths = self.array.shape[1:] if self.columns is None else (min(self.columns, *self.array.shape[1:]),)
+        return (self.stop - self.start, *widths)
+
+    def uses_whole(self, row: int) -> bool:
+        """Whether the range covers chunk `row` of axis 0 to the array's end."""
+        size = self.array.chunk[0]
+        return self.start <= row * size and min((row + 1) * size, self.array.shape[0]) <= self.stop
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Neighbouring chunks of one array: rows `first` to `stop` of the chunk grid, the first `columns` columns."""
+
+    array: TiledArray
+    first: int
+    stop: int
+    columns: int
+
+
+class _Trip:
+    """The chunks that some requests need, each read once, the missing ones all at a time."""
+
+    def __init__(self, requests: Sequence[ReadRequest]) -> None:
+        self._kept: dict[tuple[TiledArray, int, int], NDArray[Any]] = {}
+        self._blocks: dict[tuple[TiledArray, int], tuple[_Run, NDArray[Any]]] = {}
+        whole = {(request.array, row) for request in requests for row in request.chunk_rows if request.uses_whole(row)}
+        runs = list(_runs(self._missing(requests)))
+        if runs:
+            for run, block in zip(runs, sync(_fetch_all(runs)), strict=True):
+                self._take(run, block, whole)
+
+    def answer(self, request: ReadRequest) -> NDArray[Any]:
+        """The array that was asked for: a view where one block or chunk holds it."""
+        array, rows, columns = request.array, request.chunk_rows, request.column_chunks
+        run, block = self._blocks.get((array, rows.start), (None, None))
+        if run is not None and block is not None and run.stop >= rows.stop and run.columns >= columns:
+            origin = run.first * array.chunk[0]
+        else:
+            parts = [self._row(array, row, columns) for row in rows]
+            block = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            origin = rows.start * array.chunk[0]
+        answer = block[request.start - origin : request.stop - origin]
+        return answer if answer.ndim == 1 else answer[:, : request.shape[1]]
+
+    def _row(self, array: TiledArray, row: int, columns: int) -> NDArray[Any]:
+        run, block = self._blocks.get((array, row), (None, None))
+        if run is not None and block is not None and run.columns >= columns:
+            size = array.chunk[0]
+            rows = block[(row - run.first) * size : (row - run.first + 1) * size]
+            return rows if rows.ndim == 1 else rows[:, : columns * array.chunk[1]]
+        chunks = [self._kept[array, row, column] for column in range(columns)]
+        return chunks[0] if columns == 1 else np.concatenate(chunks, axis=1)
+
+    def _missing(self, requests: Sequence[ReadRequest]) -> dict[TiledArray, dict[int, int]]:
+        """Of each array the rows of chunks to read, with how many chunks of axis 1; kept chunks are taken up."""
+        missing: dict[TiledArray, dict[int, int]] = {}
+        for request in requests:
+            for row in request.chunk_rows:
+                if not self._take_kept(request.array, row, request.column_chunks):
+                    rows = missing.setdefault(request.array, {})
+                    rows[row] = max(rows.get(row, 0), request.column_chunks)
+        return missing
+
+    def _take_kept(self, array: TiledArray, row: int, columns: int) -> bool:
+        for column in range(columns):
+            if (array, row, column) not in self._kept:
+                chunk = array.kept(row, column)
+                if chunk is None:
+                    return False
+                self._kept[array, row, column] = chunk
+        return True
+
+    def _take(self, run: _Run, block: NDArray[Any], whole: set[tuple[TiledArray, int]]) -> None:
+        array, size = run.array, run.array.chunk[0]
+        block.setflags(write=False)
+        for row in range(run.first, run.stop):
+            self._blocks[array, row] = (run, block)
+            rows = block[(row - run.first) * size : (row - run.first + 1) * size]
+            for column in range(run.columns):
+                width = array.chunk[-1]
+                chunk = rows if rows.ndim == 1 else rows[:, column * width : (column + 1) * width]
+                if (array, row) in whole:
+                    array.check(row, column, np.ascontiguousarray(chunk))
+                    continue
+                # A copy of its own: a view would keep the whole block in memory.
+                chunk = chunk.copy()
+                array.check(row, column, chunk)
+                array.keep(row, column, chunk)
+
+
+def read_together(requests: Sequence[ReadRequest]) -> list[NDArray[Any]]:
+    """What each request asks for, in order; arrays may be read-only and share memory.
+
+    All missing chunks are read in one trip through zarr's event loop, each once and neighbours together; many
+    requests are read in several trips of about 64 MiB of decoded chunks.
+
+    Raises:
+        CorruptSegment: a chunk is damaged, missing or not the recorded one. StoreError: the store failed.
+    """
+    answers: dict[int, NDArray[Any]] = {}
+    for index, request in enumerate(requests):
+        assert 0 <= request.start <= request.stop <= request.array.shape[0], "a range inside the array"
+        if 0 in request.shape:
+            answers[index] = np.empty(request.shape, request.array.dtype)
+    order = sorted((i for i in range(len(requests)) if i not in answers), key=lambda i: requests[i].start)
+    for group in _trips(requests, order):
+        trip = _Trip([requests[index] for index in group])
+        answers.update((index, trip.answer(requests[index])) for index in group)
+    return [answers[index] for index in range(len(requests))]
+
+
+def _trips(requests: Sequence[ReadRequest], order: Iterable[int]) -> Iterator[list[int]]:
+    """Cut requests into trips of about `_TRIP_BYTES`, not counting what they share."""
+    group: list[int] = []
+    held = 0
+    for index in order:
+        request = requests[index]
+        rows = len(request.chunk_rows) * request.array.chunk[0]
+        num_bytes = rows * math.prod(request.shape[1:]) * request.array.dtype.itemsize
+        if group and held + num_bytes > _TRIP_BYTES:
+            yield group
+            group, held = [], 0
+        group.append(index)
+        held += num_bytes
+    if group:
+        yield group
+
+
+def _runs(missing: dict[TiledArray, dict[int, int]]) -> Iterator[_Run]:
+    """Neighbouring rows of chunks that want the same columns, joined."""
+    for array, rows in missing.items():
+        run: _Run | None = None
+        for row, columns in sorted(rows.items()):
+            if run is not None and (run.stop, run.columns) == (row, columns):
+                run = _Run(array, run.first, row + 1, columns)
+                continue
+            if run is not None:
+                yield run
+            run = _Run(array, row, row + 1, columns)
+        if run is not None:
+            yield run
+
+
+async def _fetch_all(runs: Sequence[_Run]) -> list[NDArray[Any]]:
+    # Waits for all of them also when one fails: nothing is left running behind the caller's back.
+    blocks = await asyncio.gather(*(run.array.fetch(run) for run in runs), return_exceptions=True)
+    found: list[NDArray[Any]] = []
+    for block in blocks:
+        if isinstance(block, BaseException):
+            raise block
+        found.append(block)
+    return found
+
+
+def _crc32c(chunk: NDArray[Any]) -> int:
+    data = np.ascontiguousarray(chunk, chunk.dtype.newbyteorder("<"))
+    return int(google_crc32c.value(data.view(np.uint8)))

@@ -1,0 +1,366 @@
+"""Immutable Zarr v3 groups: written once under a name used once, then only read.
+
+A group becomes part of a cache when a record that lists its objects is created if absent (`Root.create`); until then
+it is garbage. Each array is stored in objects of whole Zarr shards, with core codecs only: zstd inside
+Blosc, then crc32c on every inner chunk, so that `zarr.open` reads it without this project.
+
+The array `checksums` holds the crc32c of every other array's chunks as they are decoded. A chunk that is intact but
+belongs elsewhere (objects swapped, a shard copied over another) passes its codec's own checksum and fails this one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.abc.store import ByteRequest, Store
+from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.errors import BaseZarrError
+from zarr.storage import ObjectStore, WrapperStore
+
+from potstill.cache.errors import CorruptSegment, StoreError
+from potstill.cache.store.chunks import ChunkCache, ReadRequest, TiledArray, chunk_checksums, read_together
+from potstill.cache.store.pipelines import codec_pipeline, open_array
+from potstill.cache.store.root import Root, StoredObject, store_errors
+
+CHECKSUMS = "checksums"
+# What metadata of another version of zarr can make zarr raise; that it is what was committed was checked before.
+_OPEN_FAILURES = (BaseZarrError, ArithmeticError, ValueError, TypeError, KeyError, RuntimeError, OSError)
+# Blosc's header alone: no chunk is stored in less.
+_LEAST_CHUNK_BYTES = 16
+_CHECKSUM_CHUNK = 1 << 16
+# What a reader keeps of decoded chunks when its opener gives it no larger cache to share.
+_OWN_CACHE_BYTES = 32 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How one array is cut and compressed."""
+
+    chunk: tuple[int, ...]
+    """Of the inner chunks."""
+    object_rows: int | None = None
+    """How many elements of axis 0 share one object; None for all."""
+    shuffle: Literal["noshuffle", "shuffle", "bitshuffle"] = "bitshuffle"
+    level: int = 5
+    """Of zstd inside Blosc."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How groups are read: the decoded chunks they share, and zarr's codec pipeline (`store.pipelines`)."""
+
+    chunks: ChunkCache
+    pipeline: str
+
+    @classmethod
+    def open(cls, cache_bytes: int = _OWN_CACHE_BYTES, pipeline: str | None = None) -> Reading:
+        """With a chunk cache of its own and, unless told, the fastest pipeline that is installed.
+
+        Raises:
+            InvalidInput: no such pipeline.
+        """
+        return cls(ChunkCache(cache_bytes), codec_pipeline(pipeline))
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A range of one array to read: `array[start:stop]`, or its first `columns` columns."""
+
+    name: str
+    start: int
+    stop: int
+    columns: int | None = None
+
+
+def attempt_name(prefix: str) -> str:
+    """A group name that was never used before."""
+    return f"{prefix}-{uuid.uuid4().hex[:12]}"
+
+
+@contextmanager
+def removed_on_failure(root: Root, path: str) -> Iterator[None]:
+    """Removes the group at `path` when the block fails or is cancelled: no record names it yet."""
+    try:
+        yield
+    except BaseException:
+        root.delete(path)
+        raise
+
+
+class GroupWriter:
+    """Writes one new group and remembers size and sha256 of every object as it goes out."""
+
+    def __init__(self, root: Root, path: str) -> None:
+        self._root = root
+        self.path = path
+        self._store = _RecordingStore(ObjectStore(root.store), path)
+        self._checksums: dict[str, list[NDArray[np.uint32]]] = {}
+        with store_errors(path):
+            self._group = zarr.create_group(self._store, path=path)
+
+    def array(self, name: str, shape: tuple[int, ...], dtype: Any, layout: Layout) -> zarr.Array[Any]:
+        """A new array; write it in blocks of whole objects, each block once, in order."""
+        self._checksums[name] = []
+        return self._create(name, shape, dtype, layout, {})
+
+    def write(self, name: str, data: NDArray[Any], layout: Layout) -> None:
+        """A whole array at once."""
+        array = self.array(name, data.shape, data.dtype, layout)
+        if data.size:
+            self.put(array, 0, data)
+
+    def put(self, array: zarr.Array[Any], start: int, block: NDArray[Any]) -> None:
+        """One block of an array made by `array`, from `start` on axis 0."""
+        self._checksums[array.basename].append(chunk_checksums(block, array.chunks))
+        self._put(array, start, block)
+
+    def finish(self) -> tuple[StoredObject, ...]:
+        """Write the checksums and flush to stable storage; every object of the group, sorted by path.
+
+        Raises:
+            StoreError: the store is full or cannot be written, or somebody removed a part of the group meanwhile.
+        """
+        flat = {name: np.concatenate([*parts, np.empty(0, np.uint32)]) for name, parts in self._checksums.items()}
+        counts = {name: len(values) for name, values in flat.items()}
+        every = np.concatenate([*flat.values(), np.empty(0, np.uint32)]).astype(np.uint32)
+        array = self._create(CHECKSUMS, every.shape, every.dtype, Layout((_CHECKSUM_CHUNK,)), {"chunks": counts})
+        if every.size:
+            self._put(array, 0, every)
+        self._root.flush(self.path)
+        cut = len(self.path) + 1
+        written = tuple(
+            StoredObject(path[cut:], size, sha256) for path, (size, sha256) in sorted(self._store.written.items())
+        )
+        # A writer that was stopped for long may have been taken for dead, and its group for garbage.
+        found = self._root.sizes(self.path)
+        gone = next((item.path for item in written if found.get(item.path) != item.size), None)
+        if gone is not None:
+            raise StoreError(f"{self.path}/{gone} was removed while its group was written; run it again")
+        return written
+
+    def _create(
+        self, name: str, shape: tuple[int, ...], dtype: Any, layout: Layout, attributes: dict[str, Any]
+    ) -> zarr.Array[Any]:
+        rows = layout.object_rows or max(shape[0], 1)
+        whole = (rows, *shape[1:])
+        shards = tuple(math.ceil(max(size, 1) / chunk) * chunk for size, chunk in zip(whole, layout.chunk, strict=True))
+        with store_errors(f"{self.path}/{name}"):
+            return self._group.create_array(
+                name,
+                shape=shape,
+                dtype=dtype,
+                chunks=layout.chunk,
+                shards=shards,
+                compressors=[BloscCodec(cname="zstd", clevel=layout.level, shuffle=layout.shuffle), Crc32cCodec()],
+                attributes=attributes,
+                config={"write_empty_chunks": True},
+            )
+
+    def _put(self, array: zarr.Array[Any], start: int, block: NDArray[Any]) -> None:
+        with store_errors(f"{self.path}/{array.basename}"):
+            array[start : start + len(block)] = block
+
+
+class GroupReader:
+    """Reads arrays of one published group, after checking its objects' sizes against the record. Thread-safe.
+
+    Shapes and dtypes are compared with what the caller knows they must be, before any byte is decoded.
+    """
+
+    def __init__(self, root: Root, path: str, objects: Iterable[StoredObject], reading: Reading | None = None) -> None:
+        self._root = root
+        self.path = path
+        self._objects = {item.path: item for item in objects}
+        self._reading = reading or Reading.open()
+        self._arrays: dict[str, TiledArray] = {}
+        self._checksums: dict[str, NDArray[np.uint32]] | None = None
+        problem = self.size_problem()
+        if problem:
+            raise CorruptSegment(problem)
+
+    def size_problem(self) -> str | None:
+        """What is missing or of another size than recorded, naming the object; None when all is there."""
+        found = self._root.sizes(self.path)
+        for item in self._objects.values():
+            size = found.get(item.path)
+            if size != item.size:
+                state = "is missing" if size is None else f"has {size} bytes"
+                return f"{self.path}/{item.path} {state}; its commit recorded {item.size} bytes"
+        return None
+
+    def has(self, name: str) -> bool:
+        """Whether the group has an array of this name."""
+        return f"{name}/zarr.json" in self._objects
+
+    def expect(self, name: str, shape: tuple[int, ...], dtypes: Iterable[str]) -> str:
+        """Open an array and check its metadata; its dtype's name.
+
+        Raises:
+            CorruptSegment: the array is missing or lies about itself.
+        """
+        array = self._open(name)
+        if array.shape != shape or array.dtype.name not in tuple(dtypes):
+            raise CorruptSegment(
+                f"{self.path}/{name} is {array.dtype}{array.shape}; its commit means {'/'.join(dtypes)}{shape}"
+            )
+        return str(array.dtype.name)
+
+    def length(self, name: str) -> int:
+        """Elements on axis 0."""
+        return int(self._open(name).shape[0])
+
+    def read(self, name: str, start: int, stop: int, columns: int | None = None) -> NDArray[Any]:
+        """`array[start:stop]`, or its first `columns` columns.
+
+        Raises:
+            CorruptSegment: a chunk fails its checksum or cannot be decoded. StoreError: the store does not answer.
+        """
+        return self._open(name).read(start, stop, columns)
+
+    def read_parts(self, parts: Sequence[Part]) -> list[NDArray[Any]]:
+        """Several ranges at once; cheaper than one `read` after the other, which it equals."""
+        return read_parts([(self, part) for part in parts])
+
+    def request(self, part: Part) -> ReadRequest:
+        """What `read_together` needs to read the part."""
+        return ReadRequest(self._open(part.name), part.start, part.stop, part.columns)
+
+    def read_all(self, name: str) -> NDArray[Any]:
+        """The whole array; see `read`."""
+        return self.read(name, 0, self.length(name))
+
+    def corrupt_objects(self) -> list[str]:
+        """Read every object and compare its sha256: one line for each that is not what was committed."""
+        problem = self.size_problem()
+        if problem:
+            return [problem]
+        found = ((item, self._root.sha256(f"{self.path}/{item.path}")) for item in self._objects.values())
+        return [
+            f"{self.path}/{item.path} has sha256 {sha256[:16]}..., its commit recorded {item.sha256[:16]}..."
+            for item, sha256 in found
+            if sha256 != item.sha256
+        ]
+
+    def _open(self, name: str) -> TiledArray:
+        if name not in self._arrays:
+            checksums = self._checksums_of(name)
+            self._arrays[name] = self._tiled(self._stored(name), checksums)
+        return self._arrays[name]
+
+    def _tiled(self, array: zarr.Array[Any], checksums: NDArray[np.uint32] | None) -> TiledArray:
+        try:
+            return TiledArray(array, array.path, checksums, self._reading.chunks, array.path)
+        except _OPEN_FAILURES as error:
+            raise CorruptSegment(f"{array.path} cannot be opened: {error}") from error
+
+    def _stored(self, name: str) -> zarr.Array[Any]:
+        self._check_whole(f"{name}/zarr.json")
+        path = f"{self.path}/{name}"
+        try:
+            return open_array(self._root.store, path, self._reading.pipeline)
+        except _OPEN_FAILURES as error:
+            raise CorruptSegment(f"{path} cannot be opened: {error}") from error
+
+    def _checksums_of(self, name: str) -> NDArray[np.uint32] | None:
+        if not self.has(CHECKSUMS):
+            return None  # written by format 1
+        if self._checksums is None:
+            stored = self._stored(CHECKSUMS)
+            counts = self._chunk_counts(stored)
+            # All else is compared with these: whole groups of equal sizes may have changed places, checksums included.
+            for path in self._objects:
+                if path.startswith(f"{CHECKSUMS}/c/"):
+                    self._check_whole(path)
+            values = self._tiled(stored, None).read(0, stored.shape[0])
+            ends = np.cumsum(list(counts.values()))
+            self._checksums = {
+                each: values[end - count : end] for (each, count), end in zip(counts.items(), ends, strict=True)
+            }
+        if name not in self._checksums:
+            raise CorruptSegment(f"{self.path}/{CHECKSUMS} has nothing about {name!r}")
+        return self._checksums[name]
+
+    def _chunk_counts(self, stored: zarr.Array[Any]) -> dict[str, int]:
+        """How many chunks each array has; nothing that was committed says more than its objects can hold."""
+        counts = stored.attrs.asdict().get("chunks")
+        most = sum(item.size for item in self._objects.values()) // _LEAST_CHUNK_BYTES
+        if (
+            not isinstance(counts, dict)
+            or not all(type(count) is int and 0 <= count <= most for count in counts.values())
+            or (stored.shape, stored.dtype.name, stored.chunks)
+            != ((sum(counts.values()),), "uint32", (_CHECKSUM_CHUNK,))
+            or stored.shape[0] > most
+        ):
+            raise CorruptSegment(f"{self.path}/{CHECKSUMS} does not say which chunks it is of")
+        return counts
+
+    def _check_whole(self, path: str) -> None:
+        """Metadata decides how bytes are read, and like checksums has none of its own: compare the whole object."""
+        recorded = self._objects.get(path)
+        if recorded is None:
+            raise CorruptSegment(f"{self.path}/{path} is not among the objects that were committed")
+        data = self._root.get(f"{self.path}/{path}")
+        if data is None or hashlib.sha256(data).hexdigest() != recorded.sha256:
+            raise CorruptSegment(f"{self.path}/{path} is not the one that was committed")
+
+
+def read_parts(parts: Sequence[tuple[GroupReader, Part]]) -> list[NDArray[Any]]:
+    """Parts of any groups in one go; raises as `GroupReader.read` does."""
+    return read_together([group.request(part) for group, part in parts])
+
+
+class _RecordingStore(WrapperStore[Store]):
+    """Notes size and sha256 of what is written below one path; the last write of a key counts.
+
+    Nothing is written elsewhere: zarr would create the groups above too, and their names are seals
+    that only `Root.create` may publish.
+    """
+
+    def __init__(self, store: Store, path: str = "") -> None:
+        super().__init__(store)
+        self._prefix = path + "/"
+        self.written: dict[str, tuple[int, str]] = {}
+
+    def _with_store(self, store: Store) -> _RecordingStore:
+        return _RecordingStore(store, self._prefix[:-1])
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        # zarr looks for groups above and for older objects; the name was never used, so there are none to ask for.
+        return await super().get(key, prototype, byte_range) if key in self.written else None
+
+    async def set(self, key: str, value: Buffer) -> None:
+        if key.startswith(self._prefix):
+            await super().set(key, value)
+            self._note(key, value)
+
+    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+        # The group's name was never used before, so the key is new.
+        await self.set(key, value)
+
+    async def _set_many(self, values: Iterable[tuple[str, Buffer]]) -> None:
+        for key, value in values:
+            await self.set(key, value)
+
+    def _note(self, key: str, value: Buffer) -> None:
+        data = value.as_buffer_like()
+        self.written[key] = (len(memoryview(data).cast("B")), hashlib.sha256(data).hexdigest())
+
+
+def objects_to_json(objects: Iterable[StoredObject]) -> list[dict[str, Any]]:
+    """The objects as a record lists them."""
+    return [{"path": o.path, "size": o.size, "sha256": o.sha256} for o in objects]
+
+
+def objects_from_json(value: Iterable[Mapping[str, Any]]) -> tuple[StoredObject, ...]:
+    """Read what `objects_to_json` wrote."""
+    return tuple(StoredObject(str(o["path"]), int(o["size"]), str(o["sha256"])) for o in value)

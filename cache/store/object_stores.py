@@ -1,0 +1,152 @@
+"""Object stores by URL: `s3://`, `gs://`, `az://` and `memory://`; how long they are tried, and what their errors mean.
+
+Credentials, endpoint and region come from the environment as obstore reads it (`AWS_ACCESS_KEY_ID`,
+`AWS_SECRET_ACCESS_KEY`, `AWS_ENDPOINT_URL`, `AWS_REGION`, ...; `GOOGLE_*`, `AZURE_*`), and so do its client
+options (`AWS_ALLOW_HTTP=true` for plain http, `AWS_TIMEOUT=60s`, ...).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from datetime import timedelta
+from typing import Any
+from urllib.parse import urlsplit
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
+from obstore.store import from_url
+
+from potstill.cache.errors import InvalidInput, StoreError
+
+# By URL scheme, the prefix of the environment variables that configure it.
+_ENVIRONMENT = {
+    "s3": "AWS_",
+    "s3a": "AWS_",
+    "gs": "GOOGLE_",
+    "az": "AZURE_",
+    "azure": "AZURE_",
+    "abfs": "AZURE_",
+    "abfss": "AZURE_",
+    "adl": "AZURE_",
+    "memory": "",
+}
+_CLIENT_OPTIONS = (
+    "allow_http",
+    "allow_invalid_certificates",
+    "connect_timeout",
+    "proxy_ca_certificate",
+    "proxy_excludes",
+    "proxy_url",
+    "read_timeout",
+    "root_certificate",
+    "timeout",
+)
+_BOOLEAN_OPTIONS = ("allow_http", "allow_invalid_certificates")
+
+# A request may take this long; a part of a multipart upload or a range of a read is a few MiB.
+_REQUEST = timedelta(seconds=60)
+_CONNECT = timedelta(seconds=5)
+# Errors 5xx, refused, dropped and (of reads) timed out requests are tried again, with growing pauses, for this long.
+_RETRIED = timedelta(seconds=120)
+_LONGEST_PAUSE = timedelta(seconds=8)
+# At the start a person is waiting, and a wrong setting is likelier than an outage.
+_FIRST_REQUEST = timedelta(seconds=10)
+_FIRST_RETRIED = timedelta(seconds=8)
+
+PROBE = ".potstill-probe"
+"""The object that shows whether a store honours conditional puts; the only one that is put twice on purpose."""
+
+
+def open_object_store(url: str, *, write: bool) -> Any:
+    """An obstore store that was reached once; `write` also checks that it can create an object only if absent.
+
+    Raises:
+        InvalidInput: an unknown scheme or a malformed URL; a store that ignores conditional puts.
+        StoreError: the bucket is missing, access is denied or nobody answers; within about 20 seconds.
+    """
+    scheme = urlsplit(url).scheme
+    if scheme not in _ENVIRONMENT:
+        known = ", ".join(f"{name}://" for name in _ENVIRONMENT)
+        raise InvalidInput(f"cannot open {url!r}: the scheme is not known; take a folder, file:// or {known}")
+    try:
+        if scheme == "memory":
+            return from_url(url)
+        patient = _open(url, scheme, _REQUEST, _RETRIED)
+        hasty = _open(url, scheme, _FIRST_REQUEST, _FIRST_RETRIED)
+    except (BaseError, ValueError) as error:
+        raise InvalidInput(f"cannot open {url!r}: {_first_line(error)}") from error
+    _reach(hasty, url, write=write)
+    return patient
+
+
+def is_absent(error: BaseException) -> bool:
+    """Whether the error means that there is no such object, in a bucket that is there."""
+    return isinstance(error, FileNotFoundError) and "NoSuchBucket" not in str(error)
+
+
+def is_cut_short(error: BaseException) -> bool:
+    """Whether an answer began and broke off, which obstore does not try again for small objects and listings."""
+    return "body error" in _first_line(error)
+
+
+def explain(error: BaseException) -> str:
+    """One line: what the store said, and the way out."""
+    text = str(error)
+    code = re.search(r"<Code>(\w+)</Code>", text)
+    said = code.group(1) if code else _first_line(error)
+    if "NoSuchBucket" in text or "NoSuchContainer" in text or "ContainerNotFound" in text:
+        return "the bucket does not exist; create it or mend the URL"
+    if "169.254.169.254" in text or "metadata.google.internal" in text:
+        return "no credentials were found; set them in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
+    if isinstance(error, PermissionDeniedError | UnauthenticatedError) or re.search(r"40[13] (Forbidden|Unauth)", text):
+        return f"access is denied ({said}); check the credentials in the environment and the bucket's policy"
+    if "builder error" in text:
+        return "the endpoint cannot be used; check AWS_ENDPOINT_URL, and set AWS_ALLOW_HTTP=true if it is plain http"
+    if "error sending request" in text or "timed out" in text or is_cut_short(error):
+        return "the store does not answer; check the network and AWS_ENDPOINT_URL, then run it again"
+    return f"{said}; free space or mend access, then run it again"
+
+
+def _open(url: str, scheme: str, request: timedelta, retried: timedelta) -> Any:
+    backoff = {"init_backoff": timedelta(milliseconds=100), "max_backoff": _LONGEST_PAUSE, "base": 2}
+    options: dict[str, Any] = {"timeout": request, "connect_timeout": _CONNECT, **_from_environment(scheme)}
+    # The time is the bound, not the number of tries.
+    retry: Any = {"max_retries": 1000, "retry_timeout": retried, "backoff": backoff}
+    return from_url(url, client_options=options, retry_config=retry)  # type: ignore[call-overload]
+
+
+def _from_environment(scheme: str) -> dict[str, Any]:
+    """The client options of the environment: obstore reads none of them once it is given any."""
+    prefix = _ENVIRONMENT[scheme]
+    found = {name: os.environ.get(prefix + name.upper()) for name in _CLIENT_OPTIONS}
+    given = {name: value for name, value in found.items() if value}
+    return {
+        name: value.lower() in ("1", "true") if name in _BOOLEAN_OPTIONS else value for name, value in given.items()
+    }
+
+
+def _reach(store: Any, url: str, *, write: bool) -> None:
+    try:
+        next(iter(obstore.list(store, chunk_size=1)), None)
+        # The second of two creates must be refused; the first is refused too once a cache was written here before.
+        if not write or not (_created(store) and _created(store)):
+            return
+    except (BaseError, OSError) as error:
+        raise StoreError(f"cannot open {url!r}: {explain(error)}") from error
+    raise InvalidInput(
+        f"{url!r} cannot hold a cache: it ignores If-None-Match, so two writers would overwrite each other; "
+        "use a store with conditional puts"
+    )
+
+
+def _created(store: Any) -> bool:
+    try:
+        obstore.put(store, PROBE, b"potstill", mode="create", use_multipart=False)
+    except AlreadyExistsError:
+        return False
+    return True
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).split("\n", 1)[0].strip().rstrip(";:")

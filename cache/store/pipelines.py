@@ -1,0 +1,251 @@
+"""Opening a Zarr array for reading with one of two codec pipelines, which give the same bytes.
+
+    stock    zarr-python's own
+    zarrs    the optional package of that name: faster. Used on local folders only: it rebuilds any other store from
+             its settings, without our wrapper, and there the network is the limit
+
+Neither is given a chunk that was not looked at before. A Blosc chunk of 270 KB may say that it decodes to 2 GiB:
+numcodecs allocates and fills that before zarr sees the wrong shape, and zarrs 0.2.3 gives the chunk's beginning
+back as if nothing were wrong. zarrs 0.2.3 also leaves out the crc32c of inner chunks: of 300 flipped bits in an object
+271 gave wrong numbers without an error. So the size in a chunk's header is compared first, and its crc32c before zarrs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import struct
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, Final
+
+import google_crc32c
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from obstore.exceptions import BaseError
+from obstore.store import LocalStore as LocalFolder
+from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec
+from zarr.codecs.sharding import ShardingCodecIndexLocation
+from zarr.core.array_spec import ArraySpec
+from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.core.metadata import ArrayV3Metadata
+from zarr.registry import register_codec
+from zarr.storage import LocalStore, ObjectStore, WrapperStore
+
+from potstill.cache.errors import CorruptSegment, InvalidInput, StoreError
+
+PIPELINES: Final = ("stock", "zarrs")
+
+# zarr's settings belong to the process, and say how an array is read at the moment when it is opened.
+_OPENING = threading.Lock()
+_STOCK_SETTINGS: Final = {
+    "codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline",
+    "codecs.blosc": "potstill.cache.store.pipelines.BoundedBlosc",
+}
+_ZARRS_SETTINGS: Final = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline", "codec_pipeline.strict": True}
+# Blosc 1: four bytes of versions and flags, then the decoded size, the block size and the encoded size.
+_BLOSC_HEADER = struct.Struct("<4xIII")
+_KEPT_INDEXES = 64
+
+
+def codec_pipeline(forced: str | None = None) -> str:
+    """The pipeline to open arrays with: `forced`, else "zarrs" when it can be imported, else "stock".
+
+    Raises:
+        InvalidInput: `forced` is unknown, or is "zarrs" where that is not installed.
+    """
+    if forced not in {None, *PIPELINES}:
+        raise InvalidInput(f"codec pipeline {forced!r} is unknown; known are {', '.join(PIPELINES)}")
+    if forced == "stock":
+        return forced
+    try:
+        importlib.import_module("zarrs")
+    except ImportError as error:
+        if forced is None:
+            return "stock"
+        raise InvalidInput("codec pipeline 'zarrs' is not installed; `pip install zarrs` or take 'stock'") from error
+    return "zarrs"
+
+
+def open_array(store: Any, path: str, pipeline: str) -> zarr.Array[Any]:
+    """Open the array at `path` of an obstore store, read-only, to be read by `pipeline` from now on.
+
+    zarr's settings are the same afterwards. Whatever zarr raises for damaged metadata comes through.
+    """
+    if pipeline == "zarrs" and isinstance(store, LocalFolder) and store.prefix is not None:
+        folder = LocalStore(Path(store.prefix), read_only=True)
+        # Strict: an encoding that zarrs does not know is an error here, not a warning and a silent detour.
+        with _OPENING:
+            array = _open(_StoreErrors(ObjectStore(store, read_only=True)), path, _STOCK_SETTINGS)
+            if not _is_bounded_blosc(array):
+                return array
+            unsupported = importlib.import_module("zarrs.pipeline").UnsupportedMetadataError
+            try:
+                return _open(folder, path, _ZARRS_SETTINGS)
+            except unsupported as error:
+                raise ValueError(str(error)) from error
+    with _OPENING:
+        return _open(_StoreErrors(ObjectStore(store, read_only=True)), path, _STOCK_SETTINGS)
+
+
+def _open(store: Store, path: str, settings: dict[str, Any]) -> zarr.Array[Any]:
+    register_codec("blosc", BoundedBlosc)
+    with zarr.config.set(settings):
+        array = zarr.open_array(store, path=path, mode="r", zarr_format=3)
+    grids = [array.chunks] if array.shards is None else [array.chunks, array.shards]
+    if any(length < 1 for grid in grids for length in grid):
+        raise ValueError(f"its chunk grid is {grids[-1]}; a chunk has at least one entry along every axis")
+    return array
+
+
+class BoundedBlosc(BloscCodec):
+    """zarr's Blosc codec; a chunk that would decode to another size than its own is refused first."""
+
+    async def _decode_single(self, chunk_bytes: Buffer, chunk_spec: ArraySpec) -> Buffer:
+        encoded = chunk_bytes.as_numpy_array()[: _BLOSC_HEADER.size].tobytes()
+        dtype = chunk_spec.dtype.to_native_dtype()
+        problem = _blosc_problem(encoded, math.prod(chunk_spec.shape) * dtype.itemsize)
+        if problem:
+            raise ValueError(problem)
+        return await super()._decode_single(chunk_bytes, chunk_spec)
+
+
+class EncodedChunks:
+    """Looks at the stored chunks of a local array before zarrs decodes them.
+
+    Shapes: chunks of axis 0 by chunks of axis 1, which an array without one has once.
+    """
+
+    def __init__(self, array: zarr.Array[Any], folder: Path) -> None:
+        assert array.shards is not None, "checked when the array was opened"
+        self._folder = folder
+        self._metadata = array.metadata
+        self._per_object = tuple(s // c for s, c in zip(array.shards, array.chunks, strict=True))
+        self._nbytes = math.prod(array.chunks) * array.dtype.itemsize
+        self._indexes: dict[tuple[int, ...], NDArray[np.uint64]] = {}
+
+    def check(self, first: int, stop: int, columns: int) -> None:
+        """Check the chunks `first` to `stop` of axis 0, of each the first `columns` of axis 1.
+
+        Raises:
+            CorruptSegment: the object is missing or cut short, a chunk is damaged or would decode to another size.
+            StoreError: it cannot be read.
+        """
+        rows_each = self._per_object[0]
+        columns_each = self._per_object[1] if len(self._per_object) > 1 else 1
+        for row in range(first // rows_each, -(-stop // rows_each)):
+            inside = slice(max(first - row * rows_each, 0), min(stop - row * rows_each, rows_each))
+            for column in range(-(-columns // columns_each)):
+                width = min(columns - column * columns_each, columns_each)
+                self._check_object((row, column)[: len(self._per_object)], inside, width)
+
+    def _check_object(self, coordinates: tuple[int, ...], rows: slice, columns: int) -> None:
+        assert isinstance(self._metadata, ArrayV3Metadata)
+        path = self._folder / self._metadata.encode_chunk_key(coordinates)
+        try:
+            with path.open("rb", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                index = self._index(coordinates, file.fileno(), size)
+                for offset, length in index[rows, :columns].reshape(-1, 2).tolist():
+                    encoded = os.pread(file.fileno(), length, offset) if offset + length <= size else b""
+                    problem = _blosc_problem(encoded, self._nbytes) or _crc32c_problem(encoded)
+                    if problem:
+                        raise CorruptSegment(f"{path} cannot be read: {problem}")
+        except FileNotFoundError as error:
+            raise CorruptSegment(f"{path} is missing") from error
+        except OSError as error:
+            raise StoreError(f"{path}: {error}; mend access, then run it again") from error
+
+    def _index(self, coordinates: tuple[int, ...], file: int, size: int) -> NDArray[np.uint64]:
+        """Offset and length of each chunk of an object, [rows, columns, 2]; zarrs checks its crc32c."""
+        if coordinates not in self._indexes:
+            rows, columns = (*self._per_object, 1)[:2]
+            length = rows * columns * 16
+            data = os.pread(file, length, size - length - 4) if length + 4 <= size else b""
+            if len(data) != length:
+                raise CorruptSegment(f"{self._folder} is cut short: chunk {coordinates} has no index")
+            self._indexes[coordinates] = np.frombuffer(data, "<u8").reshape(rows, columns, 2)
+        return self._indexes[coordinates]
+
+
+def encoded_chunks(array: zarr.Array[Any]) -> EncodedChunks | None:
+    """What to look at before reading `array`; None when its pipeline does that itself."""
+    if not isinstance(array.store, LocalStore):
+        return None
+    return EncodedChunks(array, array.store.root / array.path)
+
+
+def _is_bounded_blosc(array: zarr.Array[Any]) -> bool:
+    """Whether the array is cut and compressed as `GroupWriter` does it, so that the headers are where we look."""
+    metadata = array.metadata
+    codecs = metadata.codecs if isinstance(metadata, ArrayV3Metadata) else ()
+    if len(codecs) != 1 or not isinstance(codecs[0], ShardingCodec):
+        return False
+    kinds = tuple(type(codec) for codec in codecs[0].codecs)
+    at_end = codecs[0].index_location == ShardingCodecIndexLocation.end
+    return at_end and kinds == (BytesCodec, BoundedBlosc, Crc32cCodec) and array.ndim <= 2
+
+
+def _blosc_problem(header: bytes, expected: int) -> str | None:
+    if len(header) < _BLOSC_HEADER.size:
+        return "a chunk is missing or cut short"
+    decoded = _BLOSC_HEADER.unpack_from(header)[0]
+    return None if decoded == expected else f"a chunk would decode to {decoded} bytes instead of {expected}"
+
+
+def _crc32c_problem(encoded: bytes) -> str | None:
+    expected = int.from_bytes(encoded[-4:], "little")
+    return None if google_crc32c.value(encoded[:-4]) == expected else "a chunk's crc32c differs"
+
+
+class _StoreErrors(WrapperStore[Store]):
+    """Says what a failed read means: a store that does not answer is no damage, a missing object is.
+
+    zarr takes a missing or empty object for one of fill values. The last ranges of objects are kept: they are the
+    indexes, which zarr asks for at every read; objects never change.
+    """
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store)
+        self._indexes: OrderedDict[tuple[str, int], Buffer] = OrderedDict()
+        self._lock = threading.Lock()
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        suffix = (key, byte_range.suffix) if isinstance(byte_range, SuffixByteRequest) else None
+        if suffix is not None and suffix in self._indexes:
+            return self._indexes[suffix]
+        try:
+            found = await self._store.get(key, prototype, byte_range)
+        except (BaseError, OSError) as error:
+            if await self._is_outside(key, byte_range):
+                raise CorruptSegment(f"{key} is cut short: a chunk lies beyond its end") from error
+            raise StoreError(f"{key}: {error}; mend access, then run it again") from error
+        if not found and not key.endswith("zarr.json"):
+            raise CorruptSegment(f"{key} is {'missing' if found is None else 'empty'}")
+        if suffix is not None and found is not None:
+            self._keep(suffix, found)
+        return found
+
+    def _keep(self, suffix: tuple[str, int], found: Buffer) -> None:
+        with self._lock:
+            self._indexes[suffix] = found
+            if len(self._indexes) > _KEPT_INDEXES:
+                self._indexes.popitem(last=False)
+
+    async def _is_outside(self, key: str, byte_range: ByteRequest | None) -> bool:
+        """Whether the store refused because the object ends before the range does."""
+        try:
+            size = await self._store.getsize(key)
+        except FileNotFoundError:
+            return True
+        except (BaseError, OSError):
+            return False
+        if isinstance(byte_range, RangeByteRequest):
+            return byte_range.end > size
+        if isinstance(byte_range, OffsetByteRequest):
+            return byte_range.offset > size
+        return isinstance(byte_range, SuffixByteRequest) and byte_range.suffix > size

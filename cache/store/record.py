@@ -1,0 +1,105 @@
+"""Records: the small JSON objects that make immutable groups part of a cache.
+
+Each carries the format version, so that a cache written by a newer format is refused by name, and from format 2 on
+the sha256 of its own content, so that no byte of it can change unseen.
+A group's own record is its `zarr.json`; its attributes hold ours under the key `potstill`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+from potstill.cache.errors import CorruptSegment, FormatError
+from potstill.cache.store.root import Root
+
+FORMAT_VERSION = 2
+_HASH = "record_sha256"
+
+Record = dict[str, Any]
+
+
+def record_bytes(kind: str, record: Record) -> bytes:
+    """A record with its format version, kind and own sha256, as sorted JSON."""
+    return _record_json(_sealed(kind, record))
+
+
+def group_metadata(kind: str, record: Record) -> bytes:
+    """The `zarr.json` of a Zarr v3 group with the record in its attributes."""
+    return _group_json(_sealed(kind, record))
+
+
+def read_record(root: Root, path: str, kind: str) -> Record | None:
+    """A record, or None when there is none.
+
+    Raises:
+        FormatError: not JSON, of another kind, or of a newer format. CorruptSegment: not as it was written.
+    """
+    data = root.get(path)
+    return None if data is None else parse_record(path, data, kind)
+
+
+def parse_record(path: str, data: bytes, kind: str) -> Record:
+    """The record in an object's bytes; see `read_record`."""
+    return _checked(_parse(path, data), path, kind, data, _record_json)
+
+
+def read_group_metadata(root: Root, path: str, kind: str) -> Record | None:
+    """The record in a group's `zarr.json`; see `read_record`."""
+    data = root.get(f"{path}/zarr.json")
+    return None if data is None else parse_group_metadata(path, data, kind)
+
+
+def parse_group_metadata(path: str, data: bytes, kind: str) -> Record:
+    """The record in the bytes of a group's `zarr.json`; see `read_record`."""
+    attributes = _parse(f"{path}/zarr.json", data).get("attributes")
+    record = attributes.get("potstill") if isinstance(attributes, dict) else None
+    return _checked(record, f"{path}/zarr.json", kind, data, _group_json)
+
+
+def _sealed(kind: str, record: Record) -> Record:
+    content = {"format": FORMAT_VERSION, "kind": kind, **record}
+    return {**content, _HASH: _content_sha256(content)}
+
+
+def _content_sha256(content: Record) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _record_json(record: Record) -> bytes:
+    return json.dumps(record, sort_keys=True, indent=1).encode()
+
+
+def _group_json(record: Record) -> bytes:
+    metadata = {"zarr_format": 3, "node_type": "group", "attributes": {"potstill": record}}
+    return json.dumps(metadata, sort_keys=True, indent=1).encode()
+
+
+def _parse(path: str, data: bytes) -> Record:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise FormatError(f"{path} is not a JSON object")
+    return value
+
+
+def _checked(record: Any, path: str, kind: str, data: bytes, written: Callable[[Record], bytes]) -> Record:
+    if not isinstance(record, dict) or type(record.get("format")) is not int:
+        raise FormatError(f"{path} was not written by potstill: it has no format version")
+    if record["format"] > FORMAT_VERSION:
+        raise FormatError(
+            f"{path} has format {record['format']}, this version reads up to {FORMAT_VERSION}; install a newer potstill"
+        )
+    if record.get("kind") != kind:
+        raise FormatError(f"{path} is a record of kind {record.get('kind')!r}, not {kind!r}")
+    content = {key: value for key, value in record.items() if key != _HASH}
+    if record["format"] == 1 and _HASH not in record:
+        return content
+    # Comparing all bytes, not only the content's hash, also finds a flip that JSON does not notice.
+    if record.get(_HASH) != _content_sha256(content) or written(record) != data:
+        raise CorruptSegment(f"{path} is damaged: its content is not what its own sha256 says")
+    return content

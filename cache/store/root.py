@@ -1,0 +1,367 @@
+"""Where bytes live: a local folder, `s3://`, `gs://`, `az://` or `memory://`, behind one small class.
+
+Two guarantees are made here and used everywhere: `create` puts an object only if there is none and reports
+who won, and `flush` returns only when what was written before it survives a power cut (object stores
+promise that on every put; a local folder has to be told).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self, TypeVar
+from urllib.parse import unquote, urlsplit
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
+from obstore.store import LocalStore
+
+from potstill.cache.errors import InvalidInput, StoreError
+from potstill.cache.store.object_stores import explain, is_absent, is_cut_short, open_object_store
+
+# Also what one request asks of an object store: it has a minute to answer.
+_HASH_BLOCK = 16 << 20
+# Beside what obstore tries again by itself: of a conditional put, of an answer that breaks off, and of a delete
+# while others delete the same.
+_TRIES = 3
+# Seconds for which a create is tried again while other processes keep removing its empty folder.
+_LINK_SECONDS = 10.0
+
+LONGEST_NAME = 64
+"""Letters of a corpus or a teacher."""
+TEMPORARY = ".potstill-tmp"
+"""Folder of a local root in which a record is completed before it appears under its name."""
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """One object below a group: its path relative to the group, its size in bytes and its content's hash."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+class Root:
+    """The root of a cache. Paths are relative to it and use `/`. Safe to share between threads."""
+
+    def __init__(self, url: str, store: Any, folder: Path | None) -> None:
+        self.url = url
+        self.store = store
+        """The obstore store: what zarr's `ObjectStore` wraps."""
+        self._folder = folder
+        self._clock_ahead: float | None = None
+
+    @classmethod
+    def open(cls, url: str | Path, *, create: bool = False) -> Self:
+        """Open a root by path or URL, for writing too if `create`; an object store is reached once.
+
+        Raises:
+            InvalidInput: a local folder that does not exist, unless `create`; a file; an unknown URL scheme; an
+                object store without conditional puts.
+            StoreError: the folder cannot be made; the bucket is missing, denied or not reached in about 20 seconds.
+        """
+        text = str(url)
+        try:
+            parts = urlsplit(text)
+        except ValueError as error:
+            raise InvalidInput(f"cannot open {text!r}: {error}") from error
+        if "://" in text and parts.scheme != "file":
+            return cls(text, open_object_store(text, write=create), None)
+        if parts.scheme == "file" and (parts.netloc not in ("", "localhost") or not parts.path):
+            raise InvalidInput(f"{text!r} names no folder; write file:///absolute/path, or the path alone")
+        folder = Path(unquote(parts.path) if parts.scheme == "file" else text).expanduser().absolute()
+        with _translated(text):
+            if folder.exists() and not folder.is_dir():
+                raise InvalidInput(f"no cache at {text!r}: it is a file, not a folder")
+            if create:
+                folder.mkdir(parents=True, exist_ok=True)
+        if not folder.is_dir():
+            raise InvalidInput(f"no cache at {text!r}: the folder does not exist; `potstill ingest` makes one")
+        return cls(text, LocalStore(folder), folder)
+
+    @property
+    def folder(self) -> Path | None:
+        """The local folder; None for an object store."""
+        return self._folder
+
+    def get(self, path: str) -> bytes | None:
+        """The bytes of an object, or None when there is none."""
+        with self._errors(path):
+            try:
+                return _whole(lambda: bytes(obstore.get(self.store, path).bytes()))
+            except FileNotFoundError as error:
+                if is_absent(error):
+                    return None
+                raise
+
+    def create(self, path: str, data: bytes, *, durable: bool = True) -> bool:
+        """Put an object only if there is none; whether the object there is now this one.
+
+        True also when an earlier try put it and only its answer was lost. When this raises, the object may
+        exist all the same: what it names must not be deleted. Without `durable` a local folder may lose it
+        in a power cut.
+        """
+        with self._errors(path):
+            if self._folder is not None:
+                created = _create_file(self._folder, self._folder / path, data, durable=durable)
+            else:
+                created = self._put_new(path, data)
+        return created or self.get(path) == data
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Size in bytes of every object below `prefix`, by its path relative to `prefix`."""
+        return {path: size for path, (size, _) in self._objects_below(prefix).items()}
+
+    def seconds_since_write(self, prefix: str) -> float | None:
+        """Seconds since anything below `prefix` was last written, by the store's clock; None when there is nothing."""
+        return min(self.ages(prefix).values(), default=None)
+
+    def ages(self, prefix: str) -> dict[str, float]:
+        """Seconds since each object below `prefix` was written, by the store's clock and its path relative to it."""
+        below = self._objects_below(prefix)
+        now = datetime.now(UTC).timestamp() + self._store_clock_ahead() if below else 0.0
+        return {path: now - written for path, (_, written) in below.items()}
+
+    def folders(self, prefix: str, *, longest: int = LONGEST_NAME) -> list[str]:
+        """Names directly below `prefix` that hold objects and that this project could have given, sorted."""
+        with self._errors(prefix):
+            listing = _whole(lambda: obstore.list_with_delimiter(self.store, prefix))
+        names = (path.rstrip("/").rsplit("/", 1)[-1] for path in listing["common_prefixes"])
+        return sorted(name for name in names if is_name(name, longest=longest))
+
+    def objects(self, prefix: str) -> list[str]:
+        """Names of the objects directly below `prefix`, sorted; hidden ones are left out."""
+        return sorted(self.versions(prefix))
+
+    def versions(self, prefix: str) -> dict[str, str]:
+        """The objects directly below `prefix` by name, each with a text that another object of that name has not."""
+        with self._errors(prefix):
+            listing = _whole(lambda: obstore.list_with_delimiter(self.store, prefix))
+        found = ((meta["path"].rsplit("/", 1)[-1], meta) for meta in listing["objects"])
+        return {
+            name: f"{meta['e_tag']} {meta['last_modified'].timestamp()} {meta['size']}"
+            for name, meta in found
+            if not name.startswith(".")
+        }
+
+    def sha256(self, path: str) -> str:
+        """The hash of an object's bytes, in hex, read in blocks."""
+        digest = hashlib.sha256()
+        with self._errors(path):
+            size = int(obstore.head(self.store, path)["size"])
+            for start in range(0, size, _HASH_BLOCK):
+                digest.update(obstore.get_range(self.store, path, start=start, end=min(start + _HASH_BLOCK, size)))
+        return digest.hexdigest()
+
+    def remove(self, path: str) -> None:
+        """Remove one object, if it is there."""
+        with self._errors(path), suppress(FileNotFoundError):
+            _whole(lambda: obstore.delete(self.store, path))
+
+    def delete(self, prefix: str) -> None:
+        """Remove every object below `prefix`, and the empty folders a local root is left with."""
+        with self._errors(prefix):
+            if self._folder is not None:
+                _remove_tree(self._folder / prefix)
+                return
+            for tries_left in reversed(range(_TRIES)):
+                paths = [f"{prefix}/{path}" for path in self.sizes(prefix)]
+                try:
+                    obstore.delete(self.store, paths)
+                except (BaseError, FileNotFoundError):
+                    # Some stores refuse to delete what another process deleted a moment ago.
+                    if not tries_left:
+                        raise
+                else:
+                    return
+
+    def prune(self, prefix: str) -> None:
+        """Remove a folder that is empty, and those above that are then; only a local root has any."""
+        if self._folder is not None:
+            for folder in [self._folder / prefix, *(self._folder / prefix).parents]:
+                try:
+                    if folder == self._folder:
+                        return
+                    folder.rmdir()
+                except OSError:
+                    return  # not empty, or gone
+
+    def flush(self, prefix: str) -> None:
+        """Return when everything below `prefix` is on stable storage."""
+        if self._folder is None:
+            return
+        with self._errors(prefix):
+            for parent, _, files in os.walk(self._folder / prefix):
+                for name in files:
+                    _fsync(Path(parent) / name)
+                _fsync(Path(parent))
+            _fsync_parents(self._folder / prefix, self._folder)
+
+    def _errors(self, path: str) -> Any:
+        return _translated(path if self._folder is not None else f"{self.url.rstrip('/')}/{path}")
+
+    def _objects_below(self, prefix: str) -> dict[str, tuple[int, float]]:
+        """Size and time of the last write, in seconds since 1970, by path relative to `prefix`."""
+        with self._errors(prefix):
+            if self._folder is not None:
+                return dict(_files_below(self._folder / prefix))
+            metas = _whole(lambda: obstore.list(self.store, prefix).collect())
+            return {
+                meta["path"][len(prefix) + 1 :]: (int(meta["size"]), meta["last_modified"].timestamp())
+                for meta in metas
+            }
+
+    def _put_new(self, path: str, data: bytes) -> bool:
+        for tries_left in reversed(range(_TRIES)):
+            try:
+                obstore.put(self.store, path, data, mode="create", use_multipart=False)
+            except AlreadyExistsError:
+                return False
+            except (PermissionDeniedError, UnauthenticatedError, FileNotFoundError):
+                raise
+            except BaseError:
+                # The request may have been carried out and only its answer lost.
+                if self.get(path) is not None:
+                    return False
+                if not tries_left:
+                    raise
+            else:
+                return True
+        raise AssertionError("the last try returns or raises")
+
+    def _store_clock_ahead(self) -> float:
+        """Seconds by which the store's clock is ahead of this machine's; ages are of the store's times."""
+        if self._clock_ahead is None:
+            self._clock_ahead = 0.0
+            if self._folder is None:
+                path = f"{TEMPORARY}/{uuid.uuid4().hex}"
+                with self._errors(path):
+                    obstore.put(self.store, path, b"", use_multipart=False)
+                    written = obstore.head(self.store, path)["last_modified"].timestamp()
+                self.remove(path)
+                self._clock_ahead = written - datetime.now(UTC).timestamp()
+        return self._clock_ahead
+
+
+def is_name(name: str, *, longest: int = LONGEST_NAME) -> bool:
+    """Whether a name can be a path segment of a cache."""
+    plain = name.isascii() and all(char.isalnum() or char in "._-" for char in name)
+    return plain and name[:1].isalnum() and len(name) <= longest
+
+
+def check_name(kind: str, name: str) -> str:
+    """The name, if it can be a path segment of a cache.
+
+    Raises:
+        InvalidInput: anything but letters, digits, `.`, `_`, `-`, or a leading dot, or over 64 characters.
+    """
+    if not isinstance(name, str) or not is_name(name):
+        raise InvalidInput(
+            f"{kind} name {name!r} cannot be used: take 1 to {LONGEST_NAME} letters, digits, '.', '_' or '-', "
+            "first a letter or digit"
+        )
+    return name
+
+
+@contextmanager
+def store_errors(what: str) -> Iterator[None]:
+    """Turn what a store or the file system raises below zarr into `StoreError`, naming `what`."""
+    with _translated(what):
+        yield
+
+
+@contextmanager
+def _translated(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (BaseError, OSError) as error:
+        raise StoreError(f"{what}: {explain(error)}") from error
+
+
+def _whole(ask: Callable[[], _T]) -> _T:
+    """The answer, asked for again when it breaks off."""
+    for _ in range(_TRIES - 1):
+        try:
+            return ask()
+        except BaseError as error:
+            if not is_cut_short(error):
+                raise
+    return ask()
+
+
+def _create_file(root: Path, path: Path, data: bytes, *, durable: bool) -> bool:
+    """Exclusive create through a temporary file and a hard link, so that no reader sees half of it."""
+    (root / TEMPORARY).mkdir(exist_ok=True)
+    temporary = root / TEMPORARY / uuid.uuid4().hex
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        try:
+            _link(temporary, path)
+        except FileExistsError:
+            return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    if durable:
+        _fsync(path.parent)
+        _fsync_parents(path.parent, root)
+    return True
+
+
+def _link(temporary: Path, path: Path) -> None:
+    deadline = time.monotonic() + _LINK_SECONDS
+    while time.monotonic() < deadline and temporary.exists():
+        # Another process may find the folder empty, and remove it, right before.
+        with suppress(FileNotFoundError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.link(temporary, path)
+            return
+    os.link(temporary, path)
+
+
+def _files_below(folder: Path) -> Iterator[tuple[str, tuple[int, float]]]:
+    """Every file with its size and time; also what an interrupted put left, which obstore does not list."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = Path(parent) / name
+            # Others may be removing the same.
+            with suppress(FileNotFoundError):
+                found = path.stat()
+                yield path.relative_to(folder).as_posix(), (found.st_size, found.st_mtime)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _fsync_parents(path: Path, root: Path) -> None:
+    while path != root:
+        path = path.parent
+        _fsync(path)
+
+
+def _remove_tree(folder: Path) -> None:
+    """Files, then folders that are empty by then; others may be removing the same."""
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            (Path(parent) / name).unlink(missing_ok=True)
+        # A folder that is not empty, or already gone, is left to whoever uses it.
+        with suppress(OSError):
+            os.rmdir(parent)

@@ -1,0 +1,81 @@
+"""Commits: the records that make one segment the targets of a shard."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput
+from potstill.cache.store.groups import objects_from_json, objects_to_json
+from potstill.cache.store.record import Record, record_bytes
+from potstill.cache.store.root import StoredObject, check_name
+from potstill.cache.types import Provenance
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Commit:
+    """The record that makes one segment a shard's targets."""
+
+    shard: int
+    segment: str
+    spec_sha256: str
+    """Of the stored record of the segment set, so that a commit of another set is refused; empty in format 1."""
+    ranks_sha256: str
+    """Empty when the set stores no ids."""
+    objects: tuple[StoredObject, ...]
+    provenance: Provenance
+    error: dict[str, float]
+    """The encoding error measured when the segment was written (`potstill.cache.encoding.logprobs.EncodingError`)."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Stored size of the segment."""
+        return sum(item.size for item in self.objects)
+
+
+def commit_name(shard: int) -> str:
+    """The record's name among a segment set's commits."""
+    return f"{shard:06d}.json"
+
+
+def shard_of_commit(commit_name: str) -> int | None:
+    """The shard a record's name means, or None for another object's name."""
+    stem, dot, suffix = commit_name.partition(".")
+    return int(stem) if dot and suffix == "json" and stem.isdecimal() else None
+
+
+def commit_bytes(commit: Commit) -> bytes:
+    """The record as it is stored."""
+    record: dict[str, Any] = {
+        "shard": commit.shard,
+        "segment": commit.segment,
+        "spec_sha256": commit.spec_sha256,
+        "ranks_sha256": commit.ranks_sha256,
+        "objects": objects_to_json(commit.objects),
+        "provenance": commit.provenance.to_json(),
+        "error": commit.error,
+    }
+    return record_bytes("commit", record)
+
+
+def commit_from_json(path: str, shard: int, record: Record) -> Commit:
+    """Read a shard's record.
+
+    Raises:
+        FormatError: not a commit. CorruptSegment: the commit of another shard.
+    """
+    try:
+        commit = Commit(
+            shard=int(record["shard"]),
+            segment=check_name("segment", record["segment"]),
+            spec_sha256=str(record.get("spec_sha256", "")),
+            ranks_sha256=str(record["ranks_sha256"]),
+            objects=objects_from_json(record["objects"]),
+            provenance=Provenance.from_json(record["provenance"]),
+            error=dict(record["error"]),
+        )
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, InvalidInput) as error:
+        raise FormatError(f"{path} is not a commit: {error!r}") from error
+    if commit.shard != shard or not commit.segment.startswith(f"{shard:06d}-"):
+        raise CorruptSegment(f"{path} is the commit of shard {commit.shard}, not of shard {shard}")
+    return commit

@@ -1,0 +1,100 @@
+"""The rank table of a segment set: which id is stored as which frequency rank, made once.
+
+    <set>/ranks.json       names the group and the table's sha256; created if absent
+    <set>/<ranks>/         ids_by_rank [V] uint32
+
+The table comes from a pilot: rows spread over the corpus, the same ones whoever begins. So with a deterministic
+teacher the stored bytes do not depend on which writer was first.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potstill.cache.corpus.corpus import Corpus
+from potstill.cache.encoding.logprobs import RankTable
+from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput, TeacherFailed
+from potstill.cache.store.groups import (
+    GroupReader,
+    GroupWriter,
+    Layout,
+    attempt_name,
+    objects_from_json,
+    objects_to_json,
+    removed_on_failure,
+)
+from potstill.cache.store.record import Record, read_record, record_bytes
+from potstill.cache.store.root import Root, check_name
+from potstill.cache.types import Fields, Targets
+
+# 4,096 positions cost 93 bytes a position of ids, all of a corpus 91 (SmolLM2, K=64).
+_PILOT_POSITIONS = 32_768
+# Dense targets of a pilot are held in memory: 100 MB at V = 200k.
+_DENSE_PILOT_POSITIONS = 128
+_TEXT_POSITIONS = 1 << 20
+
+
+def pilot_rows(corpus: Corpus, fields: Fields) -> list[int]:
+    """Rows at even distances that hold about as many positions as a rank table needs, at least one row."""
+    wanted = _DENSE_PILOT_POSITIONS if fields.dense else _PILOT_POSITIONS
+    count = max(1, min(len(corpus), wanted * len(corpus) // corpus.num_positions))
+    rows = np.arange(count, dtype=np.int64) * len(corpus) // count
+    return [int(row) for row in rows]
+
+
+def make_table(corpus: Corpus, pilot: Targets, vocab_size: int) -> RankTable:
+    """Most frequent among the pilot's top-k ids (or draws) first; ties by the corpus's first tokens.
+
+    Raises:
+        TeacherFailed: an id over the vocabulary.
+    """
+    ids: NDArray[np.uint32] = pilot.ids.reshape(-1)
+    if pilot.draws is not None:
+        ids = np.concatenate([ids, pilot.draws.ids])
+    highest = int(ids.max(initial=0))
+    if highest >= vocab_size:
+        raise TeacherFailed(f"the teacher answered id {highest}, its vocabulary has {vocab_size}")
+    tokens = corpus.tokens(0, min(corpus.num_positions, _TEXT_POSITIONS))
+    return RankTable.by_frequency(ids, tokens, vocab_size)
+
+
+def create_ranks(root: Root, set_path: str, table: RankTable) -> None:
+    """Make the table the set's, unless it has one already.
+
+    Raises:
+        StoreError: the store is full or cannot be written.
+    """
+    group = attempt_name("ranks")
+    path = f"{set_path}/{group}"
+    with removed_on_failure(root, path):
+        writer = GroupWriter(root, path)
+        writer.write("ids_by_rank", table.ids_by_rank, Layout((1 << 16,)))
+        record = {"group": group, "sha256": table.sha256, "objects": objects_to_json(writer.finish())}
+    if not root.create(f"{set_path}/ranks.json", record_bytes("ranks", record)):
+        root.delete(path)
+
+
+def read_ranks(root: Root, set_path: str, vocab_size: int) -> RankTable | None:
+    """The set's table, or None when it has none yet.
+
+    Raises:
+        FormatError: a record this version cannot read. CorruptSegment: not the table that was recorded.
+    """
+    record = read_record(root, f"{set_path}/ranks.json", "ranks")
+    return None if record is None else _read_table(root, set_path, record, vocab_size)
+
+
+def _read_table(root: Root, set_path: str, record: Record, vocab_size: int) -> RankTable:
+    try:
+        group = check_name("rank table", record["group"])
+        objects = objects_from_json(record["objects"])
+        expected = str(record["sha256"])
+    except (KeyError, TypeError, ValueError, OverflowError, InvalidInput) as error:
+        raise FormatError(f"{set_path}/ranks.json is not the record of a rank table: {error}") from error
+    reader = GroupReader(root, f"{set_path}/{group}", objects)
+    reader.expect("ids_by_rank", (vocab_size,), ("uint32",))
+    table = RankTable(reader.read_all("ids_by_rank").astype(np.uint32, copy=False))
+    if table.sha256 != expected or not np.array_equal(np.sort(table.ids_by_rank), np.arange(vocab_size)):
+        raise CorruptSegment(f"{reader.path}/ids_by_rank is not the permutation that ranks.json recorded")
+    return table

@@ -1,0 +1,256 @@
+"""The arrays of one segment: what they are for given fields, how they are cut into chunks, written and read.
+
+    u8, f16, f32   ids, gaps | logprobs, log_tail, label_logprob (`potstill.cache.encoding.logprobs`)
+    archive        coded, coded_starts: the same in packed blocks (`potstill.cache.targets.packed`)
+    any            entropy, log_z, dense, draw_* (`potstill.cache.encoding.fields`)
+
+Shape legend:  p positions of the segment, K kept entries, V vocabulary size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potstill.cache.encoding.fields import RAGGED, decode_fields, encode_fields, ragged_length, stored_shapes
+from potstill.cache.encoding.logprobs import Encoding, RankTable, StoredArrays, decode, encode_measured
+from potstill.cache.errors import CorruptSegment, FormatError
+from potstill.cache.store.groups import GroupReader, GroupWriter, Layout, Part, Reading, read_parts
+from potstill.cache.targets.packed import PackedReader, Text, encode_packed
+from potstill.cache.types import Fields, Targets
+
+# 128 KiB decoded for 64 one-byte gaps or 32 two-byte ranks: small enough to read one row, large enough for zarr.
+_CHUNK_POSITIONS = 2048
+# Only ids are cut along K, so that reading the first 32 of 128 touches a quarter of their bytes. Up to 64 they are not:
+# whole chunks read a fifth faster and are 1.4 % smaller.
+_CHUNK_IDS = 32
+_WHOLE_IDS = 64
+_SCALAR_CHUNK = 1 << 15
+_DENSE_CHUNK_ENTRIES = 1 << 18
+_PACKED_CHUNK = 1 << 17
+
+# Blosc's shuffle and zstd's level: what is smallest on SmolLM2's targets without slowing the writing of a segment much.
+_COMPRESSION: Mapping[str, tuple[Literal["noshuffle", "shuffle", "bitshuffle"], int]] = {
+    "ids": ("bitshuffle", 6),
+    "gaps": ("noshuffle", 7),
+    "log_tail": ("shuffle", 7),
+    "label_logprob": ("shuffle", 7),
+    "entropy": ("shuffle", 7),
+    "log_z": ("shuffle", 7),
+    "draw_gaps": ("shuffle", 7),
+    "draw_counts": ("noshuffle", 7),
+    "coded": ("noshuffle", 1),
+    "draws_coded": ("noshuffle", 1),
+}
+
+_RANK_DTYPES = ("uint16", "uint32")
+_FLOAT_DTYPES = ("float16", "float32")
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedSegment:
+    """The arrays to store, and the error that was measured on the top-k."""
+
+    arrays: StoredArrays
+    error: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A range of positions of one segment."""
+
+    reader: SegmentReader
+    start: int
+    stop: int
+
+
+def encode_segment(
+    targets: Targets, fields: Fields, encoding: Encoding, ranks: RankTable, text: Text
+) -> EncodedSegment:
+    """What a segment of `fields` stores; `text` is what its targets are of.
+
+    Raises:
+        TeacherFailed: what no teacher can mean (`check_targets`, `check_fields`).
+    """
+    if encoding.packed:
+        return EncodedSegment(*encode_packed(targets, fields, encoding, ranks, text))
+    arrays: StoredArrays = {}
+    error: dict[str, float] = {}
+    if fields.k:
+        arrays, measured = encode_measured(targets, encoding, ranks)
+        error = measured.to_json()
+    return EncodedSegment({**arrays, **encode_fields(targets, fields, encoding, ranks)}, error)
+
+
+def write_arrays(writer: GroupWriter, arrays: StoredArrays) -> None:
+    """Write what `encode_segment` (or `potstill.cache.encoding.logprobs.encode`) made."""
+    for name, array in arrays.items():
+        writer.write(name, array, array_layout(name, array.shape))
+
+
+def array_layout(name: str, shape: tuple[int, ...], object_positions: int | None = None) -> Layout:
+    """How an array of a segment is cut and compressed; `object_positions` of axis 0 share an object, by default all."""
+    shuffle, level = _COMPRESSION.get(name, ("bitshuffle", 5))
+    return Layout(_chunk(name, shape), object_positions, shuffle, level)
+
+
+def _chunk(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if len(shape) == 1:
+        return (_PACKED_CHUNK if name.endswith("coded") else _SCALAR_CHUNK,)
+    if name == "dense":
+        return (max(1, _DENSE_CHUNK_ENTRIES // shape[1]), shape[1])
+    return (_CHUNK_POSITIONS, _CHUNK_IDS if name == "ids" and shape[1] > _WHOLE_IDS else max(shape[1], 1))
+
+
+class SegmentReader:
+    """Decoded targets of one segment, positions counted from its start. Thread-safe."""
+
+    def __init__(
+        self,
+        group: GroupReader,
+        *,
+        fields: Fields,
+        encoding: Encoding,
+        ranks: RankTable,
+        text: Text,
+        reading: Reading,
+    ) -> None:
+        self.group = group
+        self.encoding = encoding
+        self.ranks = ranks
+        self._fields = fields
+        self._num_positions = text.num_positions
+        self._packed = None
+        if encoding.packed:
+            self._packed = PackedReader(group, fields, ranks, text, reading)
+        elif fields.k:
+            self._expect_top_k(fields.k)
+        with self._damage_named():
+            self._expect_fields(self._plain_fields(fields))
+
+    def top_k_names(self) -> tuple[str, ...]:
+        """The arrays of a top-k that is not packed."""
+        return ("ids", "gaps" if self.encoding.name == "u8" else "logprobs", "log_tail", "label_logprob")
+
+    def top_k_parts(self, piece: Piece, k: int) -> list[Part]:
+        """What to read for the top `k` of a range: all values, but of the ids no more chunks than `k` needs."""
+        columns = {"ids": min(k, self._fields.k)}
+        return [Part(name, piece.start, piece.stop, columns.get(name)) for name in self.top_k_names()]
+
+    def read_packed_top_k(self, start: int, stop: int) -> StoredArrays:
+        """The arrays that `top_k_names` names, out of packed blocks, with all K ids."""
+        assert self._packed is not None, "asked of a packed segment only"
+        return self._packed.top_k(start, stop)
+
+    def read_fields(self, start: int, stop: int, want: Fields) -> Targets:
+        """What is wanted beside the top-k.
+
+        Raises:
+            CorruptSegment: stored bytes are damaged, or decode to what no encoder writes.
+        """
+        with self._damage_named():
+            targets = decode_fields(
+                self.group.read,
+                range(start, stop),
+                self._plain_fields(want),
+                self.encoding,
+                self.ranks,
+                self._num_positions,
+            )
+            if self._packed is not None and want.draws:
+                return replace(targets, draws=self._packed.draws(start, stop))
+            return targets
+
+    def read_column(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
+        """One stored array of floats alone; `name` is `log_tail`, `label_logprob` or `entropy`."""
+        if self._packed is not None and name != "entropy":
+            return self._packed.top_k(start, stop)[name].astype(np.float32)
+        return self.group.read(name, start, stop).astype(np.float32)
+
+    def _plain_fields(self, fields: Fields) -> Fields:
+        """Those of the fields that `potstill.cache.encoding.fields` reads here; k does not matter to it."""
+        return replace(fields, k=max(fields.k, 1), draws=0 if self._packed is not None else fields.draws)
+
+    def _expect_top_k(self, k: int) -> None:
+        num_positions, group = self._num_positions, self.group
+        group.expect("ids", (num_positions, k), _RANK_DTYPES)
+        if self.encoding.name == "u8":
+            group.expect("gaps", (num_positions, k - 1), ("uint8",))
+        else:
+            group.expect("logprobs", (num_positions, k), _FLOAT_DTYPES)
+        for name in ("log_tail", "label_logprob"):
+            group.expect(name, (num_positions,), _FLOAT_DTYPES)
+
+    def _expect_fields(self, fields: Fields) -> None:
+        shapes = stored_shapes(fields, self.encoding, self._num_positions, len(self.ranks.ids_by_rank))
+        ragged = 0
+        if "draw_starts" in shapes:
+            self.group.expect("draw_starts", shapes["draw_starts"].shape, ("int64",))
+            ragged = ragged_length(self.group.read_all("draw_starts"), fields, self._num_positions)
+        for name, stored in shapes.items():
+            shape = tuple(ragged if size == RAGGED else size for size in stored.shape)
+            self.group.expect(name, shape, (stored.dtype,))
+
+    def _damage_named(self) -> _DamageNamed:
+        return _DamageNamed(self.group.path)
+
+
+def read_pieces(pieces: Sequence[Piece], want: Fields) -> list[Targets]:
+    """One `Targets` per piece; all pieces are of one segment set, which has what is wanted.
+
+    Raises:
+        CorruptSegment: stored bytes are damaged, or decode to what no encoder writes.
+    """
+    targets = _read_top_k(pieces, want.k) if want.k else [None] * len(pieces)
+    if want.only_top_k:
+        return [part for part in targets if part is not None]
+    others = [piece.reader.read_fields(piece.start, piece.stop, want) for piece in pieces]
+    return [with_fields(part, other) for part, other in zip(targets, others, strict=True)]
+
+
+def with_fields(top_k: Targets | None, other: Targets) -> Targets:
+    """A top-k with the fields that `other` has beside it."""
+    if top_k is None:
+        return other
+    found: dict[str, Any] = {name: getattr(other, name) for name in ("entropy", "log_z", "dense", "draws")}
+    return replace(top_k, **{name: value for name, value in found.items() if value is not None})
+
+
+def _read_top_k(pieces: Sequence[Piece], k: int) -> list[Targets | None]:
+    """All pieces are read in one go and decoded as one array: most of a short row's cost is the calls."""
+    reader = pieces[0].reader
+    if reader.encoding.packed:
+        stored = [piece.reader.read_packed_top_k(piece.start, piece.stop) for piece in pieces]
+    else:
+        names = reader.top_k_names()
+        wanted = [(piece.reader.group, part) for piece in pieces for part in piece.reader.top_k_parts(piece, k)]
+        arrays = read_parts(wanted)
+        stored = [dict(zip(names, arrays[i : i + len(names)], strict=True)) for i in range(0, len(arrays), len(names))]
+    joined = {
+        name: np.concatenate([part[name] for part in stored]) if len(stored) > 1 else stored[0][name]
+        for name in stored[0]
+    }
+    with _DamageNamed(", ".join(dict.fromkeys(piece.reader.group.path for piece in pieces))):
+        targets = decode(joined, reader.encoding, reader.ranks, k=k)
+        if not (targets.log_tail <= 0).all():
+            raise FormatError("log_tail holds NaN or a tail of more than all mass")
+    ends = np.cumsum([piece.stop - piece.start for piece in pieces]).tolist()
+    return [targets[start:stop] for start, stop in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+class _DamageNamed:
+    """Turns what decoding refuses into `CorruptSegment`, naming the segment."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, FormatError):
+            raise CorruptSegment(f"{self._path}: {error}") from error

@@ -1,0 +1,363 @@
+"""A target set: one teacher's targets for one corpus, in one or more segment sets.
+
+    targets/<teacher>/<corpus>/              the segment set that was made first
+    targets/<teacher>/<corpus>/sets/<name>/  fields that were added later
+
+A reader sees their fields together; a writer fills the sets that lack a shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import reduce
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potstill.cache.corpus.corpus import Corpus
+from potstill.cache.encoding.fields import check_kept
+from potstill.cache.encoding.logprobs import Encoding
+from potstill.cache.errors import CorruptSegment, InvalidInput, SpecMismatch, UnknownTeacher, UnsupportedField
+from potstill.cache.store.groups import Reading
+from potstill.cache.store.root import Root, check_name
+from potstill.cache.targets.commit import Commit
+from potstill.cache.targets.ranks import pilot_rows
+from potstill.cache.targets.segment import Piece, read_pieces, with_fields
+from potstill.cache.targets.segment_set import SegmentSet
+from potstill.cache.targets.set_spec import SetSpec, require_same
+from potstill.cache.types import Fields, Provenance, Targets, TeacherIdentity
+from potstill.cache.wanted import shared_fields, wanted_fields
+
+_MANY_ROWS = 256
+
+
+class TargetSet:
+    """Read, and in mode `r+` write, one teacher's targets for one corpus. Safe to share between threads."""
+
+    def __init__(self, teacher: str, corpus: Corpus, sets: Sequence[SegmentSet]) -> None:
+        assert sets, "a target set has at least one segment set"
+        self.teacher = teacher
+        self.corpus = corpus
+        self.sets = tuple(sets)
+
+    @classmethod
+    def open(cls, root: Root, teacher: str, corpus: Corpus, reading: Reading) -> TargetSet:
+        """Open all that is there.
+
+        Raises:
+            UnknownTeacher: the teacher has no targets for this corpus.
+            SpecMismatch: they were made for another corpus of this name.
+        """
+        sets = _open_sets(root, teacher, corpus, reading)
+        if not sets:
+            raise UnknownTeacher(f"teacher {teacher!r} has no targets for corpus {corpus.name!r} in {root.url}")
+        return cls(teacher, corpus, sets)
+
+    @classmethod
+    def plan(cls, root: Root, teacher: str, corpus: Corpus, spec: SetSpec, reading: Reading) -> TargetSet:
+        """The segment sets to fill so that the fields of `spec` are there; nothing is stored before a shard is.
+
+        Fields that are there already are taken as they are; those that are not become a new segment set. When some
+        of the sets are complete, only the others are in what is returned.
+
+        Raises:
+            SpecMismatch: the teacher has another identity, or a field is there with other parameters or encoding, or
+                the teacher's tokenizer or vocabulary does not fit the corpus.
+            InvalidInput: more entries or draws than the encoding keeps.
+        """
+        _check_fits(teacher, corpus, spec.identity)
+        check_kept(spec.fields, spec.encoding)
+        sets = []
+        missing: Fields | None = spec.fields
+        for found in _open_sets(root, teacher, corpus, reading):
+            left = None if missing is None else missing.without(found.spec.fields)
+            held = left != missing
+            require_same(found.path, replace(found.spec, identity=spec.identity), found.spec)
+            if held:
+                require_same(found.path, replace(found.spec, encoding=spec.encoding), found.spec)
+                sets.append(found)
+            missing = left
+        if missing is not None:
+            path = targets_path(teacher, corpus.name)
+            if root.get(f"{path}/zarr.json") is not None:
+                path = f"{path}/sets/{_set_name(missing)}"
+            sets.append(SegmentSet(root, path, corpus, replace(spec, fields=missing), reading))
+        unfinished = [each for each in sets if not each.committed.all()]
+        return cls(teacher, corpus, unfinished or sets)
+
+    @property
+    def root(self) -> Root:
+        """Where it is stored."""
+        return self.sets[0].root
+
+    @property
+    def identity(self) -> TeacherIdentity:
+        """Whose targets these are."""
+        return self.sets[0].spec.identity
+
+    @property
+    def fields(self) -> Fields:
+        """What is kept of each position, over all segment sets."""
+        return reduce(Fields.joined, (each.spec.fields for each in self.sets))
+
+    @property
+    def encoding(self) -> Encoding:
+        """How logprobs are kept; of a target set without a top-k, that of its first segment set."""
+        with_top_k = [each for each in self.sets if each.spec.fields.k]
+        return (with_top_k or self.sets)[0].spec.encoding
+
+    @property
+    def committed(self) -> NDArray[np.bool_]:
+        """[S] which shards have a commit in every segment set right now."""
+        every: NDArray[np.bool_] = np.logical_and.reduce([each.committed for each in self.sets])
+        return every
+
+    def is_committed(self, shard: int) -> bool:
+        """Whether every segment set has a commit of the shard right now."""
+        return all(each.commit_of(shard) is not None for each in self.sets)
+
+    def top_k_only(self) -> TargetSet:
+        """The segment set that holds the top-k, alone: what other fields lack does not matter then.
+
+        Raises:
+            UnsupportedField: there is no top-k.
+        """
+        sets = [each for each in self.sets if each.spec.fields.k]
+        if not sets:
+            raise UnsupportedField(
+                f"teacher {self.teacher!r} has no top-k for corpus {self.corpus.name!r}; "
+                "run `potstill prefill` or `fill` for it"
+            )
+        return TargetSet(self.teacher, self.corpus, sets)
+
+    def read(self, start: int, stop: int, *, k: int | None = None, fields: Fields | None = None) -> Targets:
+        """Targets of positions `start` to `stop`: what `fields` names, by default all that is kept.
+
+        Args:
+            start: first position.
+            stop: one past the last.
+            k: of each position the top `k`, whatever `fields` says; 0 for none.
+            fields: what to read; what it does not name is not touched.
+
+        Raises:
+            InvalidInput: a range outside the corpus. UnsupportedField: what is not kept.
+            NotCommitted: a position whose shard has no commit. CorruptSegment: stored bytes are damaged.
+        """
+        self._require_inside(start, stop)
+        starts = self.corpus.shard_starts
+        shard = int(np.searchsorted(starts, start, side="right")) - 1
+        ranges = []
+        while start < stop:
+            end = min(stop, int(starts[shard + 1]))
+            ranges.append((start, end))
+            start, shard = end, shard + 1
+        return Targets.concat(self._read_ranges(ranges, self._wanted(k, fields)))
+
+    def read_rows(self, rows: Sequence[int], *, k: int | None = None, fields: Fields | None = None) -> list[Targets]:
+        """One `Targets` per row index, in order; arguments and errors as of `read`."""
+        want = self._wanted(k, fields)
+        found: list[Targets] = []
+        for first in range(0, len(rows), _MANY_ROWS):
+            spans = self.corpus.spans(rows[first : first + _MANY_ROWS]).tolist()
+            found.extend(self._read_ranges([(start, stop) for start, stop in spans], want))
+        return found
+
+    def commits_of(self, shards: Sequence[int], want: Fields) -> list[Commit]:
+        """The commits that hold what is wanted of each shard, by shard and segment set; no target is read.
+
+        Raises:
+            NotCommitted: a shard lacks one. UnsupportedField: what is not kept.
+        """
+        left: Fields | None = self._wanted(None, want)
+        holders = []
+        for each in self.sets:
+            part = None if left is None else shared_fields(left, each.spec.fields)
+            if left is not None and part is not None:
+                left = left.without(part)
+                holders.append(each)
+        with self._way_out():
+            return [each.require_commit(shard) for shard in shards for each in holders]
+
+    def read_column(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
+        """One number a position, `log_tail`, `label_logprob` or `entropy`, without reading anything else.
+
+        Raises:
+            UnsupportedField: it is not kept. Others as `read`.
+        """
+        self._require_inside(start, stop)
+        holders = [
+            each for each in self.sets if (each.spec.fields.entropy if name == "entropy" else each.spec.fields.k)
+        ]
+        if name not in ("log_tail", "label_logprob", "entropy") or not holders:
+            raise UnsupportedField(
+                f"{name!r} is not a column of teacher {self.teacher!r}'s targets for corpus {self.corpus.name!r}"
+            )
+        parts = []
+        while start < stop:
+            with self._way_out():
+                piece = self._piece(holders[0], start, stop)
+                parts.append(piece.reader.read_column(name, piece.start, piece.stop))
+            start += piece.stop - piece.start
+        return np.concatenate([np.empty(0, np.float32), *parts])
+
+    def pilot_rows(self) -> list[int]:
+        """Rows to score before anything is written, for `make_ranks`; none when that was done."""
+        # All fields are scored of them, so those of all sets bound how many they are.
+        return pilot_rows(self.corpus, self.fields) if any(each.pilot_rows() for each in self.sets) else []
+
+    def make_ranks(self, pilot: Targets) -> None:
+        """Make the rank tables of the pilot rows' targets, unless another writer was faster.
+
+        Raises:
+            TeacherFailed: an id over the vocabulary. StoreError: the store is full or cannot be written.
+        """
+        for each in self.sets:
+            if each.pilot_rows():
+                each.make_ranks(_only(pilot, each.spec.fields))
+
+    @property
+    def claims_path(self) -> str:
+        """Where the claims of jobs that fill this live, below the root."""
+        return self.sets[0].claims_path
+
+    def write_shard(
+        self,
+        shard: int,
+        targets: Targets,
+        provenance: Provenance,
+        *,
+        still_mine: Callable[[], bool] = lambda: True,
+    ) -> bool:
+        """Store a shard's targets and commit them; False when the shard is another writer's.
+
+        `still_mine` is asked right before each commit: a writer that stalled past its claim loses there.
+
+        Raises:
+            StoreError: the store is full or cannot be written; the shard stays uncommitted.
+            TeacherFailed: the targets are not a teacher's (NaN, unsorted, ids over the vocabulary).
+        """
+        lacking = [each for each in self.sets if each.commit_of(shard) is None]
+        won = [each.write_shard(shard, _only(targets, each.spec.fields), provenance, still_mine) for each in lacking]
+        return bool(won) and all(won)
+
+    def fold(self) -> bool:
+        """Fold the commits of what is complete into manifests; whether this call did.
+
+        Raises:
+            StoreError: the store is full or cannot be written; the commits stand.
+        """
+        folded = [each.fold() for each in self.sets]
+        return any(folded)
+
+    def _require_inside(self, start: int, stop: int) -> None:
+        if not 0 <= start < stop <= self.corpus.num_positions:
+            raise InvalidInput(
+                f"positions {start} to {stop} are outside corpus {self.corpus.name!r} "
+                f"of {self.corpus.num_positions} positions"
+            )
+
+    def _wanted(self, k: int | None, fields: Fields | None) -> Fields:
+        return wanted_fields(self.fields, k, fields, f"teacher {self.teacher!r} on corpus {self.corpus.name!r}")
+
+    def _read_ranges(self, ranges: Sequence[tuple[int, int]], want: Fields) -> list[Targets]:
+        found: list[Targets | None] = [None] * len(ranges)
+        left: Fields | None = want
+        for each in self.sets:
+            part = None if left is None else shared_fields(left, each.spec.fields)
+            if left is None or part is None or not ranges:
+                continue
+            # Jobs that add fields at the same moment may leave two sets with one field: the first has it.
+            left = left.without(part)
+            with self._way_out():
+                read = read_pieces([self._piece(each, start, stop) for start, stop in ranges], part)
+            found = [
+                new if old is None else with_fields(*((old, new) if old.k else (new, old)))
+                for old, new in zip(found, read, strict=True)
+            ]
+        return [targets for targets in found if targets is not None]
+
+    @contextmanager
+    def _way_out(self) -> Iterator[None]:
+        """Says of damage that a reader meets what to do about it; `verify` reads segment sets without this."""
+        try:
+            yield
+        except CorruptSegment as error:
+            # Without the root, which a service's clients need not know.
+            more = "`potstill verify` of its cache tells what else is damaged and how to mend it"
+            raise CorruptSegment(f"{error.detail}; {more}") from error
+
+    def _piece(self, segments: SegmentSet, start: int, stop: int) -> Piece:
+        """The part of a range that lies in the shard of its first position."""
+        starts = self.corpus.shard_starts
+        shard = int(np.searchsorted(starts, start, side="right")) - 1
+        low, high = int(starts[shard]), int(starts[shard + 1])
+        return Piece(segments.reader(shard), start - low, min(stop, high) - low)
+
+
+def targets_path(teacher: str, corpus: str) -> str:
+    """Where a target set lives below the root."""
+    return f"targets/{check_name('teacher', teacher)}/{check_name('corpus', corpus)}"
+
+
+def target_set_paths(root: Root) -> list[str]:
+    """Where every target set lives, complete or not."""
+    return [
+        f"targets/{teacher}/{corpus}"
+        for teacher in root.folders("targets")
+        for corpus in root.folders(f"targets/{teacher}")
+    ]
+
+
+def segment_set_paths(root: Root, target_set: str) -> list[str]:
+    """Where every segment set of a target set lives, complete or not."""
+    return [target_set, *(f"{target_set}/sets/{name}" for name in root.folders(f"{target_set}/sets"))]
+
+
+def has_targets(root: Root, teacher: str, corpus: str) -> bool:
+    """Whether a teacher's target set for a corpus was begun."""
+    paths = segment_set_paths(root, targets_path(teacher, corpus))
+    return any(root.get(f"{path}/zarr.json") is not None for path in paths)
+
+
+def _open_sets(root: Root, teacher: str, corpus: Corpus, reading: Reading) -> list[SegmentSet]:
+    paths = segment_set_paths(root, targets_path(teacher, corpus.name))
+    opened = (SegmentSet.open(root, path, corpus, reading) for path in paths)
+    return [each for each in opened if each is not None]
+
+
+def _set_name(fields: Fields) -> str:
+    parts = [
+        f"top-{fields.k}" if fields.k else "",
+        f"draws-{fields.draws}" if fields.draws else "",
+        "entropy" if fields.entropy else "",
+        "log-z" if fields.temperatures else "",
+        "dense" if fields.dense else "",
+    ]
+    return "_".join(part for part in parts if part)
+
+
+def _only(targets: Targets, fields: Fields) -> Targets:
+    """Targets with the fields of one segment set; the others are another set's to keep."""
+    held = targets if fields.k else targets.without_top_k()
+    kept = {
+        "entropy": held.entropy if fields.entropy else None,
+        "log_z": held.log_z if fields.temperatures else None,
+        "dense": held.dense if fields.dense else None,
+        "draws": held.draws if fields.draws else None,
+    }
+    return replace(held, **kept)  # type: ignore[arg-type]
+
+
+def _check_fits(teacher: str, corpus: Corpus, identity: TeacherIdentity) -> None:
+    if identity.tokenizer_sha256 != corpus.tokenizer_sha256:
+        raise SpecMismatch(
+            f"teacher {teacher!r} has tokenizer {identity.tokenizer_sha256[:12]}, corpus {corpus.name!r} was made with "
+            f"{corpus.tokenizer_sha256[:12]}; ingest the text again with the teacher's tokenizer"
+        )
+    if corpus.spec.max_token_id >= identity.vocab_size:
+        raise SpecMismatch(
+            f"corpus {corpus.name!r} has token id {corpus.spec.max_token_id}, teacher {teacher!r} knows "
+            f"{identity.vocab_size} ids; ingest the text again with the teacher's tokenizer"
+        )

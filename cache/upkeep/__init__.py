@@ -1,0 +1,1 @@
+"""Looking after a cache: inspection, integrity, drift from a live teacher, garbage, deletion, estimates."""

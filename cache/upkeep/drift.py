@@ -1,0 +1,210 @@
+"""Drift: how far stored targets are from what a live teacher answers for the same rows now.
+
+Shape legend:  P positions, K kept entries, V vocabulary size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potstill.cache.encoding.logprobs import Encoding
+from potstill.cache.errors import InvalidInput, NotCommitted, SpecMismatch
+from potstill.cache.targets.target_set import TargetSet
+from potstill.cache.types import Fields, Targets, Teacher, TeacherIdentity
+
+# Rows that are at the teacher at one time.
+_BATCH_ROWS = 4
+# A decoded `u8` gap of this many nats did not fit its code; what follows it is no longer within the bound.
+_SATURATED_GAP = 15.9
+# float16 keeps a logprob to this share of itself.
+_FLOAT16_ERROR = 2.0**-11
+# Less than no mass where the other has some counts as 1e-45, as in `potstill.cache.encoding.logprobs`.
+_LEAST_LOGPROB = -103.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drift:
+    """Of a sample of rows; differences are of natural-log probabilities."""
+
+    rows: int
+    positions: int
+    max_abs: float
+    """Largest |stored - live| over the entries both have; of a stored entry that the live top-k has not, how far it is
+    above the last one that it has. Entries that did not fit their code are left out."""
+    mean_abs: float
+    """Mean of |stored - live| over the entries both have."""
+    mean_kl: float
+    """Mean over positions of KL(stored || live) over the entries both have and one bucket of all others."""
+    same_ids: float
+    """Share of the stored entries that the live top-k has too."""
+    label_max_abs: float
+    label_over_bound: float
+    """How far the worst label is outside its own bound, the encoding's or float16's; 0 when none is."""
+    encoding: str
+    bound: float
+    """What the encoding alone may do to a logprob."""
+
+    def within(self, tolerance: float) -> bool:
+        """Whether the drift is no more than the encoding's own error and `tolerance` nats."""
+        return self.max_abs <= self.bound + tolerance and self.label_over_bound <= tolerance
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with one key per attribute."""
+        return asdict(self)
+
+
+def check_same_vocabulary(stored: TeacherIdentity, live: TeacherIdentity) -> str:
+    """What differs between two identities, in words; an empty string when nothing does.
+
+    Raises:
+        SpecMismatch: the tokenizer or the vocabulary, so that ids do not mean the same.
+    """
+    for name in ("tokenizer_sha256", "vocab_size"):
+        ours, theirs = getattr(stored, name), getattr(live, name)
+        if ours != theirs:
+            raise SpecMismatch(
+                f"the stored targets have {name} {str(ours)[:12]}, the live teacher has {str(theirs)[:12]}: their ids "
+                "do not mean the same; name the model that the targets are of"
+            )
+    return stored.differences(live)
+
+
+def sample_rows(targets: TargetSet, count: int, seed: int) -> list[int]:
+    """Different committed rows at random, sorted; fewer than `count` where there are no more.
+
+    Raises:
+        InvalidInput: `count` is less than 1, or `seed` than 0. NotCommitted: there is not one.
+    """
+    if count < 1:
+        raise InvalidInput(f"--sample is {count}; it must be at least 1")
+    if seed < 0:
+        raise InvalidInput(f"--seed is {seed}; it must be at least 0")
+    starts = targets.corpus.shard_rows
+    shards = np.flatnonzero(targets.committed)
+    ends = np.cumsum(starts[shards + 1] - starts[shards])
+    if not len(ends):
+        raise NotCommitted(f"teacher {targets.teacher!r} has no committed shard of corpus {targets.corpus.name!r}")
+    total = int(ends[-1])
+    chosen = np.random.default_rng(seed).choice(total, min(count, total), replace=False, shuffle=False)
+    places = np.sort(chosen)
+    of_shard = np.searchsorted(ends, places, side="right")
+    rows: list[int] = (starts[shards[of_shard] + 1] - (ends[of_shard] - places)).tolist()
+    return rows
+
+
+async def measure_drift(teacher: Teacher, targets: TargetSet, rows: Sequence[int]) -> Drift:
+    """Score rows again and compare them with what is stored; `targets` holds a top-k.
+
+    Raises:
+        CorruptSegment: stored bytes are damaged. Whatever the teacher raises.
+    """
+    limit = teacher.limits.max_top_k
+    k = targets.fields.k if limit is None else min(limit, targets.fields.k)
+    tally = _Tally(targets.encoding)
+    for start in range(0, len(rows), _BATCH_ROWS):
+        batch = rows[start : start + _BATCH_ROWS]
+        stored = targets.read_rows(batch, fields=Fields(k=k))
+        live = await teacher.score([targets.corpus.row(row) for row in batch], Fields(k=k))
+        for ours, theirs in zip(stored, live, strict=True):
+            tally.add(ours, theirs)
+    return tally.drift()
+
+
+class _Tally:
+    """The figures of rows that come one after the other."""
+
+    def __init__(self, encoding: Encoding) -> None:
+        self._encoding = encoding
+        self._rows = self._positions = self._entries = self._shared = 0
+        self._max_abs = self._sum_abs = self._sum_kl = self._label_max = self._label_over = 0.0
+
+    def add(self, stored: Targets, live: Targets) -> None:
+        """Take up one row."""
+        ours, theirs = stored.logprobs.astype(np.float64), live.logprobs.astype(np.float64)
+        place = _places(stored.ids, live.ids)
+        shared = place >= 0
+        at_live = np.take_along_axis(theirs, np.maximum(place, 0), axis=1)
+        in_code = _in_code(ours, self._encoding)
+        difference = _distance(ours, at_live)[shared & in_code]
+        beyond = np.maximum(ours - theirs[:, -1:], 0.0)[~shared & in_code]
+        self._rows += 1
+        self._positions += len(ours)
+        self._entries += shared.size
+        self._shared += int(shared.sum())
+        self._sum_abs += float(difference.sum())
+        self._max_abs = max(self._max_abs, float(difference.max(initial=0.0)), float(beyond.max(initial=0.0)))
+        self._sum_kl += float(_kl(stored, live, shared, at_live).sum())
+        self._add_labels(stored.label_logprob.astype(np.float64), live.label_logprob.astype(np.float64))
+
+    def drift(self) -> Drift:
+        """Of all rows so far."""
+        return Drift(
+            rows=self._rows,
+            positions=self._positions,
+            max_abs=self._max_abs,
+            mean_abs=self._sum_abs / max(self._shared, 1),
+            mean_kl=self._sum_kl / max(self._positions, 1),
+            same_ids=self._shared / max(self._entries, 1),
+            label_max_abs=self._label_max,
+            label_over_bound=self._label_over,
+            encoding=self._encoding.name,
+            bound=self._encoding.max_abs_error,
+        )
+
+    def _add_labels(self, stored: NDArray[np.float64], live: NDArray[np.float64]) -> None:
+        have = ~np.isnan(stored) & ~np.isnan(live)
+        difference = _distance(stored[have], live[have])
+        bound = np.maximum(self._encoding.max_abs_error, np.abs(np.maximum(live[have], -1e4)) * _FLOAT16_ERROR)
+        self._label_max = max(self._label_max, float(difference.max(initial=0.0)))
+        self._label_over = max(self._label_over, float((difference - bound).max(initial=0.0)))
+        if not np.array_equal(np.isnan(stored), np.isnan(live)):
+            self._label_over = float("inf")
+
+
+def _places(stored: NDArray[np.uint32], live: NDArray[np.uint32]) -> NDArray[np.int64]:
+    """[P, K] where each stored id stands among the live ones of its position, -1 where it does not."""
+    order = np.argsort(live, axis=1, kind="stable")
+    base = np.arange(len(live), dtype=np.int64)[:, None] << 32
+    ranked = (np.take_along_axis(live, order, axis=1).astype(np.int64) + base).reshape(-1)
+    wanted = stored.astype(np.int64) + base
+    at = np.minimum(np.searchsorted(ranked, wanted.reshape(-1)), len(ranked) - 1)
+    found = (ranked[at] == wanted.reshape(-1)).reshape(stored.shape)
+    places = order.reshape(-1)[at].reshape(stored.shape)
+    return np.where(found, places, -1)
+
+
+def _in_code(stored: NDArray[np.float64], encoding: Encoding) -> NDArray[np.bool_]:
+    """[P, K] entries before the first gap that did not fit its code."""
+    if encoding.name in ("f16", "f32"):
+        return np.ones(stored.shape, dtype=bool)
+    wide = np.zeros(stored.shape, dtype=bool)
+    wide[:, 1:] = stored[:, :-1] - stored[:, 1:] > _SATURATED_GAP
+    return ~np.logical_or.accumulate(wide, axis=1)
+
+
+def _distance(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> NDArray[np.float64]:
+    """|ours - theirs|, 0 where both are -inf."""
+    with np.errstate(invalid="ignore"):
+        return np.where(ours == theirs, 0.0, np.abs(ours - theirs))
+
+
+def _kl(stored: Targets, live: Targets, shared: NDArray[np.bool_], at_live: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[P] KL(stored || live) over the shared entries and a bucket of all else."""
+    ours, theirs = stored.logprobs.astype(np.float64), live.logprobs.astype(np.float64)
+    rest_ours = np.exp(stored.log_tail.astype(np.float64)) + np.where(shared, 0.0, np.exp(ours)).sum(axis=1)
+    shared_live = _places(live.ids, stored.ids) >= 0
+    rest_theirs = np.exp(live.log_tail.astype(np.float64)) + np.where(shared_live, 0.0, np.exp(theirs)).sum(axis=1)
+    with np.errstate(divide="ignore"):
+        rest = _kl_terms(np.log(rest_ours), np.log(rest_theirs))
+    kl: NDArray[np.float64] = np.where(shared, _kl_terms(ours, at_live), 0.0).sum(axis=1) + rest
+    return kl
+
+
+def _kl_terms(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.float64]:
+    finite = np.where(np.isneginf(p), 0.0, p)
+    return np.where(np.isneginf(p), 0.0, np.exp(p) * (finite - np.maximum(q, _LEAST_LOGPROB)))

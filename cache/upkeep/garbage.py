@@ -1,0 +1,219 @@
+"""What no record names: left by a writer that was killed, or that lost the race for a commit.
+
+Of one segment set the names of its segments and of its commits are listed once each, and only the commits of shards
+with several segments are read; so a set of 10^5 segments costs some hundred requests. Where a record cannot
+be read, nothing that it may name is garbage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from potstill.cache.errors import CorruptSegment, FormatError
+from potstill.cache.journal.journal import CLAIMS as JOURNAL_CLAIMS
+from potstill.cache.store.record import Record, read_group_metadata, read_record
+from potstill.cache.store.root import LONGEST_NAME, TEMPORARY, Root
+from potstill.cache.targets.commit import commit_from_json, commit_name, shard_of_commit
+from potstill.cache.targets.manifest import Manifest
+from potstill.cache.targets.target_set import segment_set_paths, target_set_paths
+
+# What the count of a journal group adds to the name of its teacher.
+_COUNTED = 20
+_UNREADABLE = (FormatError, CorruptSegment)
+
+
+@dataclass(frozen=True, slots=True)
+class Garbage:
+    """One group (or folder of claims or temporary files) nobody can read."""
+
+    path: str
+    size: int
+    """Stored bytes."""
+    age_seconds: float
+    """Since anything in it was last written, by the store's clock."""
+    record: str
+    """The record that would name it if there were one; empty where none could."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Unnamed:
+    path: str
+    record: str = ""
+
+
+OnSkip = Callable[[str], None]
+
+
+def find_garbage(root: Root, *, min_age_seconds: float, on_skip: OnSkip = lambda _: None) -> list[Garbage]:
+    """What nothing names and nothing was written to for `min_age_seconds`; a live writer's group is younger.
+
+    Owners renew their claims within minutes, so a folder of old ones belongs to nobody.
+    `on_skip` gets a line for each place that is left alone because a record there cannot be read.
+    """
+    found = []
+    for each in (
+        _Unnamed(TEMPORARY),
+        _Unnamed(JOURNAL_CLAIMS),
+        *_of_corpora(root, on_skip),
+        *_of_targets(root, on_skip),
+        *_of_journals(root, on_skip),
+    ):
+        age = root.seconds_since_write(each.path)
+        if age is not None and age >= min_age_seconds:
+            found.append(Garbage(each.path, sum(root.sizes(each.path).values()), age, each.record))
+    return found
+
+
+def remove_garbage(root: Root, item: Garbage) -> bool:
+    """Delete it; False when it was written to, or a record has come to name it, since it was found.
+
+    Raises:
+        StoreError: the store cannot be written; part of it may be left, and is found again.
+    """
+    if item.record:
+        record = root.get(item.record)
+        # A journal's record stands beside its group and has its name.
+        if record is not None and (item.record == f"{item.path}.json" or _name(item.path).encode() in record):
+            return False
+    age = root.seconds_since_write(item.path)
+    if age is None or age < item.age_seconds:
+        return False
+    root.delete(item.path)
+    return True
+
+
+def _of_corpora(root: Root, on_skip: OnSkip) -> Iterator[_Unnamed]:
+    for name in root.folders("corpora"):
+        path = f"corpora/{name}"
+        folders = root.folders(path)
+        if "annotations" in folders:
+            yield from _of_annotations(root, f"{path}/annotations", on_skip)
+        try:
+            seal = read_group_metadata(root, path, "corpus")
+        except _UNREADABLE as error:
+            on_skip(error.detail)
+            continue
+        if seal is None and (root.objects(f"{path}/annotations") or _has_targets(root, name)):
+            on_skip(f"{path}/zarr.json is missing, and targets or annotations of the corpus are there")
+            continue
+        yield from _unnamed_groups(path, folders, "data-", seal, "data", f"{path}/zarr.json", on_skip)
+
+
+def _has_targets(root: Root, corpus: str) -> bool:
+    return any(root.get(f"targets/{teacher}/{corpus}/zarr.json") is not None for teacher in root.folders("targets"))
+
+
+def _of_annotations(root: Root, path: str, on_skip: OnSkip) -> Iterator[_Unnamed]:
+    groups = root.folders(path)
+    try:
+        records = [read_record(root, f"{path}/{name}", "annotation") for name in root.objects(path)]
+    except _UNREADABLE as error:
+        on_skip(error.detail)
+        return
+    named = {record.get("group") for record in records if record is not None}
+    for group in groups:
+        if group not in named:
+            yield _Unnamed(f"{path}/{group}", f"{path}/{group.rpartition('-')[0]}.json")
+
+
+def _of_targets(root: Root, on_skip: OnSkip) -> Iterator[_Unnamed]:
+    for target_set in target_set_paths(root):
+        for path in segment_set_paths(root, target_set):
+            folders = root.folders(path)
+            if "claims" in folders:
+                yield _Unnamed(f"{path}/claims")
+            try:
+                spec = read_group_metadata(root, path, "targets")
+            except _UNREADABLE as error:
+                on_skip(error.detail)
+                continue
+            # A deletion removes the commits first, so without them the record is not lost but deleted.
+            if spec is None and (root.objects(f"{path}/commits") or root.get(f"{path}/manifest.json") is not None):
+                on_skip(f"{path}/zarr.json is missing, and commits are there")
+            else:
+                yield from _of_segment_set(root, path, folders, on_skip)
+
+
+def _of_segment_set(root: Root, path: str, folders: list[str], on_skip: OnSkip) -> Iterator[_Unnamed]:
+    for kind in ("ranks", "manifest"):
+        try:
+            record = read_record(root, f"{path}/{kind}.json", kind)
+        except _UNREADABLE as error:
+            on_skip(error.detail)
+        else:
+            yield from _unnamed_groups(path, folders, f"{kind}-", record, "group", f"{path}/{kind}.json", on_skip)
+    # Segments first: one that is committed in between has its commit in the later list.
+    segments = _by_shard(root.folders(f"{path}/segments"))
+    committed = {shard_of_commit(name) for name in root.objects(f"{path}/commits")}
+    for shard, names in segments.items():
+        if shard in committed and len(names) == 1:
+            continue
+        record_path = f"{path}/commits/{commit_name(shard)}"
+        try:
+            named = _committed_segment(root, path, shard)
+        except _UNREADABLE as error:
+            on_skip(error.detail)
+            continue
+        if named is not None and named not in names:
+            on_skip(f"{record_path} names {named!r}, which is not there")
+            continue
+        yield from (_Unnamed(f"{path}/segments/{name}", record_path) for name in names if name != named)
+
+
+def _committed_segment(root: Root, path: str, shard: int) -> str | None:
+    """What the shard's commit names, or the manifest if the commit is lost."""
+    record_path = f"{path}/commits/{commit_name(shard)}"
+    record = read_record(root, record_path, "commit")
+    if record is not None:
+        return commit_from_json(record_path, shard, record).segment
+    folded = read_record(root, f"{path}/manifest.json", "manifest")
+    if folded is None:
+        return None
+    num_shards = folded.get("shards")
+    manifest = Manifest.open(root, path, num_shards) if isinstance(num_shards, int) and shard < num_shards else None
+    if manifest is None:
+        raise FormatError(f"{path}/manifest.json is not the manifest of a set with shard {shard}")
+    return manifest.commits(shard, shard + 1)[0].segment
+
+
+def _by_shard(segments: list[str]) -> dict[int, list[str]]:
+    """Names of segments by the shard they are attempts at; other names are nobody's to remove."""
+    found: dict[int, list[str]] = {}
+    for name in segments:
+        shard = name.partition("-")[0]
+        if shard.isdecimal():
+            found.setdefault(int(shard), []).append(name)
+    return found
+
+
+def _unnamed_groups(
+    path: str, folders: list[str], prefix: str, record: Record | None, key: str, record_path: str, on_skip: OnSkip
+) -> Iterator[_Unnamed]:
+    named = None if record is None else record.get(key)
+    if record is not None and named not in folders:
+        # Format 1 does not notice a flip in its records: one of these may be what it meant.
+        on_skip(f"{record_path} names {named!r}, which is not there")
+        return
+    for name in folders:
+        if name.startswith(prefix) and name != named:
+            yield _Unnamed(f"{path}/{name}", record_path)
+
+
+def _of_journals(root: Root, on_skip: OnSkip) -> Iterator[_Unnamed]:
+    for process in root.folders("journal"):
+        path = f"journal/{process}"
+        groups = root.folders(path, longest=LONGEST_NAME + _COUNTED)
+        records = [name for name in root.objects(path) if name.endswith(".json")]
+        unnamed = [name for name in groups if f"{name}.json" not in records]
+        try:
+            # Another format may name its groups in another way.
+            _ = [read_record(root, f"{path}/{name}", "journal") for name in records if unnamed]
+        except _UNREADABLE as error:
+            on_skip(error.detail)
+        else:
+            yield from (_Unnamed(f"{path}/{name}", f"{path}/{name}.json") for name in unnamed)
+
+
+def _name(path: str) -> str:
+    return path.rsplit("/", 1)[-1]

@@ -1,0 +1,280 @@
+"""What is in a cache, in numbers: what `potstill inspect` prints, and draws.
+
+Shape legend:  S shards, C commits of a segment set.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potstill.cache.cache import Cache
+from potstill.cache.corpus.annotations import open_annotation
+from potstill.cache.corpus.corpus import Corpus
+from potstill.cache.errors import CorruptSegment, FormatError, SpecMismatch
+from potstill.cache.journal.segment import SegmentRecord, journal_records
+from potstill.cache.store.groups import Reading
+from potstill.cache.store.root import Root, StoredObject
+from potstill.cache.targets.commit import Commit
+from potstill.cache.targets.lineage import ONLY_BOUNDED, Handed, measured_against
+from potstill.cache.targets.manifest import Manifest
+from potstill.cache.targets.segment_set import SegmentSet
+from potstill.cache.targets.target_set import TargetSet
+from potstill.cache.types import Fields
+
+# The figures that no bound was ever added to.
+_COUNTED = ("saturated", "saturated_mass")
+# A commit is about 5 KB in memory.
+_COMMITS_AT_ONCE = 1024
+
+
+@dataclass(slots=True)
+class SetSummary:
+    """One segment set, summed over its commits."""
+
+    segments: SegmentSet
+    folded: bool
+    covered: NDArray[np.bool_]
+    """[S] which shards have a commit."""
+    positions: int = 0
+    num_bytes: int = 0
+    array_bytes: Counter[str] = field(default_factory=Counter)
+    """Stored bytes by the array's name."""
+    errors: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    """[C] of each error figure that was measured."""
+    against: Counter[Handed] = field(default_factory=Counter)
+    """Shards by what their figures compare the decoded targets with."""
+    provenances: Counter[tuple[str, str, str, str]] = field(default_factory=Counter)
+    """Shards by engine, engine version, device and capture path."""
+    first_captured: str = ""
+    last_captured: str = ""
+
+    @property
+    def name(self) -> str:
+        """`first`, or what its folder is called."""
+        parts = self.segments.path.split("/")
+        return parts[-1] if len(parts) > 3 else "first"
+
+    @property
+    def bytes_per_position(self) -> float | None:
+        """Stored bytes over the positions that are covered."""
+        return self.num_bytes / self.positions if self.positions else None
+
+    @property
+    def worst_error(self) -> dict[str, float]:
+        """The largest of each error figure."""
+        return {name: max(values) for name, values in self.errors.items()}
+
+    @property
+    def exact_source(self) -> bool:
+        """Whether all figures compare with the teacher's own answers."""
+        return all(handed.max_abs_error == 0 for handed in self.against)
+
+    def add(self, commit: Commit, positions: int) -> None:
+        """Take up one commit."""
+        self.covered[commit.shard] = True
+        self.positions += positions
+        self.num_bytes += commit.num_bytes
+        for item in commit.objects:
+            self.array_bytes[_array_of(item)] += item.size
+        made = commit.provenance
+        if commit.error:
+            handed = measured_against(made.capture_path, commit.error, self.segments.spec.encoding)
+            self.against[handed] += 1
+            for name, value in commit.error.items():
+                if handed != ONLY_BOUNDED or name in _COUNTED:
+                    self.errors[name].append(float(value))
+        self.provenances[made.engine, made.engine_version, made.device, made.capture_path] += 1
+        if made.captured_at:
+            self.first_captured = min(self.first_captured or made.captured_at, made.captured_at)
+            self.last_captured = max(self.last_captured, made.captured_at)
+
+    def to_json(self) -> dict[str, Any]:
+        """As `inspect --json` prints it."""
+        spec = self.segments.spec
+        return {
+            "name": self.name,
+            "path": self.segments.path,
+            "fields": spec.fields.to_json(),
+            "encoding": spec.encoding.to_json(),
+            "shards_committed": int(self.covered.sum()),
+            "shards": len(self.covered),
+            "folded": self.folded,
+            "bytes": self.num_bytes,
+            "bytes_per_position": self.bytes_per_position,
+            "array_bytes": dict(self.array_bytes.most_common()),
+            "measured_error": self.worst_error,
+            "measured_against": _describe_against(self.against),
+            "provenance": [
+                dict(zip(("engine", "engine_version", "device", "capture_path", "shards"), (*key, count), strict=True))
+                for key, count in self.provenances.most_common()
+            ],
+            "first_captured": self.first_captured or None,
+            "last_captured": self.last_captured or None,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What was found: the JSON that is printed, and the sums by teacher and corpus that it was made of."""
+
+    to_json: dict[str, Any]
+    sets: dict[tuple[str, str], list[SetSummary]]
+
+
+class _Damage:
+    """The records that could not be read, a line each; what lies beside them is shown all the same."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Note what cannot be read, and go on behind the block."""
+        try:
+            yield
+        except (CorruptSegment, FormatError, SpecMismatch) as error:
+            self.lines.append(str(error))
+
+
+def inspect_cache(cache: Cache) -> Inspection:
+    """Look at every record of a cache; segments are not read.
+
+    A record that cannot be read is a line of `unreadable`, and what it is the record of is left out of the sums.
+    """
+    corpora: dict[str, Any] = {}
+    targets: dict[str, dict[str, Any]] = {}
+    summaries: dict[tuple[str, str], list[SetSummary]] = {}
+    damage = _Damage()
+    for name in cache.corpora():
+        with damage.noted():
+            corpora[name] = _describe_corpus(cache.root, cache.corpus(name))
+        for teacher in cache.teachers(name) if name in corpora else ():
+            with damage.noted():
+                opened = cache.targets(teacher, name)
+                sets = [_summarise(cache.root, each, damage) for each in opened.sets]
+                targets.setdefault(teacher, {})[name] = _describe_targets(opened, sets)
+                summaries[teacher, name] = sets
+    journals = _describe_journals(cache.root, damage)
+    return Inspection(
+        {"corpora": corpora, "targets": targets, "journals": journals, "unreadable": damage.lines}, summaries
+    )
+
+
+def fields_text(fields: Fields) -> str:
+    """Fields in a few words."""
+    parts = [
+        f"top-{fields.k}" if fields.k else "",
+        f"{fields.draws} draws (seed {fields.seed})" if fields.draws else "",
+        "entropy" if fields.entropy else "",
+        "log Z at " + ", ".join(f"{t:g}" for t in fields.temperatures) if fields.temperatures else "",
+        "dense" if fields.dense else "",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def against_text(measured_against: Sequence[Mapping[str, Any]]) -> str:
+    """`measured_against` of a set in a few words; a dash when nothing was measured."""
+    if len(measured_against) < 2:
+        return "".join(each["what"] for each in measured_against) or "-"
+    return "; ".join(f"{each['shards']:,} shards: {each['what']}" for each in measured_against)
+
+
+def _describe_corpus(root: Root, corpus: Corpus) -> dict[str, Any]:
+    annotations = {name: open_annotation(root, corpus.annotated, name) for name in corpus.annotations()}
+    return {
+        "rows": len(corpus),
+        "positions": corpus.num_positions,
+        "shards": corpus.num_shards,
+        "tokenizer_sha256": corpus.tokenizer_sha256,
+        "duplicate_rows": corpus.spec.duplicate_rows,
+        "sources": [source.to_json() for source in corpus.spec.sources],
+        "bytes": sum(item.size for item in corpus.spec.objects),
+        "annotations": {
+            name: {
+                "dtype": found.dtype,
+                "bytes": sum(item.size for item in found.objects),
+                "provenance": dict(found.provenance),
+            }
+            for name, found in annotations.items()
+        },
+    }
+
+
+def _describe_targets(targets: TargetSet, sets: list[SetSummary]) -> dict[str, Any]:
+    per_position = [each.bytes_per_position for each in sets if each.bytes_per_position is not None]
+    covered = np.logical_and.reduce([each.covered for each in sets])
+    worst: dict[str, float] = {}
+    for each in sets:
+        for name, value in each.worst_error.items():
+            worst[name] = max(worst.get(name, value), value)
+    return {
+        "identity": targets.identity.to_json(),
+        "fields": targets.fields.to_json(),
+        "encoding": targets.encoding.to_json(),
+        "shards_committed": int(covered.sum()),
+        "shards": targets.corpus.num_shards,
+        "bytes": sum(each.num_bytes for each in sets),
+        "bytes_per_position": sum(per_position) if per_position else None,
+        "measured_error": worst,
+        "measured_against": _describe_against(sum((each.against for each in sets), Counter())),
+        "sets": [each.to_json() for each in sets],
+    }
+
+
+def _describe_against(against: Counter[Handed]) -> list[dict[str, Any]]:
+    return [
+        {"what": handed.words, "max_abs_error": handed.max_abs_error, "shards": shards}
+        for handed, shards in against.most_common()
+    ]
+
+
+def _describe_journals(root: Root, damage: _Damage) -> dict[str, Any]:
+    journals: dict[str, Any] = {}
+    for path in journal_records(root):
+        record = None
+        with damage.noted():
+            record = SegmentRecord.read(root, path)
+        if record is not None:
+            about = journals.setdefault(record.teacher, {"segments": 0, "rows": 0, "positions": 0, "bytes": 0})
+            for name, value in zip(about, (1, record.num_rows, record.num_positions, record.num_bytes), strict=True):
+                about[name] += value
+    return journals
+
+
+def _summarise(root: Root, segments: SegmentSet, damage: _Damage) -> SetSummary:
+    starts = segments.corpus.shard_starts
+    manifest = Manifest.open(root, segments.path, segments.corpus.num_shards)
+    summary = SetSummary(segments, manifest is not None, np.zeros(len(starts) - 1, dtype=bool))
+    for commit in _commits(root, segments, manifest, damage):
+        summary.add(commit, int(starts[commit.shard + 1] - starts[commit.shard]))
+    return summary
+
+
+def _commits(root: Root, segments: SegmentSet, manifest: Manifest | None, damage: _Damage) -> Iterator[Commit]:
+    """All commits, not many of them in memory at one time."""
+    if manifest is not None:
+        for start in range(0, manifest.num_shards, _COMMITS_AT_ONCE):
+            yield from manifest.commits(start, min(start + _COMMITS_AT_ONCE, manifest.num_shards))
+        return
+    shards = np.flatnonzero(segments.committed).tolist()
+    for start in range(0, len(shards), _COMMITS_AT_ONCE):
+        # A segment set remembers every commit that it read.
+        opened = SegmentSet.open(root, segments.path, segments.corpus, Reading.open())
+        for shard in shards[start : start + _COMMITS_AT_ONCE] if opened else ():
+            commit = None
+            with damage.noted():
+                commit = opened.commit_of(shard) if opened else None
+            if commit is not None:
+                yield commit
+
+
+def _array_of(item: StoredObject) -> str:
+    name, slash, _ = item.path.partition("/")
+    return name if slash else "metadata"

@@ -1,0 +1,257 @@
+"""Checks everything that is published in a cache, group by group, in bounded memory.
+
+A check reads every byte of a group and compares it with what its record says; when told to, it also decodes it, so
+that "intact" means readable. What no record names is not published, and not looked at.
+
+Shape legend:  S shards.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from potstill.cache.corpus.annotations import list_annotations, open_annotation
+from potstill.cache.corpus.corpus import Corpus, corpus_path
+from potstill.cache.errors import (
+    CorruptSegment,
+    FormatError,
+    InvalidInput,
+    NotFound,
+    PotstillError,
+    SpecMismatch,
+    StoreError,
+)
+from potstill.cache.journal.journal import corrupt_journal_objects, journal_records
+from potstill.cache.store.groups import CHECKSUMS, GroupReader, Reading, objects_from_json
+from potstill.cache.store.record import read_record
+from potstill.cache.store.root import Root
+from potstill.cache.targets.commit import commit_name
+from potstill.cache.targets.segment import Piece, read_pieces
+from potstill.cache.targets.segment_set import SegmentSet
+from potstill.cache.targets.target_set import segment_set_paths, target_set_paths
+
+# What damage can raise. A store that fails for one object is a finding too: the others are still worth checking.
+_FINDINGS = (CorruptSegment, FormatError, SpecMismatch, NotFound, InvalidInput, StoreError)
+# A segment set remembers the commits it read, about 5 KB each; it is opened anew after so many shards.
+_SHARDS_AT_ONCE = 1024
+_DECODE_POSITIONS = 65_536
+_DECODE_ROWS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What was found about one group, or about one record that should have been there."""
+
+    path: str
+    is_shard: bool
+    problems: tuple[str, ...]
+    """One line for each object that is not what was committed; none when the group is intact."""
+    refill: str = ""
+    """Of a shard that has to be deleted and scored again, the options of that prefill."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Check:
+    path: str
+    run: Callable[[], list[str]]
+    is_shard: bool = False
+    refill: str = ""
+
+
+def check_cache(root: Root, *, decode: bool = False, jobs: int = 1) -> Generator[Checked, None, None]:
+    """Check what is published, `jobs` groups at a time; results come in the order of the store.
+
+    Closing the iterator waits for the groups that are being read, and starts no more.
+    """
+    checks = _checks(root, decode=decode)
+    if jobs == 1:
+        yield from map(_run, checks)
+        return
+    with ThreadPoolExecutor(jobs) as pool:
+        waiting: deque[Future[Checked]] = deque()
+        try:
+            for check in checks:
+                waiting.append(pool.submit(_run, check))
+                if len(waiting) > 2 * jobs:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def count_checks(root: Root) -> int:
+    """About how many groups `check_cache` reads, from listings alone."""
+    corpora = root.folders("corpora")
+    annotations = sum(len(root.objects(f"corpora/{name}/annotations")) for name in corpora)
+    sets = [path for target_set in target_set_paths(root) for path in segment_set_paths(root, target_set)]
+    shards = sum(len(root.objects(f"{path}/commits")) for path in sets)
+    return len(corpora) + annotations + len(sets) + shards + len(journal_records(root))
+
+
+def _run(check: _Check) -> Checked:
+    try:
+        problems = check.run()
+        own = any(_is_of_shard(check.path, problem) for problem in problems)
+    except _FINDINGS as error:
+        problems = [_line(check.path, error)]
+        # What the store does not give now may be intact.
+        own = not isinstance(error, StoreError) and _is_of_shard(check.path, error.detail)
+    return Checked(check.path, check.is_shard, tuple(problems), check.refill if own else "")
+
+
+def _is_of_shard(path: str, problem: str) -> bool:
+    """Whether a problem met at a shard is of its segment or commit, not of what all shards of the set share."""
+    own = (path, f"{path.rpartition('/commits/')[0]}/segments/")
+    return any(part in problem for part in own)
+
+
+def _line(path: str, error: PotstillError) -> str:
+    return error.detail if path in error.detail else f"{path}: {error.detail}"
+
+
+def _checks(root: Root, *, decode: bool) -> Iterator[_Check]:
+    for name in root.folders("corpora"):
+        yield from _corpus_checks(root, name, decode=decode)
+    for target_set in target_set_paths(root):
+        for path in segment_set_paths(root, target_set):
+            yield from _set_checks(root, path, decode=decode)
+    for path in journal_records(root):
+        yield _Check(path, partial(_check_journal, root, path, decode=decode))
+
+
+def _corpus_checks(root: Root, name: str, *, decode: bool) -> Iterator[_Check]:
+    path = corpus_path(name)
+    try:
+        corpus = Corpus.open(root, name)
+    except NotFound:
+        if root.objects(f"{path}/annotations"):
+            yield _finding(path, f"{path}/zarr.json is missing, and the corpus has annotations")
+        return  # without annotations it was never sealed, or its targets tell
+    except _FINDINGS as error:
+        yield _finding(path, _line(path, error))
+        return
+    yield _Check(path, partial(_check_corpus, corpus, decode=decode))
+    for annotation in list_annotations(root, corpus.annotated):
+        yield _Check(
+            f"{path}/annotations/{annotation}",
+            partial(_check_annotation, root, corpus, annotation, decode=decode),
+        )
+
+
+def _set_checks(root: Root, path: str, *, decode: bool) -> Iterator[_Check]:
+    """A set with commits must open, whatever was lost of it or of its corpus."""
+    commits = root.objects(f"{path}/commits")
+    published = bool(commits) or root.get(f"{path}/manifest.json") is not None
+    try:
+        corpus = Corpus.open(root, path.split("/")[2])
+        opened = SegmentSet.open(root, path, corpus, Reading.open())
+        if opened is None:
+            if published:
+                yield _finding(path, f"{path}/zarr.json is missing, and there are commits")
+            return
+    except _FINDINGS as error:
+        if published or not isinstance(error, NotFound):
+            yield _finding(path, _line(path, error))
+        return
+    strangers = sorted(set(commits) - {commit_name(shard) for shard in range(corpus.num_shards)})
+    if strangers:
+        yield _finding(path, *(f"{path}/commits/{name} is of no shard of the corpus" for name in strangers))
+    yield _Check(path, partial(_check_shared, root, opened))
+    try:
+        shards = np.flatnonzero(opened.committed)
+    except _FINDINGS:
+        return  # the manifest; no shard can be read, and `corrupt_shared_objects` says why
+    for start in range(0, len(shards), _SHARDS_AT_ONCE):
+        yield from _shard_checks(root, path, corpus, shards[start : start + _SHARDS_AT_ONCE].tolist(), decode=decode)
+
+
+def _shard_checks(root: Root, path: str, corpus: Corpus, shards: list[int], *, decode: bool) -> Iterator[_Check]:
+    try:
+        segments = SegmentSet.open(root, path, corpus, Reading.open())
+    except _FINDINGS as error:
+        yield _finding(path, _line(path, error))
+        return
+    if segments is None:
+        return  # deleted meanwhile
+    for shard in shards:
+        yield _Check(
+            f"{path}/commits/{commit_name(shard)}",
+            partial(_check_shard, segments, shard, decode=decode),
+            is_shard=True,
+            refill=segments.spec.fill_options,
+        )
+
+
+def _check_shared(root: Root, segments: SegmentSet) -> list[str]:
+    problems = segments.corrupt_shared_objects()
+    record = None if problems else read_record(root, f"{segments.path}/ranks.json", "ranks")
+    if record is not None:
+        objects = objects_from_json(record["objects"])
+        problems += GroupReader(root, f"{segments.path}/{record['group']}", objects).corrupt_objects()
+    return problems
+
+
+def _check_shard(segments: SegmentSet, shard: int, *, decode: bool) -> list[str]:
+    problems = segments.corrupt_objects(shard)
+    if decode and not problems:
+        reader = segments.reader(shard)
+        low, high = (int(position) for position in segments.corpus.shard_starts[shard : shard + 2])
+        for start in range(0, high - low, _DECODE_POSITIONS):
+            piece = Piece(reader, start, min(start + _DECODE_POSITIONS, high - low))
+            read_pieces([piece], segments.spec.fields)
+    return problems
+
+
+def _check_corpus(corpus: Corpus, *, decode: bool) -> list[str]:
+    problems = corpus.corrupt_objects()
+    if decode and not problems:
+        assert len(corpus.shard_starts) == corpus.num_shards + 1, "checked as it was read"
+        _ = corpus.tokenizer
+        for start in range(0, len(corpus), _DECODE_ROWS):
+            problems += _wrong_keys(corpus, start, min(start + _DECODE_ROWS, len(corpus)))
+    return problems
+
+
+def _wrong_keys(corpus: Corpus, start: int, stop: int) -> list[str]:
+    """Rows whose stored key is not that of their tokens, or that are not found by it."""
+    keys = [key.tobytes() for key in corpus.row_keys(start, stop)]
+    found = corpus.find(keys)
+    rows = corpus.rows(start, stop)
+    wrong = [
+        start + index
+        for index, (key, at, row) in enumerate(zip(keys, found, rows, strict=True))
+        if corpus.key(row) != key or at is None or at > start + index
+    ]
+    return [f"{corpus_path(corpus.name)}: row {wrong[0]} is not found by its key"] if wrong else []
+
+
+def _check_annotation(root: Root, corpus: Corpus, name: str, *, decode: bool) -> list[str]:
+    annotation = open_annotation(root, corpus.annotated, name)
+    path = f"{corpus.annotated.folder}/{annotation.group}"
+    problems = GroupReader(root, path, annotation.objects).corrupt_objects()
+    if decode and not problems:
+        corpus.annotation(name)
+    return problems
+
+
+def _check_journal(root: Root, path: str, *, decode: bool) -> list[str]:
+    problems = corrupt_journal_objects(root, path)
+    if decode and not problems:
+        record = read_record(root, f"{path}.json", "journal")
+        if record is not None:
+            reader = GroupReader(root, path, objects_from_json(record["objects"]))
+            names = {str(item["path"]).split("/")[0] for item in record["objects"]} - {"zarr.json", CHECKSUMS}
+            for name in sorted(names):
+                reader.read_all(name)
+    return problems
+
+
+def _finding(path: str, *problems: str) -> _Check:
+    return _Check(path, lambda: list(problems))

@@ -1,0 +1,253 @@
+"""Arrow IPC streams of many record batches, which neither end holds whole.
+
+Arrow takes a stream that ends between two batches for a whole one. So each stream says at its beginning how long it
+will be, and its reader refuses one that ends before. Of all that is sent the schema metadata says:
+
+    potstill.format     wire version
+    potstill.batches    record batches to come
+    potstill.length     positions, or elements of an array, in all of them
+    potstill.corpus     fingerprint of the corpus
+    potstill.identity   of targets: whose they are
+    potstill.fields     of targets: which
+
+Targets have the columns of `wire.scores`, one record batch per block of positions or per row. An array has one column,
+`values`. A request for rows is one record batch with the column `rows` (int64).
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from potstill.cache.errors import FormatError, InvalidInput
+from potstill.cache.types import Fields, Targets, TeacherIdentity
+from potstill.cache.wire import scores as wire
+
+END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+"""How Arrow ends a stream."""
+
+_BATCHES, _LENGTH, _CORPUS = b"potstill.batches", b"potstill.length", b"potstill.corpus"
+_VALUES, _ROWS = "values", "rows"
+
+
+class CutShort(Exception):
+    """A stream ended, or broke, before all that it promised was there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamHead:
+    """What a stream says of itself before its first batch."""
+
+    batches: int
+    length: int
+    """Positions, or elements of an array."""
+    corpus: str
+    """Fingerprint."""
+    identity: TeacherIdentity | None = None
+    fields: Fields | None = None
+
+    def schema(self, columns: Sequence[Any]) -> Any:
+        """The Arrow schema of these columns with this head as its metadata."""
+        metadata = {
+            wire.FORMAT_KEY: wire.WIRE_VERSION.encode(),
+            _BATCHES: str(self.batches).encode(),
+            _LENGTH: str(self.length).encode(),
+            _CORPUS: self.corpus.encode(),
+        }
+        if self.identity is not None:
+            metadata[wire.IDENTITY_KEY] = json.dumps(self.identity.to_json()).encode()
+        if self.fields is not None:
+            metadata[wire.FIELDS_KEY] = json.dumps(self.fields.to_json()).encode()
+        return pa.schema(columns, metadata=metadata)
+
+    @classmethod
+    def of(cls, schema: Any) -> StreamHead:
+        """Read what `schema` wrote.
+
+        Raises:
+            WireVersionError: of another version. InvalidInput: not the head of a stream.
+        """
+        wire.check_version(schema)
+        metadata = schema.metadata
+        batches, length = (metadata.get(key, b"").decode(errors="replace") for key in (_BATCHES, _LENGTH))
+        if not (batches.isdecimal() and length.isdecimal() and _CORPUS in metadata):
+            raise InvalidInput("the schema metadata does not say how long the stream is, or of what corpus")
+        try:
+            of_targets = wire.IDENTITY_KEY in metadata
+            return cls(
+                batches=int(batches),
+                length=int(length),
+                corpus=metadata[_CORPUS].decode(errors="replace"),
+                identity=TeacherIdentity.from_json(wire.metadata_json(schema, wire.IDENTITY_KEY))
+                if of_targets
+                else None,
+                fields=Fields.from_json(wire.metadata_json(schema, wire.FIELDS_KEY)) if of_targets else None,
+            )
+        except FormatError as error:
+            raise InvalidInput(f"schema metadata potstill.identity: {error}") from error
+
+
+def write_targets(head: StreamHead, groups: Iterable[Sequence[Targets]]) -> Iterator[bytes]:
+    """The stream in pieces, one per group; each of the group's targets is one record batch.
+
+    Raises:
+        What reading `groups` does, between two pieces: the stream has no end then.
+    """
+    schema, batches, length = None, 0, 0
+    for group in groups:
+        parts = []
+        if schema is None:
+            schema = head.schema(wire.answer_columns(group[0]))
+            parts.append(schema.serialize())
+        parts += [wire.to_batch(targets, schema).serialize() for targets in group]
+        batches, length = batches + len(group), length + sum(targets.num_positions for targets in group)
+        yield b"".join(parts)
+    assert (batches, length) == (head.batches, head.length), "a stream keeps what it promised"
+    yield END
+
+
+def write_array(head: StreamHead, parts: Iterable[NDArray[Any]]) -> Iterator[bytes]:
+    """An array [N] or [N, D] in pieces, one record batch each; see `write_targets`."""
+    schema, batches, length = None, 0, 0
+    for part in parts:
+        flat = pa.array(np.ascontiguousarray(part).reshape(-1))
+        column = flat if part.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, part.shape[1])
+        first = b""
+        if schema is None:
+            schema = head.schema([pa.field(_VALUES, column.type)])
+            first = schema.serialize()
+        batches, length = batches + 1, length + len(part)
+        yield b"".join([first, pa.record_batch([column], schema=schema).serialize()])
+    assert (batches, length) == (head.batches, head.length), "a stream keeps what it promised"
+    yield END
+
+
+def coalesced(pieces: Iterable[bytes], least: int = 1 << 20) -> Iterator[bytes]:
+    """The same bytes in pieces of at least that many, but for the last."""
+    held: list[bytes] = []
+    size = 0
+    for piece in pieces:
+        held.append(piece)
+        size += len(piece)
+        if size >= least:
+            yield b"".join(held)
+            held, size = [], 0
+    if held:
+        yield b"".join(held)
+
+
+def write_row_numbers(rows: Sequence[int], fields: Fields | None = None) -> bytes:
+    """A request for rows of a corpus, or for their targets' `fields`."""
+    metadata = {wire.FORMAT_KEY: wire.WIRE_VERSION.encode()}
+    if fields is not None:
+        metadata[wire.FIELDS_KEY] = json.dumps(fields.to_json()).encode()
+    schema = pa.schema([pa.field(_ROWS, pa.int64())], metadata=metadata)
+    batch = pa.record_batch([pa.array(np.asarray(rows, np.int64))], schema=schema)
+    return b"".join([schema.serialize(), batch.serialize(), END])
+
+
+def read_row_numbers(body: bytes) -> tuple[list[int], Fields | None]:
+    """Read what `write_row_numbers` wrote.
+
+    Raises:
+        WireVersionError: of another version. InvalidInput: anything else.
+    """
+    try:
+        schema, batches = wire.open_stream(body)
+        fields = Fields.from_json(wire.metadata_json(schema, wire.FIELDS_KEY)) if _has_fields(schema) else None
+        columns = [wire.only_column(batch, _ROWS, pa.int64()) for batch in batches]
+    except pa.ArrowException as error:
+        raise InvalidInput(f"the body is not an Arrow stream of row numbers: {error}") from error
+    if any(column.null_count for column in columns):
+        raise InvalidInput("column 'rows' has nulls; every row has a number")
+    return [row for column in columns for row in column.to_numpy().tolist()], fields
+
+
+def _has_fields(schema: Any) -> bool:
+    return wire.FIELDS_KEY in (schema.metadata or {})
+
+
+class Source(Protocol):
+    """A body that arrives."""
+
+    @property
+    def closed(self) -> bool:
+        """Whether it can be read no more; pyarrow asks."""
+        ...
+
+    def read(self, size: int = -1, /) -> bytes:
+        """The next `size` bytes, fewer only at the end."""
+        ...
+
+
+class StreamReader:
+    """Reads a stream as it arrives: iterate over its targets, or its array's parts.
+
+    Raises:
+        CutShort: the body ended or broke before the stream did; also while iterating.
+        WireVersionError: of another version. InvalidInput: not such a stream.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._messages = pa.ipc.MessageReader.open_stream(source)
+        message = self._next()
+        if message is None or message.type != "schema":
+            raise CutShort("there is no schema") if message is None else InvalidInput("a stream begins with a schema")
+        try:
+            self._schema = pa.ipc.read_schema(message)
+            _ = self._schema.names  # a name that is not UTF-8 is found when it is asked for
+        except (pa.ArrowException, ValueError) as error:
+            raise InvalidInput(f"the stream's schema cannot be read: {error}") from error
+        self.head = StreamHead.of(self._schema)
+
+    def targets(self) -> Iterator[Targets]:
+        """One `Targets` per record batch; raises as the class does."""
+        for batch in self._batches():
+            yield wire.from_batch(batch)
+
+    def array(self) -> Iterator[NDArray[Any]]:
+        """The array's parts [n] or [n, D]; raises as the class does."""
+        for batch in self._batches():
+            if batch.schema.names != [_VALUES] or batch.column(0).null_count:
+                raise InvalidInput(f"an array has one column {_VALUES!r} without nulls")
+            column = batch.column(0)
+            fixed = pa.types.is_fixed_size_list(column.type)
+            flat = (column.flatten() if fixed else column).to_numpy(zero_copy_only=False)
+            yield flat.reshape(len(column), -1) if fixed else flat
+
+    def _batches(self) -> Iterator[Any]:
+        batches = length = 0
+        while (message := self._next()) is not None:
+            batch = self._batch(message)
+            batches, length = batches + 1, length + batch.num_rows
+            if batches > self.head.batches or length > self.head.length:
+                raise InvalidInput(f"the stream is longer than the {self.head.length} it promised")
+            yield batch
+        if (batches, length) != (self.head.batches, self.head.length):
+            raise CutShort(f"{length} of {self.head.length} arrived")
+
+    def _batch(self, message: Any) -> Any:
+        try:
+            # A small compressed batch could unpack to any size.
+            if message.type != "record batch" or wire.is_compressed(message.metadata.to_pybytes()):
+                raise InvalidInput("the stream has something else than plain, uncompressed record batches")
+            batch = pa.ipc.read_record_batch(message, self._schema)
+            batch.validate(full=True)
+        except (pa.ArrowException, ValueError, struct.error) as error:
+            raise InvalidInput(f"a record batch cannot be read: {error}") from error
+        return batch
+
+    def _next(self) -> Any:
+        try:
+            return self._messages.read_next_message()
+        except StopIteration:
+            return None
+        except (pa.ArrowException, OSError, EOFError) as error:
+            raise CutShort(f"the stream breaks off: {error}") from error

@@ -1,0 +1,80 @@
+"""The API keys of a running service, read again whenever their file changes."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from potstill.cache.errors import InvalidInput
+from potstill.teacher_service.access.auth import Caller
+from potstill.teacher_service.access.keys_file import KeyRecord, hash_key, is_readable_by_others, read_keys
+
+_LOG = logging.getLogger(__name__)
+_CHECK_SECONDS = 1.0
+_LONGEST_KEY = 256
+
+
+class KeyRing:
+    """Finds the caller of a key. A file that is broken while the service runs changes nothing but the log.
+
+    Args:
+        path: what `potstill keys` wrote.
+        clock: seconds, never running backwards.
+
+    Raises:
+        InvalidInput: the file cannot be read or is not right.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self._path = path
+        self._clock = clock
+        self._version = _version(path)
+        self._checked = clock()
+        self._keys: tuple[tuple[str, Caller], ...] = _callers(read_keys(path))
+        if is_readable_by_others(path):
+            _LOG.warning("%s: others may read names, roles and hashes of the API keys; chmod 600", path)
+
+    def find(self, key: str) -> Caller | None:
+        """Whose key it is, or None.
+
+        Every hash is compared, each in constant time, so that the time tells nothing about what is in the file.
+        """
+        self._refresh()
+        given = hash_key(key[:_LONGEST_KEY])
+        found: Caller | None = None
+        for sha256, caller in self._keys:
+            if hmac.compare_digest(sha256, given):
+                found = caller
+        return found
+
+    def reload(self) -> None:
+        """Read the file again now. When it is broken, the keys stay as they were."""
+        self._checked = self._clock()
+        self._version = _version(self._path)
+        try:
+            self._keys = _callers(read_keys(self._path))
+        except InvalidInput as error:
+            _LOG.error("the API keys stay as they were: %s", error.detail)
+        else:
+            _LOG.info("%s: %d API keys", self._path, len(self._keys))
+
+    def _refresh(self) -> None:
+        if self._clock() - self._checked >= _CHECK_SECONDS:
+            self._checked = self._clock()
+            if _version(self._path) != self._version:
+                self.reload()
+
+
+def _callers(records: dict[str, KeyRecord]) -> tuple[tuple[str, Caller], ...]:
+    return tuple((record.sha256, Caller(record.name, record.role, record.quota)) for record in records.values())
+
+
+def _version(path: Path) -> tuple[int, ...]:
+    try:
+        found = path.stat()
+    except OSError:
+        return ()  # it is gone; reading it says so
+    return (found.st_mtime_ns, found.st_size, found.st_ino, found.st_mode)

@@ -1,0 +1,220 @@
+"""ASGI middleware that knows every caller: no key, no answer. What admins do is written down.
+
+Which role a route needs it declares itself (`auth.allow`). Here a request without a known key ends before its body is
+read; only the paths in `OPEN_PATHS` are for everybody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastapi.routing import APIRoute
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Match
+
+from potstill.cache.errors import PotstillError, Unauthenticated
+from potstill.cache.types import JSON
+from potstill.teacher_service.access.audit import DETAIL_BYTES, Audit, AuditLine, detail_of
+from potstill.teacher_service.access.auth import EVERYBODY, Caller, Role, allow, caller
+from potstill.teacher_service.access.key_ring import KeyRing
+from potstill.teacher_service.settings.service import AccessSettings
+from potstill.teacher_service.telemetry.logs import note_caller, request_id
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+OPEN_PATHS = frozenset({"/", "/health", "/healthz", "/readyz"})
+"""Answered without a key, like everything under `/static/`: they tell how the service is, and hold the page that asks
+for a key."""
+
+_READS = frozenset({"GET", "HEAD", "OPTIONS"})
+_LONGEST_TARGET = 300
+_CLIENT_LEFT = 499
+_UNKNOWN_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Who may come in, and where it is written down."""
+
+    keys: KeyRing | None = None
+    """None: everybody may do everything, as on a loopback address."""
+    audit: Audit = field(default_factory=Audit)
+    open_paths: frozenset[str] = OPEN_PATHS
+
+    @classmethod
+    def of(cls, settings: AccessSettings) -> Access:
+        """What the settings say.
+
+        Raises:
+            InvalidInput: the keys cannot be read, or the audit file not be written.
+        """
+        keys = None if settings.keys_file is None else KeyRing(Path(settings.keys_file))
+        audit = Audit(None if settings.audit_file is None else Path(settings.audit_file))
+        return cls(keys, audit, OPEN_PATHS | {"/metrics"} if settings.open_metrics else OPEN_PATHS)
+
+    def is_open(self, path: str) -> bool:
+        """Whether a path is answered without a key."""
+        return path in self.open_paths or path.startswith("/static/")
+
+    def identify(self, headers: Headers) -> Caller:
+        """Who sent a request with these headers.
+
+        Raises:
+            Unauthenticated: no key, or an unknown one.
+        """
+        if self.keys is None:
+            return EVERYBODY
+        key = _key_of(headers.get("authorization", ""))
+        if not key:
+            raise Unauthenticated("this needs an API key; send the header Authorization: Bearer KEY")
+        found = self.keys.find(key)
+        if found is None:
+            raise Unauthenticated("this API key is not known; ask an admin of the service for one")
+        return found
+
+
+def _key_of(authorization: str) -> str:
+    """The key of `Bearer KEY`, or the password of `Basic`; empty when there is none.
+
+    The second is all that a trainer can send that takes nothing but a URL: `http://any:KEY@host:port`.
+    """
+    scheme, _, value = authorization.partition(" ")
+    if scheme.lower() == "bearer":
+        return value.strip()
+    if scheme.lower() != "basic":
+        return ""
+    try:
+        return base64.b64decode(value.strip(), validate=True).decode("ascii").partition(":")[2].strip()
+    except ValueError:
+        return ""
+
+
+class AccessApp:
+    """Puts the caller into the context of each request, or refuses it.
+
+    Args:
+        app: what answers.
+        access: who may come in.
+        answer_error: makes, and counts, the answer of a refusal.
+    """
+
+    def __init__(
+        self, app: ASGIApp, access: Access, answer_error: Callable[[Request, PotstillError], Response]
+    ) -> None:
+        self._app = app
+        self._access = access
+        self._answer_error = answer_error
+        self._unknown_told = -_UNKNOWN_SECONDS
+        self._unknown_left_out = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            who = self._access.identify(Headers(scope=scope))
+        except Unauthenticated as error:
+            if not self._access.is_open(scope["path"]):
+                await self._refuse(error, scope, receive, send)
+                return
+            who = Caller("", Role.TRAINER)  # sees what is open, and no more than a trainer would
+        caller.set(who)
+        note_caller(who.name)
+        if _is_admin_action(scope):
+            await _Audited(self._access.audit, scope, receive, send, who).serve(self._app)
+        else:
+            await self._app(scope, receive, send)
+
+    async def _refuse(self, error: Unauthenticated, scope: Scope, receive: Receive, send: Send) -> None:
+        if _is_admin_action(scope):
+            await self._record_unknown(error, scope)
+        await self._answer_error(Request(scope), error)(scope, receive, send)
+
+    async def _record_unknown(self, error: Unauthenticated, scope: Scope) -> None:
+        """At most one line a second: who has no key must not be able to fill a disk."""
+        if time.monotonic() - self._unknown_told < _UNKNOWN_SECONDS:
+            self._unknown_left_out += 1
+            return
+        self._unknown_told = time.monotonic()
+        line = _line(scope, Caller("", Role.TRAINER), error.status)
+        detail: JSON = {"error": error.detail, "left_out": self._unknown_left_out}
+        self._unknown_left_out = 0
+        await self._access.audit.record(replace(line, detail=detail))
+
+
+class _Audited:
+    """One action of an admin, or of who would be one: written down before the answer begins."""
+
+    def __init__(self, audit: Audit, scope: Scope, receive: Receive, send: Send, who: Caller) -> None:
+        self._audit = audit
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._who = who
+        self._body = b""
+        self._recorded = False
+
+    async def serve(self, app: ASGIApp) -> None:
+        try:
+            await app(self._scope, self._receiving, self._sending)
+        except asyncio.CancelledError:
+            # By a shutdown that takes too long, for one: what was begun may be done.
+            await self._record(_CLIENT_LEFT)
+            raise
+        except Exception:
+            await self._record(500)
+            raise
+        if not self._recorded:
+            await self._record(_CLIENT_LEFT)
+
+    async def _receiving(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.request" and len(self._body) <= DETAIL_BYTES:
+            self._body += message.get("body", b"")
+        return message
+
+    async def _sending(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            await self._record(message["status"])
+        await self._send(message)
+
+    async def _record(self, status: int) -> None:
+        if not self._recorded:
+            self._recorded = True
+            line = _line(self._scope, self._who, status)
+            await self._audit.record(replace(line, detail=detail_of(self._body)))
+
+
+def _line(scope: Scope, who: Caller, status: int) -> AuditLine:
+    route = _route(scope)
+    return AuditLine(
+        caller=who.name,
+        action=f"{scope['method']} {route.path if route is not None else ''}",
+        target=scope["path"][:_LONGEST_TARGET],
+        detail=None,
+        status=status,
+        request_id=request_id.get(),
+    )
+
+
+def _is_admin_action(scope: Scope) -> bool:
+    """Whether it would change something that only admins may change."""
+    route = None if scope["method"] in _READS else _route(scope)
+    needed = [] if route is None else [declared.dependency for declared in route.dependencies]
+    return any(isinstance(role, allow) and role.role is Role.ADMIN for role in needed)
+
+
+def _route(scope: Scope) -> APIRoute | None:
+    """The route that will answer; the router looks for it only after us."""
+    routes = (route for route in scope["app"].routes if isinstance(route, APIRoute))
+    return next((route for route in routes if route.matches(scope)[0] is Match.FULL), None)

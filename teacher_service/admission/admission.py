@@ -1,0 +1,277 @@
+"""What is let in: how much may be in flight, and who of those that wait is next.
+
+Tokens are the unit of a teacher's work and of its memory, so they are what is bounded. Only what the cache does not
+answer waits: `AdmittedTeacher` stands between the cache and the engine. What is over a bound is told when to come back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+from potstill.cache.errors import DeadlineExceeded, LimitExceeded, PotstillError
+from potstill.cache.read_through.waits import on_wait, waits
+from potstill.cache.types import Fields, Provenance, Targets, TeacherIdentity, TeacherLimits, Tokens
+from potstill.teacher_service.access.auth import Caller, current_caller
+from potstill.teacher_service.access.quotas import QuotaMeter
+from potstill.teacher_service.admission.engine_queue import EngineQueue
+from potstill.teacher_service.admission.fair_queue import Call, Turn
+from potstill.teacher_service.admission.limits import engine_bytes_per_token
+from potstill.teacher_service.admission.shared_bound import SharedBound
+from potstill.teacher_service.replicas.pool import ReplicaPool
+from potstill.teacher_service.settings.service import LimitSettings
+from potstill.teacher_service.telemetry.tracing import span
+
+T = TypeVar("T")
+PART_TOKENS = 2048
+"""A call enters the engine in parts of at most so many tokens (or one longer row), so that other keys get their turns
+in between; about one step of an engine."""
+
+held_until_answered: ContextVar[ExitStack] = ContextVar("held_until_answered")
+"""What is closed once the answer of the current request is sent."""
+REFUSAL_REASONS = ("requests", "bodies", "answers", "misses", "queue", "pushed_out", "deadline", "quota")
+"""What calls are not let in for, as metrics name it."""
+
+_deadline: ContextVar[float | None] = ContextVar("deadline", default=None)
+
+
+class Admission:
+    """What of the service's bounds is in use. Used from one event loop only."""
+
+    def __init__(self, limits: LimitSettings) -> None:
+        self.limits = limits
+        self.refusals: Counter[str] = Counter(dict.fromkeys(REFUSAL_REASONS, 0))
+        """By reason."""
+        self.queues: dict[str, EngineQueue] = {}
+        """In front of each teacher that is up."""
+        self.quotas = QuotaMeter()
+        self._requests = self._bound(limits.max_requests_in_flight, "score requests", "requests")
+        self._bodies = self._bound(limits.max_body_bytes_in_flight, "bytes of request bodies", "bodies")
+        self._answers = self._bound(limits.max_answer_bytes_in_flight, "bytes of answers", "answers")
+        self._misses = self._bound(limits.max_miss_bytes_in_flight, "bytes of answers to misses", "misses")
+
+    def _bound(self, limit: int, what: str, reason: str) -> SharedBound:
+        # A request's place is given back before its rows wait for an engine, so that no engine's speed tells when.
+        after = (lambda: None) if reason == "requests" else self._retry_after
+        return SharedBound(limit, what, reason=reason, refusals=self.refusals, retry_after=after)
+
+    def _retry_after(self) -> float | None:
+        """Bodies and answers are held until their rows are scored: as long as the slowest queue takes."""
+        return max((queue.retry_after for queue in self.queues.values()), default=None)
+
+    @property
+    def requests_in_flight(self) -> int:
+        """Score requests that are read or looked up, until their answer is made or rows begin to wait for an engine."""
+        return self._requests.in_use
+
+    @property
+    def tokens_in_flight(self) -> int:
+        """Inside the engines of all teachers."""
+        return sum(queue.tokens_in_flight for queue in self.queues.values())
+
+    @property
+    def tokens_waiting(self) -> int:
+        """For the engines of all teachers."""
+        return sum(queue.tokens_waiting for queue in self.queues.values())
+
+    @property
+    def bodies(self) -> SharedBound:
+        """Bytes of request bodies."""
+        return self._bodies
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """Hold one request's place, from before its body is read until it is answered, or its rows wait for an engine.
+
+        The place is not taken again for the answer: what was scored is never refused, and answers have their own bound.
+
+        Raises:
+            Overloaded: `max_requests_in_flight` are there already.
+        """
+        with ExitStack() as place:
+            place.enter_context(self._requests.hold(current_caller().name, 1))
+            on_wait(place.close)
+            yield
+
+    def hold_answer(self, num_bytes: int) -> None:
+        """Hold the place of an answer's bytes until the current request is answered.
+
+        It is a place among the answers that are read from the cache, until rows of the request have to wait for an
+        engine: then it is one among the misses, so that what waits takes no place of a hit. What is held of answers
+        is within `max_answer_bytes_in_flight` and `max_miss_bytes_in_flight` together, each answer as its arrays.
+
+        Raises:
+            Overloaded: together with the others they are over `max_answer_bytes_in_flight`. LimitExceeded: they are
+                alone. Beginning to wait raises the same of the misses and `max_miss_bytes_in_flight`.
+        """
+        place = _AnswerPlace(current_caller().name, num_bytes, self._answers, self._misses)
+        held_until_answered.get().callback(place.give_back)
+        on_wait(place.wait)
+
+    def spend(self, caller: Caller, tokens: int) -> None:
+        """Take tokens out of the caller's quota.
+
+        Raises:
+            Overloaded: not enough is left. LimitExceeded: it can never be.
+        """
+        try:
+            self.quotas.take(caller.name, caller.quota, tokens)
+        except PotstillError:
+            self.refusals["quota"] += 1
+            raise
+
+
+class _AnswerPlace:
+    """The bytes of one answer, held of one bound or, once it waits, of the other."""
+
+    def __init__(self, key: str, num_bytes: int, reading: SharedBound, waiting: SharedBound) -> None:
+        reading.take(key, num_bytes)
+        self._key = key
+        self._num_bytes = num_bytes
+        self._waiting = waiting
+        self._held: SharedBound | None = reading
+
+    def wait(self) -> None:
+        """Move; nothing happens when it did already, or was given back."""
+        if self._held is None or self._held is self._waiting:
+            return
+        self._waiting.take(self._key, self._num_bytes)
+        self.give_back()
+        self._held = self._waiting
+
+    def give_back(self) -> None:
+        if self._held is not None:
+            self._held.give_back(self._key, self._num_bytes)
+            self._held = None
+
+
+class AdmittedTeacher:
+    """A `Teacher` in front of a pool: calls wait their fair turn, in parts. Open with `open`."""
+
+    def __init__(self, pool: ReplicaPool, admission: Admission, queue: EngineQueue) -> None:
+        self._pool = pool
+        self._admission = admission
+        self._queue = queue
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, pool: ReplicaPool, admission: Admission, name: str) -> AsyncIterator[AdmittedTeacher]:
+        """The teacher's queue is among the admission's as long as this is open."""
+        clock = asyncio.get_running_loop().time
+        queue = EngineQueue(
+            admission.limits, replicas=lambda: pool.status.replicas, refusals=admission.refusals, clock=clock
+        )
+        admission.queues[name] = queue
+        try:
+            yield cls(pool, admission, queue)
+        finally:
+            if admission.queues.get(name) is queue:
+                del admission.queues[name]
+
+    @property
+    def identity(self) -> TeacherIdentity:
+        """The pool's."""
+        return self._pool.identity
+
+    @property
+    def provenance(self) -> Provenance:
+        """The pool's."""
+        return self._pool.provenance
+
+    @property
+    def limits(self) -> TeacherLimits:
+        """The pool's."""
+        return self._pool.limits
+
+    async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
+        """One `Targets` per row, in order; a caller that leaves takes what has not begun out of the queue.
+
+        Raises:
+            Overloaded: the queue is full or the caller's quota is spent; `retry_after` says when to come back.
+            LimitExceeded: a row that is over `max_engine_bytes`, or rows over a whole day's quota.
+            What the pool raises.
+        """
+        waits()
+        caller = current_caller()
+        per_token = engine_bytes_per_token(want, self.identity.vocab_size, self.provenance.capture_path)
+        parts = list(split_parts(rows, self._part_tokens(rows, per_token)))
+        sizes = [sum(map(len, part)) for part in parts]
+        call = Call(caller.name, sum(sizes))
+        self._admission.spend(caller, call.tokens)
+        try:
+            with self._queue.entered(call, [(size, size * per_token) for size in sizes], _deadline.get()):
+                return await self._score_parts(call, parts, want)
+        finally:
+            self._admission.quotas.give_back(caller.name, call.tokens - call.tokens_begun)
+
+    def _part_tokens(self, rows: Sequence[Tokens], per_token: int) -> int:
+        """How long a part may be, so that each fits into `max_engine_bytes`."""
+        most = self._admission.limits.max_engine_bytes // per_token
+        longest = max(map(len, rows), default=0)
+        if longest > most:
+            raise LimitExceeded(
+                f"a row of {longest} tokens may need {longest * per_token} bytes in the engine, over "
+                f"max_engine_bytes={self._admission.limits.max_engine_bytes}; cut it or ask for less"
+            )
+        return min(PART_TOKENS, most)
+
+    async def _score_parts(self, call: Call, parts: Sequence[Sequence[Tokens]], want: Fields) -> list[Targets]:
+        tasks = [
+            asyncio.create_task(self._score_part(turn, part, want))
+            for turn, part in zip(call.turns, parts, strict=True)
+        ]
+        try:
+            return [targets for part in await asyncio.gather(*tasks) for targets in part]
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _score_part(self, turn: Turn, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
+        with span("admission", tokens=turn.tokens):
+            await turn.given
+        scored = False
+        try:
+            with span("engine", rows=len(rows), tokens=turn.tokens):
+                targets = await self._pool.score(rows, want)
+            scored = True
+        finally:
+            self._queue.end(turn, scored=scored)
+        return targets
+
+
+def split_parts(rows: Sequence[Tokens], part_tokens: int) -> Iterator[Sequence[Tokens]]:
+    """Consecutive rows in parts of at most `part_tokens`, or of one longer row."""
+    start = held = 0
+    for index, row in enumerate(rows):
+        if index > start and held + len(row) > part_tokens:
+            yield rows[start:index]
+            start, held = index, 0
+        held += len(row)
+    if start < len(rows):
+        yield rows[start:]
+
+
+async def within(seconds: float | None, begin: float, scoring: Coroutine[Any, Any, T]) -> T:
+    """Await what the caller wants within so many seconds from `begin`, on the event loop's clock; None is no limit.
+
+    Work that would only begin later is refused without waiting.
+
+    Raises:
+        DeadlineExceeded: the time is over.
+    """
+    ends = None if seconds is None else begin + seconds
+    told = _deadline.set(ends)
+    try:
+        async with asyncio.timeout_at(ends) as limit:
+            return await scoring
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        raise DeadlineExceeded(f"not scored within the {seconds:g} seconds that the caller gave") from error
+    finally:
+        _deadline.reset(told)

@@ -1,0 +1,185 @@
+"""The queue in front of one teacher's engine: bounded in tokens, fair between keys, never over the engine's memory."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from potstill.cache.errors import Overloaded
+from potstill.teacher_service.admission.fair_queue import Call, FairQueue, Turn
+from potstill.teacher_service.admission.throughput import Throughput
+from potstill.teacher_service.settings.service import LimitSettings
+
+_SHORTEST_RETRY_SECONDS = 1.0
+_LONGEST_RETRY_SECONDS = 60.0
+
+
+class EngineQueue:
+    """Who waits and who is in the engine. Used from one event loop only.
+
+    At most `max_tokens_in_flight` tokens wait or are inside, at most `max_engine_tokens` a replica and
+    `max_engine_bytes` in all are inside; a single part over the former goes in alone.
+
+    Args:
+        limits: see above.
+        replicas: how many engines work right now.
+        refusals: counted by reason: `queue` (full), `pushed_out` (for a key with less waiting), `deadline`.
+        clock: the event loop's.
+    """
+
+    def __init__(
+        self,
+        limits: LimitSettings,
+        *,
+        replicas: Callable[[], int],
+        refusals: Counter[str],
+        clock: Callable[[], float],
+    ) -> None:
+        self.tokens_in_flight = 0
+        """Inside the engine."""
+        self.bytes_in_flight = 0
+        """What they may need."""
+        self._limits = limits
+        self._replicas = replicas
+        self._refusals = refusals
+        self._clock = clock
+        self._waiting = FairQueue()
+        self._throughput = Throughput(clock)
+
+    @property
+    def tokens_waiting(self) -> int:
+        """Not inside the engine yet."""
+        return self._waiting.tokens
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Scored lately, while there was work; 0 before anything was."""
+        return self._throughput.tokens_per_second
+
+    @property
+    def retry_after(self) -> float:
+        """Seconds until what waits now is scored, at the measured rate; 1 to 60."""
+        rate = self.tokens_per_second
+        seconds = self.tokens_waiting / rate if rate else 0.0
+        return min(max(seconds, _SHORTEST_RETRY_SECONDS), _LONGEST_RETRY_SECONDS)
+
+    @contextmanager
+    def entered(self, call: Call, parts: Sequence[tuple[int, int]], deadline: float | None) -> Iterator[None]:
+        """Have a call's parts, given as (tokens, bytes), wait for their turns; what is left of it leaves at the end.
+
+        Args:
+            call: gets its turns here.
+            parts: each goes into the engine as a whole.
+            deadline: on the clock; None is none.
+
+        Raises:
+            Overloaded: the queue is full, or they could not begin before the deadline. `retry_after` is set. Waiting
+                for a turn raises it too: a call that has not begun gives way when its key has more waiting than others.
+        """
+        self._check_deadline(call.key, parts, deadline)
+        self._make_room(call)
+        loop = asyncio.get_running_loop()
+        call.turns.extend(Turn(call, tokens, num_bytes, loop.create_future()) for tokens, num_bytes in parts)
+        self._waiting.push(call)
+        self._pump()
+        try:
+            yield
+        finally:
+            self._waiting.drop(call)
+            for turn in call.turns:
+                self.end(turn, scored=False)
+            self._pump()
+
+    def end(self, turn: Turn, *, scored: bool) -> None:
+        """What had its turn has left the engine; nothing happens when it was never inside, or has left already."""
+        if not turn.inside:
+            return
+        turn.inside = False
+        self.tokens_in_flight -= turn.tokens
+        self.bytes_in_flight -= turn.num_bytes
+        self._throughput.finish(turn.tokens if scored else 0)
+        self._pump()
+
+    def _pump(self) -> None:
+        """Give turns as long as the next one fits. Nothing overtakes it: a large part would wait forever."""
+        while (turn := self._waiting.head()) is not None:
+            if turn.given.cancelled():
+                self._waiting.drop(turn.call)  # its caller left just now, and is about to leave the queue
+            elif self._fits(turn):
+                self._begin(self._waiting.pop())
+            else:
+                return
+
+    def _fits(self, turn: Turn) -> bool:
+        if not self.tokens_in_flight:
+            return True
+        return (
+            self.tokens_in_flight + turn.tokens <= self._engine_tokens
+            and self.bytes_in_flight + turn.num_bytes <= self._limits.max_engine_bytes
+        )
+
+    @property
+    def _engine_tokens(self) -> int:
+        return self._limits.max_engine_tokens * max(1, self._replicas())
+
+    def _begin(self, turn: Turn) -> None:
+        if not self.tokens_in_flight:
+            self._throughput.begin()
+        turn.inside = True
+        turn.call.tokens_begun += turn.tokens
+        self.tokens_in_flight += turn.tokens
+        self.bytes_in_flight += turn.num_bytes
+        turn.given.set_result(None)
+
+    def _check_deadline(self, key: str, parts: Sequence[tuple[int, int]], deadline: float | None) -> None:
+        rate = self.tokens_per_second
+        if deadline is None or not rate or not parts:
+            return
+        first = parts[0][0]
+        ahead = self._waiting.tokens_ahead(key, first) + self.tokens_in_flight
+        wait = max(0, ahead + first - self._engine_tokens) / rate
+        left = deadline - self._clock()
+        if wait > left:
+            self._refusals["deadline"] += 1
+            raise Overloaded(
+                f"{ahead} tokens are ahead at {rate:.0f} tokens/s: this could not begin within the {max(left, 0):.1f} "
+                "seconds that are left to its caller; retry later, or wait longer",
+                retry_after=self.retry_after,
+            )
+
+    def _make_room(self, call: Call) -> None:
+        """Refuse a call that is too much, unless another key has more waiting and gives way."""
+        bound = self._limits.max_tokens_in_flight
+        missing = self.tokens_waiting + self.tokens_in_flight + call.tokens - bound
+        if missing <= 0:
+            return
+        for other in self._giving_way(call, missing):
+            self._refusals["pushed_out"] += 1
+            self._waiting.drop(other, self._full(other, "the key with the most waiting gives way"))
+            missing -= other.tokens
+        if missing > 0:
+            self._refusals["queue"] += 1
+            raise self._full(call, f"{self.tokens_waiting} wait and {self.tokens_in_flight} are in the engine")
+
+    def _giving_way(self, call: Call, missing: int) -> list[Call]:
+        """The newest calls of the heaviest key that make room enough; none if they do not, or it is not heavier."""
+        heaviest = self._waiting.heaviest_key()
+        own = self._waiting.tokens_of(call.key) + call.tokens
+        if heaviest is None or heaviest == call.key or self._waiting.tokens_of(heaviest) <= own:
+            return []
+        chosen: list[Call] = []
+        for other in self._waiting.newest_unstarted(heaviest):
+            chosen.append(other)
+            missing -= other.tokens
+            if missing <= 0:
+                return chosen
+        return []
+
+    def _full(self, call: Call, why: str) -> Overloaded:
+        bound = self._limits.max_tokens_in_flight
+        return Overloaded(
+            f"{call.tokens} tokens are over what max_tokens_in_flight={bound} leaves: {why}; retry later",
+            retry_after=self.retry_after,
+        )

@@ -1,0 +1,132 @@
+"""What one request may ask for, and how it is read: checked before anything is scored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from starlette.requests import Request
+
+from potstill.cache.errors import InvalidInput, LimitExceeded, MediaTypeError
+from potstill.cache.types import Fields, Teacher, Tokens
+from potstill.cache.wire import scores as wire
+from potstill.teacher_service.settings.service import LimitSettings
+
+TIMEOUT_HEADER = "potstill-timeout"
+"""Seconds after which the caller does not want the answer any more."""
+
+_FLAT_CAPTURE = "public-flat"
+_FLAT_BYTES_PER_ENTRY = 90  # FlatLogprobs: four list slots, a float object and mostly an int object
+_PROMPT_BYTES_PER_TOKEN = 80  # a list slot and an int object, in this process and in the engine's
+_COPIES = 3
+
+
+def check_request(rows: Sequence[Tokens], want: Fields, *, teacher: Teacher, limits: LimitSettings) -> int:
+    """Refuse what can never be scored; returns the number of tokens.
+
+    Raises:
+        InvalidInput: an empty row.
+        LimitExceeded: too many rows or tokens, a row over the context, an id or K over the vocabulary, or
+            an answer that would be too big.
+    """
+    if len(rows) > limits.max_rows:
+        raise LimitExceeded(f"{len(rows)} rows are over max_rows={limits.max_rows}; send fewer per request")
+    for index, row in enumerate(rows):
+        if not len(row):
+            raise InvalidInput(f"row {index} is empty; a row has at least one token")
+    longest = max(map(len, rows), default=0)
+    max_row_tokens, vocab_size = teacher.limits.max_row_tokens, teacher.identity.vocab_size
+    if max_row_tokens is not None and longest > max_row_tokens:
+        raise LimitExceeded(f"a row of {longest} tokens is over the teacher's {max_row_tokens}; cut it")
+    num_tokens = sum(map(len, rows))
+    if num_tokens > limits.max_tokens_in_flight:
+        raise LimitExceeded(
+            f"{num_tokens} tokens are over max_tokens_in_flight={limits.max_tokens_in_flight}; send fewer rows"
+        )
+    max_top_k = min(vocab_size, teacher.limits.max_top_k or vocab_size)
+    if want.k > max_top_k:
+        raise LimitExceeded(f"k={want.k} is over this teacher's {max_top_k}; ask for at most that")
+    highest = max((int(row.max()) for row in rows if len(row)), default=0)
+    if highest >= vocab_size:
+        raise LimitExceeded(f"token id {highest} is over a vocabulary of {vocab_size}: another tokenizer?")
+    num_bytes = num_tokens * bytes_per_position(want, vocab_size)
+    if num_bytes > limits.max_answer_bytes:
+        raise LimitExceeded(
+            f"the answer would hold {num_bytes} bytes, over max_answer_bytes={limits.max_answer_bytes}; "
+            "send fewer rows or ask for less"
+        )
+    return num_tokens
+
+
+def bytes_per_position(want: Fields, vocab_size: int) -> int:
+    """What an answer holds at most, as arrays: N draws are N ids and counts, a dense row V logprobs."""
+    scalars = 2 + want.entropy + len(want.temperatures)
+    draws = 8 + 6 * min(want.draws, vocab_size) if want.draws else 0
+    return 8 * want.k + 4 * scalars + draws + (4 * vocab_size if want.dense else 0)
+
+
+def engine_bytes_per_token(want: Fields, vocab_size: int, capture_path: str) -> int:
+    """What one token inside the engine may need until its answer is handed on, in bytes.
+
+    `80 + 3 b + 90 (K + 1)`, the last term only on the capture path `public-flat`:
+
+    - 80: the token itself, as a Python integer in this process and in the engine's.
+    - b: what an answer holds of a position (`bytes_per_position`: 8 K + 4 per scalar, 8 + 6 N for N draws, 4 V for
+      a dense row). Three copies may live at once: the engine's arrays, our `Targets`, and the encoded or sent bytes.
+    - 90 (K + 1): vLLM's flat lists hold a Python object per entry.
+
+    What the engine needs for a step itself (activations, logits) does not grow with the tokens that wait in it: its
+    own `max_batch_tokens` and the chunks of the capture bound it.
+    """
+    flat = _FLAT_BYTES_PER_ENTRY * (want.k + 1) if capture_path == _FLAT_CAPTURE else 0
+    return _PROMPT_BYTES_PER_TOKEN + _COPIES * bytes_per_position(want, vocab_size) + flat
+
+
+async def read_body(request: Request) -> bytes:
+    """The whole body. Its size and time are bounded for every route, by `BoundedTransfers`.
+
+    Raises:
+        MediaTypeError: a compressed body. BodyTooLarge, RequestTimeout, Overloaded: found while reading.
+    """
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.strip().lower() != "identity":
+        raise MediaTypeError(f"content-encoding {encoding[:40]!r} is not taken; send the body as it is")
+    return b"".join([chunk async for chunk in request.stream()])
+
+
+def request_format(request: Request) -> str:
+    """The media type of the body.
+
+    Raises:
+        MediaTypeError: neither Arrow nor JSON.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind not in (wire.ARROW_MEDIA_TYPE, wire.JSON_MEDIA_TYPE):
+        raise MediaTypeError(
+            f"content-type {kind[:80]!r} is not taken; send {wire.ARROW_MEDIA_TYPE} or {wire.JSON_MEDIA_TYPE}"
+        )
+    return kind
+
+
+def answer_format(request: Request, default: str) -> str:
+    """The first of our media types that the caller accepts, else `default`."""
+    accepted = [part.partition(";")[0].strip().lower() for part in request.headers.get("accept", "").split(",")]
+    return next((kind for kind in accepted if kind in (wire.ARROW_MEDIA_TYPE, wire.JSON_MEDIA_TYPE)), default)
+
+
+def timeout_seconds(request: Request) -> float | None:
+    """What the caller put into the header `potstill-timeout`, or None.
+
+    Raises:
+        InvalidInput: not a positive number.
+    """
+    text = request.headers.get(TIMEOUT_HEADER)
+    if text is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise InvalidInput(f"{TIMEOUT_HEADER} is {text[:40]!r}; it must be a positive number of seconds")
+    return seconds

@@ -1,0 +1,397 @@
+"""From float32 logits on a CPU to everything a target holds, row by row, compiled by numba. See `capture_math`.
+
+A row of logits stays in the core's own cache while the vocabulary is swept
+
+    once    for the largest entry of each block of 64 ids
+    once    for the sums of e and of e t, in the same blocks
+    once    a temperature, for the sum of exp(t / T)
+
+The top-k is found in the blocks whose largest entry is at or above a bound that at least k blocks reach: little more
+than k entries, of which each is given its rank; equal ones by rising id. Draws look into the blocks that they hit only.
+
+Sums inside a block are float32, those of blocks float64. The exponential is a minimax polynomial for 2**x, within
+1.1e-7 and exact at 0; at and below 2**-126 it is 0. A row with a NaN, a +inf or nothing but -inf has NaN in all of its
+floats, ids 0, and no draws.
+
+Compiled code checks no bounds, `fill` does.
+Shape legend:  S rows, V vocabulary size, K kept entries, N draws, U unique ids drawn.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from potstill.cache.compiled import Function, compiled
+from potstill.teacher_service.capture.layout import Drawn
+
+_BLOCK = 64
+_RANKED = 512
+"""Candidates that are ranked by comparing each with all; more are sorted."""
+_HALVINGS = 24
+_WIDTH = np.float32(16)
+"""Below the largest entry the k-th is looked for in so many nats, else in the square of it, and so on."""
+
+_ZERO, _ONE, _LOG2_E = np.float32(0), np.float32(1), np.float32(1.4426950408889634)
+_LOWEST = np.float32(-126)
+"""Powers of two from here on are 0: they are no normal float32."""
+_MAGIC = np.float32(1.5 * 2**23)
+"""Added to a small whole number it leaves that number in the lowest bits."""
+_ONE_BITS = np.int32(0x3F800000)
+_C1, _C2, _C3 = np.float32(0.693147), np.float32(0.24022242), np.float32(0.055507336)
+_C4, _C5 = np.float32(0.009671513), np.float32(0.0013264727)
+
+
+_swept = partial(compiled, reordered=True)
+
+
+def _inlined(function: Function) -> Function:
+    """Part of its callers before these are compiled: only then do their loops become vector instructions."""
+    return cast(Function, numba.njit(inline="always", error_model="numpy")(function))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _nearest(_: Any, value: Any) -> Any:  # noqa: ARG001 -- numba calls both by name
+    """The whole number nearest to a float32, as one instruction, which no reordering of sums can do away with."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.call(builder.module.declare_intrinsic("llvm.rint", [ir.FloatType()]), arguments)
+
+    return types.float32(types.float32), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _bits(_: Any, value: Any) -> Any:  # noqa: ARG001 -- the same
+    """Of a float32, as int32."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.int32(types.float32), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _float(_: Any, bits: Any) -> Any:  # noqa: ARG001 -- the same
+    """The float32 of int32 bits."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.int32), generate
+
+
+@_inlined
+def _exp2(x: Any) -> Any:
+    """2**x of one float32 that is at most 0; NaN of NaN."""
+    held = _LOWEST if x < _LOWEST else x
+    whole = _nearest(held)
+    rest = held - whole
+    series = ((((_C5 * rest + _C4) * rest + _C3) * rest + _C2) * rest + _C1) * rest + _ONE
+    value = series * _float((_bits(whole + _MAGIC) << np.int32(23)) + _ONE_BITS)
+    return _ZERO if x <= _LOWEST else value
+
+
+class TopK(NamedTuple):
+    """Filled for each row; arrays without elements where no top-k is wanted."""
+
+    ids: NDArray[np.int32]
+    """[S, K]"""
+    logprobs: NDArray[np.float32]
+    """[S, K]"""
+    labels: NDArray[np.int64]
+    """[S] ids whose logprob is wanted; given."""
+    label_logprob: NDArray[np.float32]
+    """[S]"""
+
+
+class Extras(NamedTuple):
+    """What may be wanted beside a top-k; an array without elements is not."""
+
+    entropy: NDArray[np.float32]
+    """[S]"""
+    temperatures: NDArray[np.float64]
+    """Given."""
+    log_z: NDArray[np.float32]
+    """[S, temperatures]"""
+    dense: NDArray[np.float32]
+    """[S, V]"""
+    uniforms: NDArray[np.float64]
+    """[S, N] in [0, 1), rising in each row; given."""
+
+
+def fill(logits: NDArray[np.float32], top: NDArray[np.float32], top_k: TopK, extras: Extras) -> Drawn:
+    """Fill every array; what was drawn.
+
+    Args:
+        logits: [S, V]; entries beside each other, rows any distance apart.
+        top: [S], for the largest logprobs.
+        top_k: of K <= V entries.
+        extras: what else is wanted.
+
+    Raises:
+        ValueError: shapes that do not belong together, or labels that are no ids.
+    """
+    _check(logits, top, top_k, extras)
+    num_rows, vocab_size = logits.shape
+    stride = logits.strides[0] // logits.itemsize
+    # One array of all rows without a copy, of which numba knows that entries are beside each other.
+    flat = np.lib.stride_tricks.as_strided(logits, ((num_rows - 1) * stride + vocab_size,), (logits.itemsize,))
+    most = extras.uniforms.size
+    drawn = Drawn(np.zeros(num_rows, np.int64), np.empty(most, np.int32), np.empty(most, np.int32))
+    num_ids = _fill(flat, stride, top, top_k, extras, drawn)
+    return Drawn(drawn.lengths, drawn.ids[:num_ids].copy(), drawn.counts[:num_ids].copy())
+
+
+def _check(logits: NDArray[np.float32], top: NDArray[np.float32], top_k: TopK, extras: Extras) -> None:
+    num_rows, vocab_size = logits.shape
+    k = top_k.ids.shape[1]
+    labelled = num_rows if k else 0
+    shapes = {
+        "top": (top.shape, (num_rows,)),
+        "ids": (top_k.ids.shape, (num_rows, k)),
+        "logprobs": (top_k.logprobs.shape, (num_rows, k)),
+        "labels": (top_k.labels.shape, (labelled,)),
+        "label_logprob": (top_k.label_logprob.shape, (labelled,)),
+        "entropy": (extras.entropy.shape, (num_rows if len(extras.entropy) else 0,)),
+        "log_z": (extras.log_z.shape, (num_rows, len(extras.temperatures))),
+        "dense": (extras.dense.shape, (num_rows if len(extras.dense) else 0, vocab_size)),
+        "uniforms": (extras.uniforms.shape[:1], (num_rows,)),
+    }
+    wrong = [f"{name} {shape}" for name, (shape, right) in shapes.items() if shape != right]
+    if wrong or k > vocab_size or not 0 < vocab_size < 2**31 or not num_rows:
+        raise ValueError(f"logits {logits.shape} and a top-{k} do not go with {', '.join(wrong) or 'each other'}")
+    if logits.strides[1] != logits.itemsize or logits.strides[0] % logits.itemsize:
+        raise ValueError(f"logits have strides {logits.strides}; a row's entries must be beside each other")
+    if k and not 0 <= top_k.labels.min() <= top_k.labels.max() < vocab_size:
+        raise ValueError(f"labels from {top_k.labels.min()} to {top_k.labels.max()} are no ids of {vocab_size}")
+
+
+@_swept
+def _fill(flat: Any, stride: int, top: Any, top_k: Any, extras: Any, drawn: Any) -> Any:
+    vocab_size = len(flat) - (len(top) - 1) * stride
+    k = top_k.ids.shape[1]
+    num_blocks = (vocab_size + _BLOCK - 1) // _BLOCK
+    maxima, masses = np.empty(num_blocks, np.float32), np.empty(num_blocks, np.float32)
+    keys = np.empty(vocab_size if k else 0, np.uint64)
+    inside = np.empty(_BLOCK, np.float64)
+    num_ids = 0
+    for row in range(len(top)):
+        z = flat[row * stride : row * stride + vocab_size]
+        highest = _maxima(z, maxima)
+        total, weighted = _sums(z, highest, masses)
+        log_total = np.log(total)
+        top[row] = -log_total
+        if k:
+            top_k.label_logprob[row] = _logprob(z[top_k.labels[row]], highest, log_total)
+            _top_k(z, highest, log_total, maxima, keys, top_k.ids[row], top_k.logprobs[row])
+        if len(extras.entropy):
+            extras.entropy[row] = log_total - weighted / total
+        for column in range(len(extras.temperatures)):
+            inverse = 1.0 / extras.temperatures[column]
+            power = _power(z, highest, _LOG2_E * np.float32(inverse))
+            extras.log_z[row, column] = np.log(power) - log_total * inverse
+        if len(extras.dense):
+            for i in range(vocab_size):
+                extras.dense[row, i] = _logprob(z[i], highest, log_total)
+        if extras.uniforms.shape[1] and not np.isnan(log_total):
+            drawn.lengths[row] = _draw(z, highest, masses, extras.uniforms[row], inside, drawn, num_ids)
+            num_ids += drawn.lengths[row]
+    return num_ids
+
+
+@_swept
+def _maxima(z: Any, maxima: Any) -> Any:
+    """The largest entry; fills the largest one of each block."""
+    full = len(z) // _BLOCK
+    for block in range(full):
+        maxima[block] = _largest(z, block * _BLOCK, block * _BLOCK + _BLOCK)
+    if full < len(maxima):
+        maxima[full] = _largest(z, full * _BLOCK, len(z))
+    return _largest(maxima, 0, len(maxima))
+
+
+@_inlined
+def _largest(values: Any, start: int, stop: int) -> Any:
+    largest = values[start]
+    for i in range(start, stop):
+        largest = values[i] if values[i] > largest else largest
+    return largest
+
+
+@_swept
+def _sums(z: Any, highest: Any, masses: Any) -> Any:
+    """Sum e and sum e t; fills the sum of e of each block."""
+    total = weighted = 0.0
+    full = len(z) // _BLOCK
+    for block in range(full):
+        mass, moment = _block_sums(z, highest, block * _BLOCK, block * _BLOCK + _BLOCK)
+        masses[block] = mass
+        total += mass
+        weighted += moment
+    if full < len(masses):
+        mass, moment = _block_sums(z, highest, full * _BLOCK, len(z))
+        masses[full] = mass
+        total += mass
+        weighted += moment
+    return total, weighted * 0.6931471805599453
+
+
+@_inlined
+def _block_sums(z: Any, highest: Any, start: int, stop: int) -> Any:
+    """The second in powers of two."""
+    mass = moment = _ZERO
+    for i in range(start, stop):
+        x = (z[i] - highest) * _LOG2_E
+        e = _exp2(x)
+        mass += e
+        moment += e * (_LOWEST if x < _LOWEST else x)  # 0 * -inf of a masked id is nothing
+    return mass, moment
+
+
+@_swept
+def _power(z: Any, highest: Any, factor: Any) -> Any:
+    """Sum 2**((z - highest) factor)."""
+    total = 0.0
+    full = len(z) // _BLOCK
+    for start in range(0, full * _BLOCK, _BLOCK):
+        total += _block_power(z, highest, factor, start, start + _BLOCK)
+    return total + _block_power(z, highest, factor, full * _BLOCK, len(z))
+
+
+@_inlined
+def _block_power(z: Any, highest: Any, factor: Any, start: int, stop: int) -> Any:
+    mass = _ZERO
+    for i in range(start, stop):
+        mass += _exp2((z[i] - highest) * factor)
+    return mass
+
+
+@compiled
+def _logprob(logit: Any, highest: Any, log_total: Any) -> Any:
+    """In this order: the sum of the two that are taken off might swallow one of them."""
+    return (np.float64(logit) - np.float64(highest)) - log_total
+
+
+@_swept
+def _top_k(z: Any, highest: Any, log_total: float, maxima: Any, keys: Any, ids: Any, logprobs: Any) -> None:
+    """Fills ids and logprobs of one row."""
+    k = len(ids)
+    if np.isnan(log_total):
+        ids[:] = 0
+        logprobs[:] = np.nan
+        return
+    bound = _bound(maxima, k) if len(maxima) >= 2 * k else -np.inf
+    if bound == -np.inf or _count(maxima, bound) > 2 * k:  # few blocks, or few with anything in them
+        bound = _bound(z, k)
+    found = _at_least(z, bound, maxima, keys)
+    if found <= _RANKED:
+        for i in range(found):
+            rank = 0
+            for j in range(found):
+                rank += int(keys[j] < keys[i])
+            if rank < k:
+                ids[rank] = keys[i] & np.uint64(0xFFFFFFFF)
+    else:
+        keys[:found].sort()
+        for rank in range(k):
+            ids[rank] = keys[rank] & np.uint64(0xFFFFFFFF)
+    for rank in range(k):
+        logprobs[rank] = _logprob(z[ids[rank]], highest, log_total)
+
+
+@_swept
+def _bound(values: Any, k: int) -> Any:
+    """What k values or a few more are at or above: by halving a range below the largest that holds k."""
+    high = values[0]
+    for i in range(len(values)):
+        high = values[i] if values[i] > high else high
+    width = _WIDTH
+    while _count(values, high - width) < k:
+        width *= _WIDTH
+    low = high - width
+    if low == -np.inf:
+        return low
+    for _ in range(_HALVINGS):
+        middle = low + (high - low) * np.float32(0.5)
+        count = _count(values, middle)
+        if count >= k:
+            low = middle
+            if count <= k + k // 16:
+                break
+        else:
+            high = middle
+    return low
+
+
+@_inlined
+def _count(values: Any, bound: Any) -> Any:
+    count = np.int32(0)
+    for i in range(len(values)):
+        count += np.int32(values[i] >= bound)
+    return count
+
+
+@_swept
+def _at_least(z: Any, bound: Any, maxima: Any, keys: Any) -> int:
+    """How many entries are at or above the bound; fills the key of each."""
+    found = 0
+    for block in range(len(maxima)):
+        if maxima[block] >= bound:
+            for i in range(block * _BLOCK, min(block * _BLOCK + _BLOCK, len(z))):
+                if z[i] >= bound:
+                    keys[found] = _key(z[i], i)
+                    found += 1
+    return found
+
+
+@_inlined
+def _key(value: Any, i: int) -> Any:
+    """Rises as the entry falls, and with the id where entries are equal."""
+    bits = _bits(value) if value != 0 else np.int32(0)  # -0 equals 0
+    falling = bits if bits < 0 else bits ^ np.int32(0x7FFFFFFF)
+    return np.uint64(np.uint32(falling)) << np.uint64(32) | np.uint64(i)
+
+
+@compiled
+def _draw(z: Any, highest: Any, masses: Any, uniforms: Any, inside: Any, drawn: Any, start: int) -> int:
+    """How many unique ids one row has; fills their ids and counts from `start` on.
+
+    The float32 sum of a block and the float64 one of its ids differ by rounding: the same share of both is meant.
+    """
+    total = 0.0
+    for i in range(len(masses)):
+        total += masses[i]
+    block, begin, end = 0, 0.0, np.float64(masses[0])
+    summed, place, first = -1, 0, 0
+    mass = most = 0.0
+    found = start
+    for i in range(len(uniforms)):
+        # A product that rounds up to all of the mass would fall behind the last id that has any.
+        target = min(uniforms[i] * total, np.nextafter(total, 0.0))
+        while end <= target:
+            block += 1
+            begin, end = end, end + masses[block]
+        if summed != block:
+            summed, place, first = block, 0, block * _BLOCK
+            mass = 0.0
+            for j in range(min(_BLOCK, len(z) - first)):
+                mass += _exp2((z[first + j] - highest) * _LOG2_E)
+                inside[j] = mass
+            most = np.nextafter(mass, 0.0)
+        share = min((target - begin) / (end - begin) * mass, most)
+        while inside[place] <= share:
+            place += 1
+        if found > start and drawn.ids[found - 1] == first + place:
+            drawn.counts[found - 1] += 1
+        else:
+            drawn.ids[found] = first + place
+            drawn.counts[found] = 1
+            found += 1
+    return found - start

@@ -1,0 +1,120 @@
+"""What the engine's worker sends for one row on the capture path `sampler`, and where each part of it lies.
+
+The worker computes from the full distributions while they are still in its memory, and sends three flat arrays
+through the tensors that vLLM transports for prompt logprobs:
+
+    ids     int32    [T, K] top-k ids by falling logprob
+    floats  float32  the sections of `float_sections`, one after the other
+    ints    int32    [T] the row's tokens as the worker saw them; with draws also [T] unique ids a position, [U] ids,
+                     [U] counts
+
+A failure inside the worker has no ids, and its message as UTF-8 bytes in `ints`, so that it fails one row and not
+the engine. Sections are contiguous, so that either side works on views. Plain numpy: the worker and the caller of
+the engine both import it.
+
+Shape legend:  T tokens of a row without its prefix, K kept entries, V vocabulary size, U unique ids among the draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potstill.cache.types import Fields
+
+WISH_KEY = "potstill"
+"""Of `SamplingParams.extra_args`: a request without it is vLLM's own affair."""
+
+Sections = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """One row as the engine gets it."""
+
+    tokens: list[int]
+    """[P] prefix and row."""
+    num_prefix: int
+    want: Fields
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What one request asks of the worker; travels with the request."""
+
+    fields: Fields
+    num_prefix: int
+    """Tokens in front of the row, whose targets are not wanted."""
+
+    def to_extra_args(self) -> dict[str, Any]:
+        """As `SamplingParams.extra_args`."""
+        return {WISH_KEY: {"fields": self.fields.to_json(), "num_prefix": self.num_prefix}}
+
+    @classmethod
+    def from_extra_args(cls, extra_args: Mapping[str, Any] | None) -> Wish | None:
+        """The wish of a request, or None when it is not one of ours.
+
+        Raises:
+            InvalidInput: what `to_extra_args` does not write.
+        """
+        value = (extra_args or {}).get(WISH_KEY)
+        if value is None:
+            return None
+        return cls(fields=Fields.from_json(value["fields"]), num_prefix=int(value["num_prefix"]))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Captured:
+    """What arrived for one request, as it was sent."""
+
+    ids: NDArray[np.int32]
+    floats: NDArray[np.float32]
+    ints: NDArray[np.generic]
+
+
+class Drawn(NamedTuple):
+    """Draws with replacement of S rows, one row after the other."""
+
+    lengths: NDArray[np.int64]
+    """[S] unique ids of each row."""
+    ids: NDArray[np.int32]
+    """[U] rising within a row."""
+    counts: NDArray[np.int32]
+    """[U]"""
+
+
+def float_sections(want: Fields, num_positions: int, vocab_size: int) -> Sections:
+    """Name -> shape of the parts of `Captured.floats`, in their order.
+
+    `top` is the largest logprob of each position: NaN when the logits hold a NaN, a +inf or nothing but -inf.
+    """
+    sections: Sections = {"top": (num_positions,)}
+    if want.k:
+        sections |= {"logprobs": (num_positions, want.k), "label_logprob": (num_positions,)}
+    if want.entropy:
+        sections["entropy"] = (num_positions,)
+    if want.temperatures:
+        sections["log_z"] = (num_positions, len(want.temperatures))
+    if want.dense:
+        sections["dense"] = (num_positions, vocab_size)
+    return sections
+
+
+def num_floats(sections: Sections) -> int:
+    """Elements of all sections together."""
+    return sum(int(np.prod(shape)) for shape in sections.values())
+
+
+def split(flat: Any, sections: Sections) -> dict[str, Any]:
+    """Name -> view of a flat numpy array or torch tensor of `num_floats` elements."""
+    parts: dict[str, Any] = {}
+    start = 0
+    for name, shape in sections.items():
+        size = int(np.prod(shape))
+        parts[name] = flat[start : start + size].reshape(shape)
+        start += size
+    return parts

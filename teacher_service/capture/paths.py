@@ -1,0 +1,195 @@
+"""The ways from vLLM's engine to `Targets`, best first. Imported once vLLM is.
+
+    sampler      the worker computes every field from the full distributions (`capture_worker`); private
+    arrays       the top-k as the tensors that vLLM's worker sends, before it makes an object of each entry; private
+    public-flat  the top-k as vLLM's `FlatLogprobs`; public, and what the other two are checked against
+
+A private path changes the state of our own requests only: the receiving object of one request is exchanged after it was
+added, and the worker looks at requests that carry a `Wish`. Any other request of the same engine is answered by vLLM
+as ever. Verified with vLLM 0.32.0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from functools import cache
+from typing import Any, Literal, Protocol, TypeAlias, get_args
+
+from vllm import SamplingParams
+from vllm.sampling_params import RequestOutputKind
+
+from potstill.cache.errors import TeacherFailed
+from potstill.cache.types import Targets
+from potstill.teacher_service.capture.layout import Asked, Captured, Wish
+from potstill.teacher_service.capture.targets import FlatEntries, targets_from_captured, targets_from_flat
+
+PathName: TypeAlias = Literal["sampler", "arrays", "public-flat"]
+PATH_NAMES: tuple[PathName, ...] = get_args(PathName)
+"""Best first."""
+
+WORKER_EXTENSION = "potstill.teacher_service.capture.worker.CaptureExtension"
+
+
+class CapturePath(Protocol):
+    """How one engine's answers become targets."""
+
+    @property
+    def name(self) -> PathName:
+        """As provenance has it."""
+        ...
+
+    @property
+    def gives_every_field(self) -> bool:
+        """Whether more than the top-k can be asked for."""
+        ...
+
+    @property
+    def private(self) -> bool:
+        """Whether it rests on what vLLM does not promise, and is checked first."""
+        ...
+
+    def install(self, engine: Any) -> str:
+        """Prepare vLLM's engine; why it cannot be, or an empty string."""
+        ...
+
+    def sampling_params(self, asked: Asked) -> Any:
+        """What vLLM is asked for one row."""
+        ...
+
+    def added(self, engine: Any, request_id: str) -> None:
+        """Called for each request after vLLM has taken it, by vLLM's own id."""
+        ...
+
+    def targets(self, output: Any, asked: Asked, vocab_size: int) -> Targets:
+        """From one finished `RequestOutput`.
+
+        Raises:
+            TeacherFailed: it is not what was asked for.
+        """
+        ...
+
+
+class PublicFlatPath:
+    """`FlatLogprobs`: two Python lists a row, of an object for each entry."""
+
+    name: PathName = "public-flat"
+    gives_every_field = False
+    private = False
+
+    def install(self, engine: Any) -> str:  # noqa: ARG002 -- the protocol's
+        """Nothing to do."""
+        return ""
+
+    def sampling_params(self, asked: Asked) -> Any:
+        """Top-k of the prompt and of the one sampled token."""
+        k = asked.want.k
+        return _sampling_params(prompt_logprobs=k, logprobs=k, flat_logprobs=True)
+
+    def added(self, engine: Any, request_id: str) -> None:
+        """Nothing to do."""
+
+    def targets(self, output: Any, asked: Asked, vocab_size: int) -> Targets:
+        """See `CapturePath`."""
+        return _targets_of_entries(_flat(output.prompt_logprobs), output, asked, vocab_size)
+
+
+class ArraysPath(PublicFlatPath):
+    """The tensors of the prompt as they come from the worker, and one flat position for the last target."""
+
+    name: PathName = "arrays"
+    private = True
+
+    def added(self, engine: Any, request_id: str) -> None:
+        """Have the request's tensors kept as they are."""
+        _keep_tensors(engine, request_id)
+
+    def targets(self, output: Any, asked: Asked, vocab_size: int) -> Targets:
+        """See `CapturePath`."""
+        prompt = FlatEntries(ids=[], logprobs=[])
+        if len(asked.tokens) > 1:
+            kept = _kept(output)
+            prompt = FlatEntries(ids=kept.ids, logprobs=kept.floats)
+        return _targets_of_entries(prompt, output, asked, vocab_size)
+
+
+class SamplerPath:
+    """All T targets of a row from the worker."""
+
+    name: PathName = "sampler"
+    gives_every_field = True
+    private = True
+
+    def install(self, engine: Any) -> str:
+        """Ask every worker to capture; the first reason that one of them gives."""
+        reasons: list[str] = engine.collective_rpc("potstill_capture")
+        return next(filter(None, reasons), "")
+
+    def sampling_params(self, asked: Asked) -> Any:
+        """As little of vLLM's own as makes it call the worker's prompt logprobs step."""
+        wish = Wish(fields=asked.want, num_prefix=asked.num_prefix)
+        return _sampling_params(prompt_logprobs=0, extra_args=wish.to_extra_args())
+
+    def added(self, engine: Any, request_id: str) -> None:
+        """Have the request's tensors kept as they are."""
+        _keep_tensors(engine, request_id)
+
+    def targets(self, output: Any, asked: Asked, vocab_size: int) -> Targets:
+        """See `CapturePath`."""
+        return targets_from_captured(
+            _kept(output), asked.want, tokens=asked.tokens, num_prefix=asked.num_prefix, vocab_size=vocab_size
+        )
+
+
+def paths_from(best: str) -> list[CapturePath]:
+    """The paths to try in turn: `best`, or the best there is for `auto`, and those behind it."""
+    paths: list[CapturePath] = [SamplerPath(), ArraysPath(), PublicFlatPath()]
+    names = [path.name for path in paths]
+    return paths[0 if best == "auto" else names.index(best) :]  # type: ignore[arg-type]
+
+
+def _keep_tensors(engine: Any, request_id: str) -> None:
+    """Exchange the processor of one request for one that makes no object of an entry."""
+    state = engine.output_processor.request_states[request_id]
+    processor = state.logprobs_processor
+    kind = _keeping(processor.__class__)
+    state.logprobs_processor = kind(**{field.name: getattr(processor, field.name) for field in fields(processor)})
+
+
+@cache
+def _keeping(kind: type) -> type:
+    return type("KeepsTensors", (kind,), {"_update_prompt_logprobs": _keep})
+
+
+def _keep(processor: Any, tensors: Any) -> None:
+    ids, floats, ints, *_ = tensors
+    processor.prompt_logprobs = Captured(ids.numpy(), floats.numpy(), ints.numpy())
+
+
+def _kept(output: Any) -> Captured:
+    if not isinstance(output.prompt_logprobs, Captured):
+        raise TeacherFailed("the engine's answer has no arrays")
+    return output.prompt_logprobs
+
+
+def _targets_of_entries(prompt: FlatEntries, output: Any, asked: Asked, vocab_size: int) -> Targets:
+    return targets_from_flat(
+        prompt,
+        _flat(output.outputs[0].logprobs if output.outputs else None),
+        tokens=asked.tokens,
+        num_prefix=asked.num_prefix,
+        k=asked.want.k,
+        vocab_size=vocab_size,
+    )
+
+
+def _flat(logprobs: Any) -> FlatEntries:
+    if not logprobs:
+        return FlatEntries(ids=[], logprobs=[])
+    return FlatEntries(ids=logprobs.token_ids, logprobs=logprobs.logprobs)
+
+
+def _sampling_params(**more: Any) -> Any:
+    """One token is sampled, because vLLM takes no fewer; only the finished answer is wanted."""
+    return SamplingParams(
+        max_tokens=1, temperature=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **more
+    )

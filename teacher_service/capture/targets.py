@@ -1,0 +1,222 @@
+"""From what the engine hands over to `Targets`. The position convention is decided here, once.
+
+Target *t* of a row is the distribution of the token **after** `row[t]`. With n prefix tokens in front, the engine
+sees prefix + row and the first n targets are dropped.
+
+vLLM's own prompt logprobs, on the paths `public-flat` and `arrays`, have one position per prompt token: position *i*
+scores token *i* given the tokens before it, so position 0 is empty. Each further position is `K + 1` entries: column
+0 is the token that really stands there, columns 1..K are the top-K by falling logprob. Columns 1..K may hold the token
+of column 0 once more; nothing is deduplicated. A row of T tokens takes targets 0..T-2 from prompt positions 1..T-1,
+their labels from column 0, and target T-1 from the one sampled token's logprobs, whose column 0 is what was sampled
+and is not used: the last target has no label.
+
+On the path `sampler` the worker has computed all T targets itself (`capture_layout`).
+
+Pure functions on numbers: no engine is needed to call or to test them.
+
+Shapes: P = prefix + row tokens, T = row tokens, K kept entries, N draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potstill.cache.errors import TeacherFailed
+from potstill.cache.types import Draws, Fields, Targets
+from potstill.teacher_service.capture.layout import Captured, float_sections, num_floats, split
+
+TAIL_FLOOR = 1e-6
+"""Tail mass under this is stored as none: float32 logprobs of a peaked row cannot resolve less, and
+their sum may even pass 1."""
+
+_TAIL_ROWS = 1024
+"""Rows whose masses are summed at once, in float64."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlatEntries:
+    """Ids and logprobs of some positions, `K + 1` each: flat lists as vLLM hands them over, or arrays [n, K + 1]."""
+
+    ids: Sequence[int] | NDArray[np.integer]
+    logprobs: Sequence[float] | NDArray[np.floating]
+
+
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    first_ids: NDArray[np.int32]
+    """[n] column 0."""
+    first_logprobs: NDArray[np.float32]
+    """[n] column 0, nats."""
+    ids: NDArray[np.int32]
+    """[n, K] columns 1..K."""
+    logprobs: NDArray[np.float32]
+    """[n, K] nats."""
+
+
+def targets_from_flat(
+    prompt: FlatEntries,
+    sampled: FlatEntries,
+    *,
+    tokens: Sequence[int],
+    num_prefix: int,
+    k: int,
+    vocab_size: int,
+) -> Targets:
+    """The targets of one row, from vLLM's prompt logprobs.
+
+    Args:
+        prompt: entries of prompt positions 1..P-1, empty when P is 1.
+        sampled: entries of the one sampled token.
+        tokens: [P] prefix and row, as the engine saw them.
+        num_prefix: how many of `tokens` are the prefix.
+        k: kept entries K, at most `vocab_size`.
+        vocab_size: V; with K = V nothing is outside the top-k.
+
+    Returns:
+        T = P - `num_prefix` targets: `ids` uint32 [T, K], the rest float32 nats.
+
+    Raises:
+        TeacherFailed: the engine answered another number of entries, other tokens or a NaN.
+    """
+    prompt_columns = _columns(prompt, num_positions=len(tokens) - 1, k=k)
+    sampled_columns = _columns(sampled, num_positions=1, k=k)
+    if not np.array_equal(prompt_columns.first_ids, np.asarray(tokens[1:], dtype=np.int64)):
+        raise TeacherFailed("the engine's prompt logprobs are not those of the tokens it was given")
+    ids = np.concatenate([prompt_columns.ids[num_prefix:], sampled_columns.ids])
+    logprobs = np.concatenate([prompt_columns.logprobs[num_prefix:], sampled_columns.logprobs])
+    label_logprob = np.append(prompt_columns.first_logprobs[num_prefix:], np.float32(np.nan))
+    return _top_k_targets(ids, logprobs, label_logprob, vocab_size)
+
+
+def targets_from_captured(
+    captured: Captured, want: Fields, *, tokens: Sequence[int], num_prefix: int, vocab_size: int
+) -> Targets:
+    """The targets of one row, from what the worker computed; arrays are views of `captured` where they can be.
+
+    Args:
+        captured: of one request.
+        want: the fields that were asked for.
+        tokens: [P] prefix and row, as the engine saw them.
+        num_prefix: how many of `tokens` are the prefix.
+        vocab_size: V.
+
+    Raises:
+        TeacherFailed: the worker failed, answered other tokens or another number of values, a NaN, or an entropy or
+            log_z that is not finite.
+    """
+    row = np.asarray(tokens[num_prefix:], dtype=np.int32)
+    sections = float_sections(want, len(row), vocab_size)
+    if not len(captured.floats):
+        reason = captured.ints.tobytes().decode(errors="replace").partition("\n")[0]
+        raise TeacherFailed(f"the engine could not compute the targets of a row: {reason}")
+    if captured.ids.shape != (len(row), want.k) or captured.floats.shape != (num_floats(sections),):
+        raise TeacherFailed(
+            f"the engine answered ids of shape {captured.ids.shape} and {captured.floats.size} numbers"
+            f" where {(len(row), want.k)} and {num_floats(sections)} were due"
+        )
+    if not np.array_equal(captured.ints[: len(row)], row):
+        raise TeacherFailed("the engine's targets are not those of the tokens it was given")
+    parts = split(captured.floats, sections)
+    top = parts.pop("top")
+    if not np.all(top < np.inf):  # False for NaN too
+        position = int(np.argmin(top < np.inf))
+        raise TeacherFailed(f"the engine answered a logprob that is not a number at position {position}")
+    for name in ("entropy", "log_z"):
+        if name in parts and not np.isfinite(parts[name]).all():
+            position = int(np.argwhere(~np.isfinite(parts[name]))[0][0])
+            raise TeacherFailed(f"the engine answered {name} {parts[name][position]} at position {position}, no number")
+    if want.k:
+        label_logprob = parts.pop("label_logprob")
+        label_logprob[-1] = np.nan
+        targets = _top_k_targets(captured.ids, parts.pop("logprobs"), label_logprob, vocab_size)
+    else:
+        targets = _without_top_k(len(row))
+    draws = _draws(captured.ints[len(row) :], len(row), want.draws) if want.draws else None
+    return _with(targets, draws=draws, **parts)
+
+
+def log_tail(logprobs: NDArray[np.float32]) -> NDArray[np.float32]:
+    """[T] log of the mass outside [T, K] float32 `logprobs`, summed in float64; -inf under `TAIL_FLOOR`."""
+    tail = np.empty(len(logprobs))
+    ones = np.ones(logprobs.shape[1])
+    for start in range(0, len(logprobs), _TAIL_ROWS):
+        part = logprobs[start : start + _TAIL_ROWS]
+        # A product with ones sums up a row several times faster than `sum` along a short axis.
+        np.matmul(np.exp(part, dtype=np.float64), ones, out=tail[start : start + len(part)])
+    np.subtract(1.0, tail, out=tail)
+    answer = np.full(len(logprobs), -np.inf)
+    np.log(tail, out=answer, where=tail >= TAIL_FLOOR)
+    return answer.astype(np.float32)
+
+
+def _top_k_targets(
+    ids: NDArray[np.int32], logprobs: NDArray[np.float32], label_logprob: NDArray[np.float32], vocab_size: int
+) -> Targets:
+    _refuse_nonsense(logprobs, label_logprob[:-1])
+    ids, logprobs = _by_falling_logprob(ids, logprobs)
+    whole = logprobs.shape[1] >= vocab_size
+    return Targets(
+        ids=ids.view(np.uint32),
+        logprobs=logprobs,
+        log_tail=np.full(len(ids), -np.inf, dtype=np.float32) if whole else log_tail(logprobs),
+        label_logprob=label_logprob,
+    )
+
+
+def _without_top_k(num_positions: int) -> Targets:
+    nothing = np.empty((num_positions, 0))
+    nan = np.full(num_positions, np.nan, np.float32)
+    return Targets(nothing.astype(np.uint32), nothing.astype(np.float32), np.zeros(num_positions, np.float32), nan)
+
+
+def _with(targets: Targets, **more: Any) -> Targets:
+    return Targets(targets.ids, targets.logprobs, targets.log_tail, targets.label_logprob, **more)
+
+
+def _draws(ints: NDArray[np.generic], num_positions: int, num_draws: int) -> Draws:
+    """From [T] unique ids a position, [U] ids, [U] counts."""
+    values = ints.astype(np.int64)
+    offsets = np.zeros(num_positions + 1, np.int64)
+    np.cumsum(values[:num_positions], out=offsets[1:])
+    num_unique = int(offsets[-1])
+    if len(values) != num_positions + 2 * num_unique:
+        raise TeacherFailed(f"the engine answered {len(values)} numbers for {num_unique} drawn ids")
+    ids, counts = values[num_positions:].reshape(2, num_unique)
+    if num_positions and not (np.add.reduceat(counts, offsets[:-1]) == num_draws).all():
+        raise TeacherFailed(f"the engine answered another number of draws than {num_draws} a position")
+    return Draws(offsets, ids.astype(np.uint32), counts.astype(np.uint16))
+
+
+def _columns(entries: FlatEntries, *, num_positions: int, k: int) -> _Columns:
+    ids, logprobs = np.asarray(entries.ids, dtype=np.int32), np.asarray(entries.logprobs, dtype=np.float32)
+    expected = num_positions * (k + 1)
+    if ids.size != expected or logprobs.size != expected:
+        raise TeacherFailed(
+            f"the engine answered {ids.size} ids and {logprobs.size} logprobs"
+            f" where {num_positions} positions of {k + 1} were due"
+        )
+    ids, logprobs = ids.reshape(num_positions, k + 1), logprobs.reshape(num_positions, k + 1)
+    return _Columns(ids[:, 0], logprobs[:, 0], ids[:, 1:], logprobs[:, 1:])
+
+
+def _refuse_nonsense(logprobs: NDArray[np.float32], labels: NDArray[np.float32]) -> None:
+    """-inf is a masked token; NaN and +inf are no logprob at all."""
+    for name, values in (("top-k", logprobs), ("label", labels)):
+        if not np.all(values < np.inf):  # False for NaN too
+            position = int(np.argwhere(~(values < np.inf))[0][0])
+            raise TeacherFailed(f"the engine answered a {name} logprob that is not a number at position {position}")
+
+
+def _by_falling_logprob(
+    ids: NDArray[np.int32], logprobs: NDArray[np.float32]
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Both as they are when already sorted, as nearly always; else sorted, ties in the order given."""
+    if np.all(logprobs[:, 1:] <= logprobs[:, :-1]):
+        return np.ascontiguousarray(ids), np.ascontiguousarray(logprobs)
+    order = np.argsort(-logprobs, axis=1, kind="stable")
+    return np.take_along_axis(ids, order, axis=1), np.take_along_axis(logprobs, order, axis=1)

@@ -1,0 +1,1 @@
+"""One vLLM engine as a teacher: its options, its identity, its thread."""

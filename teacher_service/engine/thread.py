@@ -1,0 +1,245 @@
+"""One vLLM engine and the one thread that steps it.
+
+The thread builds the engine, then loops: take what callers sent, hand it to the engine, step, answer.
+All callers share the engine's continuous batching. Callers are on other threads, on an event loop or
+not; they hold a `concurrent.futures.Future`, whose cancellation takes only their own rows out.
+
+Run with vLLM 0.32 on CPUs; not run on a GPU.
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import logging
+import queue
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from potstill.cache.errors import InvalidInput, PotstillError, TeacherFailed, Unavailable
+from potstill.cache.types import Targets
+from potstill.teacher_service.capture.layout import Asked
+from potstill.teacher_service.engine.vllm_engine import EngineFacts, VllmEngine, one_line
+
+_LOG = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.002
+"""How often the answers of an engine in another process are looked for while nothing else happens."""
+_IDLE_SECONDS = 1.0
+"""How often such a process is looked at while nothing waits."""
+_CLOSE_SECONDS = 60.0
+"""How long a step and the shutdown after it may take; a thread that is stuck in the engine never ends."""
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """Rows of one caller; `done` gets their targets in order, or the first failure."""
+
+    rows: list[Asked]
+    done: Future[list[Targets]] = field(default_factory=Future)
+    answers: dict[int, Targets] = field(default_factory=dict)
+
+    def finish(self, outcome: list[Targets] | Exception) -> None:
+        """Set the outcome once; a caller that has cancelled gets nothing."""
+        if self.done.done() or not self.done.set_running_or_notify_cancel():
+            return
+        if isinstance(outcome, Exception):
+            self.done.set_exception(outcome)
+        else:
+            self.done.set_result(outcome)
+
+
+@dataclass(frozen=True, slots=True)
+class _Cancelled:
+    job: Job
+
+
+class _Stop:
+    """Asks the thread to end."""
+
+
+_Message = Job | _Cancelled | _Stop
+
+
+class EngineThread:
+    """Owns one vLLM engine. `submit` may be called from any thread.
+
+    Args:
+        name: the model, for messages.
+        arguments: keyword arguments of `vllm.EngineArgs`.
+        cpu_kv_cache_bytes: KV cache size on a CPU platform; a GPU's follows `gpu_memory_utilization`.
+        capture: the best capture path to take, by name, or `auto`.
+    """
+
+    def __init__(self, name: str, arguments: dict[str, Any], *, cpu_kv_cache_bytes: int, capture: str = "auto") -> None:
+        self._name = name
+        self._arguments = arguments
+        self._cpu_kv_cache_bytes = cpu_kv_cache_bytes
+        self._capture = capture
+        self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
+        self._started: Future[EngineFacts] = Future()
+        self._ended: PotstillError | None = None
+        self._end_lock = threading.Lock()
+        self._rows: dict[str, tuple[Job, int]] = {}
+        self._num_steps = 0
+        self._request_ids = itertools.count()
+        self._thread = threading.Thread(target=self._run, name=f"vllm {name}", daemon=True)
+
+    @property
+    def failure(self) -> str:
+        """Why the engine ended by itself, in one line; empty while it runs and after `stop`."""
+        ended = self._ended
+        return ended.detail if isinstance(ended, TeacherFailed) else ""
+
+    @property
+    def num_steps(self) -> int:
+        """Steps done so far, in whichever process: each scores at most `max_batch_tokens` tokens."""
+        return self._num_steps
+
+    def start(self) -> Future[EngineFacts]:
+        """Start the thread; the future fails with `InvalidInput` or `TeacherFailed`."""
+        self._started.set_running_or_notify_cancel()
+        self._close_first_at_exit()
+        self._thread.start()
+        return self._started
+
+    def submit(self, job: Job) -> None:
+        """Queue a job; it ends when its rows are scored, or the engine has ended.
+
+        Raises:
+            TeacherFailed: the engine has failed.
+            Unavailable: the engine was closed.
+        """
+        with self._end_lock:
+            if self._ended is not None:
+                raise type(self._ended)(str(self._ended))
+            self._inbox.put(job)
+        job.done.add_done_callback(lambda done: self._inbox.put(_Cancelled(job)) if done.cancelled() else None)
+
+    def stop(self) -> None:
+        """Ask for the end, after the running step; rows in flight fail with `Unavailable`. Does not wait."""
+        self._inbox.put(_Stop())
+
+    def join(self) -> None:
+        """Wait until the engine is shut down and the thread has ended; one that is stuck is left behind."""
+        self._thread.join(_CLOSE_SECONDS)
+        if self._thread.is_alive():
+            _LOG.error("the engine of %r did not stop within %g seconds and is left behind", self._name, _CLOSE_SECONDS)
+        atexit.unregister(self.close)
+
+    def close(self) -> None:
+        """`stop` and `join`."""
+        self.stop()
+        self.join()
+
+    def _run(self) -> None:
+        try:
+            engine = self._open_engine()
+        except PotstillError as error:
+            self._end(error)
+            self._started.set_exception(error)
+            return
+        self._close_first_at_exit()
+        self._started.set_result(engine.facts)
+        ended: PotstillError = Unavailable(f"the teacher {self._name!r} is closed")
+        try:
+            self._serve(engine)
+        except Exception as error:  # noqa: BLE001 -- whatever ends the engine, its callers must be told
+            ended = TeacherFailed(f"the engine of {self._name!r} failed: {one_line(error)}")
+            _LOG.exception("%s", ended)
+        finally:
+            self._end(ended)
+            engine.close()
+
+    def _close_first_at_exit(self) -> None:
+        """Have the interpreter's exit end the thread before vLLM's and torch's own exit hooks pull things away.
+
+        Hooks run in reverse order, so this is called again once those two have set up theirs.
+        """
+        atexit.unregister(self.close)
+        atexit.register(self.close)
+
+    def _open_engine(self) -> VllmEngine:
+        try:
+            return VllmEngine(self._arguments, cpu_kv_cache_bytes=self._cpu_kv_cache_bytes, capture=self._capture)
+        except ImportError as error:
+            raise InvalidInput(f"vLLM cannot be imported: {one_line(error)}") from error
+        except (ValueError, OSError) as error:
+            raise InvalidInput(f"vLLM does not take {self._name!r}: {one_line(error)}") from error
+        except (Exception, SystemExit) as error:  # vLLM exits where others raise; callers must not wait for ever
+            raise TeacherFailed(f"the engine of {self._name!r} did not start: {one_line(error)}") from error
+
+    def _serve(self, engine: VllmEngine) -> None:
+        while True:
+            for message in self._messages(engine):
+                if isinstance(message, _Stop):
+                    return
+                if isinstance(message, Job):
+                    self._add(engine, message)
+                else:
+                    self._withdraw(engine, message.job)
+            # Asked while nothing waits, too: it raises when the engine's own process is gone.
+            if engine.can_step():
+                self._num_steps += 1
+                for request_id, output in engine.step():
+                    self._deliver(engine, request_id, output)
+
+    def _messages(self, engine: VllmEngine) -> Iterator[_Message]:
+        """What is in the inbox; waits for it when there is nothing else to do."""
+        timeout = _IDLE_SECONDS
+        if self._rows:
+            timeout = 0.0 if engine.can_step() else _POLL_SECONDS
+        try:
+            yield self._inbox.get(timeout=timeout) if timeout != 0.0 else self._inbox.get_nowait()
+            while True:
+                yield self._inbox.get_nowait()
+        except queue.Empty:
+            return
+
+    def _add(self, engine: VllmEngine, job: Job) -> None:
+        for index, asked in enumerate(job.rows):
+            if job.done.done():
+                return
+            request_id = str(next(self._request_ids))
+            self._rows[request_id] = (job, index)
+            try:
+                engine.add(request_id, asked)
+            except ValueError as error:
+                self._withdraw(engine, job)
+                job.finish(InvalidInput(f"vLLM does not take row {index}: {one_line(error)}"))
+                return
+
+    def _withdraw(self, engine: VllmEngine, job: Job) -> None:
+        request_ids = [request_id for request_id, (owner, _) in self._rows.items() if owner is job]
+        for request_id in request_ids:
+            del self._rows[request_id]
+        if request_ids:
+            engine.abort(request_ids)
+
+    def _deliver(self, engine: VllmEngine, request_id: str, output: Any) -> None:
+        job, index = self._rows.pop(request_id, (None, 0))
+        if job is None:
+            return
+        try:
+            job.answers[index] = engine.targets(output, job.rows[index])
+        except TeacherFailed as error:
+            self._withdraw(engine, job)
+            job.finish(error)
+            return
+        if len(job.answers) == len(job.rows):
+            job.finish([job.answers[i] for i in range(len(job.rows))])
+
+    def _end(self, ended: PotstillError) -> None:
+        with self._end_lock:
+            self._ended = ended
+        jobs = {id(job): job for job, _ in self._rows.values()}
+        while not self._inbox.empty():
+            message = self._inbox.get_nowait()
+            if isinstance(message, Job):
+                jobs[id(message)] = message
+        self._rows.clear()
+        for job in jobs.values():
+            job.finish(type(ended)(str(ended)))

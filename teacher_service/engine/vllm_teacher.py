@@ -1,0 +1,399 @@
+"""A teacher that vLLM runs: rows of token ids in, targets of every next-token distribution out.
+
+    async with open_vllm_teacher("path/to/model") as teacher:
+        [targets] = await teacher.score([row], Fields(k=64))
+
+Rows go in as token ids and nothing adds BOS; what a model needs in front is `prefix_ids`. Prefix
+caching is off, logprobs are raw and the head computes in float32. `import teacher_service.vllm_teacher`
+is cheap: vLLM and torch are imported by the engine's thread when a teacher is opened.
+
+Verified with vLLM 0.32.0 on CPUs against a plain float32 forward; it was not run on a GPU.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from potstill.cache.corpus.tokenizer import fingerprint, load_tokenizer
+from potstill.cache.errors import InvalidInput, LimitExceeded, UnsupportedField
+from potstill.cache.types import JSON, Fields, Provenance, Targets, TeacherIdentity, TeacherLimits, Tokens
+from potstill.teacher_service.capture.layout import Asked
+from potstill.teacher_service.engine.thread import EngineThread, Job
+from potstill.teacher_service.engine.vllm_engine import EngineFacts
+
+MAX_TEMPERATURES = 16
+"""Each costs a pass over all logits."""
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 1e3
+"""1 / T times a logprob must stay a float32."""
+MAX_ROW_BYTES = 2**28
+"""What one row's draws or dense logprobs may take; the rows of a batch are held by the engine at once."""
+
+_CAPTURES = ("auto", "sampler", "arrays", "public-flat")
+_WEIGHT_KINDS = ("*.safetensors", "*.bin", "*.gguf")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VllmOptions:
+    """How to run one teacher.
+
+    Raises:
+        InvalidInput: a value of the wrong type or under its minimum.
+    """
+
+    model: str
+    """A model folder, or a name on the Hugging Face hub."""
+    revision: str = ""
+    """Of a hub name; empty for its default branch."""
+    dtype: str = "auto"
+    """`auto` is the checkpoint's own, never narrower; float32 on a CPU without bfloat16 instructions."""
+    max_top_k: int = 256
+    """The largest `Fields.k`; the vocabulary size where that is smaller."""
+    max_row_tokens: int | None = None
+    """The longest row. None: the model's context, or what the KV cache holds, less the prefix and one."""
+    prefix_ids: tuple[int, ...] = ()
+    """Put in front of every row (BOS); their targets are dropped."""
+    max_batch_tokens: int = 2048
+    """Tokens of one engine step; a longer row is prefilled in chunks. The path `sampler` needs
+    the memory that `capture_worker` states beside it; the others, on a GPU, up to 10 bytes * V * this for a step's
+    logits, which vLLM does not plan for."""
+    gpu_memory_utilization: float = 0.9
+    """The share of each GPU's memory that vLLM plans with."""
+    tensor_parallel: int = 1
+    """GPUs that share one engine."""
+    quantization: str = "none"
+    """One of vLLM's quantisation methods."""
+    cpu_kv_cache_gib: int = 1
+    """KV cache on a CPU platform, GiB."""
+    capture: str = "auto"
+    """The best capture path to take (`capture_paths`): `sampler`, `arrays` or `public-flat`; `auto` is the first."""
+
+    def __post_init__(self) -> None:
+        for name in ("model", "revision", "dtype", "quantization", "capture"):
+            _require(name, getattr(self, name), str)
+        for name in ("max_top_k", "max_batch_tokens", "tensor_parallel", "cpu_kv_cache_gib"):
+            _require(name, getattr(self, name), int, minimum=1)
+        _require("gpu_memory_utilization", self.gpu_memory_utilization, int | float, minimum=0)
+        if self.max_row_tokens is not None:
+            _require("max_row_tokens", self.max_row_tokens, int, minimum=1)
+        _require("prefix_ids", self.prefix_ids, tuple)
+        for token in self.prefix_ids:
+            _require("prefix_ids", token, int, minimum=0)
+        if self.capture not in _CAPTURES:
+            raise InvalidInput(f"capture is {self.capture!r}; it must be one of {', '.join(_CAPTURES)}")
+        if not self.model:
+            raise InvalidInput("model is empty; it must be a folder or a name on the Hugging Face hub")
+
+    @classmethod
+    def from_json(cls, model: str, options: Mapping[str, JSON]) -> VllmOptions:
+        """The options other than `model`, by name.
+
+        Raises:
+            InvalidInput: an unknown name or a bad value.
+        """
+        known = [field.name for field in fields(cls) if field.name != "model"]
+        for name in options:
+            if name not in known:
+                raise InvalidInput(f"a vLLM teacher has no option {name!r}; known are {', '.join(known)}")
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in options.items()
+        }
+        return cls(model=model, **values)
+
+
+class VllmTeacher:
+    """A `potstill.cache.types.Teacher` on one vLLM engine; many `score` calls may run at once.
+
+    Opened by `open`, closed by `close`; not built directly.
+    """
+
+    def __init__(
+        self, engine: EngineThread, *, options: VllmOptions, facts: EngineFacts, identity: TeacherIdentity
+    ) -> None:
+        self._engine = engine
+        self._identity = identity
+        self._provenance = Provenance(
+            engine="vllm",
+            engine_version=facts.version,
+            device=facts.device,
+            capture_path=facts.capture_path,
+        )
+        self._facts = facts
+        self._max_top_k = min(options.max_top_k, facts.vocab_size)
+        self._max_row_tokens = facts.max_model_len - len(options.prefix_ids) - 1
+
+    @classmethod
+    async def open(cls, options: VllmOptions) -> VllmTeacher:
+        """Start an engine in a thread of its own; takes tens of seconds for a small model.
+
+        The first teacher of a process runs in it, further ones each in a process of their own.
+
+        Raises:
+            InvalidInput: no such model, or options that vLLM does not take.
+            TeacherFailed: the engine did not start.
+        """
+        folder = await asyncio.to_thread(_model_folder, options)
+        engine = EngineThread(
+            _model_name(options),
+            _engine_arguments(options, folder),
+            cpu_kv_cache_bytes=options.cpu_kv_cache_gib << 30,
+            capture=options.capture,
+        )
+        try:
+            facts = await asyncio.wrap_future(engine.start())
+            _check_prefix(options, facts)
+            identity = await asyncio.to_thread(_identity, options, facts, folder)
+        except BaseException:
+            await asyncio.to_thread(engine.close)
+            raise
+        return cls(engine, options=options, facts=facts, identity=identity)
+
+    async def close(self) -> None:
+        """Shut the engine down and wait for it; rows in flight fail with `Unavailable`. May be repeated."""
+        await asyncio.to_thread(self._engine.close)
+
+    @property
+    def identity(self) -> TeacherIdentity:
+        """What changes this teacher's numbers."""
+        return self._identity
+
+    @property
+    def provenance(self) -> Provenance:
+        """The engine, its version, its device and the capture path in use."""
+        return self._provenance
+
+    @property
+    def limits(self) -> TeacherLimits:
+        """The largest `Fields.k`, and the longest row in tokens, without the prefix."""
+        return TeacherLimits(max_top_k=self._max_top_k, max_row_tokens=self._max_row_tokens)
+
+    @property
+    def failure(self) -> str:
+        """Why the engine ended by itself, in one line; empty while it runs."""
+        return self._engine.failure
+
+    @property
+    def progress(self) -> int:
+        """A number that changes whenever the engine finishes a step."""
+        return self._engine.num_steps
+
+    async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
+        """One `Targets` per row [T], with T positions each; rows of all callers are batched together.
+
+        A caller that is cancelled takes its own rows out of the engine and nobody else's.
+
+        Raises:
+            InvalidInput: an empty row, or one that is not a list of token ids.
+            LimitExceeded: a row, an id, K, the temperatures or what one row's targets take over its limit.
+            UnsupportedField: more than the top-k, where the capture path gives no more.
+            TeacherFailed: the engine failed, or answered what no model can mean.
+            Unavailable: the teacher is closed, or was while it scored.
+        """
+        self._check(want)
+        prefix = list(self._identity.prefix_ids)
+        asked = [
+            Asked(tokens=prefix + self._checked(index, row, want), num_prefix=len(prefix), want=want)
+            for index, row in enumerate(rows)
+        ]
+        if not asked:
+            return []
+        job = Job(rows=asked)
+        self._engine.submit(job)
+        return await asyncio.wrap_future(job.done)
+
+    def _check(self, want: Fields) -> None:
+        if not want.only_top_k and not self._facts.gives_every_field:
+            names = ", ".join(n for n in ("draws", "entropy", "temperatures", "dense") if getattr(want, n))
+            reason = self._facts.why_not_better or "as its option `capture` says"
+            raise UnsupportedField(
+                f"this teacher captures by {self._facts.capture_path!r}, which gives the top-k only ({reason});"
+                f" {names} is not there: ask without it"
+            )
+        if want.k > self._max_top_k:
+            raise LimitExceeded(f"k={want.k} is over this teacher's limit of {self._max_top_k}; ask for less")
+        if len(want.temperatures) > MAX_TEMPERATURES:
+            raise LimitExceeded(
+                f"{len(want.temperatures)} temperatures were asked for, over this teacher's limit of {MAX_TEMPERATURES}"
+            )
+        for t in want.temperatures:
+            if not MIN_TEMPERATURE <= t <= MAX_TEMPERATURE:
+                bounds = f"[{MIN_TEMPERATURE}, {MAX_TEMPERATURE}]"
+                raise LimitExceeded(f"temperature {t} is outside this teacher's limits {bounds}; ask for one inside")
+
+    def _checked(self, index: int, row: Tokens, want: Fields) -> list[int]:
+        ids = np.asarray(row)
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise InvalidInput(f"row {index} is {ids.dtype} of {ids.ndim} dimensions; it must be a list of token ids")
+        if not len(ids):
+            raise InvalidInput(f"row {index} is empty; a row has at least one token")
+        if len(ids) > self._max_row_tokens:
+            raise LimitExceeded(
+                f"row {index} has {len(ids)} tokens, over this teacher's limit of {self._max_row_tokens};"
+                f" ingest with --row-tokens {self._max_row_tokens}"
+            )
+        vocab_size = self._identity.vocab_size
+        strange = ids[(ids < 0) | (ids >= vocab_size)]
+        if len(strange):
+            raise LimitExceeded(
+                f"row {index} has the token id {strange[0]}, outside the teacher's vocabulary of {vocab_size}"
+            )
+        size = len(ids) * (4 * vocab_size * want.dense + 8 * min(want.draws, vocab_size))
+        if size > MAX_ROW_BYTES:
+            raise LimitExceeded(
+                f"the dense logprobs and draws of row {index} take {size:,} bytes, over this teacher's limit of"
+                f" {MAX_ROW_BYTES:,} a row; ask for shorter rows, or for fewer draws"
+            )
+        tokens: list[int] = ids.tolist()
+        return tokens
+
+
+@asynccontextmanager
+async def open_vllm_teacher(spec: str, *, options: Mapping[str, JSON] | None = None) -> AsyncIterator[VllmTeacher]:
+    """A teacher for the length of a block; the entry point `vllm` of `potstill.teachers`.
+
+    Args:
+        spec: a model folder or a name on the Hugging Face hub.
+        options: the other `VllmOptions`, by name.
+
+    Raises:
+        InvalidInput: no such model, an unknown option or a bad value.
+        TeacherFailed: the engine did not start.
+    """
+    teacher = await VllmTeacher.open(VllmOptions.from_json(spec, options or {}))
+    try:
+        yield teacher
+    finally:
+        await teacher.close()
+
+
+def _require(name: str, value: object, kind: Any, *, minimum: float | None = None) -> None:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise InvalidInput(f"{name} is {value!r}; it must be of type {getattr(kind, '__name__', kind)}")
+    if minimum is not None and isinstance(value, int | float) and value < minimum:
+        raise InvalidInput(f"{name} is {value!r}; it must be at least {minimum}")
+
+
+def _engine_arguments(options: VllmOptions, folder: Path) -> dict[str, Any]:
+    """Of `vllm.EngineArgs`. A prompt must leave room for one sampled token, hence the `+ 1`."""
+    room = len(options.prefix_ids) + 1
+    return {
+        "model": options.model,
+        "revision": options.revision or None,
+        "dtype": _dtype(options, folder),
+        "quantization": None if options.quantization == "none" else options.quantization,
+        "max_model_len": -1 if options.max_row_tokens is None else options.max_row_tokens + room,
+        "max_num_batched_tokens": options.max_batch_tokens,
+        "max_num_seqs": min(128, options.max_batch_tokens),
+        "gpu_memory_utilization": options.gpu_memory_utilization,
+        "tensor_parallel_size": options.tensor_parallel,
+        "max_logprobs": options.max_top_k,
+        "logprobs_mode": "raw_logprobs",
+        "hf_overrides": {"head_dtype": "float32"},
+        "enable_prefix_caching": False,
+        "enforce_eager": True,
+        "skip_tokenizer_init": True,
+        "use_tqdm_on_load": False,
+    }
+
+
+def _dtype(options: VllmOptions, folder: Path) -> str:
+    """The checkpoint's own: vLLM's `auto` runs a float32 one in bfloat16, 0.04 nats off on SmolLM2-135M."""
+    if options.dtype != "auto":
+        return options.dtype
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        checkpoint = config.get("dtype", config.get("torch_dtype"))
+    except (OSError, ValueError, AttributeError) as error:
+        raise InvalidInput(f"the config.json of {_model_name(options)!r} cannot be read: {error}") from error
+    return "float32" if checkpoint == "float32" else "auto"
+
+
+def _check_prefix(options: VllmOptions, facts: EngineFacts) -> None:
+    strange = [token for token in options.prefix_ids if token >= facts.vocab_size]
+    if strange:
+        raise LimitExceeded(f"prefix_ids has {strange[0]}, outside the teacher's vocabulary of {facts.vocab_size}")
+
+
+def _model_name(options: VllmOptions) -> str:
+    """The last component of a folder, never a machine's path; a hub name as it is."""
+    path = Path(options.model)
+    return path.resolve().name if path.exists() else options.model
+
+
+def _model_folder(options: VllmOptions) -> Path:
+    """The local folder, or the hub's snapshot once its config is there; vLLM puts the weights beside it."""
+    path = Path(options.model)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InvalidInput(f"{options.model!r} is no model folder: it has no config.json")
+        _weight_files(path)
+        return path
+    if path.exists() or path.is_absolute() or options.model.startswith((".", "~")):
+        raise InvalidInput(f"there is no model folder {options.model!r}")
+    from huggingface_hub import errors, hf_hub_download  # noqa: PLC0415 -- folders do without it
+
+    try:
+        return Path(hf_hub_download(options.model, "config.json", revision=options.revision or None)).parent
+    except (OSError, ValueError, errors.HfHubHTTPError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InvalidInput(
+            f"{options.model!r} is no model folder, and not to be had from the Hugging Face hub: {reason}"
+        ) from error
+
+
+def _identity(options: VllmOptions, facts: EngineFacts, folder: Path) -> TeacherIdentity:
+    return TeacherIdentity(
+        model=_model_name(options),
+        revision=options.revision,
+        weights_sha256=_weights_sha256(folder),
+        tokenizer_sha256=_tokenizer_sha256(folder),
+        vocab_size=facts.vocab_size,
+        dtype=facts.dtype,
+        head_dtype=facts.head_dtype,
+        quantization=options.quantization,
+        prefix_ids=options.prefix_ids,
+    )
+
+
+def _weights_sha256(folder: Path) -> str:
+    """sha256, in hex, over the hex sha256s of the weight files in name order."""
+    digest = hashlib.sha256()
+    for file in _weight_files(folder):
+        digest.update(_file_sha256(file).encode())
+    return digest.hexdigest()
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Of the first kind there is, as vLLM loads: safetensors, then bin, then gguf; in name order."""
+    files = next(filter(None, (sorted(folder.glob(pattern)) for pattern in _WEIGHT_KINDS)), [])
+    if not files:
+        raise InvalidInput(f"the model folder {folder.name!r} has no weights ({', '.join(_WEIGHT_KINDS)})")
+    return files
+
+
+def _file_sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _tokenizer_sha256(folder: Path) -> str:
+    if (folder / "tokenizer.json").is_file():
+        return fingerprint(load_tokenizer(folder))
+    from transformers import AutoTokenizer  # noqa: PLC0415 -- heavy, and seldom needed
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    except (OSError, ValueError) as error:
+        raise InvalidInput(f"the model folder {folder.name!r} has no tokenizer: {error}") from error
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise InvalidInput(f"the tokenizer of {folder.name!r} has no fast form; add its tokenizer.json")
+    return fingerprint(backend)

@@ -1,0 +1,1 @@
+"""The teachers that a service has: opened, added, removed, filled in the background, and measured."""

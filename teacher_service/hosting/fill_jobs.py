@@ -1,0 +1,384 @@
+"""Jobs that fill corpora with the targets of hosted teachers, in the background of the service.
+
+A job is `fill.loop.fill` on a hosted teacher, behind admission like any caller of it: its work waits in the turn of
+who asked for it. That caller is looked up before each call: a key may be removed or changed while its job runs. A job
+is stopped, or killed, at no cost but the shard in work. At most `max_fills_running` run at one time; the others wait in
+the order in which they were asked for. While a teacher tells jobs to come back later, others may begin (`fill_turns`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
+
+from potstill.cache.errors import (
+    AlreadyExists,
+    InvalidInput,
+    LimitExceeded,
+    NotFound,
+    PotstillError,
+    SpecMismatch,
+    TeacherFailed,
+)
+from potstill.cache.types import JSON, Fields, Provenance, Targets, Teacher, TeacherIdentity, TeacherLimits, Tokens
+from potstill.teacher_service.access.auth import Caller, caller, current_caller
+from potstill.teacher_service.access.quotas import Quota
+from potstill.teacher_service.admission.limits import bytes_per_position
+from potstill.teacher_service.hosting.fill_turns import FillTurn, FillTurns
+from potstill.teacher_service.settings.service import LimitSettings
+
+if TYPE_CHECKING:
+    from potstill.cache.cache import Cache
+    from potstill.cache.fill.loop import FillProgress, FillReport
+    from potstill.cache.targets.target_set import TargetSet
+
+_LOG = logging.getLogger(__name__)
+_PAUSE_SECONDS = 1.0
+_LONGEST_PAUSE_SECONDS = 60.0
+JobState = Literal["waiting", "running", "done", "failed", "stopped"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FillOrder:
+    """What a caller asks for: it may be asked for again while it runs, and nothing happens then."""
+
+    fields: Fields
+    encoding: str
+    batch_tokens: int = 4096
+    in_flight: int = 4
+
+
+@dataclass(slots=True, eq=False)
+class FillJob:
+    """One job, from its start to after its end."""
+
+    corpus: str
+    teacher: str
+    order: FillOrder
+    fitted: FillOrder
+    """The same in batches that fit into the service's memory."""
+    progress: FillProgress | None = None
+    report: FillReport | None = None
+    shards_before: int = 0
+    shards: int = 0
+    error: PotstillError | None = None
+    refusals: int = 0
+    """How often the teacher said to come back later."""
+    refusal: PotstillError | None = None
+    """The last of them."""
+    turn: FillTurn = field(default_factory=FillTurn)
+    ended: float | None = None
+    task: asyncio.Task[None] | None = None
+
+    @property
+    def state(self) -> JobState:
+        """Where it stands; it waits for its turn among the jobs, or until it may ask its teacher again."""
+        if self.ended is None:
+            return "running" if self.turn.given.is_set() and not self.turn.rests else "waiting"
+        if self.report is not None:
+            return "done"
+        return "stopped" if self.error is None else "failed"
+
+    @property
+    def seconds(self) -> float:
+        """Since its turn came; 0 before that."""
+        return 0.0 if self.turn.began is None else (self.ended or time.monotonic()) - self.turn.began
+
+    @property
+    def told_to_wait(self) -> PotstillError | None:
+        """Why it waits, when its teacher told it to come back later."""
+        return self.refusal if self.ended is None and self.turn.rests else None
+
+    def ended_by(self, task: asyncio.Task[None]) -> None:
+        """Note the end, and a bug that ended the task: nobody awaits it."""
+        self.ended = self.ended or time.monotonic()  # a task that was cancelled before its first step noted nothing
+        bug = None if task.cancelled() else task.exception()
+        if bug is not None:
+            self.error = TeacherFailed("the job failed unexpectedly; the service's log has the cause")
+            _LOG.error("fill of %s by %s failed unexpectedly", self.corpus, self.teacher, exc_info=bug)
+
+    def to_json(self) -> dict[str, JSON]:
+        """All of it in numbers."""
+        at = self.progress
+        seconds = self.seconds
+        scored = self.report.positions_scored if self.report else at.positions_scored if at else 0
+        return {
+            "corpus": self.corpus,
+            "teacher": self.teacher,
+            "state": self.state,
+            "fields": self.order.fields.to_json(),
+            "encoding": self.order.encoding,
+            "batch_tokens": self.fitted.batch_tokens,
+            "in_flight": self.fitted.in_flight,
+            "shards": self.shards,
+            "shards_before": self.shards_before,
+            "shards_committed": self.report.shards_committed if self.report else at.shards_committed if at else 0,
+            "positions_scored": scored,
+            "positions": at.positions if at else 0,
+            "waiting_for": at.waiting_for if at else 0,
+            "seconds": round(seconds, 3),
+            "positions_per_second": round(scored / seconds, 1) if seconds > 0 else 0.0,
+            "refusals": self.refusals,
+            "told_to_wait": _told(self.told_to_wait),
+            "error": _told(self.error),
+            "report": None if self.report is None else asdict(self.report),
+        }
+
+
+class FillJobs:
+    """At most one job per corpus and teacher; the last one of each is remembered. Used from one event loop only."""
+
+    def __init__(self, cache: Cache | None, limits: LimitSettings) -> None:
+        self._cache = cache
+        self._limits = limits
+        self._jobs: dict[tuple[str, str], FillJob] = {}
+        self._turns = FillTurns(limits.max_fills_running)
+
+    @property
+    def num_begun(self) -> int:
+        """Jobs that may hold targets: those that run, and those that rest until they may ask their teacher again."""
+        return self._turns.num_begun
+
+    def jobs(self) -> list[FillJob]:
+        """All that are remembered."""
+        return list(self._jobs.values())
+
+    def job(self, corpus: str, teacher: str) -> FillJob:
+        """The last one.
+
+        Raises:
+            NotFound: there was none since the service started.
+        """
+        found = self._jobs.get((corpus, teacher))
+        if found is None:
+            raise NotFound(
+                f"no fill of corpus {corpus[:64]!r} by teacher {teacher[:64]!r} was started since the service is up; "
+                "`potstill fill` with these names starts one, or goes on with one from before (over HTTP: PUT)"
+            )
+        return found
+
+    async def start(
+        self,
+        corpus: str,
+        teacher: str,
+        order: FillOrder,
+        open_teacher: Callable[[], Teacher],
+        find_caller: Callable[[], Caller] = current_caller,
+    ) -> FillJob:
+        """Start a job, or return the one that runs or waits already for the same order.
+
+        Args:
+            corpus: its name.
+            teacher: the name of its targets.
+            order: what to keep, and how.
+            open_teacher: called before each call of the teacher.
+            find_caller: for whom, called as often; what it raises ends the job.
+
+        Raises:
+            AlreadyExists: one with another order runs or waits. UnknownCorpus: there is no such corpus.
+            SpecMismatch, LimitExceeded, UnsupportedField: teacher, corpus and order do not fit; nothing was written.
+            Unavailable: the teacher is not up.
+        """
+        cache = self._cache
+        if cache is None:
+            raise InvalidInput("this service has no cache to fill; start it with --cache")
+        running = self._running(corpus, teacher, order)
+        if running is not None:
+            return running
+        inner = open_teacher()
+        targets = await asyncio.to_thread(_plan, cache.fresh(), corpus, teacher, inner, order)
+        who = current_caller()
+        fitted = fitted_order(order, targets, self._limits, who.quota)
+        before = await asyncio.to_thread(lambda: int(targets.committed.sum()))
+        running = self._running(corpus, teacher, order)  # another caller may have been faster
+        if running is not None:
+            return running
+        job = FillJob(corpus, teacher, order, fitted, shards_before=before, shards=targets.corpus.num_shards)
+        job.turn.key = who.name
+        self._jobs.pop((corpus, teacher), None)  # so that the order is that of asking
+        self._jobs[corpus, teacher] = job
+        self._turns.want(job.turn)
+        patient = _Patient(open_teacher, inner, find_caller, job, self._turns)
+        job.task = asyncio.create_task(_run(job, patient, targets), name=f"fill {corpus}")
+        job.task.add_done_callback(job.ended_by)
+        job.task.add_done_callback(lambda _: self._turns.end(job.turn))
+        return job
+
+    async def stop(self, corpus: str, teacher: str) -> FillJob:
+        """Stop the job if it runs or waits; returns when it has, its last shard committed or given up.
+
+        Raises:
+            NotFound: there was none.
+        """
+        job = self.job(corpus, teacher)
+        await _stopped(job)
+        return job
+
+    async def close(self) -> None:
+        """Stop all of them."""
+        await asyncio.gather(*(_stopped(job) for job in self._jobs.values()))
+
+    def _running(self, corpus: str, teacher: str, order: FillOrder) -> FillJob | None:
+        found = self._jobs.get((corpus, teacher))
+        if found is None or found.ended is not None:
+            return None
+        if found.order != order:
+            raise AlreadyExists(
+                f"corpus {corpus!r} is being filled by teacher {teacher!r} with {found.order.fields.to_json()}, "
+                f"encoding {found.order.encoding}; stop that first: `potstill fill --corpus {corpus} "
+                f"--teacher {teacher} --stop` (over HTTP: DELETE)"
+            )
+        return found
+
+
+def _told(error: PotstillError | None) -> JSON:
+    return None if error is None else {"kind": error.kind, "detail": error.detail}
+
+
+def _plan(cache: Cache, corpus: str, name: str, teacher: Teacher, order: FillOrder) -> TargetSet:
+    identity = teacher.identity
+    targets = cache.plan_targets(name, corpus, identity, fields=order.fields, encoding=order.encoding)
+    limits, longest, k = teacher.limits, targets.corpus.spec.longest_row, targets.fields.k
+    if limits.max_row_tokens is not None and longest > limits.max_row_tokens:
+        raise LimitExceeded(
+            f"corpus {corpus!r} has a row of {longest} tokens, the teacher reads {limits.max_row_tokens}; "
+            f"ingest it again with --row-tokens {limits.max_row_tokens}"
+        )
+    most = min(limits.max_top_k or identity.vocab_size, identity.vocab_size)
+    if k > most:
+        raise LimitExceeded(f"k={k} is over the teacher's limit of {most}; ask for at most that")
+    return targets
+
+
+def fitted_order(order: FillOrder, targets: TargetSet, limits: LimitSettings, quota: Quota) -> FillOrder:
+    """The order in batches of which each fits into `max_answer_bytes`, and all into `max_answer_bytes_in_flight`.
+
+    A batch is `batch_tokens` long, or one longer row. None is over what may ever be in flight, or scored in a day.
+
+    Raises:
+        LimitExceeded: the longest row alone does not fit.
+    """
+    most_tokens = _most_tokens(targets, limits, quota)
+    per_token = bytes_per_position(targets.fields, targets.identity.vocab_size)
+    name, num_bytes = limits.smallest("max_answer_bytes", "max_answer_bytes_in_flight")
+    most, longest = num_bytes // per_token, targets.corpus.spec.longest_row
+    if longest > most:
+        raise LimitExceeded(
+            f"corpus {targets.corpus.name!r} has a row of {longest} tokens, whose targets hold {longest * per_token} "
+            f"bytes, over {name}={num_bytes}; ask for less, or ingest it again with --row-tokens {most}"
+        )
+    batch_tokens = min(order.batch_tokens, most, most_tokens)
+    fitting = limits.max_answer_bytes_in_flight // (max(batch_tokens, longest) * per_token)
+    return replace(order, batch_tokens=batch_tokens, in_flight=min(order.in_flight, fitting))
+
+
+def _most_tokens(targets: TargetSet, limits: LimitSettings, quota: Quota) -> int:
+    """Of one batch: a larger one would be told to come back later for ever, or be refused."""
+    most, what = limits.max_tokens_in_flight, f"max_tokens_in_flight={limits.max_tokens_in_flight}"
+    if quota.tokens_per_day is not None and quota.tokens_per_day < most:
+        most, what = quota.tokens_per_day, f"tokens_per_day={quota.tokens_per_day} of your key"
+    longest = targets.corpus.spec.longest_row
+    if longest > most:
+        raise LimitExceeded(
+            f"corpus {targets.corpus.name!r} has a row of {longest} tokens, over {what}; ingest it again with "
+            f"--row-tokens {most}, or have that raised"
+        )
+    return most
+
+
+async def _run(job: FillJob, teacher: Teacher, targets: TargetSet) -> None:
+    from potstill.cache.fill.loop import FillPlan, fill  # noqa: PLC0415  zarr, only when a job runs
+
+    def on_progress(at: FillProgress) -> None:
+        job.progress = at
+
+    plan = FillPlan(batch_tokens=job.fitted.batch_tokens, in_flight=job.fitted.in_flight)
+    try:
+        await job.turn.given.wait()
+        job.shards_before = int((await asyncio.to_thread(lambda: targets.committed)).sum())  # it may have waited long
+        job.report = await fill(teacher, targets, plan, on_progress=on_progress)
+    except PotstillError as error:
+        job.error = error
+        _LOG.warning("fill of %s by %s failed: %s: %s", job.corpus, job.teacher, error.kind, error.detail)
+    finally:
+        job.ended = time.monotonic()
+
+
+async def _stopped(job: FillJob) -> None:
+    if job.task is not None and not job.task.done():
+        job.task.cancel()
+        await asyncio.wait([job.task])
+
+
+@contextmanager
+def _acting_as(who: Caller) -> Iterator[None]:
+    before = caller.set(who)
+    try:
+        yield
+    finally:
+        caller.reset(before)
+
+
+def spread(seconds: float) -> float:
+    """At least so long and less than twice: batches that are turned away together do not come back together."""
+    return seconds * random.uniform(1.0, 2.0)  # noqa: S311
+
+
+class _Patient:
+    """A `Teacher` that comes back when it is told to: a job has time, and loses work when it gives up."""
+
+    def __init__(
+        self,
+        open_teacher: Callable[[], Teacher],
+        opened: Teacher,
+        find_caller: Callable[[], Caller],
+        job: FillJob,
+        turns: FillTurns,
+    ) -> None:
+        self._open = open_teacher
+        self._opened = opened
+        self._find_caller = find_caller
+        self._job = job
+        self._turns = turns
+
+    @property
+    def identity(self) -> TeacherIdentity:
+        return self._opened.identity
+
+    @property
+    def provenance(self) -> Provenance:
+        return self._opened.provenance
+
+    @property
+    def limits(self) -> TeacherLimits:
+        return self._opened.limits
+
+    async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
+        pause = _PAUSE_SECONDS
+        while True:
+            try:
+                with self._turns.asking(self._job.turn):
+                    # Asked for anew: a teacher that was removed and added again is another one under the name.
+                    teacher = self._open()
+                    self._require_same(teacher)
+                    with _acting_as(self._find_caller()):
+                        return await teacher.score(rows, want)
+            except PotstillError as error:
+                if not error.retryable:
+                    raise
+                self._job.refusals += 1
+                self._job.refusal = error
+                wait = pause if error.retry_after is None else error.retry_after
+            await self._turns.pause(self._job.turn, spread(min(wait, _LONGEST_PAUSE_SECONDS)))
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+
+    def _require_same(self, teacher: Teacher) -> None:
+        differences = self._opened.identity.differences(teacher.identity)
+        if differences:
+            raise SpecMismatch(f"teacher {self._job.teacher!r} was exchanged: {differences}")

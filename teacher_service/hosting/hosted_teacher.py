@@ -1,0 +1,248 @@
+"""A teacher as the service holds it: its life from start to stop, the pool of replicas and the cache in front."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from potstill.cache.errors import PotstillError, TeacherFailed, Unavailable
+from potstill.cache.types import Fields, Provenance, Targets, Teacher, TeacherIdentity, TeacherLimits, Tokens
+from potstill.teacher_service.admission.admission import Admission, AdmittedTeacher
+from potstill.teacher_service.replicas.pool import LocalPool, OpenTeacher, ReplicaPool
+from potstill.teacher_service.settings.service import TeacherSettings
+
+if TYPE_CHECKING:
+    from potstill.cache.cache import Cache
+    from potstill.cache.read_through.cached_teacher import CachedTeacher, KeepPolicy
+
+_LOG = logging.getLogger(__name__)
+_NO_ENGINE_SECONDS = 60.0
+_LOOK_SECONDS = 1.0
+State: TypeAlias = Literal["starting", "ready", "draining", "stopped", "failed"]
+OpenPool: TypeAlias = Callable[[OpenTeacher], AbstractAsyncContextManager[ReplicaPool]]
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Where and how the answers of a teacher are kept."""
+
+    cache: Cache
+    policy: KeepPolicy
+
+
+class HostedTeacher:
+    """A named teacher that starts in the background and is there once its engine is up.
+
+    One task opens everything, waits for the stop and closes everything in reverse order, so every
+    resource is closed by the task that opened it.
+
+    Args:
+        name: what it is served as.
+        open_teacher: opens one engine.
+        keep: None keeps nothing of what is asked.
+        open_pool: opens the replicas that `open_teacher` makes; by default one in this process.
+        settings: what it was made of, to compare with.
+
+    Attributes:
+        awaited: whether the service is not ready before this teacher was up; not so for one added later.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        open_teacher: OpenTeacher,
+        keep: Keep | None = None,
+        *,
+        open_pool: OpenPool = LocalPool.open,
+        settings: TeacherSettings | None = None,
+    ) -> None:
+        self.name = name
+        self.settings = settings
+        self.awaited = True
+        self._open_teacher = open_teacher
+        self._open_pool = open_pool
+        self._keep = keep
+        self._pool: ReplicaPool | None = None
+        self._front: Teacher | None = None
+        self._cached: CachedTeacher | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._settled = asyncio.Event()
+        self._stopping = asyncio.Event()
+        self._in_flight = _InFlight()
+        self._draining = False
+
+    @property
+    def state(self) -> State:
+        """Where in its life the teacher is; one whose engine is being replaced is starting again."""
+        if self._task is None or self._stopping.is_set():
+            return "stopped" if self._stopping.is_set() else "starting"
+        if self._task.done():
+            return "failed"
+        if self._draining:
+            return "draining"
+        return "starting" if self._pool is None else self._pool.state
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the service need not be called unready because of this teacher."""
+        # What was stopped was to go, and may take long to close while the others work.
+        return self.state in ("ready", "draining", "stopped") or (self._pool is None and not self.awaited)
+
+    @property
+    def failure(self) -> str:
+        """Why the teacher is in the state `failed`, in one line; else empty."""
+        if self._task is not None and self._task.done() and not self._task.cancelled():
+            error = self._task.exception()
+            return "" if error is None else _one_line(error)
+        return "" if self._pool is None else self._pool.failure
+
+    @property
+    def pool(self) -> ReplicaPool:
+        """The replicas, without the cache in front. It may be `starting` again, and calls then wait for it.
+
+        Raises:
+            Unavailable: not up yet, or not any more.
+        """
+        if self._pool is None or self._stopping.is_set() or self._task is None or self._task.done():
+            raise Unavailable(f"teacher {self.name!r} is {self.state}; retry later")
+        return self._pool
+
+    @property
+    def cached(self) -> CachedTeacher | None:
+        """The cache in front of the pool, or None when nothing is kept or the teacher is not up."""
+        return self._cached
+
+    def front(self, *, store: bool) -> Teacher:
+        """What a request is scored by: through the cache and admission, or admission alone.
+
+        Raises:
+            Unavailable: not up yet, or not any more.
+        """
+        pool = self.pool
+        if self._draining:
+            raise Unavailable(f"teacher {self.name!r} is being removed")
+        return _Counted((self._cached if store else None) or self._front or pool, self._in_flight)
+
+    def start(self, admission: Admission | None = None) -> None:
+        """Begin to open the teacher; `settled` tells when it is up. What the cache does not answer is then admitted."""
+        self._task = asyncio.create_task(self._run(admission), name=f"teacher {self.name}")
+        self._task.add_done_callback(lambda _: self._settled.set())
+
+    async def settled(self) -> None:
+        """Wait until the teacher is up.
+
+        Raises:
+            TeacherFailed: it did not start. PotstillError: the same, of the class of its own failure.
+            Unavailable: it was stopped before it was up.
+        """
+        await self._settled.wait()
+        if self._task is None or not self._task.done():
+            return
+        failure = None if self._task.cancelled() else self._task.exception()
+        if isinstance(failure, PotstillError):
+            raise type(failure)(f"teacher {self.name!r} did not start: {failure.detail}") from failure
+        if failure is not None:
+            _LOG.error("teacher %r did not start", self.name, exc_info=failure)
+            raise TeacherFailed(f"teacher {self.name!r} did not start: {_one_line(failure)}") from failure
+        if self._pool is None:
+            raise Unavailable(f"teacher {self.name!r} was stopped before it was up")
+
+    async def drain(self, *, no_engine_seconds: float = _NO_ENGINE_SECONDS) -> None:
+        """Take no more calls of `front`, and wait until none is in flight.
+
+        Args:
+            no_engine_seconds: calls that wait so long for an engine that is started again are not waited for.
+        """
+        self._draining = True
+        ready_at = time.monotonic()
+        while not self._in_flight.none.is_set() and time.monotonic() - ready_at < no_engine_seconds:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(min(_LOOK_SECONDS, no_engine_seconds)):
+                    await self._in_flight.none.wait()
+            if self._pool is not None and self._pool.state == "ready":
+                ready_at = time.monotonic()
+
+    async def stop(self) -> None:
+        """Close everything; a start that is under way is given up. Raises what goes wrong while closing."""
+        self._stopping.set()
+        if self._task is None:
+            return
+        if self._pool is None:
+            self._task.cancel()
+        await asyncio.wait([self._task])
+        failure = None if self._task.cancelled() else self._task.exception()
+        if failure is not None and self._pool is not None:
+            raise failure
+
+    async def _run(self, admission: Admission | None) -> None:
+        async with AsyncExitStack() as stack:
+            pool = await stack.enter_async_context(self._open_pool(self._open_teacher))
+            self._front = pool
+            if admission is not None:
+                self._front = await stack.enter_async_context(AdmittedTeacher.open(pool, admission, self.name))
+                queue = admission.queues[self.name]
+                pool.follow_queue(lambda: queue.tokens_waiting)
+            if self._keep is not None:
+                from potstill.cache.read_through.cached_teacher import CachedTeacher  # noqa: PLC0415  zarr and obstore, only when used
+
+                self._cached = await stack.enter_async_context(
+                    CachedTeacher.open(self._front, name=self.name, cache=self._keep.cache, policy=self._keep.policy)
+                )
+            self._pool = pool
+            self._settled.set()
+            await self._stopping.wait()
+
+
+class _InFlight:
+    """How many calls are in flight, and when there are none."""
+
+    def __init__(self) -> None:
+        self._calls = 0
+        self.none = asyncio.Event()
+        self.none.set()
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        self._calls += 1
+        self.none.clear()
+        try:
+            yield
+        finally:
+            self._calls -= 1
+            if not self._calls:
+                self.none.set()
+
+
+@dataclass(frozen=True, slots=True)
+class _Counted:
+    """A `Teacher` whose calls are counted, so that a removal can wait for them."""
+
+    inner: Teacher
+    in_flight: _InFlight
+
+    @property
+    def identity(self) -> TeacherIdentity:
+        return self.inner.identity
+
+    @property
+    def provenance(self) -> Provenance:
+        return self.inner.provenance
+
+    @property
+    def limits(self) -> TeacherLimits:
+        return self.inner.limits
+
+    async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
+        with self.in_flight.call():
+            return await self.inner.score(rows, want)
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, PotstillError):
+        return error.detail
+    return " ".join(f"{type(error).__name__}: {error}".split())

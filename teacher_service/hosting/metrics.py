@@ -1,0 +1,84 @@
+"""What the service counts, as Prometheus text. Every service has its own registry.
+
+Labels are names that admins gave (teachers), that the service gave (replicas, routes) or of closed lists: never what
+a caller made up, because each lives as long as the process.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+
+from potstill.cache.errors import error_kinds
+from potstill.teacher_service.admission.admission import Admission
+from potstill.teacher_service.hosting.collectors import AdmissionCollector, TeacherCollector
+from potstill.teacher_service.hosting.hosted_teacher import HostedTeacher
+from potstill.teacher_service.telemetry.logs import note_work
+from potstill.teacher_service.telemetry.tracing import span
+
+# Seconds: from a hit in the page cache to a long prefill batch.
+_LATENCY_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+
+
+class Metrics:
+    """The counters of one service."""
+
+    def __init__(self, admission: Admission, teachers: Mapping[str, HostedTeacher]) -> None:
+        self._registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "potstill_requests", "Requests answered.", ["method", "route", "status"], registry=registry
+        )
+        self.seconds = Histogram(
+            "potstill_request_seconds",
+            "From the first byte asked to the last answered.",
+            ["route"],
+            buckets=_LATENCY_BUCKETS,
+            registry=registry,
+        )
+        self.score_seconds = Histogram(
+            "potstill_score_seconds",
+            "From a decoded score request to its targets: cache, queue and engine.",
+            ["teacher"],
+            buckets=_LATENCY_BUCKETS,
+            registry=registry,
+        )
+        self.refusals = Counter("potstill_refusals", "Refusals by error kind.", ["kind"], registry=registry)
+        # From zero on: a rate does not see a counter's first value.
+        for kind in error_kinds():
+            self.refusals.labels(kind)
+        self.rows = Counter("potstill_scored_rows", "Rows answered.", ["teacher"], registry=registry)
+        self.tokens = Counter("potstill_scored_tokens", "Tokens answered.", ["teacher"], registry=registry)
+        registry.register(AdmissionCollector(admission))
+        registry.register(TeacherCollector(teachers))
+        ProcessCollector(registry=registry)
+
+    @contextmanager
+    def scoring(self, teacher: str, *, rows: int, tokens: int) -> Iterator[None]:
+        """Around the scoring of one request: its span, and its time, rows and tokens once they are answered.
+
+        What is refused in a moment, or given up, would make a service that answers nothing look fast.
+        """
+        note_work(rows=rows, tokens=tokens)
+        begin = time.perf_counter()
+        with span("score", teacher=teacher, rows=rows, tokens=tokens):
+            yield
+        self.score_seconds.labels(teacher).observe(time.perf_counter() - begin)
+        self.rows.labels(teacher).inc(rows)
+        self.tokens.labels(teacher).inc(tokens)
+
+    def value(self, name: str, **labels: str) -> float:
+        """One sample of what is counted now; 0 for what was never seen."""
+        return self._registry.get_sample_value(name, labels) or 0.0
+
+    @property
+    def num_refusals(self) -> float:
+        """Refusals of every kind."""
+        samples = (sample for family in self.refusals.collect() for sample in family.samples)
+        return sum(sample.value for sample in samples if sample.name == "potstill_refusals_total")
+
+    def text(self) -> bytes:
+        """Everything in Prometheus' text format."""
+        return generate_latest(self._registry)

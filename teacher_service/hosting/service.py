@@ -1,0 +1,111 @@
+"""What one service process holds: teachers that come and go, the cache, what is let in and what is counted."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from potstill.cache.errors import UnknownTeacher
+from potstill.teacher_service.access.middleware import Access
+from potstill.teacher_service.admission.admission import Admission
+from potstill.teacher_service.hosting.fill_jobs import FillJobs
+from potstill.teacher_service.hosting.hosted_teacher import HostedTeacher
+from potstill.teacher_service.hosting.metrics import Metrics
+from potstill.teacher_service.hosting.teacher_admin import TeacherAdmin
+from potstill.teacher_service.hosting.teacher_source import TeacherSource
+from potstill.teacher_service.settings.service import LimitSettings
+
+if TYPE_CHECKING:
+    from potstill.cache.cache import Cache
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What the API serves. Teachers start with the app's lifespan and stop with it."""
+
+    teachers: dict[str, HostedTeacher]
+    cache: Cache | None
+    admission: Admission
+    metrics: Metrics
+    admin: TeacherAdmin
+    access: Access
+    fills: FillJobs
+
+    @classmethod
+    def of(
+        cls,
+        teachers: Iterable[HostedTeacher],
+        *,
+        cache: Cache | None = None,
+        limits: LimitSettings | None = None,
+        source: TeacherSource | None = None,
+        access: Access | None = None,
+    ) -> Service:
+        """Put a service together.
+
+        Args:
+            teachers: started with the service.
+            cache: what the corpus routes read.
+            limits: what requests may ask for.
+            source: makes teachers that are added.
+            access: who may do what; everybody everything when not given.
+        """
+        by_name = {teacher.name: teacher for teacher in teachers}
+        admission = Admission(limits or LimitSettings())
+        admin = TeacherAdmin(by_name, source or TeacherSource(), admission)
+        return cls(
+            by_name,
+            cache,
+            admission,
+            Metrics(admission, by_name),
+            admin,
+            access or Access(),
+            FillJobs(cache, admission.limits),
+        )
+
+    @property
+    def limits(self) -> LimitSettings:
+        """What requests may ask for."""
+        return self.admission.limits
+
+    @property
+    def ready(self) -> bool:
+        """Whether every teacher is up that the service was started with, and every one that was up since.
+
+        Without teachers: whether there is a cache, whose committed targets are served all the same.
+        """
+        if not self.teachers:
+            return self.cache is not None
+        return all(teacher.in_order for teacher in self.teachers.values())
+
+    def teacher(self, name: str) -> HostedTeacher:
+        """The teacher of that name.
+
+        Raises:
+            UnknownTeacher: there is none; the message lists those that are there.
+        """
+        if name not in self.teachers:
+            raise UnknownTeacher(f"there is no teacher {name[:64]!r}; known are {', '.join(self.teachers) or 'none'}")
+        return self.teachers[name]
+
+    async def started(self) -> None:
+        """Wait until every teacher is up. Raises the first failure at once, whoever is still starting."""
+        await asyncio.gather(*(teacher.settled() for teacher in self.teachers.values()))
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Start every teacher in the background; stop them all at the end."""
+        for teacher in self.teachers.values():
+            teacher.start(self.admission)
+        try:
+            yield
+        finally:
+            await self.fills.close()
+            await self.admin.close()
+            stops = await asyncio.gather(*(t.stop() for t in self.teachers.values()), return_exceptions=True)
+        for failure in stops:
+            if failure is not None:
+                raise failure

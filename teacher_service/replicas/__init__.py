@@ -1,0 +1,1 @@
+"""Many engines behind one teacher: started, watched, replaced and scaled, in this process or on Ray Serve."""

@@ -1,0 +1,142 @@
+"""What runs in a Ray Serve replica: one engine, and the answers to calls of the service's pool."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+
+from potstill.cache.errors import PotstillError, error_class
+from potstill.cache.types import Fields, Provenance, Targets, Teacher, TeacherIdentity, TeacherLimits, Tokens
+from potstill.teacher_service.replicas.health import EngineHealth
+from potstill.teacher_service.replicas.pool import OpenTeacher
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """Who a replica's teacher is."""
+
+    identity: TeacherIdentity
+    provenance: Provenance
+    limits: TeacherLimits
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScoreCall:
+    """Rows for one replica, as two arrays: they cross processes without a copy."""
+
+    tokens: NDArray[np.uint32]
+    """[P] of all rows, one after the other."""
+    lengths: NDArray[np.int64]
+    """[B]"""
+    want: Fields
+    identity: TeacherIdentity
+    """Of the pool's teacher; a replica with another one refuses."""
+
+    @classmethod
+    def of(cls, rows: Sequence[Tokens], want: Fields, identity: TeacherIdentity) -> ScoreCall:
+        """At least one row."""
+        lengths = np.array([len(row) for row in rows], dtype=np.int64)
+        return cls(np.concatenate(rows), lengths, want, identity)
+
+    @property
+    def rows(self) -> list[Tokens]:
+        """Views, one a row."""
+        return np.split(self.tokens, np.cumsum(self.lengths)[:-1])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scored:
+    """The targets of all rows of a call, flat on the position axis."""
+
+    targets: Targets
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """An error of ours, as data: Ray would wrap an exception in another class and log its traceback."""
+
+    kind: str
+    detail: str
+    elsewhere: bool
+    """Another replica may answer: it is this one that is broken, not the call."""
+    crashed: bool = False
+    """It was well before the call, and ended by itself while it had it."""
+
+    def error(self) -> PotstillError:
+        """What to raise."""
+        return error_class(self.kind)(self.detail)
+
+
+class Replica:
+    """One engine, opened when the replica starts and closed when Serve has drained it.
+
+    A broken engine is not mended here: the replica says that it is unwell, and Serve replaces all of it.
+    """
+
+    async def __init__(self, open_teacher: OpenTeacher, wedged_seconds: float) -> None:  # type: ignore[misc]
+        # Serve awaits it; a deployment's engine is opened on the loop that will use it.
+        self._stack = AsyncExitStack()
+        self._teacher: Teacher = await self._stack.enter_async_context(open_teacher())
+        self._health = EngineHealth(self._teacher, wedged_seconds=wedged_seconds)
+        self._foreign = ""
+        self._broken = ""
+        self._closing: asyncio.Task[None] | None = None
+
+    def describe(self) -> Described:
+        """Who this is."""
+        return Described(self._teacher.identity, self._teacher.provenance, self._teacher.limits)
+
+    async def score(self, call: ScoreCall) -> Scored | Refused:
+        """Score the rows of one call."""
+        self._foreign = call.identity.differences(self._teacher.identity)
+        if self._foreign:
+            return Refused("spec_mismatch", f"a replica is another teacher: {self._foreign}", elsewhere=True)
+        well = not self._trouble
+        try:
+            with self._health.call(len(call.tokens)):
+                return Scored(Targets.concat(await self._teacher.score(call.rows, call.want)))
+        except PotstillError as error:
+            elsewhere = bool(self._trouble)
+            return Refused(error.kind, error.detail, elsewhere=elsewhere, crashed=well and self._health.ended)
+
+    @property
+    def _trouble(self) -> str:
+        return self._broken or self._health.trouble()
+
+    async def check_health(self) -> None:
+        """Called by Serve every few seconds. A broken engine is closed: its own processes would outlive this one.
+
+        Raises:
+            RuntimeError: the engine has ended or is wedged, or it is not the teacher that was asked for.
+        """
+        self._broken = self._trouble or self._foreign
+        if self._broken:
+            self._closing = self._closing or asyncio.create_task(self._stack.aclose())
+            raise RuntimeError(self._broken)
+
+    async def __del__(self) -> None:
+        # Serve awaits it after the drain, also when the start failed.
+        if hasattr(self, "_health") and self._closing is None:
+            await self._stack.aclose()
+
+
+class FewestTokensRouter(RequestRouter):  # type: ignore[misc]
+    """Prefers replicas as the service ranks them, which it does by the tokens that it sent to each.
+
+    The ranking comes with each choice, as its first argument: unique ids, the best first.
+    """
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """One rank a replica: the next is taken only if the one before is at its limit of calls."""
+        ranking: list[str] = pending_request.args[0] if pending_request and pending_request.args else []
+        places = {name: place for place, name in enumerate(ranking)}
+        ranked = sorted(candidate_replicas, key=lambda one: places.get(one.replica_id.unique_id, len(places)))
+        return [[replica] for replica in ranked]

@@ -1,0 +1,197 @@
+"""One teacher as a Ray Serve application: deployed, looked at, scaled and deleted. Every call blocks.
+
+Serve has no public Python call that scales a running deployment without deploying it again, which restarts the
+replicas; its REST interface does it through the controller's `update_deployment_replicas`, and so does this module,
+without needing Ray's dashboard to run. The replicas' names and states come from the controller in the same way. Both
+are not public, hence the pinned version of Ray.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve._private.common import DeploymentID
+from ray.serve.config import RequestRouterConfig
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ApplicationStatus, LoggingConfig
+
+from potstill.cache.errors import PotstillError, TeacherFailed, Unavailable
+from potstill.teacher_service.replicas.pool import OpenTeacher, ReplicaState
+from potstill.teacher_service.replicas.ray_replica import FewestTokensRouter, Replica
+from potstill.teacher_service.settings.replicas import RaySettings, ResourceSettings
+
+_LOG = logging.getLogger(__name__)
+_DEPLOYMENT = "teacher"
+_STATES: dict[str, ReplicaState] = {"RUNNING": "ready", "STOPPING": "draining"}
+_OUR_ERROR = re.compile(r"cache\.errors\.(\w+): (.+)")
+
+
+class RayConnection:
+    """This process's connection to Ray: made for the first teacher, and given up after the last."""
+
+    def __init__(self, settings: RaySettings) -> None:
+        self.settings = settings
+        self._lock = threading.Lock()
+        self._users = 0
+        self._made_here = False
+
+    def join(self) -> None:
+        """Connect, unless that is done.
+
+        Raises:
+            Unavailable: there is no cluster at the address.
+        """
+        with self._lock:
+            if not ray.is_initialized():
+                self._connect()
+                self._made_here = True
+            self._users += 1
+
+    def start_serve(self) -> None:
+        """Start Serve's controller on the cluster, unless it runs; calls come by handle, so there is no HTTP proxy."""
+        with self._lock:
+            logging.getLogger("ray.serve").setLevel(logging.WARNING)
+            serve.start(proxy_location="Disabled", logging_config=_LOGGING)
+
+    def leave(self) -> None:
+        """Disconnect after the last user; a cluster that was started here ends with it."""
+        with self._lock:
+            self._users -= 1
+            if not self._users and self._made_here:
+                self._made_here = False
+                ray.shutdown()
+
+    def _connect(self) -> None:
+        address = self.settings.address
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Without this Ray packs and uploads the current folder when this was started by `uv run`.
+        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+        started_here: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+        try:
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **started_here)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            cause = str(error).strip().partition("\n")[0]
+            raise Unavailable(f"no Ray cluster at {address!r}: {cause}") from error
+
+
+_LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
+
+
+def take_signals_back() -> None:
+    """Undo what `ray.init` does: its own handler of SIGTERM, below Python's, aborts. Only the main thread can."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+
+
+@dataclass(frozen=True, slots=True)
+class ServeView:
+    """What Serve says about an application."""
+
+    status: str
+    """`RUNNING`, `DEPLOYING`, `DEPLOY_FAILED`, `UNHEALTHY`, ..., or `NOT_STARTED` when there is none."""
+    message: str
+    target: int
+    replicas: dict[str, ReplicaState]
+    """By unique id; those that are stopping are `draining`."""
+
+    @property
+    def cause(self) -> PotstillError:
+        """What went wrong, as the error of ours that a replica raised, or one line about Serve's."""
+        found = _OUR_ERROR.findall(self.message)
+        if found:
+            name, detail = found[-1]
+            return next((cls(detail) for cls in _error_classes() if cls.__name__ == name), TeacherFailed(detail))
+        lines = [line for line in self.message.strip().splitlines() if line.strip()]
+        return TeacherFailed(lines[-1].strip() if lines else f"Ray Serve says {self.status}")
+
+
+class ServeApp:
+    """A Serve application with one deployment, whose replicas are the teacher's."""
+
+    def __init__(self, name: str, settings: RaySettings) -> None:
+        self.name = name
+        self._settings = settings
+
+    def deploy(self, open_teacher: OpenTeacher, *, replicas: int, resources: ResourceSettings, gpus: float) -> Any:
+        """Begin to start the replicas; the handle that scores."""
+        deployment = serve.deployment(
+            Replica,
+            name=_DEPLOYMENT,
+            num_replicas=replicas,
+            max_ongoing_requests=self._settings.calls_per_replica,
+            graceful_shutdown_timeout_s=self._settings.drain_seconds,
+            graceful_shutdown_wait_loop_s=0.5,
+            health_check_period_s=self._settings.health_seconds,
+            health_check_timeout_s=self._settings.health_timeout_seconds,
+            max_constructor_retry_count=2,
+            request_router_config=RequestRouterConfig(request_router_class=FewestTokensRouter),
+            **_placement(resources, gpus),
+        )
+        target = serve.RunTarget(
+            target=deployment.bind(open_teacher, self._settings.wedged_seconds),
+            name=self.name,
+            route_prefix=None,
+            logging_config=_LOGGING,
+            external_scaler_enabled=True,
+        )
+        (handle,) = serve.run_many([target], wait_for_applications_running=False)
+        return handle
+
+    def scale(self, replicas: int) -> None:
+        """Ask for so many; those that stay are left alone, those that go finish what they were sent."""
+        controller = _get_global_client()._controller  # noqa: SLF001 -- see the module's docstring
+        wanted = DeploymentID(name=_DEPLOYMENT, app_name=self.name)
+        ray.get(controller.update_deployment_replicas.remote(wanted, replicas))
+
+    def look(self) -> ServeView:
+        """How it is."""
+        details = _get_global_client().get_serve_details()["applications"].get(self.name)
+        if details is None:
+            return ServeView("NOT_STARTED", "", 0, {})
+        deployment = details["deployments"].get(_DEPLOYMENT)
+        status = ApplicationStatus(details["status"]).value
+        if deployment is None:
+            return ServeView(status, details["message"], 0, {})
+        replicas = {one["replica_id"]: _STATES.get(one["state"], "starting") for one in deployment["replicas"]}
+        message = "\n".join(filter(None, (details["message"], deployment["message"])))
+        return ServeView(status, message, deployment["target_num_replicas"], replicas)
+
+    def delete(self) -> None:
+        """Drain and stop all replicas; Serve goes on by itself with what takes longer than a minute."""
+        try:
+            serve.delete(self.name, _blocking=True)
+        except TimeoutError:
+            _LOG.warning("the Serve application %r still drains", self.name)
+
+
+def cluster_has_gpus() -> bool:
+    """Whether any node has one now."""
+    return bool(ray.cluster_resources().get("GPU", 0))
+
+
+def _placement(resources: ResourceSettings, gpus: float) -> dict[str, Any]:
+    """One bundle a replica: all GPUs of a tensor-parallel engine are on one node. That was not run on GPUs."""
+    options: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": gpus, "resources": resources.custom}
+    if gpus <= 1:
+        return {"ray_actor_options": options}
+    bundle = {"CPU": resources.cpus, "GPU": gpus, **resources.custom}
+    return {
+        "ray_actor_options": options,
+        "placement_group_bundles": [{name: amount for name, amount in bundle.items() if amount}],
+        "placement_group_strategy": "STRICT_PACK",
+    }
+
+
+def _error_classes() -> list[type[PotstillError]]:
+    found: list[type[PotstillError]] = [PotstillError]
+    for cls in found:
+        found.extend(cls.__subclasses__())
+    return found

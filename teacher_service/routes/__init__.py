@@ -1,0 +1,1 @@
+"""The HTTP routes: each reads its request, asks the layers below, and writes its answer."""

@@ -1,0 +1,1 @@
+"""`/v1/completions` and its neighbours, in the shape of vLLM's own server."""

@@ -1,0 +1,137 @@
+"""Prompt logprobs as the JSON text that vLLM's server answers, written as bytes without a Python object per entry.
+
+    [null, {"ID": {"logprob": X, "rank": R, "decoded_token": null}, ...}, ...]
+
+Position i scores prompt token i, so it comes from target i - 1, and position 0 is null. The prompt's own token comes
+first, whatever its rank; the others follow by falling logprob.
+
+Every entry is written into a record of fixed width, padded with blanks that JSON allows and that are taken out at the
+end. Ids and digits come from tables, so the work is a few numpy passes over bytes.
+
+Shape legend:  T tokens, P positions, K kept entries, V vocabulary size, W bytes of an entry's record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potstill.cache.types import Targets, Tokens
+
+LEAST_LOGPROB = -9999.0
+"""What vLLM writes for less, as JSON has no -inf (`clamp_prompt_logprobs` of vLLM 0.32)."""
+
+_CHUNK_BYTES = 1 << 20
+"""Of records worked on at one time; they fit a core's cache."""
+_DECIMALS = 8  # half a unit is 5e-9 nats, which float32 cannot tell apart from -0.06 on
+_GROUP = 10_000
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Template:
+    """One position of K entries and the label, with blanks where its values go."""
+
+    record: np.dtype[np.void]
+    position: NDArray[np.uint8]
+    ranks: NDArray[np.void]
+    """[max(K, 1) + 2] each rank as text."""
+
+
+def prompt_logprobs_text(row: Tokens, targets: Targets, k: int) -> Iterator[bytes]:
+    """The value of `prompt_logprobs`, in parts of about a megabyte.
+
+    Args:
+        row: [T] the prompt.
+        targets: its [T] targets, of K >= max(k, 1).
+        k: how many entries beside the prompt's own token; 0 for none.
+
+    A token outside the top max(k, 1) gets the rank after it, the least that it can have: its true rank is not known.
+    """
+    vocab_size = int(max(row.max(initial=0), targets.ids.max(initial=0))) + 1
+    # Powers of two, so that few tables are made, and none of them depends on what is in a prompt.
+    keys = _key_table(1 << max(vocab_size - 1, 1).bit_length())
+    template = _template(k, keys.dtype.itemsize)
+    step = max(1, _CHUNK_BYTES // len(template.position))
+    yield b"[null"
+    for start in range(0, len(row) - 1, step):
+        stop = min(start + step, len(row) - 1)
+        yield _positions_text(row[start + 1 : stop + 1], targets[start:stop].prefix(max(k, 1)), k, keys, template)
+    yield b"]"
+
+
+def ranked_labels(labels: Tokens, targets: Targets) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """[P] rank and logprob of each label; the rank is K + 1 for one that is not among the top K."""
+    found = targets.ids == labels[:, None]
+    inside = found.any(axis=1)
+    place = found.argmax(axis=1)
+    shown = np.take_along_axis(targets.logprobs, place[:, None], axis=1)[:, 0]
+    return np.where(inside, place + 1, targets.k + 1), np.where(inside, shown, targets.label_logprob)
+
+
+def _positions_text(labels: Tokens, targets: Targets, k: int, keys: NDArray[np.void], template: _Template) -> bytes:
+    """`,{...}` of each position."""
+    text = np.empty((len(labels), len(template.position)), np.uint8)
+    text[:] = template.position
+    width = template.record.itemsize
+    entries: NDArray[np.void] = np.ndarray(
+        (len(labels), k + 1), template.record, buffer=text.data, offset=1, strides=(text.shape[1], width)
+    )
+    ranks, label_logprobs = ranked_labels(labels, targets)
+    entries["rank"][:, 0] = template.ranks[ranks]
+    ids = np.concatenate([labels[:, None], targets.ids[:, :k]], axis=1)
+    entries["key"] = keys[ids]
+    logprobs = np.concatenate([label_logprobs[:, None], targets.logprobs[:, :k]], axis=1)
+    _fill_numbers(entries, logprobs)
+    # A label of the top k stands in front already.
+    twice = np.flatnonzero(ranks <= k)
+    records = text[:, 1:-1].reshape(len(labels), k + 1, width)
+    records[twice, ranks[twice]] = ord(" ")
+    return text.tobytes().translate(None, b" ")
+
+
+def _fill_numbers(entries: NDArray[np.void], logprobs: NDArray[np.float32]) -> None:
+    whole_table, group_table = _number_tables()
+    fixed = np.rint(np.clip(-logprobs.astype(np.float64), 0.0, -LEAST_LOGPROB) * 10**_DECIMALS).astype(np.int64)
+    high = fixed // _GROUP
+    entries["low"] = group_table[fixed - high * _GROUP]
+    whole = high // _GROUP
+    entries["high"] = group_table[high - whole * _GROUP]
+    entries["whole"] = whole_table[whole]
+
+
+@lru_cache(maxsize=8)
+def _key_table(size: int) -> NDArray[np.void]:
+    """[size] of `"ID":`, padded with blanks."""
+    return _texts([f'"{number}":' for number in range(size)], width=len(str(size - 1)) + 3)
+
+
+@lru_cache(maxsize=1)
+def _number_tables() -> tuple[NDArray[np.void], NDArray[np.void]]:
+    """`-N` for whole nats, and four digits, each of 0 to 9999."""
+    return (
+        _texts([f"-{number}" for number in range(_GROUP)], width=5),
+        _texts([f"{number:04}" for number in range(_GROUP)], width=4),
+    )
+
+
+@lru_cache(maxsize=64)
+def _template(k: int, key_width: int) -> _Template:
+    rank_width = len(str(max(k, 1) + 1))
+    parts = [("comma", ","), ("key", " " * key_width), ("before", '{"logprob":'), ("whole", " " * 5), ("dot", ".")]
+    parts += [("high", " " * 4), ("low", " " * 4), ("middle", ',"rank":'), ("rank", " " * rank_width)]
+    parts.append(("after", ',"decoded_token":null}'))
+    record = np.dtype([(name, f"V{len(text)}") for name, text in parts])
+    ranks = _texts([str(rank) for rank in range(max(k, 1) + 2)], width=rank_width)
+    entries = np.frombuffer("".join(text for _, text in parts).encode() * (k + 1), record).copy()
+    entries["rank"][1:] = ranks[1 : k + 1]
+    entries["comma"][0] = b"{"
+    return _Template(record, np.frombuffer(b"," + entries.tobytes() + b"}", np.uint8), ranks)
+
+
+def _texts(texts: list[str], *, width: int) -> NDArray[np.void]:
+    padded = "".join(text.ljust(width) for text in texts).encode()
+    return np.frombuffer(padded, np.dtype(f"V{width}"))

@@ -1,0 +1,226 @@
+"""`/v1/completions` for trainers that talk to a vLLM teacher: pointed here, they read the same JSON.
+
+A prompt's logprobs come from the cache or the engine as those of `/v1/teachers/{name}/score` do, with the same
+admission, limits, deadlines and metrics. The shape is that of vLLM 0.32. What differs, because no text is generated
+and there is no tokenizer here:
+
+- `decoded_token` is null, `text` is empty, and `logprobs` names its tokens `token_id:N`, as vLLM itself does when
+  it is asked for `return_tokens_as_token_ids`.
+- The token after the prompt is the most probable one at any temperature, and `finish_reason` is always `length`.
+- A prompt token outside the top K has rank K + 1, the least it can have; its logprob is exact.
+- `prompt_logprobs` are of temperature 1 whatever `temperature` says: so are those of a vLLM server.
+
+A trainer that asks `/v1/models` for the first model, or names none, gets the teacher that its URL names when
+`http://host:port/v1/teachers/NAME` is what it is given as the server.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+import numpy as np
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from potstill.cache.errors import InvalidInput, MediaTypeError, UnknownTeacher
+from potstill.cache.types import Fields, Targets, TeacherIdentity, Tokens
+from potstill.cache.wire import scores as wire
+from potstill.teacher_service.access.auth import Role, allow
+from potstill.teacher_service.hosting.hosted_teacher import HostedTeacher
+from potstill.teacher_service.hosting.service import Service
+from potstill.teacher_service.routes.completions.as_json import LEAST_LOGPROB, prompt_logprobs_text, ranked_labels
+from potstill.teacher_service.routes.completions.request import CompletionRequest
+from potstill.teacher_service.routes.score import ScoreCall, answer_call
+
+_NAMED = "/v1/teachers/{name}"
+_BUFFERED_POSITIONS = 4096  # entries of answers that are sent whole; a longer one is written while it is sent
+
+
+def add_completion_routes(app: FastAPI, service: Service) -> None:
+    """Add the routes of an OpenAI-style server, for all teachers and below each one's own URL."""
+    trainer = [Depends(allow(Role.TRAINER))]
+
+    @app.post("/v1/completions", dependencies=trainer)
+    async def completions(request: Request) -> Response:
+        return await _complete(service, request, None)
+
+    @app.post(_NAMED + "/v1/completions", dependencies=trainer)
+    async def completions_of_one(name: str, request: Request) -> Response:
+        return await _complete(service, request, service.teacher(name))
+
+    @app.get("/v1/models", dependencies=trainer)
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_model(teacher) for teacher in service.teachers.values()]}
+
+    @app.get(_NAMED + "/v1/models", dependencies=trainer)
+    async def models_of_one(name: str) -> dict[str, Any]:
+        return {"object": "list", "data": [_model(service.teacher(name))]}
+
+    @app.get("/health")
+    async def health() -> Response:
+        return Response(status_code=200 if service.ready else 503)
+
+    @app.get(_NAMED + "/health")
+    async def health_of_one(name: str) -> Response:
+        return Response(status_code=200 if service.teacher(name).state == "ready" else 503)
+
+
+def is_openai_path(path: str) -> bool:
+    """Whether who asks there expects errors of OpenAI's shape."""
+    return path.endswith("/v1/completions")
+
+
+def error_response(status: int, detail: str, headers: Mapping[str, str] | None = None) -> Response:
+    """A refusal as vLLM words it, so that OpenAI clients show its line."""
+    status = HTTPStatus.BAD_REQUEST.value if status == InvalidInput.status else status
+    phrase = HTTPStatus(status).phrase.replace(" ", "")
+    kind = phrase if phrase.endswith("Error") else f"{phrase}Error"
+    error = {"message": detail, "type": kind, "param": None, "code": status}
+    return JSONResponse({"error": error}, status_code=status, headers=headers)
+
+
+async def _complete(service: Service, request: Request, teacher: HostedTeacher | None) -> Response:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != wire.JSON_MEDIA_TYPE:
+        raise MediaTypeError(f"content-type {kind[:80]!r} is not taken; send {wire.JSON_MEDIA_TYPE}")
+    header_id = request.headers.get("x-request-id", "")[:200]
+
+    def understand(body: bytes) -> ScoreCall:
+        asked = CompletionRequest.from_body(body)
+        return _CompletionCall(_teacher(service, asked.model, teacher), asked, header_id)
+
+    return await answer_call(service, request, understand)
+
+
+def _teacher(service: Service, model: str | None, named: HostedTeacher | None) -> HostedTeacher:
+    if named is not None:
+        return named
+    if model is not None:
+        return service.teacher(model)
+    if len(service.teachers) != 1:
+        raise UnknownTeacher(f"several teachers are here: set model to one of {', '.join(service.teachers)}")
+    return next(iter(service.teachers.values()))
+
+
+def _model(teacher: HostedTeacher) -> dict[str, Any]:
+    """A model card as vLLM has it; `max_model_len` is of the prompt and the one token after it."""
+    ready = teacher.state == "ready"
+    longest = teacher.pool.limits.max_row_tokens if ready else None
+    return {
+        "id": teacher.name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "potstill",
+        "root": teacher.pool.identity.model if ready else None,
+        "parent": None,
+        "max_model_len": None if longest is None else longest + 1,
+        "permission": [],
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _CompletionCall:
+    teacher: HostedTeacher
+    asked: CompletionRequest
+    header_id: str
+
+    @property
+    def rows(self) -> list[Tokens]:
+        return self.asked.rows
+
+    @property
+    def fields(self) -> Fields:
+        return Fields(k=self.asked.k)
+
+    def answer(self, identity: TeacherIdentity, targets: list[Targets]) -> Response:
+        text = self._text(identity, targets)
+        if sum(map(len, self.rows)) * (self.asked.k + 1) <= _BUFFERED_POSITIONS:
+            return Response(b"".join(text), media_type=wire.JSON_MEDIA_TYPE)
+        # Its JSON is nine times the arrays; what is not written yet does not take memory.
+        return StreamingResponse(text, media_type=wire.JSON_MEDIA_TYPE)
+
+    def _text(self, identity: TeacherIdentity, targets: list[Targets]) -> Iterator[bytes]:
+        answer_id = f"cmpl-{self.header_id or self.asked.request_id or uuid.uuid4().hex}"
+        head = {"id": answer_id, "object": "text_completion", "created": int(time.time()), "model": self.teacher.name}
+        yield _json(head)[:-1] + b',"choices":['
+        for index, (row, answer) in enumerate(zip(self.rows, targets, strict=True)):
+            yield b"," * (index > 0)
+            yield from _choice(index, row, answer, self.asked)
+        generated = self.asked.max_tokens * len(self.rows)
+        prompts = sum(map(len, self.rows))
+        usage = {"prompt_tokens": prompts, "total_tokens": prompts + generated, "completion_tokens": generated}
+        tail = {
+            "service_tier": None,
+            "system_fingerprint": f"potstill-{identity.weights_sha256[:12]}",
+            "usage": {**usage, "prompt_tokens_details": None, "completion_tokens_details": None},
+            "kv_transfer_params": None,
+            "ec_transfer_params": None,
+            "metrics": None,
+        }
+        yield b"]," + _json(tail)[1:]
+
+
+def _choice(index: int, row: Tokens, targets: Targets, asked: CompletionRequest) -> Iterator[bytes]:
+    next_token = int(targets.ids[-1, 0])
+    before = {
+        "index": index,
+        "text": "",
+        "logprobs": _token_logprobs(row, targets, asked),
+        "finish_reason": "length",
+        "stop_reason": None,
+        "token_ids": [next_token][: asked.max_tokens] if asked.return_token_ids else None,
+    }
+    after = {"prompt_token_ids": row.tolist() if asked.return_token_ids else None, "routed_experts": None}
+    yield _json(before)[:-1] + b',"prompt_logprobs":'
+    if asked.prompt_logprobs is None:
+        yield b"null"
+    else:
+        yield from prompt_logprobs_text(row, targets, asked.prompt_logprobs)
+    yield b"," + _json(after)[1:]
+
+
+def _token_logprobs(row: Tokens, targets: Targets, asked: CompletionRequest) -> dict[str, Any] | None:
+    """The `CompletionLogProbs` of vLLM: of the token after the prompt; with `echo` the prompt's come before it."""
+    if asked.logprobs is None:
+        return None
+    tokens: list[int] = row.tolist() if asked.echo else []
+    tops: list[dict[int, float] | None] = [None] if asked.echo else []
+    if asked.echo:
+        tops += _tops(row[1:], targets[: len(row) - 1], asked.prompt_logprobs or 0, asked.logprobs + 1)
+    if asked.max_tokens:
+        tokens = [*tokens, int(targets.ids[-1, 0])]
+        tops += _tops(targets.ids[-1:, 0], targets[len(row) - 1 :], asked.logprobs, asked.logprobs + 1)
+    names = [_name(token) for token in tokens]
+    offsets = [0]
+    for name in names[:-1]:
+        offsets.append(offsets[-1] + len(name))
+    return {
+        "text_offset": offsets[: len(names)],
+        "token_logprobs": [None if top is None else top[token] for token, top in zip(tokens, tops, strict=True)],
+        "tokens": names,
+        "top_logprobs": [None if top is None else {_name(i): x for i, x in top.items()} for top in tops],
+    }
+
+
+def _tops(labels: Tokens, targets: Targets, k: int, most: int) -> list[dict[int, float]]:
+    """Of each position the label's logprob, then those of the top `k`: `most` in all."""
+    _, own = ranked_labels(labels, targets.prefix(max(k, 1)))
+    width = min(k, most)
+    ids = np.concatenate([labels[:, None], targets.ids[:, :width]], axis=1).tolist()
+    logprobs = np.concatenate([own[:, None], targets.logprobs[:, :width]], axis=1).clip(LEAST_LOGPROB).tolist()
+    both = [dict(zip(*position, strict=True)) for position in zip(ids, logprobs, strict=True)]
+    return [dict(list(top.items())[:most]) for top in both]
+
+
+def _name(token: int) -> str:
+    return f"token_id:{token}"
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()

@@ -1,0 +1,1 @@
+"""Corpora and committed targets over HTTP, as Arrow streams or JSON."""

@@ -1,0 +1,169 @@
+"""`/v1/corpora/{corpus}/...`: the corpus itself, for a trainer that has no files."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeAlias, TypeVar
+
+from fastapi import FastAPI, Query, Request, Response
+from numpy.typing import NDArray
+
+from potstill.cache.corpus.annotations import open_annotation, read_annotation
+from potstill.cache.corpus.corpus import Corpus
+from potstill.cache.errors import InvalidInput
+from potstill.cache.types import JSON
+from potstill.cache.wire import scores as wire
+from potstill.cache.wire.stream import StreamHead, coalesced, read_row_numbers, write_array
+from potstill.teacher_service.admission.limits import read_body, request_format
+from potstill.teacher_service.routes.corpora.bodies import get_and_head, rows_from_json
+from potstill.teacher_service.routes.corpora.opened_sets import OpenedSets
+from potstill.teacher_service.routes.corpora.reads import require_at_most
+from potstill.teacher_service.settings.service import LimitSettings
+from potstill.teacher_service.transport.headers import immutable_headers, not_modified, strong_etag
+from potstill.teacher_service.transport.streamed import ReadSlots, StreamedAnswer
+
+_PART = 1 << 19
+"""Elements a record batch: 2 to 8 MiB."""
+_MOST_ELEMENTS = 1 << 40
+T = TypeVar("T")
+Start: TypeAlias = Annotated[int, Query(ge=0, lt=_MOST_ELEMENTS)]
+Stop: TypeAlias = Annotated[int | None, Query(ge=0, lt=_MOST_ELEMENTS)]
+
+
+@dataclass(frozen=True, slots=True)
+class Array:
+    """An array of a corpus: its length, how a range of it is read, and what beside the corpus it depends on."""
+
+    length: int
+    read: Callable[[int, int], NDArray[Any]]
+    version: JSON = None
+
+
+def _row_starts(corpus: Corpus) -> Array:
+    # `starts` reads those of rows and the end of the last one: an element more than rows.
+    return Array(len(corpus) + 1, lambda start, stop: corpus.starts(start, stop - 1))
+
+
+_ARRAYS: dict[str, Callable[[Corpus], Array]] = {
+    "tokens": lambda corpus: Array(corpus.num_positions, corpus.tokens),
+    "rows": _row_starts,
+    "row_keys": lambda corpus: Array(len(corpus), corpus.row_keys),
+    "shard_rows": lambda corpus: Array(corpus.num_shards + 1, lambda start, stop: corpus.shard_rows[start:stop]),
+    "shard_starts": lambda corpus: Array(corpus.num_shards + 1, lambda start, stop: corpus.shard_starts[start:stop]),
+}
+"""By the last part of the route."""
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusReading:
+    """What the routes share: what is open, the threads that read it, and the limits."""
+
+    opened: OpenedSets
+    slots: ReadSlots
+    limits: LimitSettings
+
+    async def in_thread(self, call: Callable[[], T]) -> T:
+        """Run a blocking call in one of the threads that read the store."""
+        return await asyncio.get_running_loop().run_in_executor(self.slots.pool, call)
+
+    async def answer(
+        self, request: Request, find: Callable[[], tuple[str, Array]], start: int, stop: int | None
+    ) -> Response:
+        """A range of what `find` gives, with the corpus' fingerprint, as a stream.
+
+        Raises:
+            InvalidInput: not a range of it. What `find` raises.
+        """
+
+        def planned() -> tuple[Iterator[bytes], str]:
+            fingerprint, array = find()
+            end = array.length if stop is None else stop
+            if not 0 <= start < end <= array.length:
+                raise InvalidInput(f"start={start} and stop={end} are not a range of {array.length}; give start < stop")
+            etag = strong_etag(wire.ARROW_MEDIA_TYPE, fingerprint, request.url.path, array.version, start, end)
+            return _pieces(fingerprint, array, start, end), etag
+
+        pieces, etag = await self.in_thread(planned)
+        unchanged = not_modified(request, etag)
+        if unchanged is not None:
+            return unchanged
+        return StreamedAnswer(pieces, self.slots, headers=immutable_headers(etag), media_type=wire.ARROW_MEDIA_TYPE)
+
+
+def add_array_routes(app: FastAPI, reading: CorpusReading, dependencies: Sequence[Any]) -> None:
+    """Add the routes to the app."""
+    for name in _ARRAYS:
+        _add_array_route(app, reading, dependencies, name)
+    _add_tokenizer_route(app, reading, dependencies)
+
+    @get_and_head(app, "/v1/corpora/{corpus}/annotations/{name}", dependencies)
+    async def read_annotation_values(
+        corpus: str, name: str, request: Request, start: Start = 0, stop: Stop = None
+    ) -> Response:
+        return await reading.answer(request, lambda: _annotation(reading.opened, corpus, name), start, stop)
+
+    @app.post("/v1/corpora/{corpus}/rows", dependencies=dependencies)
+    async def take_rows(corpus: str, request: Request) -> Response:
+        reads = request_format(request)
+        body = await read_body(request)
+
+        def read() -> Iterator[bytes]:
+            rows = rows_from_json(body)[0] if reads == wire.JSON_MEDIA_TYPE else read_row_numbers(body)[0]
+            require_at_most(len(rows), reading.limits.max_rows, "rows", "max_rows")
+            return _row_pieces(reading.opened.corpus(corpus), rows, reading.limits)
+
+        headers, pieces = {"cache-control": "no-store"}, await reading.in_thread(read)
+        return StreamedAnswer(pieces, reading.slots, headers=headers, media_type=wire.ARROW_MEDIA_TYPE)
+
+
+def _add_array_route(app: FastAPI, reading: CorpusReading, dependencies: Sequence[Any], name: str) -> None:
+    path = f"/v1/corpora/{{corpus}}/{name}"
+
+    @get_and_head(app, path, dependencies)
+    async def read_array(corpus: str, request: Request, start: Start = 0, stop: Stop = None) -> Response:
+        def find() -> tuple[str, Array]:
+            of = reading.opened.corpus(corpus)
+            return of.fingerprint, _ARRAYS[name](of)
+
+        return await reading.answer(request, find, start, stop)
+
+
+def _add_tokenizer_route(app: FastAPI, reading: CorpusReading, dependencies: Sequence[Any]) -> None:
+    @get_and_head(app, "/v1/corpora/{corpus}/tokenizer", dependencies)
+    async def read_tokenizer(corpus: str, request: Request) -> Response:
+        def read() -> tuple[str, str]:
+            of = reading.opened.corpus(corpus)
+            return strong_etag(wire.JSON_MEDIA_TYPE, of.fingerprint, "tokenizer"), of.tokenizer.to_str()
+
+        etag, text = await reading.in_thread(read)
+        headers = {**immutable_headers(etag), wire.FORMAT_HEADER: wire.WIRE_VERSION}
+        return not_modified(request, etag) or Response(text, headers=headers, media_type=wire.JSON_MEDIA_TYPE)
+
+
+def _annotation(opened: OpenedSets, corpus: str, name: str) -> tuple[str, Array]:
+    of, root = opened.corpus(corpus), opened.root
+    found = open_annotation(root, of.annotated, name)
+
+    def read(start: int, stop: int) -> NDArray[Any]:
+        return read_annotation(root, of.annotated, name, start, stop)
+
+    return of.fingerprint, Array(found.num_rows, read, [found.group, *(item.sha256 for item in found.objects)])
+
+
+def _pieces(fingerprint: str, array: Array, start: int, stop: int) -> Iterator[bytes]:
+    cuts = range(start, stop, _PART)
+    head = StreamHead(batches=len(cuts), length=stop - start, corpus=fingerprint)
+    return write_array(head, (array.read(at, min(at + _PART, stop)) for at in cuts))
+
+
+def _row_pieces(corpus: Corpus, rows: Sequence[int], limits: LimitSettings) -> Iterator[bytes]:
+    """One record batch of tokens per row."""
+    if not rows:
+        raise InvalidInput("rows is empty; ask for at least one")
+    spans = corpus.spans(rows)
+    length = int((spans[:, 1] - spans[:, 0]).sum())
+    require_at_most(length, limits.max_stream_positions, "positions", "max_stream_positions")
+    head = StreamHead(batches=len(rows), length=length, corpus=corpus.fingerprint)
+    return coalesced(write_array(head, (corpus.tokens(start, stop) for start, stop in spans.tolist())))

@@ -1,0 +1,126 @@
+"""Targets as JSON, in pieces: the text of an answer is several times its arrays, and is never held whole.
+
+`json.dumps` keeps the interpreter's lock until it returns, so even in a thread a long list would stop every request.
+
+Shape legend:  P positions, D values a position (K, temperatures or V).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potstill.cache.types import JSON, Draws, Targets, TeacherIdentity
+from potstill.cache.wire import scores as wire
+from potstill.cache.wire.stream import coalesced
+
+_DRAWS = {"draw_ids": "ids", "draw_counts": "counts"}
+_ELEMENTS = 1 << 14
+"""Numbers that are encoded at once: some milliseconds."""
+
+
+def json_pieces(
+    identity: TeacherIdentity, read: Callable[[], Sequence[Targets]], *, says_format: bool = True
+) -> Iterator[bytes]:
+    """`{"format", "identity", "rows"}` as `wire.answer_to_json` has it, in pieces of about a MiB.
+
+    Args:
+        identity: whose targets they are.
+        read: what belongs to each row.
+        says_format: answers to score do not; they follow a request that said it.
+
+    Raises:
+        What `read` does, before the first piece.
+    """
+    head = {"format": wire.WIRE_VERSION} if says_format else {}
+    texts = _texts({**head, "identity": identity.to_json()}, read)
+    return coalesced(text.encode() for text in texts)
+
+
+def _texts(head: Mapping[str, JSON], read: Callable[[], Sequence[Targets]]) -> Iterator[str]:
+    parts = read()
+    yield f'{_text(head)[:-1]},"rows":['
+    names = list(wire.targets_to_json(parts[0][:0])) if parts else []
+    for index, targets in enumerate(parts):
+        if index:
+            yield ","
+        if sum(_array(targets, name).size for name in names) <= _ELEMENTS:
+            yield _text({name: _list(targets, name) for name in names})
+        else:
+            yield from _long_row(targets, names)
+    yield "]}"
+
+
+def _long_row(targets: Targets, names: Sequence[str]) -> Iterator[str]:
+    before = "{"
+    for name in names:
+        yield f"{before}{_text(name)}:["
+        for index, items in enumerate(_items(targets, name)):
+            yield f",{items}" if index else items
+        yield "]"
+        before = ","
+    yield "}"
+
+
+def _array(targets: Targets, name: str) -> NDArray[Any]:
+    """The values of a column: [P], [P, D], or of draws one after the other."""
+    array: NDArray[Any] = getattr(targets.draws if name in _DRAWS else targets, _DRAWS.get(name, name))
+    return array
+
+
+def _list(targets: Targets, name: str) -> list[Any]:
+    values = _array(targets, name)
+    if name not in _DRAWS:
+        return _values(values)
+    assert targets.draws is not None, "a column of what is there"
+    return _ragged(targets.draws.offsets.tolist(), values)
+
+
+def _ragged(bounds: Sequence[int], values: NDArray[Any]) -> list[list[int]]:
+    return [values[a:b].tolist() for a, b in pairwise(bounds)]
+
+
+def _items(targets: Targets, name: str) -> Iterator[str]:
+    values = _array(targets, name)
+    if name not in _DRAWS:
+        return _array_items(values)
+    assert targets.draws is not None, "a column of what is there"
+    return _ragged_items(targets.draws, values)
+
+
+def _array_items(array: NDArray[Any]) -> Iterator[str]:
+    """The items of a list of an array [P] or [P, D], without its brackets."""
+    width = array.shape[1] if array.ndim == 2 else 1
+    step = max(1, _ELEMENTS // max(1, width))
+    for start in range(0, len(array), step):
+        block = array[start : start + step]
+        if block.size <= _ELEMENTS:
+            yield _text(_values(block))[1:-1]
+        else:
+            cuts = range(0, width, _ELEMENTS)
+            yield f"[{','.join(_text(_values(block[0, at : at + _ELEMENTS]))[1:-1] for at in cuts)}]"
+
+
+def _ragged_items(draws: Draws, values: NDArray[Any]) -> Iterator[str]:
+    offsets = draws.offsets.tolist()
+    step = max(1, _ELEMENTS * (len(offsets) - 1) // max(1, len(values)))
+    for start in range(0, len(offsets) - 1, step):
+        yield _text(_ragged(offsets[start : start + step + 1], values))[1:-1]
+
+
+def _values(block: NDArray[Any]) -> list[Any]:
+    finite = np.isfinite(block) if block.dtype.kind == "f" else np.True_
+    if finite.all():
+        return list(block.tolist())
+    values = block.astype(object)
+    values[~finite] = None  # JSON has no NaN and no infinity
+    return list(values.tolist())
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))

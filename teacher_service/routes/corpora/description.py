@@ -1,0 +1,97 @@
+"""Corpora and target sets as JSON, small at any number of shards: commits are told as runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potstill.cache.corpus.corpus import Corpus
+from potstill.cache.errors import PotstillError
+from potstill.cache.targets.segment_set import SegmentSet
+from potstill.cache.targets.target_set import TargetSet
+from potstill.cache.types import JSON
+from potstill.cache.wanted import names_of
+from potstill.cache.wire import scores as wire
+from potstill.teacher_service.routes.corpora.opened_sets import OpenedSets
+from potstill.teacher_service.settings.service import LimitSettings
+
+
+def runs(committed: NDArray[np.bool_]) -> list[JSON]:
+    """`[first, one past the last]` of each run of committed shards, in order."""
+    edges = np.flatnonzero(np.diff(committed.astype(np.int8), prepend=0, append=0))
+    return [[first, stop] for first, stop in edges.reshape(-1, 2).tolist()]
+
+
+def describe_corpora(opened: OpenedSets) -> dict[str, Any]:
+    """All corpora in a few words each; those that cannot be read apart, so that they do not hide the others."""
+    seen = opened.look_at_corpora(lambda name: {**_counts(opened.corpus(name)), "teachers": opened.teachers(name)})
+    unreadable = [{"name": name, "detail": error.detail} for name, error in seen.unreadable.items()]
+    return {"format": wire.WIRE_VERSION, "corpora": list(seen.found.values()), "unreadable": unreadable}
+
+
+def describe_corpus(opened: OpenedSets, name: str) -> dict[str, Any]:
+    """One corpus: what its seal says, its annotations, and how much each teacher has of it."""
+    corpus = opened.corpus(name)
+    spec = corpus.spec
+    sealed = {key: getattr(spec, key) for key in spec.__dataclass_fields__ if key not in ("data", "sources", "objects")}
+    return {
+        "format": wire.WIRE_VERSION,
+        **_counts(corpus),
+        "spec": {**sealed, "sources": [source.to_json() for source in spec.sources]},
+        "annotations": corpus.annotations(),
+        "teachers": {teacher: _coverage(opened, teacher, name) for teacher in opened.teachers(name)},
+    }
+
+
+def describe_targets(targets: TargetSet, limits: LimitSettings) -> dict[str, Any]:
+    """One target set: whose, what, how far."""
+    return {
+        "format": wire.WIRE_VERSION,
+        "teacher": targets.teacher,
+        "corpus": targets.corpus.name,
+        "corpus_fingerprint": targets.corpus.fingerprint,
+        "identity": targets.identity.to_json(),
+        "fields": targets.fields.to_json(),
+        "names": list[JSON](names_of(targets.fields)),
+        "encoding": targets.encoding.to_json(),
+        **_committed(targets.committed),
+        "sets": [_set(each) for each in targets.sets],
+        "limits": {"max_rows": limits.max_rows, "max_stream_positions": limits.max_stream_positions},
+    }
+
+
+def _counts(corpus: Corpus) -> dict[str, Any]:
+    return {
+        "name": corpus.name,
+        "rows": len(corpus),
+        "positions": corpus.num_positions,
+        "shards": corpus.num_shards,
+        "tokenizer_sha256": corpus.tokenizer_sha256,
+    }
+
+
+def _coverage(opened: OpenedSets, teacher: str, corpus: str) -> dict[str, Any]:
+    # One damaged target set must not hide the others.
+    try:
+        targets = opened.targets(teacher, corpus)
+        return {
+            "fields": targets.fields.to_json(),
+            "encoding": targets.encoding.to_json(),
+            **_committed(targets.committed),
+        }
+    except PotstillError as error:
+        return {"error": {"kind": error.kind, "detail": error.detail}}
+
+
+def _committed(committed: NDArray[np.bool_]) -> dict[str, Any]:
+    return {"shards": len(committed), "shards_committed": int(committed.sum()), "committed": runs(committed)}
+
+
+def _set(each: SegmentSet) -> dict[str, Any]:
+    return {
+        "fields": each.spec.fields.to_json(),
+        "encoding": each.spec.encoding.to_json(),
+        "committed": runs(each.committed),
+    }

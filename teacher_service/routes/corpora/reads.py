@@ -1,0 +1,199 @@
+"""What a request for committed targets comes to: which targets, in which blocks, under which ETag.
+
+Shape legend:  P positions, K kept entries, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potstill.cache.errors import InvalidInput, LimitExceeded
+from potstill.cache.targets.commit import Commit
+from potstill.cache.targets.target_set import TargetSet
+from potstill.cache.types import JSON, Fields, Targets
+from potstill.cache.wire.stream import StreamHead, write_targets
+from potstill.teacher_service.admission.limits import bytes_per_position
+from potstill.teacher_service.settings.service import LimitSettings
+from potstill.teacher_service.transport.headers import strong_etag
+
+BLOCK_BYTES = 4 << 20
+"""A record batch holds about this much at most: what either end holds of a stream."""
+_GROUP_ROWS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class RangeRead:
+    """Positions `start` to `stop` of a target set, and what of them."""
+
+    targets: TargetSet
+    start: int
+    stop: int
+    want: Fields
+
+    def require_committed(self) -> list[Commit]:
+        """The commits that hold the range; nothing else is read.
+
+        Raises:
+            InvalidInput: a range outside the corpus. NotCommitted: a shard that has no targets yet.
+        """
+        corpus = self.targets.corpus
+        if not 0 <= self.start < self.stop <= corpus.num_positions:
+            raise InvalidInput(
+                f"positions {self.start} to {self.stop} are outside corpus {corpus.name!r} of "
+                f"{corpus.num_positions} positions, or none at all"
+            )
+        return self.targets.commits_of(list(self._shards()), self.want)
+
+    def etag(self, commits: Sequence[Commit], media_type: str) -> str:
+        """Of the stored objects' hashes, the range and the fields: equal wherever and whenever it is computed."""
+        held: list[JSON] = [
+            [c.shard, c.segment, c.spec_sha256, c.ranks_sha256, *(o.sha256 for o in c.objects)] for c in commits
+        ]
+        # What a segment set keeps of the identity is hashed into its commits; of format 1 it is not.
+        identity, corpus = self.targets.identity.to_json(), self.targets.corpus.fingerprint
+        return strong_etag(media_type, corpus, identity, held, self.start, self.stop, self.want.to_json())
+
+    def head(self) -> StreamHead:
+        """What the stream of the range says of itself."""
+        return _head(self.targets, self.want, batches=self._num_blocks(), length=self.num_positions)
+
+    @property
+    def num_positions(self) -> int:
+        """Of the range."""
+        return self.stop - self.start
+
+    def read(self) -> list[Targets]:
+        """All of it at once."""
+        return [self._read(self.start, self.stop)]
+
+    def pieces(self) -> Iterator[bytes]:
+        """The stream: one record batch per block. Raises as `TargetSet.read` does, between two pieces."""
+        return write_targets(self.head(), ([self._read(start, stop)] for start, stop in self._blocks()))
+
+    def _read(self, start: int, stop: int) -> Targets:
+        return self.targets.read(start, stop, fields=self.want)
+
+    def _shards(self) -> range:
+        starts = self.targets.corpus.shard_starts
+        first = int(np.searchsorted(starts, self.start, side="right")) - 1
+        return range(first, int(np.searchsorted(starts, self.stop, side="left")))
+
+    def _blocks(self) -> Iterator[tuple[int, int]]:
+        """Blocks begin where chunks of stored arrays do, so that no chunk is decoded for two of them."""
+        starts, step = self.targets.corpus.shard_starts, self._block_positions()
+        for shard in self._shards():
+            low, high = int(starts[shard]), min(int(starts[shard + 1]), self.stop)
+            at = max(low, self.start)
+            while at < high:
+                end = min(high, at + step - (at - low) % step)
+                yield at, end
+                at = end
+
+    def _num_blocks(self) -> int:
+        starts, step = self.targets.corpus.shard_starts, self._block_positions()
+        shards = self._shards()
+        low = starts[shards.start : shards.stop]
+        ends = np.minimum(starts[shards.start + 1 : shards.stop + 1], self.stop) - low
+        begins = np.maximum(low, self.start) - low
+        return int((-(-ends // step) - begins // step).sum())
+
+    def _block_positions(self) -> int:
+        # Chunks are cut at multiples of powers of two too.
+        fitting = BLOCK_BYTES // bytes_per_position(self.want, self.targets.identity.vocab_size)
+        return 1 << max(fitting.bit_length() - 1, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class RowsRead:
+    """The targets of some rows, in the order they are asked for."""
+
+    targets: TargetSet
+    rows: Sequence[int]
+    want: Fields
+    lengths: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, targets: TargetSet, rows: Sequence[int], want: Fields) -> RowsRead:
+        """Look up where the rows are.
+
+        Raises:
+            InvalidInput: no rows, or one that is not in the corpus. NotCommitted: one that has no targets yet.
+        """
+        if not rows:
+            raise InvalidInput("rows is empty; ask for at least one")
+        corpus = targets.corpus
+        spans = corpus.spans(rows)
+        shards = np.searchsorted(corpus.shard_rows, np.asarray(rows, np.int64), side="right") - 1
+        targets.commits_of(np.unique(shards).tolist(), want)
+        return cls(targets, rows, want, spans[:, 1] - spans[:, 0])
+
+    @property
+    def num_positions(self) -> int:
+        """Of all rows."""
+        return int(self.lengths.sum())
+
+    def pieces(self) -> Iterator[bytes]:
+        """The stream: one record batch per row. Raises as `TargetSet.read_rows` does, between two pieces."""
+        head = _head(self.targets, self.want, batches=len(self.rows), length=self.num_positions)
+        return write_targets(head, (self._read(start, stop) for start, stop in self._groups()))
+
+    def read(self) -> list[Targets]:
+        """All of them at once."""
+        return self._read(0, len(self.rows))
+
+    def _read(self, start: int, stop: int) -> list[Targets]:
+        return self.targets.read_rows(self.rows[start:stop], fields=self.want)
+
+    def _groups(self) -> Iterator[tuple[int, int]]:
+        """Rows that are read together: about `BLOCK_BYTES`, or one longer row."""
+        most = BLOCK_BYTES // bytes_per_position(self.want, self.targets.identity.vocab_size)
+        cuts, held = [0], 0
+        for index, length in enumerate(self.lengths.tolist()):
+            if index > cuts[-1] and (held + length > most or index - cuts[-1] == _GROUP_ROWS):
+                cuts.append(index)
+                held = 0
+            held += length
+        return pairwise([*cuts, len(self.rows)])
+
+
+def require_at_most(count: int, limit: int, what: str, setting: str) -> None:
+    """Refuse more than a limit of the settings.
+
+    Raises:
+        LimitExceeded: naming both.
+    """
+    if count > limit:
+        raise LimitExceeded(f"{count} {what} are over {setting}={limit}; read fewer at a time")
+
+
+def _head(targets: TargetSet, want: Fields, *, batches: int, length: int) -> StreamHead:
+    return StreamHead(
+        batches=batches,
+        length=length,
+        corpus=targets.corpus.fingerprint,
+        identity=targets.identity,
+        fields=want,
+    )
+
+
+def require_within(read: RangeRead | RowsRead, limits: LimitSettings, *, as_json: bool) -> None:
+    """Refuse what is too much for one answer. JSON is bounded in bytes too: all that it tells is held until its end.
+
+    Raises:
+        LimitExceeded: naming the count and the limit.
+    """
+    if not as_json:
+        require_at_most(read.num_positions, limits.max_stream_positions, "positions", "max_stream_positions")
+        return
+    require_at_most(read.num_positions, limits.max_range_positions, "positions as JSON", "max_range_positions")
+    require_at_most(num_bytes(read), limits.max_answer_bytes, "bytes of targets as JSON", "max_answer_bytes")
+
+
+def num_bytes(read: RangeRead | RowsRead) -> int:
+    """What the targets hold as arrays."""
+    return read.num_positions * bytes_per_position(read.want, read.targets.identity.vocab_size)

@@ -1,0 +1,143 @@
+"""`/v1/corpora`: what is committed, read over HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, Query, Request, Response
+from fastapi.responses import JSONResponse
+
+from potstill.cache.errors import InvalidInput
+from potstill.cache.wanted import named_fields, wanted_fields
+from potstill.cache.wire import scores as wire
+from potstill.cache.wire.stream import read_row_numbers
+from potstill.teacher_service.access.auth import Role, allow
+from potstill.teacher_service.admission.admission import Admission
+from potstill.teacher_service.admission.limits import answer_format, read_body, request_format
+from potstill.teacher_service.hosting.service import Service
+from potstill.teacher_service.routes.corpora.arrays import CorpusReading, add_array_routes
+from potstill.teacher_service.routes.corpora.as_json import json_pieces
+from potstill.teacher_service.routes.corpora.bodies import get_and_head, known_parameters, rows_from_json, same_wire
+from potstill.teacher_service.routes.corpora.description import describe_corpora, describe_corpus, describe_targets
+from potstill.teacher_service.routes.corpora.opened_sets import OpenedSets
+from potstill.teacher_service.routes.corpora.reads import (
+    RangeRead,
+    RowsRead,
+    num_bytes,
+    require_at_most,
+    require_within,
+)
+from potstill.teacher_service.routes.fills import add_fill_routes
+from potstill.teacher_service.settings.service import LimitSettings
+from potstill.teacher_service.transport.headers import immutable_headers, not_modified
+from potstill.teacher_service.transport.streamed import ReadSlots, StreamedAnswer
+
+_THREADS = 4
+_TARGETS = "/v1/corpora/{corpus}/targets/{teacher}"
+
+
+def add_corpus_routes(app: FastAPI, service: Service) -> None:
+    """Add the routes to the app."""
+    opened = OpenedSets(service.cache)
+    limits = service.limits
+    slots = ReadSlots(threads=_THREADS, streams=limits.max_streams, stall_seconds=limits.stall_seconds)
+    reading = CorpusReading(opened, slots, limits)
+    trainers = [Depends(allow(Role.TRAINER)), Depends(same_wire), Depends(known_parameters)]
+
+    @app.get("/v1/corpora", dependencies=trainers)
+    async def list_corpora() -> dict[str, Any]:
+        return await reading.in_thread(lambda: describe_corpora(opened))
+
+    @app.get("/v1/corpora/{corpus}", dependencies=trainers)
+    async def one_corpus(corpus: str) -> dict[str, Any]:
+        return await reading.in_thread(lambda: describe_corpus(opened, corpus))
+
+    @get_and_head(app, _TARGETS, trainers)
+    async def read_targets(
+        corpus: str,
+        teacher: str,
+        request: Request,
+        start: Annotated[int | None, Query(ge=0)] = None,
+        stop: Annotated[int | None, Query(ge=0)] = None,
+        k: Annotated[int | None, Query(ge=0)] = None,
+        fields: Annotated[str | None, Query(max_length=200)] = None,
+    ) -> Response:
+        if start is None and stop is None:
+            described = await reading.in_thread(lambda: describe_targets(opened.targets(teacher, corpus), limits))
+            return JSONResponse(described, headers={"cache-control": "no-cache"})
+        if start is None or stop is None or stop <= start:
+            raise InvalidInput(f"start={start} and stop={stop} are not a range; give start < stop, or neither")
+        names = None if fields is None else fields.split(",")
+
+        def plan() -> RangeRead:
+            return _range(opened, (corpus, teacher), (start, stop), names, k)
+
+        return await _answer_range(request, reading, service.admission, plan)
+
+    @app.post(f"{_TARGETS}/rows", dependencies=trainers)
+    async def read_rows(corpus: str, teacher: str, request: Request) -> Response:
+        reads = request_format(request)
+        writes = answer_format(request, wire.ARROW_MEDIA_TYPE)
+        body = await read_body(request)
+        read = await reading.in_thread(lambda: _rows(opened, (corpus, teacher), body, reads, limits))
+        require_within(read, limits, as_json=writes == wire.JSON_MEDIA_TYPE)
+        return _streamed(read, writes, reading, service.admission, {"cache-control": "no-store"})
+
+    add_array_routes(app, reading, trainers)
+    add_fill_routes(app, service)
+
+
+async def _answer_range(
+    request: Request, reading: CorpusReading, admission: Admission, plan: Callable[[], RangeRead]
+) -> Response:
+    writes = answer_format(request, wire.ARROW_MEDIA_TYPE)
+
+    def planned() -> tuple[RangeRead, str]:
+        read = plan()
+        require_within(read, reading.limits, as_json=writes == wire.JSON_MEDIA_TYPE)
+        return read, read.etag(read.require_committed(), writes)
+
+    read, etag = await reading.in_thread(planned)
+    unchanged = not_modified(request, etag)
+    if unchanged is not None:
+        return unchanged
+    headers = immutable_headers(etag)
+    if request.method == "HEAD":
+        return StreamedAnswer(iter(()), reading.slots, headers=headers, media_type=writes)
+    return _streamed(read, writes, reading, admission, headers)
+
+
+def _streamed(
+    read: RangeRead | RowsRead, writes: str, reading: CorpusReading, admission: Admission, headers: Mapping[str, str]
+) -> Response:
+    if writes == wire.JSON_MEDIA_TYPE:
+        admission.hold_answer(num_bytes(read))  # its arrays are held until the end
+        pieces = json_pieces(read.targets.identity, read.read)
+    else:
+        pieces = read.pieces()
+    pieces = reading.opened.watched(read.targets, pieces)
+    return StreamedAnswer(pieces, reading.slots, headers=headers, media_type=writes)
+
+
+def _range(
+    opened: OpenedSets, names: tuple[str, str], positions: tuple[int, int], fields: list[str] | None, k: int | None
+) -> RangeRead:
+    corpus, teacher = names
+    targets = opened.targets(teacher, corpus)
+    want = named_fields(targets.fields, fields, k, f"teacher {teacher!r} on corpus {corpus!r}")
+    return RangeRead(targets, *positions, want)
+
+
+def _rows(opened: OpenedSets, names: tuple[str, str], body: bytes, reads: str, limits: LimitSettings) -> RowsRead:
+    corpus, teacher = names
+    targets = opened.targets(teacher, corpus)
+    who = f"teacher {teacher!r} on corpus {corpus!r}"
+    if reads == wire.JSON_MEDIA_TYPE:
+        rows, chosen, k = rows_from_json(body)
+        want = named_fields(targets.fields, chosen, k, who)
+    else:
+        rows, fields = read_row_numbers(body)
+        want = wanted_fields(targets.fields, None, fields, who)
+    require_at_most(len(rows), limits.max_rows, "rows", "max_rows")
+    return RowsRead.of(targets, rows, want)

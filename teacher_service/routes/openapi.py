@@ -1,0 +1,112 @@
+"""The API's own description: what FastAPI finds, plus the bodies that routes read by themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from potstill.cache.wire import scores as wire
+from potstill.teacher_service.routes.completions.routes import is_openai_path
+
+_TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 2**32 - 1}}
+_FIELDS = {
+    "type": "object",
+    "additionalProperties": False,
+    "properties": {
+        "k": {"type": "integer", "minimum": 0, "default": 64},
+        "draws": {"type": "integer", "minimum": 0, "default": 0},
+        "seed": {"type": "integer", "minimum": 0, "default": 0},
+        "entropy": {"type": "boolean", "default": False},
+        "temperatures": {"type": "array", "items": {"type": "number", "exclusiveMinimum": 0}},
+        "dense": {"type": "boolean", "default": False},
+    },
+}
+_SCORE = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["rows"],
+    "properties": {"rows": {"type": "array", "items": _TOKEN_IDS}, "fields": _FIELDS},
+}
+_COUNT_OR_NULL = {"type": ["integer", "null"], "minimum": 0}
+_COMPLETION = {
+    "type": "object",
+    "required": ["prompt"],
+    "properties": {
+        "model": {"type": ["string", "null"]},
+        "prompt": {"oneOf": [_TOKEN_IDS, {"type": "array", "items": _TOKEN_IDS}]},
+        "prompt_logprobs": _COUNT_OR_NULL,
+        "logprobs": _COUNT_OR_NULL,
+        "max_tokens": {"type": ["integer", "null"], "minimum": 0, "maximum": 1},
+        "temperature": {"type": ["number", "null"], "minimum": 0},
+        "echo": {"type": ["boolean", "null"]},
+        "return_token_ids": {"type": ["boolean", "null"]},
+    },
+}
+_ROWS = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["rows"],
+    "properties": {
+        "rows": {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}},
+        "fields": {"type": ["array", "null"], "items": {"type": "string"}},
+        "k": {"type": ["integer", "null"], "minimum": 0},
+    },
+}
+_BODIES: dict[tuple[str, str], dict[str, Any]] = {
+    ("/v1/teachers/{name}/score", "post"): {
+        wire.JSON_MEDIA_TYPE: {"schema": _SCORE},
+        wire.ARROW_MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}},
+    },
+    **{
+        (path, "post"): {
+            wire.JSON_MEDIA_TYPE: {"schema": _ROWS},
+            wire.ARROW_MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}},
+        }
+        for path in ("/v1/corpora/{corpus}/rows", "/v1/corpora/{corpus}/targets/{teacher}/rows")
+    },
+    ("/v1/completions", "post"): {wire.JSON_MEDIA_TYPE: {"schema": _COMPLETION}},
+    ("/v1/teachers/{name}/v1/completions", "post"): {wire.JSON_MEDIA_TYPE: {"schema": _COMPLETION}},
+}
+_ERROR = {
+    "type": "object",
+    "required": ["kind", "detail"],
+    "properties": {"kind": {"type": "string"}, "detail": {"type": "string"}},
+}
+
+_OPENAI_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {"message": {"type": "string"}, "type": {"type": "string"}, "code": {"type": "integer"}},
+        }
+    },
+}
+
+
+def describe(app: FastAPI, *, version: str) -> None:
+    """Have `app.openapi()` tell also of request bodies that are Arrow streams, and of what errors look like."""
+
+    def document() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = _document(app, version)
+        return app.openapi_schema
+
+    app.openapi = document  # type: ignore[method-assign]  # FastAPI's own way to extend it
+
+
+def _document(app: FastAPI, version: str) -> dict[str, Any]:
+    found = get_openapi(title=app.title, version=version, routes=app.routes)
+    for (path, method), content in _BODIES.items():
+        found["paths"][path][method]["requestBody"] = {"required": True, "content": content}
+    for path, operations in found["paths"].items():
+        schema = _OPENAI_ERROR if is_openai_path(path) else _ERROR
+        error = {"description": "An error of one line.", "content": {wire.JSON_MEDIA_TYPE: {"schema": schema}}}
+        for operation in operations.values():
+            operation["responses"].pop("422", None)
+            operation["responses"]["default"] = error
+    return found

@@ -1,0 +1,36 @@
+"""How the service is: alive, ready, and its metrics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, Response
+from fastapi.responses import JSONResponse
+
+from potstill.teacher_service.hosting.service import Service
+
+_NO_TEACHER = "there is no teacher; what the cache has committed is served"
+_NOTHING = "there is no teacher and no cache; add a teacher with `potstill teachers add NAME=MODEL`"
+
+
+def add_status_routes(app: FastAPI, service: Service) -> None:
+    """Add the routes to the app."""
+
+    @app.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/readyz")
+    async def readyz() -> JSONResponse:
+        states = {name: teacher.state for name, teacher in service.teachers.items()}
+        content: dict[str, Any] = {"status": "ready" if service.ready else "not ready", "teachers": states}
+        failures = {name: teacher.failure for name, teacher in service.teachers.items() if teacher.failure}
+        if failures:
+            content["failures"] = failures
+        if not states:
+            content["detail"] = _NO_TEACHER if service.ready else _NOTHING
+        return JSONResponse(content, status_code=200 if service.ready else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -1,0 +1,319 @@
+"""Settings of `potstill serve`: built once from the command line, the environment and one TOML file.
+
+Precedence: command line, then environment, then file, then default. A value is taken whole from the
+first that has it: one `--teacher` replaces the file's list of teachers. The result is frozen.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeAlias
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+
+from potstill.cache.errors import InvalidInput
+from potstill.teacher_service.settings.replicas import AutoscaleSettings, RaySettings, ReplicaSettings, ResourceSettings
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+ENVIRONMENT = {"POTSTILL_HOST": "host", "POTSTILL_PORT": "port", "POTSTILL_CACHE": "cache"}
+"""Every environment variable the service reads, and the setting it sets."""
+_OF_CLIENTS = frozenset({"POTSTILL_API_KEY"})  # also read here, by a teacher that is another service
+
+_OF_ONE_AND_ALL = (
+    ("max_body_bytes", "max_body_bytes_in_flight"),
+    ("max_answer_bytes", "max_answer_bytes_in_flight"),
+    ("max_answer_bytes", "max_miss_bytes_in_flight"),
+)
+"""What one request may have, and the bound of all together that has to have room for it."""
+
+Count: TypeAlias = Annotated[int, Field(ge=1, strict=True)]
+
+
+class _Frozen(BaseModel):
+    # Defaults are checked like everything else, so that a wrong one fails at the first start.
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class KeepSettings(_Frozen):
+    """What the cache keeps of the rows that are asked for over HTTP."""
+
+    k: Count = 64
+    """Kept entries per position; a question for more goes to the teacher and is not kept."""
+    encoding: Literal["u8", "f16", "f32"] = "u8"
+    journal_quota_gib: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10.0
+    """GiB kept of each teacher's answers that belong to no corpus; over it the oldest are removed. 0 keeps none."""
+
+
+class LimitSettings(_Frozen):
+    """What one request, and all requests together, may ask for. Over it: `LimitExceeded` or `Overloaded`.
+
+    A bound of all together that is not given is raised to what one request may have, when that is more.
+    """
+
+    max_body_bytes: Count = 8 * 2**20
+    """Of one request; the default holds twice the default `max_tokens_in_flight` even as JSON."""
+    max_answer_bytes: Count = 512 * 2**20
+    """Of one answer's arrays, estimated from tokens, K and fields before any work is done."""
+    max_rows: Count = 4096
+    """Rows per request."""
+    max_range_positions: Count = 65_536
+    """Positions per read of a corpus' targets as JSON, whose arrays are held until it is sent."""
+    max_stream_positions: Count = 16_777_216
+    """Positions per read of a corpus' targets as an Arrow stream, which neither end holds as a whole."""
+    max_streams: Count = 64
+    """Answers of corpora that are being sent, JSON ones too. An Arrow stream holds about three blocks of 4 MiB; what a
+    JSON answer holds counts in `max_answer_bytes_in_flight`."""
+    stall_seconds: Annotated[float, Field(gt=0, le=3600)] = 60.0
+    """How long a client may take nothing of a stream before it is broken off."""
+    max_tokens_in_flight: Count = 262_144
+    """Of one teacher, waiting for its engine or in it; also the most that one request can hold."""
+    max_engine_tokens: Count = 16_384
+    """Inside one replica's engine; the rest waits in a queue that is fair between keys. A few of the engine's steps
+    keep it busy; more only takes the choice of who is next away from the queue."""
+    max_engine_bytes: Count = 2 * 2**30
+    """What the tokens inside a teacher's engine may need until they are answered; see `engine_bytes_per_token`."""
+    max_requests_in_flight: Count = 256
+    """Score requests that are being read or looked up; what waits for an engine is bounded by its tokens instead."""
+    max_body_bytes_in_flight: Count = 256 * 2**20
+    """Of all request bodies that are held."""
+    max_answer_bytes_in_flight: Count = 2**30
+    """Of all score answers that are looked up, or answered from the cache, until they are sent, and of the JSON answers
+    of corpora; estimated as for `max_answer_bytes`. Each fill may hold as much, see `max_fills_running`."""
+    max_miss_bytes_in_flight: Count = 2**30
+    """The same of answers with rows that have to wait for an engine, from then on until they are sent. Counted apart,
+    so that no hit is refused because misses queue; all score answers hold at most the two together."""
+    body_seconds: Annotated[float, Field(gt=0, le=3600)] = 60.0
+    """Within which a request's head, then its body, has to arrive, and each 256 KiB of an answer has to be taken."""
+    max_connections: Count = 768
+    """Open at once, idle ones too; below the usual limit of 1024 open files."""
+    max_connections_per_address: Annotated[int, Field(ge=0, strict=True)] = 512
+    """Of one client's address (of IPv6 its /64 network), so that one cannot take all; 0 is no bound. Behind a proxy all
+    clients come from the proxy's address: set 0 there, and bound them in the proxy."""
+    max_fills_running: Count = 2
+    """Jobs that fill corpora at one time; further ones wait in the order in which they came. Each holds the targets of
+    its batches, at most `max_answer_bytes_in_flight`, and of the shards that it gathers and writes. While a
+    teacher tells one to come back later another may begin, up to twice as many in all, and beyond that the first of
+    each key."""
+
+    def smallest(self, *names: str) -> tuple[str, int]:
+        """Name and value of the smallest of these bounds."""
+        name = min(names, key=lambda each: int(getattr(self, each)))
+        return name, int(getattr(self, name))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _make_room(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        made = dict(given)
+        for one, together in _OF_ONE_AND_ALL:
+            most = given.get(one)
+            if isinstance(most, int) and together not in given:
+                made[together] = max(most, cls.model_fields[together].default)
+        return made
+
+    @model_validator(mode="after")
+    def _one_fits_among_all(self) -> Self:
+        for one, together in _OF_ONE_AND_ALL:
+            most, room = getattr(self, one), getattr(self, together)
+            # Who only lowers a bound of all has not promised anybody as much as the default of one.
+            if one in self.model_fields_set and most > room:
+                raise ValueError(
+                    f"{one}={most} is over {together}={room}, which would refuse what is in between for ever; "
+                    f"lower {one} to at most {room}, or raise {together}"
+                )
+        return self
+
+
+class AccessSettings(_Frozen):
+    """Who may do what. Without `keys_file` everybody may do everything, and the service listens on loopback only."""
+
+    keys_file: Annotated[str, StringConstraints(min_length=1)] | None = None
+    """API keys, as `potstill keys` writes them; read again when it changes and on SIGHUP."""
+    audit_file: Annotated[str, StringConstraints(min_length=1)] | None = None
+    """JSON lines of what admins did are added to it; without it they go to the log `potstill.audit`."""
+    open_metrics: bool = False
+    """Whether `/metrics` is answered without a key."""
+
+
+class TlsSettings(_Frozen):
+    """PEM files of the certificate chain and its private key."""
+
+    certfile: Annotated[str, StringConstraints(min_length=1)]
+    keyfile: Annotated[str, StringConstraints(min_length=1)]
+
+
+def _http_url(text: str) -> str:
+    if not re.match(r"https?://[^/\s]", text):
+        raise ValueError("write an address like http://collector:4318/v1/traces")
+    return text
+
+
+class LogSettings(_Frozen):
+    """The log, which goes to stderr."""
+
+    format: Literal["text", "json"] = "text"
+    """`json` is one object a line, for machines that collect logs."""
+    level: Literal["debug", "info", "warning", "error"] = "warning"
+    """`info` has a line for every request, but for the probes that are answered well: these are in `debug`."""
+
+
+class TracingSettings(_Frozen):
+    """Spans for OpenTelemetry; needs the extra `otel`."""
+
+    endpoint: Annotated[str, AfterValidator(_http_url)] | None = None
+    """OTLP over HTTP, like `http://collector:4318/v1/traces`; without it nothing is traced."""
+
+
+class TeacherSettings(ReplicaSettings):
+    """One teacher: the name it is served under, where it comes from, and how many replicas it has."""
+
+    name: Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
+    model: Annotated[str, StringConstraints(min_length=1)]
+    """A model name or path for vLLM, or the URL of another service."""
+    options: dict[str, JsonValue] = Field(default_factory=dict)
+    """Handed to the teacher's factory as they are."""
+
+    @property
+    def remote(self) -> bool:
+        """Whether another service runs it: such a teacher has no engine, and no replicas, of ours."""
+        return self.model.startswith(("http://", "https://"))
+
+    def check_replicas(self, *, ray: bool) -> None:
+        """Refuse several replicas where there can be one only.
+
+        Raises:
+            InvalidInput: without Ray, or of a teacher of another service.
+        """
+        if self.replicas == 1 and self.autoscale is None:
+            return
+        if not ray:
+            raise InvalidInput(f"teacher {self.name!r} asks for several replicas, which need Ray: add the table [ray]")
+        if self.remote:
+            raise InvalidInput(f"teacher {self.name!r} is one of another service; it is that one which has replicas")
+
+
+class ServiceSettings(_Frozen):
+    """Everything `potstill serve` can be told."""
+
+    host: Annotated[str, StringConstraints(min_length=1)] = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65_535)] = 8700
+    """0 takes a free one, which the ready line names."""
+    cache: Annotated[str, StringConstraints(min_length=1)] | None = None
+    """Folder or URL of the cache root; without it nothing is kept."""
+    grace_seconds: Annotated[int, Field(ge=0, le=3600)] = 30
+    """How long a stopping service waits for the requests in flight."""
+    keep: KeepSettings = KeepSettings()
+    limits: LimitSettings = LimitSettings()
+    access: AccessSettings = AccessSettings()
+    tls: TlsSettings | None = None
+    logs: LogSettings = LogSettings()
+    tracing: TracingSettings = TracingSettings()
+    ray: RaySettings | None = None
+    """With this table teachers are Ray Serve deployments; without it each is an engine in this process."""
+    teachers: Annotated[tuple[TeacherSettings, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Self:
+        names = [teacher.name for teacher in self.teachers]
+        doubled = next((name for name in names if names.count(name) > 1), None)
+        if doubled is not None:
+            raise ValueError(f"two teachers are called {doubled!r}; every teacher needs its own name")
+        return self
+
+
+def load_settings(
+    config: Path | None, *, command_line: Mapping[str, Any], environment: Mapping[str, str]
+) -> ServiceSettings:
+    """Merge the three sources and check the result.
+
+    `command_line` holds settings by name; `None` means that the option was not given.
+
+    Raises:
+        InvalidInput: a file that cannot be read, an unknown key or variable, a bad value. The message is
+            one line that names the source, the key and what is allowed.
+    """
+    given = {key: value for key, value in command_line.items() if value is not None}
+    from_environment = _from_environment(environment)
+    from_file = {} if config is None else _from_file(config)
+    merged = {**from_file, **from_environment, **given}
+    if not merged.get("teachers"):
+        raise InvalidInput("no teacher to serve; give --teacher NAME=MODEL or [[teachers]] in the TOML file")
+    try:
+        return ServiceSettings.model_validate(merged)
+    except ValidationError as error:
+        key = str(error.errors()[0]["loc"][0]) if error.errors()[0]["loc"] else "teachers"
+        variable = next((name for name, setting in ENVIRONMENT.items() if setting == key), key)
+        source = "command line" if key in given else variable if key in from_environment else str(config)
+        raise InvalidInput(f"{source}: {_explain(error)}") from error
+
+
+def teacher_from_argument(text: str) -> dict[str, str]:
+    """`NAME=MODEL` of the command line, as a `TeacherSettings` in the making.
+
+    Raises:
+        InvalidInput: there is no `=`, or one side of it is empty.
+    """
+    name, equals, model = text.partition("=")
+    if not (name and equals and model):
+        raise InvalidInput(f"--teacher {text!r}: write NAME=MODEL, like smol=HuggingFaceTB/SmolLM2-135M")
+    return {"name": name, "model": model}
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    ours = {name for name in environment if name.startswith("POTSTILL_")}
+    unknown = sorted(ours - ENVIRONMENT.keys() - _OF_CLIENTS)
+    if unknown:
+        raise InvalidInput(f"unknown environment variable {unknown[0]}; known are {', '.join(ENVIRONMENT)}")
+    return {key: environment[name] for name, key in ENVIRONMENT.items() if name in environment}
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidInput(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"{path}: not TOML: {error}") from error
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_context=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {where}; known are {', '.join(_known_keys(first['loc'][:-1]))}"
+    if first["type"] == "string_pattern_mismatch":
+        return f"{where} is {first['input']!r}; a name is 1 to 64 letters, digits, '.', '_' or '-'"
+    message = re.sub(r"^Value error, ", "", first["msg"])
+    if isinstance(first["input"], dict):  # a whole table, of which the message names what is wrong
+        return f"{where}: {message}" if where else message
+    return f"{where} is {first['input']!r}: {message}" if where else message
+
+
+def _known_keys(table: tuple[int | str, ...]) -> list[str]:
+    models: dict[str, type[BaseModel]] = {
+        "keep": KeepSettings,
+        "limits": LimitSettings,
+        "access": AccessSettings,
+        "tls": TlsSettings,
+        "logs": LogSettings,
+        "tracing": TracingSettings,
+        "ray": RaySettings,
+        "teachers": TeacherSettings,
+        "autoscale": AutoscaleSettings,
+        "resources": ResourceSettings,
+    }
+    names = [part for part in table if isinstance(part, str)]
+    return list(models.get(names[-1], ServiceSettings).model_fields if names else ServiceSettings.model_fields)

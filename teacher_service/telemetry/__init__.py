@@ -1,0 +1,1 @@
+"""Log lines and spans, and the request's id that both carry."""

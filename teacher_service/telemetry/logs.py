@@ -1,0 +1,156 @@
+"""Log lines: JSON for machines or text for a console, each with the id of the request it belongs to.
+
+Nothing here is set up on import; `configure` is called once, by the command that owns the process.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import secrets
+import sys
+import threading
+from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import TextIO
+
+from potstill.cache.types import JSON
+from potstill.teacher_service.settings.service import LogSettings
+
+_LOG = logging.getLogger(__name__)
+REQUEST_ID_HEADER = "x-request-id"
+_VLLM_LOGGING = "VLLM_LOGGING_CONFIG_PATH"
+_GOOD_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))}
+
+request_id: ContextVar[str] = ContextVar("request_id", default="")
+"""Of the request that is being served; empty outside of one."""
+
+
+@dataclass(slots=True)
+class Work:
+    """What a request turned out to be, for its access line. Filled in while it is served."""
+
+    rows: int = 0
+    tokens: int = 0
+    caller: str = ""
+
+
+_work: ContextVar[Work | None] = ContextVar("work", default=None)
+
+
+def begin_work() -> Work:
+    """The record of the request that begins in this context; tasks started from here share it."""
+    work = Work()
+    _work.set(work)
+    return work
+
+
+def note_work(*, rows: int, tokens: int) -> None:
+    """Say how much the current request asked for; without a request nothing happens."""
+    work = _work.get()
+    if work is not None:
+        work.rows, work.tokens = rows, tokens
+
+
+def note_caller(name: str) -> None:
+    """Say who sent the current request; without a request nothing happens."""
+    work = _work.get()
+    if work is not None:
+        work.caller = name
+
+
+def choose_request_id(given: str | None) -> str:
+    """What the caller sent if it is 1 to 64 of `A-Z a-z 0-9 . _ -`, else a fresh one."""
+    return given if given is not None and _GOOD_ID.fullmatch(given) else secrets.token_hex(8)
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line: time (UTC), level, logger, message, and what is known of the request."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, without its line end."""
+        line: dict[str, JSON] = {
+            "time": _utc(record),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **_request_of(record),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+class TextLines(logging.Formatter):
+    """For a console: one line a record, and a traceback below it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The text, without its line end."""
+        # A caller's path or name may hold line ends and escape sequences; a console obeys them.
+        message = record.getMessage().translate(_ESCAPES)
+        about = {**getattr(record, "fields", {}), **_request_of(record)}
+        words = [f"{key}={value}" for key, value in about.items() if value not in ("", None)]
+        text = " ".join([_utc(record), record.levelname, f"{record.name}: {message}", *words])
+        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+
+
+def configure(settings: LogSettings, stream: TextIO) -> None:
+    """Send the log of the whole process to `stream`, in place of where it went before.
+
+    As JSON, what Python writes there by itself comes as lines of the log too: warnings, what ends the process or one of
+    its threads, and what fails where nobody can be told. vLLM is told to write such lines, in its own processes too.
+    """
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(JsonLines() if settings.format == "json" else TextLines())
+    logging.basicConfig(level=settings.level.upper(), handlers=[handler], force=True)
+    # httpx tells of every request that a teacher behind a URL gets; ours has an access line already.
+    logging.getLogger("httpx").setLevel(max(logging.WARNING, logging.getLogger().level))
+    if settings.format == "json":
+        logging.captureWarnings(capture=True)
+        sys.excepthook = _log_the_end
+        threading.excepthook = _log_the_end_of_a_thread
+        sys.unraisablehook = _log_unraisable
+        _have_vllm_write_json()
+
+
+def _have_vllm_write_json() -> None:
+    # Each engine sets up vLLM's loggers anew when it starts, so what is set up here would not last. Switching that off
+    # would leave engines of their own process with bare text. Either way whoever set vLLM's variables knows better.
+    if not {_VLLM_LOGGING, "VLLM_CONFIGURE_LOGGING"} & os.environ.keys():
+        os.environ[_VLLM_LOGGING] = str(Path(__file__).with_name("vllm_logging.json"))
+
+
+def _log_the_end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    _LOG.critical("the process ends by a failure that nobody expected", exc_info=(kind, error, trace))
+
+
+def _log_the_end_of_a_thread(ended: threading.ExceptHookArgs) -> None:
+    if issubclass(ended.exc_type, SystemExit):
+        return  # how a thread ends itself
+    name = "" if ended.thread is None else ended.thread.name
+    error = BaseException() if ended.exc_value is None else ended.exc_value
+    trace = ended.exc_traceback
+    _LOG.error("the thread %r ends by a failure that nobody expected", name, exc_info=(ended.exc_type, error, trace))
+
+
+def _log_unraisable(met: sys.UnraisableHookArgs) -> None:
+    error = BaseException() if met.exc_value is None else met.exc_value
+    where = met.err_msg or "a failure where nobody can be told, in"
+    _LOG.error("%s %r", where, met.object, exc_info=(met.exc_type, error, met.exc_traceback))
+
+
+def _request_of(record: logging.LogRecord) -> dict[str, str]:
+    # A record knows its request only while it is made, which is when handlers of this process format it.
+    current = getattr(record, "request_id", request_id.get())
+    return {"request_id": current} if current else {}
+
+
+def _utc(record: logging.LogRecord) -> str:
+    return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

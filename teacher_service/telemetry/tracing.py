@@ -1,0 +1,92 @@
+"""Spans of OpenTelemetry, when it is installed and asked for; otherwise nothing, at the price of one lookup.
+
+The tracer of a request is in its context, so nothing here is global, and tasks that a request starts go on
+with its trace. Parents come and go as W3C `traceparent` headers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+from potstill.cache.errors import InvalidInput
+
+
+class Tracer(Protocol):
+    """What makes spans."""
+
+    def request(self, name: str, headers: Mapping[str, str]) -> AbstractContextManager[Any]:
+        """The span of a whole request, below the parent that its headers name."""
+        ...
+
+    def span(self, name: str, attributes: Mapping[str, str | int]) -> AbstractContextManager[Any]:
+        """A span below the current one."""
+        ...
+
+
+current_tracer: ContextVar[Tracer | None] = ContextVar("current_tracer", default=None)
+"""Of the request that is being served; None when nothing is traced."""
+
+
+@contextmanager
+def span(name: str, **attributes: str | int) -> Iterator[None]:
+    """Time what is inside as a span of the current request's trace."""
+    tracer = current_tracer.get()
+    if tracer is None:
+        yield
+        return
+    with tracer.span(name, attributes):
+        yield
+
+
+class OtelTracer:
+    """Spans through an OpenTelemetry SDK `TracerProvider`."""
+
+    def __init__(self, provider: Any) -> None:
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator  # noqa: PLC0415
+
+        self._provider = provider
+        self._tracer = provider.get_tracer("potstill")
+        self._propagator = TraceContextTextMapPropagator()
+
+    def request(self, name: str, headers: Mapping[str, str]) -> AbstractContextManager[Any]:
+        """See `Tracer`."""
+        from opentelemetry.trace import SpanKind  # noqa: PLC0415
+
+        parent = self._propagator.extract(dict(headers))
+        current: AbstractContextManager[Any] = self._tracer.start_as_current_span(
+            name, context=parent, kind=SpanKind.SERVER
+        )
+        return current
+
+    def span(self, name: str, attributes: Mapping[str, str | int]) -> AbstractContextManager[Any]:
+        """See `Tracer`."""
+        current: AbstractContextManager[Any] = self._tracer.start_as_current_span(name, attributes=attributes)
+        return current
+
+    def close(self) -> None:
+        """Send what is waiting and stop."""
+        self._provider.shutdown()
+
+
+def open_tracer(endpoint: str) -> OtelTracer:
+    """Spans that are sent in batches to an OTLP/HTTP endpoint like `http://collector:4318/v1/traces`.
+
+    Raises:
+        InvalidInput: OpenTelemetry is not installed.
+    """
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter  # noqa: PLC0415
+        from opentelemetry.sdk.resources import Resource  # noqa: PLC0415
+        from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
+    except ImportError as error:
+        raise InvalidInput(
+            f"tracing.endpoint is {endpoint!r}, but OpenTelemetry is not installed ({error.name}); "
+            "install potstill[otel] or take the endpoint away"
+        ) from error
+    provider = TracerProvider(resource=Resource.create({"service.name": "potstill"}))
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
+    return OtelTracer(provider)

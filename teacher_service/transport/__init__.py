@@ -1,0 +1,1 @@
+"""Bodies and answers on the wire: bounded, timed, streamed; connections counted."""

@@ -1,0 +1,149 @@
+"""ASGI middleware that bounds what clients send and take, whichever route serves them: size, time, and all together."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from potstill.cache.errors import BodyTooLarge, RequestTimeout
+from potstill.cache.read_through.waits import forget_waits
+from potstill.teacher_service.access.auth import current_caller
+from potstill.teacher_service.admission.admission import Admission, held_until_answered
+from potstill.teacher_service.transport.connections import ABORT
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_LOG = logging.getLogger(__name__)
+_SLICE_BYTES = 256 * 2**10
+
+
+class BoundedTransfers:
+    """Refuses a body, while it is read, that is too long, too slow or too much; gives up clients that take no answer.
+
+    A body is held against `max_body_bytes_in_flight` until its request is answered. Its time begins with the first
+    read, so that a request that has to wait before that is not blamed. Answers go out in slices, each once the client
+    took most of the one before: what is not taken yet stays counted, and the server's buffers stay small. For a client
+    that is given up no more is made, and its connection is dropped.
+    """
+
+    def __init__(self, app: ASGIApp, admission: Admission) -> None:
+        self._app = app
+        self._admission = admission
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        # A server may start a request in a copy of the context of the one before on the connection: asyncio reads on
+        # in the context that resumed the reading of a long body, and a pipelined request is started by the one before.
+        forget_waits()
+        with ExitStack() as held:
+            held_until_answered.set(held)
+            body = _Body(self._admission, receive)
+            held.callback(body.release)
+            try:
+                await self._app(scope, body.receive, _Answer(self._admission.limits.body_seconds, send).send)
+            except _GivenUp:
+                await _drop(scope, receive)
+
+
+class _Body:
+    """What was read of one body."""
+
+    def __init__(self, admission: Admission, receive: Receive) -> None:
+        self._limits = admission.limits
+        # What is over the bound of all together would be told to come back later for ever.
+        self._most = self._limits.smallest("max_body_bytes", "max_body_bytes_in_flight")
+        self._bound = admission.bodies
+        self._receive = receive
+        self._key = current_caller().name
+        self._held = 0
+        self._ends: float | None = None
+        self._complete = False
+
+    async def receive(self) -> Message:
+        """The next message.
+
+        Raises:
+            BodyTooLarge, RequestTimeout, Overloaded: see `BoundedTransfers`.
+        """
+        if self._complete:
+            return await self._receive()  # waits for the client to leave, as long as it takes
+        message = await self._in_time()
+        if message["type"] == "http.request":
+            self._hold(len(message.get("body", b"")))
+            self._complete = not message.get("more_body", False)
+        return message
+
+    def release(self) -> None:
+        """The request is over."""
+        self._bound.give_back(self._key, self._held)
+        self._held = 0
+
+    async def _in_time(self) -> Message:
+        seconds = self._limits.body_seconds
+        self._ends = self._ends or asyncio.get_running_loop().time() + seconds
+        try:
+            async with asyncio.timeout_at(self._ends) as limit:
+                return await self._receive()
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise RequestTimeout(
+                f"{self._held} bytes of the body came within body_seconds={seconds:g}, and not its end; "
+                "send fewer rows per request"
+            ) from error
+
+    def _hold(self, num_bytes: int) -> None:
+        name, most = self._most
+        if self._held + num_bytes > most:
+            raise BodyTooLarge(f"the body is over {name}={most}; send fewer rows per request")
+        self._bound.take(self._key, num_bytes, own=self._held)
+        self._held += num_bytes
+
+
+class _Answer:
+    """What goes out to one client."""
+
+    def __init__(self, seconds: float, send: Send) -> None:
+        self._seconds = seconds
+        self._send = send
+
+    async def send(self, message: Message) -> None:
+        """Pass it on, a long body in slices."""
+        body = message.get("body", b"")
+        if message["type"] != "http.response.body" or len(body) <= _SLICE_BYTES:
+            await self._in_time(message)
+            return
+        for start in range(0, len(body), _SLICE_BYTES):
+            last = start + _SLICE_BYTES >= len(body)
+            more = not last or message.get("more_body", False)
+            await self._in_time({**message, "body": body[start : start + _SLICE_BYTES], "more_body": more})
+
+    async def _in_time(self, message: Message) -> None:
+        try:
+            async with asyncio.timeout(self._seconds) as limit:
+                await self._send(message)
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            _LOG.warning("a client took nothing of its answer for %g seconds and is given up", self._seconds)
+            raise _GivenUp from error
+
+
+class _GivenUp(Exception):
+    """The client does not take its answer; no handler of the app knows it, so that it ends the answer."""
+
+
+async def _drop(scope: Scope, receive: Receive) -> None:
+    """Drop the connection, and return once the server knows: until then an unfinished answer would be our bug to it."""
+    abort = scope.get("extensions", {}).get(ABORT)
+    if abort is None:
+        return  # another server, which closes a connection whose answer is not complete
+    abort()
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,128 @@
+"""Answers that are read while they are sent: bounded in memory, in threads and in time.
+
+Pieces of bytes come out of a blocking iterator, each read in a thread of a small pool while the one before is sent.
+What goes wrong before the first piece is answered as any error is; what goes wrong later breaks the connection, so
+that no client takes a part for the whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from potstill.cache.errors import PotstillError
+from potstill.teacher_service.access.auth import current_caller
+from potstill.teacher_service.admission.shared_bound import SharedBound
+
+_LOG = logging.getLogger(__name__)
+
+
+class ReadSlots:
+    """The threads that read the store, and how many answers may be streamed at one time, not all to one key."""
+
+    def __init__(self, *, threads: int, streams: int, stall_seconds: float) -> None:
+        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="corpus-read")
+        self.stall_seconds = stall_seconds
+        """How long a client may take nothing of what is sent to it."""
+        self._places = SharedBound(streams, "streamed answers (max_streams)", reason="streams", refusals=Counter())
+
+    @property
+    def in_use(self) -> int:
+        """Answers that are being streamed."""
+        return self._places.in_use
+
+    def place(self) -> AbstractContextManager[None]:
+        """Hold a place of the current caller; to enter it raises Overloaded when there is none left for that key."""
+        return self._places.hold(current_caller().name, 1)
+
+
+class StreamedAnswer(Response):
+    """Sends the pieces of an iterator. Of a HEAD request only the status and the headers are sent, and nothing is read.
+
+    When the client leaves, nothing more is read.
+
+    Raises:
+        Overloaded: too many are streamed already. What the iterator raises before its first piece.
+        ClientDisconnect: the client left before anything was sent.
+    """
+
+    def __init__(
+        self, pieces: Iterator[bytes], slots: ReadSlots, *, headers: Mapping[str, str], media_type: str
+    ) -> None:
+        self.status_code = 200
+        self.media_type = media_type
+        self.background = None
+        self.body = b""
+        self._pieces = pieces
+        self._slots = slots
+        self._begun = False
+        self.init_headers(headers)
+        del self.headers["content-length"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it all, or break off."""
+        if scope["method"] == "HEAD":
+            await send(self._start())
+            await send(_body(b"", more=False))
+            return
+        with self._slots.place():
+            await self._send_while_there(receive, send)
+
+    async def _send_while_there(self, receive: Receive, send: Send) -> None:
+        sending = asyncio.create_task(self._send(send))
+        leaving = asyncio.create_task(_left(receive))
+        try:
+            await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                sending.result()
+            elif not self._begun:
+                raise ClientDisconnect  # later nobody could answer it any more, and it would count as our failure
+        finally:
+            sending.cancel()
+            leaving.cancel()
+            await asyncio.gather(sending, leaving, return_exceptions=True)
+
+    async def _send(self, send: Send) -> None:
+        piece = await self._read()
+        self._begun = True
+        await send(self._start())
+        # To return before the last message is how an ASGI app breaks a connection off.
+        try:
+            while piece is not None:
+                reading = asyncio.ensure_future(self._read())
+                try:
+                    async with asyncio.timeout(self._slots.stall_seconds):
+                        await send(_body(piece, more=True))
+                    piece = await reading
+                finally:
+                    reading.cancel()
+        except PotstillError as error:
+            _LOG.warning("an answer was broken off in the middle: %s: %s", error.kind, error.detail)
+            return
+        except TimeoutError:
+            _LOG.warning("an answer was broken off: its client took nothing for %g s", self._slots.stall_seconds)
+            return
+        await send(_body(b"", more=False))
+
+    async def _read(self) -> bytes | None:
+        return await asyncio.get_running_loop().run_in_executor(self._slots.pool, next, self._pieces, None)
+
+    def _start(self) -> Message:
+        return {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+
+
+def _body(piece: bytes, *, more: bool) -> Message:
+    return {"type": "http.response.body", "body": piece, "more_body": more}
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

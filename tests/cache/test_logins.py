@@ -1,0 +1,46 @@
+"""What is left of a text when the logins of its URLs are taken out."""
+
+from __future__ import annotations
+
+import pytest
+
+from potstill.cache.errors import InvalidInput
+from potstill.cache.logins import without_login
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://any:SECRET@host:8700/v1", "http://host:8700/v1"),
+        ("http://SECRET@host", "http://host"),
+        ("opening http://any:SECRET@host#big, then https://b:SECRET@c", "opening http://host#big, then https://c"),
+        ("http://any:SEC/RE?T#@host", "http://host"),
+        ("far=http://any:SECRET@up:8700#smol", "far=http://up:8700#smol"),
+        ("'any:SECRET@collector:4318/v1/traces' is no URL", "'collector:4318/v1/traces' is no URL"),
+        ("//u:SECRET@h", "//h"),
+        ("http:/u:SECRET@h", "h"),
+        ("far=any:SECRET@up", "far=up"),
+    ],
+)
+def test_no_login_is_left(text: str, shown: str) -> None:
+    assert without_login(text) == shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "http://127.0.0.1:8700",
+        "org/model@main",
+        "smol=org/model@v1.0",
+        "a row of 5 tokens: mail ann@example.org",
+        "s3://bucket/prefix",
+        "vllm @ 0.32: 3 of 4",
+    ],
+)
+def test_what_is_no_login_stays(text: str) -> None:
+    assert without_login(text) == text
+
+
+def test_an_errors_line_has_none() -> None:
+    error = InvalidInput("http://any:SECRET@host has no teacher")
+    assert error.detail == str(error) == "http://host has no teacher"

@@ -1,0 +1,198 @@
+"""`inspect`: what it counts, and a page that anybody can open."""
+
+from __future__ import annotations
+
+import json
+import re
+from html import escape
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.support.flip_cache import build
+from potstill.cache import Cache, Fields
+from potstill.cache.upkeep.inspect_html import coverage_strip, page
+from potstill.cache.upkeep.inspection import inspect_cache
+from potstill.clients.cli import main
+from tests.support.corpora import make_corpus, teacher_for
+from tests.support.fakes import FakeTeacher, fake_identity
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("inspect") / "c"
+    build(root, archive=False)
+    return root
+
+
+def test_the_keys_that_others_read_are_there(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(root), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) == {"corpora", "targets", "journals", "unreadable"}
+    assert {"rows", "positions", "shards", "tokenizer_sha256"} <= set(found["corpora"]["a"])
+    about = found["targets"]["one"]["a"]
+    wanted = {"identity", "fields", "encoding", "shards_committed", "shards", "bytes", "bytes_per_position"}
+    assert wanted <= set(about)
+    assert set(about["encoding"]) == {"name", "max_abs_error"}
+    assert about["fields"] == Fields(k=6, draws=5, seed=3, entropy=True).to_json()
+
+
+def test_segment_sets_stand_beside_each_other(root: Path) -> None:
+    cache = Cache.open(root)
+    sets = inspect_cache(cache).to_json["targets"]["one"]["a"]["sets"]
+    assert [(each["name"], each["folded"]) for each in sets] == [("first", True), ("draws-5_entropy", False)]
+    for each, opened in zip(sets, cache.targets("one", "a").sets, strict=True):
+        assert (
+            each["bytes"] == sum(commit.num_bytes for commit in opened.commits()) == sum(each["array_bytes"].values())
+        )
+        assert each["shards_committed"] == each["shards"] == len(opened.commits())
+        assert each["provenance"][0]["engine_version"] == "1"
+        assert each["first_captured"] <= each["last_captured"]
+    assert sets[0]["measured_error"]["max_abs"] <= sets[0]["encoding"]["max_abs_error"]
+
+
+def test_annotations_and_journals_are_counted(root: Path) -> None:
+    found = inspect_cache(Cache.open(root)).to_json
+    assert {name: about["dtype"] for name, about in found["corpora"]["a"]["annotations"].items()} == {
+        "held-out": "int64",
+        "split": "int64",
+    }
+    assert found["corpora"]["a"]["annotations"]["split"]["provenance"] == {"source": "split"}
+    assert found["journals"]["one"]["rows"] == 4
+    assert found["journals"]["one"]["bytes"] > 0
+
+
+def test_the_tables_have_all_of_it(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(root)]) == 0
+    told = capsys.readouterr().out
+    for words in ("held-out, split", "draws-5_entropy", "log Z at 0.5, 2", "fake 1", "journals", "3/3"):
+        assert words in told
+
+
+def test_what_cannot_be_read_is_named_and_the_rest_is_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, drawn = tmp_path / "c", tmp_path / "page.html"
+    build(root, archive=False)
+    commit = next((root / "targets/one/a").rglob("draws-5_entropy/commits/000001.json"))
+    journal = next(root.rglob("journal*/**/*.json"))
+    for record in (commit, journal):
+        record.write_bytes(record.read_bytes()[:-40])
+    assert main(["inspect", str(root), "--json", "--html", str(drawn)]) == 1
+    told = capsys.readouterr()
+    found = json.loads(told.out)
+    assert [each["shards_committed"] for each in found["targets"]["one"]["a"]["sets"]] == [3, 2]
+    assert len(found["unreadable"]) == 2
+    for line, record in zip(found["unreadable"], (commit, journal), strict=True):
+        assert record.relative_to(root).as_posix() in line
+        assert f"not counted above: {line}" in told.err
+        assert escape(line) in drawn.read_text()
+    assert f"potstill verify {root}" in told.err
+    (root / "corpora/a/zarr.json").write_text("{}")
+    assert main(["inspect", str(root)]) == 1
+    told = capsys.readouterr()
+    assert "corpora/a/zarr.json" in told.err
+    assert "there is no corpus" not in told.out
+
+
+class Page(HTMLParser):
+    """Collects what a page would load or run, and checks that tags close."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.references: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.references += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "onload")]
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def parsed(text: str) -> Page:
+    found = Page()
+    found.feed(text)
+    found.close()
+    assert found.open == []
+    return found
+
+
+def test_the_page_stands_alone(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(root), "--html", str(tmp_path / "page.html")]) == 0
+    assert "segment sets" in capsys.readouterr().out
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    found = parsed(text)
+    assert found.references == []
+    assert not {"script", "link", "iframe", "img"} & set(found.tags)
+    assert "url(" not in text
+    assert "prefers-color-scheme:dark" in text
+    assert text.count("<polyline class='line'") == 4
+    assert "bound 0.0635" in text
+    assert main(["inspect", str(root), "--html", str(tmp_path / "no" / "page.html")]) == 1
+    assert capsys.readouterr().err.startswith("store: ")
+
+
+def test_a_hostile_name_is_text_on_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache, corpus = make_corpus(tmp_path / "c")
+    evil = "<script>alert(1)</script>[bold]\"'"
+    identity = fake_identity(vocab_size=256, tokenizer_sha256=corpus.tokenizer_sha256, model=evil)
+    write_first_shard(cache, FakeTeacher(identity))
+    text = page(cache, inspect_cache(cache))
+    parsed(text)
+    assert "<script" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;[bold]&quot;&#x27;" in text
+    assert main(["inspect", str(tmp_path / "c")]) == 0
+    assert evil in capsys.readouterr().out
+
+
+def write_first_shard(cache: Cache, teacher: FakeTeacher) -> None:
+    import asyncio
+
+    from potstill.cache.types import Targets
+
+    corpus = cache.corpus("docs")
+    targets = cache.plan_targets("fake", "docs", teacher.identity, fields=Fields(k=4))
+    exact = asyncio.run(teacher.score(corpus.rows(0, int(corpus.shard_rows[1])), Fields(k=4)))
+    assert targets.write_shard(0, Targets.concat(exact), teacher.provenance)
+
+
+def test_a_target_set_without_a_shard_yet_has_a_page(tmp_path: Path) -> None:
+    cache, corpus = make_corpus(tmp_path / "c")
+    parsed(page(cache, inspect_cache(cache)))
+    write_first_shard(cache, teacher_for(corpus))
+    for path in (tmp_path / "c").glob("targets/fake/docs/commits/*.json"):
+        path.unlink()
+    cache = Cache.open(tmp_path / "c")
+    assert inspect_cache(cache).to_json["targets"]["fake"]["docs"]["bytes_per_position"] is None
+    assert "nothing yet" in page(cache, inspect_cache(cache))
+
+
+@pytest.mark.parametrize("shards", [1, 7, 240, 100_000])
+def test_a_strip_stays_small_and_shows_gaps(shards: int) -> None:
+    covered = np.arange(shards) % 2 == 0
+    covered[shards // 2 :] = False
+    covered[0] = True
+    strip = coverage_strip(covered)
+    assert len(strip) < 20_000
+    marks = [(int(a), int(b)) for a, b in re.findall(r'<rect x="(\d+)" width="(\d+)"', strip)]
+    bins = min(shards, 240)
+    assert marks[0][0] == 0
+    assert sum(marks[-1]) <= bins // 2 + 1
+    assert "% of the shards are covered" in strip
+    assert "<rect" not in coverage_strip(np.zeros(shards, dtype=bool))
+
+
+def test_an_empty_root_says_what_makes_a_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert "`potstill ingest` makes one" in capsys.readouterr().out

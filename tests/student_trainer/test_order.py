@@ -1,0 +1,123 @@
+"""The order of rows: a pure function, whatever the number of workers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from numpy.typing import NDArray
+
+from potstill.cache.cache import Cache
+from potstill.cache.errors import InvalidInput
+from potstill.student_trainer.order import SampleOrder, choose_held_out, hashed, with_copies
+from tests.support.tiny_runs import write_cache, write_texts_cache
+
+FROZEN_HASHES = [13309476754707697221, 4414019431610648415, 5090977316425868581]
+FROZEN_ROWS = [0, 5, 4, 6, 1, 3, 8, 11, 10, 7, 3, 6]
+FROZEN_HELD_OUT = [157, 272, 420, 933, 962]
+
+
+def order_of(shards: list[int], left_out: list[int], *, seed: int = 0, window: int = 2) -> SampleOrder:
+    shard_rows = np.concatenate([[0], np.cumsum(shards)]).astype(np.int64)
+    return SampleOrder(shard_rows, np.array(left_out, dtype=np.int64), seed, window)
+
+
+@st.composite
+def orders(draw: st.DrawFn) -> SampleOrder:
+    shards = draw(st.lists(st.integers(1, 7), min_size=1, max_size=8))
+    rows = sum(shards)
+    left_out = draw(st.sets(st.integers(0, rows - 1), max_size=rows - 1))
+    return order_of(shards, sorted(left_out), seed=draw(st.integers(0, 2**63 - 1)), window=draw(st.integers(1, 9)))
+
+
+@given(order=orders(), epoch=st.integers(0, 3))
+def test_an_epoch_has_every_training_row_once_and_no_other(order: SampleOrder, epoch: int) -> None:
+    size = order.rows_per_epoch
+    rows = order.take(epoch * size, size)
+    everything = set(range(int(order.shard_rows[-1]))) - set(order.left_out.tolist())
+    assert sorted(rows.tolist()) == sorted(everything)
+
+
+@given(order=orders(), cursor=st.integers(0, 200), count=st.integers(0, 60))
+def test_any_cursor_continues_the_same_sequence(order: SampleOrder, cursor: int, count: int) -> None:
+    whole = order.take(0, cursor + count)
+    fresh = SampleOrder(order.shard_rows, order.left_out, order.seed, order.window_shards)
+    np.testing.assert_array_equal(fresh.take(cursor, count), whole[cursor:])
+
+
+@given(order=orders(), step=st.integers(0, 30), batch_rows=st.integers(1, 17), data=st.data())
+def test_the_ranks_slices_make_up_the_global_batch(
+    order: SampleOrder, step: int, batch_rows: int, data: st.DataObject
+) -> None:
+    world_size = data.draw(st.integers(1, batch_rows))
+    parts = [order.rank_slice(step, batch_rows, rank, world_size) for rank in range(world_size)]
+    np.testing.assert_array_equal(np.concatenate(parts), order.take(step * batch_rows, batch_rows))
+    sizes = [len(part) for part in parts]
+    assert min(sizes) >= 1
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_rows_of_a_window_come_from_its_shards() -> None:
+    order = order_of([10] * 20, [], window=4)
+    rows = order.take(0, 200).reshape(5, 40)
+    shards = [sorted({int(row) // 10 for row in window}) for window in rows]
+    assert all(len(window) == 4 for window in shards)
+    assert sorted(shard for window in shards for shard in window) == list(range(20))
+    assert shards != sorted(shards), "shards are shuffled"
+    assert all((np.diff(window) != 1).any() for window in rows), "rows are shuffled"
+
+
+def test_epochs_and_seeds_differ() -> None:
+    order, other = order_of([10] * 4, []), order_of([10] * 4, [], seed=1)
+    first = order.take(0, 40)
+    assert (first != order.take(40, 40)).any()
+    assert (first != other.take(0, 40)).any()
+    assert [order.epoch(cursor) for cursor in (0, 39, 40)] == [0, 0, 1]
+
+
+def test_the_order_never_changes() -> None:
+    """Runs resume under newer versions of everything: these numbers are frozen."""
+    assert hashed(np.arange(3), 7).tolist() == FROZEN_HASHES
+    assert order_of([4, 3, 5], [2, 9], seed=7).take(0, 12).tolist() == FROZEN_ROWS
+    assert choose_held_out(1000, 5, 0).tolist() == FROZEN_HELD_OUT
+
+
+@settings(max_examples=50)
+@given(num_rows=st.integers(2, 500), seed=st.integers(0, 2**63 - 1), data=st.data())
+def test_held_out_rows_are_distinct_rows(num_rows: int, seed: int, data: st.DataObject) -> None:
+    count = data.draw(st.integers(0, num_rows - 1))
+    rows = choose_held_out(num_rows, count, seed)
+    assert len(rows) == len(set(rows.tolist())) == count
+    assert sorted(rows.tolist()) == rows.tolist()
+    assert all(0 <= row < num_rows for row in rows)
+
+
+def test_held_out_counts_and_shares() -> None:
+    assert len(choose_held_out(1000, 0.05, 0)) == 50
+    assert len(choose_held_out(10, 0.01, 0)) == 1
+    assert len(choose_held_out(10, 0, 0)) == 0
+    assert set(choose_held_out(1000, 50, 0)) != set(choose_held_out(1000, 50, 1))
+    with pytest.raises(InvalidInput, match=r"data\.held_out is 10"):
+        choose_held_out(10, 10, 0)
+
+
+@pytest.fixture(scope="module")
+def repeated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    texts = [f"w1 w2 w{3 + i % 4}" for i in range(20)]
+    return write_texts_cache(tmp_path_factory.mktemp("repeated"), texts)
+
+
+def test_copies_of_held_out_rows_are_left_out_too(repeated: Path) -> None:
+    corpus = Cache.open(repeated).corpus("docs")
+    left_out = with_copies(corpus, np.array([1]))
+    expected = [i for i in range(len(corpus)) if (corpus.row(i) == corpus.row(1)).all()]
+    assert left_out.tolist() == expected
+    assert len(expected) == 5
+
+
+def test_without_repeated_rows_nothing_else_is_left_out(tmp_path: Path) -> None:
+    corpus = Cache.open(write_cache(tmp_path, documents=6, teachers=())).corpus("docs")
+    rows: NDArray[np.int64] = np.array([0, 3])
+    assert with_copies(corpus, rows) is rows

@@ -1,0 +1,103 @@
+"""A prefill in a process of its own, for tests that share work with it, stop it and kill it.
+
+python -m tests.fill_job ROOT [--tokens-per-second N] [--claim-seconds S] [--fields JSON]
+
+Prints a line of JSON at every step, and one with the report and the rows that were scored at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from potstill.cache import Cache, Fields
+from potstill.cache.fill.loop import FillPlan, FillProgress, fill
+from potstill.cache.upkeep.garbage import find_garbage
+from tests.support.corpora import teacher_for
+from tests.support.paths import ROOT
+
+BATCH_TOKENS = 200
+
+
+def show(at: FillProgress) -> None:
+    print(json.dumps(asdict(at)), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("root")
+    parser.add_argument("--tokens-per-second", type=float, default=0.0)
+    parser.add_argument("--claim-seconds", type=float, default=120.0)
+    parser.add_argument("--fields", default='{"k": 16}')
+    args = parser.parse_args()
+    cache = Cache.open(args.root, mode="r+")
+    teacher = teacher_for(cache.corpus("docs"), tokens_per_second=args.tokens_per_second)
+    fields = Fields.from_json(json.loads(args.fields))
+    targets = cache.plan_targets("fake", "docs", teacher.identity, fields=fields)
+    plan = FillPlan(batch_tokens=BATCH_TOKENS, claim_seconds=args.claim_seconds)
+    report = asyncio.run(fill(teacher, targets, plan, on_progress=show))
+    rows = [hashlib.sha256(row).hexdigest()[:16] for row in teacher.scored]
+    print(json.dumps({**asdict(report), "rows": rows}), flush=True)
+
+
+@contextmanager
+def fill_job(root: str | Path, *options: object) -> Iterator[subprocess.Popen[str]]:
+    """A running job; killed at the end if it still runs."""
+    command = [sys.executable, "-m", "tests.support.processes.fill_job", str(root), *map(str, options)]
+    cwd = ROOT
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=cwd) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def step_of(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """The next line it prints."""
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line, "the job ended"
+    return dict(json.loads(line))
+
+
+def report_of(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """The last line it prints, after it ended well."""
+    out, _ = process.communicate()
+    assert process.returncode == 0
+    return dict(json.loads(out.splitlines()[-1]))
+
+
+def segment_bytes(cache: Cache) -> dict[tuple[str, int, str], bytes]:
+    """Every committed object's bytes, by segment set, shard and path within its segment."""
+    found = {}
+    for each in cache.targets("fake", "docs").sets:
+        for commit in each.commits():
+            for item in commit.objects:
+                data = cache.root.get(f"{each.segment_path(commit.segment)}/{item.path}")
+                assert data is not None
+                found[each.path, commit.shard, item.path] = data
+    return found
+
+
+def assert_whole(cache: Cache) -> None:
+    """Every shard is committed, everything verifies, and nothing else is left."""
+    targets = cache.targets("fake", "docs")
+    assert targets.committed.all()
+    for each in targets.sets:
+        assert each.corrupt_shared_objects() == []
+        assert all(each.corrupt_objects(shard) == [] for shard in range(targets.corpus.num_shards))
+        assert cache.root.objects(each.claims_path) == []
+    assert find_garbage(cache.root, min_age_seconds=0) == []
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""A real service on a loopback port, in a thread of the test's process."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from typing import Any
+
+import httpx
+import uvicorn
+
+from potstill.cache import Cache
+from potstill.cache.types import Teacher
+from potstill.teacher_service.app import create_app
+from potstill.teacher_service.hosting.hosted_teacher import HostedTeacher, Keep
+from potstill.teacher_service.hosting.service import Service
+from potstill.teacher_service.settings.service import LimitSettings
+from potstill.teacher_service.transport.connections import bounded_protocol
+from tests.support.fakes import FakeTeacher
+
+
+@contextmanager
+def serving(app: Any, *, port: int = 0, limits: LimitSettings | None = None) -> Iterator[str]:
+    """Run an ASGI app on a loopback port, by default a free one, in a thread; yields its URL."""
+    listener = socket.create_server(("127.0.0.1", port))
+    protocol = bounded_protocol(limits or LimitSettings())
+    # The loop of `potstill serve`; uvicorn alone would take another one where that is installed.
+    config = uvicorn.Config(app, loop="asyncio", http=protocol, log_config=None, ws="none", timeout_graceful_shutdown=2)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
+
+
+def opens(teacher: Teacher) -> Callable[[], AbstractAsyncContextManager[Teacher]]:
+    @asynccontextmanager
+    async def open_it() -> AsyncIterator[Teacher]:
+        yield teacher
+
+    return open_it
+
+
+def hosted(name: str, teacher: Teacher, keep: Keep | None = None) -> HostedTeacher:
+    return HostedTeacher(name, opens(teacher), keep)
+
+
+def wait_ready(url: str) -> None:
+    deadline = time.monotonic() + 60
+    while httpx.get(f"{url}/readyz", timeout=60).status_code != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@contextmanager
+def serving_teachers(*teachers: HostedTeacher, **options: Any) -> Iterator[str]:
+    """Run a service on these teachers until they are up; yields its URL."""
+    with serving(create_app(Service.of(teachers, **options)), limits=options.get("limits")) as url:
+        wait_ready(url)
+        yield url
+
+
+@contextmanager
+def serving_corpora(cache: Cache | None) -> Iterator[str]:
+    """A service of a cache's corpora, with bounds that small corpora reach; its one teacher is not theirs."""
+    limits = LimitSettings(max_range_positions=50, max_stream_positions=1200, max_rows=20)
+    with serving_teachers(hosted("other", FakeTeacher()), cache=cache, limits=limits) as url:
+        yield url
+
+
+def targets_of(url: str, **params: Any) -> httpx.Response:
+    """Ask for targets of the teacher `fake` on the corpus `docs`."""
+    return httpx.get(f"{url}/v1/corpora/docs/targets/fake", params=params, timeout=60)
+
+
+def post_json(url: str, value: Any, *, name: str = "smol", **headers: str) -> httpx.Response:
+    """Ask a teacher to score, in JSON."""
+    return httpx.post(f"{url}/v1/teachers/{name}/score", json=value, headers=headers)
+
+
+def refused(reply: httpx.Response, status: int, kind: str) -> str:
+    """Check the one error shape; returns the detail."""
+    assert reply.status_code == status, reply.text[:500]
+    assert reply.headers["content-type"] == "application/json"
+    body = reply.json()
+    assert set(body) == {"kind", "detail"}
+    assert body["kind"] == kind
+    assert "\n" not in body["detail"]
+    return str(body["detail"])

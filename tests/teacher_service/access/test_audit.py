@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from potstill.cache.types import JSON, Teacher
+from potstill.teacher_service.access.audit import detail_of
+from potstill.teacher_service.access.middleware import Access
+from potstill.teacher_service.app import create_app
+from potstill.teacher_service.hosting.hosted_teacher import HostedTeacher
+from potstill.teacher_service.hosting.service import Service
+from potstill.teacher_service.hosting.teacher_source import TeacherSource
+from potstill.teacher_service.settings.service import AccessSettings, TeacherSettings
+from tests.support.fakes import FakeTeacher
+from tests.support.waiting import eventually
+
+
+@pytest.mark.parametrize(
+    ("sent", "kept"),
+    [
+        ({"model": "http://any:hush@host:8700/v1?x=1"}, {"model": "http://...@host:8700/v1?x=1"}),
+        ({"args": ["https://hush@host/a@b", "s3://a:p@ss@b/c"]}, {"args": ["https://...@host/a@b", "s3://...@b/c"]}),
+        ({"model": "http://host/?a=1&api_key=hush&b=2"}, {"model": "http://host/?a=1&api_key=...&b=2"}),
+        (
+            {"api_keys": ["hush"], "Password": 1234, "secret": {"a": "hush"}},
+            {"api_keys": "...", "Password": "...", "secret": "..."},
+        ),
+        ({"headers": {"Authorization": "Bearer hush"}}, {"headers": {"Authorization": "..."}}),
+        ({"note": "send bearer hush please"}, {"note": "send bearer ... please"}),
+        ({"note": "mine is potstill_abc-DEF_1"}, {"note": "mine is potstill_..."}),
+        ({"potstill_abc": 1}, {"potstill_...": 1}),
+        ({"batch_tokens": 4096, "tokens": ["hush"]}, {"batch_tokens": 4096, "tokens": "..."}),
+    ],
+)
+def test_the_audit_keeps_no_secret_wherever_it_stands(sent: JSON, kept: JSON) -> None:
+    assert detail_of(json.dumps(sent).encode()) == kept
+
+
+@asynccontextmanager
+async def never_up() -> AsyncIterator[Teacher]:
+    await asyncio.Event().wait()
+    yield FakeTeacher()
+
+
+class Slow(TeacherSource):
+    """Its teachers start for ever."""
+
+    def host(self, settings: TeacherSettings) -> HostedTeacher:
+        return HostedTeacher(settings.name, never_up, settings=settings)
+
+
+async def test_an_action_that_is_cancelled_is_written_down(tmp_path: Path) -> None:
+    file = tmp_path / "audit.jsonl"
+    service = Service.of([], access=Access.of(AccessSettings(audit_file=str(file))), source=Slow())
+    transport = httpx.ASGITransport(create_app(service))
+    async with service.running(), httpx.AsyncClient(transport=transport, base_url="http://potstill") as client:
+        adding = asyncio.create_task(client.put("/v1/teachers/new", json={"model": "m"}))
+        await eventually(lambda: "new" in service.teachers)
+        adding.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await adding
+    [line] = [json.loads(text) for text in file.read_text().splitlines()]
+    assert (line["target"], line["status"], line["detail"]) == ("/v1/teachers/new", 499, {"model": "m"})

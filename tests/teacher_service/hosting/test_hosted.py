@@ -1,0 +1,110 @@
+"""Teachers that do not start, are stopped while they start, or do not close."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+
+import numpy as np
+import pytest
+
+from potstill.cache import Fields
+from potstill.cache.errors import InvalidInput, TeacherFailed, Unavailable
+from potstill.cache.types import Teacher
+from potstill.teacher_service.hosting.hosted_teacher import HostedTeacher
+from potstill.teacher_service.hosting.service import Service
+from potstill.teacher_service.replicas.pool import LocalPool
+from tests.support.fakes import FakeTeacher
+from tests.support.processes.servers import opens
+from tests.support.waiting import eventually
+
+
+async def test_a_teacher_that_does_not_start_says_so() -> None:
+    @asynccontextmanager
+    async def failing(error: Exception) -> AsyncIterator[Teacher]:
+        raise error
+        yield
+
+    for error, cls, words in (
+        (RuntimeError("no memory"), TeacherFailed, "RuntimeError: no memory"),
+        (InvalidInput("bad option"), InvalidInput, "bad option"),
+    ):
+        teacher = HostedTeacher("smol", lambda error=error: failing(error))  # type: ignore[misc]
+        teacher.start()
+        with pytest.raises(cls, match=f"'smol' did not start.*{words}"):
+            await teacher.settled()
+        assert teacher.state == "failed"
+        with pytest.raises(Unavailable, match="failed"):
+            _ = teacher.pool
+        await teacher.stop()
+
+
+async def test_a_start_that_is_under_way_is_given_up() -> None:
+    closed = []
+
+    @asynccontextmanager
+    async def never() -> AsyncIterator[Teacher]:
+        try:
+            await asyncio.Event().wait()
+            yield FakeTeacher()
+        finally:
+            closed.append(True)
+
+    teacher = HostedTeacher("smol", never)
+    teacher.start()
+    await asyncio.sleep(0)
+    waiting = asyncio.create_task(teacher.settled())
+    await asyncio.sleep(0)
+    await teacher.stop()
+    assert closed == [True]
+    with pytest.raises(Unavailable, match="stopped before"):
+        await waiting
+
+
+async def test_what_goes_wrong_while_closing_is_raised_after_all_are_closed() -> None:
+    closed = []
+
+    def opening(name: str) -> Callable[[], AbstractAsyncContextManager[Teacher]]:
+        @asynccontextmanager
+        async def open_it() -> AsyncIterator[Teacher]:
+            yield FakeTeacher()
+            closed.append(name)
+            raise TeacherFailed(f"{name} does not close")
+
+        return open_it
+
+    service = Service.of([HostedTeacher(name, opening(name)) for name in ("a", "b")])
+    with pytest.raises(TeacherFailed, match="a does not close"):
+        async with service.running():
+            await service.started()
+    assert sorted(closed) == ["a", "b"]
+
+
+async def test_a_service_is_ready_while_a_teacher_that_was_removed_closes() -> None:
+    closing = asyncio.Event()
+
+    @asynccontextmanager
+    async def slow_to_close() -> AsyncIterator[Teacher]:
+        yield FakeTeacher()
+        await closing.wait()
+
+    service = Service.of([HostedTeacher("own", opens(FakeTeacher())), HostedTeacher("going", slow_to_close)])
+    async with service.running():
+        await service.started()
+        service.admin.remove("going")
+        await eventually(lambda: service.teachers["going"].state == "stopped")
+        ready = service.ready
+        closing.set()  # before anything is asserted: the service waits for it at its end
+        assert ready
+        await eventually(lambda: "going" not in service.teachers)
+        assert service.ready
+
+
+async def test_a_pool_is_a_teacher() -> None:
+    teacher = FakeTeacher()
+    async with LocalPool.open(opens(teacher)) as pool:
+        assert (pool.identity, pool.provenance) == (teacher.identity, teacher.provenance)
+        row = np.arange(5, dtype=np.uint32)
+        (targets,) = await pool.score([row], Fields(k=3))
+    np.testing.assert_array_equal(targets.ids, teacher.distribution(row, 3).ids)

@@ -1,0 +1,177 @@
+"""Connections that never become a request, or whose answer nobody takes: over real sockets."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import httpx
+import pytest
+
+from potstill.teacher_service.app import create_app
+from potstill.teacher_service.hosting.service import Service
+from potstill.teacher_service.routes.completions import as_json as completions_json
+from potstill.teacher_service.settings.service import LimitSettings
+from potstill.teacher_service.transport.connections import _origin
+from tests.support.fakes import FakeTeacher, fake_identity
+from tests.support.processes.servers import hosted, serving, serving_teachers, wait_ready
+
+LIMITS = LimitSettings(body_seconds=0.5, max_connections=8)
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    with serving_teachers(hosted("smol", FakeTeacher()), limits=LIMITS) as address:
+        yield address
+
+
+def connected(url: str, source: str = "127.0.0.1") -> socket.socket:
+    host, _, port = url.removeprefix("http://").partition(":")
+    return socket.create_connection((host, int(port)), timeout=60, source_address=(source, 0))
+
+
+def is_closed(connection: socket.socket) -> bool:
+    """Whether the other side ends it, within the socket's timeout."""
+    try:
+        while connection.recv(65_536):
+            pass
+    except ConnectionResetError:
+        pass
+    return True
+
+
+def drip(connection: socket.socket) -> None:
+    for _ in range(200):
+        connection.sendall(b"a")
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /healthz HTTP/1.1\r\nhost: x\r\nx-a: "])
+def test_a_connection_without_a_whole_head_is_closed(url: str, sent: bytes) -> None:
+    with connected(url) as connection:
+        connection.sendall(sent)
+        assert is_closed(connection)
+
+
+@pytest.mark.parametrize("before", [b"", b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n"])
+def test_a_head_that_drips_is_closed_all_the_same_also_a_later_one(url: str, before: bytes) -> None:
+    with connected(url) as connection:
+        connection.sendall(before)
+        if before:
+            assert connection.recv(65_536).startswith(b"HTTP/1.1 200")
+        connection.sendall(b"GET / HTTP/1.1\r\nx-a: ")
+        with pytest.raises(OSError):  # noqa: PT011 -- a reset or a broken pipe, as it happens
+            drip(connection)
+
+
+def test_requests_that_take_longer_than_a_head_may_are_served(url: str) -> None:
+    with httpx.Client(base_url=url) as client:
+        for _ in range(3):
+            assert client.get("/healthz").status_code == 200
+            time.sleep(0.3)
+
+
+def test_connections_over_the_bound_are_told_so() -> None:
+    patient = LimitSettings(max_connections=8)
+    with serving_teachers(hosted("smol", FakeTeacher()), limits=patient) as url:
+        with ExitStack() as held:
+            for _ in range(patient.max_connections):
+                held.enter_context(connected(url))
+            assert "max_connections=8 are open" in refusal(connected(url))
+        until_served(url)
+
+
+def refusal(connection: socket.socket) -> str:
+    with connection:
+        reply = connection.recv(65_536).decode()
+    assert reply.startswith("HTTP/1.1 503 ")
+    assert '"kind": "unavailable"' in reply
+    return reply
+
+
+def until_served(url: str, source: str = "127.0.0.1") -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            with httpx.Client(transport=httpx.HTTPTransport(local_address=source)) as client:
+                if client.get(f"{url}/healthz").status_code == 200:
+                    return
+        except httpx.TransportError:
+            pass
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_one_address_does_not_take_all_connections() -> None:
+    limits = LimitSettings(max_connections=8, max_connections_per_address=3)
+    with serving_teachers(hosted("smol", FakeTeacher()), limits=limits) as url, ExitStack() as held:
+        until_served(url)
+        taken = [held.enter_context(connected(url, "127.0.0.2")) for _ in range(3)]
+        assert "max_connections_per_address=3 are open from 127.0.0.2;" in refusal(connected(url, "127.0.0.2"))
+        until_served(url)
+        taken[0].close()
+        until_served(url, "127.0.0.2")
+
+
+def test_zero_bounds_no_address() -> None:
+    limits = LimitSettings(max_connections=8, max_connections_per_address=0)
+    with serving_teachers(hosted("smol", FakeTeacher()), limits=limits) as url, ExitStack() as held:
+        taken = [held.enter_context(connected(url)) for _ in range(7)]
+        until_served(url)
+        for connection in taken:
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert connection.recv(65_536).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize(
+    ("peer", "origin"),
+    [
+        (("192.0.2.7", 4711), "192.0.2.7"),
+        (("::ffff:192.0.2.7", 4711, 0, 0), "192.0.2.7"),
+        (("2001:db8:1:2:3:4:5:6", 4711, 0, 0), "2001:db8:1:2::/64"),
+        (("fe80::1%eth0", 4711, 0, 2), "fe80::/64"),
+        ("/run/socket", ""),
+        (None, ""),
+    ],
+)
+def test_an_address_is_what_one_client_has(peer: object, origin: str) -> None:
+    assert _origin(peer) == origin
+
+
+def test_of_an_answer_that_is_not_taken_no_more_is_made_and_its_connection_ends(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made: list[int] = []
+    text_of = completions_json._positions_text
+
+    def counted(*positions: object) -> bytes:
+        made.append(1)
+        return text_of(*positions)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(completions_json, "_positions_text", counted)
+    service = Service.of([hosted("x", FakeTeacher(fake_identity(vocab_size=256)))], limits=LIMITS)
+    asked = {"prompt": [list(range(250))] * 40, "prompt_logprobs": 128, "max_tokens": 1}
+    body = json.dumps(asked).encode()
+    with serving(create_app(service), limits=LIMITS) as url:
+        wait_ready(url)
+        with socket.socket() as small:
+            small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            host, _, port = url.removeprefix("http://").partition(":")
+            small.settimeout(60)
+            small.connect((host, int(port)))
+            head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n"
+            small.sendall(f"{head}content-type: application/json\r\n\r\n".encode() + body)
+            deadline = time.monotonic() + 90
+            while "is given up" not in caplog.text:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            before = len(made)
+            time.sleep(1.5)
+            assert len(made) == before
+            assert is_closed(small)
+    assert before > 0
+    assert "Exception in ASGI" not in caplog.text
+    assert "without completing" not in caplog.text
