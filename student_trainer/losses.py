@@ -74,6 +74,13 @@ class TeacherTargets:
     weight: float = 1.0
     """Weight of this teacher's KL; the loss does not normalise weights."""
 
+    def flat(self) -> TeacherTargets:
+        """As [N, K] and [N], whatever the leading shape."""
+        k = self.ids.shape[-1]
+        return TeacherTargets(
+            self.ids.reshape(-1, k), self.logprobs.reshape(-1, k), self.log_tail.reshape(-1), self.weight
+        )
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Loss:
@@ -124,15 +131,7 @@ def distillation_loss(
     flat = _Flat(
         labels=torch.where(flat_mask, labels.reshape(-1), NO_LABEL),
         mask=flat_mask,
-        teachers=[
-            TeacherTargets(
-                t.ids.reshape(-1, t.ids.shape[-1]),
-                t.logprobs.reshape(-1, t.logprobs.shape[-1]),
-                t.log_tail.reshape(-1),
-                t.weight,
-            )
-            for t in teachers
-        ],
+        teachers=[teacher.flat() for teacher in teachers],
         ce_scale=(1.0 - alpha) / max(num_labels, 1),
         kl_scale=alpha / max(num_positions, 1),
         chunk=chunk_positions or max(1, _CHUNK_ELEMENTS // vocab),
