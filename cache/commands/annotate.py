@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from potstill.cache.commands.root_option import add_root_argument
 from potstill.cache.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ SUMMARY = "annotate the rows of a corpus, or list its annotations"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("root", metavar="ROOT")
+    add_root_argument(parser)
     parser.add_argument("--corpus", required=True, metavar="NAME")
     parser.add_argument("--name", metavar="NAME", help="of the annotation, such as contaminated or held-out")
     parser.add_argument(
@@ -36,11 +37,11 @@ def run(args: argparse.Namespace) -> int:
         unused = [f"--{name}" for name in ("column", "source") if getattr(args, name) is not None]
         if unused:
             raise InvalidInput(f"{' and '.join(unused)} without --values FILE; name the file, or leave it out to list")
-        cache = Cache.open(args.root)
+        cache = Cache.open(args.cache)
         return _list(cache, cache.corpus(args.corpus), args.name)
     if args.name is None:
         raise InvalidInput("--values needs the annotation's name: --name NAME")
-    return _annotate(Cache.open(args.root, mode="r+"), args)
+    return _annotate(Cache.open(args.cache, mode="r+"), args)
 
 
 def _annotate(cache: Cache, args: argparse.Namespace) -> int:

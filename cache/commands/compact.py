@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from potstill.cache.commands.progress import Step, progress
+from potstill.cache.commands.root_option import add_root_argument
 
 if TYPE_CHECKING:
     from potstill.cache.journal.compact import CompactProgress, CompactReport
@@ -15,7 +16,7 @@ SUMMARY = "make a corpus of what a service's journal keeps"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("root", metavar="ROOT", help="folder or URL of the cache")
+    add_root_argument(parser)
     parser.add_argument("--teacher", required=True, metavar="NAME", help="whose journal")
     parser.add_argument("--corpus", required=True, metavar="NAME", help="the corpus to make")
     parser.add_argument(
@@ -46,8 +47,8 @@ def run(args: argparse.Namespace) -> int:
         shard_positions=args.shard_positions,
     )
     # Opened to read first: a mistyped folder must not be made.
-    Cache.open(args.root)
-    cache = Cache.open(args.root, mode="r+")
+    Cache.open(args.cache)
+    cache = Cache.open(args.cache, mode="r+")
     with progress("compact", "positions") as show:
 
         def on_progress(at: CompactProgress) -> None:

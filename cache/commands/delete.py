@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from potstill.cache.commands.root_option import add_root_argument
 from potstill.cache.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ SUMMARY = "remove a teacher's targets, single shards, a corpus or a journal"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("root", metavar="ROOT")
+    add_root_argument(parser)
     parser.add_argument("--teacher", metavar="NAME", help="whose targets; with --corpus only those for it")
     parser.add_argument("--corpus", metavar="NAME", help="without --teacher: the corpus with all targets of it")
     parser.add_argument(
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from potstill.cache.store.root import Root
     from potstill.cache.upkeep.delete import remove
 
-    root = Root.open(args.root)
+    root = Root.open(args.cache)
     removals = _plan_idle(root, args)
     for removal in removals:
         print(f"{removal.title}; {removal.num_objects:,} objects, {removal.num_bytes:,} bytes")

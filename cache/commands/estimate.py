@@ -7,6 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
+from potstill.cache.commands.root_option import add_root_argument
 from potstill.cache.errors import InvalidInput
 from potstill.cache.types import Fields
 
@@ -34,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--put-price", type=float, default=0.005, metavar="USD", help="1,000 puts (default %(default)s)"
     )
-    parser.add_argument("--like", metavar="ROOT", help="measure this cache instead of using the built-in table")
+    about = "measure this cache instead of using the built-in table"
+    add_root_argument(parser, "--like", required=False, about=about)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
@@ -60,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         shard_positions=args.shard_positions,
     )
     prices = Prices(gib_month=args.price, thousand_puts=args.put_price)
-    basis = measure(Cache.open(args.like), fields) if args.like else TABLE
+    basis = measure(Cache.open(args.cache), fields) if args.cache else TABLE
     names = [args.encoding] if args.encoding else [name for name in ENCODINGS if keeps(fields, ENCODINGS[name])]
     found = [estimate(workload, name, prices, basis) for name in names]
     if args.json:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from potstill.cache.commands.progress import Step, progress
+from potstill.cache.commands.root_option import add_root_argument
 from potstill.cache.errors import InvalidInput
 from potstill.cache.types import Fields
 
@@ -19,7 +20,7 @@ SUMMARY = "write a teacher's targets as Parquet files"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("root", metavar="ROOT")
+    add_root_argument(parser)
     parser.add_argument("--corpus", required=True, metavar="NAME")
     parser.add_argument("--teacher", required=True, metavar="NAME")
     parser.add_argument("--to", required=True, metavar="FOLDER", help="a local folder; one file a shard")
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         raise InvalidInput(f"--to {args.to!r} must be a local folder; copy the files from there")
     if Path(args.to).is_file():
         raise InvalidInput(f"--to {args.to!r} is a file; name a folder")
-    targets = Cache.open(args.root).targets(args.teacher, args.corpus)
+    targets = Cache.open(args.cache).targets(args.teacher, args.corpus)
     shards = _shards(args.shards, targets.corpus.num_shards)
     fields = _fields(targets.fields, args.top_k)
     folder = Path(args.to)

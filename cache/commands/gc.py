@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from potstill.cache.commands.root_option import add_root_argument
 from potstill.cache.errors import FormatError, InvalidInput
 
 SUMMARY = "remove what stopped writers left in a cache"
@@ -11,7 +12,7 @@ SUMMARY = "remove what stopped writers left in a cache"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("root", metavar="ROOT")
+    add_root_argument(parser)
     parser.add_argument("--dry-run", action="store_true", help="only show")
     parser.add_argument(
         "--min-age-hours",
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
 
     if not args.min_age_hours >= 0:
         raise InvalidInput(f"--min-age-hours is {args.min_age_hours}; it must be at least 0")
-    root = Root.open(args.root)
+    root = Root.open(args.cache)
     skipped: list[str] = []
     found = find_garbage(root, min_age_seconds=0.0, on_skip=skipped.append)
     garbage = [item for item in found if item.age_seconds >= args.min_age_hours * 3600]

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from potstill.cache.commands.root_option import add_root_argument
 from potstill.cache.errors import StoreError
 from potstill.cache.logins import without_login
 from potstill.cache.types import Fields
@@ -17,7 +18,7 @@ SUMMARY = "show the corpora and targets of a cache"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("root", metavar="ROOT")
+    add_root_argument(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--html", metavar="FILE", type=Path, help="also write one page with charts to FILE")
 
@@ -27,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     from potstill.cache.cache import Cache
     from potstill.cache.upkeep.inspection import inspect_cache
 
-    cache = Cache.open(args.root)
+    cache = Cache.open(args.cache)
     inspection = inspect_cache(cache)
     found = inspection.to_json
     if args.html is not None:
@@ -37,14 +38,14 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(found, indent=1))
     elif not found["corpora"] and not found["unreadable"]:
-        print(f"there is no corpus in {args.root}; `potstill ingest` makes one")
+        print(f"there is no corpus in {args.cache}; `potstill ingest` makes one")
     else:
         _print_tables(found)
     for line in found["unreadable"]:
         print(f"not counted above: {line}", file=sys.stderr)
     if found["unreadable"]:
         print(
-            f"`potstill verify {without_login(args.root)}` names all that is damaged and how to mend it",
+            f"`potstill verify {without_login(args.cache)}` names all that is damaged and how to mend it",
             file=sys.stderr,
         )
     return int(bool(found["unreadable"]))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from potstill.cache.commands.field_options import add_field_options, fields_of
 from potstill.cache.commands.progress import Step, progress
+from potstill.cache.commands.root_option import add_root_argument
 from potstill.cache.entry_points import open_teacher
 from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput, LimitExceeded, SpecMismatch, StoreError
 from potstill.cache.logins import without_login
@@ -26,7 +27,7 @@ SUMMARY = "score a corpus with a teacher and keep its targets"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("--cache", required=True, metavar="ROOT")
+    add_root_argument(parser)
     parser.add_argument("--corpus", required=True, metavar="NAME")
     parser.add_argument(
         "--teacher",

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from potstill.cache.commands.progress import Step, progress
+from potstill.cache.commands.root_option import add_root_argument
 from potstill.cache.entry_points import open_teacher
 from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput, UnknownTeacher
 from potstill.cache.logins import without_login
@@ -27,7 +28,7 @@ _INTERRUPTED = 128 + 2
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("root", metavar="ROOT")
+    add_root_argument(parser)
     parser.add_argument("--json", action="store_true", help='print {"ok", "shards_checked", "corrupt"}')
     parser.add_argument("--decode", action="store_true", help="also decode all values, as a reader does (slower)")
     parser.add_argument("--jobs", type=int, default=4, help="groups read at one time (default %(default)s)")
@@ -83,7 +84,7 @@ def _run_checks(args: argparse.Namespace) -> int:
     from potstill.cache.store.root import Root
     from potstill.cache.upkeep.integrity import check_cache, count_checks
 
-    root = Root.open(args.root)
+    root = Root.open(args.cache)
     found = _Summary()
     stopped = False
     with progress("verify", "groups") as show:
@@ -100,7 +101,7 @@ def _run_checks(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"ok": ok, "shards_checked": found.shards, "corrupt": list(found.corrupt)}, indent=1))
     else:
-        _print_findings(args.root, found, stopped=stopped, total=total)
+        _print_findings(args.cache, found, stopped=stopped, total=total)
     if stopped:
         return _INTERRUPTED
     return 0 if ok else 1
@@ -142,10 +143,10 @@ def _run_live(args: argparse.Namespace) -> int:
         raise InvalidInput(f"--live {args.live!r} must be NAME=MODEL_OR_URL")
     if not args.tolerance >= 0:
         raise InvalidInput(f"--tolerance is {args.tolerance}; it must be at least 0 nats")
-    cache = Cache.open(args.root)
+    cache = Cache.open(args.cache)
     corpora = [args.corpus] if args.corpus else [c for c in cache.corpora() if name in cache.teachers(c)]
     if not corpora:
-        raise UnknownTeacher(f"teacher {name!r} has no targets in {args.root}; `potstill inspect` shows who has")
+        raise UnknownTeacher(f"teacher {name!r} has no targets in {args.cache}; `potstill inspect` shows who has")
     targets = {corpus: cache.targets(name, corpus).top_k_only() for corpus in corpora}
     drifts, corrupt = asyncio.run(_measure(spec, targets, args))
     ok = not corrupt and all(drift.within(args.tolerance) for drift in drifts.values())

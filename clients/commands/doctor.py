@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from potstill.cache.commands.root_option import add_root_argument
 from potstill.cache.errors import InvalidInput
 from potstill.clients.commands.service_options import DEFAULT_URL, add_key_option, key_of
 
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--url", help=f"a running service and all its teachers (default: {DEFAULT_URL} when nothing else is named)"
     )
     add_key_option(parser)
-    parser.add_argument("--cache", metavar="ROOT", help="a cache, looked at by this process")
+    add_root_argument(parser, required=False, about="a cache, looked at by this process")
     parser.add_argument(
         "--teacher",
         action="append",
