@@ -101,7 +101,7 @@ class HttpCorpus(Corpus):
         raise UnsupportedField(f"corpus {self.name!r} is behind {self._reads.url}; run `potstill verify` there")
 
     def _rows(self, rows: Sequence[int]) -> Iterator[Tokens]:
-        lengths = np.diff(self.spans(rows), axis=1)[:, 0].tolist()
+        lengths = np.diff(self.row_ranges(rows), axis=1)[:, 0].tolist()
         route, body = f"{corpus_route(self.name)}/rows", write_row_numbers(rows)
         with self._reads.stream(route, body=body) as reader:
             require_corpus(reader.head, self.fingerprint, self._reads.url)

@@ -156,7 +156,7 @@ class HttpTargets:
                 yield self._checked(targets, want)
 
     def _rows(self, rows: Sequence[int], want: Fields) -> Iterator[Targets]:
-        lengths = np.diff(self.corpus.spans(rows), axis=1)[:, 0].tolist()
+        lengths = np.diff(self.corpus.row_ranges(rows), axis=1)[:, 0].tolist()
         with self._reads.stream(f"{self._route}/rows", body=write_row_numbers(rows, want)) as reader:
             self._check_head(reader.head, want)
             if reader.head.batches != len(rows):

@@ -222,7 +222,7 @@ class _Session:
     def _global_counts(self) -> tuple[int, int]:
         """Labels and positions of the global batch of this step, from the row lengths alone."""
         rows = self.run.order.take(self.step * self.config.train.batch_rows, self.config.train.batch_rows)
-        num_positions = int(np.diff(self.run.corpus.spans(rows), axis=1).sum())
+        num_positions = int(np.diff(self.run.corpus.row_ranges(rows), axis=1).sum())
         return num_positions - len(rows), num_positions
 
     def _rank_pieces(self, step: int) -> list[NDArray[np.int64]]:

@@ -157,7 +157,7 @@ class Corpus:
     def row_starts(self) -> NDArray[np.int64]:
         """[R+1] position at which each row starts, and the end: 8 bytes a row that stay in memory.
 
-        `starts` and `spans` read only what is asked for.
+        `starts` and `row_ranges` read only what is asked for.
         """
         return self._axis("row_starts", self.spec.num_rows, self.spec.num_positions)
 
@@ -193,7 +193,7 @@ class Corpus:
         Raises:
             InvalidInput: a row outside the corpus.
         """
-        return [self.tokens(start, stop) for start, stop in self.spans(rows).tolist()]
+        return [self.tokens(start, stop) for start, stop in self.row_ranges(rows).tolist()]
 
     def starts(self, start: int, stop: int) -> NDArray[np.int64]:
         """[stop - start + 1] positions at which rows `start` to `stop` start, and the end of the last one.
@@ -209,7 +209,7 @@ class Corpus:
             raise CorruptSegment(f"{self._reader.path}/row_starts does not rise from row {start} to {stop}")
         return starts
 
-    def spans(self, rows: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+    def row_ranges(self, rows: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
         """[N, 2] position at which each of N rows starts and ends; rows may come in any order and again.
 
         Raises:
@@ -220,14 +220,14 @@ class Corpus:
         if outside.any():
             row = wanted[outside.argmax()]
             raise InvalidInput(f"row {row} is outside corpus {self.name!r} of {len(self)} rows")
-        spans = np.empty((len(wanted), 2), dtype=np.int64)
+        ranges = np.empty((len(wanted), 2), dtype=np.int64)
         pages = wanted // _PAGE_ROWS
         for page in np.unique(pages):
             here = np.flatnonzero(pages == page)
             first = int(wanted[here].min())
             starts = self.starts(first, int(wanted[here].max()) + 1)
-            spans[here, 0], spans[here, 1] = starts[wanted[here] - first], starts[wanted[here] - first + 1]
-        return spans
+            ranges[here, 0], ranges[here, 1] = starts[wanted[here] - first], starts[wanted[here] - first + 1]
+        return ranges
 
     def tokens(self, start: int, stop: int) -> Tokens:
         """The tokens at positions `start` to `stop`, [stop - start]."""

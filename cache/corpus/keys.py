@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potstill.cache.errors import CorruptSegment, InvalidInput
-from potstill.cache.store.groups import GroupReader, GroupWriter, Layout, Part
+from potstill.cache.store.groups import ArrayRange, GroupReader, GroupWriter, Layout
 from potstill.cache.types import Tokens
 
 KEY_BYTES = 16
@@ -78,7 +78,7 @@ def sort_file(path: Path, *, at_once: int = _SORTED_AT_ONCE) -> Iterator[NDArray
 
     Parts are split off by one byte of the key after the other into files beside `path`, which are removed.
     """
-    yield from _sorted_span(_Span(path, 0, path.stat().st_size // KEY_RECORD.itemsize), 0, at_once)
+    yield from _sorted_range(_RecordRange(path, 0, path.stat().st_size // KEY_RECORD.itemsize), 0, at_once)
 
 
 def write_key_index(writer: GroupWriter, blocks: Iterable[NDArray[np.void]], num_rows: int) -> int:
@@ -140,8 +140,8 @@ class KeyIndex:
     def _pages(self, name: str, pages: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[Any]]]:
         for start in range(0, len(pages), _PAGES_AT_ONCE):
             some = pages[start : start + _PAGES_AT_ONCE].tolist()
-            parts = [Part(name, page * _PAGE, min((page + 1) * _PAGE, self._num_rows)) for page in some]
-            yield from zip(some, self._reader.read_parts(parts), strict=True)
+            ranges = [ArrayRange(name, page * _PAGE, min((page + 1) * _PAGE, self._num_rows)) for page in some]
+            yield from zip(some, self._reader.read_ranges(ranges), strict=True)
 
 
 class KeysInMemory:
@@ -181,7 +181,7 @@ def first_places(
 
 
 class _Search:
-    """For each wanted key the span of places that is left, and the leading bytes of the keys at its ends."""
+    """For each wanted key the range of places that is left, and the leading bytes of the keys at its ends."""
 
     def __init__(self, wanted: NDArray[np.bytes_], num_rows: int) -> None:
         self._wanted = wanted
@@ -197,12 +197,12 @@ class _Search:
         return np.flatnonzero(self._low < self._high)
 
     def guesses(self, left: NDArray[np.int64], *, halve: bool) -> NDArray[np.int64]:
-        """A place inside the span of each."""
+        """A place inside the range of each."""
         low, high = self._low[left], self._high[left]
-        span = self._high_value[left] - self._low_value[left]
+        width = self._high_value[left] - self._low_value[left]
         share = np.full(len(left), 0.5)
         if not halve:
-            np.divide(self._values[left] - self._low_value[left], span, out=share, where=span > 0)
+            np.divide(self._values[left] - self._low_value[left], width, out=share, where=width > 0)
         guess: NDArray[np.int64] = low + (np.clip(share, 0.0, 1.0) * (high - low)).astype(np.int64)
         return np.asarray(np.minimum(guess, high - 1), dtype=np.int64)
 
@@ -220,8 +220,8 @@ class _Search:
 
 
 @dataclass(frozen=True, slots=True)
-class _Span:
-    """Some records of a file."""
+class _RecordRange:
+    """A range of the records of one file."""
 
     path: Path
     start: int
@@ -234,29 +234,29 @@ class _Span:
             yield np.fromfile(self.path, KEY_RECORD, count, offset=start * KEY_RECORD.itemsize)
 
 
-def _sorted_span(span: _Span, depth: int, at_once: int) -> Iterator[NDArray[np.void]]:
-    if span.count <= at_once:
-        yield sort_records(np.concatenate([np.empty(0, KEY_RECORD), *span.blocks()]))
+def _sorted_range(records: _RecordRange, depth: int, at_once: int) -> Iterator[NDArray[np.void]]:
+    if records.count <= at_once:
+        yield sort_records(np.concatenate([np.empty(0, KEY_RECORD), *records.blocks()]))
     elif depth == KEY_BYTES:
-        yield from span.blocks()  # all keys are equal, and rows rise
+        yield from records.blocks()  # all keys are equal, and rows rise
     else:
-        counts = sum(np.bincount(block["key"][:, depth], minlength=256) for block in span.blocks())
-        target = span.path.with_name(f"{span.path.name}-{depth}")
+        counts = sum(np.bincount(block["key"][:, depth], minlength=256) for block in records.blocks())
+        target = records.path.with_name(f"{records.path.name}-{depth}")
         try:
-            for part in _scattered(span, depth, np.asarray(counts), target):
-                yield from _sorted_span(part, depth + 1, at_once)
+            for part in _scattered(records, depth, np.asarray(counts), target):
+                yield from _sorted_range(part, depth + 1, at_once)
         finally:
             target.unlink(missing_ok=True)
 
 
-def _scattered(span: _Span, depth: int, counts: NDArray[np.int64], target: Path) -> list[_Span]:
+def _scattered(records: _RecordRange, depth: int, counts: NDArray[np.int64], target: Path) -> list[_RecordRange]:
     """The records again in `target`, those of each value of one byte together; each keeps its order."""
-    if counts.max() == span.count:
-        return [span]
+    if counts.max() == records.count:
+        return [records]
     starts = np.cumsum(counts) - counts
     places = starts.copy()
     with target.open("wb") as file:
-        for block in span.blocks():
+        for block in records.blocks():
             byte = block["key"][:, depth]
             grouped = block[np.argsort(byte, kind="stable")]
             taken = np.bincount(byte, minlength=256)
@@ -265,7 +265,7 @@ def _scattered(span: _Span, depth: int, counts: NDArray[np.int64], target: Path)
                 file.seek(int(places[value]) * KEY_RECORD.itemsize)
                 file.write(grouped[ends[value] - taken[value] : ends[value]].tobytes())
             places += taken
-    return [_Span(target, int(starts[v]), int(counts[v])) for v in np.flatnonzero(counts)]
+    return [_RecordRange(target, int(starts[v]), int(counts[v])) for v in np.flatnonzero(counts)]
 
 
 def _of_size(blocks: Iterable[NDArray[np.void]], size: int) -> Iterator[NDArray[np.void]]:

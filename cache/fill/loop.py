@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from potstill.cache.errors import InvalidInput, StoreError
-from potstill.cache.fill.scoring import ScoringWindow, budgeted, patiently
+from potstill.cache.fill.scoring import ScoringWindow, budgeted, with_store_retries
 from potstill.cache.fill.shard_queue import PILOT, ShardQueue
 from potstill.cache.store.claims import Claim, Claims
 from potstill.cache.targets.target_set import TargetSet
@@ -78,10 +78,10 @@ class FillReport:
 
 
 @dataclass(slots=True, eq=False)
-class _Work:
+class _ClaimedShard:
     """A claimed shard on its way: rows not handed out yet, and targets gathered so far."""
 
-    shard: int
+    index: int
     claim: Claim
     row: int
     stop: int
@@ -91,7 +91,7 @@ class _Work:
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    work: _Work
+    shard: _ClaimedShard
     rows: dict[int, Tokens]
     known: dict[int, Targets]
     """Targets of those rows that were in the pilot."""
@@ -119,27 +119,27 @@ async def fill(
     began = time.monotonic()
     root = targets.root
     with Claims(root, targets.claims_path, ttl=plan.claim_seconds) as claims:
-        queue = await patiently(lambda: ShardQueue(targets, claims))
-        run = _Run(teacher, targets, plan, claims, queue, on_progress)
+        queue = await with_store_retries(lambda: ShardQueue(targets, claims))
+        state = _FillState(teacher, targets, plan, claims, queue, on_progress)
         if queue.num_pending:
             try:
-                await run.score_pilot()
-                await run.score_all()
+                await state.score_pilot()
+                await state.score_all()
             finally:
-                await run.finish_writing()
-        await patiently(targets.fold)
+                await state.finish_writing()
+        await with_store_retries(targets.fold)
         await asyncio.to_thread(claims.clear)
     return FillReport(
-        shards_committed=run.shards_committed,
-        shards_lost=run.shards_lost,
+        shards_committed=state.shards_committed,
+        shards_lost=state.shards_lost,
         shards_elsewhere=len(queue.elsewhere),
         shards_before=queue.shards_before,
-        positions_scored=run.positions_scored,
+        positions_scored=state.positions_scored,
         seconds=time.monotonic() - began,
     )
 
 
-class _Run:
+class _FillState:
     """State of one fill: batches in flight, the shard being gathered, the shard being written."""
 
     def __init__(
@@ -162,7 +162,7 @@ class _Run:
         self._positions = int(self._lengths[queue.pending].sum())
         self._shards = queue.num_pending
         self._pilot: dict[int, Targets] = {}
-        self._gathering: _Work | None = None
+        self._gathering: _ClaimedShard | None = None
         self._writing: asyncio.Task[None] | None = None
         self._poll = min(_LONGEST_POLL, plan.claim_seconds / 20)
         self._poll_at = 0.0
@@ -172,14 +172,14 @@ class _Run:
 
     async def score_pilot(self) -> None:
         """Have the pilot rows scored by one of the jobs, and their targets turned into the rank table."""
-        while await patiently(self._targets.pilot_rows):
-            claim = await patiently(self._take_pilot)
+        while await with_store_retries(self._targets.pilot_rows):
+            claim = await with_store_retries(self._take_pilot)
             if claim is None:
                 self._report(waiting_for=self._queue.num_waiting)
                 await asyncio.sleep(self._poll)
                 continue
             try:
-                rows = await patiently(self._targets.pilot_rows)
+                rows = await with_store_retries(self._targets.pilot_rows)
                 if rows:
                     await self._make_ranks(rows)
             finally:
@@ -236,20 +236,20 @@ class _Run:
     async def _make_ranks(self, rows: list[int]) -> None:
         corpus = self._targets.corpus
         window = ScoringWindow(self._teacher, self._fields)
-        lengths = np.diff(await asyncio.to_thread(corpus.spans, rows), axis=1)[:, 0]
+        lengths = np.diff(await asyncio.to_thread(corpus.row_ranges, rows), axis=1)[:, 0]
         # Bounded by the targets' own choice of pilot rows.
         answers: list[Targets] = []
         try:
             for start, stop in budgeted(lengths.tolist(), self._plan.batch_tokens):
                 part = rows[start:stop]
-                window.start(await patiently(lambda part=part: [corpus.row(row) for row in part]))  # type: ignore[misc]
+                window.start(await with_store_retries(lambda part=part: [corpus.row(row) for row in part]))  # type: ignore[misc]
                 if len(window) >= self._plan.in_flight:
                     answers += self._counted(await window.oldest())
             while len(window):
                 answers += self._counted(await window.oldest())
         finally:
             await window.close()
-        await patiently(lambda: self._targets.make_ranks(Targets.concat(answers)))
+        await with_store_retries(lambda: self._targets.make_ranks(Targets.concat(answers)))
         kept = 0
         for row, answer in zip(rows, answers, strict=True):
             kept += _num_bytes(answer)
@@ -264,75 +264,75 @@ class _Run:
 
     async def _next_batch(self) -> _Batch | None:
         """The next rows to score, of the shard in work or a newly claimed one; None when there is none right now."""
-        work = self._gathering
-        if work is not None and work.claim.lost:
-            self._drop(work)
-            work = None
-        if work is None:
+        shard = self._gathering
+        if shard is not None and shard.claim.lost:
+            self._drop(shard)
+            shard = None
+        if shard is None:
             if time.monotonic() < self._poll_at:
                 return None
             began = time.monotonic()
-            taken = await patiently(self._queue.take)
+            taken = await with_store_retries(self._queue.take)
             if taken is None:
                 # Looking costs requests: at most a fifth of the time goes into it.
                 now = time.monotonic()
                 self._poll_at = now + max(self._poll, 4 * (now - began))
                 return None
-            shard, claim = taken
-            start, stop = (int(row) for row in self._targets.corpus.shard_rows[shard : shard + 2])
-            work = _Work(shard, claim, start, stop)
-        self._gathering = work
-        batch = await patiently(lambda: self._cut(work))
-        work.row += len(batch.rows)
-        self._gathering = None if batch.last else work
+            index, claim = taken
+            start, stop = (int(row) for row in self._targets.corpus.shard_rows[index : index + 2])
+            shard = _ClaimedShard(index, claim, start, stop)
+        self._gathering = shard
+        batch = await with_store_retries(lambda: self._cut(shard))
+        shard.row += len(batch.rows)
+        self._gathering = None if batch.last else shard
         return batch
 
-    def _cut(self, work: _Work) -> _Batch:
+    def _cut(self, shard: _ClaimedShard) -> _Batch:
         corpus = self._targets.corpus
         starts = corpus.row_starts
-        fitting = int(np.searchsorted(starts, starts[work.row] + self._plan.batch_tokens, side="right")) - 1
-        end = min(max(fitting, work.row + 1), work.stop)
-        tokens = dict(enumerate(corpus.rows(work.row, end), start=work.row))
-        return _Batch(work, tokens, {row: self._pilot[row] for row in tokens if row in self._pilot}, end == work.stop)
+        fitting = int(np.searchsorted(starts, starts[shard.row] + self._plan.batch_tokens, side="right")) - 1
+        end = min(max(fitting, shard.row + 1), shard.stop)
+        tokens = dict(enumerate(corpus.rows(shard.row, end), start=shard.row))
+        return _Batch(shard, tokens, {row: self._pilot[row] for row in tokens if row in self._pilot}, end == shard.stop)
 
     async def _take(self, batch: _Batch, answers: list[Targets]) -> None:
-        work = batch.work
+        shard = batch.shard
         self.positions_scored += sum(answer.num_positions for answer in answers)
         scored = iter(answers)
-        work.parts.extend(batch.known[row] if row in batch.known else next(scored) for row in batch.rows)
+        shard.parts.extend(batch.known[row] if row in batch.known else next(scored) for row in batch.rows)
         for row in batch.known:
             self._pilot.pop(row, None)
-        if work.dropped:
-            work.parts.clear()
+        if shard.dropped:
+            shard.parts.clear()
         elif batch.last:
             await self._written()
-            self._writing = asyncio.create_task(self._write(work))
+            self._writing = asyncio.create_task(self._write(shard))
         self._report()
 
-    def _drop(self, work: _Work) -> None:
+    def _drop(self, shard: _ClaimedShard) -> None:
         """Another job took the shard over while it was scored."""
-        work.dropped = True
-        work.parts.clear()
+        shard.dropped = True
+        shard.parts.clear()
         self._gathering = None
-        self._queue.put_back(work.shard, committed=False)
+        self._queue.put_back(shard.index, committed=False)
         self.shards_lost += 1
 
-    async def _write(self, work: _Work) -> None:
+    async def _write(self, shard: _ClaimedShard) -> None:
         provenance = self._teacher.provenance
-        shard_targets = await asyncio.to_thread(Targets.concat, work.parts)
-        work.parts.clear()
+        shard_targets = await asyncio.to_thread(Targets.concat, shard.parts)
+        shard.parts.clear()
 
         def write() -> bool:
-            return self._targets.write_shard(work.shard, shard_targets, provenance, still_mine=work.claim.still_mine)
+            return self._targets.write_shard(shard.index, shard_targets, provenance, still_mine=shard.claim.still_mine)
 
         won = False
         try:
-            won = await patiently(write)
+            won = await with_store_retries(write)
         except StoreError as error:
-            raise StoreError(f"shard {work.shard} stays uncommitted: {error.detail}") from error
+            raise StoreError(f"shard {shard.index} stays uncommitted: {error.detail}") from error
         finally:
-            await asyncio.to_thread(work.claim.release)
-            self._queue.put_back(work.shard, committed=won)
+            await asyncio.to_thread(shard.claim.release)
+            self._queue.put_back(shard.index, committed=won)
         self.shards_committed += won
         self.shards_lost += not won
         self._report()

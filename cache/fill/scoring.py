@@ -79,7 +79,7 @@ def budgeted(lengths: Sequence[int], batch_tokens: int) -> Iterator[tuple[int, i
         yield start, len(lengths)
 
 
-async def patiently(do: Callable[[], _T]) -> _T:
+async def with_store_retries(do: Callable[[], _T]) -> _T:
     """Run a blocking call of the store in a thread, again after a pause when the store fails."""
     for pause in _STORE_PAUSES:
         try:

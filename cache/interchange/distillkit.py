@@ -45,7 +45,7 @@ from potstill.cache.interchange.distillkit_config import (
     read_config,
     write_config,
 )
-from potstill.cache.interchange.formats import Place, Rows
+from potstill.cache.interchange.formats import Rows, RowSource
 from potstill.cache.interchange.parquet import (
     by_falling_logprob,
     implied_tail,
@@ -125,15 +125,15 @@ class CompressedRows:
         columns += [pa.ListArray.from_arrays(offsets, _byte_lists(data)) for data in (logprobs, indices)]
         return pa.record_batch(columns, schema=self.schema())
 
-    def rows(self, batch: Any, place: Place) -> Rows:
+    def rows(self, batch: Any, source: RowSource) -> Rows:
         """See `RowFormat`."""
-        lengths, values = lists(batch, "input_ids", place)
-        tokens = token_ids(values, lengths, place, self.vocab_size)
-        with_target, _ = lists(batch, _LOGPROBS, place)
+        lengths, values = lists(batch, "input_ids", source)
+        tokens = token_ids(values, lengths, source, self.vocab_size)
+        with_target, _ = lists(batch, _LOGPROBS, source)
         wrong = np.flatnonzero((lengths != with_target) & (lengths != with_target + 1))
         if len(wrong):
             row = int(wrong[0])
-            raise place.error(
+            raise source.error(
                 row, f"{lengths[row]} tokens and {with_target[row]} targets; there must be as many, or one less"
             )
         # Where a row keeps its last token, and which tokens that leaves.
@@ -141,22 +141,22 @@ class CompressedRows:
         keep[np.cumsum(lengths)[lengths > with_target] - 1] = False
         return Rows(with_target, tokens[keep])
 
-    def targets(self, batch: Any, place: Place) -> Targets:
+    def targets(self, batch: Any, source: RowSource) -> Targets:
         """See `RowFormat`."""
-        rows = self.rows(batch, place)
-        packed = self._bytes(batch, _INDICES, index_bytes(self.config), rows, place)
-        compressed = self._bytes(batch, _LOGPROBS, logprob_bytes(self.config), rows, place)
+        rows = self.rows(batch, source)
+        packed = self._bytes(batch, _INDICES, index_bytes(self.config), rows, source)
+        compressed = self._bytes(batch, _LOGPROBS, logprob_bytes(self.config), rows, source)
         bits = index_bits(self.config)
         ids = _in_parts(lambda part: unpack(packed[part], bits, self.config.k), len(packed)).astype(np.uint32)
         logprobs = _in_parts(lambda part: decompress(compressed[part], self.config), len(packed))
         wrong = np.flatnonzero((np.isnan(logprobs) | np.isposinf(logprobs)).any(axis=1))
         if len(wrong):
-            raise place.error_at(
+            raise source.error_at(
                 int(wrong[0]), rows.lengths, f"{_LOGPROBS!r} decodes to NaN or inf; is this its compression config?"
             )
         ids, logprobs = by_falling_logprob(ids, logprobs)
         ids = _without_absent(ids, logprobs)
-        self._check_ids(ids, rows, place)
+        self._check_ids(ids, rows, source)
         logprobs = self._within_one(logprobs)
         return Targets(
             ids=ids,
@@ -165,29 +165,29 @@ class CompressedRows:
             label_logprob=labels_in_top_k(ids, logprobs, rows),
         )
 
-    def _bytes(self, batch: Any, name: str, width: int, rows: Rows, place: Place) -> NDArray[np.uint8]:
-        lengths, positions = lists(batch, name, place)
+    def _bytes(self, batch: Any, name: str, width: int, rows: Rows, source: RowSource) -> NDArray[np.uint8]:
+        lengths, positions = lists(batch, name, source)
         if not np.array_equal(lengths, rows.lengths):
             row = int(np.flatnonzero(lengths != rows.lengths)[0])
-            raise place.error(row, f"{name!r} has {lengths[row]} positions, {_LOGPROBS!r} {rows.lengths[row]}")
+            raise source.error(row, f"{name!r} has {lengths[row]} positions, {_LOGPROBS!r} {rows.lengths[row]}")
         if not pa.types.is_nested(positions.type):
-            raise place.block_error(f"column {name!r} has {positions.type} at a position; it must be a list of bytes")
+            raise source.block_error(f"column {name!r} has {positions.type} at a position; it must be a list of bytes")
         widths = positions.value_lengths().to_numpy(zero_copy_only=False)
         wrong = np.flatnonzero(widths != width)
         if len(wrong):
-            raise place.error_at(
+            raise source.error_at(
                 int(wrong[0]),
                 rows.lengths,
                 f"{name!r} has {widths[wrong[0]]} bytes at a position, its compression config means {width}",
             )
-        values = token_ids(positions.flatten(), rows.lengths * width, place, 256)
+        values = token_ids(positions.flatten(), rows.lengths * width, source, 256)
         return values.astype(np.uint8).reshape(-1, width)
 
-    def _check_ids(self, ids: NDArray[np.uint32], rows: Rows, place: Place) -> None:
+    def _check_ids(self, ids: NDArray[np.uint32], rows: Rows, source: RowSource) -> None:
         wrong = np.flatnonzero((ids >= self.vocab_size).any(axis=1))
         if len(wrong):
             worst = int(ids[wrong[0]].max())
-            raise place.error_at(
+            raise source.error_at(
                 int(wrong[0]),
                 rows.lengths,
                 f"id {worst} is outside the vocabulary of {self.vocab_size}; give the --vocab-size of the teacher and "
@@ -195,7 +195,7 @@ class CompressedRows:
             )
         twice = repeats(ids)
         if len(twice):
-            raise place.error_at(
+            raise source.error_at(
                 int(twice[0]), rows.lengths, f"{_INDICES!r} has an id twice at a position; is d={self.config.d} right?"
             )
 

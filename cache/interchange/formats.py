@@ -44,8 +44,8 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a block of rows comes from, for messages."""
+class RowSource:
+    """The file and row that a block of rows begins at, for messages."""
 
     path: Path
     first_row: int
@@ -88,11 +88,11 @@ class RowFormat(Protocol):
         """A record batch of `schema`."""
         ...
 
-    def rows(self, batch: Any, place: Place) -> Rows:
+    def rows(self, batch: Any, source: RowSource) -> Rows:
         """The tokens of a record batch of `token_columns`; raises InvalidInput."""
         ...
 
-    def targets(self, batch: Any, place: Place) -> Targets:
+    def targets(self, batch: Any, source: RowSource) -> Targets:
         """The targets of a record batch of `target_columns`, flat; raises InvalidInput."""
         ...
 

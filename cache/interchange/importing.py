@@ -157,10 +157,10 @@ def _check_tokens(reader: RowReader, tokenizer: Tokenizer) -> int:
     """
     vocab_size = num_ids(tokenizer)
     longest = 1
-    for place, _, rows in reader.rows():
+    for source, _, rows in reader.rows():
         if int(rows.tokens.max()) >= vocab_size:
             position = int(np.argmax(rows.tokens >= vocab_size))
-            raise place.error_at(
+            raise source.error_at(
                 position,
                 rows.lengths,
                 f"token id {rows.tokens[position]} is outside the tokenizer's {vocab_size} ids; give the --tokenizer "
@@ -181,7 +181,7 @@ def _require_same_rows(corpus: Corpus, reader: RowReader, tokenizer: Tokenizer) 
             f"corpus {corpus.name!r} was made with tokenizer {corpus.tokenizer_sha256[:12]}, --tokenizer is "
             f"{fingerprint(tokenizer)[:12]}; import into another corpus"
         )
-    for place, start, rows in reader.rows():
+    for source, start, rows in reader.rows():
         starts = corpus.row_starts[start : start + len(rows.lengths) + 1]
         lengths = np.diff(starts)
         wrong = np.flatnonzero(lengths != rows.lengths)
@@ -190,7 +190,7 @@ def _require_same_rows(corpus: Corpus, reader: RowReader, tokenizer: Tokenizer) 
             wrong = np.searchsorted(np.cumsum(lengths), other[:1], side="right")
         if len(wrong):
             raise SpecMismatch(
-                f"{place.path} row {place.first_row + int(wrong[0])} is not row {start + int(wrong[0])} of corpus "
+                f"{source.path} row {source.first_row + int(wrong[0])} is not row {start + int(wrong[0])} of corpus "
                 f"{corpus.name!r}; import into another corpus"
             )
 

@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from potstill.cache.errors import InvalidInput
-from potstill.cache.interchange.formats import Place, Rows
+from potstill.cache.interchange.formats import Rows, RowSource
 from potstill.cache.interchange.row_files import reading
 from potstill.cache.types import Draws, Fields, Targets
 
@@ -92,23 +92,23 @@ class ListColumns:
         columns += [pa.ListArray.from_arrays(offsets, _position_values(name, targets)) for name in self.present]
         return pa.record_batch(columns, schema=self.schema())
 
-    def rows(self, batch: Any, place: Place) -> Rows:
+    def rows(self, batch: Any, source: RowSource) -> Rows:
         """See `RowFormat`."""
-        lengths, values = lists(batch, "input_ids", place)
-        return Rows(lengths, token_ids(values, lengths, place, self.vocab_size))
+        lengths, values = lists(batch, "input_ids", source)
+        return Rows(lengths, token_ids(values, lengths, source, self.vocab_size))
 
-    def targets(self, batch: Any, place: Place) -> Targets:
+    def targets(self, batch: Any, source: RowSource) -> Targets:
         """See `RowFormat`."""
-        rows = self.rows(batch, place)
-        columns: dict[str, Any] = {name: self._matrix(batch, name, rows, place) for name in self._matrices()}
+        rows = self.rows(batch, source)
+        columns: dict[str, Any] = {name: self._matrix(batch, name, rows, source) for name in self._matrices()}
         for name in _SCALARS:
             if name in self.present:
-                columns[name] = self._scalars(batch, name, rows, place)
+                columns[name] = self._scalars(batch, name, rows, source)
         if "draw_ids" in self.present:
-            columns["draws"] = self._draws(batch, rows, place)
+            columns["draws"] = self._draws(batch, rows, source)
         if not self.fields.k:
             return _without_top_k(len(rows.tokens), columns)
-        return self._finished(columns, rows, place)
+        return self._finished(columns, rows, source)
 
     def _matrices(self) -> list[str]:
         return [name for name in (*_TOP_K, "log_z", "dense") if name in self.present]
@@ -116,47 +116,47 @@ class ListColumns:
     def _width(self, name: str) -> int:
         return {"log_z": len(self.fields.temperatures), "dense": self.vocab_size}.get(name, self.fields.k)
 
-    def _matrix(self, batch: Any, name: str, rows: Rows, place: Place) -> NDArray[Any]:
+    def _matrix(self, batch: Any, name: str, rows: Rows, source: RowSource) -> NDArray[Any]:
         """[P, width] of a column of lists of lists."""
-        inner = _per_position(batch, name, rows, place)
-        widths, values = _inner_lists(inner, name, place)
+        inner = _per_position(batch, name, rows, source)
+        widths, values = _inner_lists(inner, name, source)
         width = self._width(name)
         wrong = np.flatnonzero(widths != width)
         if len(wrong):
-            raise place.error_at(
+            raise source.error_at(
                 int(wrong[0]), rows.lengths, f"{name!r} has {widths[wrong[0]]} entries at a position, others {width}; "
                 "every position must have as many"
             )  # fmt: skip
         if name == "ids":
-            return token_ids(values, rows.lengths * width, place, self.vocab_size).reshape(-1, width)
-        return _floats(values, name, place).reshape(-1, width)
+            return token_ids(values, rows.lengths * width, source, self.vocab_size).reshape(-1, width)
+        return _floats(values, name, source).reshape(-1, width)
 
-    def _scalars(self, batch: Any, name: str, rows: Rows, place: Place) -> NDArray[np.float32]:
-        return _floats(_per_position(batch, name, rows, place), name, place)
+    def _scalars(self, batch: Any, name: str, rows: Rows, source: RowSource) -> NDArray[np.float32]:
+        return _floats(_per_position(batch, name, rows, source), name, source)
 
-    def _draws(self, batch: Any, rows: Rows, place: Place) -> Draws:
+    def _draws(self, batch: Any, rows: Rows, source: RowSource) -> Draws:
         parts = {}
         for name in ("draw_ids", "draw_counts"):
-            widths, values = _inner_lists(_per_position(batch, name, rows, place), name, place)
-            parts[name] = (widths, token_ids(values, None, place, 2**16 if name == "draw_counts" else self.vocab_size))
+            widths, values = _inner_lists(_per_position(batch, name, rows, source), name, source)
+            parts[name] = (widths, token_ids(values, None, source, 2**16 if name == "draw_counts" else self.vocab_size))
         (widths, ids), (other, counts) = parts["draw_ids"], parts["draw_counts"]
         if not np.array_equal(widths, other):
-            raise place.block_error("'draw_ids' and 'draw_counts' differ in length at a position; they must be equal")
+            raise source.block_error("'draw_ids' and 'draw_counts' differ in length at a position; they must be equal")
         offsets = np.concatenate([[0], np.cumsum(widths)]).astype(np.int64)
         return Draws(offsets, ids, counts.astype(np.uint16))
 
-    def _finished(self, columns: dict[str, Any], rows: Rows, place: Place) -> Targets:
+    def _finished(self, columns: dict[str, Any], rows: Rows, source: RowSource) -> Targets:
         ids, logprobs = columns["ids"], columns["logprobs"]
         wrong = np.flatnonzero(np.isnan(logprobs).any(axis=1))
         if len(wrong):
-            raise place.error_at(
+            raise source.error_at(
                 int(wrong[0]), rows.lengths, "'logprobs' has NaN; score the row again, or leave it out"
             )
         if (logprobs[:, 1:] > logprobs[:, :-1]).any():
             ids, logprobs = by_falling_logprob(ids, logprobs)
         repeated = repeats(ids)
         if len(repeated):
-            raise place.error_at(
+            raise source.error_at(
                 int(repeated[0]), rows.lengths, "'ids' has an id twice at a position; each may be once"
             )
         if "log_tail" not in columns:
@@ -164,7 +164,7 @@ class ListColumns:
         mass = np.exp(logprobs.astype(np.float64)).sum(axis=1) + np.exp(columns["log_tail"].astype(np.float64))
         wrong = np.flatnonzero(~(np.abs(mass - 1) <= MASS_TOLERANCE))
         if len(wrong):
-            raise place.error_at(
+            raise source.error_at(
                 int(wrong[0]), rows.lengths, f"'logprobs' and 'log_tail' hold {mass[wrong[0]]:.4f} of the mass, not 1; "
                 "they must be natural logs of the full softmax at temperature 1"
             )  # fmt: skip
@@ -191,7 +191,7 @@ def list_columns(path: Path, fields: Fields | None, vocab_size: int) -> ListColu
     return ListColumns(fields=fields, vocab_size=vocab_size, present=present)
 
 
-def lists(batch: Any, name: str, place: Place) -> tuple[NDArray[np.int64], Any]:
+def lists(batch: Any, name: str, source: RowSource) -> tuple[NDArray[np.int64], Any]:
     """The lengths of a column's lists, and their values end to end.
 
     Raises:
@@ -199,30 +199,30 @@ def lists(batch: Any, name: str, place: Place) -> tuple[NDArray[np.int64], Any]:
     """
     column = batch.column(name)
     if not _is_list(column.type):
-        raise place.block_error(f"column {name!r} is {column.type}; it must be a list per row")
+        raise source.block_error(f"column {name!r} is {column.type}; it must be a list per row")
     if column.null_count:
-        raise place.error(_first_null(column), f"column {name!r} is null; every row must have a list")
+        raise source.error(_first_null(column), f"column {name!r} is null; every row must have a list")
     lengths = _numpy(column.value_lengths()).astype(np.int64)
     if (lengths == 0).any():
-        raise place.error(int(np.argmin(lengths)), f"column {name!r} is empty; every row must have a token")
+        raise source.error(int(np.argmin(lengths)), f"column {name!r} is empty; every row must have a token")
     return lengths, column.flatten()
 
 
-def token_ids(values: Any, lengths: NDArray[np.int64] | None, place: Place, vocab_size: int) -> NDArray[np.uint32]:
+def token_ids(values: Any, lengths: NDArray[np.int64] | None, source: RowSource, vocab_size: int) -> NDArray[np.uint32]:
     """Whole numbers below `vocab_size`; `lengths` of them belong to each row.
 
     Raises:
         InvalidInput: another type, a null or a number outside the vocabulary.
     """
     if not pa.types.is_integer(values.type) or values.null_count:
-        raise place.block_error(
+        raise source.block_error(
             f"token ids are {values.type} with {values.null_count} nulls; they must be whole numbers"
         )
     ids = _numpy(values)
     wrong = np.flatnonzero((ids < 0) | (ids >= vocab_size))
     if len(wrong):
         row = 0 if lengths is None else int(np.searchsorted(np.cumsum(lengths), wrong[0], side="right"))
-        raise place.error(
+        raise source.error(
             row, f"id {ids[wrong[0]]} is outside the vocabulary of {vocab_size}; give the teacher's --vocab-size"
         )
     return ids.astype(np.uint32)
@@ -279,9 +279,9 @@ def _require(path: Path, names: Sequence[str], needed: Sequence[str]) -> None:
 
 def _first_width(file: Any, path: Path) -> int:
     """K of the first position."""
-    place = Place(path, 0)
+    source = RowSource(path, 0)
     batch = next(file.iter_batches(batch_size=1, columns=["ids"]))
-    widths, _ = _inner_lists(lists(batch, "ids", place)[1], "ids", place)
+    widths, _ = _inner_lists(lists(batch, "ids", source)[1], "ids", source)
     return int(widths[0])
 
 
@@ -296,27 +296,29 @@ def _position_values(name: str, targets: Targets) -> Any:
     return flat if array.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, array.shape[1])
 
 
-def _per_position(batch: Any, name: str, rows: Rows, place: Place) -> Any:
+def _per_position(batch: Any, name: str, rows: Rows, source: RowSource) -> Any:
     """A column's values, one for each position."""
-    lengths, values = lists(batch, name, place)
+    lengths, values = lists(batch, name, source)
     wrong = np.flatnonzero(lengths != rows.lengths)
     if len(wrong):
         row = int(wrong[0])
-        raise place.error(row, f"{name!r} has {lengths[row]} positions, 'input_ids' {rows.lengths[row]}; must be equal")
+        raise source.error(
+            row, f"{name!r} has {lengths[row]} positions, 'input_ids' {rows.lengths[row]}; must be equal"
+        )
     return values
 
 
-def _inner_lists(values: Any, name: str, place: Place) -> tuple[NDArray[np.int64], Any]:
+def _inner_lists(values: Any, name: str, source: RowSource) -> tuple[NDArray[np.int64], Any]:
     if not _is_list(values.type) or values.null_count:
-        raise place.block_error(f"column {name!r} has {values.type} at a position; it must be a list, without nulls")
+        raise source.block_error(f"column {name!r} has {values.type} at a position; it must be a list, without nulls")
     if pa.types.is_fixed_size_list(values.type):
         return np.full(len(values), values.type.list_size, np.int64), values.flatten()
     return _numpy(values.value_lengths()).astype(np.int64), values.flatten()
 
 
-def _floats(values: Any, name: str, place: Place) -> NDArray[np.float32]:
+def _floats(values: Any, name: str, source: RowSource) -> NDArray[np.float32]:
     if not pa.types.is_floating(values.type) or values.null_count:
-        raise place.block_error(f"column {name!r} is {values.type} with {values.null_count} nulls; it must be floats")
+        raise source.block_error(f"column {name!r} is {values.type} with {values.null_count} nulls; it must be floats")
     return _numpy(values).astype(np.float32)
 
 

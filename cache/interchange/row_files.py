@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from potstill.cache.errors import InvalidInput
-from potstill.cache.interchange.formats import BLOCK_POSITIONS, Origin, Place, RowFormat, Rows
+from potstill.cache.interchange.formats import BLOCK_POSITIONS, Origin, RowFormat, Rows, RowSource
 from potstill.cache.types import Targets
 
 
@@ -82,13 +82,13 @@ class RowReader:
     def __init__(self, files: Sequence[RowFile], form: RowFormat) -> None:
         self._files = files
         self._form = form
-        self._blocks: Iterator[_Block] = iter(())
-        self._block: _Block | None = None
+        self._batches: Iterator[_RowBatch] = iter(())
+        self._batch: _RowBatch | None = None
 
-    def rows(self) -> Iterator[tuple[Place, int, Rows]]:
+    def rows(self) -> Iterator[tuple[RowSource, int, Rows]]:
         """All rows: where each block comes from, the corpus row it begins at, and its tokens."""
-        for block in self._open(self._files[0].first_row, self._form.token_columns):
-            yield block.place, block.start, self._form.rows(block.batch, block.place)
+        for batch in self._open(self._files[0].first_row, self._form.token_columns):
+            yield batch.source, batch.start, self._form.rows(batch.rows, batch.source)
 
     def holds(self, start: int, stop: int) -> bool:
         """Whether every row from `start` to `stop` of the corpus is in the files."""
@@ -102,24 +102,24 @@ class RowReader:
             InvalidInput: what the format refuses.
         """
         while start < stop:
-            block = self._find(start)
-            offset = start - block.start
-            count = min(block.batch.num_rows - offset, stop - start)
-            place = Place(block.place.path, block.place.first_row + offset)
-            yield self._form.targets(block.batch.slice(offset, count), place)
+            batch = self._find(start)
+            offset = start - batch.start
+            count = min(batch.rows.num_rows - offset, stop - start)
+            source = RowSource(batch.source.path, batch.source.first_row + offset)
+            yield self._form.targets(batch.rows.slice(offset, count), source)
             start += count
 
-    def _find(self, row: int) -> _Block:
-        block = self._block
-        if block is None or not block.start <= row < block.group_stop:
-            self._blocks = self._open(row, self._form.target_columns)
-            block = next(self._blocks)
-        while row >= block.start + block.batch.num_rows:
-            block = next(self._blocks)
-        self._block = block
-        return block
+    def _find(self, row: int) -> _RowBatch:
+        batch = self._batch
+        if batch is None or not batch.start <= row < batch.group_stop:
+            self._batches = self._open(row, self._form.target_columns)
+            batch = next(self._batches)
+        while row >= batch.start + batch.rows.num_rows:
+            batch = next(self._batches)
+        self._batch = batch
+        return batch
 
-    def _open(self, row: int, columns: Sequence[str]) -> Iterator[_Block]:
+    def _open(self, row: int, columns: Sequence[str]) -> Iterator[_RowBatch]:
         """Blocks from the row group that has `row` on, to the end of the files."""
         for source in self._files:
             if source.first_row + source.num_rows <= row:
@@ -129,27 +129,28 @@ class RowReader:
                 for group in range(file.num_row_groups):
                     about = file.metadata.row_group(group)
                     if source.first_row + start + about.num_rows > row:
-                        yield from _group_blocks(file, source, group, start, columns)
+                        yield from _group_batches(file, source, group, start, columns)
                     start += about.num_rows
 
 
 @dataclass(frozen=True, slots=True)
-class _Block:
-    place: Place
+class _RowBatch:
+    source: RowSource
     start: int
     """Its first row in the corpus."""
     group_stop: int
     """Where its row group ends in the corpus."""
-    batch: Any
+    rows: Any
+    """The Arrow record batch."""
 
 
-def _group_blocks(file: Any, source: RowFile, group: int, first: int, columns: Sequence[str]) -> Iterator[_Block]:
+def _group_batches(file: Any, source: RowFile, group: int, first: int, columns: Sequence[str]) -> Iterator[_RowBatch]:
     about = file.metadata.row_group(group)
     tokens = max(about.column(i).num_values for i in range(about.num_columns) if _is_tokens(about.column(i)))
     batch_rows = max(1, BLOCK_POSITIONS * about.num_rows // max(tokens, 1))
     stop = source.first_row + first + about.num_rows
     for batch in file.iter_batches(batch_size=batch_rows, row_groups=[group], columns=list(columns)):
-        yield _Block(Place(source.path, first), source.first_row + first, stop, batch)
+        yield _RowBatch(RowSource(source.path, first), source.first_row + first, stop, batch)
         first += batch.num_rows
 
 

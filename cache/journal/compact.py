@@ -155,7 +155,7 @@ def _corpus(cache: Cache, source: JournalRows, plan: CompactPlan) -> tuple[Corpu
         return ingest_rows(cache.root, plan.corpus, rows, tokenizer, ingest, sources=came_from)
 
     try:
-        return source.steadily(make), True
+        return source.retry_if_moved(make), True
     except AlreadyExists:
         return cache.corpus(plan.corpus), False
 
@@ -184,7 +184,7 @@ def _require_held(corpus: Corpus, source: JournalRows, shards: Sequence[int]) ->
     """Refuse before anything is written a corpus that these rows did not make."""
     for shard in shards:
         for first, keys in _keys(corpus, *corpus.shard_rows[shard : shard + 2].tolist()):
-            places = source.steadily(lambda keys=keys: source.locate(keys))  # type: ignore[misc]
+            places = source.retry_if_moved(lambda keys=keys: source.locate(keys))  # type: ignore[misc]
             if None in places:
                 row = first + places.index(None)
                 raise SpecMismatch(
@@ -201,7 +201,7 @@ def _fill(
     pilot = targets.pilot_rows()
     if todo and pilot:
         keys = [corpus.row_keys(row, row + 1).tobytes() for row in pilot]
-        targets.make_ranks(source.steadily(lambda: source.targets(keys)))
+        targets.make_ranks(source.retry_if_moved(lambda: source.targets(keys)))
     (segments,) = targets.sets
     for shard in todo:
         _write_shard(segments, source, shard)
@@ -213,7 +213,7 @@ def _fill(
 def _write_shard(segments: SegmentSet, source: JournalRows, shard: int) -> None:
     blocks = _keys(segments.corpus, *segments.corpus.shard_rows[shard : shard + 2].tolist())
     keys = [key for _, block in blocks for key in block]
-    copied = source.steadily(lambda: copy_rows(source, keys))
+    copied = source.retry_if_moved(lambda: copy_rows(source, keys))
 
     def ranked(ranks: RankTable) -> EncodedSegment:
         arrays = copied.segment.arrays

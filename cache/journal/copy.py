@@ -34,7 +34,9 @@ class CopiedRows:
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class _SegmentRows:
+    """The rows that one segment of the journal gives."""
+
     arrays: list[StoredArrays]
     """Of each row."""
     error: dict[str, float]
@@ -71,25 +73,25 @@ def copy_rows(source: JournalRows, keys: Sequence[bytes]) -> CopiedRows:
     return CopiedRows(joined, loosest, len(again) < len(parts))
 
 
-def _copied(source: JournalRows, segment: JournalSegment, rows: Sequence[int]) -> _Part:
+def _copied(source: JournalRows, segment: JournalSegment, rows: Sequence[int]) -> _SegmentRows:
     record = segment.record
     if (record.k, record.encoding) != (source.k, source.encoding):
         return _encoded_again(source, segment, rows)
     stored = segment.read_stored(rows)
     if not is_stated(record.error, record.encoding):
-        return _Part(stored, dict(record.error), None)
+        return _SegmentRows(stored, dict(record.error), None)
     # Format 1 measured nothing: what is stored is exactly what the journal kept, and no more is known.
-    return _Part(stored, _with_saturated(dict.fromkeys(record.error, 0.0), record), record.encoding)
+    return _SegmentRows(stored, _with_saturated(dict.fromkeys(record.error, 0.0), record), record.encoding)
 
 
-def _encoded_again(source: JournalRows, segment: JournalSegment, rows: Sequence[int]) -> _Part:
+def _encoded_again(source: JournalRows, segment: JournalSegment, rows: Sequence[int]) -> _SegmentRows:
     targets = [found.prefix(source.k) for found in segment.read(rows)]
     plain = RankTable.plain(source.identity.vocab_size)
     stored, error = encode_measured(Targets.concat(targets), source.encoding, plain)
     ends = np.cumsum([each.num_positions for each in targets])[:-1]
     split = {name: np.split(array, ends) for name, array in stored.items()}
     arrays = [{name: parts[row] for name, parts in split.items()} for row in range(len(targets))]
-    return _Part(arrays, _with_saturated(error.to_json(), segment.record), segment.record.encoding)
+    return _SegmentRows(arrays, _with_saturated(error.to_json(), segment.record), segment.record.encoding)
 
 
 def _with_saturated(error: dict[str, float], record: SegmentRecord) -> dict[str, float]:

@@ -42,12 +42,12 @@ _LARGEST_POSITIONS = 1 << 23
 # 51 MB decoded at K = 64: what is read, and written as one object, at a time.
 _BLOCK_POSITIONS = 1 << 18
 # A whole number of chunks of every array.
-_PART_POSITIONS = 1 << 16
+_READ_POSITIONS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
-class _Span:
-    """Positions that go into the joined segment; of rows without a duplicate in an earlier one."""
+class _JournalRange:
+    """A range of positions to join: rows that no earlier segment has."""
 
     segment: JournalSegment
     start: int
@@ -61,7 +61,7 @@ def choose(segments: Sequence[JournalSegment], max_bytes: int) -> list[JournalSe
         alike[segment.record.k, segment.record.encoding.name].append(segment)
     for tier in range(_tier(_LARGEST_POSITIONS) + 1):
         for candidates in alike.values():
-            for run in _runs(candidates, tier, max_bytes):
+            for run in _neighbours(candidates, tier, max_bytes):
                 fitting = _fitting(run, max_bytes)
                 if len(run) > MANY and _balanced(fitting):
                     return fitting
@@ -80,7 +80,7 @@ def merge(
     """
     records = [segment.record for segment in segments]
     try:
-        spans, lengths, keys = _first_rows(segments)
+        ranges, lengths, keys = _first_rows(segments)
         record = replace(
             records[0],
             path=path,
@@ -94,7 +94,7 @@ def merge(
         )
 
         def write(writer: GroupWriter) -> None:
-            _write(writer, spans, lengths, keys, wanted)
+            _write(writer, ranges, lengths, keys, wanted)
 
         def complete() -> bool:
             return wanted() and all(root.get(f"{each.path}.json") is not None for each in records)
@@ -112,7 +112,7 @@ class _StoppedError(Exception):
     """The joined segment is not wanted any more."""
 
 
-def _runs(segments: Sequence[JournalSegment], tier: int, max_bytes: int) -> Iterator[list[JournalSegment]]:
+def _neighbours(segments: Sequence[JournalSegment], tier: int, max_bytes: int) -> Iterator[list[JournalSegment]]:
     """Neighbours of the tier or below; one over half of the largest size is never joined again."""
     run: list[JournalSegment] = []
     for segment in segments:
@@ -148,13 +148,13 @@ def _tier(positions: int) -> int:
     return max(0, math.ceil(math.log(max(positions, 1) / _FIRST_TIER_POSITIONS, _TIER)))
 
 
-def _first_rows(segments: Sequence[JournalSegment]) -> tuple[list[_Span], NDArray[np.int64], NDArray[np.uint8]]:
-    """The spans to copy, and lengths [R] and keys [R, 16] of their rows: the first of each key."""
+def _first_rows(segments: Sequence[JournalSegment]) -> tuple[list[_JournalRange], NDArray[np.int64], NDArray[np.uint8]]:
+    """The ranges to copy, and lengths [R] and keys [R, 16] of their rows: the first of each key."""
     all_keys = [segment.row_keys() for segment in segments]
     joined = np.ascontiguousarray(np.concatenate(all_keys)).view(f"S{KEY_BYTES}").reshape(-1)
     first = np.zeros(len(joined), dtype=bool)
     first[np.unique(joined, return_index=True)[1]] = True
-    spans: list[_Span] = []
+    ranges: list[_JournalRange] = []
     lengths, keys, done = [], [], 0
     for segment, own in zip(segments, all_keys, strict=True):
         kept = first[done : done + len(own)]
@@ -163,41 +163,41 @@ def _first_rows(segments: Sequence[JournalSegment]) -> tuple[list[_Span], NDArra
         lengths.append(np.diff(starts)[kept])
         keys.append(own[kept])
         edges = np.flatnonzero(np.diff(np.concatenate([[False], kept, [False]]).astype(np.int8)))
-        spans += [_Span(segment, int(starts[a]), int(starts[b])) for a, b in edges.reshape(-1, 2)]
-    return spans, np.concatenate(lengths), np.concatenate(keys)
+        ranges += [_JournalRange(segment, int(starts[a]), int(starts[b])) for a, b in edges.reshape(-1, 2)]
+    return ranges, np.concatenate(lengths), np.concatenate(keys)
 
 
 def _write(
     writer: GroupWriter,
-    spans: Sequence[_Span],
+    ranges: Sequence[_JournalRange],
     lengths: NDArray[np.int64],
     keys: NDArray[np.uint8],
     wanted: Callable[[], bool],
 ) -> None:
     write_row_index(writer, lengths, keys)
     total = int(lengths.sum())
-    for name in (TOKENS, *spans[0].segment.names):
-        empty = [span.segment.array(name, 0, 0) for span in spans]
+    for name in (TOKENS, *ranges[0].segment.names):
+        empty = [each.segment.array(name, 0, 0) for each in ranges]
         dtype = np.result_type(*{part.dtype for part in empty})
         shape = (total, *empty[0].shape[1:])
         size = min(_BLOCK_POSITIONS, max(total, 1))
         layout = Layout(TOKEN_LAYOUT.chunk, size) if name == TOKENS else array_layout(name, shape, size)
         array = writer.array(name, shape, dtype, layout)
-        for start, block in _blocks(name, spans, np.empty((size, *shape[1:]), dtype)):
+        for start, block in _blocks(name, ranges, np.empty((size, *shape[1:]), dtype)):
             if not wanted():
                 raise _StoppedError
             writer.put(array, start, block)
 
 
-def _blocks(name: str, spans: Sequence[_Span], block: NDArray[Any]) -> Iterator[tuple[int, NDArray[Any]]]:
-    """An array of all spans in blocks, each with where it starts, in the memory of `block`: the next overwrites it."""
+def _blocks(name: str, ranges: Sequence[_JournalRange], block: NDArray[Any]) -> Iterator[tuple[int, NDArray[Any]]]:
+    """An array of all ranges in blocks, each with where it starts, in the memory of `block`: the next overwrites it."""
     start = held = 0
-    for span in spans:
-        at = span.start
-        while at < span.stop:
+    for each in ranges:
+        at = each.start
+        while at < each.stop:
             # Up to where a chunk ends, so that none is decoded twice.
-            stop = min(span.stop, at + len(block) - held, (at // _PART_POSITIONS + 1) * _PART_POSITIONS)
-            block[held : held + stop - at] = span.segment.array(name, at, stop)
+            stop = min(each.stop, at + len(block) - held, (at // _READ_POSITIONS + 1) * _READ_POSITIONS)
+            block[held : held + stop - at] = each.segment.array(name, at, stop)
             held, at = held + stop - at, stop
             if held == len(block):
                 yield start, block

@@ -71,7 +71,7 @@ class JournalRows:
         """Those with enough entries; of several that hold a row the first answers."""
         return [segment for segment in self.index.segments() if segment.record.k >= self.k]
 
-    def steadily(self, read: Callable[[], _T]) -> _T:
+    def retry_if_moved(self, read: Callable[[], _T]) -> _T:
         """What `read` gives, begun again when segments were moved under it."""
         for _ in range(_TRIES - 1):
             losses = self.index.losses
@@ -138,19 +138,19 @@ def first_rows(source: JournalRows) -> tuple[list[tuple[JournalSegment, NDArray[
     found, done, longest = [], 0, 1
     for segment, keys in zip(segments, all_keys, strict=True):
         starts = segment.starts()
-        spans = np.stack([starts[:-1], starts[1:]], axis=1)[first[done : done + len(keys)]]
-        spans = spans[spans[:, 1] > spans[:, 0]]
-        longest = max(longest, int(np.diff(spans, axis=1).max(initial=1)))
-        found.append((segment, spans))
+        ranges = np.stack([starts[:-1], starts[1:]], axis=1)[first[done : done + len(keys)]]
+        ranges = ranges[ranges[:, 1] > ranges[:, 0]]
+        longest = max(longest, int(np.diff(ranges, axis=1).max(initial=1)))
+        found.append((segment, ranges))
         done += len(keys)
     return found, longest
 
 
 def tokens_of(first: Sequence[tuple[JournalSegment, NDArray[np.int64]]], vocab_size: int) -> Iterator[Tokens]:
     """The tokens of rows; one with an id that the tokenizer does not have cannot be in a corpus and stays."""
-    for segment, spans in first:
+    for segment, ranges in first:
         block, low = np.empty(0, np.uint32), 0
-        for start, stop in spans.tolist():
+        for start, stop in ranges.tolist():
             if stop > low + len(block):
                 low = start
                 high = min(max(stop, start + _POSITIONS_AT_ONCE), segment.record.num_positions)

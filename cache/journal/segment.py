@@ -42,10 +42,10 @@ from potstill.cache.encoding.logprobs import (
 from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput
 from potstill.cache.store.groups import (
     CHECKSUMS,
+    ArrayRange,
     GroupReader,
     GroupWriter,
     Layout,
-    Part,
     Reading,
     objects_from_json,
     objects_to_json,
@@ -54,7 +54,7 @@ from potstill.cache.store.groups import (
 from potstill.cache.store.record import Record, read_record, record_bytes
 from potstill.cache.store.root import Root, StoredObject
 from potstill.cache.targets.packed import Text
-from potstill.cache.targets.segment import Piece, SegmentReader, read_pieces, write_arrays
+from potstill.cache.targets.segment import SegmentRange, SegmentReader, read_segment_ranges, write_arrays
 from potstill.cache.types import Fields, Provenance, Targets, TeacherIdentity, Tokens
 
 TOKENS = "tokens"
@@ -204,17 +204,17 @@ class JournalSegment:
 
     def read(self, rows: Sequence[int]) -> list[Targets]:
         """The targets of rows, with all kept entries."""
-        pieces = [Piece(self._reader, start, stop) for start, stop in self.spans(rows)]
-        targets = read_pieces(pieces, Fields(k=self.record.k)) if pieces else []
+        ranges = [SegmentRange(self._reader, start, stop) for start, stop in self.row_ranges(rows)]
+        targets = read_segment_ranges(ranges, Fields(k=self.record.k)) if ranges else []
         self._require_there()
         return targets
 
     def read_stored(self, rows: Sequence[int]) -> list[StoredArrays]:
         """The stored arrays of rows, as they are."""
-        spans, names = self.spans(rows), self.names
-        parts = self._group.read_parts([Part(name, start, stop) for start, stop in spans for name in names])
+        ranges, names = self.row_ranges(rows), self.names
+        arrays = self._group.read_ranges([ArrayRange(name, start, stop) for start, stop in ranges for name in names])
         self._require_there()
-        return [dict(zip(names, parts[i : i + len(names)], strict=True)) for i in range(0, len(parts), len(names))]
+        return [dict(zip(names, arrays[i : i + len(names)], strict=True)) for i in range(0, len(arrays), len(names))]
 
     def array(self, name: str, start: int, stop: int) -> NDArray[Any]:
         """A range of `tokens`, or of an array of the targets, by position."""
@@ -222,14 +222,14 @@ class JournalSegment:
         self._require_there()
         return block
 
-    def spans(self, rows: Sequence[int]) -> list[tuple[int, int]]:
+    def row_ranges(self, rows: Sequence[int]) -> list[tuple[int, int]]:
         """The position at which each row starts and ends."""
-        parts = self._group.read_parts([Part(ROW_STARTS, row, row + 2) for row in rows])
-        spans = [(int(part[0]), int(part[1])) for part in parts]
-        for row, (start, stop) in zip(rows, spans, strict=True):
+        edges = self._group.read_ranges([ArrayRange(ROW_STARTS, row, row + 2) for row in rows])
+        ranges = [(int(start), int(stop)) for start, stop in edges]
+        for row, (start, stop) in zip(rows, ranges, strict=True):
             if not 0 <= start <= stop <= self.record.num_positions:
                 raise CorruptSegment(f"{self.record.path}/{ROW_STARTS} does not rise at row {row}")
-        return spans
+        return ranges
 
     def starts(self) -> NDArray[np.int64]:
         """[R+1] position at which each row starts, and the end."""

@@ -40,8 +40,8 @@ __all__ = [
 
 # What a damaged or lying object can make zarr, numcodecs or zarrs raise while decoding.
 _DECODE_FAILURES = (BaseZarrError, ValueError, TypeError, KeyError, RuntimeError, IndexError, OSError)
-# Decoded bytes that one trip may hold beside its answers.
-_TRIP_BYTES = 64 << 20
+# Decoded bytes that one fetch may hold beside its answers.
+_FETCH_BYTES = 64 << 20
 
 
 def chunk_checksums(data: NDArray[Any], chunk: tuple[int, ...]) -> NDArray[np.uint32]:
@@ -144,16 +144,16 @@ class TiledArray:
         """Keep a chunk for later reads."""
         self._cache.put((self._key, row, column), chunk)
 
-    async def fetch(self, run: _Run) -> NDArray[Any]:
-        """The chunks of a run as one block; not yet checked."""
+    async def fetch(self, wanted: _ChunkRange) -> NDArray[Any]:
+        """The chunks of a range as one block; not yet checked."""
         if self._encoded is not None:
-            self._encoded.check(run.first, run.stop, run.columns)
-        rows = slice(run.first * self.chunk[0], min(run.stop * self.chunk[0], self.shape[0]))
+            self._encoded.check(wanted.first, wanted.stop, wanted.columns)
+        rows = slice(wanted.first * self.chunk[0], min(wanted.stop * self.chunk[0], self.shape[0]))
         try:
             if len(self.shape) == 1:
                 block = await self._array.async_array.getitem(rows)
             else:
-                width = min(run.columns * self.chunk[1], self.shape[1])
+                width = min(wanted.columns * self.chunk[1], self.shape[1])
                 block = await self._array.async_array.getitem((rows, slice(0, width)))
         except _DECODE_FAILURES as error:
             raise CorruptSegment(f"{self.path} cannot be read: {error}") from error
@@ -202,8 +202,8 @@ class ReadRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
-    """Neighbouring chunks of one array: rows `first` to `stop` of the chunk grid, the first `columns` columns."""
+class _ChunkRange:
+    """A range of one array's chunks: rows `first` to `stop` of the chunk grid, the first `columns` columns."""
 
     array: TiledArray
     first: int
@@ -211,24 +211,24 @@ class _Run:
     columns: int
 
 
-class _Trip:
+class _ChunkFetch:
     """The chunks that some requests need, each read once, the missing ones all at a time."""
 
     def __init__(self, requests: Sequence[ReadRequest]) -> None:
         self._kept: dict[tuple[TiledArray, int, int], NDArray[Any]] = {}
-        self._blocks: dict[tuple[TiledArray, int], tuple[_Run, NDArray[Any]]] = {}
+        self._blocks: dict[tuple[TiledArray, int], tuple[_ChunkRange, NDArray[Any]]] = {}
         whole = {(request.array, row) for request in requests for row in request.chunk_rows if request.uses_whole(row)}
-        runs = list(_runs(self._missing(requests)))
-        if runs:
-            for run, block in zip(runs, sync(_fetch_all(runs)), strict=True):
-                self._take(run, block, whole)
+        ranges = list(_chunk_ranges(self._missing(requests)))
+        if ranges:
+            for held, block in zip(ranges, sync(_fetch_all(ranges)), strict=True):
+                self._take(held, block, whole)
 
     def answer(self, request: ReadRequest) -> NDArray[Any]:
         """The array that was asked for: a view where one block or chunk holds it."""
         array, rows, columns = request.array, request.chunk_rows, request.column_chunks
-        run, block = self._blocks.get((array, rows.start), (None, None))
-        if run is not None and block is not None and run.stop >= rows.stop and run.columns >= columns:
-            origin = run.first * array.chunk[0]
+        held, block = self._blocks.get((array, rows.start), (None, None))
+        if held is not None and block is not None and held.stop >= rows.stop and held.columns >= columns:
+            origin = held.first * array.chunk[0]
         else:
             parts = [self._row(array, row, columns) for row in rows]
             block = parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -237,10 +237,10 @@ class _Trip:
         return answer if answer.ndim == 1 else answer[:, : request.shape[1]]
 
     def _row(self, array: TiledArray, row: int, columns: int) -> NDArray[Any]:
-        run, block = self._blocks.get((array, row), (None, None))
-        if run is not None and block is not None and run.columns >= columns:
+        held, block = self._blocks.get((array, row), (None, None))
+        if held is not None and block is not None and held.columns >= columns:
             size = array.chunk[0]
-            rows = block[(row - run.first) * size : (row - run.first + 1) * size]
+            rows = block[(row - held.first) * size : (row - held.first + 1) * size]
             return rows if rows.ndim == 1 else rows[:, : columns * array.chunk[1]]
         chunks = [self._kept[array, row, column] for column in range(columns)]
         return chunks[0] if columns == 1 else np.concatenate(chunks, axis=1)
@@ -264,13 +264,13 @@ class _Trip:
                 self._kept[array, row, column] = chunk
         return True
 
-    def _take(self, run: _Run, block: NDArray[Any], whole: set[tuple[TiledArray, int]]) -> None:
-        array, size = run.array, run.array.chunk[0]
+    def _take(self, held: _ChunkRange, block: NDArray[Any], whole: set[tuple[TiledArray, int]]) -> None:
+        array, size = held.array, held.array.chunk[0]
         block.setflags(write=False)
-        for row in range(run.first, run.stop):
-            self._blocks[array, row] = (run, block)
-            rows = block[(row - run.first) * size : (row - run.first + 1) * size]
-            for column in range(run.columns):
+        for row in range(held.first, held.stop):
+            self._blocks[array, row] = (held, block)
+            rows = block[(row - held.first) * size : (row - held.first + 1) * size]
+            for column in range(held.columns):
                 width = array.chunk[-1]
                 chunk = rows if rows.ndim == 1 else rows[:, column * width : (column + 1) * width]
                 if (array, row) in whole:
@@ -285,8 +285,8 @@ class _Trip:
 def read_together(requests: Sequence[ReadRequest]) -> list[NDArray[Any]]:
     """What each request asks for, in order; arrays may be read-only and share memory.
 
-    All missing chunks are read in one trip through zarr's event loop, each once and neighbours together; many
-    requests are read in several trips of about 64 MiB of decoded chunks.
+    All missing chunks are read in one go through zarr's event loop, each once and neighbours together; many
+    requests are read in several fetches of about 64 MiB of decoded chunks.
 
     Raises:
         CorruptSegment: a chunk is damaged, missing or not the recorded one. StoreError: the store failed.
@@ -297,21 +297,21 @@ def read_together(requests: Sequence[ReadRequest]) -> list[NDArray[Any]]:
         if 0 in request.shape:
             answers[index] = np.empty(request.shape, request.array.dtype)
     order = sorted((i for i in range(len(requests)) if i not in answers), key=lambda i: requests[i].start)
-    for group in _trips(requests, order):
-        trip = _Trip([requests[index] for index in group])
-        answers.update((index, trip.answer(requests[index])) for index in group)
+    for group in _fetches(requests, order):
+        fetch = _ChunkFetch([requests[index] for index in group])
+        answers.update((index, fetch.answer(requests[index])) for index in group)
     return [answers[index] for index in range(len(requests))]
 
 
-def _trips(requests: Sequence[ReadRequest], order: Iterable[int]) -> Iterator[list[int]]:
-    """Cut requests into trips of about `_TRIP_BYTES`, not counting what they share."""
+def _fetches(requests: Sequence[ReadRequest], order: Iterable[int]) -> Iterator[list[int]]:
+    """Cut requests into fetches of about `_FETCH_BYTES`, not counting what they share."""
     group: list[int] = []
     held = 0
     for index in order:
         request = requests[index]
         rows = len(request.chunk_rows) * request.array.chunk[0]
         num_bytes = rows * math.prod(request.shape[1:]) * request.array.dtype.itemsize
-        if group and held + num_bytes > _TRIP_BYTES:
+        if group and held + num_bytes > _FETCH_BYTES:
             yield group
             group, held = [], 0
         group.append(index)
@@ -320,24 +320,24 @@ def _trips(requests: Sequence[ReadRequest], order: Iterable[int]) -> Iterator[li
         yield group
 
 
-def _runs(missing: dict[TiledArray, dict[int, int]]) -> Iterator[_Run]:
+def _chunk_ranges(missing: dict[TiledArray, dict[int, int]]) -> Iterator[_ChunkRange]:
     """Neighbouring rows of chunks that want the same columns, joined."""
     for array, rows in missing.items():
-        run: _Run | None = None
+        held: _ChunkRange | None = None
         for row, columns in sorted(rows.items()):
-            if run is not None and (run.stop, run.columns) == (row, columns):
-                run = _Run(array, run.first, row + 1, columns)
+            if held is not None and (held.stop, held.columns) == (row, columns):
+                held = _ChunkRange(array, held.first, row + 1, columns)
                 continue
-            if run is not None:
-                yield run
-            run = _Run(array, row, row + 1, columns)
-        if run is not None:
-            yield run
+            if held is not None:
+                yield held
+            held = _ChunkRange(array, row, row + 1, columns)
+        if held is not None:
+            yield held
 
 
-async def _fetch_all(runs: Sequence[_Run]) -> list[NDArray[Any]]:
+async def _fetch_all(ranges: Sequence[_ChunkRange]) -> list[NDArray[Any]]:
     # Waits for all of them also when one fails: nothing is left running behind the caller's back.
-    blocks = await asyncio.gather(*(run.array.fetch(run) for run in runs), return_exceptions=True)
+    blocks = await asyncio.gather(*(held.array.fetch(held) for held in ranges), return_exceptions=True)
     found: list[NDArray[Any]] = []
     for block in blocks:
         if isinstance(block, BaseException):

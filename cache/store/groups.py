@@ -73,7 +73,7 @@ class Reading:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ArrayRange:
     """A range of one array to read: `array[start:stop]`, or its first `columns` columns."""
 
     name: str
@@ -227,13 +227,13 @@ class GroupReader:
         """
         return self._open(name).read(start, stop, columns)
 
-    def read_parts(self, parts: Sequence[Part]) -> list[NDArray[Any]]:
+    def read_ranges(self, ranges: Sequence[ArrayRange]) -> list[NDArray[Any]]:
         """Several ranges at once; cheaper than one `read` after the other, which it equals."""
-        return read_parts([(self, part) for part in parts])
+        return read_ranges([(self, each) for each in ranges])
 
-    def request(self, part: Part) -> ReadRequest:
-        """What `read_together` needs to read the part."""
-        return ReadRequest(self._open(part.name), part.start, part.stop, part.columns)
+    def request(self, wanted: ArrayRange) -> ReadRequest:
+        """What `read_together` needs to read the range."""
+        return ReadRequest(self._open(wanted.name), wanted.start, wanted.stop, wanted.columns)
 
     def read_all(self, name: str) -> NDArray[Any]:
         """The whole array; see `read`."""
@@ -314,9 +314,9 @@ class GroupReader:
             raise CorruptSegment(f"{self.path}/{path} is not the one that was committed")
 
 
-def read_parts(parts: Sequence[tuple[GroupReader, Part]]) -> list[NDArray[Any]]:
-    """Parts of any groups in one go; raises as `GroupReader.read` does."""
-    return read_together([group.request(part) for group, part in parts])
+def read_ranges(ranges: Sequence[tuple[GroupReader, ArrayRange]]) -> list[NDArray[Any]]:
+    """Ranges of any groups' arrays in one go; raises as `GroupReader.read` does."""
+    return read_together([group.request(wanted) for group, wanted in ranges])
 
 
 class _RecordingStore(WrapperStore[Store]):

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput
 from potstill.cache.store.groups import (
+    ArrayRange,
     GroupReader,
     GroupWriter,
     Layout,
-    Part,
     attempt_name,
     objects_from_json,
     objects_to_json,
@@ -115,7 +115,7 @@ class Manifest:
             CorruptSegment: stored bytes are damaged.
         """
         names = list(_column_types(0, 0))
-        columns = self._reader.read_parts([Part(name, start, stop) for name in names])
+        columns = self._reader.read_ranges([ArrayRange(name, start, stop) for name in names])
         values = dict(zip(names, columns, strict=True))
         return [
             self._commit(start + row, {name: column[row] for name, column in values.items()})

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from potstill.cache.encoding.fields import RAGGED, decode_fields, encode_fields, ragged_length, stored_shapes
 from potstill.cache.encoding.logprobs import Encoding, RankTable, StoredArrays, decode, encode_measured
 from potstill.cache.errors import CorruptSegment, FormatError
-from potstill.cache.store.groups import GroupReader, GroupWriter, Layout, Part, Reading, read_parts
+from potstill.cache.store.groups import ArrayRange, GroupReader, GroupWriter, Layout, Reading, read_ranges
 from potstill.cache.targets.packed import PackedReader, Text, encode_packed
 from potstill.cache.types import Fields, Targets
 
@@ -60,7 +60,7 @@ class EncodedSegment:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class SegmentRange:
     """A range of positions of one segment."""
 
     reader: SegmentReader
@@ -136,10 +136,10 @@ class SegmentReader:
         """The arrays of a top-k that is not packed."""
         return ("ids", "gaps" if self.encoding.name == "u8" else "logprobs", "log_tail", "label_logprob")
 
-    def top_k_parts(self, piece: Piece, k: int) -> list[Part]:
+    def top_k_ranges(self, wanted: SegmentRange, k: int) -> list[ArrayRange]:
         """What to read for the top `k` of a range: all values, but of the ids no more chunks than `k` needs."""
         columns = {"ids": min(k, self._fields.k)}
-        return [Part(name, piece.start, piece.stop, columns.get(name)) for name in self.top_k_names()]
+        return [ArrayRange(name, wanted.start, wanted.stop, columns.get(name)) for name in self.top_k_names()]
 
     def read_packed_top_k(self, start: int, stop: int) -> StoredArrays:
         """The arrays that `top_k_names` names, out of packed blocks, with all K ids."""
@@ -199,16 +199,16 @@ class SegmentReader:
         return _DamageNamed(self.group.path)
 
 
-def read_pieces(pieces: Sequence[Piece], want: Fields) -> list[Targets]:
-    """One `Targets` per piece; all pieces are of one segment set, which has what is wanted.
+def read_segment_ranges(ranges: Sequence[SegmentRange], want: Fields) -> list[Targets]:
+    """One `Targets` per range; all ranges are of one segment set, which has what is wanted.
 
     Raises:
         CorruptSegment: stored bytes are damaged, or decode to what no encoder writes.
     """
-    targets = _read_top_k(pieces, want.k) if want.k else [None] * len(pieces)
+    targets = _read_top_k(ranges, want.k) if want.k else [None] * len(ranges)
     if want.only_top_k:
         return [part for part in targets if part is not None]
-    others = [piece.reader.read_fields(piece.start, piece.stop, want) for piece in pieces]
+    others = [each.reader.read_fields(each.start, each.stop, want) for each in ranges]
     return [with_fields(part, other) for part, other in zip(targets, others, strict=True)]
 
 
@@ -220,25 +220,25 @@ def with_fields(top_k: Targets | None, other: Targets) -> Targets:
     return replace(top_k, **{name: value for name, value in found.items() if value is not None})
 
 
-def _read_top_k(pieces: Sequence[Piece], k: int) -> list[Targets | None]:
-    """All pieces are read in one go and decoded as one array: most of a short row's cost is the calls."""
-    reader = pieces[0].reader
+def _read_top_k(ranges: Sequence[SegmentRange], k: int) -> list[Targets | None]:
+    """All ranges are read in one go and decoded as one array: most of a short row's cost is the calls."""
+    reader = ranges[0].reader
     if reader.encoding.packed:
-        stored = [piece.reader.read_packed_top_k(piece.start, piece.stop) for piece in pieces]
+        stored = [each.reader.read_packed_top_k(each.start, each.stop) for each in ranges]
     else:
         names = reader.top_k_names()
-        wanted = [(piece.reader.group, part) for piece in pieces for part in piece.reader.top_k_parts(piece, k)]
-        arrays = read_parts(wanted)
+        wanted = [(each.reader.group, array) for each in ranges for array in each.reader.top_k_ranges(each, k)]
+        arrays = read_ranges(wanted)
         stored = [dict(zip(names, arrays[i : i + len(names)], strict=True)) for i in range(0, len(arrays), len(names))]
     joined = {
         name: np.concatenate([part[name] for part in stored]) if len(stored) > 1 else stored[0][name]
         for name in stored[0]
     }
-    with _DamageNamed(", ".join(dict.fromkeys(piece.reader.group.path for piece in pieces))):
+    with _DamageNamed(", ".join(dict.fromkeys(each.reader.group.path for each in ranges))):
         targets = decode(joined, reader.encoding, reader.ranks, k=k)
         if not (targets.log_tail <= 0).all():
             raise FormatError("log_tail holds NaN or a tail of more than all mass")
-    ends = np.cumsum([piece.stop - piece.start for piece in pieces]).tolist()
+    ends = np.cumsum([each.stop - each.start for each in ranges]).tolist()
     return [targets[start:stop] for start, stop in zip([0, *ends[:-1]], ends, strict=True)]
 
 

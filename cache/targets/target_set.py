@@ -24,7 +24,7 @@ from potstill.cache.store.groups import Reading
 from potstill.cache.store.root import Root, check_name
 from potstill.cache.targets.commit import Commit
 from potstill.cache.targets.ranks import pilot_rows
-from potstill.cache.targets.segment import Piece, read_pieces, with_fields
+from potstill.cache.targets.segment import SegmentRange, read_segment_ranges, with_fields
 from potstill.cache.targets.segment_set import SegmentSet
 from potstill.cache.targets.set_spec import SetSpec, require_same
 from potstill.cache.types import Fields, Provenance, Targets, TeacherIdentity
@@ -160,8 +160,8 @@ class TargetSet:
         want = self._wanted(k, fields)
         found: list[Targets] = []
         for first in range(0, len(rows), _MANY_ROWS):
-            spans = self.corpus.spans(rows[first : first + _MANY_ROWS]).tolist()
-            found.extend(self._read_ranges([(start, stop) for start, stop in spans], want))
+            ranges = self.corpus.row_ranges(rows[first : first + _MANY_ROWS]).tolist()
+            found.extend(self._read_ranges([(start, stop) for start, stop in ranges], want))
         return found
 
     def commits_of(self, shards: Sequence[int], want: Fields) -> list[Commit]:
@@ -197,9 +197,9 @@ class TargetSet:
         parts = []
         while start < stop:
             with self._way_out():
-                piece = self._piece(holders[0], start, stop)
-                parts.append(piece.reader.read_column(name, piece.start, piece.stop))
-            start += piece.stop - piece.start
+                found = self._in_shard(holders[0], start, stop)
+                parts.append(found.reader.read_column(name, found.start, found.stop))
+            start += found.stop - found.start
         return np.concatenate([np.empty(0, np.float32), *parts])
 
     def pilot_rows(self) -> list[int]:
@@ -271,7 +271,7 @@ class TargetSet:
             # Jobs that add fields at the same moment may leave two sets with one field: the first has it.
             left = left.without(part)
             with self._way_out():
-                read = read_pieces([self._piece(each, start, stop) for start, stop in ranges], part)
+                read = read_segment_ranges([self._in_shard(each, start, stop) for start, stop in ranges], part)
             found = [
                 new if old is None else with_fields(*((old, new) if old.k else (new, old)))
                 for old, new in zip(found, read, strict=True)
@@ -288,12 +288,12 @@ class TargetSet:
             more = "`potstill verify` of its cache tells what else is damaged and how to mend it"
             raise CorruptSegment(f"{error.detail}; {more}") from error
 
-    def _piece(self, segments: SegmentSet, start: int, stop: int) -> Piece:
+    def _in_shard(self, segments: SegmentSet, start: int, stop: int) -> SegmentRange:
         """The part of a range that lies in the shard of its first position."""
         starts = self.corpus.shard_starts
         shard = int(np.searchsorted(starts, start, side="right")) - 1
         low, high = int(starts[shard]), int(starts[shard + 1])
-        return Piece(segments.reader(shard), start - low, min(stop, high) - low)
+        return SegmentRange(segments.reader(shard), start - low, min(stop, high) - low)
 
 
 def targets_path(teacher: str, corpus: str) -> str:

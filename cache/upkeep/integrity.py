@@ -32,7 +32,7 @@ from potstill.cache.store.groups import CHECKSUMS, GroupReader, Reading, objects
 from potstill.cache.store.record import read_record
 from potstill.cache.store.root import Root
 from potstill.cache.targets.commit import commit_name
-from potstill.cache.targets.segment import Piece, read_pieces
+from potstill.cache.targets.segment import SegmentRange, read_segment_ranges
 from potstill.cache.targets.segment_set import SegmentSet
 from potstill.cache.targets.target_set import segment_set_paths, target_set_paths
 
@@ -204,8 +204,8 @@ def _check_shard(segments: SegmentSet, shard: int, *, decode: bool) -> list[str]
         reader = segments.reader(shard)
         low, high = (int(position) for position in segments.corpus.shard_starts[shard : shard + 2])
         for start in range(0, high - low, _DECODE_POSITIONS):
-            piece = Piece(reader, start, min(start + _DECODE_POSITIONS, high - low))
-            read_pieces([piece], segments.spec.fields)
+            wanted = SegmentRange(reader, start, min(start + _DECODE_POSITIONS, high - low))
+            read_segment_ranges([wanted], segments.spec.fields)
     return problems
 
 

@@ -98,7 +98,7 @@ def test_a_corpus_is_read_like_its_files(remote: HttpCache, filled: Cache) -> No
         np.testing.assert_array_equal(one, other)
     np.testing.assert_array_equal(there.row(3), files.row(3))
     np.testing.assert_array_equal(there.tokens(7, 1500), files.tokens(7, 1500))
-    np.testing.assert_array_equal(there.spans(rows), files.spans(rows))
+    np.testing.assert_array_equal(there.row_ranges(rows), files.row_ranges(rows))
     np.testing.assert_array_equal(there.row_keys(0, 9), files.row_keys(0, 9))
     assert there.shard_of_row(40) == files.shard_of_row(40)
     assert there.tokenizer.to_str() == files.tokenizer.to_str()

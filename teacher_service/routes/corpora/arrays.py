@@ -162,8 +162,8 @@ def _row_pieces(corpus: Corpus, rows: Sequence[int], limits: LimitSettings) -> I
     """One record batch of tokens per row."""
     if not rows:
         raise InvalidInput("rows is empty; ask for at least one")
-    spans = corpus.spans(rows)
-    length = int((spans[:, 1] - spans[:, 0]).sum())
+    ranges = corpus.row_ranges(rows)
+    length = int((ranges[:, 1] - ranges[:, 0]).sum())
     require_at_most(length, limits.max_stream_positions, "positions", "max_stream_positions")
     head = StreamHead(batches=len(rows), length=length, corpus=corpus.fingerprint)
-    return coalesced(write_array(head, (corpus.tokens(start, stop) for start, stop in spans.tolist())))
+    return coalesced(write_array(head, (corpus.tokens(start, stop) for start, stop in ranges.tolist())))

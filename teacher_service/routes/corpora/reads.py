@@ -127,10 +127,10 @@ class RowsRead:
         if not rows:
             raise InvalidInput("rows is empty; ask for at least one")
         corpus = targets.corpus
-        spans = corpus.spans(rows)
+        ranges = corpus.row_ranges(rows)
         shards = np.searchsorted(corpus.shard_rows, np.asarray(rows, np.int64), side="right") - 1
         targets.commits_of(np.unique(shards).tolist(), want)
-        return cls(targets, rows, want, spans[:, 1] - spans[:, 0])
+        return cls(targets, rows, want, ranges[:, 1] - ranges[:, 0])
 
     @property
     def num_positions(self) -> int:

@@ -238,7 +238,7 @@ def test_a_row_that_cannot_be_is_named_and_nothing_is_left(tmp_path: Path, row: 
     assert list(tmp_path.rglob("*")) == []
 
 
-def test_starts_and_spans_read_what_row_starts_holds(tmp_path: Path) -> None:
+def test_starts_and_row_ranges_read_what_row_starts_holds(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 6, 10_000)
     tokens = rng.integers(0, 256, int(lengths.sum()), dtype=np.uint32)
@@ -248,15 +248,15 @@ def test_starts_and_spans_read_what_row_starts_holds(tmp_path: Path) -> None:
     for start, stop in ((0, 0), (0, 1), (4095, 4097), (9999, 10_000), (10_000, 10_000), (0, 10_000)):
         assert np.array_equal(corpus.starts(start, stop), starts[start : stop + 1])
     some = rng.integers(0, 10_000, 500)
-    assert np.array_equal(corpus.spans(some), np.stack([starts[some], starts[some + 1]], axis=1))
-    assert corpus.spans([]).shape == (0, 2)
+    assert np.array_equal(corpus.row_ranges(some), np.stack([starts[some], starts[some + 1]], axis=1))
+    assert corpus.row_ranges([]).shape == (0, 2)
     assert "row_starts" not in vars(corpus), "the whole axis stays on disk"
     assert np.array_equal(corpus.row(4096), rows[4096])
     for bad in ((-1, 1), (0, 10_001), (3, 2)):
         with pytest.raises(InvalidInput, match="are outside corpus 'docs' of 10000 rows"):
             corpus.starts(*bad)
     with pytest.raises(InvalidInput, match="row 10000 is outside corpus 'docs' of 10000 rows"):
-        corpus.spans([0, 10_000])
+        corpus.row_ranges([0, 10_000])
 
 
 def test_a_corpus_of_format_1_is_searched_in_memory() -> None:

@@ -283,10 +283,10 @@ def test_a_rank_that_was_not_reported_gets_a_free_id_and_no_mass(tmp_path: Path)
         "compressed_logprobs": [np.diff(logprobs, prepend=0).astype("<f4").view(np.uint8).reshape(1, -1).tolist()],
         "bytepacked_indices": [pack(ids, 3).tolist()],
     }
-    from potstill.cache.interchange.formats import Place
+    from potstill.cache.interchange.formats import RowSource
 
     data["compressed_logprobs"] = [logprobs.astype("<f4").view(np.uint8).reshape(1, -1).tolist()]
     form = CompressedRows(replace(config, delta_encoding=False), 8)
-    targets = form.targets(pa.record_batch(data), Place(tmp_path / "x", 0))
+    targets = form.targets(pa.record_batch(data), RowSource(tmp_path / "x", 0))
     assert targets.ids.tolist() == [[0, 1, 2]]
     assert targets.logprobs[0, 2] == -np.inf

@@ -308,7 +308,7 @@ def test_a_segment_of_format_1_that_is_removed_under_a_reader_is_a_miss_and_neve
     index.refresh()
     (segment,) = index.segments()
     assert segment.locate(keys) == [0, None]
-    segment.spans([0])  # all metadata is read by now, and no targets
+    segment.row_ranges([0])  # all metadata is read by now, and no targets
     path = Path(cache.root.url, segment.record.path)
     path.with_name(f"{path.name}.json").unlink()
     for name in ("gaps", "log_tail"):
