@@ -304,7 +304,7 @@ import asyncio, resource, signal, sys
 from potstill.cache import Cache
 from potstill.cache.errors import StoreError
 from potstill.cache.fill.loop import FillPlan, fill
-from tests.corpora import plan_targets, teacher_for
+from tests.support.corpora import plan_targets, teacher_for
 cache = Cache.open(sys.argv[1], mode="r+")
 teacher = teacher_for(cache.corpus("docs"))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
