@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, cast
+from urllib.parse import quote
 
-from potstill.cache.errors import TeacherFailed
+from potstill.cache.errors import NotFound, TeacherFailed
 from potstill.cache.types import JSON
-from potstill.clients.http_teacher import teacher_path
-from potstill.clients.retry import Connection, RetryPolicy
+from potstill.clients.connection import Connection
+from potstill.clients.retry import RetryPolicy
 
 _RETRY = RetryPolicy(attempts=3)  # a person waits for it
 
@@ -24,18 +25,27 @@ class HttpAdmin:
     @asynccontextmanager
     async def open(cls, url: str, *, api_key: str | None = None) -> AsyncIterator[HttpAdmin]:
         """Check the URL; nothing is sent yet. The key is that of `POTSTILL_API_KEY` when none is given."""
-        async with Connection.open(url, api_key=api_key, timeout=60.0, retry=_RETRY) as connection:
+        async with Connection(url, api_key=api_key, timeout=60.0, retry=_RETRY) as connection:
             yield cls(connection)
 
     async def teachers(self) -> list[dict[str, Any]]:
-        """Every teacher: name, state and, once it is up, identity, provenance, limits and `replicas`."""
-        teachers = (await self._connection.get_json("/v1/teachers")).get("teachers")
+        """Every teacher: name, state and, once it is up, identity, provenance and limits."""
+        teachers = (await self._connection.json("/v1/teachers")).get("teachers")
         if not isinstance(teachers, list) or not all(isinstance(teacher, dict) for teacher in teachers):
             raise TeacherFailed(f"{self._connection.url} does not list its teachers; is it a Potstill service?")
-        for teacher in teachers:
-            if teacher.get("state") == "ready":
-                teacher["replicas"] = await self._connection.get_json(_replicas(str(teacher.get("name"))))
         return teachers
+
+    async def replicas(self, name: str) -> dict[str, Any]:
+        """`{"replicas", "target", "max"}` of a teacher, and `each` of them."""
+        return await self._connection.json(f"{teacher_path(name)}/replicas")
+
+    async def doctor(self) -> dict[str, Any]:
+        """What only the service itself can see: its memory, its store, what it keeps.
+
+        Raises:
+            NotFound: it is too old to say. Forbidden: the key is no admin's.
+        """
+        return await self._connection.json("/v1/doctor")
 
     async def add(self, name: str, wanted: Mapping[str, JSON]) -> dict[str, Any]:
         """Start a teacher; `wanted` has `model` and what else `[[teachers]]` of the settings may have.
@@ -43,7 +53,7 @@ class HttpAdmin:
         Raises:
             SpecMismatch: another teacher has the name. InvalidInput: its model, options or replicas cannot be.
         """
-        return await self._connection.put_json(teacher_path(name), dict(wanted))
+        return await self._connection.json(teacher_path(name), method="PUT", body=dict(wanted))
 
     async def remove(self, name: str) -> dict[str, Any]:
         """Have a teacher end its calls and stop; returns at once.
@@ -53,8 +63,13 @@ class HttpAdmin:
         Raises:
             UnknownTeacher: there is none.
         """
-        removed = await self._connection.delete_json(teacher_path(name))
-        return {"name": name, "state": "removed"} if removed is None else removed
+        tries = self._connection.tries()
+        try:
+            return await self._connection.json(teacher_path(name), method="DELETE", tries=tries)
+        except NotFound:
+            if not tries.may_be_done:
+                raise
+            return {"name": name, "state": "removed"}
 
     async def change_replicas(self, name: str, wanted: Mapping[str, JSON]) -> dict[str, Any]:
         """Ask for a number of `replicas`, or for `autoscale` limits (None ends it); returns the status.
@@ -62,8 +77,10 @@ class HttpAdmin:
         Raises:
             LimitExceeded: the service cannot have that many. InvalidInput: a number while it is autoscaled.
         """
-        return await self._connection.put_json(_replicas(name), cast("JSON", dict(wanted)))
+        path = f"{teacher_path(name)}/replicas"
+        return await self._connection.json(path, method="PUT", body=cast("JSON", dict(wanted)))
 
 
-def _replicas(name: str) -> str:
-    return f"{teacher_path(name)}/replicas"
+def teacher_path(name: str) -> str:
+    """The route of a teacher, whatever characters its name has."""
+    return f"/v1/teachers/{quote(name, safe='')}"

@@ -17,8 +17,7 @@ from potstill.cache.corpus.corpus import Corpus, CorpusSpec, Source
 from potstill.cache.errors import FormatError, InvalidInput, SpecMismatch, TeacherFailed, UnsupportedField
 from potstill.cache.types import Tokens
 from potstill.cache.wire.stream import StreamHead, write_row_numbers
-from potstill.clients.http_reads import Reads
-from potstill.clients.retry import Refusal
+from potstill.clients.connection import SyncConnection
 
 _REQUEST_ELEMENTS = 1 << 22
 _REQUEST_ROWS = 1024
@@ -38,79 +37,61 @@ def corpus_route(name: str) -> str:
 class HttpCorpus(Corpus):
     """Reads a sealed corpus over HTTP, with the same methods; only looking rows up by key is not there."""
 
-    def __init__(self, reads: Reads, name: str) -> None:
+    def __init__(self, connection: SyncConnection, name: str) -> None:
         """Fetch what the corpus' seal says.
 
         Raises:
             UnknownCorpus: the service has none of this name. TeacherFailed: it answers nonsense.
         """
-        self._reads = reads
-        self._description = reads.json(corpus_route(name))
+        self._connection = connection
+        self._description = connection.json(corpus_route(name))
         self.name = name
-        self.spec = _spec(self._description, reads.url)
-        self._reader = _HttpArrays(reads, name, self.spec)
+        self.spec = _spec(self._description, connection.url)
+        self._reader = _HttpArrays(connection, name, self.spec)
 
     # Cached anew: in Python 3.11 one lock is held for all corpora while one of them computes a cached property, and
     # a service in this very process may need it to answer.
-    @cached_property
-    def row_starts(self) -> NDArray[np.int64]:
-        """[R+1] position at which each row starts, and the end."""
-        return self._axis("row_starts", self.spec.num_rows, self.spec.num_positions)
-
-    @cached_property
-    def shard_rows(self) -> NDArray[np.int64]:
-        """[S+1] row at which each shard starts, and the end."""
-        return self._axis("shard_rows", self.spec.num_shards, self.spec.num_rows)
-
-    @cached_property
-    def shard_starts(self) -> NDArray[np.int64]:
-        """[S+1] position at which each shard starts, and the end."""
-        return self._axis("shard_starts", self.spec.num_shards, self.spec.num_positions)
+    row_starts = cached_property[NDArray[np.int64]](vars(Corpus)["row_starts"].func)
+    shard_rows = cached_property[NDArray[np.int64]](vars(Corpus)["shard_rows"].func)
+    shard_starts = cached_property[NDArray[np.int64]](vars(Corpus)["shard_starts"].func)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer the corpus was made with."""
-        return Tokenizer.from_str(self._reads.text(f"{corpus_route(self.name)}/tokenizer"))
+        return Tokenizer.from_str(self._connection.text(f"{corpus_route(self.name)}/tokenizer"))
 
     def take(self, rows: Sequence[int]) -> list[Tokens]:
-        """The tokens of rows in any order; raises as `Corpus.take` and `Reads.json` do."""
+        """The tokens of rows in any order; raises as `Corpus.take` and `SyncConnection.json` do."""
         most = max(1, min(_REQUEST_ROWS, _REQUEST_POSITIONS // self.spec.longest_row))
-        found: list[Tokens] = []
-        patience = self._reads.patience()
-        while len(found) < len(rows):
-            part = rows[len(found) : len(found) + most]
-            try:
-                for tokens in self._rows(part):
-                    found.append(tokens)
-                    patience.got_on()
-            except Refusal as refusal:
-                patience.wait(refusal)
-        return found
+        read = self._connection.parts(lambda at: self._rows(rows[at : at + most]), len(rows))
+        return list(read) if len(rows) else []
 
     def annotations(self) -> list[str]:
         """Names of the annotations that lie beside the corpus right now."""
-        return [str(name) for name in self._reads.json(corpus_route(self.name)).get("annotations", [])]
+        return [str(name) for name in self._connection.json(corpus_route(self.name)).get("annotations", [])]
 
     def annotation(self, name: str) -> NDArray[Any]:
-        """[R] a value of each row; raises as `Corpus.annotation` and `Reads.json` do."""
+        """[R] a value of each row; raises as `Corpus.annotation` and `SyncConnection.json` do."""
         route = f"{corpus_route(self.name)}/annotations/{quote(name, safe='')}"
-        return read_array(self._reads, route, 0, len(self), self.fingerprint)
+        return read_array(self._connection, route, 0, len(self), self.fingerprint)
 
     def corrupt_objects(self) -> list[str]:
         """Refused: who serves the files looks after them."""
-        raise UnsupportedField(f"corpus {self.name!r} is behind {self._reads.url}; run `potstill verify` there")
+        raise UnsupportedField(f"corpus {self.name!r} is behind {self._connection.url}; run `potstill verify` there")
 
     def _rows(self, rows: Sequence[int]) -> Iterator[Tokens]:
         lengths = np.diff(self.row_ranges(rows), axis=1)[:, 0].tolist()
         route, body = f"{corpus_route(self.name)}/rows", write_row_numbers(rows)
-        with self._reads.stream(route, body=body) as reader:
-            require_corpus(reader.head, self.fingerprint, self._reads.url)
+        with self._connection.stream(route, body=body) as reader:
+            require_corpus(reader.head, self.fingerprint, self._connection.url)
             if reader.head.batches != len(rows):
-                raise TeacherFailed(f"{self._reads.url}{route} promised {reader.head.batches} rows for {len(rows)}")
+                raise TeacherFailed(
+                    f"{self._connection.url}{route} promised {reader.head.batches} rows for {len(rows)}"
+                )
             for length, tokens in zip(lengths, reader.array(), strict=True):
                 if tokens.shape != (length,):
                     raise TeacherFailed(
-                        f"{self._reads.url}{route} gave tokens of shape {tokens.shape} for a row of {length}"
+                        f"{self._connection.url}{route} gave tokens of shape {tokens.shape} for a row of {length}"
                     )
                 yield tokens
 
@@ -118,9 +99,9 @@ class HttpCorpus(Corpus):
 class _HttpArrays:
     """The arrays of a corpus behind a service (`potstill.cache.corpus.corpus.CorpusArrays`)."""
 
-    def __init__(self, reads: Reads, name: str, spec: CorpusSpec) -> None:
-        self.path = f"{reads.url}{corpus_route(name)}"
-        self._reads = reads
+    def __init__(self, connection: SyncConnection, name: str, spec: CorpusSpec) -> None:
+        self.path = f"{connection.url}{corpus_route(name)}"
+        self._connection = connection
         self._route = corpus_route(name)
         self._fingerprint = spec.fingerprint
         self._lengths = {
@@ -146,7 +127,7 @@ class _HttpArrays:
         # As of an array: what is beyond its end is not there.
         stop = min(stop, self._lengths[name])
         if name != "row_starts":
-            return read_array(self._reads, f"{self._route}/{_ROUTES[name]}", start, stop, self._fingerprint)
+            return read_array(self._connection, f"{self._route}/{_ROUTES[name]}", start, stop, self._fingerprint)
         pages = [self._page(page) for page in range(start // _PAGE, -(-stop // _PAGE))]
         first = start // _PAGE * _PAGE
         starts: NDArray[Any] = np.concatenate(pages)[start - first : stop - first]
@@ -163,7 +144,7 @@ class _HttpArrays:
             found = self._pages.get(page)
         if found is None:
             stop = min((page + 1) * _PAGE, self._lengths["row_starts"])
-            found = read_array(self._reads, f"{self._route}/rows", page * _PAGE, stop, self._fingerprint)
+            found = read_array(self._connection, f"{self._route}/rows", page * _PAGE, stop, self._fingerprint)
         with self._lock:
             self._pages[page] = found
             self._pages.move_to_end(page)
@@ -172,30 +153,24 @@ class _HttpArrays:
         return found
 
 
-def read_array(reads: Reads, route: str, start: int, stop: int, fingerprint: str) -> NDArray[Any]:
+def read_array(connection: SyncConnection, route: str, start: int, stop: int, fingerprint: str) -> NDArray[Any]:
     """Elements `start` to `stop` of an array of a corpus.
 
     Raises:
-        SpecMismatch: the service has another corpus under the name now. PotstillError: as `Reads.json`.
+        SpecMismatch: the service has another corpus under the name now. PotstillError: as `SyncConnection.json`.
     """
-    parts: list[NDArray[Any]] = []
-    at = start
-    patience = reads.patience()
-    while at < stop or not parts:
-        end = min(stop, at + _REQUEST_ELEMENTS)
-        try:
-            with reads.stream(route, params={"start": at, "stop": end}) as reader:
-                require_corpus(reader.head, fingerprint, reads.url)
-                if reader.head.length != end - at:
-                    raise TeacherFailed(f"{reads.url}{route} has {reader.head.length} elements for {at} to {end}")
-                for part in reader.array():
-                    parts.append(part)
-                    at += len(part)
-                    patience.got_on()
-            if not parts:
-                raise TeacherFailed(f"{reads.url}{route} gave nothing at all for {at} to {end}")
-        except Refusal as refusal:
-            patience.wait(refusal)
+
+    def read(at: int) -> Iterator[NDArray[Any]]:
+        first, end = start + at, min(stop, start + at + _REQUEST_ELEMENTS)
+        with connection.stream(route, params={"start": first, "stop": end}) as reader:
+            require_corpus(reader.head, fingerprint, connection.url)
+            if reader.head.length != end - first:
+                raise TeacherFailed(f"{connection.url}{route} has {reader.head.length} elements for {first} to {end}")
+            yield from reader.array()
+
+    parts = list(connection.parts(read, stop - start, len))
+    if not parts:
+        raise TeacherFailed(f"{connection.url}{route} gave nothing at all for {start} to {stop}")
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 

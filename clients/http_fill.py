@@ -6,15 +6,15 @@ from typing import Any
 from urllib.parse import quote
 
 from potstill.cache.types import JSON, Fields
+from potstill.clients.connection import SyncConnection
 from potstill.clients.http_corpus import corpus_route
-from potstill.clients.http_reads import Reads
 
 
 class HttpFill:
     """The job of one corpus and one teacher."""
 
-    def __init__(self, reads: Reads, corpus: str, teacher: str) -> None:
-        self._reads = reads
+    def __init__(self, connection: SyncConnection, corpus: str, teacher: str) -> None:
+        self._connection = connection
         self._route = f"{corpus_route(corpus)}/fill/{quote(teacher, safe='')}"
 
     def start(self, fields: Fields, encoding: str, **plan: JSON) -> dict[str, Any]:
@@ -25,7 +25,7 @@ class HttpFill:
                 Forbidden: as the service says; nothing was started.
         """
         body = {"fields": fields.to_json(), "encoding": encoding, **plan}
-        return self._reads.json(self._route, method="PUT", body=body)
+        return self._connection.json(self._route, method="PUT", body=body)
 
     def status(self) -> dict[str, Any]:
         """`state` (waiting, running, done, failed, stopped), shards, positions, rate and error.
@@ -33,7 +33,7 @@ class HttpFill:
         Raises:
             NotFound: none was started since the service was.
         """
-        return self._reads.json(self._route)
+        return self._connection.json(self._route)
 
     def stop(self) -> dict[str, Any]:
         """Stop it if it runs or waits; what is committed stays.
@@ -41,4 +41,4 @@ class HttpFill:
         Raises:
             NotFound: none was started since the service was.
         """
-        return self._reads.json(self._route, method="DELETE")
+        return self._connection.json(self._route, method="DELETE")

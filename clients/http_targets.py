@@ -21,9 +21,9 @@ from potstill.cache.errors import FormatError, InvalidInput, SpecMismatch, Teach
 from potstill.cache.types import Fields, Targets, TeacherIdentity
 from potstill.cache.wanted import names_of, wanted_fields
 from potstill.cache.wire.stream import StreamHead, write_row_numbers
+from potstill.clients.connection import SyncConnection
 from potstill.clients.http_corpus import HttpCorpus, corpus_route, require_corpus
-from potstill.clients.http_reads import Reads
-from potstill.clients.retry import Refusal, RetryPolicy
+from potstill.clients.retry import RetryPolicy
 
 _REQUEST_POSITIONS = 1 << 20
 _REQUEST_ROWS = 1024
@@ -41,7 +41,7 @@ class _Set:
 class HttpTargets:
     """One teacher's targets for one corpus over HTTP. Safe to share between threads."""
 
-    def __init__(self, reads: Reads, teacher: str, corpus: HttpCorpus, *, top_k: bool = False) -> None:
+    def __init__(self, connection: SyncConnection, teacher: str, corpus: HttpCorpus, *, top_k: bool = False) -> None:
         """Fetch what the service says of them; `top_k` looks at the segment set of the top-k alone.
 
         Raises:
@@ -49,14 +49,14 @@ class HttpTargets:
         """
         self.teacher = teacher
         self.corpus = corpus
-        self._reads = reads
+        self._connection = connection
         self._top_k = top_k
         self._route = f"{corpus_route(corpus.name)}/targets/{quote(teacher, safe='')}"
-        description = reads.json(self._route)
+        description = connection.json(self._route)
         try:
             self.identity = TeacherIdentity.from_json(description.get("identity"))
         except FormatError as error:
-            raise TeacherFailed(f"{reads.url} describes teacher {teacher!r} badly: {error}") from error
+            raise TeacherFailed(f"{connection.url} describes teacher {teacher!r} badly: {error}") from error
         sets = self._sets(description)
         self.fields = reduce(Fields.joined, (each.fields for each in sets))
         self.encoding = next((each for each in sets if each.fields.k), sets[0]).encoding
@@ -66,7 +66,7 @@ class HttpTargets:
     @property
     def committed(self) -> NDArray[np.bool_]:
         """[S] which shards have a commit of every field right now; a request."""
-        sets = self._sets(self._reads.json(self._route))
+        sets = self._sets(self._connection.json(self._route))
         every: NDArray[np.bool_] = np.logical_and.reduce([each.committed for each in sets])
         return every
 
@@ -80,7 +80,7 @@ class HttpTargets:
         Raises:
             UnsupportedField: there is no top-k.
         """
-        return HttpTargets(self._reads, self.teacher, self.corpus, top_k=True)
+        return HttpTargets(self._connection, self.teacher, self.corpus, top_k=True)
 
     def read(self, start: int, stop: int, *, k: int | None = None, fields: Fields | None = None) -> Targets:
         """Targets of positions `start` to `stop`; arguments and errors as of `TargetSet.read`.
@@ -99,24 +99,20 @@ class HttpTargets:
                 f"positions {start} to {stop} are outside corpus {self.corpus.name!r} "
                 f"of {self.corpus.num_positions} positions"
             )
-        return self._stream(start, stop, self._wanted(k, fields))
+        want, most = self._wanted(k, fields), self._most("max_stream_positions", _REQUEST_POSITIONS)
+        return self._connection.parts(
+            lambda at: self._range(start + at, min(stop, start + at + most), want),
+            stop - start,
+            lambda targets: targets.num_positions,
+        )
 
     def read_rows(self, rows: Sequence[int], *, k: int | None = None, fields: Fields | None = None) -> list[Targets]:
         """One `Targets` per row index, in order; arguments and errors as of `read`."""
         want = self._wanted(k, fields)
         most = self._most("max_stream_positions", _REQUEST_POSITIONS) // self.corpus.spec.longest_row
         most = max(1, min(self._most("max_rows", _REQUEST_ROWS), most))
-        found: list[Targets] = []
-        patience = self._reads.patience()
-        while len(found) < len(rows):
-            part = rows[len(found) : len(found) + most]
-            try:
-                for targets in self._rows(part, want):
-                    found.append(targets)
-                    patience.got_on()
-            except Refusal as refusal:
-                patience.wait(refusal)
-        return found
+        read = self._connection.parts(lambda at: self._rows(rows[at : at + most], want), len(rows))
+        return list(read) if len(rows) else []
 
     def read_column(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
         """One number a position, `log_tail`, `label_logprob` or `entropy`; errors as of `TargetSet.read_column`."""
@@ -130,25 +126,11 @@ class HttpTargets:
             return np.empty(0, np.float32)
         return np.concatenate([getattr(part, name) for part in self.stream(start, stop, fields=want)])
 
-    def _stream(self, start: int, stop: int, want: Fields) -> Iterator[Targets]:
-        most = self._most("max_stream_positions", _REQUEST_POSITIONS)
-        at = start
-        patience = self._reads.patience()
-        while at < stop:
-            end = min(stop, at + most)
-            try:
-                for targets in self._range(at, end, want):
-                    yield targets
-                    at += targets.num_positions
-                    patience.got_on()
-            except Refusal as refusal:
-                patience.wait(refusal)
-
     def _range(self, start: int, stop: int, want: Fields) -> Iterator[Targets]:
         names = [name for name in names_of(want) if name != "top_k"]
         # k says how much of the top-k, so it need not be named; of no field an empty list would mean none.
         params = {"start": start, "stop": stop, "k": want.k, "fields": ",".join(names or ["top_k"])}
-        with self._reads.stream(self._route, params=params) as reader:
+        with self._connection.stream(self._route, params=params) as reader:
             self._check_head(reader.head, want)
             if reader.head.length != stop - start:
                 raise TeacherFailed(f"{self._who} promised {reader.head.length} positions for {start} to {stop}")
@@ -157,7 +139,7 @@ class HttpTargets:
 
     def _rows(self, rows: Sequence[int], want: Fields) -> Iterator[Targets]:
         lengths = np.diff(self.corpus.row_ranges(rows), axis=1)[:, 0].tolist()
-        with self._reads.stream(f"{self._route}/rows", body=write_row_numbers(rows, want)) as reader:
+        with self._connection.stream(f"{self._route}/rows", body=write_row_numbers(rows, want)) as reader:
             self._check_head(reader.head, want)
             if reader.head.batches != len(rows):
                 raise TeacherFailed(f"{self._who} promised {reader.head.batches} rows for {len(rows)}")
@@ -170,10 +152,10 @@ class HttpTargets:
 
     @property
     def _who(self) -> str:
-        return f"teacher {self.teacher!r} on corpus {self.corpus.name!r} at {self._reads.url}"
+        return f"teacher {self.teacher!r} on corpus {self.corpus.name!r} at {self._connection.url}"
 
     def _check_head(self, head: StreamHead, want: Fields) -> None:
-        require_corpus(head, self.corpus.fingerprint, self._reads.url)
+        require_corpus(head, self.corpus.fingerprint, self._connection.url)
         differences = "no identity" if head.identity is None else self.identity.differences(head.identity)
         if differences:
             raise SpecMismatch(f"{self._who} was exchanged: {differences}")
@@ -204,7 +186,9 @@ class HttpTargets:
                 for each in description["sets"]
             ]
         except (KeyError, TypeError, ValueError, InvalidInput) as error:
-            raise TeacherFailed(f"{self._reads.url} describes teacher {self.teacher!r} badly: {error!r}") from error
+            raise TeacherFailed(
+                f"{self._connection.url} describes teacher {self.teacher!r} badly: {error!r}"
+            ) from error
         chosen = [each for each in sets if each.fields.k or not self._top_k]
         if not chosen:
             raise UnsupportedField(
@@ -219,8 +203,8 @@ class HttpCache:
     def __init__(
         self, url: str, *, api_key: str | None = None, timeout: float = 600.0, retry: RetryPolicy | None = None
     ) -> None:
-        """Nothing is sent yet; see `potstill.clients.http_reads.Reads`."""
-        self._reads = Reads(url, api_key=api_key, timeout=timeout, retry=retry)
+        """Nothing is sent yet; see `potstill.clients.connection.SyncConnection`."""
+        self._connection = SyncConnection(url, api_key=api_key, timeout=timeout, retry=retry)
         self._corpora: dict[str, HttpCorpus] = {}
 
     def __enter__(self) -> Self:
@@ -233,35 +217,35 @@ class HttpCache:
 
     def close(self) -> None:
         """Disconnect; who still reads sees `Unavailable`."""
-        self._reads.close()
+        self._connection.close()
 
     def corpora(self) -> list[str]:
         """Names of the corpora."""
-        found = self._reads.json("/v1/corpora").get("corpora")
+        found = self._connection.json("/v1/corpora").get("corpora")
         return [str(corpus.get("name")) for corpus in found or [] if isinstance(corpus, dict)]
 
     def corpus(self, name: str) -> HttpCorpus:
         """A corpus by name; sealed ones never change, so it is opened once.
 
         Raises:
-            UnknownCorpus: there is none. PotstillError: as `Reads.json`.
+            UnknownCorpus: there is none. PotstillError: as `SyncConnection.json`.
         """
         if name not in self._corpora:
-            self._corpora[name] = HttpCorpus(self._reads, name)
+            self._corpora[name] = HttpCorpus(self._connection, name)
         return self._corpora[name]
 
     def teachers(self, corpus: str) -> list[str]:
         """Names of the teachers that have targets for a corpus, complete or not."""
-        found = self._reads.json(corpus_route(corpus)).get("teachers")
+        found = self._connection.json(corpus_route(corpus)).get("teachers")
         return list(found) if isinstance(found, dict) else []
 
     def targets(self, teacher: str, corpus: str) -> HttpTargets:
         """A teacher's targets for a corpus.
 
         Raises:
-            UnknownCorpus, UnknownTeacher: there are none. PotstillError: as `Reads.json`.
+            UnknownCorpus, UnknownTeacher: there are none. PotstillError: as `SyncConnection.json`.
         """
-        return HttpTargets(self._reads, teacher, self.corpus(corpus))
+        return HttpTargets(self._connection, teacher, self.corpus(corpus))
 
 
 def _committed(runs: Any, num_shards: int) -> NDArray[np.bool_]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
+import time
 from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Self, TypeVar, cast
-from urllib.parse import quote
 
 import numpy as np
 
@@ -20,13 +20,14 @@ from potstill.cache.encoding.fields import check_fields
 from potstill.cache.errors import FormatError, InvalidInput, SpecMismatch, TeacherFailed, Unavailable, WireVersionError
 from potstill.cache.types import JSON, Fields, Provenance, Targets, TeacherIdentity, TeacherLimits, Tokens
 from potstill.cache.wire import scores as wire
-from potstill.clients.retry import Connection, RetryPolicy
+from potstill.clients.connection import Connection
+from potstill.clients.http_admin import HttpAdmin, teacher_path
+from potstill.clients.retry import RetryPolicy
 
 T = TypeVar("T")
 REQUEST_TOKENS = 8192
 """Tokens per request: enough to fill an engine's batch, little enough to retry."""
 _REQUEST_ROWS = 1024
-_ADMIN_RETRY = RetryPolicy(attempts=3)  # a person waits for it
 _ANSWER_BYTES = 64 * 2**20  # what one answer may hold before a request is split further
 
 
@@ -86,12 +87,12 @@ class HttpTeacher:
             InvalidInput: a bad URL or number. UnknownTeacher: no such name there.
             Unavailable: nobody answers. DeadlineExceeded: not within `timeout`.
         """
-        if max_in_flight < 1 or request_tokens < 1:
-            raise InvalidInput("max_in_flight and request_tokens must be at least 1")
-        async with Connection.open(
-            url, api_key=api_key, timeout=timeout, max_in_flight=max_in_flight, retry=retry or RetryPolicy()
+        if request_tokens < 1:
+            raise InvalidInput(f"request_tokens is {request_tokens}; it must be at least 1")
+        async with Connection(
+            url, api_key=api_key, timeout=timeout, max_in_flight=max_in_flight, retry=retry
         ) as connection:
-            description = await connection.get_json(teacher_path(name))
+            description = await connection.json(teacher_path(name))
             yield cls(connection, name, description, request_tokens=request_tokens, store=store)
 
     @property
@@ -121,7 +122,7 @@ class HttpTeacher:
         """
         for index, row in enumerate(rows):
             _check_row(index, row)
-        deadline = asyncio.get_running_loop().time() + self._connection.timeout
+        deadline = time.monotonic() + self._connection.timeout
         budget = min(self._request_tokens, max(1, _ANSWER_BYTES // _bytes_per_position(want, self._identity)))
         requests = [asyncio.create_task(self._request(part, want, deadline)) for part in split_rows(rows, budget)]
         try:
@@ -137,7 +138,8 @@ class HttpTeacher:
         if not self._store:
             headers["cache-control"] = "no-store"
         path = f"{teacher_path(self._name)}/score"
-        content = await self._connection.post(path, body, headers=headers, deadline=deadline)
+        tries = self._connection.tries(deadline - time.monotonic())
+        content = await self._connection.send("POST", path, tries=tries, headers=headers, content=body)
         try:
             answer = wire.answer_from_arrow(content)
         except WireVersionError:
@@ -164,11 +166,6 @@ class HttpTeacher:
                 check_fields(targets, want, self._identity.vocab_size)
             except TeacherFailed as error:
                 raise TeacherFailed(f"{who}: {error.detail}") from error
-
-
-def teacher_path(name: str) -> str:
-    """The route of a teacher, whatever characters its name has."""
-    return f"/v1/teachers/{quote(name, safe='')}"
 
 
 def split_rows(rows: Sequence[Tokens], request_tokens: int) -> Iterator[Sequence[Tokens]]:
@@ -301,7 +298,8 @@ async def open_http_teacher(spec: str, *, options: Mapping[str, JSON] | None = N
     url, _, name = spec.partition("#")
     arguments = _arguments(options or {})
     if not name:
-        names = [str(teacher.get("name")) for teacher in await list_teachers(url, api_key=arguments.get("api_key"))]
+        async with HttpAdmin.open(url, api_key=arguments.get("api_key")) as admin:
+            names = [str(teacher.get("name")) for teacher in await admin.teachers()]
         if not names:
             raise InvalidInput(f"{url} has no teacher; name a service that has one")
         if len(names) != 1:
@@ -329,30 +327,3 @@ def _arguments(options: Mapping[str, JSON]) -> dict[str, Any]:
     if "attempts" in options:
         arguments["retry"] = RetryPolicy(attempts=cast(int, options["attempts"]))
     return arguments
-
-
-async def list_teachers(
-    url: str, *, api_key: str | None = None, retry: RetryPolicy = _ADMIN_RETRY
-) -> list[dict[str, Any]]:
-    """Every teacher of a service: name, state and, once it is up, identity, provenance and limits."""
-    async with Connection.open(url, api_key=api_key, retry=retry) as connection:
-        teachers = (await connection.get_json("/v1/teachers")).get("teachers")
-    if not isinstance(teachers, list) or not all(isinstance(teacher, dict) for teacher in teachers):
-        raise TeacherFailed(f"{url} does not list its teachers; is it a Potstill service?")
-    return teachers
-
-
-async def get_replicas(url: str, name: str, *, api_key: str | None = None) -> dict[str, Any]:
-    """`{"replicas", "target", "max"}` of a teacher."""
-    async with Connection.open(url, api_key=api_key, timeout=60.0, retry=_ADMIN_RETRY) as connection:
-        return await connection.get_json(f"{teacher_path(name)}/replicas")
-
-
-async def put_replicas(url: str, name: str, replicas: int, *, api_key: str | None = None) -> dict[str, Any]:
-    """Ask for another number of replicas; returns what `get_replicas` does.
-
-    Raises:
-        LimitExceeded: the service cannot have that many.
-    """
-    async with Connection.open(url, api_key=api_key, timeout=60.0, retry=_ADMIN_RETRY) as connection:
-        return await connection.put_json(f"{teacher_path(name)}/replicas", {"replicas": replicas})

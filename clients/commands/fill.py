@@ -47,17 +47,18 @@ def run(args: argparse.Namespace) -> int:
         Unavailable: the service did not answer for `--patience` seconds.
         NotFound: there is no job to stop, or the service was restarted. PotstillError: what it refuses.
     """
+    from potstill.clients.connection import SyncConnection
     from potstill.clients.fill_watch import FillWatch
     from potstill.clients.http_fill import HttpFill
-    from potstill.clients.http_reads import Reads
     from potstill.clients.retry import RetryPolicy
 
     if not 0 < args.patience < math.inf:
         raise InvalidInput(f"--patience is {args.patience:g}; it must be a positive number of seconds")
     silence = min(_SILENCE_SECONDS, args.patience)
-    with Reads(args.url, api_key=key_of(args), timeout=silence, retry=RetryPolicy(attempts=1)) as reads:
+    once = RetryPolicy(attempts=1)
+    with SyncConnection(args.url, api_key=key_of(args), timeout=silence, retry=once) as connection:
         watch = FillWatch(
-            HttpFill(reads, args.corpus, args.teacher),
+            HttpFill(connection, args.corpus, args.teacher),
             patience=args.patience,
             again=_command(args),
             tell=lambda line: print(f"{_title(args)}: {line}", file=sys.stderr, flush=True),
@@ -115,7 +116,7 @@ def _command(args: argparse.Namespace, *, stop: bool = False) -> str:
 
 def _begun(at: dict[str, Any], args: argparse.Namespace) -> str:
     """Of a job that runs: all that is known this early for certain, and what to type next."""
-    from potstill.clients.retry import login_of
+    from potstill.clients.address import login_of
 
     left_out = "" if login_of(args.url) is None else "\n(without the key of the URL: put it into POTSTILL_API_KEY)"
     return (

@@ -54,12 +54,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> None:
-    teachers = _ask(args, lambda admin: admin.teachers())
+    teachers = _ask(args, _with_replicas)
     if args.json:
         print(json.dumps(teachers, indent=2))
     else:
         _print_teachers(teachers)
         _print_replicas(teachers)
+
+
+async def _with_replicas(admin: HttpAdmin) -> list[dict[str, Any]]:
+    teachers = await admin.teachers()
+    for teacher in teachers:
+        if teacher.get("state") == "ready":
+            teacher["replicas"] = await admin.replicas(str(teacher.get("name")))
+    return teachers
 
 
 def _scale(args: argparse.Namespace) -> None:

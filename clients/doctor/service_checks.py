@@ -12,14 +12,16 @@ from typing import Any
 
 import httpx
 
-from potstill.cache.errors import Forbidden, NotFound, PotstillError, TeacherFailed, Unauthenticated
+from potstill.cache.errors import Forbidden, NotFound, PotstillError, Unauthenticated
 from potstill.cache.types import Fields
 from potstill.cache.wire.scores import WIRE_VERSION
+from potstill.clients.address import API_KEY_VARIABLE, checked_url, login_of
 from potstill.clients.doctor.cache_checks import CorpusFacts, store_findings, unreadable_finding
 from potstill.clients.doctor.findings import Finding, Verdict, finding
 from potstill.clients.doctor.teacher_checks import Probing, difference, probe_row
-from potstill.clients.http_teacher import HttpTeacher, get_replicas
-from potstill.clients.retry import API_KEY_VARIABLE, Connection, RetryPolicy, checked_url, login_of
+from potstill.clients.http_admin import HttpAdmin
+from potstill.clients.http_teacher import HttpTeacher
+from potstill.clients.retry import RetryPolicy
 
 _SKEW_WARN = 2.0  # seconds; the Date header itself has whole ones
 _SKEW_FAIL = 60.0
@@ -103,37 +105,38 @@ async def check_cached(
 
 async def replica_count(url: str, name: str, *, api_key: str | None = None) -> int:
     """Running replicas of a teacher."""
-    replicas = (await get_replicas(url, name, api_key=api_key)).get("replicas")
+    async with HttpAdmin.open(url, api_key=api_key) as admin:
+        replicas = (await admin.replicas(name)).get("replicas")
     return replicas if isinstance(replicas, int) else 1
 
 
 async def _reach(url: str, api_key: str | None) -> tuple[ServiceFacts, list[Finding]]:
-    doctor: Mapping[str, Any] = {}
-    forbidden = ""
     shown = checked_url(url)
     try:
-        async with Connection.open(url, api_key=api_key, timeout=_TIMEOUT, retry=_RETRY) as connection:
-            teachers = (await connection.get_json("/v1/teachers")).get("teachers")
-            if not isinstance(teachers, list):
-                raise TeacherFailed(f"{shown} does not list its teachers; is it a Potstill service?")
+        async with HttpAdmin.open(url, api_key=api_key) as admin:
+            teachers = await admin.teachers()
+            doctor, forbidden, version = await _inside(admin)
     except PotstillError as error:
         way_out = "start it with `potstill serve`, or give its --url"
         if isinstance(error, Unauthenticated):
             way_out = f"put a key into {API_KEY_VARIABLE}, or name its variable with --api-key-env"
-        return ServiceFacts((), doctor), [finding("service", shown, Verdict("fail", error.detail, way_out))]
-    try:
-        async with Connection.open(url, api_key=api_key, timeout=_TIMEOUT, retry=_RETRY) as connection:
-            doctor = await connection.get_json("/v1/doctor")
-    except NotFound:
-        told = "it has no /v1/doctor: it is older than this client"
-        version = Verdict("fail", told, "upgrade the service")
-    except PotstillError as error:
-        forbidden = error.detail if isinstance(error, Forbidden) else ""
-        version = Verdict("warn", f"what only the service itself can see was not looked at: {error.detail}", _ADMIN)
-    else:
-        version = _version(doctor)
+        return ServiceFacts((), {}), [finding("service", shown, Verdict("fail", error.detail, way_out))]
     facts = ServiceFacts(teachers, doctor, forbidden)
     return facts, [finding("service", shown, _ready(facts)), finding("wire version", shown, version)]
+
+
+async def _inside(admin: HttpAdmin) -> tuple[Mapping[str, Any], str, Verdict]:
+    """What the service says of itself, why it may not say it to this key, and whether it speaks our version."""
+    try:
+        doctor = await admin.doctor()
+    except NotFound:
+        told = "it has no /v1/doctor: it is older than this client"
+        return {}, "", Verdict("fail", told, "upgrade the service")
+    except PotstillError as error:
+        forbidden = error.detail if isinstance(error, Forbidden) else ""
+        told = f"what only the service itself can see was not looked at: {error.detail}"
+        return {}, forbidden, Verdict("warn", told, _ADMIN)
+    return doctor, "", _version(doctor)
 
 
 def _ready(facts: ServiceFacts) -> Verdict:

@@ -7,9 +7,9 @@ import time
 from typing import Any
 
 from potstill.cache.wire import scores as wire
+from potstill.clients.connection import SyncConnection
 from potstill.clients.fill_watch import FillWatch
 from potstill.clients.http_fill import HttpFill
-from potstill.clients.http_reads import Reads
 from potstill.clients.retry import RetryPolicy
 from tests.support.processes.scripted_service import reply
 from tests.support.processes.servers import serving
@@ -35,9 +35,10 @@ class Starting:
 def test_the_time_that_the_service_names_is_waited_for() -> None:
     service = Starting()
     told: list[str] = []
-    with serving(service) as url, Reads(url, retry=RetryPolicy(attempts=1)) as reads:
+    with serving(service) as url, SyncConnection(url, retry=RetryPolicy(attempts=1)) as connection:
         at_once = RetryPolicy(base=0.0)
-        watch = FillWatch(HttpFill(reads, "docs", "fake"), patience=60.0, again="x", tell=told.append, retry=at_once)
+        job = HttpFill(connection, "docs", "fake")
+        watch = FillWatch(job, patience=60.0, again="x", tell=told.append, retry=at_once)
         assert watch.look()["state"] == "running"
     first, second = service.asked
     assert second - first >= 1.0

@@ -20,7 +20,8 @@ from potstill.cache.errors import (
 )
 from potstill.cache.types import Teacher, TeacherLimits, Tokens
 from potstill.clients import HttpTeacher, RetryPolicy, SyncHttpTeacher
-from potstill.clients.http_teacher import get_replicas, list_teachers, open_http_teacher, put_replicas, split_rows
+from potstill.clients.http_admin import HttpAdmin
+from potstill.clients.http_teacher import open_http_teacher, split_rows
 from tests.support.fakes import FakeTeacher, GatedTeacher
 from tests.support.processes.scripted_service import Script, answered
 from tests.support.processes.servers import hosted, serving, serving_teachers
@@ -224,11 +225,12 @@ async def test_bad_options_are_invalid_input(options: dict[str, Any]) -> None:
 
 
 async def test_replicas_are_read_and_asked_for(url: str) -> None:
-    assert (await list_teachers(url))[0]["name"] == "smol"
-    assert (await get_replicas(url, "smol"))["replicas"] == 1
-    assert (await put_replicas(url, "smol", 1))["target"] == 1
-    with pytest.raises(LimitExceeded, match="Ray"):
-        await put_replicas(url, "smol", 3)
+    async with HttpAdmin.open(url) as admin:
+        assert (await admin.teachers())[0]["name"] == "smol"
+        assert (await admin.replicas("smol"))["replicas"] == 1
+        assert (await admin.change_replicas("smol", {"replicas": 1}))["target"] == 1
+        with pytest.raises(LimitExceeded, match="Ray"):
+            await admin.change_replicas("smol", {"replicas": 3})
 
 
 def test_the_facade_for_threads(url: str, teacher: FakeTeacher) -> None:

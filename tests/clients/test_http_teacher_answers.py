@@ -12,7 +12,7 @@ from potstill.cache import Fields, Targets
 from potstill.cache.errors import PotstillError, SpecMismatch, TeacherFailed, WireVersionError
 from potstill.cache.wire import scores as wire
 from potstill.clients import HttpTeacher, RetryPolicy
-from potstill.clients.http_teacher import get_replicas, list_teachers
+from potstill.clients.http_admin import HttpAdmin
 from tests.support.processes.scripted_service import Script, answered, reply
 from tests.support.processes.servers import serving
 from tests.support.scored_rows import rows_of
@@ -79,6 +79,7 @@ async def test_something_else_on_the_port_is_named() -> None:
 
     for app in (hello, nowhere):
         with serving(app) as url:
-            for call in (list_teachers(url), get_replicas(url, "smol"), _open_and_score(url)):
-                with pytest.raises(TeacherFailed, match="Potstill service"):
-                    await call
+            async with HttpAdmin.open(url) as admin:
+                for call in (admin.teachers(), admin.replicas("smol"), _open_and_score(url)):
+                    with pytest.raises(TeacherFailed, match="Potstill service"):
+                        await call

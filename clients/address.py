@@ -1,0 +1,63 @@
+"""URLs and keys of services, as people type them."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import httpx
+
+from potstill.cache.errors import InvalidInput
+from potstill.cache.logins import without_login
+
+API_KEY_VARIABLE = "POTSTILL_API_KEY"
+"""Holds the API key for every service that is called without one, so that no command line shows it."""
+
+
+def key_header(api_key: str | None) -> dict[str, str]:
+    """The header that shows the key, or the environment's (`POTSTILL_API_KEY`); none when neither is there.
+
+    Raises:
+        InvalidInput: the key has characters that no header can hold.
+    """
+    found = api_key or os.environ.get(API_KEY_VARIABLE)
+    if not found:
+        return {}
+    key = found.strip()  # as a file or a shell may have put a line end behind it
+    if not key or not key.isascii() or not key.isprintable():
+        raise InvalidInput("the API key has characters that no key has; give it as `potstill keys add` printed it")
+    return {"authorization": f"Bearer {key}"}
+
+
+def login_of(url: str) -> tuple[str, str] | None:
+    """The user and password in a URL; None when it has none.
+
+    Raises:
+        InvalidInput: not a URL.
+    """
+    parsed = _parsed(url)
+    return (parsed.username, parsed.password) if parsed.userinfo else None
+
+
+def checked_url(url: str) -> str:
+    """The URL without a trailing slash and without what `login_of` has of it, so that messages may show it.
+
+    Raises:
+        InvalidInput: no http or https scheme, no host, a bad port, or a query or fragment.
+    """
+    parsed = _parsed(url)
+    if re.search(r"\s", url):
+        raise InvalidInput("the URL of the service has a space in it; write http://host:port, with %20 for a space")
+    if parsed.port is not None and not 0 < parsed.port < 2**16:
+        raise InvalidInput(f"{url!r} has port {parsed.port}; a port is a number from 1 to 65535")
+    if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or parsed.fragment:
+        raise InvalidInput(f"{url!r} is not the URL of a service; write http://host:port")
+    return without_login(str(parsed)).rstrip("/")
+
+
+def _parsed(url: str) -> httpx.URL:
+    try:
+        return httpx.URL(url)
+    except (httpx.InvalidURL, TypeError) as error:
+        why = "" if "@" in str(url) else f": {error}"  # which may quote a part of a password
+        raise InvalidInput(f"{str(url)!r} is not a URL{why}; write http://host:port") from error
