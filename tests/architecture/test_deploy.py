@@ -19,6 +19,7 @@ import yaml
 from potstill.cache.entry_points import command_entry_points
 from potstill.student_trainer.config import TrainConfig
 from potstill.teacher_service.settings.service import ServiceSettings, load_settings
+from tests.support import http
 from tests.support.fakes import FakeTeacher
 from tests.support.paths import ROOT
 from tests.support.processes.servers import hosted, serving_teachers
@@ -272,11 +273,10 @@ def health(check: list[str], port: str) -> int:
 
 
 def test_the_alerts_are_about_metrics_that_a_service_has() -> None:
-    import httpx
 
     rules = yaml.safe_load((DEPLOY / "prometheus-alerts.yml").read_text())["groups"][0]["rules"]
     with serving_teachers(hosted("big", FakeTeacher())) as url:
-        text = httpx.get(f"{url}/metrics").text
+        text = http.get(f"{url}/metrics").text
     families = {line.split()[2].removesuffix("_total") for line in text.splitlines() if line.startswith("# TYPE")}
     for rule in rules:
         for name in re.findall(r"potstill_\w+", rule["expr"]):

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from potstill.cache import Cache, Fields
@@ -21,6 +20,7 @@ from potstill.teacher_service.access.keys_file import add_key
 from potstill.teacher_service.access.middleware import Access
 from potstill.teacher_service.access.quotas import Quota
 from potstill.teacher_service.hosting.hosted_teacher import Keep
+from tests.support import http
 from tests.support.command_line import refused, run
 from tests.support.corpora import make_corpus, plan_targets, teacher_for
 from tests.support.fakes import FakeTeacher
@@ -81,14 +81,14 @@ def test_targets_of_a_model_that_was_renamed_are_told_by_the_service_and_of_a_ca
 
 
 def serves_nothing(url: str) -> bool:
-    return bool(httpx.get(f"{url}/v1/teachers").json()["teachers"] == [])
+    return bool(http.get(f"{url}/v1/teachers").json()["teachers"] == [])
 
 
 def test_a_service_without_a_teacher_is_in_order_where_it_has_a_cache(tmp_path: Path) -> None:
     cache, _ = make_corpus(tmp_path / "c")
     for service_cache, level in ((cache, "warn"), (None, "fail")):
         with serving_teachers(hosted("smol", FakeTeacher()), cache=service_cache) as url:
-            httpx.delete(f"{url}/v1/teachers/smol")
+            http.delete(f"{url}/v1/teachers/smol")
             until(partial(serves_nothing, url))
             [service] = [each for each in asyncio.run(check_service(url))[1] if each.check == "service"]
         assert (service.level, service.detail.startswith("it serves no teacher")) == (level, True)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
 import pytest
 
 from potstill.cache import Cache
@@ -24,6 +23,7 @@ from potstill.teacher_service.access.middleware import Access
 from potstill.teacher_service.access.quotas import Quota
 from potstill.teacher_service.app import create_app
 from potstill.teacher_service.hosting.service import Service
+from tests.support import http
 from tests.support.command_line import refused, run
 from tests.support.corpora import make_corpus, teacher_for, topics
 from tests.support.fakes import FakeTeacher, MoodyTeacher
@@ -169,7 +169,7 @@ def test_a_restarted_service_has_forgotten_the_job_and_the_way_on_is_told(
         watching.until(lambda: "no answer for now" in watching.err)
         stack.enter_context(served(cache, teacher_for(cache.corpus("docs")), port=urlsplit(url).port or 0))
         status, out, err = watching.finish()
-        assert httpx.get(f"{url}/v1/fills").json()["fills"] == []
+        assert http.get(f"{url}/v1/fills").json()["fills"] == []
         again = f"potstill fill --url {url} --corpus docs --teacher fake --top-k 4"
         assert (status, out) == (1, "")
         assert err[-1].startswith("not_found: the service was restarted, which ended the fill")

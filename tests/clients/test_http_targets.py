@@ -36,6 +36,7 @@ from potstill.clients.http_targets import HttpCache, HttpTargets
 from potstill.clients.retry import RetryPolicy
 from potstill.teacher_service.app import create_app
 from potstill.teacher_service.hosting.service import Service
+from tests.support import http
 from tests.support.contracts import TargetSetContract
 from tests.support.corpora import byte_tokenizer, make_corpus, plan_targets, teacher_for, topics
 from tests.support.fakes import FakeTeacher
@@ -147,7 +148,7 @@ class CuttingProxy:
             body, more = body + message.get("body", b""), message.get("more_body", False)
         target = f"{scope['path']}?{scope['query_string'].decode()}"
         headers = [(k, v) for k, v in scope["headers"] if k not in (b"host", b"connection", b"content-length")]
-        async with httpx.AsyncClient() as client:
+        async with httpx.AsyncClient(timeout=http.SECONDS) as client:
             reply = await client.request(scope["method"], self.upstream + target, content=body, headers=headers)
         content = reply.content
         if reply.headers["content-type"].startswith("application/vnd.apache.arrow"):
@@ -170,7 +171,7 @@ def test_an_answer_cut_anywhere_is_never_a_short_one(url: str, local: TargetSet)
         targets = cache.targets("fake", "docs")
         TargetSetContract().assert_same(targets.read(start, stop), local.read(start, stop))
         size = proxy.sizes[-1]
-        with httpx.stream("GET", through + proxy.asked[-1]) as reply:
+        with http.stream("GET", through + proxy.asked[-1]) as reply:
             body = reply.read()
         ends = [at for at in range(len(body)) if body.startswith(b"\xff\xff\xff\xff", at)]
         edges = {at + by for at in ends[:-1] for by in (-1, 0, 1, 4, 8, 9)}

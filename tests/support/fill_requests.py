@@ -6,10 +6,9 @@ import argparse
 import time
 from typing import Any
 
-import httpx
-
 from potstill.cache import Fields
 from potstill.clients.commands import fill as command
+from tests.support import http
 
 FIELDS = Fields(k=4)
 BODY: dict[str, Any] = {"fields": FIELDS.to_json(), "batch_tokens": 200}
@@ -18,7 +17,7 @@ BODY: dict[str, Any] = {"fields": FIELDS.to_json(), "batch_tokens": 200}
 def until_state(address: str, *states: str) -> dict[str, Any]:
     """The job, once it is in one of these states."""
     deadline = time.monotonic() + 90
-    while (at := httpx.get(address, timeout=120).json())["state"] not in states:
+    while (at := http.get(address).json())["state"] not in states:
         assert time.monotonic() < deadline, at
         time.sleep(0.05)
     return dict(at)

@@ -14,8 +14,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import httpx
 from websockets.sync.client import ClientConnection, connect
+
+from tests.support import http
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 
@@ -109,7 +110,7 @@ def browsing(chromium: str, *, width: int = 1280, height: int = 800, dark: bool 
         )
         try:
             port = _port(process, Path(profile) / "DevToolsActivePort")
-            tabs = httpx.get(f"http://127.0.0.1:{port}/json/list").json()
+            tabs = http.get(f"http://127.0.0.1:{port}/json/list").json()
             address = next(tab["webSocketDebuggerUrl"] for tab in tabs if tab["type"] == "page")
             with connect(address, max_size=None, max_queue=None, ping_interval=None, close_timeout=0.2) as socket:
                 page = Page(socket)

@@ -19,6 +19,7 @@ from potstill.teacher_service.hosting.hosted_teacher import HostedTeacher, Keep
 from potstill.teacher_service.hosting.service import Service
 from potstill.teacher_service.settings.service import LimitSettings
 from potstill.teacher_service.transport.connections import bounded_protocol
+from tests.support import http
 from tests.support.fakes import FakeTeacher
 
 
@@ -54,7 +55,7 @@ def hosted(name: str, teacher: Teacher, keep: Keep | None = None) -> HostedTeach
 
 def wait_ready(url: str) -> None:
     deadline = time.monotonic() + 60
-    while httpx.get(f"{url}/readyz", timeout=60).status_code != 200:
+    while http.get(f"{url}/readyz").status_code != 200:
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -77,12 +78,12 @@ def serving_corpora(cache: Cache | None) -> Iterator[str]:
 
 def targets_of(url: str, **params: Any) -> httpx.Response:
     """Ask for targets of the teacher `fake` on the corpus `docs`."""
-    return httpx.get(f"{url}/v1/corpora/docs/targets/fake", params=params, timeout=60)
+    return http.get(f"{url}/v1/corpora/docs/targets/fake", params=params)
 
 
 def post_json(url: str, value: Any, *, name: str = "smol", **headers: str) -> httpx.Response:
     """Ask a teacher to score, in JSON."""
-    return httpx.post(f"{url}/v1/teachers/{name}/score", json=value, headers=headers)
+    return http.post(f"{url}/v1/teachers/{name}/score", json=value, headers=headers)
 
 
 def refused(reply: httpx.Response, status: int, kind: str) -> str:

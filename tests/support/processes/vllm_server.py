@@ -13,6 +13,8 @@ from pathlib import Path
 
 import httpx
 
+from tests.support import http
+
 _START_SECONDS = 900.0  # vLLM takes one minute on an idle machine
 _STOP_SECONDS = 30.0
 
@@ -80,7 +82,7 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
     while time.monotonic() < deadline:
         assert process.poll() is None, log.read_text()[-2000:]
         try:
-            if httpx.get(f"{url}/health", timeout=5.0).status_code == 200:
+            if http.get(f"{url}/health", timeout=5.0).status_code == 200:
                 return
         except httpx.TransportError:
             pass

@@ -25,6 +25,7 @@ from potstill.teacher_service.access.quotas import Quota
 from potstill.teacher_service.app import create_app
 from potstill.teacher_service.hosting.service import Service
 from potstill.teacher_service.settings.service import AccessSettings
+from tests.support import http
 from tests.support.command_line import refused as refused_command, run
 from tests.support.fakes import FakeTeacher
 from tests.support.processes.servers import hosted, refused, serving_teachers
@@ -44,7 +45,7 @@ class Guarded:
 
     def call(self, method: str, path: str, key: str | None = None, **options: Any) -> httpx.Response:
         headers = {} if key is None else {"authorization": f"Bearer {self.keys.get(key, key)}"}
-        return httpx.request(method, f"{self.url}{path}", headers=headers, **options)
+        return http.request(method, f"{self.url}{path}", headers=headers, **options)
 
     def score(self, key: str | None) -> httpx.Response:
         return self.call("POST", "/v1/teachers/smol/score", key, json=ASKED)
@@ -93,7 +94,7 @@ def test_without_a_known_key_nothing_is_told(guarded: Guarded, method: str, path
 @pytest.mark.parametrize("header", ["", "Bearer", "Bearer -", "Basic {key}", "{key}", "Bearer  {key}x", "Token {key}"])
 def test_what_is_no_bearer_key_is_refused(guarded: Guarded, header: str) -> None:
     text = header.format(key=guarded.keys["admin"])
-    reply = httpx.get(f"{guarded.url}/v1/teachers", headers={"authorization": text})
+    reply = http.get(f"{guarded.url}/v1/teachers", headers={"authorization": text})
     unknown = header in ("Bearer -", "Bearer  {key}x")
     assert ("not known" if unknown else "Authorization: Bearer") in refused(reply, 401, "unauthenticated")
     assert reply.headers["www-authenticate"].startswith("Bearer")
@@ -140,16 +141,16 @@ def test_metrics_can_be_opened(tmp_path: Path) -> None:
     add_key(file, "a", Role.ADMIN, Quota())
     access = Access.of(AccessSettings(keys_file=str(file), open_metrics=True))
     with serving_teachers(hosted("smol", FakeTeacher()), access=access) as url:
-        assert httpx.get(f"{url}/metrics").status_code == 200
-        assert httpx.get(f"{url}/v1/teachers").status_code == 401
-        text = httpx.get(f"{url}/metrics").text
+        assert http.get(f"{url}/metrics").status_code == 200
+        assert http.get(f"{url}/v1/teachers").status_code == 401
+        text = http.get(f"{url}/metrics").text
         assert 'potstill_refusals_total{kind="unauthenticated"} 1.0' in text
 
 
 def test_what_admins_do_and_what_others_try_is_written_down(guarded: Guarded) -> None:
     path = "/v1/teachers/smol/replicas"
     sent = {"x-request-id": "r-1", "authorization": f"Bearer {guarded.keys['admin']}"}
-    httpx.put(f"{guarded.url}{path}", json={"replicas": 1}, headers=sent)
+    http.put(f"{guarded.url}{path}", json={"replicas": 1}, headers=sent)
     guarded.call("PUT", path, "admin", json={"replicas": 5})
     guarded.call("PUT", path, "trainer", json={"replicas": 1})
     guarded.call("PUT", path, None, json={"replicas": 1})
@@ -215,8 +216,8 @@ def test_a_quota_is_429_with_the_time_to_come_back(tmp_path: Path) -> None:
     with serving_teachers(hosted("smol", FakeTeacher()), access=Access.of(AccessSettings(keys_file=str(file)))) as url:
         headers = {"authorization": f"Bearer {key}"}
         address = f"{url}/v1/teachers/smol/score"
-        assert httpx.post(address, json={"rows": [[1, 2, 3, 4, 5, 6]]}, headers=headers).status_code == 200
-        reply = httpx.post(address, json={"rows": [[1, 2, 3]]}, headers=headers)
+        assert http.post(address, json={"rows": [[1, 2, 3, 4, 5, 6]]}, headers=headers).status_code == 200
+        reply = http.post(address, json={"rows": [[1, 2, 3]]}, headers=headers)
         assert "tokens_per_minute=6 of the key 'small'" in refused(reply, 429, "overloaded")
         assert 25 <= int(reply.headers["retry-after"]) <= 30
 

@@ -17,6 +17,7 @@ from potstill.teacher_service.hosting.hosted_teacher import HostedTeacher
 from potstill.teacher_service.hosting.service import Service
 from potstill.teacher_service.hosting.teacher_source import TeacherSource
 from potstill.teacher_service.settings.service import AccessSettings, TeacherSettings
+from tests.support import http
 from tests.support.fakes import FakeTeacher
 from tests.support.waiting import eventually
 
@@ -59,7 +60,10 @@ async def test_an_action_that_is_cancelled_is_written_down(tmp_path: Path) -> No
     file = tmp_path / "audit.jsonl"
     service = Service.of([], access=Access.of(AccessSettings(audit_file=str(file))), source=Slow())
     transport = httpx.ASGITransport(create_app(service))
-    async with service.running(), httpx.AsyncClient(transport=transport, base_url="http://potstill") as client:
+    async with (
+        service.running(),
+        httpx.AsyncClient(timeout=http.SECONDS, transport=transport, base_url="http://potstill") as client,
+    ):
         adding = asyncio.create_task(client.put("/v1/teachers/new", json={"model": "m"}))
         await eventually(lambda: "new" in service.teachers)
         adding.cancel()

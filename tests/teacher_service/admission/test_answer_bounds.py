@@ -21,6 +21,7 @@ from potstill.teacher_service.app import create_app
 from potstill.teacher_service.hosting.hosted_teacher import Keep
 from potstill.teacher_service.hosting.service import Service
 from potstill.teacher_service.settings.service import LimitSettings
+from tests.support import http
 from tests.support.fakes import FakeTeacher, GatedTeacher
 from tests.support.processes.servers import hosted, post_json, serving, serving_teachers, wait_ready
 from tests.support.waiting import until
@@ -132,7 +133,7 @@ def test_what_a_client_that_left_held_is_given_back_once(tmp_path: Path) -> None
 
         def leave() -> None:
             with pytest.raises(httpx.ReadTimeout):
-                httpx.post(f"{served.url}/v1/teachers/smol/score", json=asked(3), timeout=2.0)
+                http.post(f"{served.url}/v1/teachers/smol/score", json=asked(3), timeout=2.0)
 
         leaving = served.pool.submit(leave)
         until(lambda: served.service.admission._misses.in_use == ROW_BYTES)
@@ -164,7 +165,7 @@ def long_request(num_bytes: int) -> bytes:
 
 def test_a_request_tells_nobody_of_an_earlier_one_on_its_connection_that_it_waits() -> None:
     teacher = ToldTeacher()
-    with serving_teachers(hosted("smol", teacher)) as url, httpx.Client(base_url=url) as client:
+    with serving_teachers(hosted("smol", teacher)) as url, httpx.Client(timeout=http.SECONDS, base_url=url) as client:
         for _ in range(3):
             # Longer than what the server reads ahead: it stops reading, and goes on for the request that takes it.
             reply = client.post("/v1/teachers/smol/score", content=long_request(300_000), headers=JSON)

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import stats
 
-from potstill.cache.encoding.draws import draw_rows, uniforms
+from potstill.cache.encoding.draws import uniforms
 from potstill.cache.types import Draws, Fields
 from potstill.teacher_service.capture.layout import float_sections, num_floats, split
 from potstill.teacher_service.capture.maths import capture_on_cpu, capture_on_gpu

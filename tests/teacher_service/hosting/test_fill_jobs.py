@@ -18,6 +18,7 @@ from potstill.teacher_service.access.quotas import Quota
 from potstill.teacher_service.app import create_app
 from potstill.teacher_service.hosting.service import Service
 from potstill.teacher_service.settings.service import AccessSettings, LimitSettings
+from tests.support import http
 from tests.support.corpora import make_corpus, teacher_for, topics
 from tests.support.fakes import MoodyTeacher
 from tests.support.fill_requests import BODY
@@ -55,7 +56,7 @@ class Guarded:
     def call(self, method: str, name: str, body: Any = None, corpus: str = "docs") -> httpx.Response:
         headers = {"authorization": f"Bearer {self.keys[name]}"}
         address = f"{self.url}/v1/corpora/{corpus}/fill/fake"
-        return httpx.request(method, address, json=body, headers=headers, timeout=120)
+        return http.request(method, address, json=body, headers=headers)
 
     def ended(self, name: str, corpus: str = "docs") -> dict[str, Any]:
         until(lambda: self.call("GET", name, corpus=corpus).json()["state"] in ("done", "failed"))

@@ -18,6 +18,7 @@ from potstill.teacher_service.hosting.fill_turns import FillTurn, FillTurns
 from potstill.teacher_service.hosting.service import Service
 from potstill.teacher_service.routes.doctor import admitted_bytes
 from potstill.teacher_service.settings.service import LimitSettings
+from tests.support import http
 from tests.support.corpora import make_corpus, teacher_for, topics
 from tests.support.fakes import MoodyTeacher
 from tests.support.fill_requests import BODY, run_fill, until_state
@@ -51,13 +52,13 @@ class Filled:
         return f"{self.url}/v1/corpora/docs/fill/{name}"
 
     def put(self, name: str, body: dict[str, Any] = BODY) -> httpx.Response:
-        return httpx.put(self.address(name), json=body, timeout=120)
+        return http.put(self.address(name), json=body)
 
     def admitted_bytes(self) -> int:
-        return int(httpx.get(f"{self.url}/v1/doctor", timeout=120).json()["memory"]["admitted_bytes"])
+        return int(http.get(f"{self.url}/v1/doctor").json()["memory"]["admitted_bytes"])
 
     def states(self) -> dict[str, str]:
-        fills = httpx.get(f"{self.url}/v1/fills", timeout=120).json()["fills"]
+        fills = http.get(f"{self.url}/v1/fills").json()["fills"]
         return {job["teacher"]: job["state"] for job in fills}
 
 
@@ -81,7 +82,7 @@ def test_a_job_that_fails_or_is_stopped_lets_the_next_one_run(tmp_path: Path) ->
     with Filled(tmp_path / "c", 2).served() as filled:
         filled.teachers["fake"].errors.append(TeacherFailed("the engine answered NaN"))
         assert [filled.put(name).json()["state"] for name in NAMES] == ["running", "running", "waiting", "waiting"]
-        stopped = httpx.delete(filled.address("c"), timeout=120).json()
+        stopped = http.delete(filled.address("c")).json()
         assert (stopped["state"], stopped["seconds"]) == ("stopped", 0.0)
         filled.teachers["fake"].gate.set()
         assert until_state(filled.address("fake"), "done", "failed")["state"] == "failed"
@@ -89,7 +90,7 @@ def test_a_job_that_fails_or_is_stopped_lets_the_next_one_run(tmp_path: Path) ->
         assert filled.states() == {"fake": "failed", "b": "running", "c": "stopped", "d": "running"}
         # One that is asked for again is the last in the order.
         assert [filled.put(name).json()["state"] for name in ("fake", "c")] == ["waiting", "waiting"]
-        assert httpx.delete(filled.address("b"), timeout=120).json()["state"] == "stopped"
+        assert http.delete(filled.address("b")).json()["state"] == "stopped"
         until(lambda: filled.states()["fake"] == "running")
         assert filled.states()["c"] == "waiting"
         assert filled.teachers["c"].calls == 0
@@ -131,9 +132,9 @@ def test_jobs_that_are_told_to_come_back_later_let_others_run(tmp_path: Path) ->
         for name in ("c", "d"):
             assert until_state(filled.address(name), "done", "failed")["state"] == "done"
         assert filled.states() == {"fake": "waiting", "b": "waiting", "c": "done", "d": "done"}
-        at = httpx.get(filled.address("fake"), timeout=120).json()
+        at = http.get(filled.address("fake")).json()
         assert at["told_to_wait"] == {"kind": "overloaded", "detail": SPENT}
-        stopped = httpx.delete(filled.address("fake"), timeout=120).json()
+        stopped = http.delete(filled.address("fake")).json()
         assert (stopped["state"], stopped["told_to_wait"]) == ("stopped", None)
         assert stopped["seconds"] > 0
 
@@ -245,8 +246,8 @@ def test_services_that_wait_for_shards_of_each_other_both_end(tmp_path: Path) ->
         )
         for addresses in (firsts, seconds):
             for address in addresses:
-                httpx.put(address, json=ONE_BATCH, timeout=120).raise_for_status()
-            until(lambda: all(httpx.get(address, timeout=120).json()["told_to_wait"] for address in firsts))
+                http.put(address, json=ONE_BATCH).raise_for_status()
+            until(lambda: all(http.get(address).json()["told_to_wait"] for address in firsts))
         for address in firsts + seconds:
             assert until_state(address, "done", "failed")["state"] == "done"
     for name in ("p", "q"):
@@ -272,7 +273,7 @@ def test_the_command_tells_why_a_job_waits(
             return f"told to come back later (overloaded: {SPENT})" in told
 
         until(shown)
-        assert httpx.delete(filled.address("fake"), timeout=120).json()["state"] == "stopped"
+        assert http.delete(filled.address("fake")).json()["state"] == "stopped"
         watching.join()
 
 

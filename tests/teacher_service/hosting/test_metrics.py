@@ -9,7 +9,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from shutil import which
 
-import httpx
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
@@ -22,6 +21,7 @@ from potstill.teacher_service.app import create_app
 from potstill.teacher_service.hosting.hosted_teacher import HostedTeacher, Keep
 from potstill.teacher_service.hosting.service import Service
 from potstill.teacher_service.settings.service import LimitSettings
+from tests.support import http
 from tests.support.fakes import BrokenTeacher, FakeTeacher, GatedTeacher
 from tests.support.paths import ROOT
 from tests.support.pools import hosted_pool
@@ -30,7 +30,7 @@ from tests.support.waiting import until
 
 
 def metrics_text(url: str) -> str:
-    return httpx.get(f"{url}/metrics").text
+    return http.get(f"{url}/metrics").text
 
 
 def samples(url: str) -> dict[str, float]:
@@ -53,7 +53,7 @@ def test_replicas_and_their_tokens_are_counted(keep: Keep) -> None:
     with serving_teachers(teacher, cache=keep.cache) as url:
         post_json(url, {"rows": [[1, 2, 3], [4, 5]], "fields": {"k": 2}}, name="big")
         post_json(url, {"rows": [[1, 2, 3], [9]], "fields": {"k": 2}}, name="big")
-        httpx.put(f"{url}/v1/teachers/big/replicas", json={"replicas": 3})
+        http.put(f"{url}/v1/teachers/big/replicas", json={"replicas": 3})
         found = samples(url)
         until(lambda: samples(url)["potstill_replicas{state=ready,teacher=big}"] == 3)
         until(lambda: samples(url)["potstill_journal_bytes{teacher=big}"] > 0)
@@ -85,8 +85,8 @@ def test_a_teacher_is_in_one_state_and_a_failed_one_breaks_nothing() -> None:
         found = {name: value for name, value in samples(url).items() if name.startswith("potstill_teacher_state")}
         assert sum(found.values()) == 2
         assert not any("teacher=bad" in name for name in samples(url) if name.startswith("potstill_replicas"))
-        assert "no memory" in httpx.get(f"{url}/readyz").text
-        (bad, _) = httpx.get(f"{url}/v1/overview").json()["teachers"]
+        assert "no memory" in http.get(f"{url}/readyz").text
+        (bad, _) = http.get(f"{url}/v1/overview").json()["teachers"]
         assert (bad["state"], bad["cause"], bad["replicas"]) == ("failed", "RuntimeError: no memory", None)
 
 
@@ -116,11 +116,11 @@ def test_a_request_whose_rows_wait_for_an_engine_is_counted_by_its_tokens_and_th
 
 def test_what_a_caller_makes_up_is_no_label() -> None:
     with serving_teachers(hosted("smol", FakeTeacher())) as url:
-        httpx.get(f"{url}/made-up-path")
-        httpx.get(f"{url}/v1/teachers/made-up-name", headers={"x-request-id": "made-up-id"})
-        httpx.request("PROPFIND", f"{url}/", headers={"user-agent": "made-up-agent"})
+        http.get(f"{url}/made-up-path")
+        http.get(f"{url}/v1/teachers/made-up-name", headers={"x-request-id": "made-up-id"})
+        http.request("PROPFIND", f"{url}/", headers={"user-agent": "made-up-agent"})
         post_json(url, {"rows": [], "made-up-key": 1})
-        text = httpx.get(f"{url}/metrics").text
+        text = http.get(f"{url}/metrics").text
     assert "made-up" not in text
     assert "PROPFIND" not in text
 
@@ -165,7 +165,7 @@ def test_every_metric_of_the_alerts_is_there(known: set[str]) -> None:
 def test_promtool_has_nothing_to_say() -> None:
     with serving_teachers(hosted_pool("big", FakeTeacher())) as url:
         post_json(url, {"rows": [[1]], "fields": {"k": 2}}, name="big")
-        text = httpx.get(f"{url}/metrics").content
+        text = http.get(f"{url}/metrics").content
     done = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, check=False)
     assert (done.returncode, done.stdout + done.stderr) == (0, b"")
 

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.support import http
 from tests.support.fakes import FakeTeacher
 from tests.support.paths import ROOT
 from tests.support.pools import hosted_pool
@@ -49,7 +50,7 @@ def ask(url: str, query: str) -> list[dict[str, Any]]:
     deadline = time.monotonic() + 90
     while True:
         try:
-            reply = httpx.get(f"{url}/api/v1/query", params={"query": query})
+            reply = http.get(f"{url}/api/v1/query", params={"query": query})
             # It answers 503 until it has read its own files.
             found: list[dict[str, Any]] = reply.json()["data"]["result"] if reply.is_success else []
         except httpx.TransportError:
@@ -72,8 +73,8 @@ def test_a_prometheus_scrapes_the_service(tmp_path: Path) -> None:
             (state,) = ask(server, 'potstill_teacher_state{state="ready"}')
             assert state["value"][1] == "1"
             ask(server, "histogram_quantile(0.9, sum by (le) (potstill_score_seconds_bucket)) > 0")
-            targets = httpx.get(f"{server}/api/v1/targets").json()["data"]["activeTargets"]
+            targets = http.get(f"{server}/api/v1/targets").json()["data"]["activeTargets"]
             assert [target["lastError"] for target in targets] == [""]
-            rules = httpx.get(f"{server}/api/v1/rules").json()["data"]["groups"][0]["rules"]
+            rules = http.get(f"{server}/api/v1/rules").json()["data"]["groups"][0]["rules"]
             assert [(rule["name"], rule["lastError"]) for rule in rules if rule.get("lastError")] == []
             assert "PotstillDown" in {rule["name"] for rule in rules}

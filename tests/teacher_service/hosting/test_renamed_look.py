@@ -12,11 +12,10 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-import httpx
-
 from potstill.cache import Cache
 from potstill.clients.doctor.service_checks import check_service
 from potstill.teacher_service.hosting.renamed_look import RenamedLook, look_for_renamed
+from tests.support import http
 from tests.support.corpora import make_corpus, plan_targets, teacher_for
 from tests.support.fakes import FakeTeacher
 from tests.support.filled_caches import commit
@@ -121,10 +120,10 @@ def test_the_doctor_answers_the_rest_when_the_store_does_not(tmp_path: Path) -> 
     cache, now = renamed_model(tmp_path / "c")
     record = tmp_path / "c" / "targets" / "fake" / "docs" / "zarr.json"
     with serving_teachers(hosted("fake", now), cache=cache) as url:
-        assert list(httpx.get(f"{url}/v1/doctor").json()["renamed"]) == ["fake"]
+        assert list(http.get(f"{url}/v1/doctor").json()["renamed"]) == ["fake"]
         record.unlink()
         record.symlink_to(record.name)  # a store that refuses, also to root: too many levels of links
-        reply = httpx.get(f"{url}/v1/doctor")
+        reply = http.get(f"{url}/v1/doctor")
         findings = {each.check: each for each in asyncio.run(check_service(url))[1]}
     assert reply.status_code == 200, reply.text
     told = reply.json()

@@ -16,6 +16,7 @@ from potstill.cache.types import Teacher
 from potstill.teacher_service.app import create_app
 from potstill.teacher_service.hosting.hosted_teacher import HostedTeacher
 from potstill.teacher_service.hosting.service import Service
+from tests.support import http
 from tests.support.corpora import make_corpus
 from tests.support.fakes import FakeTeacher, fake_identity
 from tests.support.processes.servers import hosted, refused, serving, serving_teachers, wait_ready
@@ -38,11 +39,11 @@ def url() -> Iterator[str]:
 
 
 def teachers(url: str) -> dict[str, Any]:
-    return {one["name"]: one for one in httpx.get(f"{url}/v1/teachers").json()["teachers"]}
+    return {one["name"]: one for one in http.get(f"{url}/v1/teachers").json()["teachers"]}
 
 
 def score(url: str, name: str) -> httpx.Response:
-    return httpx.post(f"{url}/v1/teachers/{name}/score", json=ROWS, timeout=120)
+    return http.post(f"{url}/v1/teachers/{name}/score", json=ROWS)
 
 
 def gone(url: str, name: str) -> bool:
@@ -53,31 +54,31 @@ def gone(url: str, name: str) -> bool:
 
 
 def test_a_teacher_is_added_used_and_removed(url: str, origin: str) -> None:
-    added = httpx.put(f"{url}/v1/teachers/mirror", json={"model": f"{origin}#smol"})
+    added = http.put(f"{url}/v1/teachers/mirror", json={"model": f"{origin}#smol"})
     assert added.status_code == 201
     assert added.json()["identity"]["model"] == "fake"
     assert list(teachers(url)) == ["own", "mirror"]
     assert score(url, "mirror").json()["rows"] == score(url, "own").json()["rows"]
-    assert [one["id"] for one in httpx.get(f"{url}/v1/models").json()["data"]] == ["own", "mirror"]
-    removed = httpx.delete(f"{url}/v1/teachers/mirror")
+    assert [one["id"] for one in http.get(f"{url}/v1/models").json()["data"]] == ["own", "mirror"]
+    removed = http.delete(f"{url}/v1/teachers/mirror")
     assert (removed.status_code, removed.json()) == (202, {"name": "mirror", "state": "draining"})
     assert gone(url, "mirror")
     refused(score(url, "mirror"), 404, "unknown_teacher")
-    refused(httpx.delete(f"{url}/v1/teachers/mirror"), 404, "unknown_teacher")
+    refused(http.delete(f"{url}/v1/teachers/mirror"), 404, "unknown_teacher")
 
 
 def test_the_same_teacher_twice_is_one_and_another_is_refused(url: str, origin: str) -> None:
     body = {"model": f"{origin}#smol", "options": {"timeout": 9}}
-    assert httpx.put(f"{url}/v1/teachers/mirror", json=body).status_code == 201
-    assert httpx.put(f"{url}/v1/teachers/mirror", json=body).status_code == 200
-    other = httpx.put(f"{url}/v1/teachers/mirror", json={"model": f"{origin}#slow", "options": {"timeout": 9}})
+    assert http.put(f"{url}/v1/teachers/mirror", json=body).status_code == 201
+    assert http.put(f"{url}/v1/teachers/mirror", json=body).status_code == 200
+    other = http.put(f"{url}/v1/teachers/mirror", json={"model": f"{origin}#slow", "options": {"timeout": 9}})
     assert "is there with another model; remove it" in refused(other, 409, "spec_mismatch")
-    other = httpx.put(f"{url}/v1/teachers/mirror", json={"model": f"{origin}#smol"})
+    other = http.put(f"{url}/v1/teachers/mirror", json={"model": f"{origin}#smol"})
     assert "another options" in refused(other, 409, "spec_mismatch")
-    refused(httpx.put(f"{url}/v1/teachers/own", json=body), 409, "spec_mismatch")
-    httpx.delete(f"{url}/v1/teachers/mirror")
+    refused(http.put(f"{url}/v1/teachers/own", json=body), 409, "spec_mismatch")
+    http.delete(f"{url}/v1/teachers/mirror")
     assert gone(url, "mirror")
-    assert httpx.put(f"{url}/v1/teachers/mirror", json={"model": f"{origin}#slow"}).status_code == 201
+    assert http.put(f"{url}/v1/teachers/mirror", json={"model": f"{origin}#slow"}).status_code == 201
 
 
 def test_what_cannot_be_added_is_not_there(url: str, origin: str) -> None:
@@ -95,27 +96,27 @@ def test_what_cannot_be_added_is_not_there(url: str, origin: str) -> None:
         ["model"],
     ]
     for body in bodies:
-        answer = httpx.put(f"{url}/v1/teachers/mirror", json=body)
+        answer = http.put(f"{url}/v1/teachers/mirror", json=body)
         assert answer.status_code in (404, 422), body
         assert "\n" not in answer.json()["detail"]
         assert list(teachers(url)) == ["own"]
-    assert httpx.put(f"{url}/v1/teachers/.mirror", json={"model": f"{origin}#smol"}).status_code == 422
-    assert httpx.get(f"{url}/readyz").status_code == 200
+    assert http.put(f"{url}/v1/teachers/.mirror", json={"model": f"{origin}#smol"}).status_code == 422
+    assert http.get(f"{url}/readyz").status_code == 200
 
 
 def test_calls_in_flight_end_before_a_removed_teacher_does(url: str, origin: str) -> None:
-    httpx.put(f"{url}/v1/teachers/mirror", json={"model": f"{origin}#slow"})
+    http.put(f"{url}/v1/teachers/mirror", json={"model": f"{origin}#slow"})
     with ThreadPoolExecutor() as threads:
         calls = [threads.submit(score, url, "mirror") for _ in range(2)]
-        while httpx.get(f"{origin}/v1/teachers/slow/replicas").json()["each"][0]["tokens_waiting"] < 10:
+        while http.get(f"{origin}/v1/teachers/slow/replicas").json()["each"][0]["tokens_waiting"] < 10:
             time.sleep(0.01)
-        assert httpx.delete(f"{url}/v1/teachers/mirror").status_code == 202
-        assert httpx.delete(f"{url}/v1/teachers/mirror").status_code == 202
+        assert http.delete(f"{url}/v1/teachers/mirror").status_code == 202
+        assert http.delete(f"{url}/v1/teachers/mirror").status_code == 202
         assert teachers(url)["mirror"]["state"] == "draining"
         refused(score(url, "mirror"), 503, "unavailable")
-        again = httpx.put(f"{url}/v1/teachers/mirror", json={"model": f"{origin}#smol"})
+        again = http.put(f"{url}/v1/teachers/mirror", json={"model": f"{origin}#smol"})
         assert "is being removed" in refused(again, 503, "unavailable")
-        assert httpx.get(f"{url}/readyz").status_code == 200
+        assert http.get(f"{url}/readyz").status_code == 200
         assert [call.result().status_code for call in calls] == [200, 200]
     assert gone(url, "mirror")
 
@@ -123,20 +124,20 @@ def test_calls_in_flight_end_before_a_removed_teacher_does(url: str, origin: str
 def test_without_teachers_a_service_is_ready_only_where_a_cache_can_be_served(
     url: str, origin: str, tmp_path: Path
 ) -> None:
-    assert httpx.delete(f"{url}/v1/teachers/own").status_code == 202
+    assert http.delete(f"{url}/v1/teachers/own").status_code == 202
     assert gone(url, "own")
-    answer = httpx.get(f"{url}/readyz")
+    answer = http.get(f"{url}/readyz")
     assert (answer.status_code, answer.json()["status"]) == (503, "not ready")
     assert "potstill teachers add" in answer.json()["detail"]
-    httpx.put(f"{url}/v1/teachers/mirror", json={"model": f"{origin}#smol"})
-    assert httpx.get(f"{url}/readyz").json() == {"status": "ready", "teachers": {"mirror": "ready"}}
+    http.put(f"{url}/v1/teachers/mirror", json={"model": f"{origin}#smol"})
+    assert http.get(f"{url}/readyz").json() == {"status": "ready", "teachers": {"mirror": "ready"}}
     cache, _ = make_corpus(tmp_path / "cache")
     with serving_teachers(cache=cache) as reading:
-        answer = httpx.get(f"{reading}/readyz")
+        answer = http.get(f"{reading}/readyz")
         assert (answer.status_code, answer.json()["teachers"]) == (200, {})
         assert "what the cache has committed" in answer.json()["detail"]
-        assert httpx.get(f"{reading}/v1/overview").json()["ready"]
-        assert [corpus["name"] for corpus in httpx.get(f"{reading}/v1/corpora").json()["corpora"]] == ["docs"]
+        assert http.get(f"{reading}/v1/overview").json()["ready"]
+        assert [corpus["name"] for corpus in http.get(f"{reading}/v1/corpora").json()["corpora"]] == ["docs"]
 
 
 @asynccontextmanager
@@ -148,13 +149,13 @@ async def never_opens() -> AsyncIterator[Teacher]:
 def test_a_failed_teacher_tells_why_and_can_be_put_in_its_place(origin: str) -> None:
     with serving(create_app(Service.of([HostedTeacher("broken", never_opens), hosted("own", FakeTeacher())]))) as url:
         deadline = time.monotonic() + 60
-        while httpx.get(f"{url}/readyz").json()["teachers"] != {"broken": "failed", "own": "ready"}:
+        while http.get(f"{url}/readyz").json()["teachers"] != {"broken": "failed", "own": "ready"}:
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        answer = httpx.get(f"{url}/readyz")
+        answer = http.get(f"{url}/readyz")
         assert (answer.status_code, answer.json()["failures"]) == (503, {"broken": "OSError: no memory left"})
         assert teachers(url)["broken"]["failure"] == "OSError: no memory left"
-        assert httpx.put(f"{url}/v1/teachers/broken", json={"model": f"{origin}#smol"}).status_code == 201
+        assert http.put(f"{url}/v1/teachers/broken", json={"model": f"{origin}#smol"}).status_code == 201
         wait_ready(url)
         assert "failure" not in teachers(url)["broken"]
 
@@ -164,6 +165,6 @@ def test_replicas_and_limits_for_autoscaling_are_not_mixed(url: str) -> None:
     limits = {"max": 2, "tokens_per_replica": 100}
     bodies: list[dict[str, Any]] = [{}, {"autoscale": None}, {"replicas": 1, "autoscale": limits}]
     for body in bodies:
-        assert "either replicas" in refused(httpx.put(address, json=body), 422, "invalid_input")
-    assert "Ray" in refused(httpx.put(address, json={"autoscale": limits}), 422, "limit_exceeded")
-    assert httpx.put(address, json={"replicas": 1, "autoscale": None}).json()["target"] == 1
+        assert "either replicas" in refused(http.put(address, json=body), 422, "invalid_input")
+    assert "Ray" in refused(http.put(address, json={"autoscale": limits}), 422, "limit_exceeded")
+    assert http.put(address, json={"replicas": 1, "autoscale": None}).json()["target"] == 1

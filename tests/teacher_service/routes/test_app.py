@@ -17,6 +17,7 @@ from potstill.cache.types import TeacherLimits
 from potstill.cache.wire import scores as wire
 from potstill.teacher_service.hosting.hosted_teacher import Keep
 from potstill.teacher_service.settings.service import LimitSettings
+from tests.support import http
 from tests.support.fakes import FakeTeacher, GatedTeacher
 from tests.support.processes.servers import hosted, post_json, refused, serving_teachers
 from tests.support.waiting import until
@@ -50,7 +51,7 @@ def hand_built(rows: list[list[int]], *, version: bytes = b"1", fields: bytes = 
 
 def post_arrow(url: str, body: bytes, **headers: str) -> httpx.Response:
     headers = {"content-type": ARROW, **headers}
-    return httpx.post(f"{url}/v1/teachers/smol/score", content=body, headers=headers)
+    return http.post(f"{url}/v1/teachers/smol/score", content=body, headers=headers)
 
 
 def test_json_in_json_out(url: str, teacher: FakeTeacher) -> None:
@@ -120,7 +121,7 @@ def test_bad_json_is_refused_in_one_line(url: str, value: Any, status: int, kind
 @pytest.mark.parametrize("body", [b"", b"{", b"[" * 90_000, b"\xff\xfe", b'{"rows": [[1]]} x'])
 def test_what_is_not_json_is_refused(url: str, teacher: FakeTeacher, body: bytes) -> None:
     headers = {"content-type": "application/json"}
-    reply = httpx.post(f"{url}/v1/teachers/smol/score", content=body, headers=headers)
+    reply = http.post(f"{url}/v1/teachers/smol/score", content=body, headers=headers)
     assert "JSON" in refused(reply, 422, "invalid_input")
     assert teacher.scored == []
 
@@ -150,7 +151,7 @@ def test_another_wire_version_is_refused_naming_both(url: str) -> None:
 
 def test_another_content_type_is_refused(url: str) -> None:
     for kind in ("text/plain", "application/octet-stream", ""):
-        reply = httpx.post(f"{url}/v1/teachers/smol/score", content=b"{}", headers={"content-type": kind})
+        reply = http.post(f"{url}/v1/teachers/smol/score", content=b"{}", headers={"content-type": kind})
         assert ARROW in refused(reply, 415, "media_type")
     reply = post_json(url, {"rows": []}, **{"content-encoding": "gzip"})
     assert "gzip" in refused(reply, 415, "media_type")
@@ -164,28 +165,28 @@ def test_a_body_over_the_limit_is_refused_while_it_is_read(url: str) -> None:
             yield b" " * 1000
 
     headers = {"content-type": "application/json"}
-    reply = httpx.post(f"{url}/v1/teachers/smol/score", content=endless(), headers=headers)
+    reply = http.post(f"{url}/v1/teachers/smol/score", content=endless(), headers=headers)
     refused(reply, 413, "body_too_large")
 
 
 def test_unknown_names_routes_and_methods_have_the_one_error_shape(url: str) -> None:
     assert "smol, other" in refused(post_json(url, {"rows": []}, name="nobody"), 404, "unknown_teacher")
-    refused(httpx.get(f"{url}/v1/teachers/nobody"), 404, "unknown_teacher")
-    refused(httpx.get(f"{url}/v1/nothing"), 404, "not_found")
-    refused(httpx.get(f"{url}/docs"), 404, "not_found")
-    reply = httpx.patch(f"{url}/v1/teachers/smol/score")
+    refused(http.get(f"{url}/v1/teachers/nobody"), 404, "unknown_teacher")
+    refused(http.get(f"{url}/v1/nothing"), 404, "not_found")
+    refused(http.get(f"{url}/docs"), 404, "not_found")
+    reply = http.patch(f"{url}/v1/teachers/smol/score")
     refused(reply, 405, "invalid_input")
     assert reply.headers["allow"] == "POST"
 
 
 def test_the_lists(url: str, teacher: FakeTeacher) -> None:
-    assert httpx.get(f"{url}/healthz").json() == {"status": "ok"}
-    assert httpx.get(f"{url}/readyz").json()["teachers"] == {"smol": "ready", "other": "ready"}
-    models = httpx.get(f"{url}/v1/models").json()
+    assert http.get(f"{url}/healthz").json() == {"status": "ok"}
+    assert http.get(f"{url}/readyz").json()["teachers"] == {"smol": "ready", "other": "ready"}
+    models = http.get(f"{url}/v1/models").json()
     assert [model["id"] for model in models["data"]] == ["smol", "other"]
-    listed = httpx.get(f"{url}/v1/teachers").json()["teachers"]
+    listed = http.get(f"{url}/v1/teachers").json()["teachers"]
     assert [entry["name"] for entry in listed] == ["smol", "other"]
-    one = httpx.get(f"{url}/v1/teachers/smol").json()
+    one = http.get(f"{url}/v1/teachers/smol").json()
     assert one == listed[0]
     assert one["identity"] == teacher.identity.to_json()
     assert one["provenance"] == teacher.provenance.to_json()
@@ -196,9 +197,9 @@ def test_replicas_in_process_are_one(url: str) -> None:
     address = f"{url}/v1/teachers/smol/replicas"
     each = [{"name": "in-process", "state": "ready", "tokens_waiting": 0, "tokens_scored": 0}]
     one = {"replicas": 1, "target": 1, "max": 1, "min": 1, "each": each}
-    assert httpx.get(address).json() == one
-    assert httpx.put(address, json={"replicas": 1}).json() == one
-    assert "Ray" in refused(httpx.put(address, json={"replicas": 2}), 422, "limit_exceeded")
+    assert http.get(address).json() == one
+    assert http.put(address, json={"replicas": 1}).json() == one
+    assert "Ray" in refused(http.put(address, json={"replicas": 2}), 422, "limit_exceeded")
     bodies: list[Any] = [
         {"replicas": 0},
         {"replicas": "2"},
@@ -208,8 +209,8 @@ def test_replicas_in_process_are_one(url: str) -> None:
         [],
     ]
     for bad in bodies:
-        refused(httpx.put(address, json=bad), 422, "invalid_input")
-    refused(httpx.put(address, content=b"{"), 422, "invalid_input")
+        refused(http.put(address, json=bad), 422, "invalid_input")
+    refused(http.put(address, content=b"{"), 422, "invalid_input")
 
 
 def test_limits_that_a_teacher_states_are_enforced() -> None:
@@ -235,8 +236,8 @@ def test_the_caller_may_give_a_deadline(url: str) -> None:
 def test_metrics_count_by_route_and_not_by_path(url: str) -> None:
     post_json(url, {"rows": ROWS})
     for path in ("/v1/teachers/a", "/v1/teachers/b", "/x", "/y"):
-        httpx.get(f"{url}{path}")
-    text = httpx.get(f"{url}/metrics").text
+        http.get(f"{url}{path}")
+    text = http.get(f"{url}/metrics").text
     assert 'potstill_scored_rows_total{teacher="smol"} 3.0' in text
     assert 'potstill_scored_tokens_total{teacher="smol"} 6.0' in text
     assert 'potstill_requests_total{method="GET",route="/v1/teachers/{name}",status="404"} 2.0' in text
@@ -247,7 +248,7 @@ def test_metrics_count_by_route_and_not_by_path(url: str) -> None:
 
 def test_many_requests_at_once_each_get_their_own_answer(url: str, teacher: FakeTeacher) -> None:
     async def ask() -> list[httpx.Response]:
-        async with httpx.AsyncClient() as client:
+        async with httpx.AsyncClient(timeout=http.SECONDS) as client:
             posts = (
                 client.post(f"{url}/v1/teachers/smol/score", json={"rows": [[i, i + 1]], "fields": {"k": 2}})
                 for i in range(40)
@@ -273,7 +274,7 @@ def test_a_row_is_scored_once_and_then_kept(cached_url: str, teacher: FakeTeache
     assert first.status_code == second.status_code == 200
     assert first.json() == second.json()
     assert len(teacher.scored) == 3
-    text = httpx.get(f"{cached_url}/metrics").text
+    text = http.get(f"{cached_url}/metrics").text
     assert 'potstill_cache_rows_total{result="miss",teacher="smol"} 3.0' in text
     assert 'potstill_cache_rows_total{result="hit",teacher="smol"} 3.0' in text
 
@@ -285,4 +286,4 @@ def test_no_store_goes_straight_to_the_teacher(cached_url: str, teacher: FakeTea
         expected = teacher.distribution(np.array(ROWS[0], np.uint32), 8)
         np.testing.assert_array_equal(np.float32(reply.json()["rows"][0]["logprobs"]), expected.logprobs)
     assert len(teacher.scored) == 6
-    assert 'potstill_cache_rows_total{result="miss",teacher="smol"} 0.0' in httpx.get(f"{cached_url}/metrics").text
+    assert 'potstill_cache_rows_total{result="miss",teacher="smol"} 0.0' in http.get(f"{cached_url}/metrics").text

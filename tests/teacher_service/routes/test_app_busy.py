@@ -21,6 +21,7 @@ from potstill.teacher_service.app import create_app
 from potstill.teacher_service.hosting.hosted_teacher import HostedTeacher, Keep
 from potstill.teacher_service.hosting.service import Service
 from potstill.teacher_service.settings.service import LimitSettings
+from tests.support import http
 from tests.support.fakes import BrokenTeacher, FakeTeacher, GatedTeacher
 from tests.support.processes.servers import hosted, post_json, refused, serving, serving_teachers, wait_ready
 from tests.support.waiting import until
@@ -36,11 +37,11 @@ def test_tokens_over_the_bound_are_told_to_come_back() -> None:
         reply = post_json(url, {"rows": [[1] * 5]})
         assert "10" in refused(reply, 429, "overloaded")
         assert int(reply.headers["retry-after"]) >= 1
-        assert 'potstill_tokens_in_flight{teacher="smol"} 6.0' in httpx.get(f"{url}/metrics").text
+        assert 'potstill_tokens_in_flight{teacher="smol"} 6.0' in http.get(f"{url}/metrics").text
         teacher.gate.set()
         first.join()
         assert post_json(url, {"rows": [[1] * 10]}).status_code == 200
-        assert 'potstill_tokens_in_flight{teacher="smol"} 0.0' in httpx.get(f"{url}/metrics").text
+        assert 'potstill_tokens_in_flight{teacher="smol"} 0.0' in http.get(f"{url}/metrics").text
 
 
 def test_requests_over_the_bound_are_told_to_come_back() -> None:
@@ -49,9 +50,9 @@ def test_requests_over_the_bound_are_told_to_come_back() -> None:
         with socket.create_connection((host, int(port))) as first:
             head = "POST /v1/teachers/smol/score HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
             first.sendall(f"{head}content-length: 100\r\n\r\n".encode())
-            until(lambda: "potstill_requests_in_flight 1.0" in httpx.get(f"{url}/metrics").text)
+            until(lambda: "potstill_requests_in_flight 1.0" in http.get(f"{url}/metrics").text)
             refused(post_json(url, {"rows": [[1]]}), 429, "overloaded")
-            assert httpx.get(f"{url}/healthz").status_code == 200
+            assert http.get(f"{url}/healthz").status_code == 200
 
 
 def test_hits_are_answered_while_misses_wait_for_the_engine(tmp_path: Path) -> None:
@@ -75,7 +76,7 @@ def test_hits_are_answered_while_misses_wait_for_the_engine(tmp_path: Path) -> N
         ]
         for miss in misses:
             miss.start()
-        until(lambda: 'potstill_tokens_waiting{teacher="smol"} 42.0' in httpx.get(f"{url}/metrics").text)
+        until(lambda: 'potstill_tokens_waiting{teacher="smol"} 42.0' in http.get(f"{url}/metrics").text)
         for _ in range(20):
             assert post_json(url, known).status_code == 200
         teacher.gate.set()
@@ -87,10 +88,10 @@ def test_a_client_that_leaves_cancels_its_work() -> None:
     teacher = GatedTeacher()
     with serving_teachers(hosted("smol", teacher)) as url:
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{url}/v1/teachers/smol/score", json={"rows": [[1]]}, timeout=2.0)
+            http.post(f"{url}/v1/teachers/smol/score", json={"rows": [[1]]}, timeout=2.0)
         until(lambda: teacher.cancelled == 1)
-        assert 'potstill_tokens_in_flight{teacher="smol"} 0.0' in httpx.get(f"{url}/metrics").text
-        until(lambda: 'status="499"' in httpx.get(f"{url}/metrics").text)
+        assert 'potstill_tokens_in_flight{teacher="smol"} 0.0' in http.get(f"{url}/metrics").text
+        until(lambda: 'status="499"' in http.get(f"{url}/metrics").text)
 
 
 def test_a_failing_teacher_is_reported_by_its_own_class() -> None:
@@ -104,7 +105,7 @@ def test_a_bug_is_logged_and_its_insides_stay_inside(caplog: pytest.LogCaptureFi
         serving_teachers(hosted("smol", BrokenTeacher(RuntimeError("secret of the engine")))) as url,
     ):
         assert "secret" not in refused(post_json(url, {"rows": [[1]]}), 500, "internal")
-        assert 'potstill_refusals_total{kind="internal"} 1.0' in httpx.get(f"{url}/metrics").text
+        assert 'potstill_refusals_total{kind="internal"} 1.0' in http.get(f"{url}/metrics").text
     tracebacks = [record for record in caplog.records if record.exc_info and "RuntimeError" in str(record.exc_info)]
     assert len(tracebacks) == 1
     assert any("/v1/teachers/smol/score" in record.getMessage() for record in caplog.records)
@@ -121,15 +122,15 @@ def test_the_service_listens_while_its_teachers_start() -> None:
 
     app = create_app(Service.of([HostedTeacher("slow", slowly), hosted("smol", FakeTeacher())]))
     with serving(app) as url:
-        until(lambda: httpx.get(f"{url}/readyz").json()["teachers"]["smol"] == "ready")
-        assert httpx.get(f"{url}/healthz").status_code == 200
-        assert httpx.get(f"{url}/readyz").status_code == 503
+        until(lambda: http.get(f"{url}/readyz").json()["teachers"]["smol"] == "ready")
+        assert http.get(f"{url}/healthz").status_code == 200
+        assert http.get(f"{url}/readyz").status_code == 503
         assert post_json(url, {"rows": [[1]]}).status_code == 200
         reply = post_json(url, {"rows": [[1]]}, name="slow")
         assert "starting" in refused(reply, 503, "unavailable")
         assert "retry-after" in reply.headers
-        refused(httpx.get(f"{url}/v1/teachers/slow"), 503, "unavailable")
-        refused(httpx.get(f"{url}/v1/teachers/slow/replicas"), 503, "unavailable")
-        assert httpx.get(f"{url}/v1/teachers").json()["teachers"][0] == {"name": "slow", "state": "starting"}
+        refused(http.get(f"{url}/v1/teachers/slow"), 503, "unavailable")
+        refused(http.get(f"{url}/v1/teachers/slow/replicas"), 503, "unavailable")
+        assert http.get(f"{url}/v1/teachers").json()["teachers"][0] == {"name": "slow", "state": "starting"}
         gate.set()
         wait_ready(url)

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
@@ -22,6 +21,7 @@ from potstill.teacher_service.app import create_app
 from potstill.teacher_service.hosting.hosted_teacher import Keep
 from potstill.teacher_service.hosting.service import Service
 from potstill.teacher_service.routes.completions.as_json import prompt_logprobs_text
+from tests.support import http
 from tests.support.fakes import FakeTeacher, fake_identity
 from tests.support.processes.servers import hosted, serving, serving_teachers, wait_ready
 
@@ -41,7 +41,7 @@ def url(teacher: FakeTeacher) -> Iterator[str]:
 
 
 def complete(url: str, *, path: str = "/v1/completions", **body: Any) -> dict[str, Any]:
-    reply = httpx.post(url + path, json=body)
+    reply = http.post(url + path, json=body)
     assert reply.status_code == 200, reply.text
     answer: dict[str, Any] = json.loads(reply.content, object_pairs_hook=without_doubles)
     return answer
@@ -53,7 +53,7 @@ def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def refusal(url: str, *, path: str = "/v1/completions", **body: Any) -> dict[str, Any]:
-    reply = httpx.post(url + path, json=body)
+    reply = http.post(url + path, json=body)
     assert reply.status_code >= 400, reply.text
     error: dict[str, Any] = reply.json()["error"]
     assert error["code"] == reply.status_code
@@ -171,7 +171,7 @@ def test_without_a_token_after_the_prompt_nothing_is_counted_for_it(url: str) ->
 
 def test_a_long_answer_is_written_while_it_is_sent(url: str, teacher: FakeTeacher) -> None:
     rows = [[(i * 7 + r) % 64 for i in range(120)] for r in range(2)]
-    with httpx.stream("POST", f"{url}/v1/completions", json={"prompt": rows, "prompt_logprobs": 60}) as reply:
+    with http.stream("POST", f"{url}/v1/completions", json={"prompt": rows, "prompt_logprobs": 60}) as reply:
         assert "content-length" not in reply.headers
         answer = json.loads(reply.read(), object_pairs_hook=without_doubles)
     for choice, row in zip(answer["choices"], rows, strict=True):
@@ -190,7 +190,7 @@ def test_a_second_question_is_answered_from_the_cache(tmp_path: Path, teacher: F
         first = complete(url, **asked)["choices"]
         assert complete(url, **asked)["choices"] == first
         assert len(teacher.scored) == 1
-        httpx.post(f"{url}/v1/completions", json=asked, headers={"cache-control": "no-store"})
+        http.post(f"{url}/v1/completions", json=asked, headers={"cache-control": "no-store"})
         assert len(teacher.scored) == 2
 
 
@@ -239,9 +239,9 @@ def test_refusals_have_the_shape_that_openai_clients_read(url: str) -> None:
         "param": None,
         "code": 404,
     }
-    reply = httpx.post(f"{url}/v1/completions", content=b"{", headers={"content-type": "application/json"})
+    reply = http.post(f"{url}/v1/completions", content=b"{", headers={"content-type": "application/json"})
     assert reply.json()["error"]["message"].startswith("the body is not JSON")
-    reply = httpx.post(f"{url}/v1/completions", content=b"{}", headers={"content-type": "text/plain"})
+    reply = http.post(f"{url}/v1/completions", content=b"{}", headers={"content-type": "text/plain"})
     assert reply.status_code == 415
     assert reply.json()["error"]["type"] == "UnsupportedMediaTypeError"
 
@@ -254,12 +254,12 @@ def test_a_teacher_is_chosen_by_the_url(teacher: FakeTeacher) -> None:
         assert complete(url, path=path, prompt=[99], prompt_logprobs=1)["model"] == "other"
         assert "token id 99" in refusal(url, model="smol", prompt=[99], prompt_logprobs=1)["message"]
         assert "no teacher 'none'" in refusal(url, path="/v1/teachers/none/v1/completions", prompt=ROW)["message"]
-        models = httpx.get(f"{url}/v1/teachers/other/v1/models").json()["data"]
+        models = http.get(f"{url}/v1/teachers/other/v1/models").json()["data"]
         assert [model["id"] for model in models] == ["other"]
-        assert [model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]] == ["smol", "other"]
-        assert httpx.get(f"{url}/health").status_code == 200
-        assert httpx.get(f"{url}/v1/teachers/other/health").status_code == 200
-        assert httpx.get(f"{url}/v1/teachers/none/health").status_code == 404
+        assert [model["id"] for model in http.get(f"{url}/v1/models").json()["data"]] == ["smol", "other"]
+        assert http.get(f"{url}/health").status_code == 200
+        assert http.get(f"{url}/v1/teachers/other/health").status_code == 200
+        assert http.get(f"{url}/v1/teachers/none/health").status_code == 404
 
 
 def test_a_trainer_that_takes_only_a_url_sends_its_key_in_it(tmp_path: Path, teacher: FakeTeacher) -> None:
@@ -268,13 +268,13 @@ def test_a_trainer_that_takes_only_a_url_sends_its_key_in_it(tmp_path: Path, tea
     asked = {"prompt": ROW, "prompt_logprobs": 1}
     with serving(create_app(Service.of([hosted("smol", teacher)], access=Access(KeyRing(keys_file))))) as url:
         wait_ready(url)
-        reply = httpx.post(f"{url}/v1/completions", json=asked)
+        reply = http.post(f"{url}/v1/completions", json=asked)
         assert reply.status_code == 401
         assert reply.json()["error"]["type"] == "UnauthorizedError"
         with_key = url.replace("http://", f"http://any:{key}@")
-        assert httpx.post(f"{with_key}/v1/completions", json=asked).status_code == 200
-        assert httpx.get(f"{with_key}/v1/models").status_code == 200
-        assert httpx.post(f"{url}/v1/completions", json=asked, auth=("any", "other")).status_code == 401
+        assert http.post(f"{with_key}/v1/completions", json=asked).status_code == 200
+        assert http.get(f"{with_key}/v1/models").status_code == 200
+        assert http.post(f"{url}/v1/completions", json=asked, auth=("any", "other")).status_code == 401
 
 
 def random_targets(seed: int, num_tokens: int, k: int, vocab_size: int) -> tuple[Tokens, Targets]:

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 
+from tests.support import http
 from tests.support.processes.vllm_server import potstill_serving, vllm_serving
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -33,7 +33,7 @@ def our_url(tiny_llama: Path) -> Iterator[str]:
 
 
 def answered(url: str, body: dict[str, Any]) -> dict[str, Any]:
-    reply = httpx.post(f"{url}/v1/completions", json={"model": "tiny", **body}, timeout=300.0)
+    reply = http.post(f"{url}/v1/completions", json={"model": "tiny", **body}, timeout=300.0)
     assert reply.status_code == 200, reply.text
     answer: dict[str, Any] = reply.json()
     return answer
@@ -93,7 +93,7 @@ def test_what_vllm_refuses_is_refused_with_its_status(
     vllm_url: str, our_url: str, body: dict[str, Any], status: int
 ) -> None:
     asked = {"model": "tiny", "prompt": [1, 2], "prompt_logprobs": 1, "max_tokens": 1, **body}
-    replies = [httpx.post(f"{url}/v1/completions", json=asked, timeout=60.0) for url in (vllm_url, our_url)]
+    replies = [http.post(f"{url}/v1/completions", json=asked) for url in (vllm_url, our_url)]
     assert [reply.status_code for reply in replies] == [status, status]
     theirs, ours = (reply.json()["error"] for reply in replies)
     assert set(ours) == set(theirs)
@@ -101,7 +101,7 @@ def test_what_vllm_refuses_is_refused_with_its_status(
 
 
 def test_models_are_listed_with_what_clients_read(vllm_url: str, our_url: str) -> None:
-    [theirs], [ours] = (httpx.get(f"{url}/v1/models").json()["data"] for url in (vllm_url, our_url))
+    [theirs], [ours] = (http.get(f"{url}/v1/models").json()["data"] for url in (vllm_url, our_url))
     assert set(ours) == set(theirs)
     assert (ours["id"], ours["max_model_len"]) == (theirs["id"], theirs["max_model_len"])
 

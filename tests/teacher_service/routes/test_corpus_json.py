@@ -18,6 +18,7 @@ from potstill.cache.wire import scores as wire
 from potstill.teacher_service.admission.limits import bytes_per_position
 from potstill.teacher_service.routes.corpora.as_json import json_pieces
 from potstill.teacher_service.settings.service import LimitSettings
+from tests.support import http
 from tests.support.fakes import FakeTeacher
 from tests.support.filled_caches import filled_cache
 from tests.support.processes.servers import hosted, refused, serving_teachers, targets_of
@@ -34,7 +35,7 @@ def test_json_is_bounded_in_bytes_too(tmp_path: Path) -> None:
     limits = LimitSettings(max_answer_bytes=10 * size, max_range_positions=1000)
     with serving_teachers(hosted("other", FakeTeacher()), cache=cache, limits=limits) as url:
         address, ask = f"{url}/v1/corpora/docs/targets/fake", {"accept": "application/json"}
-        whole = httpx.get(address, params={"start": 0, "stop": 10}, headers=ask)
+        whole = http.get(address, params={"start": 0, "stop": 10}, headers=ask)
         expected = wire.targets_to_json(targets.read(0, 10))
         assert whole.headers["content-type"] == "application/json"
         assert whole.json() == {
@@ -42,11 +43,11 @@ def test_json_is_bounded_in_bytes_too(tmp_path: Path) -> None:
             "identity": targets.identity.to_json(),
             "rows": [expected],
         }
-        over = httpx.get(address, params={"start": 0, "stop": 11}, headers=ask)
+        over = http.get(address, params={"start": 0, "stop": 11}, headers=ask)
         detail = refused(over, 422, "limit_exceeded")
         assert f"{11 * size} bytes" in detail
         assert f"max_answer_bytes={10 * size}" in detail
-        over = httpx.post(f"{address}/rows", json={"rows": [0]}, headers=ask)
+        over = http.post(f"{address}/rows", json={"rows": [0]}, headers=ask)
         assert "max_answer_bytes" in refused(over, 422, "limit_exceeded")
         assert targets_of(url, start=0, stop=11).status_code == 200
 
@@ -73,12 +74,12 @@ def test_json_holds_its_bytes_and_a_place_until_it_is_sent(tmp_path: Path, monke
             ThreadPoolExecutor(1) as pool,
         ):
             address, ask = f"{url}/v1/corpora/docs/targets/fake?start=0&stop=10", {"accept": "application/json"}
-            first = pool.submit(httpx.get, address, headers=ask, timeout=120)
+            first = pool.submit(http.get, address, headers=ask)
             assert seen.wait(20)
-            refusal = httpx.get(address, headers=ask)
+            refusal = http.get(address, headers=ask)
             gate.set()
             assert first.result().status_code == 200
-            assert httpx.get(address, headers=ask).status_code == 200
+            assert http.get(address, headers=ask).status_code == 200
             return refusal
 
     assert "max_streams" in refused(second(LimitSettings(max_streams=1)), 429, "overloaded")

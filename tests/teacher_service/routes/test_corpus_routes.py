@@ -14,6 +14,7 @@ from potstill.cache import Cache, Fields
 from potstill.cache.wire import scores as wire
 from potstill.cache.wire.stream import END
 from potstill.teacher_service.routes.corpora.reads import RangeRead
+from tests.support import http
 from tests.support.fakes import FakeTeacher
 from tests.support.filled_caches import filled_cache
 from tests.support.processes.servers import hosted, refused, serving_corpora, serving_teachers, targets_of
@@ -44,10 +45,10 @@ def test_corpora_are_described(url: str, filled: Cache) -> None:
         "shards": corpus.num_shards,
         "tokenizer_sha256": corpus.tokenizer_sha256,
     }
-    described = httpx.get(f"{url}/v1/corpora").json()
+    described = http.get(f"{url}/v1/corpora").json()
     listed = [{**counts, "teachers": ["fake"]}]
     assert described == {"format": wire.WIRE_VERSION, "corpora": listed, "unreadable": []}
-    one = httpx.get(f"{url}/v1/corpora/docs").json()
+    one = http.get(f"{url}/v1/corpora/docs").json()
     assert counts.items() <= one.items()
     assert one["format"] == wire.WIRE_VERSION
     assert one["spec"]["fingerprint"] == corpus.fingerprint
@@ -127,7 +128,7 @@ def test_fields_are_chosen_by_name(url: str, params: dict[str, Any], columns: tu
 def test_json_has_the_version_and_is_bounded_by_itself(url: str, filled: Cache) -> None:
     def get(stop: int) -> httpx.Response:
         address = f"{url}/v1/corpora/docs/targets/fake"
-        return httpx.get(address, params={"start": 0, "stop": stop}, headers={"accept": "application/json"})
+        return http.get(address, params={"start": 0, "stop": stop}, headers={"accept": "application/json"})
 
     answer = get(50).json()
     assert answer["format"] == wire.WIRE_VERSION
@@ -151,10 +152,10 @@ def test_bad_ranges_names_and_fields_are_refused(url: str, filled: Cache) -> Non
     assert "dense, entropy" not in refused(targets_of(url, start=0, stop=1, fields="dence"), 422, "invalid_input")
     refused(targets_of(url, start=0, stop=1, fields=""), 422, "invalid_input")
     for path, kind in (("docs/targets/nobody", "unknown_teacher"), ("nothing/targets/fake", "unknown_corpus")):
-        refused(httpx.get(f"{url}/v1/corpora/{path}", params={"start": 0, "stop": 1}), 404, kind)
+        refused(http.get(f"{url}/v1/corpora/{path}", params={"start": 0, "stop": 1}), 404, kind)
     for name in ("..", "%2e%2e", "a%2Fb", "x" * 300, "%00"):
         for path in (f"{name}/targets/fake", f"docs/targets/{name}", f"{name}/tokens", f"docs/annotations/{name}"):
-            reply = httpx.get(f"{url}/v1/corpora/{path}", params={"start": 0, "stop": 1})
+            reply = http.get(f"{url}/v1/corpora/{path}", params={"start": 0, "stop": 1})
             # A path with `..` is that of another route: the client, or the server, takes it so.
             assert reply.status_code in (404, 422) or name == "..", (path, reply.text)
 
@@ -162,15 +163,15 @@ def test_bad_ranges_names_and_fields_are_refused(url: str, filled: Cache) -> Non
 def test_rows_are_asked_for_by_number_as_json_or_arrow(url: str, filled: Cache) -> None:
     address = f"{url}/v1/corpora/docs/targets/fake/rows"
     kept = filled.targets("fake", "docs")
-    reply = httpx.post(address, json={"rows": [5, 0, 5], "fields": ["top_k"], "k": 2})
+    reply = http.post(address, json={"rows": [5, 0, 5], "fields": ["top_k"], "k": 2})
     with pa.ipc.open_stream(reply.content) as reader:
         batches = list(reader)
     for batch, expected in zip(batches, kept.read_rows([5, 0, 5], k=2, fields=Fields(k=8)), strict=True):
         np.testing.assert_array_equal(batch.column("ids").flatten().to_numpy().reshape(-1, 2), expected.ids)
-    answer = httpx.post(address, json={"rows": [0]}, headers={"accept": "application/json"}).json()
+    answer = http.post(address, json={"rows": [0]}, headers={"accept": "application/json"}).json()
     assert answer["rows"][0]["ids"] == kept.read_rows([0])[0].ids.tolist()
-    assert "max_rows=20" in refused(httpx.post(address, json={"rows": list(range(21))}), 422, "limit_exceeded")
-    refused(httpx.post(address, content=b"x", headers={"content-type": "text/plain"}), 415, "media_type")
+    assert "max_rows=20" in refused(http.post(address, json={"rows": list(range(21))}), 422, "limit_exceeded")
+    refused(http.post(address, content=b"x", headers={"content-type": "text/plain"}), 415, "media_type")
     bodies: list[Any] = [
         {},
         [],
@@ -181,45 +182,45 @@ def test_rows_are_asked_for_by_number_as_json_or_arrow(url: str, filled: Cache) 
         {"rows": [0], "row": 1},
     ]
     for body in bodies:
-        refused(httpx.post(address, json=body), 422, "invalid_input")
-    refused(httpx.post(address, content=b"x", headers={"content-type": ARROW}), 422, "invalid_input")
-    refused(httpx.post(address, json={"rows": [10_000]}), 422, "invalid_input")
-    refused(httpx.post(address, json={"rows": [len(filled.corpus("docs")) - 1]}), 404, "not_committed")
+        refused(http.post(address, json=body), 422, "invalid_input")
+    refused(http.post(address, content=b"x", headers={"content-type": ARROW}), 422, "invalid_input")
+    refused(http.post(address, json={"rows": [10_000]}), 422, "invalid_input")
+    refused(http.post(address, json={"rows": [len(filled.corpus("docs")) - 1]}), 404, "not_committed")
 
 
 def test_another_wire_version_is_refused_naming_both(url: str) -> None:
     newer = {"potstill-format": "2"}
     for path in ("", "/docs", "/docs/targets/fake", "/docs/tokens", "/docs/rows", "/docs/tokenizer"):
-        detail = refused(httpx.get(f"{url}/v1/corpora{path}", headers=newer), 400, "wire_version")
+        detail = refused(http.get(f"{url}/v1/corpora{path}", headers=newer), 400, "wire_version")
         assert "'2'" in detail
         assert "'1'" in detail
-    refused(httpx.put(f"{url}/v1/corpora/docs/fill/other", json={}, headers=newer), 400, "wire_version")
+    refused(http.put(f"{url}/v1/corpora/docs/fill/other", json={}, headers=newer), 400, "wire_version")
     metadata = {b"potstill.format": b"2"}
     schema = pa.schema([pa.field("rows", pa.int64())], metadata=metadata)
     batch = pa.record_batch([pa.array([0])], schema=schema)
     body = b"".join([schema.serialize(), batch.serialize(), END])
     for path in ("/docs/rows", "/docs/targets/fake/rows"):
-        reply = httpx.post(f"{url}/v1/corpora{path}", content=body, headers={"content-type": ARROW})
+        reply = http.post(f"{url}/v1/corpora{path}", content=body, headers={"content-type": ARROW})
         refused(reply, 400, "wire_version")
 
 
 def test_every_body_says_which_wire_version_it_is(url: str) -> None:
     for path in ("", "/docs", "/docs/targets/fake"):
-        assert httpx.get(f"{url}/v1/corpora{path}").json()["format"] == wire.WIRE_VERSION
+        assert http.get(f"{url}/v1/corpora{path}").json()["format"] == wire.WIRE_VERSION
     for path in ("tokens", "rows", "row_keys", "shard_rows", "shard_starts", "targets/fake?start=0&stop=1"):
-        with pa.ipc.open_stream(io.BytesIO(httpx.get(f"{url}/v1/corpora/docs/{path}").content)) as reader:
+        with pa.ipc.open_stream(io.BytesIO(http.get(f"{url}/v1/corpora/docs/{path}").content)) as reader:
             assert reader.schema.metadata[b"potstill.format"] == wire.WIRE_VERSION.encode()
-    assert httpx.get(f"{url}/v1/corpora/docs/tokenizer").headers["potstill-format"] == wire.WIRE_VERSION
+    assert http.get(f"{url}/v1/corpora/docs/tokenizer").headers["potstill-format"] == wire.WIRE_VERSION
 
 
 def test_without_a_cache_there_is_no_corpus() -> None:
     with serving_teachers(hosted("other", FakeTeacher())) as url:
-        assert httpx.get(f"{url}/v1/corpora").json() == {"format": wire.WIRE_VERSION, "corpora": [], "unreadable": []}
+        assert http.get(f"{url}/v1/corpora").json() == {"format": wire.WIRE_VERSION, "corpora": [], "unreadable": []}
         assert "--cache" in refused(targets_of(url, start=0, stop=1), 404, "unknown_corpus")
 
 
 def test_a_misspelt_query_parameter_is_refused_by_name(url: str) -> None:
-    reply = httpx.get(f"{url}/v1/corpora/docs/targets/fake", params={"start": 0, "stop": 10, "feilds": "top_k"})
+    reply = http.get(f"{url}/v1/corpora/docs/targets/fake", params={"start": 0, "stop": 10, "feilds": "top_k"})
     detail = refused(reply, 422, "invalid_input")
     assert "'feilds'" in detail
     assert "fields, k, start, stop" in detail

@@ -12,6 +12,7 @@ import pytest
 
 from potstill.cache import Cache, Fields
 from potstill.cache.upkeep.delete import plan_corpus, plan_shards, plan_teacher, remove
+from tests.support import http
 from tests.support.corpora import plan_targets, teacher_for
 from tests.support.fakes import FakeTeacher
 from tests.support.filled_caches import commit, filled_cache
@@ -43,25 +44,25 @@ def own_url(own: Cache) -> Iterator[str]:
 
 def test_an_etag_names_the_content_and_saves_its_reading(own_url: str, own: Cache) -> None:
     address, params = f"{own_url}/v1/corpora/docs/targets/fake", {"start": "0", "stop": "100"}
-    first = httpx.get(address, params=params)
+    first = http.get(address, params=params)
     etag = first.headers["etag"]
     assert etag.startswith('"')
     assert first.headers["cache-control"] == "private, immutable"
     for held in (etag, f'"other", {etag}', f"W/{etag}", "*"):
-        again = httpx.get(address, params=params, headers={"if-none-match": held})
+        again = http.get(address, params=params, headers={"if-none-match": held})
         assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", etag)
-    assert httpx.get(address, params=params, headers={"if-none-match": '"other"'}).status_code == 200
-    head = httpx.head(address, params=params)
+    assert http.get(address, params=params, headers={"if-none-match": '"other"'}).status_code == 200
+    head = http.head(address, params=params)
     assert (head.status_code, head.content, head.headers["etag"]) == (200, b"", etag)
     assert head.headers["content-type"] == ARROW
     others: list[dict[str, Any]] = [{"stop": 101}, {"k": 4}, {"fields": "top_k"}, {"start": 1}]
-    found = [httpx.head(address, params={**params, **other}).headers["etag"] for other in others]
-    as_json = httpx.head(address, params={**params, "stop": 50}, headers={"accept": "application/json"})
-    found += [as_json.headers["etag"], httpx.head(address, params={**params, "stop": 50}).headers["etag"]]
+    found = [http.head(address, params={**params, **other}).headers["etag"] for other in others]
+    as_json = http.head(address, params={**params, "stop": 50}, headers={"accept": "application/json"})
+    found += [as_json.headers["etag"], http.head(address, params={**params, "stop": 50}).headers["etag"]]
     assert len({etag, *found}) == len(found) + 1
     # The objects' hashes are in the commits: what is there need not be read, and is not.
     shutil.rmtree(next((Path(own.root.url) / "targets/fake/docs/segments").glob("000000-*")))
-    assert httpx.head(address, params=params).headers["etag"] == etag
+    assert http.head(address, params=params).headers["etag"] == etag
 
 
 def test_an_etag_outlives_the_service_and_changes_with_a_shard(own: Cache) -> None:
@@ -69,7 +70,7 @@ def test_an_etag_outlives_the_service_and_changes_with_a_shard(own: Cache) -> No
         with serving_teachers(hosted("other", FakeTeacher()), cache=own) as url:
             starts = own.corpus("docs").shard_starts.tolist()
             first, second = (
-                httpx.head(f"{url}/v1/corpora/docs/targets/fake", params={"start": a, "stop": b})
+                http.head(f"{url}/v1/corpora/docs/targets/fake", params={"start": a, "stop": b})
                 for a, b in ((0, starts[1]), (starts[1], starts[2]))
             )
             return first.headers["etag"], second.headers["etag"]
@@ -134,6 +135,6 @@ def test_what_was_deleted_stays_gone(own: Cache, own_url: str, what: str) -> Non
     held = {"if-none-match": first.headers["etag"]}
     for _ in range(4):
         assert targets_of(own_url).status_code == 404
-        again = httpx.get(f"{own_url}/v1/corpora/docs/targets/fake", params={"start": 0, "stop": 10}, headers=held)
+        again = http.get(f"{own_url}/v1/corpora/docs/targets/fake", params={"start": 0, "stop": 10}, headers=held)
         assert again.status_code == 404
-        assert httpx.get(f"{own_url}/v1/corpora/docs").status_code == (404 if what == "corpus" else 200)
+        assert http.get(f"{own_url}/v1/corpora/docs").status_code == (404 if what == "corpus" else 200)

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from potstill.cache import Cache, Fields, Targets
@@ -18,6 +17,7 @@ from potstill.cache.types import Tokens
 from potstill.teacher_service.admission.limits import bytes_per_position
 from potstill.teacher_service.hosting.fill_jobs import spread
 from potstill.teacher_service.settings.service import LimitSettings
+from tests.support import http
 from tests.support.contracts import TargetSetContract
 from tests.support.corpora import make_corpus, plan_targets, teacher_for, topics
 from tests.support.fakes import FakeTeacher, MoodyTeacher, fake_identity
@@ -46,8 +46,8 @@ def served(cache: Cache | None, **teachers: FakeTeacher) -> Iterator[str]:
 def test_a_corpus_is_filled_as_prefill_fills_it(cache: Cache, teacher: MoodyTeacher, tmp_path: Path) -> None:
     corpus = cache.corpus("docs")
     with served(cache, fake=teacher) as address:
-        assert "PUT" in refused(httpx.get(f"{address}/fake"), 404, "not_found")
-        begun = httpx.put(f"{address}/fake", json=BODY, timeout=120).json()
+        assert "PUT" in refused(http.get(f"{address}/fake"), 404, "not_found")
+        begun = http.put(f"{address}/fake", json=BODY).json()
         assert (begun["format"], begun["state"], begun["shards"]) == ("1", "running", corpus.num_shards)
         done = until_state(f"{address}/fake", "done", "failed")
     assert done["error"] is None
@@ -67,18 +67,18 @@ def test_a_corpus_is_filled_as_prefill_fills_it(cache: Cache, teacher: MoodyTeac
 
 def test_a_job_is_stopped_and_goes_on_later(cache: Cache, teacher: MoodyTeacher) -> None:
     with served(cache, fake=teacher) as address:
-        httpx.put(f"{address}/fake", json=BODY, timeout=120)
+        http.put(f"{address}/fake", json=BODY)
         until(lambda: any(cache.fresh().targets("fake", "docs").committed if cache.teachers("docs") else ()))
         teacher.gate.clear()
-        stopped = httpx.delete(f"{address}/fake", timeout=120).json()
+        stopped = http.delete(f"{address}/fake").json()
         assert stopped["state"] in ("stopped", "done")
-        assert httpx.delete(f"{address}/fake", timeout=120).json()["state"] == stopped["state"]
+        assert http.delete(f"{address}/fake").json()["state"] == stopped["state"]
         calls = teacher.calls
         time.sleep(0.2)
         assert teacher.calls == calls
         teacher.gate.set()
         before = int(cache.fresh().targets("fake", "docs").committed.sum())
-        httpx.put(f"{address}/fake", json=BODY, timeout=120)
+        http.put(f"{address}/fake", json=BODY)
         done = until_state(f"{address}/fake", "done", "failed")
         assert (done["state"], done["shards_before"]) == ("done", before)
         assert done["shards_before"] + done["shards_committed"] == done["shards"]
@@ -88,20 +88,20 @@ def test_a_job_is_stopped_and_goes_on_later(cache: Cache, teacher: MoodyTeacher)
 def test_there_is_one_job_of_a_corpus_and_a_teacher(cache: Cache, teacher: MoodyTeacher) -> None:
     teacher.gate.clear()
     with served(cache, fake=teacher) as address:
-        first = httpx.put(f"{address}/fake", json=BODY, timeout=120).json()
-        again = httpx.put(f"{address}/fake", json=BODY, timeout=120).json()
+        first = http.put(f"{address}/fake", json=BODY).json()
+        again = http.put(f"{address}/fake", json=BODY).json()
         assert (first["state"], again["state"]) == ("running", "running")
         assert again["seconds"] >= first["seconds"]
-        other = httpx.put(f"{address}/fake", json={"fields": {"k": 5}}, timeout=120)
+        other = http.put(f"{address}/fake", json={"fields": {"k": 5}})
         assert "DELETE" in refused(other, 409, "already_exists")
-        fills = httpx.get(f"{address.removesuffix('/v1/corpora/docs/fill')}/v1/fills").json()
+        fills = http.get(f"{address.removesuffix('/v1/corpora/docs/fill')}/v1/fills").json()
         assert [job["teacher"] for job in fills["fills"]] == ["fake"]
 
 
 def test_a_running_job_ends_with_the_service(cache: Cache, teacher: MoodyTeacher) -> None:
     teacher.gate.clear()
     with served(cache, fake=teacher) as address:
-        httpx.put(f"{address}/fake", json=BODY, timeout=120)
+        http.put(f"{address}/fake", json=BODY)
         until(lambda: teacher.calls > 0)
     calls = teacher.calls
     teacher.gate.set()
@@ -116,13 +116,13 @@ def test_a_busy_teacher_is_asked_again_and_a_broken_one_ends_the_job(cache: Cach
     broken = MoodyTeacher(inner, [TeacherFailed("the engine answered NaN")])
     with served(cache, busy=busy, broken=broken) as address:
         for name in ("busy", "broken"):
-            httpx.put(f"{address}/{name}", json=BODY, timeout=120)
+            http.put(f"{address}/{name}", json=BODY)
         done = until_state(f"{address}/busy", "done", "failed")
         assert (done["state"], done["refusals"]) == ("done", 2)
         failed = until_state(f"{address}/broken", "done", "failed")
         assert failed["state"] == "failed"
         assert failed["error"] == {"kind": "teacher_failed", "detail": "the engine answered NaN"}
-        httpx.put(f"{address}/broken", json=BODY, timeout=120)
+        http.put(f"{address}/broken", json=BODY)
         assert until_state(f"{address}/broken", "done", "failed")["state"] == "done"
 
 
@@ -130,27 +130,27 @@ def test_what_cannot_be_filled_is_refused_before_anything_is_written(cache: Cach
     corpus = cache.corpus("docs")
     teachers = {"fake": teacher_for(corpus), "stranger": FakeTeacher(fake_identity(vocab_size=256))}
     with served(cache, **teachers) as address:
-        refused(httpx.put(f"{address}/nobody", json=BODY), 404, "unknown_teacher")
-        refused(httpx.put(f"{address.replace('docs', 'other')}/fake", json=BODY), 404, "unknown_corpus")
-        refused(httpx.put(f"{address}/stranger", json=BODY), 409, "spec_mismatch")
-        refused(httpx.put(f"{address}/fake", json={"fields": {"k": 257}}), 422, "limit_exceeded")
+        refused(http.put(f"{address}/nobody", json=BODY), 404, "unknown_teacher")
+        refused(http.put(f"{address.replace('docs', 'other')}/fake", json=BODY), 404, "unknown_corpus")
+        refused(http.put(f"{address}/stranger", json=BODY), 409, "spec_mismatch")
+        refused(http.put(f"{address}/fake", json={"fields": {"k": 257}}), 422, "limit_exceeded")
         bodies: list[Any] = [{"fields": {"q": 1}}, {"encoding": "f8"}, {"batch_tokens": 0}, {"more": 1}, []]
         for body in bodies:
-            refused(httpx.put(f"{address}/fake", json=body), 422, "invalid_input")
+            refused(http.put(f"{address}/fake", json=body), 422, "invalid_input")
     assert cache.fresh().teachers("docs") == []
     with served(None, **teachers) as address:
-        assert "--cache" in refused(httpx.put(f"{address}/fake", json=BODY), 422, "invalid_input")
+        assert "--cache" in refused(http.put(f"{address}/fake", json=BODY), 422, "invalid_input")
 
 
 def test_a_body_of_another_wire_version_is_refused_naming_both(cache: Cache, teacher: MoodyTeacher) -> None:
     with served(cache, fake=teacher) as address:
         for more in ({}, {"fields": [], "more": 1}):
-            reply = httpx.put(f"{address}/fake", json={**BODY, "format": "2", **more})
+            reply = http.put(f"{address}/fake", json={**BODY, "format": "2", **more})
             detail = refused(reply, 400, "wire_version")
             assert "'2'" in detail
             assert "'1'" in detail
-        refused(httpx.put(f"{address}/fake", json={**BODY, "format": 2}), 422, "invalid_input")
-        assert httpx.put(f"{address}/fake", json={**BODY, "format": "1"}, timeout=120).status_code == 200
+        refused(http.put(f"{address}/fake", json={**BODY, "format": 2}), 422, "invalid_input")
+        assert http.put(f"{address}/fake", json={**BODY, "format": "1"}).status_code == 200
 
 
 class WeighingTeacher(FakeTeacher):
@@ -178,10 +178,10 @@ def test_batches_are_cut_to_the_bounds_of_answers(cache: Cache) -> None:
     wanted = {"fields": fields.to_json(), "encoding": "f32", "batch_tokens": 100_000, "in_flight": 64}
     with serving_teachers(hosted("fake", teacher), cache=cache, limits=limits) as url:
         address = f"{url}/v1/corpora/docs/fill/fake"
-        begun = httpx.put(address, json=wanted, timeout=120).json()
+        begun = http.put(address, json=wanted).json()
         assert (begun["batch_tokens"], begun["in_flight"]) == (2 * longest, 3)
         assert until_state(address, "done", "failed")["state"] == "done"
-        assert httpx.put(address, json=wanted, timeout=120).json()["batch_tokens"] == 2 * longest
+        assert http.put(address, json=wanted).json()["batch_tokens"] == 2 * longest
     assert 0 < teacher.most <= 2 * longest
     assert 0 < teacher.most_together <= 7 * longest
 
@@ -195,7 +195,7 @@ def test_a_row_whose_targets_do_not_fit_is_refused_and_nothing_written(cache: Ca
         limits = LimitSettings(**{name: held - 1})
         with serving_teachers(hosted("fake", teacher), cache=cache, limits=limits) as url:
             wanted = {"fields": fields.to_json(), "encoding": "f32"}
-            reply = httpx.put(f"{url}/v1/corpora/docs/fill/fake", json=wanted, timeout=120)
+            reply = http.put(f"{url}/v1/corpora/docs/fill/fake", json=wanted)
             detail = refused(reply, 422, "limit_exceeded")
             assert f"{held} bytes" in detail
             assert f"{name}={held - 1}" in detail
@@ -209,7 +209,7 @@ def test_a_row_over_what_may_be_in_flight_is_refused_and_nothing_written(cache: 
     for most, status in ((longest - 1, 422), (longest, 200)):
         limits = LimitSettings(max_tokens_in_flight=most)
         with serving_teachers(hosted("fake", teacher_for(corpus)), cache=cache, limits=limits) as url:
-            reply = httpx.put(f"{url}/v1/corpora/docs/fill/fake", json=BODY, timeout=120)
+            reply = http.put(f"{url}/v1/corpora/docs/fill/fake", json=BODY)
             assert reply.status_code == status
             if status == 200:
                 assert until_state(f"{url}/v1/corpora/docs/fill/fake", "done", "failed")["state"] == "done"

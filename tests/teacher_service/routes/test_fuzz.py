@@ -19,6 +19,7 @@ from potstill.cache.wire import scores as wire
 from potstill.teacher_service.hosting.hosted_teacher import HostedTeacher
 from potstill.teacher_service.hosting.teacher_source import TeacherSource
 from potstill.teacher_service.settings.service import TeacherSettings
+from tests.support import http
 from tests.support.fakes import FakeTeacher
 from tests.support.filled_caches import filled_cache
 from tests.support.processes.servers import hosted, opens, serving_teachers
@@ -103,7 +104,7 @@ def resident_bytes() -> int:
 
 def test_damaged_arrow_bodies_are_refused_or_answered_within_bounded_memory(url: str) -> None:
     before = resident_bytes()
-    with httpx.Client(base_url=url, headers={"content-type": wire.ARROW_MEDIA_TYPE}) as client:
+    with httpx.Client(timeout=http.SECONDS, base_url=url, headers={"content-type": wire.ARROW_MEDIA_TYPE}) as client:
 
         @settings(max_examples=400, suppress_health_check=list(HealthCheck))
         @given(damaged())

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
 import pytest
 
 from potstill.cache import Cache
@@ -20,6 +19,7 @@ from potstill.teacher_service.access.middleware import Access
 from potstill.teacher_service.access.quotas import Quota
 from potstill.teacher_service.app import create_app
 from potstill.teacher_service.hosting.service import Service
+from tests.support import http
 from tests.support.corpora import make_corpus, plan_targets, teacher_for
 from tests.support.fakes import FakeTeacher, fake_identity
 from tests.support.paths import ROOT
@@ -91,7 +91,7 @@ def test_the_page_shows_teachers_and_scales_one(page: Page) -> None:
         page.click("[aria-label='Scale big']")
         page.until(text_of("big", ".ready"), lambda text: text == "1 of 3")
         page.until(text_of("big", ".ready"), lambda text: text == "3 of 3")
-        assert httpx.get(f"{url}/v1/teachers/big/replicas").json()["target"] == 3
+        assert http.get(f"{url}/v1/teachers/big/replicas").json()["target"] == 3
         assert page.run("document.querySelectorAll('#teachers tr:first-child .replicas li').length") == 3
 
 
@@ -132,7 +132,7 @@ def test_hostile_names_are_text(page: Page) -> None:
 
 def test_rates_and_hits_are_drawn_while_rows_are_scored(page: Page) -> None:
     with serving_teachers(hosted_pool("big", FakeTeacher())) as url, looking_at(page, url):
-        httpx.post(f"{url}/v1/teachers/big/score", json={"rows": [[1, 2, 3]] * 100, "fields": {"k": 2}})
+        http.post(f"{url}/v1/teachers/big/score", json={"rows": [[1, 2, 3]] * 100, "fields": {"k": 2}})
         page.until("document.querySelector('.figure .value').textContent", lambda text: text[0] in "123456789")
         page.until("document.querySelector('.figure .line').getAttribute('d')", lambda path: "L" in path)
         assert "300 scored" in page.run(text_of("big", ".tokens"))
@@ -170,7 +170,7 @@ def test_nothing_moves_when_news_come(page: Page) -> None:
         )
         polls = "performance.getEntriesByType('resource').filter(e => e.name.endsWith('/v1/overview')).length"
         seen = page.run(polls)
-        httpx.post(f"{url}/v1/teachers/big/score", json={"rows": [[1, 2, 3]] * 100, "fields": {"k": 2}})
+        http.post(f"{url}/v1/teachers/big/score", json={"rows": [[1, 2, 3]] * 100, "fields": {"k": 2}})
         page.until(polls, lambda count: count >= seen + 6)
         assert page.run("window.shifts") == []
 
@@ -253,15 +253,15 @@ def test_a_corpus_that_cannot_be_read_is_told_in_its_place(page: Page, half: tup
 
 def test_the_page_is_served_with_a_strict_policy() -> None:
     with serving_teachers(hosted("smol", FakeTeacher())) as url:
-        reply = httpx.get(url)
+        reply = http.get(url)
         assert reply.headers["content-type"] == "text/html; charset=utf-8"
         assert "default-src 'none'" in reply.headers["content-security-policy"]
         assert "unsafe" not in reply.headers["content-security-policy"]
-        again = httpx.get(url, headers={"if-none-match": reply.headers["etag"]})
+        again = http.get(url, headers={"if-none-match": reply.headers["etag"]})
         assert (again.status_code, again.content) == (304, b"")
-        assert httpx.get(f"{url}/static/page.js").headers["content-type"].startswith("text/javascript")
+        assert http.get(f"{url}/static/page.js").headers["content-type"].startswith("text/javascript")
         for bad in ("nothing.js", "..%2fpage.py", "%00"):
-            assert httpx.get(f"{url}/static/{bad}").status_code == 404
+            assert http.get(f"{url}/static/{bad}").status_code == 404
 
 
 def test_the_page_asks_nobody_else() -> None:
@@ -274,9 +274,9 @@ def test_the_page_asks_nobody_else() -> None:
 def test_the_overview_has_everything(half: tuple[Cache, Corpus]) -> None:
     cache, corpus = half
     with serving_teachers(hosted_pool("big", FakeTeacher(), replicas=2), cache=cache) as url:
-        httpx.post(f"{url}/v1/teachers/big/score", json={"rows": [[1, 2, 3]], "fields": {"k": 2}})
-        httpx.get(f"{url}/v1/teachers/nobody")
-        found = httpx.get(f"{url}/v1/overview").json()
+        http.post(f"{url}/v1/teachers/big/score", json={"rows": [[1, 2, 3]], "fields": {"k": 2}})
+        http.get(f"{url}/v1/teachers/nobody")
+        found = http.get(f"{url}/v1/overview").json()
     assert found["ready"] is True
     assert found["refusals"] == 1
     assert found["coverage"][0]["corpus"] == "docs"

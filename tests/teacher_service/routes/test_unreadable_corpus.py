@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 
 from potstill.cache import Cache
@@ -15,6 +14,7 @@ from potstill.cache.store.groups import Reading
 from potstill.cache.store.root import Root
 from potstill.clients.doctor.cache_checks import unreadable_finding
 from potstill.teacher_service.hosting.coverage import read_coverage
+from tests.support import http
 from tests.support.command_line import run
 from tests.support.corpora import make_corpus
 from tests.support.fakes import FakeTeacher
@@ -48,7 +48,7 @@ def url(cache: Cache) -> Iterator[str]:
 
 
 def test_the_list_of_corpora_names_it_apart(url: str) -> None:
-    found = httpx.get(f"{url}/v1/corpora").json()
+    found = http.get(f"{url}/v1/corpora").json()
     assert [corpus["name"] for corpus in found["corpora"]] == ["good"]
     [bad] = found["unreadable"]
     assert bad["name"] == "bad"
@@ -56,7 +56,7 @@ def test_the_list_of_corpora_names_it_apart(url: str) -> None:
 
 
 def test_the_doctor_tells_it_and_goes_on(url: str, capsys: pytest.CaptureFixture[str]) -> None:
-    store = httpx.get(f"{url}/v1/doctor").json()["store"]
+    store = http.get(f"{url}/v1/doctor").json()["store"]
     assert [corpus["name"] for corpus in store["corpora"]] == ["good"]
     assert [corpus["name"] for corpus in store["unreadable"]] == ["bad"]
     assert run("doctor", "--url", url, "--json") == 1

@@ -17,6 +17,7 @@ from potstill.cache import Fields
 from potstill.cache.errors import InvalidInput
 from potstill.clients import SyncHttpTeacher
 from potstill.teacher_service.serve import bind
+from tests.support import http
 from tests.support.corpora import make_corpus, plan_targets, teacher_for
 from tests.support.fakes import FakeTeacher, GatedTeacher
 from tests.support.filled_caches import commit
@@ -44,7 +45,7 @@ def behind_url(behind: FakeTeacher) -> Iterator[str]:
 def test_it_serves_and_stops_when_told(behind_url: str, number: int) -> None:
     serving = Serving("--teacher", f"smol={behind_url}#deep")
     assert serving.ready == f"ready: {serving.url} teachers smol ({behind_url}#deep)\n"
-    assert httpx.get(f"{serving.url}/readyz").status_code == 200
+    assert http.get(f"{serving.url}/readyz").status_code == 200
     with SyncHttpTeacher(serving.url, "smol") as teacher:
         assert_scored(rows_of(5, 2), teacher.score(rows_of(5, 2), WANT))
     assert serving.stop(number) == (0, "")
@@ -59,7 +60,7 @@ def test_the_cache_keeps_rows_over_a_restart(behind_url: str, behind: FakeTeache
         serving = Serving(str(config))
         with SyncHttpTeacher(serving.url, "smol") as teacher:
             answers.append(teacher.score(rows_of(5, 2), WANT))
-        assert httpx.get(f"{serving.url}/v1/corpora").json()["corpora"] == []
+        assert http.get(f"{serving.url}/v1/corpora").json()["corpora"] == []
         assert serving.stop() == (0, "")
     assert len(behind.scored) == 2
     for before, after in zip(*answers, strict=True):
@@ -110,7 +111,7 @@ def test_what_is_in_flight_is_finished_before_it_stops() -> None:
         serving.process.send_signal(signal.SIGTERM)
         time.sleep(0.5)
         with pytest.raises(httpx.ConnectError):
-            httpx.get(f"{serving.url}/healthz")
+            http.get(f"{serving.url}/healthz")
         assert serving.process.poll() is None
         gated.gate.set()
         asking.join(timeout=120)
@@ -138,7 +139,7 @@ def test_the_grace_time_ends(tmp_path: Path) -> None:
 
 def _ignore_errors(address: str) -> None:
     try:
-        httpx.post(address, json={"rows": [[1]]}, timeout=120)
+        http.post(address, json={"rows": [[1]]})
     except httpx.TransportError:
         return
 
@@ -222,15 +223,15 @@ def test_replicas_run_on_a_ray_of_its_own_and_end_with_it(tiny_llama: Path, tmp_
     serving = Serving(str(config))
     address = f"{serving.url}/v1/teachers/tiny"
     try:
-        assert httpx.put(f"{address}/replicas", json={"replicas": 2}).json()["target"] == 2
+        assert http.put(f"{address}/replicas", json={"replicas": 2}).json()["target"] == 2
         deadline = time.monotonic() + 240
-        while (status := httpx.get(f"{address}/replicas").json())["replicas"] < 2:
+        while (status := http.get(f"{address}/replicas").json())["replicas"] < 2:
             assert time.monotonic() < deadline, status
             time.sleep(0.5)
         asked = {"rows": [[1, 2, 3], [4, 5]], "fields": {"k": 3}}
         for _ in range(4):
-            assert httpx.post(f"{address}/score", json=asked, timeout=60).status_code == 200
-        scored = [one["tokens_scored"] for one in httpx.get(f"{address}/replicas").json()["each"]]
+            assert http.post(f"{address}/score", json=asked).status_code == 200
+        scored = [one["tokens_scored"] for one in http.get(f"{address}/replicas").json()["each"]]
         assert sum(scored) == 20
     finally:
         status, stderr = serving.stop()

@@ -25,6 +25,7 @@ from potstill.teacher_service.access.keys_file import add_key, remove_key
 from potstill.teacher_service.access.quotas import Quota
 from potstill.teacher_service.serve import check_tls
 from potstill.teacher_service.settings.service import TlsSettings
+from tests.support import http
 from tests.support.fakes import FakeTeacher
 from tests.support.processes.serve_process import COMMAND, environment, refused
 from tests.support.processes.servers import hosted, serving_teachers
@@ -98,16 +99,16 @@ def test_with_keys_any_host_is_served_and_keys_are_read_again_on_sighup(tmp_path
     address = served.url.replace("0.0.0.0", "127.0.0.1") + "/v1/teachers"
 
     def status(key: str) -> int:
-        return httpx.get(address, headers={"authorization": f"Bearer {key}"}).status_code
+        return http.get(address, headers={"authorization": f"Bearer {key}"}).status_code
 
-    assert (httpx.get(address).status_code, status(old)) == (401, 200)
+    assert (http.get(address).status_code, status(old)) == (401, 200)
     admin = add_key(keys, "new", Role.ADMIN, Quota())
     remove_key(keys, "old")
     served.process.send_signal(signal.SIGHUP)
     until(lambda: (status(old), status(admin)) == (401, 200))
     # Actions of admins are told on stderr when there is no file for them.
     headers = {"authorization": f"Bearer {admin}"}
-    assert httpx.put(f"{address}/smol/replicas", json={"replicas": 1}, headers=headers).status_code == 200
+    assert http.put(f"{address}/smol/replicas", json={"replicas": 1}, headers=headers).status_code == 200
     stderr = served.stop()
     assert "travel in the clear" in stderr
     assert "potstill.audit" in stderr
@@ -123,9 +124,9 @@ def test_tls_is_served_and_trusted_by_clients_that_know_the_certificate(
     served = Served(config, "--teacher", f"smol={behind_url}")
     assert served.url.startswith("https://127.0.0.1:")
     trusting = ssl.create_default_context(cafile=str(certfile))
-    assert httpx.get(f"{served.url}/readyz", verify=trusting).status_code == 200
+    assert http.get(f"{served.url}/readyz", verify=trusting).status_code == 200
     with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
-        httpx.get(f"{served.url}/readyz")
+        http.get(f"{served.url}/readyz")
     monkeypatch.setenv("SSL_CERT_FILE", str(certfile))
     with SyncHttpTeacher(served.url, "smol") as teacher:
         assert teacher.identity.vocab_size == 64

@@ -24,6 +24,7 @@ from potstill.teacher_service.hosting.hosted_teacher import HostedTeacher
 from potstill.teacher_service.hosting.service import Service
 from potstill.teacher_service.settings.service import LogSettings, load_settings
 from potstill.teacher_service.telemetry import logs
+from tests.support import http
 from tests.support.fakes import BrokenTeacher, FakeTeacher
 from tests.support.processes.serve_process import COMMAND, Serving, environment
 from tests.support.processes.servers import hosted, post_json, serving, serving_teachers
@@ -123,19 +124,19 @@ def test_every_answer_carries_its_id_also_errors_and_bugs() -> None:
     teachers = (hosted("smol", FakeTeacher()), hosted("bug", BrokenTeacher(RuntimeError("inside"))))
     with serving_teachers(*teachers) as url:
         for path, status in (("/healthz", 200), ("/nowhere", 404), ("/v1/teachers/nobody", 404), ("/", 200)):
-            reply = httpx.get(f"{url}{path}", headers={"x-request-id": "mine-1"})
+            reply = http.get(f"{url}{path}", headers={"x-request-id": "mine-1"})
             assert (reply.status_code, reply.headers["x-request-id"]) == (status, "mine-1")
-        assert len(httpx.get(f"{url}/healthz").headers["x-request-id"]) == 16
+        assert len(http.get(f"{url}/healthz").headers["x-request-id"]) == 16
         reply = post_json(url, {"rows": [[1]]}, name="bug", **{"x-request-id": "mine-2"})
         assert (reply.status_code, reply.headers["x-request-id"]) == (500, "mine-2")
-        assert 'route="/v1/teachers/{name}/score",status="500"' in httpx.get(f"{url}/metrics").text
+        assert 'route="/v1/teachers/{name}/score",status="500"' in http.get(f"{url}/metrics").text
 
 
 def test_a_request_leaves_one_line(access: list[dict[str, Any]]) -> None:
     with serving_teachers(hosted("smol", FakeTeacher())) as url:
         access.clear()
         post_json(url, {"rows": [[1, 2, 3], [4]]}, **{"x-request-id": "mine"})
-        httpx.request("PROPFIND", f"{url}/secret-path")
+        http.request("PROPFIND", f"{url}/secret-path")
         until(lambda: len(access) == 2)
     scored, unusual = access
     assert scored.pop("ms") > 0
@@ -153,7 +154,7 @@ def test_a_request_leaves_one_line(access: list[dict[str, Any]]) -> None:
 
 def test_requests_at_the_same_time_keep_their_ids_apart(access: list[dict[str, Any]]) -> None:
     async def ask(url: str) -> None:
-        async with httpx.AsyncClient() as client:
+        async with httpx.AsyncClient(timeout=http.SECONDS) as client:
             posts = (
                 client.post(
                     f"{url}/v1/teachers/smol/score",
@@ -211,8 +212,8 @@ def test_a_served_process_writes_json_only(tmp_path: Path) -> None:
     config.write_text('[logs]\nformat = "json"\nlevel = "info"\n')
     with serving_teachers(hosted("deep", FakeTeacher())) as behind:
         served = Serving(str(config), "--teacher", f"smol={behind}#deep")
-        httpx.get(f"{served.url}/healthz")
-        httpx.get(f"{served.url}/v1/teachers", headers={"x-request-id": "mine"})
+        http.get(f"{served.url}/healthz")
+        http.get(f"{served.url}/v1/teachers", headers={"x-request-id": "mine"})
         served.process.terminate()
         stdout, stderr = served.process.communicate(timeout=60)
     assert (served.process.returncode, stdout) == (0, "")
@@ -312,11 +313,11 @@ def test_probes_that_are_answered_well_are_told_at_debug_only(
     teacher = hosted("smol", FakeTeacher()) if ready else HostedTeacher("smol", never_up)
     told: dict[str, str] = {}
     with serving(create_app(Service.of([teacher]))) as url:
-        until(lambda: httpx.get(f"{url}/readyz").status_code == (200 if ready else 503))
+        until(lambda: http.get(f"{url}/readyz").status_code == (200 if ready else 503))
         with caplog.at_level(logging.DEBUG, logger=ACCESS):
             caplog.clear()
             for path in ("/healthz", "/metrics", "/readyz", "/health", "/v1/teachers"):
-                httpx.get(f"{url}{path}")
+                http.get(f"{url}{path}")
             until(lambda: "/v1/teachers" in [record.fields["route"] for record in caplog.records])  # type: ignore[attr-defined]
             told = {record.fields["route"]: record.levelname for record in caplog.records}  # type: ignore[attr-defined]
     assert told == {

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from potstill.cache import Cache
@@ -15,6 +14,7 @@ from potstill.teacher_service.app import create_app
 from potstill.teacher_service.hosting.hosted_teacher import Keep
 from potstill.teacher_service.hosting.service import Service
 from potstill.teacher_service.telemetry.tracing import OtelTracer, current_tracer, open_tracer, span
+from tests.support import http
 from tests.support.fakes import FakeTeacher
 from tests.support.processes.servers import hosted, post_json, serving, wait_ready
 from tests.support.waiting import until
@@ -53,7 +53,7 @@ def traced_url(tracer: OtelTracer, spans: Any, tmp_path: Path) -> Iterator[str]:
 def test_a_miss_has_spans_down_to_the_engine_and_a_hit_has_not(traced_url: str, spans: Any) -> None:
     for _ in range(2):
         post_json(traced_url, {"rows": [[1, 2, 3]]}, traceparent=f"00-{PARENT}-00f067aa0ba902b7-01")
-    httpx.get(f"{traced_url}/healthz")
+    http.get(f"{traced_url}/healthz")
     route = "POST /v1/teachers/{name}/score"
     until(lambda: sum(each.name in (route, "GET /healthz") for each in spans.get_finished_spans()) == 3)
     found = [each for each in spans.get_finished_spans() if each.name != "GET /readyz"]

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import httpx
 import pytest
 
 from potstill.cache.errors import LimitExceeded, Overloaded
@@ -19,6 +18,7 @@ from potstill.teacher_service.admission.shared_bound import SharedBound
 from potstill.teacher_service.app import create_app
 from potstill.teacher_service.hosting.service import Service
 from potstill.teacher_service.settings.service import LimitSettings
+from tests.support import http
 from tests.support.fakes import FakeTeacher, GatedTeacher
 from tests.support.processes.servers import hosted, serving, serving_teachers, wait_ready
 from tests.support.waiting import until
@@ -95,7 +95,7 @@ def test_a_body_that_drips_is_refused_all_the_same(url: str) -> None:
 
 def test_a_body_for_any_route_is_bounded(url: str) -> None:
     body = b'{"replicas": 1, "x": "' + b"x" * 100_000 + b'"}'
-    reply = httpx.put(f"{url}/v1/teachers/smol/replicas", content=body, headers={"content-type": "application/json"})
+    reply = http.put(f"{url}/v1/teachers/smol/replicas", content=body, headers={"content-type": "application/json"})
     assert (reply.status_code, reply.json()["kind"]) == (413, "body_too_large")
     with talking(url, "content-length: 20\r\n", path="/v1/teachers/smol/replicas", method="PUT") as connection:
         assert answer_of(connection)[0] == 408
@@ -151,7 +151,7 @@ def test_huge_bodies_sent_again_and_again_hold_no_more_than_their_bound(url: str
     assert set(statuses) == {408, 429}
     until(lambda: nothing_is_held(service))
     assert service.admission.refusals["bodies"] == statuses.count(429)
-    assert httpx.post(f"{url}{PATH}", json={"rows": [[1]]}).status_code == 200
+    assert http.post(f"{url}{PATH}", json={"rows": [[1]]}).status_code == 200
 
 
 def test_a_connection_that_is_half_closed_while_it_sends_leaves_nothing_behind(url: str, service: Service) -> None:
@@ -177,7 +177,7 @@ def test_a_connection_that_is_half_closed_while_it_waits_leaves_the_engine() -> 
             assert connection.recv(100) == b""
         assert (gated.waiting, gated.scored) == (0, [])
         gated.gate.set()
-        assert httpx.post(f"{url}{PATH}", json={"rows": [[1, 2]]}).status_code == 200
+        assert http.post(f"{url}{PATH}", json={"rows": [[1, 2]]}).status_code == 200
 
 
 def test_an_answer_that_is_not_taken_is_given_up() -> None:
@@ -192,7 +192,7 @@ def test_an_answer_that_is_not_taken_is_given_up() -> None:
             connection.sendall(body)
             until(lambda: service.admission._misses.in_use > 0)
             # Its bytes count until they are taken: another answer as large has no room beside it.
-            assert httpx.post(f"{url}{PATH}", json=asked, timeout=60).status_code == 429
+            assert http.post(f"{url}{PATH}", json=asked).status_code == 429
             assert service.admission.refusals["misses"] == 1
             until(lambda: nothing_is_held(service), 60)
             received = 0
@@ -205,10 +205,10 @@ def test_a_large_answer_arrives_whole() -> None:
     engine = FakeTeacher()
     with serving_teachers(hosted("smol", engine)) as url:
         asked = {"rows": [[1, 2, 3] * 500] * 3, "fields": {"k": 32}}
-        reply = httpx.post(f"{url}{PATH}", json=asked, timeout=60)
+        reply = http.post(f"{url}{PATH}", json=asked)
         assert len(reply.content) > 600_000
         assert [len(row["ids"]) for row in reply.json()["rows"]] == [1500] * 3
-        reply = httpx.post(f"{url}{PATH}", json=asked, timeout=60, headers={"accept": wire.ARROW_MEDIA_TYPE})
+        reply = http.post(f"{url}{PATH}", json=asked, headers={"accept": wire.ARROW_MEDIA_TYPE})
         assert int(reply.headers["content-length"]) == len(reply.content)
         assert [targets.num_positions for targets in wire.answer_from_arrow(reply.content).targets] == [1500] * 3
 
@@ -250,6 +250,6 @@ def test_one_request_of_one_key_may_have_all_that_nobody_else_has() -> None:
 def test_a_body_over_the_bound_of_all_together_is_not_told_to_come_again() -> None:
     limits = LimitSettings(max_body_bytes_in_flight=50_000)
     with serving(create_app(Service.of([hosted("smol", FakeTeacher())], limits=limits))) as url:
-        reply = httpx.post(url + PATH, content=b" " * 60_000, headers={"content-type": "application/json"})
+        reply = http.post(url + PATH, content=b" " * 60_000, headers={"content-type": "application/json"})
     assert reply.status_code == 413
     assert "max_body_bytes_in_flight=50000" in reply.json()["detail"]

@@ -16,6 +16,7 @@ from potstill.teacher_service.hosting.service import Service
 from potstill.teacher_service.routes.completions import as_json as completions_json
 from potstill.teacher_service.settings.service import LimitSettings
 from potstill.teacher_service.transport.connections import _origin
+from tests.support import http
 from tests.support.fakes import FakeTeacher, fake_identity
 from tests.support.processes.servers import hosted, serving, serving_teachers, wait_ready
 
@@ -68,7 +69,7 @@ def test_a_head_that_drips_is_closed_all_the_same_also_a_later_one(url: str, bef
 
 
 def test_requests_that_take_longer_than_a_head_may_are_served(url: str) -> None:
-    with httpx.Client(base_url=url) as client:
+    with httpx.Client(timeout=http.SECONDS, base_url=url) as client:
         for _ in range(3):
             assert client.get("/healthz").status_code == 200
             time.sleep(0.3)
@@ -96,7 +97,7 @@ def until_served(url: str, source: str = "127.0.0.1") -> None:
     deadline = time.monotonic() + 60
     while True:
         try:
-            with httpx.Client(transport=httpx.HTTPTransport(local_address=source)) as client:
+            with httpx.Client(timeout=http.SECONDS, transport=httpx.HTTPTransport(local_address=source)) as client:
                 if client.get(f"{url}/healthz").status_code == 200:
                     return
         except httpx.TransportError:

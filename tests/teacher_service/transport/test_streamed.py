@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
-import httpx
 import pytest
 from starlette.requests import ClientDisconnect
 
@@ -18,6 +17,7 @@ from potstill.teacher_service.access.auth import Caller, Role, caller
 from potstill.teacher_service.app import create_app
 from potstill.teacher_service.hosting.service import Service
 from potstill.teacher_service.transport.streamed import ReadSlots, StreamedAnswer
+from tests.support import http
 from tests.support.fakes import FakeTeacher
 from tests.support.processes.servers import hosted, serving
 from tests.support.waiting import eventually, until
@@ -56,7 +56,7 @@ def streaming(pieces: CountedPieces, slots: ReadSlots) -> Any:
 def test_a_client_that_takes_nothing_is_dropped() -> None:
     slots = ReadSlots(threads=1, streams=1, stall_seconds=1.0)
     pieces = CountedPieces()
-    with serving(streaming(pieces, slots)) as url, httpx.stream("GET", url):
+    with serving(streaming(pieces, slots)) as url, http.stream("GET", url):
         until(lambda: pieces.read > 2 and slots.in_use == 0)
         assert pieces.read < 50
 
@@ -64,7 +64,7 @@ def test_a_client_that_takes_nothing_is_dropped() -> None:
 def test_a_client_that_takes_nothing_holds_no_thread_meanwhile() -> None:
     slots = ReadSlots(threads=1, streams=1, stall_seconds=600.0)
     pieces = CountedPieces()
-    with serving(streaming(pieces, slots)) as url, httpx.stream("GET", url):
+    with serving(streaming(pieces, slots)) as url, http.stream("GET", url):
         until(lambda: pieces.read > 2)
         # The one thread is free, though the answer is still under way.
         assert slots.pool.submit(lambda: 7).result(timeout=60) == 7
@@ -75,7 +75,7 @@ def test_a_client_that_leaves_stops_the_reading() -> None:
     slots = ReadSlots(threads=1, streams=1, stall_seconds=600.0)
     pieces = CountedPieces()
     with serving(streaming(pieces, slots)) as url:
-        with httpx.stream("GET", url):
+        with http.stream("GET", url):
             until(lambda: pieces.read > 2)
         until(lambda: slots.in_use == 0)
         read = pieces.read
@@ -170,7 +170,7 @@ def test_a_service_counts_no_refusal_of_a_client_that_leaves_in_the_middle() -> 
         return StreamedAnswer(iter(pieces), slots, headers={}, media_type=ARROW)
 
     with serving(app) as url:
-        with httpx.stream("GET", f"{url}/endless"):
+        with http.stream("GET", f"{url}/endless"):
             until(lambda: pieces.read > 2)
         until(lambda: slots.in_use == 0)
         until(
