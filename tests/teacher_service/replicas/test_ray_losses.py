@@ -33,6 +33,7 @@ from tests.support.processes.process_teacher import DEADLY, ProcessTeacher, open
 from tests.support.waiting import eventually
 
 QUICK = RaySettings(health_seconds=0.1, health_timeout_seconds=0.2)
+PATIENT = RaySettings()
 DEAD = Refused("teacher_failed", "the engine ended", elsewhere=True)
 CRASHED = Refused("teacher_failed", "the engine ended", elsewhere=True, crashed=True)
 
@@ -62,8 +63,8 @@ class Handle:
         return refused or Scored(Targets.concat(await FakeTeacher().score(call.rows, call.want)))
 
 
-def pool_of(handle: Handle, *replicas: str) -> RayPool:
-    pool = RayPool("smol", ServeApp("smol", QUICK), ReplicaSettings(), QUICK)
+def pool_of(handle: Handle, *replicas: str, settings: RaySettings = QUICK) -> RayPool:
+    pool = RayPool("smol", ServeApp("smol", settings), ReplicaSettings(), settings)
     fake = FakeTeacher()
     pool._score, pool._described = handle, Described(fake.identity, fake.provenance, fake.limits)
     see(pool, *replicas)
@@ -77,7 +78,7 @@ def see(pool: RayPool, *replicas: str) -> None:
 
 async def test_a_call_waits_for_the_replica_that_takes_the_place_of_the_only_one() -> None:
     handle = Handle(lambda name: DEAD if name == "old" else None)
-    pool = pool_of(handle, "old")
+    pool = pool_of(handle, "old", settings=PATIENT)
     asked = rows(9)
     call = asyncio.create_task(pool.score(asked, Fields(k=4)))
     await eventually(lambda: handle.asked == ["old"])

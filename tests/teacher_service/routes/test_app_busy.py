@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-import httpx
 import pytest
 
 from potstill.cache.cache import Cache
@@ -23,7 +22,15 @@ from potstill.teacher_service.hosting.service import Service
 from potstill.teacher_service.settings.service import LimitSettings
 from tests.support import http
 from tests.support.fakes import BrokenTeacher, FakeTeacher, GatedTeacher
-from tests.support.processes.servers import hosted, post_json, refused, serving, serving_teachers, wait_ready
+from tests.support.processes.servers import (
+    asked_by_hand,
+    hosted,
+    post_json,
+    refused,
+    serving,
+    serving_teachers,
+    wait_ready,
+)
 from tests.support.waiting import until
 
 
@@ -87,8 +94,8 @@ def test_hits_are_answered_while_misses_wait_for_the_engine(tmp_path: Path) -> N
 def test_a_client_that_leaves_cancels_its_work() -> None:
     teacher = GatedTeacher()
     with serving_teachers(hosted("smol", teacher)) as url:
-        with pytest.raises(httpx.ReadTimeout):
-            http.post(f"{url}/v1/teachers/smol/score", json={"rows": [[1]]}, timeout=2.0)
+        with asked_by_hand(url, {"rows": [[1]]}):
+            until(lambda: teacher.waiting == 1)
         until(lambda: teacher.cancelled == 1)
         assert 'potstill_tokens_in_flight{teacher="smol"} 0.0' in http.get(f"{url}/metrics").text
         until(lambda: 'status="499"' in http.get(f"{url}/metrics").text)
