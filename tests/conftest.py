@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,6 +36,8 @@ settings.load_profile("no-deadline")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell starts what is to run in the background with SIGINT ignored, and so would every process of a test be.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for line in ENGINE_WARNINGS:
         config.addinivalue_line("filterwarnings", line)
 

@@ -78,13 +78,13 @@ class Watching:
         return self._err
 
     def until(self, holds: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 300
         while not holds():
             assert time.monotonic() < deadline, self.err
             time.sleep(0.02)
 
     def finish(self) -> tuple[int | None, str, list[str]]:
-        self._thread.join(timeout=60)
+        self._thread.join(timeout=300)
         assert not self._thread.is_alive()
         err = self.err.splitlines()
         return self.status, self._out, err

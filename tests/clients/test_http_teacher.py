@@ -281,7 +281,7 @@ def test_closing_the_facade_ends_what_other_threads_wait_for() -> None:
             thread = threading.Thread(target=ask, args=(remote,))
             thread.start()
             until(lambda: gated.waiting == 1)
-        thread.join(timeout=60)
+        thread.join(timeout=300)
         assert seen == [Unavailable]
         until(lambda: gated.cancelled == 1)
 

@@ -54,7 +54,7 @@ def potstill(*arguments: str) -> list[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 
 
@@ -64,7 +64,7 @@ def started(file: Path) -> subprocess.Popen[str]:
 
 
 def wait_for_step(run: Path, step: int) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while not any(record["step"] >= step for record in read_metrics(run)):
         assert time.monotonic() < deadline
         time.sleep(0.1)

@@ -16,7 +16,7 @@ BODY: dict[str, Any] = {"fields": FIELDS.to_json(), "batch_tokens": 200}
 
 def until_state(address: str, *states: str) -> dict[str, Any]:
     """The job, once it is in one of these states."""
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while (at := http.get(address).json())["state"] not in states:
         assert time.monotonic() < deadline, at
         time.sleep(0.05)

@@ -7,14 +7,14 @@ import time
 from collections.abc import Callable
 
 
-async def eventually(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+async def eventually(condition: Callable[[], bool], seconds: float = 300.0) -> None:
     """Look until it is so; TimeoutError if it does not become so."""
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110 -- what is waited for has no event to tell
             await asyncio.sleep(0.01)
 
 
-def until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 300.0) -> None:
     """The same outside an event loop; an AssertionError if it does not become so."""
     deadline = time.monotonic() + seconds
     while not condition():

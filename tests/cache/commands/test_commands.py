@@ -155,7 +155,7 @@ def test_a_prefill_stopped_by_sigterm_says_how_to_go_on(root: Path) -> None:
         while process.poll() is None and not (commits.exists() and os.listdir(commits)):
             pass
         process.terminate()
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
     assert process.returncode == 130, err
     assert "the same command goes on with the rest" in out
     committed = Cache.open(root).targets("t", "docs").committed

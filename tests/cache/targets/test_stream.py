@@ -67,11 +67,11 @@ def test_the_next_batches_are_read_while_one_is_used_and_no_more() -> None:
     stream = stream_rows(rows, ([row] for row in range(50)), ahead=2)
     assert ids_of(next(stream)) == [0]
     for _ in range(3):
-        assert rows.reached.acquire(timeout=60)
+        assert rows.reached.acquire(timeout=300)
     # Row 0 is in hand, 1 and 2 are read; nothing asks for row 3 before row 1 is taken.
     assert not rows.reached.acquire(timeout=0.05)
     assert ids_of(next(stream)) == [1]
-    assert rows.reached.acquire(timeout=60)
+    assert rows.reached.acquire(timeout=300)
     stream.close()  # type: ignore[attr-defined]
     assert len(rows.read) == 4
 

@@ -39,7 +39,7 @@ class Page:
         number = next(self._ids)
         self._socket.send(json.dumps({"id": number, "method": method, "params": params}))
         while True:
-            message = json.loads(self._socket.recv(timeout=120))
+            message = json.loads(self._socket.recv(timeout=300))
             if message.get("id") == number:
                 assert "error" not in message, (method, message)
                 result: dict[str, Any] = message["result"]
@@ -121,11 +121,11 @@ def browsing(chromium: str, *, width: int = 1280, height: int = 800, dark: bool 
                 yield page
         finally:
             process.terminate()
-            process.wait(timeout=120)
+            process.wait(timeout=300)
 
 
 def _port(process: subprocess.Popen[bytes], told: Path) -> int:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not (told.exists() and "\n" in told.read_text()):
         assert process.poll() is None, f"Chromium ended with {process.returncode}"
         assert time.monotonic() < deadline, "Chromium did not open its DevTools port"

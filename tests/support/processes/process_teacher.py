@@ -1,6 +1,6 @@
-"""A `FakeTeacher` in a process of its own, which a test can really stop or kill: `python -m tests.process_teacher`.
+"""A `FakeTeacher` in a process of its own, which a test can really stop or kill.
 
-It dies of a row that begins with `DEADLY`.
+It is `python -m tests.support.processes.process_teacher`, and dies of a row that begins with `DEADLY`.
 """
 
 from __future__ import annotations

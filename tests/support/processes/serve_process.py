@@ -23,7 +23,7 @@ def refused(*arguments: str, **variables: str) -> str:
         [*COMMAND, *arguments],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         env={**environment(), **variables},
         check=False,
     )
@@ -58,5 +58,5 @@ class Serving:
         return self.finish()
 
     def finish(self) -> tuple[int, str]:
-        _, stderr = self.process.communicate(timeout=60)
+        _, stderr = self.process.communicate(timeout=300)
         return self.process.returncode, stderr

@@ -55,7 +55,7 @@ def hosted(name: str, teacher: Teacher, keep: Keep | None = None) -> HostedTeach
 
 
 def wait_ready(url: str) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while http.get(f"{url}/readyz").status_code != 200:
         assert time.monotonic() < deadline
         time.sleep(0.02)

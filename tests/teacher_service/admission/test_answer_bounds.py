@@ -181,7 +181,7 @@ def test_a_pipelined_request_tells_nobody_of_the_one_before_that_it_waits() -> N
     head = "\r\n".join((*lines, "", "")).encode()
     with serving_teachers(hosted("smol", teacher)) as url:
         host, port = url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), timeout=60) as connection:
+        with socket.create_connection((host, int(port)), timeout=300) as connection:
             connection.sendall((head + body) * 3)
             until(lambda: len(teacher.told) == 3)
     assert teacher.told == [2, 2, 2]

@@ -26,7 +26,7 @@ PREFIX = (7, 300)
 
 
 def test_importing_the_module_imports_no_engine() -> None:
-    code = "import sys, teacher_service.vllm_teacher; print({'vllm', 'torch'} & set(sys.modules))"
+    code = "import sys, potstill.teacher_service.engine.vllm_teacher; print({'vllm', 'torch'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 

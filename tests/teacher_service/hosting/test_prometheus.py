@@ -42,12 +42,12 @@ def prometheus(folder: Path, target: str) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
-        process.wait(timeout=120)
+        process.wait(timeout=300)
 
 
 def ask(url: str, query: str) -> list[dict[str, Any]]:
     """The result of a query, asked until there is one."""
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while True:
         try:
             reply = http.get(f"{url}/api/v1/query", params={"query": query})

@@ -69,7 +69,7 @@ def test_a_service_is_ready_however_long_the_store_takes_for_the_look(tmp_path: 
         slow.let_go()
         told = process.stderr.readline()
         process.terminate()
-        stdout, stderr = process.communicate(timeout=60)
+        stdout, stderr = process.communicate(timeout=300)
     assert said, "the ready line waits for the store"
     assert re.match("ready: ", stdout)
     assert "as model 'old'" in told

@@ -1,6 +1,6 @@
 """What a pool on Ray does when replicas are lost or scaled, in the order of events that a real cluster seldom shows.
 
-Serve's handle and application are stand-ins with set answers; tests/test_teacher_service_ray_pool.py has real ones.
+Serve's handle and application are stand-ins with set answers; test_ray_pool.py has real ones.
 """
 
 from __future__ import annotations
@@ -342,7 +342,7 @@ def test_ray_says_whether_a_process_ended_by_itself_or_was_stopped() -> None:
         waiting = victim.wait.remote()
         stop((victim, pid))
         with pytest.raises(RayActorError) as error:
-            ray.get(waiting, timeout=120)
+            ray.get(waiting, timeout=300)
         return error.value
 
     by_itself = loss(lambda it: os.kill(it[1], signal.SIGSEGV))
@@ -373,7 +373,7 @@ class SlowApp(ServeApp):
 
     def scale(self, replicas: int) -> None:
         self.begun.set()
-        self.go.wait(20)
+        self.go.wait(300)
         self.number = replicas
 
     def look(self) -> ServeView:

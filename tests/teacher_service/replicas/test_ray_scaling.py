@@ -1,6 +1,6 @@
 """Scaling a pool on Ray that is refused, or that Serve does not answer.
 
-Serve's application is a stand-in; tests/test_teacher_service_ray_pool.py has a real one.
+Serve's application is a stand-in; test_ray_pool.py has a real one.
 """
 
 from __future__ import annotations

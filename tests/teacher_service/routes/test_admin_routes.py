@@ -47,7 +47,7 @@ def score(url: str, name: str) -> httpx.Response:
 
 
 def gone(url: str, name: str) -> bool:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while name in teachers(url) and time.monotonic() < deadline:
         time.sleep(0.02)
     return name not in teachers(url)
@@ -148,7 +148,7 @@ async def never_opens() -> AsyncIterator[Teacher]:
 
 def test_a_failed_teacher_tells_why_and_can_be_put_in_its_place(origin: str) -> None:
     with serving(create_app(Service.of([HostedTeacher("broken", never_opens), hosted("own", FakeTeacher())]))) as url:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while http.get(f"{url}/readyz").json()["teachers"] != {"broken": "failed", "own": "ready"}:
             assert time.monotonic() < deadline
             time.sleep(0.02)

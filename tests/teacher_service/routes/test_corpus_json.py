@@ -61,7 +61,7 @@ def test_json_holds_its_bytes_and_a_place_until_it_is_sent(tmp_path: Path, monke
 
     def gated(self: TargetSet, *args: Any, **kwargs: Any) -> Targets:
         seen.set()
-        assert gate.wait(20)
+        assert gate.wait(300)
         return read(self, *args, **kwargs)
 
     monkeypatch.setattr(TargetSet, "read", gated)
@@ -75,7 +75,7 @@ def test_json_holds_its_bytes_and_a_place_until_it_is_sent(tmp_path: Path, monke
         ):
             address, ask = f"{url}/v1/corpora/docs/targets/fake?start=0&stop=10", {"accept": "application/json"}
             first = pool.submit(http.get, address, headers=ask)
-            assert seen.wait(20)
+            assert seen.wait(300)
             refusal = http.get(address, headers=ask)
             gate.set()
             assert first.result().status_code == 200

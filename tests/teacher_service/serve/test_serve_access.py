@@ -86,7 +86,7 @@ class Served:
     def stop(self) -> str:
         """What it wrote to stderr."""
         self.process.terminate()
-        _, stderr = self.process.communicate(timeout=60)
+        _, stderr = self.process.communicate(timeout=300)
         assert self.process.returncode == 0, stderr
         return str(stderr)
 

@@ -215,7 +215,7 @@ def test_a_served_process_writes_json_only(tmp_path: Path) -> None:
         http.get(f"{served.url}/healthz")
         http.get(f"{served.url}/v1/teachers", headers={"x-request-id": "mine"})
         served.process.terminate()
-        stdout, stderr = served.process.communicate(timeout=60)
+        stdout, stderr = served.process.communicate(timeout=300)
     assert (served.process.returncode, stdout) == (0, "")
     ready = json.loads(served.ready)
     assert ready["message"] == f"ready: {served.url} teachers smol ({behind}#deep)"
@@ -230,7 +230,7 @@ def test_what_ends_a_served_process_is_json_too(tmp_path: Path) -> None:
     config.write_text('[logs]\nformat = "json"\n')
     with serving_teachers(hosted("deep", FakeTeacher())) as behind:
         command = [*COMMAND, str(config), "--port", "0", "--teacher", f"bad={behind}#nobody"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment(), check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment(), check=False)
     assert (done.returncode, done.stdout) == (1, "")
     (line,) = map(json.loads, done.stderr.splitlines())
     assert line["message"].startswith("unknown_teacher: teacher 'bad' did not start: ")
