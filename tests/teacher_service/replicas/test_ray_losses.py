@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -26,7 +25,7 @@ from potstill.teacher_service.replicas.ray_losses import Losses, has_crashed, lo
 from potstill.teacher_service.replicas.ray_pool import RayPool
 from potstill.teacher_service.replicas.ray_replica import Described, Refused, Replica, ScoreCall, Scored
 from potstill.teacher_service.replicas.ray_serve import ServeApp, ServeView
-from potstill.teacher_service.settings.replicas import AutoscaleSettings, RaySettings, ReplicaSettings
+from potstill.teacher_service.settings.replicas import RaySettings, ReplicaSettings
 from tests.support.contracts import rows
 from tests.support.fakes import FakeTeacher
 from tests.support.processes.process_teacher import DEADLY, ProcessTeacher, opens_process_teacher
@@ -360,42 +359,3 @@ async def test_an_error_about_the_rows_is_told_at_once(error: PotstillError) -> 
     with pytest.raises(type(error), match=str(error)):
         await pool_of(handle, "a", "b").score(rows(9), Fields(k=4))
     assert len(handle.asked) == 1
-
-
-class SlowApp(ServeApp):
-    """Serve takes its time for the first change of the number."""
-
-    def __init__(self) -> None:
-        super().__init__("smol", QUICK)
-        self.number = 1
-        self.begun = threading.Event()
-        self.go = threading.Event()
-
-    def scale(self, replicas: int) -> None:
-        self.begun.set()
-        self.go.wait(300)
-        self.number = replicas
-
-    def look(self) -> ServeView:
-        return ServeView("RUNNING", "", self.number, {f"r{i}": "ready" for i in range(self.number)})
-
-
-async def test_the_number_that_an_admin_sets_outlives_a_step_of_autoscaling_under_way() -> None:
-    app = SlowApp()
-    pool = RayPool(
-        "smol", app, ReplicaSettings(autoscale=AutoscaleSettings(max=5, tokens_per_replica=10, up_seconds=0))
-    )
-    pool.follow_queue(lambda: 1000)
-    step = asyncio.create_task(pool._follow_need())
-    await eventually(app.begun.is_set)
-
-    async def set_two() -> None:
-        await pool.autoscale(None)
-        assert (await pool.scale(2)).target == 2
-
-    admin = asyncio.create_task(set_two())
-    late = asyncio.create_task(pool._follow_need())
-    await asyncio.sleep(0.05)
-    app.go.set()
-    await asyncio.gather(step, admin, late)
-    assert (app.number, pool.status.target, pool.status.replicas) == (2, 2, 2)
