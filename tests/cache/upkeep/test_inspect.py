@@ -13,10 +13,12 @@ import pytest
 
 from benchmarks.support.flip_cache import build
 from potstill.cache import Cache, Fields
-from potstill.cache.upkeep.inspect_html import coverage_strip, page
+from potstill.cache.fill.loop import FillPlan, fill
+from potstill.cache.upkeep.charts import Axis
+from potstill.cache.upkeep.inspect_html import coverage_marks, page
 from potstill.cache.upkeep.inspection import inspect_cache
 from potstill.clients.cli import main
-from tests.support.corpora import make_corpus, teacher_for
+from tests.support.corpora import make_corpus, teacher_for, topics
 from tests.support.fakes import FakeTeacher, fake_identity
 
 
@@ -137,8 +139,8 @@ def test_the_page_stands_alone(root: Path, tmp_path: Path, capsys: pytest.Captur
     assert not {"script", "link", "iframe", "img"} & set(found.tags)
     assert "url(" not in text
     assert "prefers-color-scheme:dark" in text
-    assert text.count("<polyline class='line'") == 4
-    assert "bound 0.0635" in text
+    assert text.count('<polyline class="s0"') == 4
+    assert ">0.0635<" in text
     assert main(["inspect", str(root), "--html", str(tmp_path / "no" / "page.html")]) == 1
     assert capsys.readouterr().err.startswith("store: ")
 
@@ -151,7 +153,7 @@ def test_a_hostile_name_is_text_on_the_page(tmp_path: Path, capsys: pytest.Captu
     text = page(cache, inspect_cache(cache))
     parsed(text)
     assert "<script" not in text
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;[bold]&quot;&#x27;" in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;[bold]&#34;&#39;" in text
     assert main(["inspect", str(tmp_path / "c")]) == 0
     assert evil in capsys.readouterr().out
 
@@ -183,14 +185,41 @@ def test_a_strip_stays_small_and_shows_gaps(shards: int) -> None:
     covered = np.arange(shards) % 2 == 0
     covered[shards // 2 :] = False
     covered[0] = True
-    strip = coverage_strip(covered)
-    assert len(strip) < 20_000
-    marks = [(int(a), int(b)) for a, b in re.findall(r'<rect x="(\d+)" width="(\d+)"', strip)]
+    marks = coverage_marks(covered)
     bins = min(shards, 240)
-    assert marks[0][0] == 0
-    assert sum(marks[-1]) <= bins // 2 + 1
-    assert "% of the shards are covered" in strip
-    assert "<rect" not in coverage_strip(np.zeros(shards, dtype=bool))
+    assert len(marks) <= bins
+    assert marks[0].start == 0
+    assert marks[-1].start + marks[-1].width <= bins // 2 + 1
+    assert coverage_marks(np.zeros(shards, dtype=bool)) == []
+
+
+@pytest.mark.parametrize("shards", [3, 100])
+def test_few_shards_have_their_errors_in_the_table_and_many_a_histogram(tmp_path: Path, shards: int) -> None:
+    import asyncio
+
+    cache, corpus = make_corpus(tmp_path / "c", texts=topics(8), shard_positions=1 << 20 if shards == 3 else 100)
+    teacher = teacher_for(corpus)
+    asyncio.run(fill(teacher, cache.plan_targets("t", "docs", teacher.identity, fields=Fields(k=4)), FillPlan()))
+    text = page(cache, inspect_cache(cache))
+    assert ("<figcaption>t on docs, first</figcaption>" in text) == (shards == 100)
+    assert re.search(r'>0\.0635</td><td class="number">0\.\d+', text)
+
+
+@pytest.mark.parametrize(
+    ("values", "texts"),
+    [
+        ([9.82, 11.02], ["9.5", "10.0", "10.5", "11.0", "11.5"]),
+        ([0.0, 1.0], ["0", "0.2", "0.4", "0.6", "0.8", "1.0"]),
+        ([0.0, 3e-5], ["0", "1.0e-05", "2.0e-05", "3.0e-05"]),
+        ([0, 76], ["0", "20", "40", "60", "80"]),
+        ([5.0, 5.0], ["5", "6"]),
+        ([0.0], ["0", "0.2"]),
+    ],
+)
+def test_ticks_are_round_and_hold_all_values(values: list[float], texts: list[str]) -> None:
+    axis = Axis.around("", values)
+    assert [text for _, text in axis.ticks] == texts
+    assert axis.low <= min(values) <= max(values) <= axis.high
 
 
 def test_an_empty_root_says_what_makes_a_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

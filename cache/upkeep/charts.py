@@ -1,0 +1,123 @@
+"""Charts for HTML pages: axes with round ticks, and what is drawn between them in SVG units.
+
+`pages/charts.html.jinja` draws them; a page is one file with its own style and drawings, nothing to load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+from numpy.typing import ArrayLike, NDArray
+
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 408, 18, 160
+_MOST_STEPS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One direction of a chart."""
+
+    label: str
+    low: float
+    high: float
+    ticks: tuple[tuple[float, str], ...]
+    """Values and what is written at them."""
+
+    @classmethod
+    def around(cls, label: str, values: ArrayLike, *, percent: bool = False) -> Axis:
+        """An axis that ends at round numbers around all values."""
+        found = np.asarray(values, dtype=np.float64)
+        low, high = float(found.min()), float(found.max())
+        step = _round_step((high - low) or abs(high) or 1.0)
+        first, last = int(np.floor(low / step + 1e-9)), int(np.ceil(high / step - 1e-9))
+        last = max(last, first + 1)
+        # As many digits as tell neighbouring ticks apart.
+        digits = max(0, -int(np.floor(np.log10(step) + 1e-9)) - (2 if percent else 0))
+        form = f".{digits}%" if percent else f",.{digits}f" if digits < 4 else ".1e"
+        texts = {index: format(step * index, form) for index in range(first, last + 1)} | {0: "0%" if percent else "0"}
+        ticks = tuple((step * index, texts[index]) for index in range(first, last + 1))
+        return cls(label, ticks[0][0], ticks[-1][0], ticks)
+
+    def place(self, values: ArrayLike, start: float, end: float) -> NDArray[np.float64]:
+        """Values of the axis in SVG units between `start` and `end`."""
+        return start + (np.asarray(values, dtype=np.float64) - self.low) / (self.high - self.low) * (end - start)
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """One bar of a histogram, from the lower axis up."""
+
+    x: float
+    width: float
+    y: float
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """Lines and bars on two axes, in the units of its drawing."""
+
+    title: str
+    x: Axis
+    y: Axis
+    lines: Mapping[str, str]
+    """SVG points of each line, by what the legend calls it."""
+    bars: tuple[Bar, ...] = ()
+    bound: tuple[float, str] | None = None
+    """Where an upright line stands, and what is written above it."""
+
+    @property
+    def x_ticks(self) -> list[tuple[float, str]]:
+        """Where each tick of the lower axis stands, and its text."""
+        return [(float(self.x.place(value, _LEFT, _RIGHT)), text) for value, text in self.x.ticks]
+
+    @property
+    def y_ticks(self) -> list[tuple[float, str]]:
+        """Where each tick of the left axis stands, and its text."""
+        return [(float(self.y.place(value, _BOTTOM, _TOP)), text) for value, text in self.y.ticks]
+
+
+def line_chart(title: str, x: Axis, y: Axis, lines: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Chart:
+    """A chart of lines, each of x and y values of one length."""
+    points = {
+        name: " ".join(
+            f"{a:.1f},{b:.1f}" for a, b in zip(x.place(xs, _LEFT, _RIGHT), y.place(ys, _BOTTOM, _TOP), strict=True)
+        )
+        for name, (xs, ys) in lines.items()
+    }
+    return Chart(title, x, y, points)
+
+
+def histogram(title: str, label: str, values: Sequence[float], *, bins: int, bound: float | None = None) -> Chart:
+    """How many of the values, none below zero, fall into each of some bins; with a line at a bound."""
+    x = Axis.around(label, [0.0, *values, bound or 0.0])
+    counts, edges = np.histogram(values, bins=bins, range=(0.0, x.high))
+    y = Axis.around("", [0, counts.max()])
+    lefts, tops = x.place(edges, _LEFT, _RIGHT), y.place(counts, _BOTTOM, _TOP)
+    bars = tuple(
+        Bar(float(a), float(b - a - 1), float(top))
+        for a, b, top, count in zip(lefts[:-1], lefts[1:], tops, counts, strict=True)
+        if count
+    )
+    line = (float(x.place(bound, _LEFT, _RIGHT)), f"bound {bound:g}") if bound else None
+    return Chart(title, x, y, {}, bars, line)
+
+
+def pages_of(package: str) -> Environment:
+    """The templates in `pages/` of a package, which may import those of this one; all they show is escaped."""
+    loaders = [PackageLoader(name, "pages") for name in (package, __package__ or "")]
+    environment = Environment(
+        loader=ChoiceLoader(loaders), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    frame: dict[str, Any] = {"left": _LEFT, "right": _RIGHT, "top": _TOP, "bottom": _BOTTOM}
+    environment.globals.update(frame=frame)
+    return environment
+
+
+def _round_step(width: float) -> float:
+    """1, 2 or 5 times a power of ten, of which a few make the width."""
+    power = 10.0 ** np.floor(np.log10(width))
+    return float(next(size * power for size in (0.2, 0.5, 1.0, 2.0) if width / (size * power) <= _MOST_STEPS))
