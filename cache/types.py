@@ -6,6 +6,7 @@ Logprobs are natural logs of the full-vocabulary softmax at temperature 1.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,13 +22,15 @@ Tokens: TypeAlias = NDArray[np.uint32]
 """One row: token ids, shape [T]."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TeacherIdentity:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TeacherIdentity:  # noqa: PLW1641 -- `overrides` has no hash
     """What changes a teacher's numbers. Another identity under the same name raises `SpecMismatch`."""
 
     model: str
+    """A label for people: the name of the model's folder, or its name on the hub."""
     revision: str
     weights_sha256: str
+    """In hex, over the weight files; an import that does not know it has a word here, and `model` is compared, too."""
     tokenizer_sha256: str
     """Of the id -> bytes table and the special ids, not of files (`potstill.cache.corpus.tokenizer.fingerprint`)."""
     vocab_size: int
@@ -61,14 +64,22 @@ class TeacherIdentity:
             identity = cls(**{**value, **tuples})
         except TypeError as error:
             raise FormatError(f"a teacher identity has wrong keys: {error}") from error
+        if not isinstance(identity.weights_sha256, str):
+            raise FormatError(f"a teacher identity has weights_sha256 {identity.weights_sha256!r}; it must be a string")
         if not isinstance(identity.vocab_size, int) or identity.vocab_size < 1:
             raise FormatError(f"a teacher identity has vocab_size {identity.vocab_size!r}; it must be > 0")
         return identity
 
     def differences(self, other: TeacherIdentity) -> str:
-        """`key: ours != theirs` for every key that differs, or an empty string."""
+        """`key: ours != theirs` for every key that differs, or an empty string; the label `model` is none of them."""
         mine, theirs = self.to_json(), other.to_json()
+        if re.fullmatch(r"[0-9a-f]{64}", self.weights_sha256):
+            del mine["model"]
         return "; ".join(f"{key}: {mine[key]!r} != {theirs[key]!r}" for key in mine if mine[key] != theirs[key])
+
+    def __eq__(self, other: object) -> bool:
+        """Equality of all that changes numbers."""
+        return isinstance(other, TeacherIdentity) and not self.differences(other)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

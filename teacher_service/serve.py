@@ -24,7 +24,6 @@ from potstill.cache.logins import without_login
 from potstill.teacher_service.access.middleware import Access
 from potstill.teacher_service.app import create_app
 from potstill.teacher_service.hosting.hosted_teacher import Keep
-from potstill.teacher_service.hosting.renamed_look import look_for_renamed
 from potstill.teacher_service.hosting.service import Service
 from potstill.teacher_service.hosting.teacher_source import TeacherSource
 from potstill.teacher_service.settings.service import ServiceSettings, TlsSettings, load_settings, teacher_from_argument
@@ -199,32 +198,18 @@ async def _serve(settings: ServiceSettings, access: Access, listener: socket.soc
     async with service.running():
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         starting = asyncio.create_task(service.started())
-        looking = None
         try:
             await asyncio.wait({serving, starting}, return_when=asyncio.FIRST_COMPLETED)
             if starting.done() and starting.exception() is None:
                 _tell_ready(settings, listener)
-                looking = asyncio.create_task(_warn_of_renamed(service))  # may take as long as the store likes
                 await serving
         finally:
             server.should_exit = True
             starting.cancel()
-            if looking is not None:
-                looking.cancel()
             await asyncio.wait({serving, starting})
         if not starting.cancelled():
             starting.result()
         serving.result()
-
-
-async def _warn_of_renamed(service: Service) -> None:
-    if service.cache is None:
-        return
-    look = await look_for_renamed(service.teachers.values(), service.cache)
-    for line in look.lines.values():
-        _LOG.warning("%s", line)
-    if look.problem:
-        _LOG.warning("not looked everywhere for targets of renamed models: %s", look.problem)
 
 
 def _tell_ready(settings: ServiceSettings, listener: socket.socket) -> None:

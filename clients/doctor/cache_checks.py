@@ -110,21 +110,6 @@ def _fit(name: str, identity: TeacherIdentity, corpus: CorpusFacts, *, alone: bo
     return Verdict("ok", told)
 
 
-def stored_names(cache: Cache, name: str, identity: TeacherIdentity) -> list[Finding]:
-    """As `renamed_findings`, of a cache that this process can read."""
-    from potstill.cache.upkeep.renamed import renamed_line, stored_identities  # noqa: PLC0415 -- heavy
-
-    return renamed_findings(name, renamed_line(name, identity, stored_identities(cache.root)))
-
-
-def renamed_findings(name: str, line: str) -> list[Finding]:
-    """Of a line of `potstill.cache.upkeep.renamed`: nothing when there is none."""
-    if not line:
-        return []
-    told, _, way_out = line.partition("; ")
-    return [finding("model name", name, Verdict("warn", told, way_out))]
-
-
 async def check_stored(cache: Cache, name: str, teacher: Teacher, tolerance: float) -> list[Finding]:
     """Compare a few committed rows of each corpus with what the teacher says now."""
     corpora = [corpus for corpus in cache.corpora() if name in cache.teachers(corpus)]

@@ -18,9 +18,7 @@ from potstill.clients.doctor.cache_checks import (
     CorpusFacts,
     check_stored,
     corpora_of,
-    renamed_findings,
     store_findings,
-    stored_names,
     unreadable_finding,
     vocabulary_findings,
 )
@@ -104,7 +102,6 @@ async def _examine_served(
         async with HttpTeacher.open(url, name, api_key=api_key, store=False, timeout=_TIMEOUT) as teacher:
             if facts.doctor:
                 findings += vocabulary_findings(name, teacher.identity, facts.corpora)
-                findings += renamed_findings(name, facts.renamed.get(name, ""))
             rounds = max(probing.rounds, 4 * await replica_count(url, name, api_key=api_key))
             findings += await check_teacher(teacher, name, replace(probing, rounds=rounds))
     except PotstillError as error:
@@ -153,7 +150,6 @@ async def _examine_opened(
             return [finding("teacher", name, Verdict("fail", error.detail, way_out))]
         if opened is not None:
             findings += vocabulary_findings(name, teacher.identity, opened.corpora)
-            findings += stored_names(opened.cache, name, teacher.identity)
         findings += await check_teacher(teacher, name, probing)
         if opened is not None:
             findings += await check_stored(opened.cache, name, teacher, probing.tolerance)

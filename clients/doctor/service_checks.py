@@ -44,16 +44,6 @@ class ServiceFacts:
         """Of the service's cache."""
         return [CorpusFacts.from_json(corpus) for corpus in (self.doctor.get("store") or {}).get("corpora", ())]
 
-    @property
-    def renamed(self) -> Mapping[str, str]:
-        """By teacher, what `potstill.cache.upkeep.renamed` has to say."""
-        return self.doctor.get("renamed") or {}
-
-    @property
-    def renamed_problem(self) -> str:
-        """What the service did not look at for `renamed`, and why; empty when it looked at everything."""
-        return str(self.doctor.get("renamed_problem") or "")
-
 
 async def check_service(url: str, *, api_key: str | None = None) -> tuple[ServiceFacts, list[Finding]]:
     """Everything about the service that is not one teacher's."""
@@ -64,8 +54,6 @@ async def check_service(url: str, *, api_key: str | None = None) -> tuple[Servic
     if facts.doctor:
         findings.append(finding("memory", url, _memory(facts.doctor)))
         findings += _store(url, facts.doctor)
-        if facts.renamed_problem:
-            findings.append(finding("model name", url, Verdict("not run", facts.renamed_problem)))
         devices = {str((t.get("provenance") or {}).get("device", "")) for t in facts.teachers}
         told = f"only the host's memory was looked at (devices: {', '.join(sorted(devices - {''})) or 'none'})"
         findings.append(finding("GPU memory", url, Verdict("not run", told)))

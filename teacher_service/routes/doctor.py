@@ -15,7 +15,6 @@ from potstill.cache.errors import StoreError
 from potstill.cache.types import JSON
 from potstill.cache.wire import scores as wire
 from potstill.teacher_service.access.auth import Role, allow
-from potstill.teacher_service.hosting.renamed_look import RenamedLook, look_for_renamed
 from potstill.teacher_service.hosting.service import Service
 
 if TYPE_CHECKING:
@@ -30,16 +29,12 @@ def add_doctor_routes(app: FastAPI, service: Service) -> None:
     @app.get("/v1/doctor", dependencies=[Depends(allow(Role.ADMIN))])
     async def doctor() -> dict[str, Any]:
         store = None if service.cache is None else await asyncio.to_thread(_store, service.cache)
-        up = [teacher for teacher in service.teachers.values() if teacher.state == "ready"]
-        renamed = RenamedLook({}) if service.cache is None else await look_for_renamed(up, service.cache)
         return {
             "wire_version": wire.WIRE_VERSION,
             "has_keys": service.access.keys is not None,
             "memory": {**memory(), "admitted_bytes": admitted_bytes(service)},
             "store": store,
             "kept": _kept(service),
-            "renamed": dict(renamed.lines),
-            "renamed_problem": renamed.problem,
         }
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -29,12 +31,44 @@ def test_an_error_is_told_on_one_line() -> None:
 
 def test_identity_survives_json_and_names_what_differs() -> None:
     identity = fake_identity()
-    assert TeacherIdentity.from_json(identity.to_json()) == identity
-    assert "model: 'fake' != 'other'" in identity.differences(fake_identity(model="other"))
+    assert TeacherIdentity.from_json(identity.to_json()).to_json() == identity.to_json()
+    other = fake_identity(model="other")
+    assert identity.differences(other) == f"weights_sha256: {identity.weights_sha256!r} != {other.weights_sha256!r}"
+    assert identity != other
     assert identity.differences(identity) == ""
+    assert identity != identity.to_json()
 
 
-@pytest.mark.parametrize("broken", [[], {}, {"model": "x"}, {**fake_identity().to_json(), "vocab_size": -1}])
+def test_a_models_name_is_a_label_where_the_weights_are_known() -> None:
+    identity = fake_identity()
+    renamed = replace(identity, model="of another folder")
+    assert identity == renamed
+    assert identity.differences(renamed) == ""
+    assert replace(renamed, dtype="bfloat16").differences(identity) == "dtype: 'bfloat16' != 'float32'"
+
+
+@pytest.mark.parametrize("unknown", ["unknown", "", "F" * 64, "f" * 63, "f" * 64 + "\n"])
+def test_a_models_name_stands_in_for_weights_that_nobody_knows(unknown: str) -> None:
+    named = replace(fake_identity(), weights_sha256=unknown)
+    assert named == replace(named)
+    assert named != replace(named, model="other")
+    assert "model: 'fake' != 'other'" in named.differences(replace(named, model="other"))
+    known = fake_identity()
+    assert named != known
+    assert known != named
+    assert "weights_sha256: " in known.differences(named)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        [],
+        {},
+        {"model": "x"},
+        {**fake_identity().to_json(), "vocab_size": -1},
+        {**fake_identity().to_json(), "weights_sha256": None},
+    ],
+)
 def test_a_broken_identity_is_refused(broken: object) -> None:
     with pytest.raises(FormatError):
         TeacherIdentity.from_json(broken)

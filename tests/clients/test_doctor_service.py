@@ -1,4 +1,4 @@
-"""`potstill doctor` of a service: what each key may see, and targets of a model that was renamed."""
+"""`potstill doctor` of a service: what each key may see, and what is there without a teacher or a store."""
 
 from __future__ import annotations
 
@@ -63,21 +63,37 @@ def test_a_service_that_keeps_nothing_says_so(capsys: pytest.CaptureFixture[str]
     assert (kept["level"], kept["detail"]) == ("not run", "nothing is kept of this teacher's answers")
 
 
-def test_targets_of_a_model_that_was_renamed_are_told_by_the_service_and_of_a_cache(
+def test_targets_of_a_model_whose_folder_was_renamed_are_its_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cache, corpus = make_corpus(tmp_path / "c")
-    before = teacher_for(corpus, model="old")
+    before = teacher_for(corpus)
     commit(plan_targets(cache, before, fields=Fields(k=4)), before, range(corpus.num_shards))
-    now = FakeTeacher(replace(before.identity, model="new"))
-    with serving_teachers(hosted("fake", now), hosted("other", before), cache=cache) as url:
-        for arguments in (("--url", url), ("--cache", tmp_path / "c", "--teacher", f"fake={url}#fake")):
-            told = examined(capsys, *arguments)["model name"]
-            assert (told["level"], told["subject"]) == ("warn", "fake")
-            assert "model 'new'" in told["detail"]
-            assert "model 'old' (teacher 'fake', corpora docs)" in told["detail"]
-            assert told["way_out"].startswith("to use them, serve the weights as 'fake' from a folder named 'old'")
-        assert "model name" not in examined(capsys, "--cache", tmp_path / "c", "--teacher", f"fake={url}#other")
+    now = FakeTeacher(replace(before.identity, model="renamed"))
+    with serving_teachers(hosted("fake", now)) as url:
+        stored = examined(capsys, "--cache", tmp_path / "c", "--teacher", f"fake={url}#fake")["stored = live"]
+    assert stored["level"] == "ok"
+
+
+def test_the_doctor_answers_the_rest_when_the_store_does_not(tmp_path: Path) -> None:
+    cache, corpus = make_corpus(tmp_path / "c")
+    teacher = teacher_for(corpus)
+    commit(plan_targets(cache, teacher), teacher, [0])
+    record = tmp_path / "c" / "targets" / "fake" / "docs" / "zarr.json"
+    with serving_teachers(hosted("fake", teacher), cache=cache) as url:
+        record.unlink()
+        record.symlink_to(record.name)  # a store that refuses, also to root: too many levels of links
+        reply = httpx.get(f"{url}/v1/doctor")
+        findings = {each.check: each for each in asyncio.run(check_service(url))[1]}
+    assert reply.status_code == 200, reply.text
+    told = reply.json()
+    [unreadable] = told["store"]["unreadable"]
+    assert (unreadable["name"], unreadable["kind"]) == ("docs", "store")
+    assert unreadable["detail"].startswith("targets/fake/docs/zarr.json: ")
+    assert told["memory"]["rss_bytes"] > 0
+    assert findings["wire version"].level == "ok"
+    assert (findings["corpus"].level, findings["corpus"].detail) == ("fail", unreadable["detail"])
+    assert "the store did not give it" in findings["corpus"].way_out
 
 
 def serves_nothing(url: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from potstill.student_trainer.models import build_student
 from potstill.student_trainer.optimizer import learning_rate
 from potstill.student_trainer.result import TrainResult
 from potstill.student_trainer.run import evaluate_run, only_trainer
+from tests.support.fakes import FakeTeacher
 from tests.support.processes.servers import hosted, serving_teachers
 from tests.support.tiny_runs import STUDENT, VOCAB, config_of, fake_teacher, fill, write_cache
 
@@ -271,13 +273,16 @@ def test_another_teacher_under_the_same_name_is_refused(root: Path, tmp_path: Pa
         teachers = [{"name": "fake", "source": "service", "url": url, "k": 8}]
         return config_of(root, tmp_path / "run", teachers=teachers, train={"steps": steps})
 
-    with serving_teachers(hosted("fake", fake_teacher())) as url:
+    teacher = fake_teacher()
+    with serving_teachers(hosted("fake", teacher)) as url:
         train(taught_by(url, 1))
+    with serving_teachers(hosted("fake", FakeTeacher(replace(teacher.identity, model="of another folder")))) as url:
+        assert train(taught_by(url, 2)).finished
     with (
         serving_teachers(hosted("fake", fake_teacher("another"))) as url,
-        pytest.raises(SpecMismatch, match="teacher 'fake' is not the one .* model: "),
+        pytest.raises(SpecMismatch, match="teacher 'fake' is not the one .* weights_sha256: "),
     ):
-        train(taught_by(url, 2))
+        train(taught_by(url, 3))
 
 
 def test_two_trainers_in_one_folder(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

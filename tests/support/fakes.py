@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,10 +17,11 @@ from potstill.cache.types import TeacherLimits, Tokens
 
 
 def fake_identity(*, vocab_size: int = 64, tokenizer_sha256: str = "0" * 64, model: str = "fake") -> TeacherIdentity:
+    """Another model has other weights."""
     return TeacherIdentity(
         model=model,
         revision="1",
-        weights_sha256="f" * 64,
+        weights_sha256=hashlib.sha256(model.encode()).hexdigest(),
         tokenizer_sha256=tokenizer_sha256,
         vocab_size=vocab_size,
         dtype="float32",

@@ -115,7 +115,7 @@ def test_an_answer_has_every_key_that_vllm_writes(url: str) -> None:
         "object": "text_completion",
         "model": "smol",
         "service_tier": None,
-        "system_fingerprint": "potstill-ffffffffffff",
+        "system_fingerprint": f"potstill-{FakeTeacher().identity.weights_sha256[:12]}",
         "usage": {
             "prompt_tokens": len(ROW),
             "total_tokens": len(ROW) + 1,
