@@ -32,7 +32,11 @@ _ANSWER_BYTES = 64 * 2**20  # what one answer may hold before a request is split
 
 
 class HttpTeacher:
-    """Scores rows on a service. Open it with `async with HttpTeacher.open(url, name) as teacher`."""
+    """Scores rows on a service. Open it with `async with HttpTeacher.open(url, name) as teacher`.
+
+    Identity, provenance and limits are what the service said on opening; an answer of another identity raises
+    `SpecMismatch`.
+    """
 
     def __init__(
         self,
@@ -48,12 +52,13 @@ class HttpTeacher:
         self._store = store
         self._request_tokens = request_tokens
         try:
-            self._identity = TeacherIdentity.from_json(description.get("identity"))
+            self.identity = TeacherIdentity.from_json(description.get("identity"))
+            self.provenance = Provenance.from_json(_table(description, "provenance"))
         except FormatError as error:
             raise TeacherFailed(f"{connection.url} describes teacher {name!r} badly: {error}") from error
         self._provenance = Provenance.from_json(_table(description, "provenance"))
         limits = _table(description, "limits")
-        self._limits = TeacherLimits(
+        self.limits = TeacherLimits(
             max_top_k=_count(limits.get("max_top_k")), max_row_tokens=_count(limits.get("max_row_tokens"))
         )
 
@@ -95,21 +100,6 @@ class HttpTeacher:
             description = await connection.json(teacher_path(name))
             yield cls(connection, name, description, request_tokens=request_tokens, store=store)
 
-    @property
-    def identity(self) -> TeacherIdentity:
-        """As it was on opening; an answer of another identity raises `SpecMismatch`."""
-        return self._identity
-
-    @property
-    def provenance(self) -> Provenance:
-        """What the service said on opening."""
-        return self._provenance
-
-    @property
-    def limits(self) -> TeacherLimits:
-        """What the service said on opening."""
-        return self._limits
-
     async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
         """One `Targets` per row, in order; see `potstill.cache.types.Teacher`.
 
@@ -122,8 +112,8 @@ class HttpTeacher:
         """
         for index, row in enumerate(rows):
             _check_row(index, row)
-        deadline = time.monotonic() + self._connection.timeout
-        budget = min(self._request_tokens, max(1, _ANSWER_BYTES // _bytes_per_position(want, self._identity)))
+        deadline = asyncio.get_running_loop().time() + self._connection.timeout
+        budget = min(self._request_tokens, max(1, _ANSWER_BYTES // _bytes_per_position(want, self.identity)))
         requests = [asyncio.create_task(self._request(part, want, deadline)) for part in split_rows(rows, budget)]
         try:
             return [targets for answer in await asyncio.gather(*requests) for targets in answer]
@@ -150,7 +140,7 @@ class HttpTeacher:
         return answer.targets
 
     def _check(self, answer: wire.ScoreAnswer, rows: Sequence[Tokens], want: Fields) -> None:
-        differences = self._identity.differences(answer.identity)
+        differences = self.identity.differences(answer.identity)
         if differences:
             raise SpecMismatch(f"teacher {self._name!r} at {self._connection.url} was exchanged: {differences}")
         who = f"teacher {self._name!r} at {self._connection.url}"
@@ -163,7 +153,7 @@ class HttpTeacher:
                     f"for a row of {len(row)} tokens and k={want.k}"
                 )
             try:
-                check_fields(targets, want, self._identity.vocab_size)
+                check_fields(targets, want, self.identity.vocab_size)
             except TeacherFailed as error:
                 raise TeacherFailed(f"{who}: {error.detail}") from error
 

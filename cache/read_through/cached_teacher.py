@@ -33,7 +33,8 @@ from potstill.cache.journal.journal import Journal, JournalPolicy
 from potstill.cache.journal.segment import JournalRow
 from potstill.cache.read_through.known_targets import KnownTargets
 from potstill.cache.read_through.waits import waits
-from potstill.cache.types import Fields, Provenance, Targets, Teacher, TeacherIdentity, TeacherLimits, Tokens
+from potstill.cache.types import Fields, Targets, Teacher, Tokens
+from potstill.cache.wrapped_teacher import WrappedTeacher
 
 _LOG = logging.getLogger(__name__)
 
@@ -111,11 +112,11 @@ class _Look:
     landed: set[bytes]
 
 
-class CachedTeacher:
+class CachedTeacher(WrappedTeacher):
     """A `Teacher` in front of another one. Open with `open`, which also closes it."""
 
     def __init__(self, inner: Teacher, name: str, cache: Cache, policy: KeepPolicy) -> None:
-        self.inner = inner
+        super().__init__(inner)
         self.counters = CacheCounters()
         self.store_error = ""
         """Why rows could not be kept lately; empty when all is well."""
@@ -154,21 +155,6 @@ class CachedTeacher:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await teacher._finish()  # noqa: SLF001 -- its own class
-
-    @property
-    def identity(self) -> TeacherIdentity:
-        """The identity of the teacher behind."""
-        return self.inner.identity
-
-    @property
-    def provenance(self) -> Provenance:
-        """The provenance of the teacher behind."""
-        return self.inner.provenance
-
-    @property
-    def limits(self) -> TeacherLimits:
-        """The limits of the teacher behind."""
-        return self.inner.limits
 
     @property
     def policy(self) -> KeepPolicy:

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 
 from potstill.cache.errors import DeadlineExceeded, LimitExceeded, PotstillError
 from potstill.cache.read_through.waits import on_wait, waits
-from potstill.cache.types import Fields, Provenance, Targets, TeacherIdentity, TeacherLimits, Tokens
+from potstill.cache.types import Fields, Targets, Tokens
+from potstill.cache.wrapped_teacher import WrappedTeacher
 from potstill.teacher_service.access.auth import Caller, current_caller
 from potstill.teacher_service.access.quotas import QuotaMeter
 from potstill.teacher_service.admission.engine_queue import EngineQueue
@@ -149,11 +150,11 @@ class _AnswerPlace:
             self._held = None
 
 
-class AdmittedTeacher:
+class AdmittedTeacher(WrappedTeacher):
     """A `Teacher` in front of a pool: calls wait their fair turn, in parts. Open with `open`."""
 
     def __init__(self, pool: ReplicaPool, admission: Admission, queue: EngineQueue) -> None:
-        self._pool = pool
+        super().__init__(pool)
         self._admission = admission
         self._queue = queue
 
@@ -171,21 +172,6 @@ class AdmittedTeacher:
         finally:
             if admission.queues.get(name) is queue:
                 del admission.queues[name]
-
-    @property
-    def identity(self) -> TeacherIdentity:
-        """The pool's."""
-        return self._pool.identity
-
-    @property
-    def provenance(self) -> Provenance:
-        """The pool's."""
-        return self._pool.provenance
-
-    @property
-    def limits(self) -> TeacherLimits:
-        """The pool's."""
-        return self._pool.limits
 
     async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
         """One `Targets` per row, in order; a caller that leaves takes what has not begun out of the queue.
@@ -237,7 +223,7 @@ class AdmittedTeacher:
         scored = False
         try:
             with span("engine", rows=len(rows), tokens=turn.tokens):
-                targets = await self._pool.score(rows, want)
+                targets = await self.inner.score(rows, want)
             scored = True
         finally:
             self._queue.end(turn, scored=scored)

@@ -119,8 +119,8 @@ class VllmTeacher:
         self, engine: EngineThread, *, options: VllmOptions, facts: EngineFacts, identity: TeacherIdentity
     ) -> None:
         self._engine = engine
-        self._identity = identity
-        self._provenance = Provenance(
+        self.identity = identity
+        self.provenance = Provenance(
             engine="vllm",
             engine_version=facts.version,
             device=facts.device,
@@ -128,7 +128,8 @@ class VllmTeacher:
         )
         self._facts = facts
         self._max_top_k = min(options.max_top_k, facts.vocab_size)
-        self._max_row_tokens = facts.max_model_len - len(options.prefix_ids) - 1
+        self._max_row_tokens = facts.max_model_len - len(options.prefix_ids) - 1  # without the prefix
+        self.limits = TeacherLimits(max_top_k=self._max_top_k, max_row_tokens=self._max_row_tokens)
 
     @classmethod
     async def open(cls, options: VllmOptions) -> VllmTeacher:
@@ -161,21 +162,6 @@ class VllmTeacher:
         await asyncio.to_thread(self._engine.close)
 
     @property
-    def identity(self) -> TeacherIdentity:
-        """What changes this teacher's numbers."""
-        return self._identity
-
-    @property
-    def provenance(self) -> Provenance:
-        """The engine, its version, its device and the capture path in use."""
-        return self._provenance
-
-    @property
-    def limits(self) -> TeacherLimits:
-        """The largest `Fields.k`, and the longest row in tokens, without the prefix."""
-        return TeacherLimits(max_top_k=self._max_top_k, max_row_tokens=self._max_row_tokens)
-
-    @property
     def failure(self) -> str:
         """Why the engine ended by itself, in one line; empty while it runs."""
         return self._engine.failure
@@ -198,7 +184,7 @@ class VllmTeacher:
             Unavailable: the teacher is closed, or was while it scored.
         """
         self._check(want)
-        prefix = list(self._identity.prefix_ids)
+        prefix = list(self.identity.prefix_ids)
         asked = [
             Asked(tokens=prefix + self._checked(index, row, want), num_prefix=len(prefix), want=want)
             for index, row in enumerate(rows)
@@ -239,7 +225,7 @@ class VllmTeacher:
                 f"row {index} has {len(ids)} tokens, over this teacher's limit of {self._max_row_tokens};"
                 f" ingest with --row-tokens {self._max_row_tokens}"
             )
-        vocab_size = self._identity.vocab_size
+        vocab_size = self.identity.vocab_size
         strange = ids[(ids < 0) | (ids >= vocab_size)]
         if len(strange):
             raise LimitExceeded(

@@ -26,7 +26,8 @@ from potstill.cache.errors import (
     SpecMismatch,
     TeacherFailed,
 )
-from potstill.cache.types import JSON, Fields, Provenance, Targets, Teacher, TeacherIdentity, TeacherLimits, Tokens
+from potstill.cache.types import JSON, Fields, Targets, Teacher, Tokens
+from potstill.cache.wrapped_teacher import WrappedTeacher
 from potstill.teacher_service.access.auth import Caller, caller, current_caller
 from potstill.teacher_service.access.quotas import Quota
 from potstill.teacher_service.admission.limits import bytes_per_position
@@ -330,7 +331,7 @@ def spread(seconds: float) -> float:
     return seconds * random.uniform(1.0, 2.0)  # noqa: S311
 
 
-class _Patient:
+class _Patient(WrappedTeacher):
     """A `Teacher` that comes back when it is told to: a job has time, and loses work when it gives up."""
 
     def __init__(
@@ -341,23 +342,11 @@ class _Patient:
         job: FillJob,
         turns: FillTurns,
     ) -> None:
+        super().__init__(opened)
         self._open = open_teacher
-        self._opened = opened
         self._find_caller = find_caller
         self._job = job
         self._turns = turns
-
-    @property
-    def identity(self) -> TeacherIdentity:
-        return self._opened.identity
-
-    @property
-    def provenance(self) -> Provenance:
-        return self._opened.provenance
-
-    @property
-    def limits(self) -> TeacherLimits:
-        return self._opened.limits
 
     async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
         pause = _PAUSE_SECONDS
@@ -379,6 +368,6 @@ class _Patient:
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
     def _require_same(self, teacher: Teacher) -> None:
-        differences = self._opened.identity.differences(teacher.identity)
+        differences = self.identity.differences(teacher.identity)
         if differences:
             raise SpecMismatch(f"teacher {self._job.teacher!r} was exchanged: {differences}")

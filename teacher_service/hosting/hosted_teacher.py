@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from potstill.cache.errors import PotstillError, TeacherFailed, Unavailable
-from potstill.cache.types import Fields, Provenance, Targets, Teacher, TeacherIdentity, TeacherLimits, Tokens
+from potstill.cache.types import Fields, Targets, Teacher, Tokens
+from potstill.cache.wrapped_teacher import WrappedTeacher
 from potstill.teacher_service.admission.admission import Admission, AdmittedTeacher
 from potstill.teacher_service.replicas.pool import LocalPool, OpenTeacher, ReplicaPool
 from potstill.teacher_service.settings.service import TeacherSettings
@@ -218,27 +219,15 @@ class _InFlight:
                 self.none.set()
 
 
-@dataclass(frozen=True, slots=True)
-class _Counted:
+class _Counted(WrappedTeacher):
     """A `Teacher` whose calls are counted, so that a removal can wait for them."""
 
-    inner: Teacher
-    in_flight: _InFlight
-
-    @property
-    def identity(self) -> TeacherIdentity:
-        return self.inner.identity
-
-    @property
-    def provenance(self) -> Provenance:
-        return self.inner.provenance
-
-    @property
-    def limits(self) -> TeacherLimits:
-        return self.inner.limits
+    def __init__(self, inner: Teacher, in_flight: _InFlight) -> None:
+        super().__init__(inner)
+        self._in_flight = in_flight
 
     async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
-        with self.in_flight.call():
+        with self._in_flight.call():
             return await self.inner.score(rows, want)
 
 

@@ -6,20 +6,21 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
-from potstill.cache import Fields, Provenance, Targets, TeacherIdentity
+from potstill.cache import Fields, Targets
 from potstill.cache.errors import LimitExceeded
-from potstill.cache.types import Teacher, TeacherLimits, Tokens
+from potstill.cache.types import Teacher, Tokens
+from potstill.cache.wrapped_teacher import WrappedTeacher
 from potstill.teacher_service.hosting.hosted_teacher import HostedTeacher, Keep
 from potstill.teacher_service.replicas.pool import OpenTeacher, PoolState, ReplicaInfo, ReplicaStatus
 from potstill.teacher_service.settings.replicas import AutoscaleSettings
 from tests.support.processes.servers import opens
 
 
-class CountedPool:
+class CountedPool(WrappedTeacher):
     """Replicas become ready `start_seconds` after they are asked for; calls go round."""
 
     def __init__(self, teacher: Teacher, *, replicas: int, most: int, start_seconds: float) -> None:
-        self._teacher = teacher
+        super().__init__(teacher)
         self._target = self._ready = replicas
         self._most = most
         self._start_seconds = start_seconds
@@ -27,18 +28,6 @@ class CountedPool:
         self._waiting = [0] * most
         self._calls = 0
         self._starting: asyncio.Task[None] | None = None
-
-    @property
-    def identity(self) -> TeacherIdentity:
-        return self._teacher.identity
-
-    @property
-    def provenance(self) -> Provenance:
-        return self._teacher.provenance
-
-    @property
-    def limits(self) -> TeacherLimits:
-        return self._teacher.limits
 
     @property
     def state(self) -> PoolState:
@@ -84,7 +73,7 @@ class CountedPool:
         tokens = sum(map(len, rows))
         self._waiting[index] += tokens
         try:
-            targets = await self._teacher.score(rows, want)
+            targets = await self.inner.score(rows, want)
         finally:
             self._waiting[index] -= tokens
         self._scored[index] += tokens

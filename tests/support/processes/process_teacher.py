@@ -17,40 +17,29 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from typing import Any, BinaryIO
 
-from potstill.cache import Fields, Provenance, Targets, TeacherIdentity
+from potstill.cache import Fields, Targets
 from potstill.cache.errors import PotstillError, TeacherFailed, Unavailable
-from potstill.cache.types import Teacher, TeacherLimits, Tokens
+from potstill.cache.types import Teacher, Tokens
+from potstill.cache.wrapped_teacher import WrappedTeacher
 from tests.support.fakes import FakeTeacher
 
 DEADLY = 50
 _LENGTH = struct.Struct("<Q")
 
 
-class ProcessTeacher:
+class ProcessTeacher(WrappedTeacher):
     """Opened by `open_process_teacher`. Watched, as an engine is."""
 
     def __init__(self, process: asyncio.subprocess.Process, model: FakeTeacher) -> None:
+        super().__init__(model)
         self.failure = ""
         self.progress = 0
         self.pid = process.pid
         self._process = process
-        self._model = model
         self._numbers = itertools.count()
         self._waiting: dict[int, asyncio.Future[list[Targets]]] = {}
         self._closed = False
         self.started = asyncio.Event()
-
-    @property
-    def identity(self) -> TeacherIdentity:
-        return self._model.identity
-
-    @property
-    def provenance(self) -> Provenance:
-        return self._model.provenance
-
-    @property
-    def limits(self) -> TeacherLimits:
-        return self._model.limits
 
     async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
         if self.failure or self._closed:
