@@ -1,17 +1,14 @@
-"""Rows and targets as padded tensors, read ahead of the training step.
+"""Rows and targets as padded tensors.
 
 Reading is the same for every source, order and number of workers: row indexes go in, a `Batch` comes out.
-One background thread reads the next few batches; it is the only place where training waits for I/O.
 
 Shape legend:  B rows, T tokens of the longest row, K kept ids, V vocabulary.
 """
 
 from __future__ import annotations
 
-import queue
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -27,8 +24,6 @@ from potstill.student_trainer.sources import TargetSource
 
 _NO_ID = np.iinfo(np.int32).max
 """Fills the id axis where a row has fewer ids: over any vocabulary, so no real id leaves the tail."""
-
-_CLOSE_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,51 +94,6 @@ class BatchReader:
             for targets, weight in zip(answers, self.weights, strict=True)
         )
         return Batch(tokens, mask, labels, teachers)
-
-
-@contextmanager
-def read_ahead(reader: BatchReader, pieces: Iterable[NDArray[np.int64]], depth: int) -> Iterator[Iterator[Batch]]:
-    """An iterator over `reader.read(piece)`, of which at most `depth` are read before they are asked for.
-
-    An error of a read is raised where its batch would have come. Leaving the block stops the thread after
-    the read that is under way, but waits no longer than a few seconds for it: closing the sources ends it.
-    """
-    waiting: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)
-    stopped = threading.Event()
-
-    def put(item: Batch | BaseException | None) -> bool:
-        while not stopped.is_set():
-            try:
-                waiting.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-            return True
-        return False
-
-    def work() -> None:
-        try:
-            for piece in pieces:
-                if not put(reader.read(piece)):
-                    return
-        except BaseException as error:  # noqa: BLE001 -- carried to the thread that asked, whatever it is
-            put(error)
-        else:
-            put(None)
-
-    thread = threading.Thread(target=work, name="read-ahead", daemon=True)
-    thread.start()
-    try:
-        yield _received(waiting)
-    finally:
-        stopped.set()
-        thread.join(_CLOSE_SECONDS)
-
-
-def _received(waiting: queue.Queue[Batch | BaseException | None]) -> Iterator[Batch]:
-    while (item := waiting.get()) is not None:
-        if isinstance(item, BaseException):
-            raise item
-        yield item
 
 
 def _check_lengths(name: str, rows: Sequence[Tokens], answers: Sequence[Targets]) -> None:

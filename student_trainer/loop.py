@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from potstill.cache.errors import InvalidInput
+from potstill.cache.targets.stream import read_ahead
 from potstill.student_trainer.checkpoint import (
     TrainState,
     load_model,
@@ -40,7 +41,7 @@ from potstill.student_trainer.checkpoint import (
     save_checkpoint,
 )
 from potstill.student_trainer.config import TrainConfig
-from potstill.student_trainer.data import Batch, read_ahead
+from potstill.student_trainer.data import Batch
 from potstill.student_trainer.evaluate import Evaluation, autocast, evaluate_student
 from potstill.student_trainer.group import Alone, Group
 from potstill.student_trainer.losses import distillation_loss
@@ -50,6 +51,8 @@ from potstill.student_trainer.optimizer import learning_rate, make_optimizer, se
 from potstill.student_trainer.order import hashed
 from potstill.student_trainer.result import TrainResult, finished_result, remove_summary, write_summary
 from potstill.student_trainer.run import OpenRun, check_run_dir, keep_config, only_trainer, open_run
+
+_CLOSE_SECONDS = 5.0
 
 
 def train(
@@ -116,12 +119,12 @@ class _Session:
         loop = self.config.train
         reader = self.run.reader if loop.alpha > 0 else self.run.reader.without_targets()
         held_out, stopped = None, False
-        if self.step in (
-            0,
-            loop.steps,
-        ):  # at the end: it was cut off between its last checkpoint and its summary
+        # At the end already when it was cut off between its last checkpoint and its summary.
+        if self.step in (0, loop.steps):
             held_out = self._evaluate()
-        with read_ahead(reader, self._pieces(), self.config.data.prefetch) as batches:
+        # The only place where training waits for I/O. A read that hangs ends when the sources are closed.
+        reading = read_ahead(reader.read, self._pieces(), self.config.data.prefetch, close_seconds=_CLOSE_SECONDS)
+        with closing(reading) as batches:
             while self.step < loop.steps and not stopped:
                 record, stopped = self._step(batches, should_stop)
                 self._record(record)

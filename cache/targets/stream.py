@@ -6,13 +6,16 @@ give up the interpreter lock for most of that.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
+from collections.abc import Callable, Generator, Iterable, Sequence
+from queue import SimpleQueue
+from threading import Event, Semaphore, Thread
+from typing import Protocol, TypeVar
 
 from potstill.cache.errors import InvalidInput
 from potstill.cache.types import Fields, Targets
+
+Wanted = TypeVar("Wanted")
+Found = TypeVar("Found")
 
 
 class ReadsRows(Protocol):
@@ -25,34 +28,62 @@ class ReadsRows(Protocol):
 
 def stream_rows(
     targets: ReadsRows, batches: Iterable[Sequence[int]], *, fields: Fields | None = None, ahead: int = 2
-) -> Iterator[list[Targets]]:
-    """What `targets.read_rows` gives for each batch of row indices, in order, read up to `ahead` batches early.
+) -> Generator[list[Targets]]:
+    """What `targets.read_rows` gives for each batch of row indices, in order; see `read_ahead`."""
+    return read_ahead(lambda rows: targets.read_rows(rows, fields=fields), batches, ahead)
+
+
+def read_ahead(
+    read: Callable[[Wanted], Found], batches: Iterable[Wanted], ahead: int, *, close_seconds: float | None = None
+) -> Generator[Found]:
+    """Yield `read(batch)` for each batch, in order, read up to `ahead` batches early by one other thread.
 
     Reading begins with the first `next`. At most `ahead` batches wait beside the one in hand. `batches` is consumed in
     the reading thread; an error of it or of a read is raised when its own batch is asked for, and ends the
     stream. Closing the iterator, or dropping it, waits for the read that is under way and starts no other.
 
+    Args:
+        read: reads one batch.
+        batches: what to read.
+        ahead: batches to read early.
+        close_seconds: wait no longer than that on closing, as something else ends the read that is under way.
+
     Raises:
-        InvalidInput: `ahead` is less than 1. While iterating, what `read_rows` raises.
+        InvalidInput: `ahead` is less than 1. While iterating, what `read` raises.
     """
     if ahead < 1:
         raise InvalidInput(f"ahead is {ahead}; at least 1 batch must be read early")
-    return _stream(targets, iter(batches), fields, ahead)
+    return _read_ahead(read, batches, ahead, close_seconds)
 
 
-def _stream(
-    targets: ReadsRows, batches: Iterator[Sequence[int]], fields: Fields | None, ahead: int
-) -> Iterator[list[Targets]]:
-    def read_next() -> list[Targets] | None:
-        batch = next(batches, None)
-        return None if batch is None else targets.read_rows(batch, fields=fields)
+def _read_ahead(
+    read: Callable[[Wanted], Found], batches: Iterable[Wanted], ahead: int, close_seconds: float | None
+) -> Generator[Found]:
+    arrived: SimpleQueue[tuple[Found] | BaseException | None] = SimpleQueue()
+    room = Semaphore(ahead)
+    closed = Event()
 
-    # One thread, so that batches are taken and read in order.
-    reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
+    def work() -> None:
+        try:
+            for batch in batches:
+                room.acquire()
+                if closed.is_set():
+                    return
+                arrived.put((read(batch),))
+        except BaseException as error:  # noqa: BLE001 -- carried to the thread that asked, whatever it is
+            arrived.put(error)
+        else:
+            arrived.put(None)
+
+    thread = Thread(target=work, name="read-ahead", daemon=True)
+    thread.start()
     try:
-        waiting: deque[Future[list[Targets] | None]] = deque(reader.submit(read_next) for _ in range(ahead))
-        while (answer := waiting.popleft().result()) is not None:
-            waiting.append(reader.submit(read_next))
-            yield answer
+        while (item := arrived.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            room.release()
+            yield item[0]
     finally:
-        reader.shutdown(cancel_futures=True)
+        closed.set()
+        room.release()
+        thread.join(close_seconds)

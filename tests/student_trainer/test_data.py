@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,10 @@ from potstill.cache.errors import (
     UnknownTeacher,
     UnsupportedField,
 )
+from potstill.cache.targets.stream import read_ahead
 from potstill.cache.types import Fields, Targets, TeacherIdentity, Tokens
 from potstill.student_trainer.config import TrainConfig
-from potstill.student_trainer.data import Batch, BatchReader, read_ahead
+from potstill.student_trainer.data import Batch, BatchReader
 from potstill.student_trainer.losses import NO_LABEL
 from potstill.student_trainer.sources import CacheSource, open_sources
 from tests.support.fakes import FakeTeacher
@@ -164,7 +166,7 @@ def pieces(count: int) -> Iterator[np.ndarray[tuple[int], np.dtype[np.int64]]]:
 
 def test_reading_ahead_keeps_the_order_and_its_bound(root: Path) -> None:
     reader, source = scripted_reader(root)
-    with read_ahead(reader, pieces(12), 2) as batches:
+    with closing(read_ahead(reader.read, pieces(12), 2)) as batches:
         first = next(batches)
         time.sleep(0.5)
         assert source.calls <= 4, "one handed out, two waiting, one in hand"
@@ -175,7 +177,7 @@ def test_reading_ahead_keeps_the_order_and_its_bound(root: Path) -> None:
 
 def test_an_error_comes_where_its_batch_would_have(root: Path) -> None:
     reader, _ = scripted_reader(root, fail_at=3)
-    with read_ahead(reader, pieces(9), 4) as batches:
+    with closing(read_ahead(reader.read, pieces(9), 4)) as batches:
         assert next(batches).num_positions
         assert next(batches).num_positions
         with pytest.raises(CorruptSegment, match="segment 7"):
@@ -187,7 +189,7 @@ def test_leaving_stops_the_thread(root: Path) -> None:
     before = threading.active_count()
 
     def interrupted() -> None:
-        with read_ahead(reader, pieces(50), 1) as batches:
+        with closing(read_ahead(reader.read, pieces(50), 1)) as batches:
             next(batches)
             raise KeyboardInterrupt
 

@@ -72,7 +72,7 @@ def test_the_next_batches_are_read_while_one_is_used_and_no_more() -> None:
     assert not rows.reached.acquire(timeout=0.05)
     assert ids_of(next(stream)) == [1]
     assert rows.reached.acquire(timeout=300)
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     assert len(rows.read) == 4
 
 
@@ -108,7 +108,7 @@ def test_closing_early_waits_for_the_read_under_way_and_starts_no_other() -> Non
         pass
     seen = len(rows.read)
     threading.Timer(0.1, rows.gate.set).start()
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     assert len(rows.read) <= seen + 1
     assert not reading_threads()
 
