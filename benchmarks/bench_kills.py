@@ -35,6 +35,8 @@ from potstill.cache.corpus.ingest import IngestPlan, ingest
 from potstill.cache.fill.loop import fill
 from potstill.cache.store.root import Root
 from potstill.cache.targets import segment_set
+from potstill.cache.targets.segments import segment_path
+from potstill.cache.targets.verification import corrupt_shard_objects, corrupt_shared_objects
 from potstill.cache.upkeep.garbage import find_garbage, remove_garbage
 from tests.support.corpora import byte_tokenizer, plan_targets, teacher_for, topics, write_texts
 from tests.support.processes.s3 import s3_server
@@ -118,10 +120,10 @@ class Run:
         if not cache.teachers("docs"):
             return
         targets = cache.targets("fake", "docs").sets[0]
-        for shard in np.flatnonzero(targets.committed).tolist():
+        for shard in np.flatnonzero(targets.commits.committed).tolist():
             if shard in self.known and not everything and self.rng.random() > 0.1:
                 continue
-            self.problems += targets.corrupt_objects(shard)
+            self.problems += corrupt_shard_objects(targets, shard)
             now = object_hashes(cache.root, targets, shard)
             if self.known.setdefault(shard, now) != now:
                 self.problems.append(f"shard {shard} changed after it was committed")
@@ -145,7 +147,7 @@ class Run:
         self.garbage += len(garbage)
         for item in garbage:
             remove_garbage(cache.root, item)
-        self.problems += cache.targets("fake", "docs").sets[0].corrupt_shared_objects()
+        self.problems += corrupt_shared_objects(cache.targets("fake", "docs").sets[0])
         if {shard: object_hashes(cache.root, cache.targets("fake", "docs").sets[0], shard) for shard in self.known} != (
             self.reference
         ):
@@ -165,9 +167,9 @@ class Run:
 
 
 def object_hashes(root: Root, targets: segment_set.SegmentSet, shard: int) -> Objects:
-    commit = targets.commit_of(shard)
+    commit = targets.commits.of(shard)
     assert commit is not None
-    paths = {item.path: f"{targets.segment_path(commit.segment)}/{item.path}" for item in commit.objects}
+    paths = {item.path: f"{segment_path(targets.path, commit.segment)}/{item.path}" for item in commit.objects}
     return {path: hashlib.sha256(root.get(full) or b"").hexdigest() for path, full in paths.items()}
 
 

@@ -25,6 +25,7 @@ from potstill.cache.corpus.corpus import Corpus
 from potstill.cache.corpus.ingest import IngestPlan, ingest_rows
 from potstill.cache.fill.loop import FillPlan, fill
 from potstill.cache.fill.scoring import ScoringWindow, budgeted
+from potstill.cache.targets.verification import corrupt_shard_objects
 from potstill.cache.types import Tokens
 from tests.support.fakes import fake_identity
 
@@ -101,8 +102,8 @@ def prefill(cache: Cache, corpus: Corpus, encoding: str, pace: float, alone: flo
     report = asyncio.run(fill(teacher, targets, PLAN))
     cpu = time.process_time() - cpu
     written = cache.targets(name, "bench").sets[0]
-    damaged = [line for shard in range(corpus.num_shards) for line in written.corrupt_objects(shard)]
-    stored = sum(commit.num_bytes for commit in written.commits()) / corpus.num_positions
+    damaged = [line for shard in range(corpus.num_shards) for line in corrupt_shard_objects(written, shard)]
+    stored = sum(commit.num_bytes for commit in written.commits.all()) / corpus.num_positions
     ratio = report.seconds / alone
     print(
         f"prefill as {encoding:8s} {report.seconds:6.2f} s, {ratio:.3f} of the scoring alone (aim {AIM}), "

@@ -196,7 +196,7 @@ def count_objects(folder: Path, _rows: int, _segments: int) -> dict[str, float]:
     cache = Cache.open(folder)
     corpus, targets = cache.corpus(CORPUS), cache.targets(TEACHER, CORPUS)
     (segments,) = targets.sets
-    commit = segments.commit_of(0)
+    commit = segments.commits.of(0)
     assert commit is not None
     of_corpus, of_segment = len(corpus.spec.objects) + 1, len(commit.objects) + 1
     everything = of_corpus + of_segment * corpus.num_shards

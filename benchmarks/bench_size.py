@@ -181,7 +181,7 @@ def ours(sample: Sample, exact: Targets, encoding: str, fields: Fields) -> Line:
         ranks = sum(size for file, size in sizes.items() if any(p.startswith("ranks") for p in file.parts))
         total, positions = sum(sizes.values()), exact.num_positions
         read = Cache.open(folder).targets("t", "c").read(0, positions)
-        commit = targets.sets[0].commit_of(0)
+        commit = targets.sets[0].commits.of(0)
         assert commit is not None
     note = ""
     if fields.draws:

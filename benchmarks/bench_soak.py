@@ -30,6 +30,7 @@ from potstill.cache.corpus.ingest import IngestPlan, ingest
 from potstill.cache.errors import NotCommitted, UnknownTeacher
 from potstill.cache.fill.loop import FillPlan, fill
 from potstill.cache.targets.target_set import TargetSet
+from potstill.cache.targets.verification import corrupt_shard_objects, corrupt_shared_objects
 from potstill.cache.types import Tokens
 from tests.support.corpora import byte_tokenizer, teacher_for, topics, write_texts
 from tests.support.fakes import FakeTeacher
@@ -163,9 +164,9 @@ def verify(url: str) -> list[str]:
     found = []
     for name in cache.teachers("docs"):
         for each in cache.targets(name, "docs").sets:
-            found += each.corrupt_shared_objects()
-            for shard in np.flatnonzero(each.committed).tolist():
-                found += each.corrupt_objects(shard)
+            found += corrupt_shared_objects(each)
+            for shard in np.flatnonzero(each.commits.committed).tolist():
+                found += corrupt_shard_objects(each, shard)
     return found
 
 

@@ -87,7 +87,7 @@ def report(cache: Cache, teacher: Teacher, name: str, exact: Targets) -> bool:
     """Whether the encoding exceeds its bound; stores the exact targets and reads them back through a new cache."""
     targets = cache.plan_targets(f"smollm2-{name}", "topics", teacher.identity, fields=Fields(k=K), encoding=name)
     assert targets.write_shard(0, exact, teacher.provenance)
-    (commit,) = targets.sets[0].commits()
+    (commit,) = targets.sets[0].commits.all()
     read = Cache.open(cache.root.url).targets(f"smollm2-{name}", "topics").read(0, exact.num_positions)
     p, q = exact.logprobs.astype(np.float64), read.logprobs.astype(np.float64)
     difference = np.abs(p - q)

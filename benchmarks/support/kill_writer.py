@@ -13,6 +13,8 @@ from potstill.cache.store import claims
 from potstill.cache.store.groups import GroupWriter
 from potstill.cache.store.root import Root
 from potstill.cache.targets import segment_set
+from potstill.cache.targets.commits import Commits
+from potstill.cache.targets.ranks import SetRanks
 from tests.support.corpora import plan_targets, teacher_for
 from tests.support.fakes import FakeTeacher
 
@@ -60,12 +62,12 @@ def writer(url: str, environment: Mapping[str, str], phases: Any, lost: Any) -> 
     os.environ.update(environment)
     for name in ("busy", "take", "renew", "release"):
         note(phases, claims.Claims, name, "claim")
-    note(phases, segment_set.SegmentSet, "make_ranks", "ranks")
+    note(phases, SetRanks, "make", "ranks")
     note(phases, segment_set, "encode_segment", "encode")
     note(phases, segment_set, "write_arrays", "write")
     note(phases, GroupWriter, "finish", "write")
     note(phases, Root, "create", "commit", only="/commits/")
-    note(phases, segment_set.SegmentSet, "fold", "fold")
+    note(phases, Commits, "fold", "fold")
     cache = Cache.open(url, mode="r+")
     teacher = PhasedTeacher(teacher_for(cache.corpus("docs")), phases)
     targets = plan_targets(cache, teacher)

@@ -94,7 +94,7 @@ async def prefill(
         except BaseException as error:
             print(f"{name}: stopped; {_committed_so_far(targets)}{_way_on(error)}", flush=True)
             raise
-    commits = [commit for each in targets.sets for commit in each.commits()]
+    commits = [commit for each in targets.sets for commit in each.commits.all()]
     stored = sum(commit.num_bytes for commit in commits) / max(corpus.num_positions, 1)
     print(_summary(name, targets, report) + f"; {stored:.1f} bytes/position")
 

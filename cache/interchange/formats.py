@@ -116,7 +116,7 @@ class Origin:
         """What is written with a shard of a target set."""
         corpus = targets.corpus
         first, last = (int(row) for row in corpus.shard_rows[shard : shard + 2])
-        commit = targets.sets[0].commit_of(shard)
+        commit = targets.sets[0].commits.of(shard)
         assert commit is not None, "only committed shards are exported"
         return cls(
             identity=targets.identity,
@@ -192,7 +192,7 @@ def export_shards(
     """
     missing = [shard for shard in shards if not targets.is_committed(shard)]
     if missing:
-        lacking = [each for each in targets.sets if any(each.commit_of(shard) is None for shard in missing)]
+        lacking = [each for each in targets.sets if any(each.commits.of(shard) is None for shard in missing)]
         ways = ", and with ".join(each.spec.fill_options for each in lacking)
         raise NotCommitted(
             f"{len(missing)} of {len(shards)} shards have no targets of teacher {targets.teacher!r} yet, the first is "

@@ -26,6 +26,7 @@ from potstill.cache.store.groups import (
 )
 from potstill.cache.store.record import Record, read_record, record_bytes
 from potstill.cache.store.root import Root, check_name
+from potstill.cache.targets.spec_record import SpecRecord
 from potstill.cache.types import Fields, Targets
 
 # 4,096 positions cost 93 bytes a position of ids, all of a corpus 91 (SmolLM2, K=64).
@@ -33,6 +34,61 @@ _PILOT_POSITIONS = 32_768
 # Dense targets of a pilot are held in memory: 100 MB at V = 200k.
 _DENSE_PILOT_POSITIONS = 128
 _TEXT_POSITIONS = 1 << 20
+
+
+class SetRanks:
+    """The rank table of one segment set, read once it is there. Safe to share between threads."""
+
+    def __init__(self, record: SpecRecord) -> None:
+        self._record = record
+        self._found: RankTable | None = None
+
+    def read(self) -> RankTable | None:
+        """The stored table, or None when there is none yet.
+
+        Raises:
+            FormatError: a record this version cannot read. CorruptSegment: not the table that was recorded.
+        """
+        if self._found is None:
+            vocab_size = self._record.spec.identity.vocab_size
+            self._found = read_ranks(self._record.root, self._record.path, vocab_size)
+        return self._found
+
+    def table(self) -> RankTable:
+        """The table that segments are written with: the stored one, or the plain one of a set that stores no ids.
+
+        Raises:
+            CorruptSegment: it is missing. Others as `read`.
+        """
+        if not self._record.stores_ids:
+            return RankTable.plain(self._record.spec.identity.vocab_size)
+        table = self.read()
+        if table is None:
+            path = self._record.path
+            raise CorruptSegment(f"{path}/ranks.json is missing, and its segments were written with a rank table")
+        return table
+
+    def pilot_rows(self) -> list[int]:
+        """Rows to score before anything is written; none when the table exists or no ids are stored."""
+        if not self._record.stores_ids or self.read() is not None:
+            return []
+        return pilot_rows(self._record.corpus, self._record.spec.fields)
+
+    def make(self, pilot: Targets) -> None:
+        """Make the table of the pilot rows' targets, unless another writer was faster or no ids are stored.
+
+        Raises:
+            TeacherFailed: an id over the vocabulary. StoreError: the store is full or cannot be written.
+        """
+        if not self._record.stores_ids:
+            return
+        table = make_table(self._record.corpus, pilot, self._record.spec.identity.vocab_size)
+        self._record.publish()
+        create_ranks(self._record.root, self._record.path, table)
+
+    def forget(self) -> None:
+        """Read the table again when it is needed next."""
+        self._found = None
 
 
 def pilot_rows(corpus: Corpus, fields: Fields) -> list[int]:

@@ -83,8 +83,8 @@ class TargetSet:
             path = targets_path(teacher, corpus.name)
             if root.get(f"{path}/zarr.json") is not None:
                 path = f"{path}/sets/{_set_name(missing)}"
-            sets.append(SegmentSet(root, path, corpus, replace(spec, fields=missing), reading))
-        unfinished = [each for each in sets if not each.committed.all()]
+            sets.append(SegmentSet.plan(root, path, corpus, replace(spec, fields=missing), reading))
+        unfinished = [each for each in sets if not each.commits.committed.all()]
         return cls(teacher, corpus, unfinished or sets)
 
     @property
@@ -111,12 +111,12 @@ class TargetSet:
     @property
     def committed(self) -> NDArray[np.bool_]:
         """[S] which shards have a commit in every segment set right now."""
-        every: NDArray[np.bool_] = np.logical_and.reduce([each.committed for each in self.sets])
+        every: NDArray[np.bool_] = np.logical_and.reduce([each.commits.committed for each in self.sets])
         return every
 
     def is_committed(self, shard: int) -> bool:
         """Whether every segment set has a commit of the shard right now."""
-        return all(each.commit_of(shard) is not None for each in self.sets)
+        return all(each.commits.of(shard) is not None for each in self.sets)
 
     def top_k_only(self) -> TargetSet:
         """The segment set that holds the top-k, alone: what other fields lack does not matter then.
@@ -178,7 +178,7 @@ class TargetSet:
                 left = left.without(part)
                 holders.append(each)
         with self._way_out():
-            return [each.require_commit(shard) for shard in shards for each in holders]
+            return [each.commits.require(shard) for shard in shards for each in holders]
 
     def read_column(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
         """One number a position, `log_tail`, `label_logprob` or `entropy`, without reading anything else.
@@ -205,7 +205,7 @@ class TargetSet:
     def pilot_rows(self) -> list[int]:
         """Rows to score before anything is written, for `make_ranks`; none when that was done."""
         # All fields are scored of them, so those of all sets bound how many they are.
-        return pilot_rows(self.corpus, self.fields) if any(each.pilot_rows() for each in self.sets) else []
+        return pilot_rows(self.corpus, self.fields) if any(each.ranks.pilot_rows() for each in self.sets) else []
 
     def make_ranks(self, pilot: Targets) -> None:
         """Make the rank tables of the pilot rows' targets, unless another writer was faster.
@@ -214,8 +214,8 @@ class TargetSet:
             TeacherFailed: an id over the vocabulary. StoreError: the store is full or cannot be written.
         """
         for each in self.sets:
-            if each.pilot_rows():
-                each.make_ranks(_only(pilot, each.spec.fields))
+            if each.ranks.pilot_rows():
+                each.ranks.make(_only(pilot, each.spec.fields))
 
     @property
     def claims_path(self) -> str:
@@ -238,7 +238,7 @@ class TargetSet:
             StoreError: the store is full or cannot be written; the shard stays uncommitted.
             TeacherFailed: the targets are not a teacher's (NaN, unsorted, ids over the vocabulary).
         """
-        lacking = [each for each in self.sets if each.commit_of(shard) is None]
+        lacking = [each for each in self.sets if each.commits.of(shard) is None]
         won = [each.write_shard(shard, _only(targets, each.spec.fields), provenance, still_mine) for each in lacking]
         return bool(won) and all(won)
 
@@ -248,7 +248,7 @@ class TargetSet:
         Raises:
             StoreError: the store is full or cannot be written; the commits stand.
         """
-        folded = [each.fold() for each in self.sets]
+        folded = [each.commits.fold() for each in self.sets]
         return any(folded)
 
     def _require_inside(self, start: int, stop: int) -> None:
@@ -288,12 +288,12 @@ class TargetSet:
             more = "`potstill verify` of its cache tells what else is damaged and how to mend it"
             raise CorruptSegment(f"{error.detail}; {more}") from error
 
-    def _in_shard(self, segments: SegmentSet, start: int, stop: int) -> SegmentRange:
+    def _in_shard(self, segment_set: SegmentSet, start: int, stop: int) -> SegmentRange:
         """The part of a range that lies in the shard of its first position."""
         starts = self.corpus.shard_starts
         shard = int(np.searchsorted(starts, start, side="right")) - 1
         low, high = int(starts[shard]), int(starts[shard + 1])
-        return SegmentRange(segments.reader(shard), start - low, min(stop, high) - low)
+        return SegmentRange(segment_set.segments.reader(shard), start - low, min(stop, high) - low)
 
 
 def targets_path(teacher: str, corpus: str) -> str:

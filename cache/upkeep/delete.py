@@ -3,7 +3,7 @@
 Of each segment set go first the manifest's record, then commits, then the set's own record, and only then groups: what
 is left when this stops anywhere reads as never written, and the same deletion finishes it. Between these phases
 a local root is flushed, so that a power cut cannot undo the first and keep the last. A job may fold the commits
-meanwhile: the manifest's record goes once more behind them, and `SegmentSet.fold` takes back one that came later.
+meanwhile: the manifest's record goes once more behind them, and `Commits.fold` takes back one that came later.
 """
 
 from __future__ import annotations

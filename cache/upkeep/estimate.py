@@ -230,7 +230,7 @@ def _stored(targets: TargetSet) -> tuple[int, int]:
     size = positions = 0
     starts = targets.corpus.shard_starts
     for shard in range(targets.corpus.num_shards):
-        commits = [each.commit_of(shard) for each in targets.sets]
+        commits = [each.commits.of(shard) for each in targets.sets]
         if all(commit is not None for commit in commits):
             # Without metadata: every segment has the same, and it would be most of a small one.
             size += sum(

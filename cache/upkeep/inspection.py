@@ -263,14 +263,14 @@ def _commits(root: Root, segments: SegmentSet, manifest: Manifest | None, damage
         for start in range(0, manifest.num_shards, _COMMITS_AT_ONCE):
             yield from manifest.commits(start, min(start + _COMMITS_AT_ONCE, manifest.num_shards))
         return
-    shards = np.flatnonzero(segments.committed).tolist()
+    shards = np.flatnonzero(segments.commits.committed).tolist()
     for start in range(0, len(shards), _COMMITS_AT_ONCE):
         # A segment set remembers every commit that it read.
         opened = SegmentSet.open(root, segments.path, segments.corpus, Reading.open())
         for shard in shards[start : start + _COMMITS_AT_ONCE] if opened else ():
             commit = None
             with damage.noted():
-                commit = opened.commit_of(shard) if opened else None
+                commit = opened.commits.of(shard) if opened else None
             if commit is not None:
                 yield commit
 

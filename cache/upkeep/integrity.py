@@ -35,6 +35,7 @@ from potstill.cache.targets.commit import commit_name
 from potstill.cache.targets.segment import SegmentRange, read_segment_ranges
 from potstill.cache.targets.segment_set import SegmentSet
 from potstill.cache.targets.target_set import segment_set_paths, target_set_paths
+from potstill.cache.targets.verification import corrupt_shard_objects, corrupt_shared_objects
 
 # What damage can raise. A store that fails for one object is a finding too: the others are still worth checking.
 _FINDINGS = (CorruptSegment, FormatError, SpecMismatch, NotFound, InvalidInput, StoreError)
@@ -165,7 +166,7 @@ def _set_checks(root: Root, path: str, *, decode: bool) -> Iterator[_Check]:
         yield _finding(path, *(f"{path}/commits/{name} is of no shard of the corpus" for name in strangers))
     yield _Check(path, partial(_check_shared, root, opened))
     try:
-        shards = np.flatnonzero(opened.committed)
+        shards = np.flatnonzero(opened.commits.committed)
     except _FINDINGS:
         return  # the manifest; no shard can be read, and `corrupt_shared_objects` says why
     for start in range(0, len(shards), _SHARDS_AT_ONCE):
@@ -189,23 +190,23 @@ def _shard_checks(root: Root, path: str, corpus: Corpus, shards: list[int], *, d
         )
 
 
-def _check_shared(root: Root, segments: SegmentSet) -> list[str]:
-    problems = segments.corrupt_shared_objects()
-    record = None if problems else read_record(root, f"{segments.path}/ranks.json", "ranks")
+def _check_shared(root: Root, segment_set: SegmentSet) -> list[str]:
+    problems = corrupt_shared_objects(segment_set)
+    record = None if problems else read_record(root, f"{segment_set.path}/ranks.json", "ranks")
     if record is not None:
         objects = objects_from_json(record["objects"])
-        problems += GroupReader(root, f"{segments.path}/{record['group']}", objects).corrupt_objects()
+        problems += GroupReader(root, f"{segment_set.path}/{record['group']}", objects).corrupt_objects()
     return problems
 
 
-def _check_shard(segments: SegmentSet, shard: int, *, decode: bool) -> list[str]:
-    problems = segments.corrupt_objects(shard)
+def _check_shard(segment_set: SegmentSet, shard: int, *, decode: bool) -> list[str]:
+    problems = corrupt_shard_objects(segment_set, shard)
     if decode and not problems:
-        reader = segments.reader(shard)
-        low, high = (int(position) for position in segments.corpus.shard_starts[shard : shard + 2])
+        reader = segment_set.segments.reader(shard)
+        low, high = (int(position) for position in segment_set.corpus.shard_starts[shard : shard + 2])
         for start in range(0, high - low, _DECODE_POSITIONS):
             wanted = SegmentRange(reader, start, min(start + _DECODE_POSITIONS, high - low))
-            read_segment_ranges([wanted], segments.spec.fields)
+            read_segment_ranges([wanted], segment_set.spec.fields)
     return problems
 
 

@@ -144,7 +144,7 @@ def _report(plan: DemoPlan, cache: Cache, corpus: Corpus, results: dict[str, Tra
     from potstill.student_trainer.order import choose_held_out
 
     targets = cache.targets(TEACHER, CORPUS)
-    commits = [commit for each in targets.sets for commit in each.commits()]
+    commits = [commit for each in targets.sets for commit in each.commits.all()]
     held_out = choose_held_out(len(corpus), plan.held_out_rows, 0)
     rows = [int(row) for row in held_out if len(corpus.row(int(row))) >= plan.row_tokens // 2][:4]
     models = {name: result.run_dir / "model" for name, result in results.items()}

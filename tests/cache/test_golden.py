@@ -16,6 +16,7 @@ from potstill.cache.fill.loop import FillPlan, fill
 from potstill.cache.read_through.cached_teacher import CachedTeacher, KeepPolicy
 from potstill.cache.store.record import FORMAT_VERSION
 from potstill.cache.store.root import Root
+from potstill.cache.targets.verification import corrupt_shard_objects
 from potstill.cache.upkeep.garbage import find_garbage
 from tests.golden.make import JOURNAL_ROW, TEXTS, K
 from tests.support.fakes import FakeTeacher
@@ -82,10 +83,10 @@ async def test_a_set_of_format_1_that_is_filled_on_and_folded_verifies(tmp_path:
     await fill(teacher, cache.plan_targets("u8", "docs", teacher.identity, fields=Fields(k=K)), FillPlan())
     (folded,) = cache.targets("u8", "docs").sets
     assert (tmp_path / "c" / folded.path / "manifest.json").exists()
-    assert [folded.corrupt_objects(shard) for shard in range(folded.corpus.num_shards)] == [[]] * 3
+    assert [corrupt_shard_objects(folded, shard) for shard in range(folded.corpus.num_shards)] == [[]] * 3
     commit = tmp_path / "c" / folded.path / "commits" / "000000.json"
     commit.write_bytes(commit.read_bytes().replace(b'"engine": "fake"', b'"engine": "face"'))
-    assert "is not the commit that the manifest has" in folded.corrupt_objects(0)[0]
+    assert "is not the commit that the manifest has" in corrupt_shard_objects(folded, 0)[0]
 
 
 RECORDS = ["corpora/docs/zarr.json", "targets/u8/docs/ranks.json", "targets/u8/docs/commits/000000.json"]

@@ -20,6 +20,8 @@ from potstill.cache.corpus.ingest import IngestPlan, ingest
 from potstill.cache.corpus.tokenizer import load_tokenizer
 from potstill.cache.fill.loop import FillPlan
 from potstill.cache.store.root import Root
+from potstill.cache.targets.segments import segment_path
+from potstill.cache.targets.verification import corrupt_shard_objects
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.demo.service import running_service
 from potstill.student_trainer.demo.smollm2 import default_models_folder, materialise
@@ -119,9 +121,9 @@ def start_prefill(root: Path, model: Path) -> subprocess.Popen[bytes]:
 def segment_bytes(root: Path) -> dict[tuple[int, str], bytes]:
     targets = OpenCache.open(root).targets("tiny", "docs")
     return {
-        (commit.shard, item.path): (root / segments.segment_path(commit.segment) / item.path).read_bytes()
+        (commit.shard, item.path): (root / segment_path(segments.path, commit.segment) / item.path).read_bytes()
         for segments in targets.sets
-        for commit in segments.commits()
+        for commit in segments.commits.all()
         for item in commit.objects
     }
 
@@ -153,4 +155,4 @@ def test_a_real_teachers_prefill_killed_in_the_middle_goes_on_where_it_was(tmp_p
     assert np.abs(a.logprobs - b.logprobs).max() <= 1e-4
     assert np.nanmax(np.abs(a.label_logprob - b.label_logprob)) <= 1e-4
     assert np.abs(np.exp(a.log_tail) - np.exp(b.log_tail)).max() <= 1e-4
-    assert all(two.sets[0].corrupt_objects(shard) == [] for shard in range(shards))
+    assert all(corrupt_shard_objects(two.sets[0], shard) == [] for shard in range(shards))

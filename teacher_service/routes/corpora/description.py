@@ -93,5 +93,5 @@ def _set(each: SegmentSet) -> dict[str, Any]:
     return {
         "fields": each.spec.fields.to_json(),
         "encoding": each.spec.encoding.to_json(),
-        "committed": runs(each.committed),
+        "committed": runs(each.commits.committed),
     }

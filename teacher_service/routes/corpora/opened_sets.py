@@ -52,7 +52,7 @@ class _Seen:
             commit_name(shard) in listed
             for each in targets.sets
             if (listed := self.versions.get(f"{each.path}/commits")) is not None
-            for shard in each.remembered
+            for shard in each.commits.remembered
         )
 
     def _sets(self) -> list[str]:

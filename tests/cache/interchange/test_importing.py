@@ -104,7 +104,7 @@ def test_shards_that_were_imported_and_shards_of_the_teacher_stand_beside_each_o
     assert run(*take(tmp_path / "files", tmp_path / "b", tokenizer)) == 0
     targets = cache.targets("fake", "docs")
     commit_shards(targets, teacher_for(corpus), (0, 3))
-    assert targets.sets[0].fold()
+    assert targets.sets[0].commits.fold()
     told = about(tmp_path / "b")["measured_against"]
     assert sorted((each["max_abs_error"], each["shards"]) for each in told) == [(0.0, 2), (0.0635, 2)]
     assert run("verify", tmp_path / "b") == 0
@@ -122,7 +122,7 @@ def test_bounds_that_an_earlier_compact_added_up_are_not_shown_as_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     targets = make_targets(tmp_path / "a", encoding="u8")
-    for commit in targets.sets[0].commits():
+    for commit in targets.sets[0].commits.all():
         old = {**commit.error, "max_abs": 0.1041, "mean_abs": 0.08, "mean_kl": 6.4e-2, "p999_kl": 0.0637}
         made = replace(commit.provenance, capture_path="fake, journal")
         path = tmp_path / "a" / targets.sets[0].path / "commits" / commit_name(commit.shard)

@@ -99,7 +99,7 @@ async def test_what_several_services_kept_becomes_a_corpus_and_answers_keep_thei
     targets = cache.targets("smol", "asked")
     assert (targets.fields, targets.encoding.name) == (Fields(k=K), encoding)
     assert targets.committed.all()
-    (commit, *_) = targets.sets[0].commits()
+    (commit, *_) = targets.sets[0].commits.all()
     assert 0 <= commit.error["max_abs"] <= targets.encoding.max_abs_error
     assert commit.provenance.capture_path == "fake, journal"
     assert Handed.of(commit.provenance.capture_path).words == "the teacher"
@@ -166,7 +166,7 @@ def worst(found: list[Targets], other: list[Targets]) -> float:
 
 
 def only_commit(cache: Cache) -> Commit:
-    (commit,) = cache.targets("smol", "asked").sets[0].commits()
+    (commit,) = cache.targets("smol", "asked").sets[0].commits.all()
     return commit
 
 
@@ -199,7 +199,7 @@ async def test_rows_kept_exactly_and_encoded_for_the_corpus_are_measured_against
     targets = cache.targets("smol", "asked")
     exact = [FakeTeacher(IDENTITY).distribution(row, K) for row in targets.corpus.rows(0, len(targets.corpus))]
     found = worst(targets.read_rows(range(len(exact))), exact)
-    errors = [commit.error["max_abs"] for commit in targets.sets[0].commits()]
+    errors = [commit.error["max_abs"] for commit in targets.sets[0].commits.all()]
     assert max(errors) == pytest.approx(found, abs=1e-6)
     (against,) = inspect_cache(cache).to_json["targets"]["smol"]["asked"]["measured_against"]
     assert (against["what"], against["max_abs_error"]) == ("the teacher", 0.0)
@@ -209,7 +209,7 @@ async def test_a_journal_of_format_1_measured_nothing_and_its_rows_say_so(tmp_pa
     shutil.copytree(GOLDEN / "format-1", tmp_path / "c")
     cache = Cache.open(tmp_path / "c", mode="r+")
     compact(cache, CompactPlan(teacher="asked", corpus="asked"))
-    (commit,) = cache.targets("asked", "asked").sets[0].commits()
+    (commit,) = cache.targets("asked", "asked").sets[0].commits.all()
     assert {commit.error[name] for name in ("max_abs", "mean_abs", "mean_kl", "p999_kl")} == {0.0}
     assert commit.provenance.capture_path.endswith(", journal of u8 within 0.0635")
 

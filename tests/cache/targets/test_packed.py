@@ -58,5 +58,5 @@ def test_any_range_gives_the_same_bits(written: tuple[Corpus, FakeTeacher, Targe
 
 def test_a_commit_records_the_error_of_what_is_read(written: tuple[Corpus, FakeTeacher, TargetSet]) -> None:
     _, _, targets = written
-    (commit,) = targets.sets[0].commits()
+    (commit,) = targets.sets[0].commits.all()
     assert 0 < commit.error["max_abs"] <= targets.encoding.max_abs_error

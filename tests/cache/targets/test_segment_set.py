@@ -27,6 +27,7 @@ from potstill.cache.errors import (
 from potstill.cache.store.groups import GroupReader, GroupWriter, Layout
 from potstill.cache.store.root import Root, StoredObject
 from potstill.cache.targets.target_set import TargetSet
+from potstill.cache.targets.verification import corrupt_shard_objects, corrupt_shared_objects
 from tests.support.corpora import make_corpus, teacher_for
 from tests.support.fakes import FakeTeacher
 
@@ -178,14 +179,14 @@ def test_a_complete_set_is_folded_once_and_reads_the_same_without_its_commits(
 ) -> None:
     cache, teacher = written
     targets = cache.targets("fake", "docs")
-    before, commits = targets.read(0, 1500), targets.sets[0].commits()
+    before, commits = targets.read(0, 1500), targets.sets[0].commits.all()
     assert targets.fold()
     assert not targets.fold()
     assert not cache.targets("fake", "docs").fold()
     folded = Cache.open(cache.root.url).targets("fake", "docs")
-    assert folded.sets[0].commits() == commits
-    assert folded.sets[0].corrupt_shared_objects() == []
-    assert all(folded.sets[0].corrupt_objects(shard) == [] for shard in range(folded.corpus.num_shards))
+    assert folded.sets[0].commits.all() == commits
+    assert corrupt_shared_objects(folded.sets[0]) == []
+    assert all(corrupt_shard_objects(folded.sets[0], shard) == [] for shard in range(folded.corpus.num_shards))
     shutil.rmtree(Path(cache.root.url) / "targets" / "fake" / "docs" / "commits")
     alone = Cache.open(cache.root.url).targets("fake", "docs")
     assert alone.committed.all()
@@ -238,7 +239,7 @@ def test_a_segment_of_another_teacher_is_refused(written: tuple[Cache, FakeTeach
     (base / "fake" / "docs" / "commits" / "000000.json").write_bytes(
         (base / "other" / "docs" / "commits" / "000000.json").read_bytes()
     )
-    segment = theirs.sets[0].commits()[0].segment
+    segment = theirs.sets[0].commits.all()[0].segment
     shutil.copytree(base / "other" / "docs" / "segments" / segment, base / "fake" / "docs" / "segments" / segment)
     with pytest.raises(CorruptSegment, match="is the commit of another segment set"):
         Cache.open(cache.root.url).targets("fake", "docs").read(0, 10)
@@ -269,7 +270,7 @@ def test_the_rank_table_does_not_depend_on_who_writes_first(tmp_path: Path) -> N
         targets.make_ranks(Targets.concat(pilot))
         assert targets.pilot_rows() == []
         fill(targets, teacher, range(first, first + 1))
-        commit = targets.sets[0].commits()[0]
+        commit = targets.sets[0].commits.all()[0]
         tables.append(commit.ranks_sha256)
     assert tables[0] == tables[1]
 

@@ -22,7 +22,9 @@ from potstill.cache.errors import (
     UnsupportedField,
 )
 from potstill.cache.store.root import Root
+from potstill.cache.targets.segments import segment_path
 from potstill.cache.targets.target_set import TargetSet
+from potstill.cache.targets.verification import corrupt_shard_objects
 from potstill.cache.upkeep.garbage import find_garbage
 from tests.support.corpora import make_corpus, plan_targets, teacher_for
 from tests.support.fakes import FakeTeacher, fake_identity
@@ -180,13 +182,13 @@ def test_a_teacher_that_does_not_fit_the_corpus_is_refused_and_nothing_written(t
 
 def corrupt(cache: Cache, shard: int) -> list[str]:
     """What `verify` finds in one shard, opened anew."""
-    return Cache.open(cache.root.url).targets("fake", "docs").sets[0].corrupt_objects(shard)
+    return corrupt_shard_objects(Cache.open(cache.root.url).targets("fake", "docs").sets[0], shard)
 
 
 def stored_files(targets: TargetSet, cache: Cache, shard: int) -> list[Path]:
-    commit = targets.sets[0].commit_of(shard)
+    commit = targets.sets[0].commits.of(shard)
     assert commit is not None
-    folder = Path(cache.root.url) / targets.sets[0].segment_path(commit.segment)
+    folder = Path(cache.root.url) / segment_path(targets.sets[0].path, commit.segment)
     return [folder / item.path for item in commit.objects]
 
 

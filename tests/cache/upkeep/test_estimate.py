@@ -87,7 +87,7 @@ def test_the_table_meets_a_real_cache_of_a_teacher_it_was_not_made_from(tmp_path
         label_logprob=sample.targets.label_logprob,
     ).prefix(k)
     targets = write(tmp_path, sample, exact, "u8", Fields(k=k))
-    commit = targets.sets[0].commit_of(0)
+    commit = targets.sets[0].commits.of(0)
     assert commit is not None
     wanted = Workload(positions=4096, vocab_size=4096, fields=Fields(k=k), shard_positions=4096)
     found = estimate(wanted, "u8", Prices())

@@ -47,9 +47,11 @@ def test_segment_sets_stand_beside_each_other(root: Path) -> None:
     assert [(each["name"], each["folded"]) for each in sets] == [("first", True), ("draws-5_entropy", False)]
     for each, opened in zip(sets, cache.targets("one", "a").sets, strict=True):
         assert (
-            each["bytes"] == sum(commit.num_bytes for commit in opened.commits()) == sum(each["array_bytes"].values())
+            each["bytes"]
+            == sum(commit.num_bytes for commit in opened.commits.all())
+            == sum(each["array_bytes"].values())
         )
-        assert each["shards_committed"] == each["shards"] == len(opened.commits())
+        assert each["shards_committed"] == each["shards"] == len(opened.commits.all())
         assert each["provenance"][0]["engine_version"] == "1"
         assert each["first_captured"] <= each["last_captured"]
     assert sets[0]["measured_error"]["max_abs"] <= sets[0]["encoding"]["max_abs_error"]

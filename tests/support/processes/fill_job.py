@@ -21,6 +21,8 @@ from typing import Any
 
 from potstill.cache import Cache, Fields
 from potstill.cache.fill.loop import FillPlan, FillProgress, fill
+from potstill.cache.targets.segments import segment_path
+from potstill.cache.targets.verification import corrupt_shard_objects, corrupt_shared_objects
 from potstill.cache.upkeep.garbage import find_garbage
 from tests.support.corpora import teacher_for
 from tests.support.paths import ROOT
@@ -80,9 +82,9 @@ def segment_bytes(cache: Cache) -> dict[tuple[str, int, str], bytes]:
     """Every committed object's bytes, by segment set, shard and path within its segment."""
     found = {}
     for each in cache.targets("fake", "docs").sets:
-        for commit in each.commits():
+        for commit in each.commits.all():
             for item in commit.objects:
-                data = cache.root.get(f"{each.segment_path(commit.segment)}/{item.path}")
+                data = cache.root.get(f"{segment_path(each.path, commit.segment)}/{item.path}")
                 assert data is not None
                 found[each.path, commit.shard, item.path] = data
     return found
@@ -93,8 +95,8 @@ def assert_whole(cache: Cache) -> None:
     targets = cache.targets("fake", "docs")
     assert targets.committed.all()
     for each in targets.sets:
-        assert each.corrupt_shared_objects() == []
-        assert all(each.corrupt_objects(shard) == [] for shard in range(targets.corpus.num_shards))
+        assert corrupt_shared_objects(each) == []
+        assert all(corrupt_shard_objects(each, shard) == [] for shard in range(targets.corpus.num_shards))
         assert cache.root.objects(each.claims_path) == []
     assert find_garbage(cache.root, min_age_seconds=0) == []
 

@@ -1,0 +1,86 @@
+"""The committed segments of one segment set, opened to be read; those in use stay open."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+
+from potstill.cache.corpus.corpus import Corpus
+from potstill.cache.errors import CorruptSegment
+from potstill.cache.store.groups import GroupReader, Reading
+from potstill.cache.targets.commit import commit_name
+from potstill.cache.targets.commits import Commits
+from potstill.cache.targets.packed import Text
+from potstill.cache.targets.ranks import SetRanks
+from potstill.cache.targets.segment import SegmentReader
+from potstill.cache.targets.spec_record import SpecRecord
+
+# About 27 KB each; opening one again costs some milliseconds.
+_OPEN_SEGMENTS = 512
+
+
+class Segments:
+    """Readers of the committed segments by shard, the least recently used closed first. Safe to share between threads.
+
+    Raises:
+        NotCommitted: the shard has no commit. CorruptSegment, FormatError: stored bytes are not the committed ones.
+            So do all methods that take a shard.
+    """
+
+    def __init__(self, record: SpecRecord, commits: Commits, ranks: SetRanks, reading: Reading) -> None:
+        self._record = record
+        self._commits = commits
+        self._ranks = ranks
+        self._reading = reading
+        self._readers: OrderedDict[int, SegmentReader] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def reader(self, shard: int) -> SegmentReader:
+        """The reader of a shard, opened unless it is."""
+        with self._lock:
+            reader = self._readers.get(shard)
+            if reader is not None:
+                self._readers.move_to_end(shard)
+                return reader
+        # Two threads may open the same segment; both readers are right.
+        reader = self.open(shard)
+        with self._lock:
+            self._readers[shard] = reader
+            while len(self._readers) > _OPEN_SEGMENTS:
+                self._readers.popitem(last=False)
+        return reader
+
+    def open(self, shard: int) -> SegmentReader:
+        """A new reader of a shard."""
+        group, commit, table = self.group(shard), self._commits.require(shard), self._ranks.table()
+        if self._record.stores_ids and table.sha256 != commit.ranks_sha256:
+            path = self._record.path
+            raise CorruptSegment(f"{path}: the rank table is not the one that shard {shard} was written with")
+        spec = self._record.spec
+        text = shard_text(self._record.corpus, shard)
+        return SegmentReader(
+            group, fields=spec.fields, encoding=spec.encoding, ranks=table, text=text, reading=self._reading
+        )
+
+    def group(self, shard: int) -> GroupReader:
+        """The stored arrays of a shard; whether the rank table is theirs is not looked at."""
+        commit, path = self._commits.require(shard), self._record.path
+        if commit.spec_sha256 and commit.spec_sha256 != self._record.sha256:
+            raise CorruptSegment(f"{path}/commits/{commit_name(shard)} is the commit of another segment set")
+        return GroupReader(self._record.root, segment_path(path, commit.segment), commit.objects, self._reading)
+
+
+def segment_path(set_path: str, segment: str) -> str:
+    """The path of a segment below the root."""
+    return f"{set_path}/segments/{segment}"
+
+
+def shard_text(corpus: Corpus, shard: int) -> Text:
+    """The tokens of a shard, positions counted from its start."""
+    low, high = (int(position) for position in corpus.shard_starts[shard : shard + 2])
+    first, last = (int(row) for row in corpus.shard_rows[shard : shard + 2])
+    return Text(
+        num_positions=high - low,
+        tokens=lambda start, stop: corpus.tokens(low + start, low + stop),
+        row_starts=lambda: corpus.starts(first, last) - low,
+    )
