@@ -24,7 +24,8 @@ from potstill.cache import Cache, Fields
 from potstill.cache.corpus.corpus import Corpus
 from potstill.cache.corpus.ingest import IngestPlan, ingest_rows
 from potstill.cache.fill.loop import FillPlan, fill
-from potstill.cache.fill.scoring import ScoringWindow, budgeted
+from potstill.cache.fill.scoring import ScoringWindow
+from potstill.cache.row_batches import row_batches, row_starts
 from potstill.cache.targets.verification import corrupt_shard_objects
 from potstill.cache.types import Tokens
 from tests.support.fakes import fake_identity
@@ -84,7 +85,7 @@ async def score_alone(teacher: PacedTeacher, corpus: Corpus) -> float:
     began = time.monotonic()
     window = ScoringWindow(teacher, Fields(k=K))
     lengths = np.diff(corpus.row_starts).tolist()
-    for start, stop in budgeted(lengths, PLAN.batch_tokens):
+    for start, stop in row_batches(row_starts(lengths), PLAN.batch_tokens):
         window.start(corpus.rows(start, stop))
         if len(window) >= PLAN.in_flight:
             await window.oldest()

@@ -10,7 +10,7 @@ import asyncio
 import concurrent.futures
 import threading
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Self, TypeVar, cast
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from potstill.cache.encoding.fields import check_fields
 from potstill.cache.errors import FormatError, InvalidInput, SpecMismatch, TeacherFailed, Unavailable, WireVersionError
+from potstill.cache.row_batches import row_batches, row_starts
 from potstill.cache.types import JSON, Fields, Provenance, Targets, TeacherIdentity, TeacherLimits, Tokens
 from potstill.cache.wire import scores as wire
 from potstill.clients.connection import Connection
@@ -114,7 +115,8 @@ class HttpTeacher:
             _check_row(index, row)
         deadline = asyncio.get_running_loop().time() + self._connection.timeout
         budget = min(self._request_tokens, max(1, _ANSWER_BYTES // _bytes_per_position(want, self.identity)))
-        requests = [asyncio.create_task(self._request(part, want, deadline)) for part in split_rows(rows, budget)]
+        batches = row_batches(row_starts([len(row) for row in rows]), budget, max_rows=_REQUEST_ROWS)
+        requests = [asyncio.create_task(self._request(rows[start:stop], want, deadline)) for start, stop in batches]
         try:
             return [targets for answer in await asyncio.gather(*requests) for targets in answer]
         finally:
@@ -156,19 +158,6 @@ class HttpTeacher:
                 check_fields(targets, want, self.identity.vocab_size)
             except TeacherFailed as error:
                 raise TeacherFailed(f"{who}: {error.detail}") from error
-
-
-def split_rows(rows: Sequence[Tokens], request_tokens: int) -> Iterator[Sequence[Tokens]]:
-    """Consecutive rows in parts of at most `request_tokens` and 1024 rows, or of one longer row."""
-    start = 0
-    held = 0
-    for index, row in enumerate(rows):
-        if index > start and (held + len(row) > request_tokens or index - start == _REQUEST_ROWS):
-            yield rows[start:index]
-            start, held = index, 0
-        held += len(row)
-    if start < len(rows):
-        yield rows[start:]
 
 
 def _check_row(index: int, row: Tokens) -> None:

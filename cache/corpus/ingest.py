@@ -24,6 +24,7 @@ from potstill.cache.corpus.keys import KEY_BYTES, sort_file, write_key_index
 from potstill.cache.corpus.spool import RowSpool
 from potstill.cache.corpus.tokenizer import fingerprint, num_ids
 from potstill.cache.errors import AlreadyExists, InvalidInput, LimitExceeded
+from potstill.cache.row_batches import row_batches
 from potstill.cache.store.groups import GroupWriter, Layout, attempt_name, removed_on_failure
 from potstill.cache.store.root import Root, StoredObject
 from potstill.cache.types import Tokens
@@ -137,13 +138,7 @@ def cut(tokens: Tokens, row_tokens: int) -> Iterator[Tokens]:
 
 def shard_bounds(row_starts: NDArray[np.int64], shard_positions: int) -> NDArray[np.int64]:
     """[S+1] first row of each shard: whole rows, at most `shard_positions` unless one row alone is longer."""
-    bounds = [0]
-    num_rows = len(row_starts) - 1
-    while bounds[-1] < num_rows:
-        limit = row_starts[bounds[-1]] + shard_positions
-        fitting = int(np.searchsorted(row_starts, limit, side="right")) - 1
-        bounds.append(max(fitting, bounds[-1] + 1))
-    return np.array(bounds, dtype=np.int64)
+    return np.array([0, *(stop for _, stop in row_batches(row_starts, shard_positions))], dtype=np.int64)
 
 
 def _require_free(root: Root, name: str) -> None:

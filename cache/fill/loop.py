@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from potstill.cache.errors import InvalidInput, StoreError
-from potstill.cache.fill.scoring import ScoringWindow, budgeted, with_store_retries
+from potstill.cache.fill.scoring import ScoringWindow, with_store_retries
 from potstill.cache.fill.shard_queue import PILOT, ShardQueue
+from potstill.cache.row_batches import row_batches, row_starts
 from potstill.cache.store.claims import Claim, Claims
 from potstill.cache.targets.target_set import TargetSet
 from potstill.cache.types import Targets, Teacher, Tokens
@@ -240,7 +241,7 @@ class _FillState:
         # Bounded by the targets' own choice of pilot rows.
         answers: list[Targets] = []
         try:
-            for start, stop in budgeted(lengths.tolist(), self._plan.batch_tokens):
+            for start, stop in row_batches(row_starts(lengths), self._plan.batch_tokens):
                 part = rows[start:stop]
                 window.start(await with_store_retries(lambda part=part: [corpus.row(row) for row in part]))  # type: ignore[misc]
                 if len(window) >= self._plan.in_flight:
@@ -289,9 +290,8 @@ class _FillState:
 
     def _cut(self, shard: _ClaimedShard) -> _Batch:
         corpus = self._targets.corpus
-        starts = corpus.row_starts
-        fitting = int(np.searchsorted(starts, starts[shard.row] + self._plan.batch_tokens, side="right")) - 1
-        end = min(max(fitting, shard.row + 1), shard.stop)
+        _, count = next(row_batches(corpus.row_starts[shard.row : shard.stop + 1], self._plan.batch_tokens))
+        end = shard.row + count
         tokens = dict(enumerate(corpus.rows(shard.row, end), start=shard.row))
         return _Batch(shard, tokens, {row: self._pilot[row] for row in tokens if row in self._pilot}, end == shard.stop)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import TypeVar
 
 from potstill.cache.errors import StoreError, TeacherFailed
@@ -65,18 +65,6 @@ def _optional(fields: Fields) -> dict[str, bool]:
         "log_z": bool(fields.temperatures),
         "dense": fields.dense,
     }
-
-
-def budgeted(lengths: Sequence[int], batch_tokens: int) -> Iterator[tuple[int, int]]:
-    """Ranges of rows that hold at most `batch_tokens` tokens together, or one row."""
-    start = tokens = 0
-    for index, length in enumerate(lengths):
-        if index > start and tokens + length > batch_tokens:
-            yield start, index
-            start, tokens = index, 0
-        tokens += length
-    if start < len(lengths):
-        yield start, len(lengths)
 
 
 async def with_store_retries(do: Callable[[], _T]) -> _T:

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from potstill.cache.errors import FormatError, InvalidInput, NotCommitted, SpecMismatch
+from potstill.cache.row_batches import row_batches
 from potstill.cache.store.root import store_errors
 from potstill.cache.targets.target_set import TargetSet
 from potstill.cache.types import JSON, Fields, Provenance, Targets, TeacherIdentity
@@ -219,14 +220,12 @@ def export_shards(
 
 def _shard_blocks(targets: TargetSet, shard: int, k: int) -> Iterator[tuple[Rows, Targets]]:
     corpus = targets.corpus
-    row, last = (int(row) for row in corpus.shard_rows[shard : shard + 2])
-    while row < last:
-        fitting = int(np.searchsorted(corpus.row_starts, corpus.row_starts[row] + BLOCK_POSITIONS, side="right")) - 1
-        stop = min(max(fitting, row + 1), last)
-        start, end = int(corpus.row_starts[row]), int(corpus.row_starts[stop])
-        rows = Rows(np.diff(corpus.row_starts[row : stop + 1]), corpus.tokens(start, end))
+    first, last = (int(row) for row in corpus.shard_rows[shard : shard + 2])
+    starts = corpus.row_starts[first : last + 1]
+    for row, stop in row_batches(starts, BLOCK_POSITIONS):
+        start, end = int(starts[row]), int(starts[stop])
+        rows = Rows(np.diff(starts[row : stop + 1]), corpus.tokens(start, end))
         yield rows, targets.read(start, end, k=k)
-        row = stop
 
 
 def _is_finished(path: Path, schema: Any) -> bool:

@@ -13,7 +13,7 @@ import asyncio
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -26,6 +26,7 @@ from zarr.core.sync import sync
 from zarr.errors import BaseZarrError
 
 from potstill.cache.errors import CorruptSegment
+from potstill.cache.row_batches import row_batches, row_starts
 from potstill.cache.store.pipelines import codec_pipeline, encoded_chunks, open_array
 
 __all__ = [
@@ -303,21 +304,15 @@ def read_together(requests: Sequence[ReadRequest]) -> list[NDArray[Any]]:
     return [answers[index] for index in range(len(requests))]
 
 
-def _fetches(requests: Sequence[ReadRequest], order: Iterable[int]) -> Iterator[list[int]]:
+def _fetches(requests: Sequence[ReadRequest], order: Sequence[int]) -> Iterator[Sequence[int]]:
     """Cut requests into fetches of about `_FETCH_BYTES`, not counting what they share."""
-    group: list[int] = []
-    held = 0
+    sizes = []
     for index in order:
         request = requests[index]
         rows = len(request.chunk_rows) * request.array.chunk[0]
-        num_bytes = rows * math.prod(request.shape[1:]) * request.array.dtype.itemsize
-        if group and held + num_bytes > _FETCH_BYTES:
-            yield group
-            group, held = [], 0
-        group.append(index)
-        held += num_bytes
-    if group:
-        yield group
+        sizes.append(rows * math.prod(request.shape[1:]) * request.array.dtype.itemsize)
+    for start, stop in row_batches(row_starts(sizes), _FETCH_BYTES):
+        yield order[start:stop]
 
 
 def _chunk_ranges(missing: dict[TiledArray, dict[int, int]]) -> Iterator[_ChunkRange]:

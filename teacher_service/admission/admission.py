@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from potstill.cache.errors import DeadlineExceeded, LimitExceeded, PotstillError
 from potstill.cache.read_through.waits import on_wait, waits
+from potstill.cache.row_batches import row_batches, row_starts
 from potstill.cache.types import Fields, Targets, Tokens
 from potstill.cache.wrapped_teacher import WrappedTeacher
 from potstill.teacher_service.access.auth import Caller, current_caller
@@ -184,8 +185,10 @@ class AdmittedTeacher(WrappedTeacher):
         waits()
         caller = current_caller()
         per_token = engine_bytes_per_token(want, self.identity.vocab_size, self.provenance.capture_path)
-        parts = list(split_parts(rows, self._part_tokens(rows, per_token)))
-        sizes = [sum(map(len, part)) for part in parts]
+        starts = row_starts([len(row) for row in rows])
+        batches = list(row_batches(starts, self._part_tokens(rows, per_token)))
+        parts = [rows[start:stop] for start, stop in batches]
+        sizes = [int(starts[stop] - starts[start]) for start, stop in batches]
         call = Call(caller.name, sum(sizes))
         self._admission.spend(caller, call.tokens)
         try:
@@ -228,18 +231,6 @@ class AdmittedTeacher(WrappedTeacher):
         finally:
             self._queue.end(turn, scored=scored)
         return targets
-
-
-def split_parts(rows: Sequence[Tokens], part_tokens: int) -> Iterator[Sequence[Tokens]]:
-    """Consecutive rows in parts of at most `part_tokens`, or of one longer row."""
-    start = held = 0
-    for index, row in enumerate(rows):
-        if index > start and held + len(row) > part_tokens:
-            yield rows[start:index]
-            start, held = index, 0
-        held += len(row)
-    if start < len(rows):
-        yield rows[start:]
 
 
 async def within(seconds: float | None, begin: float, scoring: Coroutine[Any, Any, T]) -> T:

@@ -21,7 +21,7 @@ from potstill.cache.errors import (
 from potstill.cache.types import Teacher, TeacherLimits, Tokens
 from potstill.clients import HttpTeacher, RetryPolicy, SyncHttpTeacher
 from potstill.clients.http_admin import HttpAdmin
-from potstill.clients.http_teacher import open_http_teacher, split_rows
+from potstill.clients.http_teacher import open_http_teacher
 from tests.support.fakes import FakeTeacher, GatedTeacher
 from tests.support.processes.scripted_service import Script, answered
 from tests.support.processes.servers import hosted, serving, serving_teachers
@@ -59,13 +59,6 @@ async def test_rows_are_split_by_tokens_and_come_back_in_order(url: str) -> None
     rows = rows_of(*(1 + i % 7 for i in range(60)))
     async with HttpTeacher.open(url, "smol", request_tokens=10, max_in_flight=3) as remote:
         assert_scored(rows, await remote.score(rows, WANT))
-
-
-def test_a_split_is_by_tokens_and_never_within_a_row() -> None:
-    parts = [[len(row) for row in part] for part in split_rows(rows_of(4, 6, 1, 30, 2, 8, 0), 10)]
-    assert parts == [[4, 6], [1], [30], [2, 8, 0]]
-    assert list(split_rows([], 10)) == []
-    assert [len(part) for part in split_rows(rows_of(*[1, 0] * 1500), 10**6)] == [1024, 1024, 952]
 
 
 async def test_a_trailing_slash_and_a_longer_path_are_fine(url: str) -> None:

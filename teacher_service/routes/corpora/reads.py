@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from potstill.cache.errors import InvalidInput, LimitExceeded
+from potstill.cache.row_batches import row_batches, row_starts
 from potstill.cache.targets.commit import Commit
 from potstill.cache.targets.target_set import TargetSet
 from potstill.cache.types import JSON, Fields, Targets
@@ -152,13 +152,7 @@ class RowsRead:
     def _groups(self) -> Iterator[tuple[int, int]]:
         """Rows that are read together: about `BLOCK_BYTES`, or one longer row."""
         most = BLOCK_BYTES // bytes_per_position(self.want, self.targets.identity.vocab_size)
-        cuts, held = [0], 0
-        for index, length in enumerate(self.lengths.tolist()):
-            if index > cuts[-1] and (held + length > most or index - cuts[-1] == _GROUP_ROWS):
-                cuts.append(index)
-                held = 0
-            held += length
-        return pairwise([*cuts, len(self.rows)])
+        return row_batches(row_starts(self.lengths), most, max_rows=_GROUP_ROWS)
 
 
 def require_at_most(count: int, limit: int, what: str, setting: str) -> None:

@@ -12,7 +12,7 @@ from potstill.cache.cache import Cache
 from potstill.cache.errors import DeadlineExceeded, LimitExceeded, TeacherFailed
 from potstill.cache.read_through.cached_teacher import CachedTeacher
 from potstill.cache.types import Tokens
-from potstill.teacher_service.admission.admission import split_parts, within
+from potstill.teacher_service.admission.admission import within
 from potstill.teacher_service.admission.limits import engine_bytes_per_token
 from tests.support.admitted import WANT, HeldTeacher, admitted, ask, row, settle
 from tests.support.fakes import FakeTeacher
@@ -30,13 +30,6 @@ async def test_answers_are_those_of_the_pool_whatever_the_parts() -> None:
         assert await here.teacher.score([], WANT) == []
     for tokens, got in zip(rows, answers, strict=True):
         np.testing.assert_array_equal(got.ids, engine.targets(tokens, WANT).ids)
-
-
-def test_rows_are_split_into_parts_and_a_longer_row_is_one() -> None:
-    rows = [row(number, size) for number, size in enumerate((5, 5, 30, 4, 6, 1000))]
-    parts = [[len(tokens) for tokens in part] for part in split_parts(rows, 10)]
-    assert parts == [[5, 5], [30], [4, 6], [1000]]
-    assert list(split_parts([], 10)) == []
 
 
 async def test_the_engine_holds_no_more_than_its_bound_and_all_is_scored() -> None:

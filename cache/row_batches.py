@@ -1,0 +1,31 @@
+"""Cutting consecutive rows into batches by a budget, of tokens or of bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def row_batches(starts: NDArray[np.int64], budget: int, *, max_rows: int | None = None) -> Iterator[tuple[int, int]]:
+    """The first row of each batch and one past its last: as many rows as the budget holds, or one that is longer.
+
+    Args:
+        starts: [R+1] where each row starts on an axis without holes, and the end (see `row_starts`).
+        budget: of a batch, in the unit of `starts`.
+        max_rows: of a batch; None for any number.
+    """
+    row, num_rows = 0, len(starts) - 1
+    while row < num_rows:
+        fitting = int(np.searchsorted(starts, starts[row] + budget, side="right")) - 1
+        stop = max(fitting, row + 1)
+        if max_rows is not None:
+            stop = min(stop, row + max_rows)
+        yield row, stop
+        row = stop
+
+
+def row_starts(lengths: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+    """[R+1] where each of R rows starts that lie one after the other, and the end."""
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
