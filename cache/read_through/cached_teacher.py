@@ -32,7 +32,6 @@ from potstill.cache.errors import (
 from potstill.cache.journal.journal import Journal, JournalPolicy
 from potstill.cache.journal.segment import JournalRow
 from potstill.cache.read_through.known_targets import KnownTargets
-from potstill.cache.read_through.waits import waits
 from potstill.cache.types import Fields, Targets, Teacher, Tokens
 from potstill.cache.wrapped_teacher import WrappedTeacher
 
@@ -42,7 +41,7 @@ _FLUSH_CHECK_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KeepPolicy:
+class KeepPolicy(JournalPolicy):
     """What is kept of a scored row, and when it is written.
 
     Raises:
@@ -51,27 +50,13 @@ class KeepPolicy:
 
     k: int = 64
     """Misses are scored with at least this K, so that a later, larger wish up to it is a hit."""
-    encoding: str = "u8"
-    segment_positions: int = 65_536
-    segment_seconds: float = 10.0
-    quota_bytes: int = 10 << 30
-    """Of the journals of all processes for one teacher; see `JournalPolicy`."""
     tidy_seconds: float = 30.0
     """How often the journals are kept within the quota and small segments joined."""
 
     def __post_init__(self) -> None:
+        JournalPolicy.__post_init__(self)  # `super()` does not know a class with slots
         if self.k < 1:
             raise InvalidInput(f"k is {self.k}; it must be at least 1")
-        self.journal()
-
-    def journal(self) -> JournalPolicy:
-        """The part that is the journal's."""
-        return JournalPolicy(
-            encoding=self.encoding,
-            segment_positions=self.segment_positions,
-            segment_seconds=self.segment_seconds,
-            quota_bytes=self.quota_bytes,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +97,22 @@ class _Look:
     landed: set[bytes]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Lookup:
+    """Rows that were looked up, with what is kept of each."""
+
+    rows: Sequence[Tokens]
+    keys: Sequence[bytes]
+    want: Fields
+    found: Sequence[Targets | None]
+
+    @property
+    def missing(self) -> dict[bytes, Tokens]:
+        """Row key -> row of what is not kept."""
+        looked_up = zip(self.keys, self.rows, self.found, strict=True)
+        return {key: row for key, row, targets in looked_up if targets is None}
+
+
 class CachedTeacher(WrappedTeacher):
     """A `Teacher` in front of another one. Open with `open`, which also closes it."""
 
@@ -126,7 +127,7 @@ class CachedTeacher(WrappedTeacher):
         self._in_flight: dict[bytes, list[_Batch]] = {}
         self._looks: set[_Look] = set()
         self._closing = False
-        self._journal = Journal(cache.root, name, inner.identity, policy.journal(), self._trouble)
+        self._journal = Journal(cache.root, name, inner.identity, policy, self._trouble)
         self._known = KnownTargets(cache, name, inner.identity, self._trouble)
         self._losses = self._journal.losses
         # A thread keeps the memory that it freed (glibc's arenas): in any of asyncio's, all would come to keep as much.
@@ -172,50 +173,57 @@ class CachedTeacher(WrappedTeacher):
         Raises:
             What the teacher behind raises on a miss.
         """
+        return await self.complete(await self.look_up(rows, want))
+
+    async def look_up(self, rows: Sequence[Tokens], want: Fields) -> Lookup:
+        """Look for each row in the journal and the corpora; nothing is scored."""
         keys = [row_key(self.identity.tokenizer_sha256, row) for row in rows]
+        kept = self._look(keys, want) if want.only_top_k else asyncio.to_thread(self._known.find, keys, want)
+        return Lookup(rows, keys, want, await kept)
+
+    async def complete(self, lookup: Lookup) -> list[Targets]:
+        """Answer all rows of a lookup, scoring those that are missing.
+
+        To be awaited right after `look_up`: a score that ends in between is not seen, and its rows are scored again.
+
+        Raises:
+            What the teacher behind raises on a miss.
+        """
+        keys, want, found, missing = lookup.keys, lookup.want, lookup.found, lookup.missing
         if not want.only_top_k:
-            return await self._score_beyond(rows, keys, want)
-        found = await self._look(keys, want)
-        missing = {key: row for key, row, targets in zip(keys, rows, found, strict=True) if targets is None}
-        if missing:
-            waits()  # before there is a batch: it may refuse
-        batches, mine = self._join_or_score(missing, want)
-        self._count(hits=len(rows) - found.count(None), misses=_num_rows(mine))
-        answers = await self._wait_for(batches, mine)
-        refused = {key: missing[key] for key in missing if key not in answers}
-        self._count(joined=found.count(None) - _num_rows(mine) - len(refused))
-        answers |= await self._score_refused(refused, want)
+            return await self._complete_beyond_top_k(lookup)
+        repeated = found.count(None) - len(missing)
+        self._count(hits=len(keys) - found.count(None), joined=repeated)
+        answers = await self._score(missing, want)
+        # What was refused to another caller is asked for once more together with others, then alone.
+        for join in (True, False):
+            refused = {key: row for key, row in missing.items() if key not in answers}
+            if not refused:
+                break
+            kept = await self._look(list(refused), want)
+            answers |= {key: targets for key, targets in zip(refused, kept, strict=True) if targets is not None}
+            left = {key: row for key, row in refused.items() if key not in answers}
+            answers |= await self._score(left, want, join=join)
         return [
             (targets if targets is not None else answers[key]).prefix(want.k)
             for key, targets in zip(keys, found, strict=True)
         ]
 
-    async def _score_refused(self, left: dict[bytes, Tokens], want: Fields) -> dict[bytes, Targets]:
-        """Answers for rows that were refused to another caller: once more together with others, then alone."""
-        answers: dict[bytes, Targets] = {}
-        for join in (True, False):
-            if not left:
-                break
-            found = await self._look(list(left), want)
-            answers |= {key: targets for key, targets in zip(left, found, strict=True) if targets is not None}
-            left = {key: row for key, row in left.items() if key not in answers}
-            batches, mine = self._join_or_score(left, want, join=join)
-            self._count(misses=_num_rows(mine))
-            scored = await self._wait_for(batches, mine)
-            self._count(joined=len(scored) - _num_rows(mine))
-            answers |= scored
-            left = {key: row for key, row in left.items() if key not in answers}
+    async def _score(self, rows: dict[bytes, Tokens], want: Fields, *, join: bool = True) -> dict[bytes, Targets]:
+        """Answers by key, but for rows that were refused to the caller whose score was joined."""
+        batches, mine = self._join_or_score(rows, want, join=join)
+        num_mine = 0 if mine is None else len(mine.rows)
+        self._count(misses=num_mine)
+        answers = await self._wait_for(batches, mine)
+        self._count(joined=len(answers) - num_mine)
         return answers
 
-    async def _score_beyond(self, rows: Sequence[Tokens], keys: list[bytes], want: Fields) -> list[Targets]:
-        """The same with more than the top-k: from corpora, or from the teacher behind as it answers."""
-        found = await asyncio.to_thread(self._known.find, keys, want)
-        missing = [row for row, targets in zip(rows, found, strict=True) if targets is None]
-        if missing:
-            waits()
-        scored = iter(await self.inner.score(missing, want) if missing else [])
-        self._count(hits=len(rows) - len(missing), misses=len(missing))
-        return [targets if targets is not None else next(scored) for targets in found]
+    async def _complete_beyond_top_k(self, lookup: Lookup) -> list[Targets]:
+        """Answer more than the top-k: what no corpus has comes from the teacher behind as it answers."""
+        missing = [row for row, targets in zip(lookup.rows, lookup.found, strict=True) if targets is None]
+        scored = iter(await self.inner.score(missing, lookup.want) if missing else [])
+        self._count(hits=len(lookup.rows) - len(missing), misses=len(missing))
+        return [targets if targets is not None else next(scored) for targets in lookup.found]
 
     async def _look(self, keys: list[bytes], want: Fields) -> list[Targets | None]:
         """What is kept of each row. A score that ends while we look is seen: nothing comes between that and joining."""
@@ -295,8 +303,9 @@ class CachedTeacher(WrappedTeacher):
             batch.fail(Unavailable("scoring was stopped before there was an answer; ask again"))
             raise
         finally:
-            # What else ended it is a bug, which the task reports; its callers must not hang.
-            batch.fail(TeacherFailed("the teacher ended without an answer; the service's log says why"))
+            if not batch.answers.done():
+                # What else ended it is a bug, which the task reports; its callers must not hang.
+                batch.fail(TeacherFailed("the teacher ended without an answer; the service's log says why"))
             for key in batch.rows:
                 self._in_flight[key].remove(batch)
                 if not self._in_flight[key]:
@@ -365,10 +374,6 @@ class CachedTeacher(WrappedTeacher):
         await asyncio.to_thread(self._journal.close)
         self._flusher.shutdown()
         self._tidier.shutdown()
-
-
-def _num_rows(batch: _Batch | None) -> int:
-    return 0 if batch is None else len(batch.rows)
 
 
 def _of_caller(error: PotstillError) -> bool:

@@ -9,12 +9,11 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from potstill.cache.errors import DeadlineExceeded, LimitExceeded, PotstillError
-from potstill.cache.read_through.waits import on_wait, waits
 from potstill.cache.row_batches import row_batches, row_starts
 from potstill.cache.types import Fields, Targets, Tokens
 from potstill.cache.wrapped_teacher import WrappedTeacher
@@ -33,8 +32,6 @@ PART_TOKENS = 2048
 """A call enters the engine in parts of at most so many tokens (or one longer row), so that other keys get their turns
 in between; about one step of an engine."""
 
-held_until_answered: ContextVar[ExitStack] = ContextVar("held_until_answered")
-"""What is closed once the answer of the current request is sent."""
 REFUSAL_REASONS = ("requests", "bodies", "answers", "misses", "queue", "pushed_out", "deadline", "quota")
 """What calls are not let in for, as metrics name it."""
 
@@ -86,33 +83,27 @@ class Admission:
         return self._bodies
 
     @contextmanager
-    def request(self) -> Iterator[None]:
-        """Hold one request's place, from before its body is read until it is answered, or its rows wait for an engine.
+    def request(self) -> Iterator[Reservation]:
+        """Hold one score request's slot, from before its body is read until it is answered, or its rows wait.
 
-        The place is not taken again for the answer: what was scored is never refused, and answers have their own bound.
+        The slot is not taken again for the answer: what was scored is never refused, and answers have their own bound.
 
         Raises:
             Overloaded: `max_requests_in_flight` are there already.
         """
-        with ExitStack() as place:
-            place.enter_context(self._requests.hold(current_caller().name, 1))
-            on_wait(place.close)
-            yield
+        reservation = Reservation(current_caller().name, self._requests, self._answers, self._misses)
+        try:
+            yield reservation
+        finally:
+            reservation.release_slot()
 
-    def hold_answer(self, num_bytes: int) -> None:
-        """Hold the place of an answer's bytes until the current request is answered.
-
-        It is a place among the answers that are read from the cache, until rows of the request have to wait for an
-        engine: then it is one among the misses, so that what waits takes no place of a hit. What is held of answers
-        is within `max_answer_bytes_in_flight` and `max_miss_bytes_in_flight` together, each answer as its arrays.
+    def answer(self, num_bytes: int) -> AbstractContextManager[None]:
+        """Hold the bytes of an answer that is read from the cache.
 
         Raises:
-            Overloaded: together with the others they are over `max_answer_bytes_in_flight`. LimitExceeded: they are
-                alone. Beginning to wait raises the same of the misses and `max_miss_bytes_in_flight`.
+            Overloaded, LimitExceeded: they are over `max_answer_bytes_in_flight`, with the others or alone.
         """
-        place = _AnswerPlace(current_caller().name, num_bytes, self._answers, self._misses)
-        held_until_answered.get().callback(place.give_back)
-        on_wait(place.wait)
+        return self._answers.hold(current_caller().name, num_bytes)
 
     def spend(self, caller: Caller, tokens: int) -> None:
         """Take tokens out of the caller's quota.
@@ -127,28 +118,51 @@ class Admission:
             raise
 
 
-class _AnswerPlace:
-    """The bytes of one answer, held of one bound or, once it waits, of the other."""
+class Reservation:
+    """What one score request holds of the service's bounds: a slot among requests, then its answer's bytes.
 
-    def __init__(self, key: str, num_bytes: int, reading: SharedBound, waiting: SharedBound) -> None:
-        reading.take(key, num_bytes)
+    The bytes count among the answers that are read from the cache until `wait`, then among the misses. What is held of
+    answers is within `max_answer_bytes_in_flight` and `max_miss_bytes_in_flight` together, each answer as its arrays.
+    """
+
+    def __init__(self, key: str, requests: SharedBound, answers: SharedBound, misses: SharedBound) -> None:
+        requests.take(key, 1)
         self._key = key
+        self._requests: SharedBound | None = requests
+        self._answers = answers
+        self._misses = misses
+        self._num_bytes = 0
+
+    def hold_answer(self, num_bytes: int) -> None:
+        """Hold the answer's bytes until `release_answer`.
+
+        Raises:
+            Overloaded, LimitExceeded: they are over `max_answer_bytes_in_flight`, with the others or alone.
+        """
+        self._answers.take(self._key, num_bytes)
         self._num_bytes = num_bytes
-        self._waiting = waiting
-        self._held: SharedBound | None = reading
 
     def wait(self) -> None:
-        """Move; nothing happens when it did already, or was given back."""
-        if self._held is None or self._held is self._waiting:
-            return
-        self._waiting.take(self._key, self._num_bytes)
-        self.give_back()
-        self._held = self._waiting
+        """Make room for hits before rows of the request wait for an engine: give back the slot, count as a miss.
 
-    def give_back(self) -> None:
-        if self._held is not None:
-            self._held.give_back(self._key, self._num_bytes)
-            self._held = None
+        Raises:
+            Overloaded, LimitExceeded: the bytes are over `max_miss_bytes_in_flight`, with the others or alone.
+        """
+        self.release_slot()
+        self._misses.take(self._key, self._num_bytes)
+        self._answers.give_back(self._key, self._num_bytes)
+        self._answers = self._misses
+
+    def release_slot(self) -> None:
+        """Give back the slot among requests. May be repeated."""
+        if self._requests is not None:
+            self._requests.give_back(self._key, 1)
+            self._requests = None
+
+    def release_answer(self) -> None:
+        """Give back the answer's bytes, wherever they count by now."""
+        self._answers.give_back(self._key, self._num_bytes)
+        self._num_bytes = 0
 
 
 class AdmittedTeacher(WrappedTeacher):
@@ -182,7 +196,6 @@ class AdmittedTeacher(WrappedTeacher):
             LimitExceeded: a row that is over `max_engine_bytes`, or rows over a whole day's quota.
             What the pool raises.
         """
-        waits()
         caller = current_caller()
         per_token = engine_bytes_per_token(want, self.identity.vocab_size, self.provenance.capture_path)
         starts = row_starts([len(row) for row in rows])

@@ -69,7 +69,7 @@ class HostedTeacher:
         self._open_pool = open_pool
         self._keep = keep
         self._pool: ReplicaPool | None = None
-        self._front: Teacher | None = None
+        self._admitted: Teacher | None = None
         self._cached: CachedTeacher | None = None
         self._task: asyncio.Task[None] | None = None
         self._settled = asyncio.Event()
@@ -118,7 +118,7 @@ class HostedTeacher:
         """The cache in front of the pool, or None when nothing is kept or the teacher is not up."""
         return self._cached
 
-    def front(self, *, store: bool) -> Teacher:
+    def front(self, *, store: bool) -> TeacherFront:
         """What a request is scored by: through the cache and admission, or admission alone.
 
         Raises:
@@ -127,7 +127,7 @@ class HostedTeacher:
         pool = self.pool
         if self._draining:
             raise Unavailable(f"teacher {self.name!r} is being removed")
-        return _Counted((self._cached if store else None) or self._front or pool, self._in_flight)
+        return TeacherFront(self._cached if store else None, self._admitted or pool, self._in_flight)
 
     def start(self, admission: Admission | None = None) -> None:
         """Begin to open the teacher; `settled` tells when it is up. What the cache does not answer is then admitted."""
@@ -183,16 +183,16 @@ class HostedTeacher:
     async def _run(self, admission: Admission | None) -> None:
         async with AsyncExitStack() as stack:
             pool = await stack.enter_async_context(self._open_pool(self._open_teacher))
-            self._front = pool
+            self._admitted = pool
             if admission is not None:
-                self._front = await stack.enter_async_context(AdmittedTeacher.open(pool, admission, self.name))
+                self._admitted = await stack.enter_async_context(AdmittedTeacher.open(pool, admission, self.name))
                 queue = admission.queues[self.name]
                 pool.follow_queue(lambda: queue.tokens_waiting)
             if self._keep is not None:
                 from potstill.cache.read_through.cached_teacher import CachedTeacher  # noqa: PLC0415  zarr and obstore, only when used
 
                 self._cached = await stack.enter_async_context(
-                    CachedTeacher.open(self._front, name=self.name, cache=self._keep.cache, policy=self._keep.policy)
+                    CachedTeacher.open(self._admitted, name=self.name, cache=self._keep.cache, policy=self._keep.policy)
                 )
             self._pool = pool
             self._settled.set()
@@ -219,16 +219,35 @@ class _InFlight:
                 self.none.set()
 
 
-class _Counted(WrappedTeacher):
-    """A `Teacher` whose calls are counted, so that a removal can wait for them."""
+class TeacherFront(WrappedTeacher):
+    """A `Teacher`: the cache, and admission for what it misses. A removal waits until its calls have ended."""
 
-    def __init__(self, inner: Teacher, in_flight: _InFlight) -> None:
-        super().__init__(inner)
+    def __init__(self, cached: CachedTeacher | None, admitted: Teacher, in_flight: _InFlight) -> None:
+        super().__init__(admitted)
+        self._cached = cached
         self._in_flight = in_flight
 
-    async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
+    async def score(
+        self, rows: Sequence[Tokens], want: Fields, *, before_waiting: Callable[[], None] = lambda: None
+    ) -> list[Targets]:
+        """Look the rows up, and have those that are missing wait their turn for the engine.
+
+        Args:
+            rows: each [T] token ids.
+            want: of every row.
+            before_waiting: called where any row is missing; what it raises ends the call before anything waits.
+
+        Raises:
+            What `before_waiting`, the cache, admission and the pool do.
+        """
         with self._in_flight.call():
-            return await self.inner.score(rows, want)
+            if self._cached is None:
+                before_waiting()
+                return await self.inner.score(rows, want)
+            lookup = await self._cached.look_up(rows, want)
+            if lookup.missing:
+                before_waiting()
+            return await self._cached.complete(lookup)
 
 
 def _one_line(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from potstill.cache.errors import InvalidInput
 from potstill.cache.types import Fields, Targets, TeacherIdentity, Tokens
 from potstill.cache.wire import scores as wire
 from potstill.teacher_service.access.auth import Role, allow
-from potstill.teacher_service.admission.admission import within
+from potstill.teacher_service.admission.admission import Reservation, within
 from potstill.teacher_service.admission.limits import (
     answer_format,
     bytes_per_position,
@@ -28,6 +28,7 @@ from potstill.teacher_service.hosting.hosted_teacher import HostedTeacher
 from potstill.teacher_service.hosting.service import Service
 from potstill.teacher_service.routes.answers import targets_response
 from potstill.teacher_service.routes.corpora.bodies import same_wire
+from potstill.teacher_service.transport.bounded_transfers import held_until_answered
 
 T = TypeVar("T")
 _SMALL_BYTES = 64 * 2**10  # (de)serialised on the event loop: less than a millisecond
@@ -81,12 +82,12 @@ async def answer_call(service: Service, request: Request, understand: Callable[[
         PotstillError: whatever the body, the limits or the teacher give reason for.
         ClientDisconnect: the client left; its rows were taken out of the engine.
     """
-    with service.admission.request():
-        return await _while_connected(request, await _prepare(service, request, understand))
+    with service.admission.request() as reservation:
+        return await _while_connected(request, await _prepare(service, request, understand, reservation))
 
 
 async def _prepare(
-    service: Service, request: Request, understand: Callable[[bytes], ScoreCall]
+    service: Service, request: Request, understand: Callable[[bytes], ScoreCall], reservation: Reservation
 ) -> Coroutine[Any, Any, Response]:
     """Check and read everything that needs no teacher; the coroutine does the rest."""
     begin = asyncio.get_running_loop().time()
@@ -99,9 +100,10 @@ async def _prepare(
         front = call.teacher.front(store=store)
         num_tokens = check_request(call.rows, call.fields, teacher=front, limits=service.limits)
         size = num_tokens * bytes_per_position(call.fields, front.identity.vocab_size)
-        service.admission.hold_answer(size)
+        reservation.hold_answer(size)
+        held_until_answered(request).callback(reservation.release_answer)
         with service.metrics.scoring(call.teacher.name, rows=len(call.rows), tokens=num_tokens):
-            targets = await within(seconds, begin, front.score(call.rows, call.fields))
+            targets = await within(seconds, begin, front.score(call.rows, call.fields, before_waiting=reservation.wait))
         return await _off_loop(size, lambda: call.answer(front.identity, targets))
 
     return finish()

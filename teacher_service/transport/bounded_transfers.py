@@ -8,16 +8,23 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from potstill.cache.errors import BodyTooLarge, RequestTimeout
-from potstill.cache.read_through.waits import forget_waits
 from potstill.teacher_service.access.auth import current_caller
-from potstill.teacher_service.admission.admission import Admission, held_until_answered
+from potstill.teacher_service.admission.admission import Admission
 from potstill.teacher_service.transport.connections import ABORT
 
 if TYPE_CHECKING:
+    from starlette.requests import Request
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _LOG = logging.getLogger(__name__)
 _SLICE_BYTES = 256 * 2**10
+_HELD = "held_until_answered"
+
+
+def held_until_answered(request: Request) -> ExitStack:
+    """What is closed once the request's answer is sent, or given up."""
+    held: ExitStack = request.scope["state"][_HELD]
+    return held
 
 
 class BoundedTransfers:
@@ -38,11 +45,8 @@ class BoundedTransfers:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        # A server may start a request in a copy of the context of the one before on the connection: asyncio reads on
-        # in the context that resumed the reading of a long body, and a pipelined request is started by the one before.
-        forget_waits()
         with ExitStack() as held:
-            held_until_answered.set(held)
+            scope.setdefault("state", {})[_HELD] = held
             body = _Body(self._admission, receive)
             held.callback(body.release)
             try:

@@ -30,6 +30,7 @@ from potstill.teacher_service.routes.corpora.reads import (
 )
 from potstill.teacher_service.routes.fills import add_fill_routes
 from potstill.teacher_service.settings.service import LimitSettings
+from potstill.teacher_service.transport.bounded_transfers import held_until_answered
 from potstill.teacher_service.transport.headers import immutable_headers, not_modified
 from potstill.teacher_service.transport.streamed import ReadSlots, StreamedAnswer
 
@@ -82,7 +83,7 @@ def add_corpus_routes(app: FastAPI, service: Service) -> None:
         body = await read_body(request)
         read = await reading.in_thread(lambda: _rows(opened, (corpus, teacher), body, reads, limits))
         require_within(read, limits, as_json=writes == wire.JSON_MEDIA_TYPE)
-        return _streamed(read, writes, reading, service.admission, {"cache-control": "no-store"})
+        return _streamed(request, read, writes, reading, service.admission, {"cache-control": "no-store"})
 
     add_array_routes(app, reading, trainers)
     add_fill_routes(app, service)
@@ -105,14 +106,19 @@ async def _answer_range(
     headers = immutable_headers(etag)
     if request.method == "HEAD":
         return StreamedAnswer(iter(()), reading.slots, headers=headers, media_type=writes)
-    return _streamed(read, writes, reading, admission, headers)
+    return _streamed(request, read, writes, reading, admission, headers)
 
 
 def _streamed(
-    read: RangeRead | RowsRead, writes: str, reading: CorpusReading, admission: Admission, headers: Mapping[str, str]
+    request: Request,
+    read: RangeRead | RowsRead,
+    writes: str,
+    reading: CorpusReading,
+    admission: Admission,
+    headers: Mapping[str, str],
 ) -> Response:
     if writes == wire.JSON_MEDIA_TYPE:
-        admission.hold_answer(num_bytes(read))  # its arrays are held until the end
+        held_until_answered(request).enter_context(admission.answer(num_bytes(read)))  # its arrays, until the end
         pieces = json_pieces(read.targets.identity, read.read)
     else:
         pieces = read.pieces()

@@ -13,7 +13,6 @@ import httpx
 
 from potstill.cache import Cache
 from potstill.cache.read_through.cached_teacher import KeepPolicy
-from potstill.cache.read_through.waits import _on_wait
 from potstill.cache.types import Fields, Targets, Tokens
 from potstill.teacher_service.admission.limits import bytes_per_position
 from potstill.teacher_service.app import create_app
@@ -22,7 +21,7 @@ from potstill.teacher_service.hosting.service import Service
 from potstill.teacher_service.settings.service import LimitSettings
 from tests.support import http
 from tests.support.fakes import FakeTeacher, GatedTeacher
-from tests.support.processes.servers import asked_by_hand, hosted, post_json, serving, serving_teachers, wait_ready
+from tests.support.processes.servers import asked_by_hand, hosted, post_json, serving, wait_ready
 from tests.support.waiting import until
 
 K = 4
@@ -142,16 +141,22 @@ def test_what_a_client_that_left_held_is_given_back_once(tmp_path: Path) -> None
         served.settle()
 
 
-class ToldTeacher(FakeTeacher):
-    """Counts who is told when one of its calls begins to wait."""
+class WatchingTeacher(FakeTeacher):
+    """Notes what is held of the bounds while each of its calls is scored."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.told: list[int] = []
+        self.service = Service.of([hosted("smol", self)])
+        self.held: list[tuple[int, int, int]] = []
 
     async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
-        self.told.append(len(_on_wait.get()))
+        admission = self.service.admission
+        self.held.append((admission.requests_in_flight, admission._answers.in_use, admission._misses.in_use))
         return await super().score(rows, want)
+
+    def held_nothing_of_others(self) -> None:
+        assert self.held == [(0, 0, ROW_BYTES)] * 3
+        until(lambda: self.service.admission._misses.in_use == 0)
 
 
 def long_request(num_bytes: int) -> bytes:
@@ -159,18 +164,19 @@ def long_request(num_bytes: int) -> bytes:
     return json.dumps(asked(7)).encode().ljust(num_bytes)
 
 
-def test_a_request_tells_nobody_of_an_earlier_one_on_its_connection_that_it_waits() -> None:
-    teacher = ToldTeacher()
-    with serving_teachers(hosted("smol", teacher)) as url, httpx.Client(timeout=http.SECONDS, base_url=url) as client:
+def test_a_request_moves_nothing_of_an_earlier_one_on_its_connection() -> None:
+    teacher = WatchingTeacher()
+    with serving(create_app(teacher.service)) as url, httpx.Client(timeout=http.SECONDS, base_url=url) as client:
+        wait_ready(url)
         for _ in range(3):
             # Longer than what the server reads ahead: it stops reading, and goes on for the request that takes it.
             reply = client.post("/v1/teachers/smol/score", content=long_request(300_000), headers=JSON)
             assert reply.status_code == 200
-    assert teacher.told == [2, 2, 2]
+        teacher.held_nothing_of_others()
 
 
-def test_a_pipelined_request_tells_nobody_of_the_one_before_that_it_waits() -> None:
-    teacher = ToldTeacher()
+def test_a_pipelined_request_moves_nothing_of_the_one_before() -> None:
+    teacher = WatchingTeacher()
     body = long_request(100)
     lines = (
         "POST /v1/teachers/smol/score HTTP/1.1",
@@ -179,9 +185,10 @@ def test_a_pipelined_request_tells_nobody_of_the_one_before_that_it_waits() -> N
         "content-length: 100",
     )
     head = "\r\n".join((*lines, "", "")).encode()
-    with serving_teachers(hosted("smol", teacher)) as url:
+    with serving(create_app(teacher.service)) as url:
+        wait_ready(url)
         host, port = url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=300) as connection:
             connection.sendall((head + body) * 3)
-            until(lambda: len(teacher.told) == 3)
-    assert teacher.told == [2, 2, 2]
+            until(lambda: len(teacher.held) == 3)
+        teacher.held_nothing_of_others()
