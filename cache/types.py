@@ -7,15 +7,28 @@ Logprobs are natural logs of the full-vocabulary softmax at temperature 1.
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from potstill.cache.errors import FormatError, InvalidInput, SpecMismatch, UnsupportedField
+from potstill.cache.errors import FormatError, InvalidInput, UnsupportedField
+from potstill.cache.fields import FIELDS, TOP_K, Fields
+
+__all__ = [
+    "JSON",
+    "Draws",
+    "Fields",
+    "Provenance",
+    "Targets",
+    "Teacher",
+    "TeacherIdentity",
+    "TeacherLimits",
+    "Tokens",
+    "folded_tail",
+]
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 Tokens: TypeAlias = NDArray[np.uint32]
@@ -104,109 +117,7 @@ class Provenance:
         return cls(**{name: str(value.get(name, "")) for name in names})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fields:
-    """What is asked of a teacher, or what a target set holds.
-
-    Raises:
-        InvalidInput: a value no teacher could serve, or nothing at all.
-    """
-
-    k: int = 64
-    """Top-k entries; they come with the tail and the label's logprob. 0 for none of the three."""
-    draws: int = 0
-    """Draws with replacement a position (Sparse Logit Sampling, arXiv 2503.16870)."""
-    seed: int = 0
-    """Of the draws; it means nothing without them."""
-    entropy: bool = False
-    temperatures: tuple[float, ...] = ()
-    """Of each T, log of the sum of p**(1/T)."""
-    dense: bool = False
-    """All V logprobs: for small evaluation splits."""
-
-    def __post_init__(self) -> None:
-        # As `from_json` has it, so that fields equal their round trip.
-        object.__setattr__(self, "temperatures", tuple(self.temperatures))
-        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 0:
-            raise InvalidInput(f"fields.k is {self.k!r}; it must be a whole number of at least 0")
-        if not self.k and self.only_top_k:
-            raise InvalidInput("fields ask for nothing: k is 0 and no draws, entropy, temperatures or dense")
-        if isinstance(self.draws, bool) or not isinstance(self.draws, int) or not 0 <= self.draws < 2**16:
-            raise InvalidInput(f"fields.draws is {self.draws!r}; it must be a whole number in [0, 65535]")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
-            raise InvalidInput(f"fields.seed is {self.seed!r}; it must be a whole number in [0, 2**63)")
-        for t in self.temperatures:
-            if not isinstance(t, float | int) or isinstance(t, bool) or not 0 < t <= sys.float_info.max:
-                raise InvalidInput(f"fields.temperatures has {t!r}; each must be a positive number")
-        for name in ("entropy", "dense"):
-            if not isinstance(getattr(self, name), bool):
-                raise InvalidInput(f"fields.{name} is {getattr(self, name)!r}; it must be true or false")
-
-    def to_json(self) -> dict[str, JSON]:
-        """A JSON object with one key per attribute."""
-        return cast("dict[str, JSON]", _plain(asdict(self)))
-
-    @classmethod
-    def from_json(cls, value: Any) -> Fields:
-        """Read a JSON object; absent keys take their defaults.
-
-        Raises:
-            InvalidInput: not an object, an unknown key or a bad value.
-        """
-        if not isinstance(value, dict):
-            raise InvalidInput(f"fields must be a JSON object, got {type(value).__name__}")
-        unknown = sorted(set(value) - set(cls.__dataclass_fields__))
-        if unknown:
-            known = ", ".join(cls.__dataclass_fields__)
-            raise InvalidInput(f"fields has the unknown key {unknown[0]!r}; known are {known}")
-        temperatures = value.get("temperatures", ())
-        if not isinstance(temperatures, list | tuple):
-            raise InvalidInput(f"fields.temperatures is {temperatures!r}; it must be a list of numbers")
-        return cls(**{**value, "temperatures": tuple(temperatures)})
-
-    @property
-    def only_top_k(self) -> bool:
-        """Whether nothing beside the top-k, its tail and the label is asked for."""
-        return not (self.draws or self.entropy or self.temperatures or self.dense)
-
-    def without(self, other: Fields) -> Fields | None:
-        """What of these fields `other` does not have, or None when it has all of them.
-
-        Raises:
-            SpecMismatch: both have the top-k, the draws or the temperatures, but not the same ones.
-        """
-        ours, theirs = (self.k, (self.draws, self.seed), self.temperatures), (other.k, (other.draws, other.seed))
-        for mine, there, name in zip(ours, (*theirs, other.temperatures), ("k", "draws", "temperatures"), strict=True):
-            if getattr(self, name) and getattr(other, name) and mine != there:
-                raise SpecMismatch(f"{name} {there} is kept already, {mine} was asked for; use another teacher name")
-        left: dict[str, Any] = {
-            "k": 0 if other.k else self.k,
-            "draws": 0 if other.draws else self.draws,
-            "entropy": self.entropy and not other.entropy,
-            "temperatures": () if other.temperatures else self.temperatures,
-            "dense": self.dense and not other.dense,
-        }
-        return Fields(**left, seed=self.seed if left["draws"] else 0) if any(left.values()) else None
-
-    def joined(self, other: Fields) -> Fields:
-        """Both together; `other` has only what these have not (`without`)."""
-        return Fields(
-            k=self.k or other.k,
-            draws=self.draws or other.draws,
-            seed=self.seed if self.draws else other.seed,
-            entropy=self.entropy or other.entropy,
-            temperatures=self.temperatures or other.temperatures,
-            dense=self.dense or other.dense,
-        )
-
-    def require_only_top_k(self, who: str) -> None:
-        """Raise `UnsupportedField`, naming `who`, when more than the top-k is asked for."""
-        if not self.only_top_k:
-            asked = [n for n in ("draws", "entropy", "temperatures", "dense") if getattr(self, n)]
-            raise UnsupportedField(f"{who} holds the top-k only; {', '.join(asked)} is not there: ask without it")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Draws:
     """N draws with replacement of each position, as unique ids with counts; ragged."""
 
@@ -219,6 +130,10 @@ class Draws:
 
     def __post_init__(self) -> None:
         assert self.ids.shape == self.counts.shape == (int(self.offsets[-1] - self.offsets[0]),), "ragged draws"
+
+    def __repr__(self) -> str:
+        """One short line, without numbers."""
+        return f"Draws(positions={len(self.offsets) - 1}, ids={len(self.ids)})"
 
     def __getitem__(self, positions: slice) -> Draws:
         """The draws of a range of positions; ids and counts as views."""
@@ -237,7 +152,7 @@ class Draws:
         return Draws(offsets, ids, counts)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Targets:
     """A teacher's next-token distributions for one or many rows, flat on the position axis.
 
@@ -286,6 +201,25 @@ class Targets:
         }
         return Targets(**part)
 
+    def __repr__(self) -> str:
+        """One short line, without numbers."""
+        fields = ",".join(self.beside_top_k)
+        return f"Targets(positions={self.num_positions}, k={self.k}{', fields=' if fields else ''}{fields})"
+
+    @property
+    def beside_top_k(self) -> dict[str, Any]:
+        """Name -> array, or `Draws`, of the fields that are there beside the top-k."""
+        arrays = {each.name: getattr(self, each.name) for each in FIELDS if each is not TOP_K}
+        return {name: array for name, array in arrays.items() if array is not None}
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all arrays; the offsets of draws are not counted."""
+        arrays: dict[str, Any] = self._arrays()
+        if self.draws is not None:
+            arrays |= {"drawn": self.draws.ids, "counts": self.draws.counts}
+        return sum(array.nbytes for array in arrays.values() if isinstance(array, np.ndarray))
+
     def prefix(self, k: int) -> Targets:
         """The top `k` of the kept K; the mass that is dropped moves into the tail.
 
@@ -300,26 +234,38 @@ class Targets:
             return self
         if k == 0:
             return self.without_top_k()
-        return Targets(
-            **{
-                **self._arrays(),
-                "ids": self.ids[:, :k],
-                "logprobs": self.logprobs[:, :k],
-                "log_tail": folded_tail(self.log_tail, self.logprobs[:, k:]),
-            }
+        return replace(
+            self,
+            ids=self.ids[:, :k],
+            logprobs=self.logprobs[:, :k],
+            log_tail=folded_tail(self.log_tail, self.logprobs[:, k:]),
         )
 
     def without_top_k(self) -> Targets:
         """The other fields alone: K is 0, all mass is in the tail, and no label has a logprob."""
-        num_positions = self.num_positions
+        return Targets.of_other_fields(self.num_positions, **self.beside_top_k)
+
+    def only(self, fields: Fields) -> Targets:
+        """What is here of `fields`; all of the top-k, or none of it."""
+        held = self if fields.k else self.without_top_k()
+        names = {each.name for each in fields.beside_top_k}
+        left_out: dict[str, Any] = {name: None for name in self.beside_top_k if name not in names}
+        return replace(held, **left_out)
+
+    def with_fields_of(self, other: Targets) -> Targets:
+        """These and what `other` has besides; one of the two has a top-k at most."""
+        top_k, more = (self, other) if self.k else (other, self)
+        return replace(top_k, **more.beside_top_k)
+
+    @staticmethod
+    def of_other_fields(num_positions: int, **fields: Any) -> Targets:
+        """Targets without a top-k: K is 0, all mass is in the tail, and no label has a logprob."""
         return Targets(
-            **{
-                **self._arrays(),
-                "ids": np.empty((num_positions, 0), np.uint32),
-                "logprobs": np.empty((num_positions, 0), np.float32),
-                "log_tail": np.zeros(num_positions, np.float32),
-                "label_logprob": np.full(num_positions, np.nan, np.float32),
-            }
+            ids=np.empty((num_positions, 0), np.uint32),
+            logprobs=np.empty((num_positions, 0), np.float32),
+            log_tail=np.zeros(num_positions, np.float32),
+            label_logprob=np.full(num_positions, np.nan, np.float32),
+            **fields,
         )
 
     @staticmethod

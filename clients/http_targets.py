@@ -19,7 +19,7 @@ from potstill.cache.encoding.fields import check_fields
 from potstill.cache.encoding.logprobs import Encoding, encoding_by_name
 from potstill.cache.errors import FormatError, InvalidInput, SpecMismatch, TeacherFailed, UnsupportedField
 from potstill.cache.types import Fields, Targets, TeacherIdentity
-from potstill.cache.wanted import names_of, wanted_fields
+from potstill.cache.wanted import wanted_fields
 from potstill.cache.wire.stream import StreamHead, write_row_numbers
 from potstill.clients.connection import SyncConnection
 from potstill.clients.http_corpus import HttpCorpus, corpus_route, require_corpus
@@ -127,7 +127,7 @@ class HttpTargets:
         return np.concatenate([getattr(part, name) for part in self.stream(start, stop, fields=want)])
 
     def _range(self, start: int, stop: int, want: Fields) -> Iterator[Targets]:
-        names = [name for name in names_of(want) if name != "top_k"]
+        names = [each.name for each in want.beside_top_k]
         # k says how much of the top-k, so it need not be named; of no field an empty list would mean none.
         params = {"start": start, "stop": stop, "k": want.k, "fields": ",".join(names or ["top_k"])}
         with self._connection.stream(self._route, params=params) as reader:

@@ -114,7 +114,7 @@ class HttpTeacher:
         for index, row in enumerate(rows):
             _check_row(index, row)
         deadline = asyncio.get_running_loop().time() + self._connection.timeout
-        budget = min(self._request_tokens, max(1, _ANSWER_BYTES // _bytes_per_position(want, self.identity)))
+        budget = min(self._request_tokens, max(1, _ANSWER_BYTES // want.bytes_per_position(self.identity.vocab_size)))
         batches = row_batches(row_starts([len(row) for row in rows]), budget, max_rows=_REQUEST_ROWS)
         requests = [asyncio.create_task(self._request(rows[start:stop], want, deadline)) for start, stop in batches]
         try:
@@ -176,11 +176,6 @@ def _table(description: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 def _count(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
-
-
-def _bytes_per_position(want: Fields, identity: TeacherIdentity) -> int:
-    draws = 6 * min(want.draws, identity.vocab_size)
-    return 8 * want.k + 4 * (3 + len(want.temperatures)) + draws + (4 * identity.vocab_size if want.dense else 0)
 
 
 class SyncHttpTeacher:

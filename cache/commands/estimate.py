@@ -7,9 +7,9 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
+from potstill.cache.commands.field_options import add_wish_options, fields_of
 from potstill.cache.commands.root_option import add_root_argument
 from potstill.cache.errors import InvalidInput
-from potstill.cache.types import Fields
 
 if TYPE_CHECKING:
     from potstill.cache.upkeep.estimate import Basis, Estimate, Prices, Workload
@@ -24,11 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--positions", default="1B", metavar="P", help="like 500B or 2.5e9 (default %(default)s)")
     parser.add_argument("--vocab-size", type=int, default=131_072, metavar="V", help="(default %(default)s)")
     parser.add_argument("--teachers", type=int, default=1, metavar="N", help="(default %(default)s)")
-    parser.add_argument("--top-k", type=int, default=64, metavar="K", help="0 for none (default %(default)s)")
-    parser.add_argument("--draws", type=int, default=0, metavar="N", help="draws a position (default none)")
-    parser.add_argument("--entropy", action="store_true")
-    parser.add_argument("--temperatures", default="", metavar="T,T", help="log sums of p**(1/T) (default none)")
-    parser.add_argument("--dense", action="store_true", help="all V logprobs")
+    add_wish_options(parser)
     parser.add_argument("--encoding", help="this one only (default: each)")
     parser.add_argument("--shard-positions", type=int, default=1 << 20, help="(default %(default)s)")
     parser.add_argument("--price", type=float, default=0.023, metavar="USD", help="a GiB-month (default %(default)s)")
@@ -47,13 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from potstill.cache.encoding.logprobs import ENCODINGS
     from potstill.cache.upkeep.estimate import TABLE, Prices, Workload, estimate, measure
 
-    fields = Fields(
-        k=args.top_k,
-        draws=args.draws,
-        entropy=args.entropy,
-        temperatures=_temperatures(args.temperatures),
-        dense=args.dense,
-    )
+    fields = fields_of(args)
     workload = Workload(
         positions=_count(args.positions),
         vocab_size=args.vocab_size,
@@ -128,10 +118,3 @@ def _count(text: str) -> int:
     if not 1 <= value < 2**62:
         raise InvalidInput(f"--positions {text!r} must be a number of at least 1, like 2.5e9, 500B or 40M")
     return round(value)
-
-
-def _temperatures(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(",") if part)
-    except ValueError as error:
-        raise InvalidInput(f"--temperatures {text!r} must be numbers between commas") from error

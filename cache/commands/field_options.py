@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from potstill.cache.errors import InvalidInput
-from potstill.cache.types import Fields
+from potstill.cache.fields import FIELDS, Fields, option_of
 
 
 def add_field_options(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `fields_of`, and `--encoding`."""
-    parser.add_argument("--top-k", type=int, default=64, help="entries kept a position, 0 for none (default 64)")
-    parser.add_argument("--draws", type=int, default=0, metavar="N", help="draws with replacement a position")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default %(default)s)")
-    parser.add_argument("--entropy", action="store_true", help="keep the entropy of each position")
-    parser.add_argument(
-        "--temperatures", type=_numbers, default=(), metavar="T,T", help="keep log sum p**(1/T) of each T"
-    )
-    parser.add_argument("--dense", action="store_true", help="keep all logprobs: for small evaluation splits")
+    add_wish_options(parser)
     parser.add_argument("--encoding", default="u8", help="u8, archive, f16 or f32 (default %(default)s)")
+
+
+def add_wish_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options that say which fields: one for each attribute of `Fields`."""
+    for field in FIELDS:
+        for name, told in field.attributes.items():
+            default = getattr(Fields(), name)
+            how: dict[str, Any] = {"type": int, "metavar": "N"}
+            if isinstance(default, bool):
+                how = {"action": "store_true"}
+            elif isinstance(default, tuple):
+                how = {"type": _numbers, "metavar": "T,T"}
+            parser.add_argument(option_of(name), dest=name, default=default, help=told, **how)
 
 
 def fields_of(args: argparse.Namespace) -> Fields:
@@ -27,16 +34,10 @@ def fields_of(args: argparse.Namespace) -> Fields:
     Raises:
         InvalidInput: a number that no field can have.
     """
-    if args.top_k < 0:
-        raise InvalidInput(f"--top-k is {args.top_k}; it must be at least 0")
-    return Fields(
-        k=args.top_k,
-        draws=args.draws,
-        seed=args.seed if args.draws else 0,
-        entropy=args.entropy,
-        temperatures=args.temperatures,
-        dense=args.dense,
-    )
+    if args.k < 0:
+        raise InvalidInput(f"--top-k is {args.k}; it must be at least 0")
+    values = {name: getattr(args, name) for field in FIELDS for name in field.attributes}
+    return Fields(**{**values, "seed": args.seed if args.draws else 0})
 
 
 def field_arguments(args: argparse.Namespace) -> list[str]:
@@ -48,7 +49,7 @@ def field_arguments(args: argparse.Namespace) -> list[str]:
         value = getattr(args, name)
         if value == default:
             continue
-        words.append(f"--{name.replace('_', '-')}")
+        words.append(option_of(name))
         if value is not True:
             words.append(",".join(map(str, value)) if isinstance(value, tuple) else str(value))
     return words

@@ -107,7 +107,7 @@ def _targets(targets: dict[str, Any]) -> Any:
 
 
 def _sets(sets: list[tuple[str, str, dict[str, Any]]]) -> Any:
-    from potstill.cache.upkeep.inspection import against_text, fields_text
+    from potstill.cache.upkeep.inspection import against_text
 
     table = _table(
         "segment sets",
@@ -131,7 +131,7 @@ def _sets(sets: list[tuple[str, str, dict[str, Any]]]) -> Any:
             teacher,
             corpus,
             each["name"],
-            fields_text(Fields.from_json(each["fields"])),
+            Fields.from_json(each["fields"]).text,
             each["encoding"]["name"],
             f"{each['encoding']['max_abs_error']:g}",
             _number(error.get("max_abs"), ".4f"),

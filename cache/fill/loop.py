@@ -253,7 +253,7 @@ class _FillState:
         await with_store_retries(lambda: self._targets.make_ranks(Targets.concat(answers)))
         kept = 0
         for row, answer in zip(rows, answers, strict=True):
-            kept += _num_bytes(answer)
+            kept += answer.num_bytes
             if kept > _KEPT_PILOT_BYTES:
                 break
             self._pilot[row] = answer
@@ -343,9 +343,3 @@ class _FillState:
         scored = min(self.positions_scored, positions)
         shards = self._shards - len(elsewhere)
         self._on_progress(FillProgress(scored, positions, self.shards_committed, shards, waiting_for))
-
-
-def _num_bytes(targets: Targets) -> int:
-    arrays = (targets.ids, targets.logprobs, targets.log_tail, targets.entropy, targets.log_z, targets.dense)
-    draws = 0 if targets.draws is None else targets.draws.ids.nbytes + targets.draws.counts.nbytes
-    return sum(array.nbytes for array in arrays if array is not None) + draws

@@ -43,9 +43,9 @@ class ScoringWindow:
         wanted = [(len(row), self._fields.k) for row in rows]
         if [(answer.num_positions, answer.k) for answer in answers] != wanted:
             raise TeacherFailed("the teacher answered other rows, positions or k than it was asked for")
-        for name, asked in _optional(self._fields).items():
-            if asked and any(getattr(answer, name) is None for answer in answers):
-                raise TeacherFailed(f"the teacher was asked for {name} and did not answer it")
+        for field in self._fields.beside_top_k:
+            if any(field.name not in answer.beside_top_k for answer in answers):
+                raise TeacherFailed(f"the teacher was asked for {field.name} and did not answer it")
         return answers
 
     async def close(self) -> None:
@@ -56,15 +56,6 @@ class ScoringWindow:
 
     async def _score(self, rows: list[Tokens]) -> list[Targets]:
         return await self._teacher.score(rows, self._fields) if rows else []
-
-
-def _optional(fields: Fields) -> dict[str, bool]:
-    return {
-        "draws": bool(fields.draws),
-        "entropy": fields.entropy,
-        "log_z": bool(fields.temperatures),
-        "dense": fields.dense,
-    }
 
 
 async def with_store_retries(do: Callable[[], _T]) -> _T:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from potstill.cache.cache import Cache
 from potstill.cache.errors import CorruptSegment, FormatError, NotCommitted, PotstillError, StoreError
+from potstill.cache.fields import FIELDS
 from potstill.cache.targets.target_set import TargetSet, has_targets
 from potstill.cache.types import Fields, Targets, TeacherIdentity
 
@@ -142,13 +143,7 @@ def holding_only(targets: TargetSet, want: Fields) -> TargetSet | None:
 
     What other segment sets have no commit of does not matter then.
     """
-    held = targets.fields
-    same_draws = not want.draws or (want.draws, want.seed) == (held.draws, held.seed)
-    same_temperatures = not want.temperatures or want.temperatures == held.temperatures
-    if not (same_draws and same_temperatures):
+    if not all(each.serves(targets.fields, want) for each in FIELDS):
         return None
-    if want.k > held.k or want.entropy > held.entropy or want.dense > held.dense:
-        return None
-    names = [name for name in ("k", "draws", "entropy", "temperatures", "dense") if getattr(want, name)]
-    sets = [each for each in targets.sets if any(getattr(each.spec.fields, name) for name in names)]
+    sets = [each for each in targets.sets if any(field.is_asked(each.spec.fields) for field in want.asked)]
     return TargetSet(targets.teacher, targets.corpus, sets)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -209,15 +209,7 @@ def read_segment_ranges(ranges: Sequence[SegmentRange], want: Fields) -> list[Ta
     if want.only_top_k:
         return [part for part in targets if part is not None]
     others = [each.reader.read_fields(each.start, each.stop, want) for each in ranges]
-    return [with_fields(part, other) for part, other in zip(targets, others, strict=True)]
-
-
-def with_fields(top_k: Targets | None, other: Targets) -> Targets:
-    """A top-k with the fields that `other` has beside it."""
-    if top_k is None:
-        return other
-    found: dict[str, Any] = {name: getattr(other, name) for name in ("entropy", "log_z", "dense", "draws")}
-    return replace(top_k, **{name: value for name, value in found.items() if value is not None})
+    return [other if part is None else part.with_fields_of(other) for part, other in zip(targets, others, strict=True)]
 
 
 def _read_top_k(ranges: Sequence[SegmentRange], k: int) -> list[Targets | None]:

@@ -22,18 +22,8 @@ class SetSpec:
     @property
     def fill_options(self) -> str:
         """The options of `potstill prefill` and `fill` that mean these fields and no others."""
-        fields = self.fields
-        temperatures = ",".join(repr(float(t)).removesuffix(".0") for t in fields.temperatures)
-        words = [
-            f"--top-k {fields.k}",
-            f"--draws {fields.draws}" if fields.draws else "",
-            f"--seed {fields.seed}" if fields.draws and fields.seed else "",
-            "--entropy" if fields.entropy else "",
-            f"--temperatures {temperatures}" if temperatures else "",
-            "--dense" if fields.dense else "",
-            f"--encoding {self.encoding.name}" if self.encoding.name != "u8" else "",
-        ]
-        return " ".join(word for word in words if word)
+        encoding = [] if self.encoding.name == "u8" else [f"--encoding {self.encoding.name}"]
+        return " ".join([*self.fields.options, *encoding])
 
 
 def require_same(path: str, wanted: SetSpec, found: SetSpec) -> None:

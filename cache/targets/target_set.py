@@ -24,7 +24,7 @@ from potstill.cache.store.groups import Reading
 from potstill.cache.store.root import Root, check_name
 from potstill.cache.targets.commit import Commit
 from potstill.cache.targets.ranks import pilot_rows
-from potstill.cache.targets.segment import SegmentRange, read_segment_ranges, with_fields
+from potstill.cache.targets.segment import SegmentRange, read_segment_ranges
 from potstill.cache.targets.segment_set import SegmentSet
 from potstill.cache.targets.set_spec import SetSpec, require_same
 from potstill.cache.types import Fields, Provenance, Targets, TeacherIdentity
@@ -82,7 +82,7 @@ class TargetSet:
         if missing is not None:
             path = targets_path(teacher, corpus.name)
             if root.get(f"{path}/zarr.json") is not None:
-                path = f"{path}/sets/{_set_name(missing)}"
+                path = f"{path}/sets/{missing.label}"
             sets.append(SegmentSet.plan(root, path, corpus, replace(spec, fields=missing), reading))
         unfinished = [each for each in sets if not each.commits.committed.all()]
         return cls(teacher, corpus, unfinished or sets)
@@ -215,7 +215,7 @@ class TargetSet:
         """
         for each in self.sets:
             if each.ranks.pilot_rows():
-                each.ranks.make(_only(pilot, each.spec.fields))
+                each.ranks.make(pilot.only(each.spec.fields))
 
     @property
     def claims_path(self) -> str:
@@ -239,7 +239,7 @@ class TargetSet:
             TeacherFailed: the targets are not a teacher's (NaN, unsorted, ids over the vocabulary).
         """
         lacking = [each for each in self.sets if each.commits.of(shard) is None]
-        won = [each.write_shard(shard, _only(targets, each.spec.fields), provenance, still_mine) for each in lacking]
+        won = [each.write_shard(shard, targets.only(each.spec.fields), provenance, still_mine) for each in lacking]
         return bool(won) and all(won)
 
     def fold(self) -> bool:
@@ -272,10 +272,7 @@ class TargetSet:
             left = left.without(part)
             with self._way_out():
                 read = read_segment_ranges([self._in_shard(each, start, stop) for start, stop in ranges], part)
-            found = [
-                new if old is None else with_fields(*((old, new) if old.k else (new, old)))
-                for old, new in zip(found, read, strict=True)
-            ]
+            found = [new if old is None else old.with_fields_of(new) for old, new in zip(found, read, strict=True)]
         return [targets for targets in found if targets is not None]
 
     @contextmanager
@@ -325,29 +322,6 @@ def _open_sets(root: Root, teacher: str, corpus: Corpus, reading: Reading) -> li
     paths = segment_set_paths(root, targets_path(teacher, corpus.name))
     opened = (SegmentSet.open(root, path, corpus, reading) for path in paths)
     return [each for each in opened if each is not None]
-
-
-def _set_name(fields: Fields) -> str:
-    parts = [
-        f"top-{fields.k}" if fields.k else "",
-        f"draws-{fields.draws}" if fields.draws else "",
-        "entropy" if fields.entropy else "",
-        "log-z" if fields.temperatures else "",
-        "dense" if fields.dense else "",
-    ]
-    return "_".join(part for part in parts if part)
-
-
-def _only(targets: Targets, fields: Fields) -> Targets:
-    """Targets with the fields of one segment set; the others are another set's to keep."""
-    held = targets if fields.k else targets.without_top_k()
-    kept = {
-        "entropy": held.entropy if fields.entropy else None,
-        "log_z": held.log_z if fields.temperatures else None,
-        "dense": held.dense if fields.dense else None,
-        "draws": held.draws if fields.draws else None,
-    }
-    return replace(held, **kept)  # type: ignore[arg-type]
 
 
 def _check_fits(teacher: str, corpus: Corpus, identity: TeacherIdentity) -> None:

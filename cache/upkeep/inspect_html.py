@@ -19,7 +19,7 @@ from potstill.cache.errors import CorruptSegment, FormatError
 from potstill.cache.types import Fields
 from potstill.cache.upkeep.charts import Axis, Chart, histogram, line_chart, pages_of
 from potstill.cache.upkeep.drift import sample_rows
-from potstill.cache.upkeep.inspection import Inspection, SetSummary, against_text, fields_text
+from potstill.cache.upkeep.inspection import Inspection, SetSummary, against_text
 
 # A strip of 10^5 shards is drawn with as many marks as one of 240.
 _BINS = 240
@@ -101,7 +101,7 @@ def _describe(teacher: str, corpus: str, each: SetSummary) -> dict[str, Any]:
         "teacher": teacher,
         "corpus": corpus,
         "model": spec.identity.model,
-        "fields": fields_text(spec.fields),
+        "fields": spec.fields.text,
         "bins": min(_BINS, len(each.covered)),
         "marks": coverage_marks(each.covered),
         "share": f"{each.covered.mean():.0%} of the shards are covered",

@@ -26,7 +26,6 @@ from potstill.cache.targets.lineage import ONLY_BOUNDED, Handed, measured_agains
 from potstill.cache.targets.manifest import Manifest
 from potstill.cache.targets.segment_set import SegmentSet
 from potstill.cache.targets.target_set import TargetSet
-from potstill.cache.types import Fields
 
 # The figures that no bound was ever added to.
 _COUNTED = ("saturated", "saturated_mass")
@@ -165,18 +164,6 @@ def inspect_cache(cache: Cache) -> Inspection:
     return Inspection(
         {"corpora": corpora, "targets": targets, "journals": journals, "unreadable": damage.lines}, summaries
     )
-
-
-def fields_text(fields: Fields) -> str:
-    """Fields in a few words."""
-    parts = [
-        f"top-{fields.k}" if fields.k else "",
-        f"{fields.draws} draws (seed {fields.seed})" if fields.draws else "",
-        "entropy" if fields.entropy else "",
-        "log Z at " + ", ".join(f"{t:g}" for t in fields.temperatures) if fields.temperatures else "",
-        "dense" if fields.dense else "",
-    ]
-    return ", ".join(part for part in parts if part)
 
 
 def against_text(measured_against: Sequence[Mapping[str, Any]]) -> str:

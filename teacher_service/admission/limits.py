@@ -49,7 +49,7 @@ def check_request(rows: Sequence[Tokens], want: Fields, *, teacher: Teacher, lim
     highest = max((int(row.max()) for row in rows if len(row)), default=0)
     if highest >= vocab_size:
         raise LimitExceeded(f"token id {highest} is over a vocabulary of {vocab_size}: another tokenizer?")
-    num_bytes = num_tokens * bytes_per_position(want, vocab_size)
+    num_bytes = num_tokens * want.bytes_per_position(vocab_size)
     if num_bytes > limits.max_answer_bytes:
         raise LimitExceeded(
             f"the answer would hold {num_bytes} bytes, over max_answer_bytes={limits.max_answer_bytes}; "
@@ -58,28 +58,21 @@ def check_request(rows: Sequence[Tokens], want: Fields, *, teacher: Teacher, lim
     return num_tokens
 
 
-def bytes_per_position(want: Fields, vocab_size: int) -> int:
-    """What an answer holds at most, as arrays: N draws are N ids and counts, a dense row V logprobs."""
-    scalars = 2 + want.entropy + len(want.temperatures)
-    draws = 8 + 6 * min(want.draws, vocab_size) if want.draws else 0
-    return 8 * want.k + 4 * scalars + draws + (4 * vocab_size if want.dense else 0)
-
-
 def engine_bytes_per_token(want: Fields, vocab_size: int, capture_path: str) -> int:
     """What one token inside the engine may need until its answer is handed on, in bytes.
 
     `80 + 3 b + 90 (K + 1)`, the last term only on the capture path `public-flat`:
 
     - 80: the token itself, as a Python integer in this process and in the engine's.
-    - b: what an answer holds of a position (`bytes_per_position`: 8 K + 4 per scalar, 8 + 6 N for N draws, 4 V for
-      a dense row). Three copies may live at once: the engine's arrays, our `Targets`, and the encoded or sent bytes.
+    - b: what an answer holds of a position at most (`Fields.bytes_per_position`). Three copies may live at once: the
+      engine's arrays, our `Targets`, and the encoded or sent bytes.
     - 90 (K + 1): vLLM's flat lists hold a Python object per entry.
 
     What the engine needs for a step itself (activations, logits) does not grow with the tokens that wait in it: its
     own `max_batch_tokens` and the chunks of the capture bound it.
     """
     flat = _FLAT_BYTES_PER_ENTRY * (want.k + 1) if capture_path == _FLAT_CAPTURE else 0
-    return _PROMPT_BYTES_PER_TOKEN + _COPIES * bytes_per_position(want, vocab_size) + flat
+    return _PROMPT_BYTES_PER_TOKEN + _COPIES * want.bytes_per_position(vocab_size) + flat
 
 
 async def read_body(request: Request) -> bytes:

@@ -30,7 +30,6 @@ from potstill.cache.types import JSON, Fields, Targets, Teacher, Tokens
 from potstill.cache.wrapped_teacher import WrappedTeacher
 from potstill.teacher_service.access.auth import Caller, caller, current_caller
 from potstill.teacher_service.access.quotas import Quota
-from potstill.teacher_service.admission.limits import bytes_per_position
 from potstill.teacher_service.hosting.fill_turns import FillTurn, FillTurns
 from potstill.teacher_service.settings.service import LimitSettings
 
@@ -266,7 +265,7 @@ def fitted_order(order: FillOrder, targets: TargetSet, limits: LimitSettings, qu
         LimitExceeded: the longest row alone does not fit.
     """
     most_tokens = _most_tokens(targets, limits, quota)
-    per_token = bytes_per_position(targets.fields, targets.identity.vocab_size)
+    per_token = targets.fields.bytes_per_position(targets.identity.vocab_size)
     name, num_bytes = limits.smallest("max_answer_bytes", "max_answer_bytes_in_flight")
     most, longest = num_bytes // per_token, targets.corpus.spec.longest_row
     if longest > most:

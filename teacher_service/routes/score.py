@@ -18,7 +18,6 @@ from potstill.teacher_service.access.auth import Role, allow
 from potstill.teacher_service.admission.admission import Reservation, within
 from potstill.teacher_service.admission.limits import (
     answer_format,
-    bytes_per_position,
     check_request,
     read_body,
     request_format,
@@ -99,7 +98,7 @@ async def _prepare(
         call = await _off_loop(len(body), lambda: understand(body))
         front = call.teacher.front(store=store)
         num_tokens = check_request(call.rows, call.fields, teacher=front, limits=service.limits)
-        size = num_tokens * bytes_per_position(call.fields, front.identity.vocab_size)
+        size = num_tokens * call.fields.bytes_per_position(front.identity.vocab_size)
         reservation.hold_answer(size)
         held_until_answered(request).callback(reservation.release_answer)
         with service.metrics.scoring(call.teacher.name, rows=len(call.rows), tokens=num_tokens):

@@ -12,7 +12,6 @@ from potstill.cache.errors import PotstillError
 from potstill.cache.targets.segment_set import SegmentSet
 from potstill.cache.targets.target_set import TargetSet
 from potstill.cache.types import JSON
-from potstill.cache.wanted import names_of
 from potstill.cache.wire import scores as wire
 from potstill.teacher_service.routes.corpora.opened_sets import OpenedSets
 from potstill.teacher_service.settings.service import LimitSettings
@@ -54,7 +53,7 @@ def describe_targets(targets: TargetSet, limits: LimitSettings) -> dict[str, Any
         "corpus_fingerprint": targets.corpus.fingerprint,
         "identity": targets.identity.to_json(),
         "fields": targets.fields.to_json(),
-        "names": list[JSON](names_of(targets.fields)),
+        "names": [each.name for each in targets.fields.asked],
         "encoding": targets.encoding.to_json(),
         **_committed(targets.committed),
         "sets": [_set(each) for each in targets.sets],

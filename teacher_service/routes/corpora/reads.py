@@ -17,7 +17,6 @@ from potstill.cache.targets.commit import Commit
 from potstill.cache.targets.target_set import TargetSet
 from potstill.cache.types import JSON, Fields, Targets
 from potstill.cache.wire.stream import StreamHead, write_targets
-from potstill.teacher_service.admission.limits import bytes_per_position
 from potstill.teacher_service.settings.service import LimitSettings
 from potstill.teacher_service.transport.headers import strong_etag
 
@@ -104,7 +103,7 @@ class RangeRead:
 
     def _block_positions(self) -> int:
         # Chunks are cut at multiples of powers of two too.
-        fitting = BLOCK_BYTES // bytes_per_position(self.want, self.targets.identity.vocab_size)
+        fitting = BLOCK_BYTES // self.want.bytes_per_position(self.targets.identity.vocab_size)
         return 1 << max(fitting.bit_length() - 1, 0)
 
 
@@ -151,7 +150,7 @@ class RowsRead:
 
     def _groups(self) -> Iterator[tuple[int, int]]:
         """Rows that are read together: about `BLOCK_BYTES`, or one longer row."""
-        most = BLOCK_BYTES // bytes_per_position(self.want, self.targets.identity.vocab_size)
+        most = BLOCK_BYTES // self.want.bytes_per_position(self.targets.identity.vocab_size)
         return row_batches(row_starts(self.lengths), most, max_rows=_GROUP_ROWS)
 
 
@@ -190,4 +189,4 @@ def require_within(read: RangeRead | RowsRead, limits: LimitSettings, *, as_json
 
 def num_bytes(read: RangeRead | RowsRead) -> int:
     """What the targets hold as arrays."""
-    return read.num_positions * bytes_per_position(read.want, read.targets.identity.vocab_size)
+    return read.num_positions * read.want.bytes_per_position(read.targets.identity.vocab_size)

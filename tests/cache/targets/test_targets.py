@@ -300,10 +300,10 @@ def test_gc_removes_only_what_no_commit_names(
     segments = Path(cache.root.url) / "targets" / "fake" / "docs" / "segments"
     (segments / "000001-dead" / "ids").mkdir(parents=True)
     (segments / "000001-dead" / "ids" / "zarr.json").write_text("{}")
-    assert gc.run(argparse.Namespace(root=cache.root.url, dry_run=False, min_age_hours=1.0)) == 0
+    assert gc.run(argparse.Namespace(cache=cache.root.url, dry_run=False, min_age_hours=1.0)) == 0
     assert (segments / "000001-dead").exists(), "a live writer may still be at it"
-    assert gc.run(argparse.Namespace(root=cache.root.url, dry_run=True, min_age_hours=0.0)) == 0
+    assert gc.run(argparse.Namespace(cache=cache.root.url, dry_run=True, min_age_hours=0.0)) == 0
     assert "000001-dead" in capsys.readouterr().out
-    assert gc.run(argparse.Namespace(root=cache.root.url, dry_run=False, min_age_hours=0.0)) == 0
+    assert gc.run(argparse.Namespace(cache=cache.root.url, dry_run=False, min_age_hours=0.0)) == 0
     assert not (segments / "000001-dead").exists()
     assert [corrupt(cache, shard) for shard in (0, 2)] == [[], []]

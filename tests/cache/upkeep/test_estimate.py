@@ -162,7 +162,6 @@ def test_a_cache_is_measured_from_the_command_line(tmp_path: Path, capsys: pytes
         (["--top-k", "0"], "fields ask for nothing"),
         (["--encoding", "u4"], "encoding 'u4' is unknown"),
         (["--price", "-1"], "a price is -1.0; it must be 0 or more"),
-        (["--temperatures", "hot"], "--temperatures 'hot' must be numbers between commas"),
         (["--like", "/no/cache"], "no cache at '/no/cache'"),
     ],
 )
@@ -173,6 +172,12 @@ def test_what_cannot_be_estimated_is_refused_in_one_line(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert words in lines[0]
+
+
+def test_temperatures_are_read_as_by_prefill(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["estimate", "--temperatures", "hot"])
+    assert "argument --temperatures: 'hot' is not a list of numbers like 2,4" in capsys.readouterr().err
 
 
 def test_an_encoding_that_does_not_keep_so_much_has_no_price(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,6 @@ import httpx
 from potstill.cache import Cache
 from potstill.cache.read_through.cached_teacher import KeepPolicy
 from potstill.cache.types import Fields, Targets, Tokens
-from potstill.teacher_service.admission.limits import bytes_per_position
 from potstill.teacher_service.app import create_app
 from potstill.teacher_service.hosting.hosted_teacher import Keep
 from potstill.teacher_service.hosting.service import Service
@@ -26,7 +25,7 @@ from tests.support.waiting import until
 
 K = 4
 JSON = {"content-type": "application/json"}
-ROW_BYTES = 3 * bytes_per_position(Fields(k=K), 64)
+ROW_BYTES = 3 * Fields(k=K).bytes_per_position(64)
 
 
 def asked(*firsts: int) -> dict[str, object]:

@@ -15,7 +15,6 @@ from fastapi.responses import JSONResponse
 from potstill.cache import Cache, Fields, Targets
 from potstill.cache.targets.target_set import TargetSet
 from potstill.cache.wire import scores as wire
-from potstill.teacher_service.admission.limits import bytes_per_position
 from potstill.teacher_service.routes.corpora.as_json import json_pieces
 from potstill.teacher_service.settings.service import LimitSettings
 from tests.support import http
@@ -31,7 +30,7 @@ def dense_cache(root: Path) -> Cache:
 def test_json_is_bounded_in_bytes_too(tmp_path: Path) -> None:
     cache = dense_cache(tmp_path / "cache")
     targets = cache.targets("fake", "docs")
-    size = bytes_per_position(targets.fields, targets.identity.vocab_size)
+    size = targets.fields.bytes_per_position(targets.identity.vocab_size)
     limits = LimitSettings(max_answer_bytes=10 * size, max_range_positions=1000)
     with serving_teachers(hosted("other", FakeTeacher()), cache=cache, limits=limits) as url:
         address, ask = f"{url}/v1/corpora/docs/targets/fake", {"accept": "application/json"}
@@ -55,7 +54,7 @@ def test_json_is_bounded_in_bytes_too(tmp_path: Path) -> None:
 def test_json_holds_its_bytes_and_a_place_until_it_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = dense_cache(tmp_path / "cache")
     targets = cache.targets("fake", "docs")
-    size = bytes_per_position(targets.fields, targets.identity.vocab_size)
+    size = targets.fields.bytes_per_position(targets.identity.vocab_size)
     gate, seen = threading.Event(), threading.Event()
     read = TargetSet.read
 

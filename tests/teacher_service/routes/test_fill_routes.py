@@ -14,7 +14,6 @@ import pytest
 from potstill.cache import Cache, Fields, Targets
 from potstill.cache.errors import Overloaded, TeacherFailed
 from potstill.cache.types import Tokens
-from potstill.teacher_service.admission.limits import bytes_per_position
 from potstill.teacher_service.hosting.fill_jobs import spread
 from potstill.teacher_service.settings.service import LimitSettings
 from tests.support import http
@@ -173,7 +172,7 @@ def test_batches_are_cut_to_the_bounds_of_answers(cache: Cache) -> None:
     corpus = cache.corpus("docs")
     teacher = WeighingTeacher(teacher_for(corpus))
     fields = Fields(k=4, dense=True)
-    size, longest = bytes_per_position(fields, teacher.identity.vocab_size), corpus.spec.longest_row
+    size, longest = fields.bytes_per_position(teacher.identity.vocab_size), corpus.spec.longest_row
     limits = LimitSettings(max_answer_bytes=2 * longest * size, max_answer_bytes_in_flight=7 * longest * size)
     wanted = {"fields": fields.to_json(), "encoding": "f32", "batch_tokens": 100_000, "in_flight": 64}
     with serving_teachers(hosted("fake", teacher), cache=cache, limits=limits) as url:
@@ -190,7 +189,7 @@ def test_a_row_whose_targets_do_not_fit_is_refused_and_nothing_written(cache: Ca
     corpus = cache.corpus("docs")
     teacher = teacher_for(corpus)
     fields = Fields(k=4, dense=True)
-    held = corpus.spec.longest_row * bytes_per_position(fields, teacher.identity.vocab_size)
+    held = corpus.spec.longest_row * fields.bytes_per_position(teacher.identity.vocab_size)
     for name in ("max_answer_bytes", "max_answer_bytes_in_flight"):
         limits = LimitSettings(**{name: held - 1})
         with serving_teachers(hosted("fake", teacher), cache=cache, limits=limits) as url:
