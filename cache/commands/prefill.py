@@ -73,8 +73,10 @@ def run(args: argparse.Namespace) -> int:
 
 async def prefill(
     cache: Cache, corpus_name: str, name: str, spec: str, *, fields: Fields, encoding: str, plan: FillPlan
-) -> None:
+) -> FillReport | None:
     """Open the teacher that `spec` means and fill what is missing of its targets, with progress and a summary.
+
+    Gives the fill's report, or None where nothing was missing.
 
     Raises:
         LimitExceeded, SpecMismatch: the teacher does not fit the corpus or the targets; nothing was written.
@@ -82,7 +84,7 @@ async def prefill(
     """
     corpus = cache.corpus(corpus_name)
     if _nothing_to_do(cache, corpus, name, spec, fields=fields, encoding=encoding):
-        return
+        return None
     print(f"{name}: opening the teacher {without_login(spec)}", flush=True)
     async with open_teacher(spec) as teacher:
         targets = cache.plan_targets(name, corpus_name, teacher.identity, fields=fields, encoding=encoding)
@@ -97,6 +99,7 @@ async def prefill(
     commits = [commit for each in targets.sets for commit in each.commits.all()]
     stored = sum(commit.num_bytes for commit in commits) / max(corpus.num_positions, 1)
     print(_summary(name, targets, report) + f"; {stored:.1f} bytes/position")
+    return report
 
 
 def _nothing_to_do(cache: Cache, corpus: Corpus, name: str, spec: str, *, fields: Fields, encoding: str) -> bool:
@@ -192,7 +195,7 @@ def _name_and_spec(text: str) -> tuple[str, str]:
     return name, spec
 
 
-def _run_until_signal(work: Coroutine[Any, Any, None]) -> None:
+def _run_until_signal(work: Coroutine[Any, Any, object]) -> None:
     """`asyncio.run`, with SIGTERM stopping as cleanly as Ctrl-C does."""
 
     async def main() -> None:

@@ -20,7 +20,7 @@ from potstill.cache.corpus.corpus import Corpus
 from potstill.cache.corpus.ingest import IngestPlan, ingest
 from potstill.cache.corpus.tokenizer import load_tokenizer
 from potstill.cache.errors import InvalidInput
-from potstill.cache.fill.loop import FillPlan
+from potstill.cache.fill.loop import FillPlan, FillReport
 from potstill.cache.types import JSON, Fields
 from potstill.clients.http_teacher import HttpTeacher
 from potstill.student_trainer.demo.plan import CORPUS, TEACHER, DemoPlan
@@ -75,7 +75,7 @@ def run_demo(
         running_service(["--teacher", f"{TEACHER}={model}", "--cache", str(plan.cache), "--port", "0"], log) as url,
     ):
         console.print(f"      serving at {url}; log: {log}")
-        asyncio.run(_prefill(plan, cache, url))
+        filled = asyncio.run(_prefill(plan, cache, url))
         console.print(f"      {asyncio.run(_ask_service(url, corpus))}")
     results = {}
     for student in _STUDENTS:
@@ -83,6 +83,7 @@ def run_demo(
             results[student] = train(plan, student)
     with stages.stage("report", "compare the two students and write the report"):
         report = _report(plan, cache, corpus, results)
+    report["saved"] = _saved(filled, results)
     report["seconds"] = stages.seconds
     write_report(plan.out, report, page=page)
     return report
@@ -123,10 +124,10 @@ def _ingest(plan: DemoPlan, model: Path) -> tuple[Cache, Corpus]:
     return cache, ingest(cache.root, CORPUS, [plan.text], tokenizer, how)
 
 
-async def _prefill(plan: DemoPlan, cache: Cache, url: str) -> None:
+async def _prefill(plan: DemoPlan, cache: Cache, url: str) -> FillReport | None:
     how = FillPlan(batch_tokens=4 * plan.row_tokens, in_flight=2)
     fields = Fields(k=plan.k)
-    await prefill(cache, CORPUS, TEACHER, f"{url}#{TEACHER}", fields=fields, encoding=plan.encoding, plan=how)
+    return await prefill(cache, CORPUS, TEACHER, f"{url}#{TEACHER}", fields=fields, encoding=plan.encoding, plan=how)
 
 
 async def _ask_service(url: str, corpus: Corpus) -> str:
@@ -162,6 +163,15 @@ def _report(plan: DemoPlan, cache: Cache, corpus: Corpus, results: dict[str, Tra
         "students": {name: _student(result) for name, result in results.items()},
         "plan": {n: str(v) if isinstance(v := getattr(plan, n), Path) else v for n in _PLAN_NUMBERS},
         "samples": [sample.to_json() for sample in shown],
+    }
+
+
+def _saved(filled: FillReport | None, results: dict[str, TrainResult]) -> dict[str, JSON]:
+    """What the students read, and how fast the teacher was; null where an earlier call of the demo had it score."""
+    scored = filled is not None and filled.positions_scored > 0
+    return {
+        "positions_read": sum(result.tokens for result in results.values()),
+        "tokens_per_second": filled.positions_scored / filled.seconds if filled and scored else None,
     }
 
 

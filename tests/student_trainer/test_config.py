@@ -126,7 +126,7 @@ def test_a_run_does_not_go_on_as_another(changes: dict[str, Any], key: str) -> N
 
 def test_importing_the_package_and_its_commands_is_cheap() -> None:
     code = (
-        "import sys, student_trainer, student_trainer.commands.train, student_trainer.commands.evaluate;"
+        "import sys, potstill.student_trainer.commands.train, potstill.student_trainer.commands.evaluate;"
         "print([m for m in ('torch', 'transformers', 'ray', 'zarr', 'pydantic', 'numpy') if m in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
