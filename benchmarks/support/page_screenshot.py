@@ -33,6 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path)
     parser.add_argument("--dark", action="store_true")
+    parser.add_argument("--width", type=int, default=1280, help="of the window, in pixels")
     parser.add_argument("--seconds", type=float, default=60.0, help="how long the teachers work before the picture")
     args = parser.parse_args()
     chromium = find_chromium()
@@ -46,7 +47,10 @@ def main() -> None:
         small = teacher_for(corpus, tokens_per_second=9000, model=model(SMALL))
         large = teacher_for(corpus, tokens_per_second=900, model=model(LARGE))
         teachers = [hosted_pool(SMALL, small, keep, replicas=2), hosted_pool(LARGE, large, keep, replicas=3, most=8)]
-        with serving_teachers(*teachers, cache=cache) as url, browsing(chromium, height=HEIGHT, dark=args.dark) as page:
+        with (
+            serving_teachers(*teachers, cache=cache) as url,
+            browsing(chromium, width=args.width, height=HEIGHT, dark=args.dark) as page,
+        ):
             page.open(url)
             stop = threading.Event()
             callers = [threading.Thread(target=call, args=(url, t.name, stop)) for t in teachers for _ in range(3)]

@@ -104,7 +104,8 @@ export class HeatStrip {
     this.cells = Array.from({ length: count }, (_, index) => {
       const from = Math.floor((index * numShards) / count);
       const to = Math.floor(((index + 1) * numShards) / count) - 1;
-      const place = { x: index, y: 0, width: 1 - gap, height: 1 };
+      // The last cell ends where the strip does.
+      const place = { x: index, y: 0, width: index === count - 1 ? 1 : 1 - gap, height: 1 };
       const fill = svg("rect", { ...place, class: "cell" });
       const title = svg("title");
       fill.append(title);

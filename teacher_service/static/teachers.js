@@ -3,6 +3,13 @@
 import { compact, History, LineChart, percent } from "./charts.js";
 import { element, say, Views } from "./elements.js";
 
+// Where a teacher's targets are computed, and what that means.
+const CAPTURE_PATHS = {
+  sampler: "Targets are computed where the engine's logits are: the fastest path, with all fields.",
+  arrays: "The engine's top-k logprobs are taken as arrays before it makes its answer: top-k only.",
+  "public-flat": "The top-k is read from the engine's public answers: the slowest path, top-k only.",
+};
+
 export class TeacherView {
   // `onScale(name, replicas)` returns a promise; what it is rejected with is shown at the control.
   constructor(teacher, onScale) {
@@ -10,6 +17,7 @@ export class TeacherView {
     this.history = new History();
     this.chart = new LineChart("Tokens per second");
     this.model = element("span", { className: "model" });
+    this.capture = element("span", { className: "model" });
     this.state = element("span", { className: "badge" });
     this.cause = element("span", { className: "cause" });
     this.rate = element("td", { className: "number" });
@@ -18,7 +26,7 @@ export class TeacherView {
     this.ready = element("td", { className: "number ready" });
     this.replicas = new Views(element("ul", { className: "replicas" }), () => new ReplicaView());
     this.control = new ScaleControl(teacher.name, onScale);
-    const title = element("th", { scope: "row" }, element("span", { className: "name", text: teacher.name }), this.model);
+    const title = element("th", { scope: "row" }, element("span", { className: "name", text: teacher.name }), this.model, this.capture);
     this.element = element(
       "tr",
       {},
@@ -37,7 +45,9 @@ export class TeacherView {
     const status = teacher.replicas;
     this.history.add(clock, tokensPerSecond);
     this.chart.draw(this.history, null, compact(tokensPerSecond));
-    say(this.model, [teacher.model, teacher.capture_path].filter(Boolean).join(" · "));
+    say(this.model, teacher.model);
+    say(this.capture, teacher.capture_path ? `capture path: ${teacher.capture_path}` : "");
+    this.capture.title = CAPTURE_PATHS[teacher.capture_path] ?? "";
     say(this.state, teacher.state);
     this.state.dataset.state = teacher.state;
     const trouble = teacher.cause || (teacher.store_error && `not kept: ${teacher.store_error}`);
@@ -65,7 +75,7 @@ class ReplicaView {
     say(this.name, replica.name);
     say(this.state, replica.state);
     this.state.dataset.state = replica.state;
-    say(this.tokens, `${compact(replica.tokens_waiting)} inside, ${compact(replica.tokens_scored)} scored`);
+    say(this.tokens, `${compact(replica.tokens_waiting)} being scored, ${compact(replica.tokens_scored)} scored`);
   }
 }
 
