@@ -25,7 +25,7 @@ from potstill.cache.store.groups import (
     removed_on_failure,
 )
 from potstill.cache.store.record import Record, read_record, record_bytes
-from potstill.cache.store.root import Root, check_name
+from potstill.cache.store.root import check_name
 from potstill.cache.targets.spec_record import SpecRecord
 from potstill.cache.types import Fields, Targets
 
@@ -50,8 +50,8 @@ class SetRanks:
             FormatError: a record this version cannot read. CorruptSegment: not the table that was recorded.
         """
         if self._found is None:
-            vocab_size = self._record.spec.identity.vocab_size
-            self._found = read_ranks(self._record.root, self._record.path, vocab_size)
+            record = read_record(self._record.root, f"{self._record.path}/ranks.json", "ranks")
+            self._found = None if record is None else self._read_table(record)
         return self._found
 
     def table(self) -> RankTable:
@@ -77,18 +77,52 @@ class SetRanks:
     def make(self, pilot: Targets) -> None:
         """Make the table of the pilot rows' targets, unless another writer was faster or no ids are stored.
 
+        Most frequent among the pilot's top-k ids (or draws) comes first; ties by the corpus's first tokens.
+
         Raises:
             TeacherFailed: an id over the vocabulary. StoreError: the store is full or cannot be written.
         """
         if not self._record.stores_ids:
             return
-        table = make_table(self._record.corpus, pilot, self._record.spec.identity.vocab_size)
+        ids: NDArray[np.uint32] = pilot.ids.reshape(-1)
+        if pilot.draws is not None:
+            ids = np.concatenate([ids, pilot.draws.ids])
+        corpus, vocab_size = self._record.corpus, self._record.spec.identity.vocab_size
+        highest = int(ids.max(initial=0))
+        if highest >= vocab_size:
+            raise TeacherFailed(f"the teacher answered id {highest}, its vocabulary has {vocab_size}")
+        tokens = corpus.tokens(0, min(corpus.num_positions, _TEXT_POSITIONS))
         self._record.publish()
-        create_ranks(self._record.root, self._record.path, table)
+        self._create(RankTable.by_frequency(ids, tokens, vocab_size))
 
     def forget(self) -> None:
         """Read the table again when it is needed next."""
         self._found = None
+
+    def _create(self, table: RankTable) -> None:
+        root, group = self._record.root, attempt_name("ranks")
+        path = f"{self._record.path}/{group}"
+        with removed_on_failure(root, path):
+            writer = GroupWriter(root, path)
+            writer.write("ids_by_rank", table.ids_by_rank, Layout((1 << 16,)))
+            record = {"group": group, "sha256": table.sha256, "objects": objects_to_json(writer.finish())}
+        if not root.create(f"{self._record.path}/ranks.json", record_bytes("ranks", record)):
+            root.delete(path)
+
+    def _read_table(self, record: Record) -> RankTable:
+        path, vocab_size = self._record.path, self._record.spec.identity.vocab_size
+        try:
+            group = check_name("rank table", record["group"])
+            objects = objects_from_json(record["objects"])
+            expected = str(record["sha256"])
+        except (KeyError, TypeError, ValueError, OverflowError, InvalidInput) as error:
+            raise FormatError(f"{path}/ranks.json is not the record of a rank table: {error}") from error
+        reader = GroupReader(self._record.root, f"{path}/{group}", objects)
+        reader.expect("ids_by_rank", (vocab_size,), ("uint32",))
+        table = RankTable(reader.read_all("ids_by_rank").astype(np.uint32, copy=False))
+        if table.sha256 != expected or not np.array_equal(np.sort(table.ids_by_rank), np.arange(vocab_size)):
+            raise CorruptSegment(f"{reader.path}/ids_by_rank is not the permutation that ranks.json recorded")
+        return table
 
 
 def pilot_rows(corpus: Corpus, fields: Fields) -> list[int]:
@@ -97,60 +131,3 @@ def pilot_rows(corpus: Corpus, fields: Fields) -> list[int]:
     count = max(1, min(len(corpus), wanted * len(corpus) // corpus.num_positions))
     rows = np.arange(count, dtype=np.int64) * len(corpus) // count
     return [int(row) for row in rows]
-
-
-def make_table(corpus: Corpus, pilot: Targets, vocab_size: int) -> RankTable:
-    """Most frequent among the pilot's top-k ids (or draws) first; ties by the corpus's first tokens.
-
-    Raises:
-        TeacherFailed: an id over the vocabulary.
-    """
-    ids: NDArray[np.uint32] = pilot.ids.reshape(-1)
-    if pilot.draws is not None:
-        ids = np.concatenate([ids, pilot.draws.ids])
-    highest = int(ids.max(initial=0))
-    if highest >= vocab_size:
-        raise TeacherFailed(f"the teacher answered id {highest}, its vocabulary has {vocab_size}")
-    tokens = corpus.tokens(0, min(corpus.num_positions, _TEXT_POSITIONS))
-    return RankTable.by_frequency(ids, tokens, vocab_size)
-
-
-def create_ranks(root: Root, set_path: str, table: RankTable) -> None:
-    """Make the table the set's, unless it has one already.
-
-    Raises:
-        StoreError: the store is full or cannot be written.
-    """
-    group = attempt_name("ranks")
-    path = f"{set_path}/{group}"
-    with removed_on_failure(root, path):
-        writer = GroupWriter(root, path)
-        writer.write("ids_by_rank", table.ids_by_rank, Layout((1 << 16,)))
-        record = {"group": group, "sha256": table.sha256, "objects": objects_to_json(writer.finish())}
-    if not root.create(f"{set_path}/ranks.json", record_bytes("ranks", record)):
-        root.delete(path)
-
-
-def read_ranks(root: Root, set_path: str, vocab_size: int) -> RankTable | None:
-    """The set's table, or None when it has none yet.
-
-    Raises:
-        FormatError: a record this version cannot read. CorruptSegment: not the table that was recorded.
-    """
-    record = read_record(root, f"{set_path}/ranks.json", "ranks")
-    return None if record is None else _read_table(root, set_path, record, vocab_size)
-
-
-def _read_table(root: Root, set_path: str, record: Record, vocab_size: int) -> RankTable:
-    try:
-        group = check_name("rank table", record["group"])
-        objects = objects_from_json(record["objects"])
-        expected = str(record["sha256"])
-    except (KeyError, TypeError, ValueError, OverflowError, InvalidInput) as error:
-        raise FormatError(f"{set_path}/ranks.json is not the record of a rank table: {error}") from error
-    reader = GroupReader(root, f"{set_path}/{group}", objects)
-    reader.expect("ids_by_rank", (vocab_size,), ("uint32",))
-    table = RankTable(reader.read_all("ids_by_rank").astype(np.uint32, copy=False))
-    if table.sha256 != expected or not np.array_equal(np.sort(table.ids_by_rank), np.arange(vocab_size)):
-        raise CorruptSegment(f"{reader.path}/ids_by_rank is not the permutation that ranks.json recorded")
-    return table
