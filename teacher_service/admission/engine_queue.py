@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from potstill.cache.errors import Overloaded
 from potstill.teacher_service.admission.fair_queue import Call, FairQueue, Turn
-from potstill.teacher_service.admission.throughput import Throughput
 from potstill.teacher_service.settings.service import LimitSettings
 
 _SHORTEST_RETRY_SECONDS = 1.0
 _LONGEST_RETRY_SECONDS = 60.0
+_MEMORY_SECONDS = 30.0
+"""How far back the measured throughput looks."""
 
 
 class EngineQueue:
@@ -183,3 +185,38 @@ class EngineQueue:
             f"{call.tokens} tokens are over what max_tokens_in_flight={bound} leaves: {why}; retry later",
             retry_after=self.retry_after,
         )
+
+
+class Throughput:
+    """Tokens and busy seconds, both forgotten at the same exponential rate; their ratio is the speed.
+
+    Each sum alone would be an average of a few completions that arrive in bursts; the ratio of both does not depend
+    on when between two bursts it is asked for.
+
+    Args:
+        clock: seconds, never running backwards.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._tokens = 0.0
+        self._seconds = 0.0
+        self._counted_to = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """While it has work; 0 as long as nothing was scored."""
+        return self._tokens / self._seconds if self._seconds > 0 else 0.0
+
+    def begin(self) -> None:
+        """It gets work after having none: the idle time before does not count."""
+        self._counted_to = self._clock()
+
+    def finish(self, tokens: int) -> None:
+        """So many tokens were scored; call `begin` before what comes after an idle time."""
+        now = self._clock()
+        busy = now - self._counted_to
+        keep = math.exp(-busy / _MEMORY_SECONDS)
+        self._tokens = self._tokens * keep + tokens
+        self._seconds = self._seconds * keep + busy
+        self._counted_to = now

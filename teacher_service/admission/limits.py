@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from starlette.requests import Request
 
@@ -85,6 +87,27 @@ async def read_body(request: Request) -> bytes:
     if encoding.strip().lower() != "identity":
         raise MediaTypeError(f"content-encoding {encoding[:40]!r} is not taken; send the body as it is")
     return b"".join([chunk async for chunk in request.stream()])
+
+
+def json_value(body: bytes) -> Any:
+    """What a JSON body says.
+
+    Raises:
+        InvalidInput: it is not JSON.
+    """
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise InvalidInput(f"the body is not JSON: {error}") from error
+
+
+async def same_wire(request: Request) -> None:
+    """Refuse a client that says it speaks another wire version; most requests have no body to say so in.
+
+    Raises:
+        WireVersionError: naming both.
+    """
+    wire.require_version(request.headers.get(wire.FORMAT_HEADER, wire.WIRE_VERSION)[:40])
 
 
 def request_format(request: Request) -> str:

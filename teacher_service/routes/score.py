@@ -3,57 +3,45 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.requests import ClientDisconnect
 
-from potstill.cache.errors import InvalidInput
 from potstill.cache.types import Fields, Targets, TeacherIdentity, Tokens
 from potstill.cache.wire import scores as wire
 from potstill.teacher_service.access.auth import Role, allow
-from potstill.teacher_service.admission.admission import Reservation, within
+from potstill.teacher_service.admission.admission import within
 from potstill.teacher_service.admission.limits import (
     answer_format,
     check_request,
+    json_value,
     read_body,
     request_format,
+    same_wire,
     timeout_seconds,
 )
 from potstill.teacher_service.hosting.hosted_teacher import HostedTeacher
 from potstill.teacher_service.hosting.service import Service
-from potstill.teacher_service.routes.answers import targets_response
-from potstill.teacher_service.routes.corpora.bodies import same_wire
+from potstill.teacher_service.routes.corpora.as_json import json_pieces
 from potstill.teacher_service.transport.bounded_transfers import held_until_answered
 
 T = TypeVar("T")
-_SMALL_BYTES = 64 * 2**10  # (de)serialised on the event loop: less than a millisecond
+_SMALL_BYTES = 64 * 2**10  # (de)serialised at once, on the event loop: less than a millisecond
 
 
-class ScoreCall(Protocol):
-    """A request body that was understood: whose rows are to be scored for what, and how that is answered."""
+@dataclass(frozen=True, slots=True)
+class ScoreCall:
+    """A request body that was understood."""
 
-    @property
-    def teacher(self) -> HostedTeacher:
-        """Who is asked."""
-        ...
-
-    @property
-    def rows(self) -> list[Tokens]:
-        """Each [T] token ids."""
-        ...
-
-    @property
-    def fields(self) -> Fields:
-        """Of every row."""
-        ...
-
-    def answer(self, identity: TeacherIdentity, targets: list[Targets]) -> Response:
-        """The targets of `rows` as the caller wants them."""
-        ...
+    teacher: HostedTeacher
+    rows: list[Tokens]
+    fields: Fields
+    answer: Callable[[TeacherIdentity, list[Targets]], Response]
+    """The targets of `rows` as the caller wants them."""
 
 
 def add_score_routes(app: FastAPI, service: Service) -> None:
@@ -65,11 +53,15 @@ def add_score_routes(app: FastAPI, service: Service) -> None:
         reads = request_format(request)
         writes = answer_format(request, reads)
         _ = teacher.pool  # Unavailable while it starts, before a body is read
-        decode = _from_json if reads == wire.JSON_MEDIA_TYPE else wire.request_from_arrow
 
         def understand(body: bytes) -> ScoreCall:
-            asked = decode(body)
-            return _PlainCall(teacher, asked.rows, asked.fields, writes)
+            is_json = reads == wire.JSON_MEDIA_TYPE
+            asked = wire.request_from_json(json_value(body)) if is_json else wire.request_from_arrow(body)
+
+            def answer(identity: TeacherIdentity, targets: list[Targets]) -> Response:
+                return targets_response(wire.ScoreAnswer(identity, targets), asked.fields, writes)
+
+            return ScoreCall(teacher, asked.rows, asked.fields, answer)
 
         return await answer_call(service, request, understand)
 
@@ -82,49 +74,36 @@ async def answer_call(service: Service, request: Request, understand: Callable[[
         ClientDisconnect: the client left; its rows were taken out of the engine.
     """
     with service.admission.request() as reservation:
-        return await _while_connected(request, await _prepare(service, request, understand, reservation))
+        begin = asyncio.get_running_loop().time()
+        seconds = timeout_seconds(request)
+        store = "no-store" not in request.headers.get("cache-control", "").lower()
+        body = await read_body(request)
+
+        async def answered() -> Response:
+            call = await _off_loop(len(body), lambda: understand(body))
+            front = call.teacher.front(store=store)
+            num_tokens = check_request(call.rows, call.fields, teacher=front, limits=service.limits)
+            size = num_tokens * call.fields.bytes_per_position(front.identity.vocab_size)
+            reservation.hold_answer(size)
+            held_until_answered(request).callback(reservation.release_answer)
+            with service.metrics.scoring(call.teacher.name, rows=len(call.rows), tokens=num_tokens):
+                scoring = front.score(call.rows, call.fields, before_waiting=reservation.wait)
+                targets = await within(seconds, begin, scoring)
+            return await _off_loop(size, lambda: call.answer(front.identity, targets))
+
+        return await _while_connected(request, answered())
 
 
-async def _prepare(
-    service: Service, request: Request, understand: Callable[[bytes], ScoreCall], reservation: Reservation
-) -> Coroutine[Any, Any, Response]:
-    """Check and read everything that needs no teacher; the coroutine does the rest."""
-    begin = asyncio.get_running_loop().time()
-    seconds = timeout_seconds(request)
-    store = "no-store" not in request.headers.get("cache-control", "").lower()
-    body = await read_body(request)
-
-    async def finish() -> Response:
-        call = await _off_loop(len(body), lambda: understand(body))
-        front = call.teacher.front(store=store)
-        num_tokens = check_request(call.rows, call.fields, teacher=front, limits=service.limits)
-        size = num_tokens * call.fields.bytes_per_position(front.identity.vocab_size)
-        reservation.hold_answer(size)
-        held_until_answered(request).callback(reservation.release_answer)
-        with service.metrics.scoring(call.teacher.name, rows=len(call.rows), tokens=num_tokens):
-            targets = await within(seconds, begin, front.score(call.rows, call.fields, before_waiting=reservation.wait))
-        return await _off_loop(size, lambda: call.answer(front.identity, targets))
-
-    return finish()
-
-
-@dataclass(frozen=True, slots=True)
-class _PlainCall:
-    teacher: HostedTeacher
-    rows: list[Tokens]
-    fields: Fields
-    writes: str
-
-    def answer(self, identity: TeacherIdentity, targets: list[Targets]) -> Response:
-        return targets_response(wire.ScoreAnswer(identity, targets), self.fields, self.writes)
-
-
-def _from_json(body: bytes) -> wire.ScoreRequest:
-    try:
-        value = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise InvalidInput(f"the body is not JSON: {error}") from error
-    return wire.request_from_json(value)
+def targets_response(answer: wire.ScoreAnswer, fields: Fields, writes: str) -> Response:
+    """The answer in the media type `writes`; `fields` gives K when there is no row."""
+    if writes != wire.JSON_MEDIA_TYPE:
+        return Response(wire.answer_to_arrow(answer, fields), media_type=wire.ARROW_MEDIA_TYPE)
+    num_positions = sum(targets.num_positions for targets in answer.targets)
+    if num_positions * fields.bytes_per_position(answer.identity.vocab_size) <= _SMALL_BYTES:
+        return JSONResponse(wire.answer_to_json(answer))
+    # Its text is several times the arrays; what is not written yet takes no memory.
+    pieces = json_pieces(answer.identity, lambda: answer.targets, says_format=False)
+    return StreamingResponse(pieces, media_type=wire.JSON_MEDIA_TYPE)
 
 
 async def _off_loop(num_bytes: int, call: Callable[[], T]) -> T:

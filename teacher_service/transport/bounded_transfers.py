@@ -39,6 +39,8 @@ class BoundedTransfers:
     def __init__(self, app: ASGIApp, admission: Admission) -> None:
         self._app = app
         self._admission = admission
+        # What is over the bound of all together would be told to come back later for ever.
+        self._most_body_bytes = admission.limits.smallest("max_body_bytes", "max_body_bytes_in_flight")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -47,7 +49,7 @@ class BoundedTransfers:
             return
         with ExitStack() as held:
             scope.setdefault("state", {})[_HELD] = held
-            body = _Body(self._admission, receive)
+            body = _Body(self._admission, self._most_body_bytes, receive)
             held.callback(body.release)
             try:
                 await self._app(scope, body.receive, _Answer(self._admission.limits.body_seconds, send).send)
@@ -58,10 +60,9 @@ class BoundedTransfers:
 class _Body:
     """What was read of one body."""
 
-    def __init__(self, admission: Admission, receive: Receive) -> None:
+    def __init__(self, admission: Admission, most: tuple[str, int], receive: Receive) -> None:
         self._limits = admission.limits
-        # What is over the bound of all together would be told to come back later for ever.
-        self._most = self._limits.smallest("max_body_bytes", "max_body_bytes_in_flight")
+        self._most = most
         self._bound = admission.bodies
         self._receive = receive
         self._key = current_caller().name

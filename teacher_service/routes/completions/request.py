@@ -24,6 +24,7 @@ import numpy as np
 
 from potstill.cache.errors import InvalidInput
 from potstill.cache.types import Tokens
+from potstill.teacher_service.admission.limits import json_value
 
 _REFUSED: Mapping[str, tuple[Any, str]] = {
     "n": (1, "ask for one answer a prompt"),
@@ -95,10 +96,7 @@ class CompletionRequest:
 
 
 def _json_object(body: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise InvalidInput(f"the body is not JSON: {error}") from error
+    value = json_value(body)
     if not isinstance(value, dict):
         raise InvalidInput('the body must be a JSON object like {"prompt": [[1, 2]], "prompt_logprobs": 8}')
     return value

@@ -20,7 +20,6 @@ import json
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
@@ -93,7 +92,13 @@ async def _complete(service: Service, request: Request, teacher: HostedTeacher |
 
     def understand(body: bytes) -> ScoreCall:
         asked = CompletionRequest.from_body(body)
-        return _CompletionCall(_teacher(service, asked.model, teacher), asked, header_id)
+        chosen = _teacher(service, asked.model, teacher)
+        answer_id = header_id or asked.request_id or uuid.uuid4().hex
+
+        def answer(identity: TeacherIdentity, targets: list[Targets]) -> Response:
+            return _answered(chosen.name, asked, answer_id, targets, identity.weights_sha256)
+
+        return ScoreCall(chosen, asked.rows, Fields(k=asked.k), answer)
 
     return await answer_call(service, request, understand)
 
@@ -124,46 +129,32 @@ def _model(teacher: HostedTeacher) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True, slots=True)
-class _CompletionCall:
-    teacher: HostedTeacher
-    asked: CompletionRequest
-    header_id: str
+def _answered(name: str, asked: CompletionRequest, answer_id: str, targets: list[Targets], weights: str) -> Response:
+    text = _text(name, asked, answer_id, targets, weights)
+    if sum(map(len, asked.rows)) * (asked.k + 1) <= _BUFFERED_POSITIONS:
+        return Response(b"".join(text), media_type=wire.JSON_MEDIA_TYPE)
+    # Its JSON is nine times the arrays; what is not written yet does not take memory.
+    return StreamingResponse(text, media_type=wire.JSON_MEDIA_TYPE)
 
-    @property
-    def rows(self) -> list[Tokens]:
-        return self.asked.rows
 
-    @property
-    def fields(self) -> Fields:
-        return Fields(k=self.asked.k)
-
-    def answer(self, identity: TeacherIdentity, targets: list[Targets]) -> Response:
-        text = self._text(identity, targets)
-        if sum(map(len, self.rows)) * (self.asked.k + 1) <= _BUFFERED_POSITIONS:
-            return Response(b"".join(text), media_type=wire.JSON_MEDIA_TYPE)
-        # Its JSON is nine times the arrays; what is not written yet does not take memory.
-        return StreamingResponse(text, media_type=wire.JSON_MEDIA_TYPE)
-
-    def _text(self, identity: TeacherIdentity, targets: list[Targets]) -> Iterator[bytes]:
-        answer_id = f"cmpl-{self.header_id or self.asked.request_id or uuid.uuid4().hex}"
-        head = {"id": answer_id, "object": "text_completion", "created": int(time.time()), "model": self.teacher.name}
-        yield _json(head)[:-1] + b',"choices":['
-        for index, (row, answer) in enumerate(zip(self.rows, targets, strict=True)):
-            yield b"," * (index > 0)
-            yield from _choice(index, row, answer, self.asked)
-        generated = self.asked.max_tokens * len(self.rows)
-        prompts = sum(map(len, self.rows))
-        usage = {"prompt_tokens": prompts, "total_tokens": prompts + generated, "completion_tokens": generated}
-        tail = {
-            "service_tier": None,
-            "system_fingerprint": f"potstill-{identity.weights_sha256[:12]}",
-            "usage": {**usage, "prompt_tokens_details": None, "completion_tokens_details": None},
-            "kv_transfer_params": None,
-            "ec_transfer_params": None,
-            "metrics": None,
-        }
-        yield b"]," + _json(tail)[1:]
+def _text(name: str, asked: CompletionRequest, answer_id: str, targets: list[Targets], weights: str) -> Iterator[bytes]:
+    head = {"id": f"cmpl-{answer_id}", "object": "text_completion", "created": int(time.time()), "model": name}
+    yield _json(head)[:-1] + b',"choices":['
+    for index, (row, answer) in enumerate(zip(asked.rows, targets, strict=True)):
+        yield b"," * (index > 0)
+        yield from _choice(index, row, answer, asked)
+    generated = asked.max_tokens * len(asked.rows)
+    prompts = sum(map(len, asked.rows))
+    usage = {"prompt_tokens": prompts, "total_tokens": prompts + generated, "completion_tokens": generated}
+    tail = {
+        "service_tier": None,
+        "system_fingerprint": f"potstill-{weights[:12]}",
+        "usage": {**usage, "prompt_tokens_details": None, "completion_tokens_details": None},
+        "kv_transfer_params": None,
+        "ec_transfer_params": None,
+        "metrics": None,
+    }
+    yield b"]," + _json(tail)[1:]
 
 
 def _choice(index: int, row: Tokens, targets: Targets, asked: CompletionRequest) -> Iterator[bytes]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -10,7 +9,7 @@ from fastapi import FastAPI
 from starlette.requests import Request
 
 from potstill.cache.errors import InvalidInput
-from potstill.cache.wire import scores as wire
+from potstill.teacher_service.admission.limits import json_value
 
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 _KEYS = ("rows", "fields", "k")
@@ -24,15 +23,6 @@ def get_and_head(app: FastAPI, path: str, dependencies: Sequence[Any]) -> Callab
         return app.get(path, dependencies=dependencies)(endpoint)
 
     return add
-
-
-async def same_wire(request: Request) -> None:
-    """Refuse a client that says it speaks another wire version; most requests have no body to say so in.
-
-    Raises:
-        WireVersionError: naming both.
-    """
-    wire.require_version(request.headers.get(wire.FORMAT_HEADER, wire.WIRE_VERSION)[:40])
 
 
 async def known_parameters(request: Request) -> None:
@@ -53,10 +43,7 @@ def rows_from_json(body: bytes) -> tuple[list[int], list[str] | None, int | None
     Raises:
         InvalidInput: another shape.
     """
-    try:
-        value = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise InvalidInput(f"the body is not JSON: {error}") from error
+    value = json_value(body)
     if not isinstance(value, dict) or not _is_list_of(value.get("rows"), int):
         raise InvalidInput('the body must be a JSON object like {"rows": [3, 17]}')
     unknown = sorted(set(value) - set(_KEYS))

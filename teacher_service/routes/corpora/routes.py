@@ -14,11 +14,11 @@ from potstill.cache.wire import scores as wire
 from potstill.cache.wire.stream import read_row_numbers
 from potstill.teacher_service.access.auth import Role, allow
 from potstill.teacher_service.admission.admission import Admission
-from potstill.teacher_service.admission.limits import answer_format, read_body, request_format
+from potstill.teacher_service.admission.limits import answer_format, read_body, request_format, same_wire
 from potstill.teacher_service.hosting.service import Service
 from potstill.teacher_service.routes.corpora.arrays import CorpusReading, add_array_routes
 from potstill.teacher_service.routes.corpora.as_json import json_pieces
-from potstill.teacher_service.routes.corpora.bodies import get_and_head, known_parameters, rows_from_json, same_wire
+from potstill.teacher_service.routes.corpora.bodies import get_and_head, known_parameters, rows_from_json
 from potstill.teacher_service.routes.corpora.description import describe_corpora, describe_corpus, describe_targets
 from potstill.teacher_service.routes.corpora.opened_sets import OpenedSets
 from potstill.teacher_service.routes.corpora.reads import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from potstill.teacher_service.admission.throughput import Throughput
+from potstill.teacher_service.admission.engine_queue import Throughput
 
 
 def test_throughput_is_of_busy_time_and_forgets() -> None:

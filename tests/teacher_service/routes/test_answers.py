@@ -13,7 +13,7 @@ from starlette.responses import StreamingResponse
 from potstill.cache import Fields, Targets
 from potstill.cache.types import Tokens
 from potstill.cache.wire import scores as wire
-from potstill.teacher_service.routes.answers import targets_response
+from potstill.teacher_service.routes.score import targets_response
 from tests.support.fakes import FakeTeacher, fake_identity
 
 EVERYTHING = Fields(k=4, draws=50, temperatures=(0.5, 2.0), entropy=True, dense=True)
