@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 
 from potstill.cache.types import Tokens
 from potstill.teacher_service.engine.vllm_teacher import VllmOptions, VllmTeacher
+from tests.support import schedule
 from tests.support.tiny_models import make_tiny_llama
 
 Forward = Callable[[Tokens], NDArray[np.float32]]
@@ -27,15 +30,19 @@ ENGINE_WARNINGS = (
 )
 
 
-SHARED_FIXTURES = {"vllm_teacher", "ray_mark"}
-"""What takes long to start, and is started once a session."""
+MEMORY, MEMORY_BYTES = Path("/dev/shm"), 2 << 30
+"""Where temporary folders go if so many bytes are free there. pytest removes them if no test failed."""
 
 # Timings belong in benchmarks; a busy machine must not fail a property.
 settings.register_profile("no-deadline", deadline=None)
 settings.load_profile("no-deadline")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
+    # Half the time of the cache's tests was fsync; a killed process loses nothing of what is in memory.
+    if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free >= MEMORY_BYTES:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
     # A shell starts what is to run in the background with SIGINT ignored, and so would every process of a test be.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for line in ENGINE_WARNINGS:
@@ -43,10 +50,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of one file share a process, for their fixtures; so do all that use the session's engine, or its Ray."""
     for item in items:
-        shared = SHARED_FIXTURES.intersection(getattr(item, "fixturenames", ()))
-        item.add_marker(pytest.mark.xdist_group(min(shared, default=item.path.name)))
+        schedule.check(item)
+    items.sort(key=lambda item: schedule.place_of(item.nodeid))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> schedule.GroupScheduling:
+    config.option.loadscopereorder = False  # which would begin with the groups of most tests
+    return schedule.GroupScheduling(config, log)
 
 
 @pytest.fixture(scope="module")
