@@ -1,6 +1,6 @@
 """The vocabulary and the store of Potstill: teacher targets on disk, by corpus, shard and segment.
 
-`import cache` is fast: what needs zarr is imported when it is first used.
+`import potstill.cache` is fast: `Cache`, which needs zarr, is imported when it is first used.
 """
 
 from __future__ import annotations

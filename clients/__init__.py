@@ -1,31 +1,7 @@
-"""Talking to a Potstill service: `HttpTeacher`, its form for threads, `HttpCache`, and the `potstill` command.
+"""Talking to a Potstill service: scoring, reading, administration, and the `potstill` command.
 
-`import clients` is fast: httpx and pyarrow are imported when a name that needs them is first used.
+`http_teacher` scores rows (`HttpTeacher`, and `SyncHttpTeacher` for threads); `http_targets` and `http_corpus` read
+what is committed (`HttpCache`); `http_admin` and `http_fill` change what a service does. All send through
+`connection`, which tries again as `retry` says. `doctor/` checks a service before hours of work rest on it; `commands/`
+is what people type.
 """
-
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from potstill.clients.http_targets import HttpCache
-    from potstill.clients.http_teacher import HttpTeacher, SyncHttpTeacher
-    from potstill.clients.retry import RetryPolicy
-
-__all__ = ["HttpCache", "HttpTeacher", "RetryPolicy", "SyncHttpTeacher"]
-
-
-def __getattr__(name: str) -> Any:
-    if name == "RetryPolicy":
-        from potstill.clients import retry  # noqa: PLC0415  only when it is used
-
-        return retry.RetryPolicy
-    if name == "HttpCache":
-        from potstill.clients import http_targets  # noqa: PLC0415  the same
-
-        return http_targets.HttpCache
-    if name in __all__:
-        from potstill.clients import http_teacher  # noqa: PLC0415  the same
-
-        return getattr(http_teacher, name)
-    raise AttributeError(f"module 'clients' has no attribute {name!r}")

@@ -57,7 +57,6 @@ class HttpTeacher:
             self.provenance = Provenance.from_json(_table(description, "provenance"))
         except FormatError as error:
             raise TeacherFailed(f"{connection.url} describes teacher {name!r} badly: {error}") from error
-        self._provenance = Provenance.from_json(_table(description, "provenance"))
         limits = _table(description, "limits")
         self.limits = TeacherLimits(
             max_top_k=_count(limits.get("max_top_k")), max_row_tokens=_count(limits.get("max_row_tokens"))

@@ -8,7 +8,7 @@ name is imported from its package when it is first used.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from potstill.cache.cache import Cache
@@ -21,17 +21,21 @@ if TYPE_CHECKING:
 __all__ = ["Cache", "Fields", "HttpCache", "HttpTeacher", "PotstillError", "Targets", "distillation_loss"]
 
 _HOMES = {
-    "Cache": "potstill.cache.cache",
-    "Fields": "potstill.cache.types",
-    "HttpCache": "potstill.clients.http_targets",
-    "HttpTeacher": "potstill.clients.http_teacher",
-    "PotstillError": "potstill.cache.errors",
-    "Targets": "potstill.cache.types",
-    "distillation_loss": "potstill.student_trainer.losses",
+    "Cache": "cache.cache",
+    "Fields": "cache.types",
+    "HttpCache": "clients.http_targets",
+    "HttpTeacher": "clients.http_teacher",
+    "PotstillError": "cache.errors",
+    "Targets": "cache.types",
+    "distillation_loss": "student_trainer.losses",
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -159,10 +159,8 @@ def test_only_the_chosen_command_is_loaded() -> None:
 def test_the_packages_import_nothing_heavy() -> None:
     code = (
         "import sys, potstill.clients.cli, potstill.teacher_service\n"
-        "from potstill import clients\n"
         "heavy = {'httpx', 'pyarrow', 'fastapi', 'uvicorn', 'zarr', 'rich', 'pydantic'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
-        "assert clients.HttpTeacher.__name__ == 'HttpTeacher'\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

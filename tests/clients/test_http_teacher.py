@@ -19,9 +19,9 @@ from potstill.cache.errors import (
     UnsupportedField,
 )
 from potstill.cache.types import Teacher, TeacherLimits, Tokens
-from potstill.clients import HttpTeacher, RetryPolicy, SyncHttpTeacher
 from potstill.clients.http_admin import HttpAdmin
-from potstill.clients.http_teacher import open_http_teacher
+from potstill.clients.http_teacher import HttpTeacher, SyncHttpTeacher, open_http_teacher
+from potstill.clients.retry import RetryPolicy
 from tests.support.fakes import FakeTeacher, GatedTeacher
 from tests.support.processes.scripted_service import Script, answered
 from tests.support.processes.servers import hosted, serving, serving_teachers

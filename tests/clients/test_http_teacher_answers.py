@@ -11,8 +11,9 @@ import pytest
 from potstill.cache import Fields, Targets
 from potstill.cache.errors import PotstillError, SpecMismatch, TeacherFailed, WireVersionError
 from potstill.cache.wire import scores as wire
-from potstill.clients import HttpTeacher, RetryPolicy
 from potstill.clients.http_admin import HttpAdmin
+from potstill.clients.http_teacher import HttpTeacher
+from potstill.clients.retry import RetryPolicy
 from tests.support.processes.scripted_service import Script, answered, reply
 from tests.support.processes.servers import serving
 from tests.support.scored_rows import rows_of

@@ -22,7 +22,8 @@ from potstill.cache.errors import (
     Unavailable,
 )
 from potstill.cache.types import Teacher
-from potstill.clients import HttpTeacher, RetryPolicy
+from potstill.clients.http_teacher import HttpTeacher
+from potstill.clients.retry import RetryPolicy
 from potstill.teacher_service.app import create_app
 from potstill.teacher_service.hosting.hosted_teacher import HostedTeacher
 from potstill.teacher_service.hosting.service import Service

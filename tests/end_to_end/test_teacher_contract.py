@@ -10,7 +10,7 @@ import pytest
 from potstill.cache import Cache
 from potstill.cache.read_through.cached_teacher import CachedTeacher, KeepPolicy
 from potstill.cache.types import Teacher
-from potstill.clients import HttpTeacher
+from potstill.clients.http_teacher import HttpTeacher
 from potstill.teacher_service.engine.vllm_teacher import VllmTeacher
 from potstill.teacher_service.hosting.hosted_teacher import Keep
 from potstill.teacher_service.replicas.pool import LocalPool

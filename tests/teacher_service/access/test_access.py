@@ -14,7 +14,7 @@ import pytest
 from fastapi.routing import APIRoute
 
 from potstill.cache.errors import AlreadyExists, InvalidInput, NotFound, Unauthenticated
-from potstill.clients import SyncHttpTeacher
+from potstill.clients.http_teacher import SyncHttpTeacher
 from potstill.clients.retry import RetryPolicy
 from potstill.teacher_service.access.audit import Audit, AuditLine, detail_of
 from potstill.teacher_service.access.auth import Role, allow

@@ -15,7 +15,7 @@ import pytest
 
 from potstill.cache import Fields
 from potstill.cache.errors import InvalidInput
-from potstill.clients import SyncHttpTeacher
+from potstill.clients.http_teacher import SyncHttpTeacher
 from potstill.teacher_service.serve import bind
 from tests.support import http
 from tests.support.corpora import make_corpus, plan_targets, teacher_for

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from potstill.cache.errors import InvalidInput
-from potstill.clients import SyncHttpTeacher
+from potstill.clients.http_teacher import SyncHttpTeacher
 from potstill.teacher_service.access.auth import Role
 from potstill.teacher_service.access.keys_file import add_key, remove_key
 from potstill.teacher_service.access.quotas import Quota
