@@ -13,7 +13,7 @@ from potstill.cache.errors import InvalidInput, PotstillError, UnknownCorpus
 from potstill.cache.store.groups import Reading
 from potstill.cache.store.root import Root
 from potstill.cache.targets.set_spec import SetSpec
-from potstill.cache.targets.target_set import TargetSet, has_targets
+from potstill.cache.targets.target_set import TargetSet, teachers_with_targets
 from potstill.cache.types import Fields, TeacherIdentity
 
 Mode = Literal["r", "r+"]
@@ -90,8 +90,7 @@ class Cache:
 
     def teachers(self, corpus: str) -> list[str]:
         """Names of the teachers that have targets for a corpus, complete or not."""
-        names = self.root.folders("targets")
-        return [name for name in names if has_targets(self.root, name, corpus)]
+        return teachers_with_targets(self.root, corpus)
 
     def targets(self, teacher: str, corpus: str) -> TargetSet:
         """A teacher's targets for a corpus.

@@ -17,6 +17,7 @@ from typing import cast
 
 from potstill.cache.entry_points import Command, command_entry_points
 from potstill.cache.errors import PotstillError
+from potstill.cache.extras import missing_module
 
 _INTERRUPTED = 128 + 2  # as shells report SIGINT
 
@@ -34,9 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except ModuleNotFoundError as error:
         # Heavy packages are imported when a command runs, and belong to extras that may not be installed.
-        if (error.name or "").partition(".")[0] in ("cache", "clients", "student_trainer", "teacher_service"):
+        if (error.name or "").partition(".")[0] == "potstill":
             raise
-        print(f"potstill: {_missing(error)}", file=sys.stderr)
+        print(f"potstill: {missing_module(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -70,7 +71,7 @@ def _dispatch(argv: list[str]) -> int:
     try:
         command = _load(commands[argv[0]])
     except ModuleNotFoundError as error:
-        print(f"potstill {argv[0]}: {_missing(error)}", file=sys.stderr)
+        print(f"potstill {argv[0]}: {missing_module(error)}", file=sys.stderr)
         return 1
     parser = argparse.ArgumentParser(prog=f"potstill {argv[0]}", description=command.SUMMARY, allow_abbrev=False)
     command.add_arguments(parser)
@@ -88,15 +89,11 @@ def _summary(point: EntryPoint) -> str:
     try:
         return _load(point).SUMMARY
     except ModuleNotFoundError as error:
-        return f"({_missing(error)})"
+        return f"({missing_module(error)})"
 
 
 def _load(point: EntryPoint) -> Command:
     return cast(Command, point.load())
-
-
-def _missing(error: ModuleNotFoundError) -> str:
-    return f"needs the module {error.name!r}; install the potstill extra that has it (teacher, trainer)"
 
 
 def _version() -> str:

@@ -26,7 +26,6 @@ Relative paths are taken from the current folder, like those on the command line
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -34,6 +33,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from potstill.cache.errors import InvalidInput, SpecMismatch
+from potstill.cache.named_files import read_toml
 from potstill.cache.types import JSON
 
 _FREE_ON_RESUME = frozenset(
@@ -206,10 +206,7 @@ class TrainConfig(_Frozen):
         Raises:
             InvalidInput: no such file, not TOML, or a bad value.
         """
-        try:
-            value = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise InvalidInput(f"{str(path)!r} cannot be read as TOML: {error}") from error
+        value = read_toml(path)
         if out is not None and isinstance(value.setdefault("train", {}), dict):
             value["train"]["out"] = out
         return cls.of(value)

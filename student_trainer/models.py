@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from potstill.cache.errors import InvalidInput, LimitExceeded
+from potstill.cache.plurals import counted
 from potstill.student_trainer.config import StudentConfig
 
 
@@ -44,7 +45,8 @@ def build_student(student: StudentConfig, *, seed: int, vocab_size: int, row_tok
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and positions < row_tokens:
         raise LimitExceeded(
-            f"student max_position_embeddings is {positions}, but the corpus has a row of {row_tokens} tokens"
+            f"student max_position_embeddings is {positions}, but the corpus has a row of "
+            f"{counted(row_tokens, 'token')}"
         )
     return model
 

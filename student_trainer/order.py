@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from potstill.cache.corpus.corpus import Corpus
 from potstill.cache.corpus.keys import KEY_BYTES
 from potstill.cache.errors import InvalidInput
+from potstill.cache.plurals import counted
 
 _KEYS_AT_ONCE = 1 << 20
 _SHARDS, _ROWS, _HELD_OUT = np.uint64(1), np.uint64(2), np.uint64(3)
@@ -45,7 +46,8 @@ def choose_held_out(num_rows: int, held_out: float, seed: int) -> NDArray[np.int
     count = int(held_out) if held_out >= 1 or held_out == 0 else max(1, round(held_out * num_rows))
     if count >= num_rows:
         raise InvalidInput(
-            f"data.held_out is {held_out!r}, {count} rows, of a corpus of {num_rows}; leave some to train on"
+            f"data.held_out is {held_out!r}, {counted(count, 'row')}, of a corpus of {num_rows:,}; "
+            "leave some to train on"
         )
     if 2 * count > num_rows:  # draw the smaller side
         rest = _distinct(num_rows, num_rows - count, seed)

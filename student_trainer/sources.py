@@ -15,6 +15,7 @@ from potstill.cache.cache import Cache
 from potstill.cache.corpus.corpus import Corpus
 from potstill.cache.encoding.logprobs import Encoding
 from potstill.cache.errors import InvalidInput, NotCommitted, SpecMismatch, UnsupportedField
+from potstill.cache.plurals import counted
 from potstill.cache.types import Fields, Targets, TeacherIdentity, Tokens
 from potstill.clients.http_targets import HttpCache
 from potstill.clients.http_teacher import SyncHttpTeacher
@@ -203,6 +204,6 @@ def _check_committed(name: str, targets: HeldTargets) -> None:
     if missing:
         first = int(np.argmin(committed))
         raise NotCommitted(
-            f"teacher {name!r} lacks {missing} of {committed.size} shards, the first is {first}; "
+            f"teacher {name!r} lacks {missing:,} of {counted(committed.size, 'shard')}, the first is {first}; "
             f"run `potstill prefill` for it"
         )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from potstill.cache.commands.root_option import add_root_argument
 from potstill.cache.errors import InvalidInput
+from potstill.cache.plurals import counted
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -76,7 +77,7 @@ def _list(cache: Cache, corpus: Corpus, name: str | None) -> int:
 def _count(values: NDArray[Any]) -> str:
     import numpy as np
 
-    rows = f"{len(values):,} rows"
+    rows = counted(len(values), "row")
     if values.dtype == bool:
         return f"{int(np.count_nonzero(values)):,} of {rows} true"
     return f"{int(np.count_nonzero(values)):,} of {rows} not 0, from {values.min().item()} to {values.max().item()}"

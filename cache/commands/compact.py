@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from potstill.cache.commands.progress import Step, progress
 from potstill.cache.commands.root_option import add_root_argument
+from potstill.cache.plurals import counted
 
 if TYPE_CHECKING:
     from potstill.cache.journal.compact import CompactProgress, CompactReport
@@ -63,9 +64,10 @@ def _summary(teacher: str, report: CompactReport) -> str:
     corpus = report.corpus
     made = "made" if report.corpus_made else "was there"
     return (
-        f"{teacher}: corpus {corpus.name} {made}, {len(corpus):,} rows, {corpus.num_positions:,} positions; "
-        f"top-{report.k} as {report.encoding}, {report.shards_written} shards committed, "
+        f"{teacher}: corpus {corpus.name} {made}, {counted(len(corpus), 'row')}, "
+        f"{counted(corpus.num_positions, 'position')}; "
+        f"top-{report.k} as {report.encoding}, {counted(report.shards_written, 'shard')} committed, "
         f"{report.shards_before} before; "
-        f"{report.segments_removed} journal segments of {report.bytes_removed:,} bytes removed, "
+        f"{counted(report.segments_removed, 'journal segment')} of {report.bytes_removed:,} bytes removed, "
         f"{report.segments_left} left"
     )

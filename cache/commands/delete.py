@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from potstill.cache.commands.root_option import add_root_argument
 from potstill.cache.errors import InvalidInput
+from potstill.cache.plurals import counted
 
 if TYPE_CHECKING:
     from potstill.cache.store.root import Root
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     root = Root.open(args.cache)
     removals = _plan_idle(root, args)
     for removal in removals:
-        print(f"{removal.title}; {removal.num_objects:,} objects, {removal.num_bytes:,} bytes")
+        print(f"{removal.title}; {counted(removal.num_objects, 'object')}, {counted(removal.num_bytes, 'byte')}")
     if not args.yes:
         if not _agreed():
             print("nothing was removed")
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     for removal in removals:
         remove(root, removal)
     stored = sum(removal.num_bytes for removal in removals)
-    print(f"removed {sum(removal.num_objects for removal in removals):,} objects, {stored:,} bytes")
+    print(f"removed {counted(sum(removal.num_objects for removal in removals), 'object')}, {counted(stored, 'byte')}")
     return 0
 
 

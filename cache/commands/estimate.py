@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from potstill.cache.commands.field_options import add_wish_options, fields_of
 from potstill.cache.commands.root_option import add_root_argument
 from potstill.cache.errors import InvalidInput
+from potstill.cache.plurals import counted
 
 if TYPE_CHECKING:
     from potstill.cache.upkeep.estimate import Basis, Estimate, Prices, Workload
@@ -81,7 +82,8 @@ def _print_table(workload: Workload, prices: Prices, basis: Basis, found: list[E
 
     columns = ("encoding", "bytes/position", "bytes", "objects", "puts to write", "USD a month", "USD to write")
     teachers = f" x {workload.teachers} teachers" if workload.teachers > 1 else ""
-    title = f"{workload.positions:,} positions{teachers}, V={workload.vocab_size:,}, {workload.shards:,} shards each"
+    positions, shards = counted(workload.positions, "position"), counted(workload.shards, "shard")
+    title = f"{positions}{teachers}, V={workload.vocab_size:,}, {shards} each"
     table = Table(*columns, title=title)
     for each in found:
         table.add_row(

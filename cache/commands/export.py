@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from potstill.cache.commands.progress import Step, progress
 from potstill.cache.commands.root_option import add_root_argument
 from potstill.cache.errors import InvalidInput
+from potstill.cache.plurals import counted
 from potstill.cache.types import Fields
 
 if TYPE_CHECKING:
@@ -58,8 +59,8 @@ def run(args: argparse.Namespace) -> int:
             targets, folder, form, shards, fields=fields, on_progress=lambda done, total: show(Step(done, total))
         )
     print(
-        f"{args.to}: {report.files_written} files written, {report.files_before} there before; "
-        f"{report.num_bytes:,} bytes in all"
+        f"{args.to}: {counted(report.files_written, 'file')} written, {report.files_before} there before; "
+        f"{counted(report.num_bytes, 'byte')} in all"
     )
     return 0
 

@@ -6,6 +6,7 @@ import argparse
 
 from potstill.cache.commands.root_option import add_root_argument
 from potstill.cache.errors import FormatError, InvalidInput
+from potstill.cache.plurals import counted
 
 SUMMARY = "remove what stopped writers left in a cache"
 
@@ -39,14 +40,14 @@ def run(args: argparse.Namespace) -> int:
     garbage = [item for item in found if item.age_seconds >= args.min_age_hours * 3600]
     removed = []
     for item in garbage:
-        print(f"{item.path}  {item.size:,} bytes")
+        print(f"{item.path}  {counted(item.size, 'byte')}")
         if args.dry_run or remove_garbage(root, item):
             removed.append(item)
     younger = len(found) - len(garbage)
     if younger:
         print(f"{younger:,} more groups are younger than {args.min_age_hours:g} h (--min-age-hours)")
     verb = "would be removed" if args.dry_run else "removed"
-    print(f"{len(removed):,} groups of {sum(item.size for item in removed):,} bytes {verb}")
+    print(f"{counted(len(removed), 'group')} of {sum(item.size for item in removed):,} bytes {verb}")
     if skipped:
         more = f"; so were {len(skipped) - 1:,} more places" if len(skipped) > 1 else ""
         raise FormatError(f"{skipped[0]}; what it may name was left alone{more}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from potstill.cache.commands.progress import Step, progress
 from potstill.cache.errors import InvalidInput
+from potstill.cache.plurals import counted
 from potstill.cache.types import Fields, TeacherIdentity
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def _summary(teacher: str, corpus: str, report: ImportReport) -> str:
     made = "made" if report.corpus_made else "was there"
     absent = f", {report.shards_absent} not in the files" if report.shards_absent else ""
     return (
-        f"{teacher}: {report.shards_written} shards committed, {report.shards_before} before{absent}; "
+        f"{teacher}: {counted(report.shards_written, 'shard')} committed, {report.shards_before} before{absent}; "
         f"corpus {corpus} {made}"
     )
 
@@ -96,7 +97,7 @@ def _scaled(form: RowFormat) -> str:
     if not isinstance(form, CompressedRows) or not form.scaled.positions:
         return ""
     count, most = form.scaled.positions, form.scaled.most
-    return f"; {count:,} positions held more than all mass (at most {most:.4g}) and were scaled to it"
+    return f"; {counted(count, 'position')} held more than all mass (at most {most:.4g}) and were scaled to it"
 
 
 def _format(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from potstill.cache.commands.progress import Step, progress
+from potstill.cache.plurals import counted
 
 SUMMARY = "make a sealed corpus of text, JSONL or Parquet"
 
@@ -36,13 +37,13 @@ def run(args: argparse.Namespace) -> int:
     with progress("ingest", "tokens") as show:
 
         def on_progress(at: IngestProgress) -> None:
-            show(Step(at.tokens, None, f"{at.files_done}/{at.files} files"))
+            show(Step(at.tokens, None, f"{at.files_done}/{counted(at.files, 'file')}"))
 
         corpus = ingest(cache.root, args.corpus, args.sources, tokenizer, plan, on_progress=on_progress)
     spec = corpus.spec
     print(
-        f"corpus {corpus.name}: {spec.num_positions:,} positions in {spec.num_rows:,} rows and {spec.num_shards:,} "
-        f"shards from {sum(s.documents for s in spec.sources):,} documents of {len(spec.sources):,} files; "
-        f"{spec.duplicate_rows:,} duplicate rows"
+        f"corpus {corpus.name}: {counted(spec.num_positions, 'position')} in {counted(spec.num_rows, 'row')} and "
+        f"{counted(spec.num_shards, 'shard')} from {counted(sum(s.documents for s in spec.sources), 'document')} "
+        f"of {counted(len(spec.sources), 'file')}; {counted(spec.duplicate_rows, 'duplicate row')}"
     )
     return 0

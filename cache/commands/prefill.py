@@ -14,6 +14,7 @@ from potstill.cache.commands.root_option import add_root_argument
 from potstill.cache.entry_points import open_teacher
 from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput, LimitExceeded, SpecMismatch, StoreError
 from potstill.cache.logins import without_login
+from potstill.cache.plurals import counted
 from potstill.cache.types import Fields, Teacher
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def _nothing_to_do(cache: Cache, corpus: Corpus, name: str, spec: str, *, fields
     targets.fold()
     shards = corpus.num_shards
     print(
-        f"{name}: {shards} of {shards} shards committed ({shards} before), nothing to do; "
+        f"{name}: {shards:,} of {counted(shards, 'shard')} committed ({shards:,} before), nothing to do; "
         f"{without_login(spec)} was not opened, so it was not checked to be the stored teacher {identity.model!r} still"
     )
     return True
@@ -138,7 +139,7 @@ def _committed_so_far(targets: TargetSet) -> str:
         committed = targets.committed
     except StoreError:
         return ""  # it is what stopped the run, and is said there
-    return f"{int(committed.sum())} of {len(committed)} shards are committed, "
+    return f"{int(committed.sum()):,} of {counted(len(committed), 'shard')} committed so far, "
 
 
 def _way_on(error: BaseException) -> str:
@@ -156,8 +157,10 @@ async def _fill_with_progress(teacher: Teacher, targets: TargetSet, plan: FillPl
     with progress(f"prefill {targets.teacher}", "tokens") as show:
 
         def on_progress(at: FillProgress) -> None:
-            waiting = f", waiting for {at.waiting_for} shards of other jobs" if at.waiting_for else ""
-            show(Step(at.positions_scored, at.positions, f"{at.shards_committed}/{at.shards} shards{waiting}"))
+            waiting = f", waiting for {counted(at.waiting_for, 'shard')} of other jobs" if at.waiting_for else ""
+            show(
+                Step(at.positions_scored, at.positions, f"{at.shards_committed}/{counted(at.shards, 'shard')}{waiting}")
+            )
 
         return await fill(teacher, targets, plan, on_progress=on_progress)
 
@@ -167,8 +170,8 @@ def _check_limits(teacher: Teacher, corpus: Corpus, fields: Fields) -> None:
     limits, longest = teacher.limits, corpus.spec.longest_row
     if limits.max_row_tokens is not None and longest > limits.max_row_tokens:
         raise LimitExceeded(
-            f"corpus {corpus.name!r} has a row of {longest} tokens, the teacher reads {limits.max_row_tokens}; "
-            f"ingest it again with --row-tokens {limits.max_row_tokens}"
+            f"corpus {corpus.name!r} has a row of {counted(longest, 'token')}, the teacher reads "
+            f"{limits.max_row_tokens}; ingest it again with --row-tokens {limits.max_row_tokens}"
         )
     if limits.max_top_k is not None and fields.k > limits.max_top_k:
         raise LimitExceeded(
@@ -182,8 +185,8 @@ def _summary(name: str, targets: TargetSet, report: FillReport) -> str:
     if report.shards_lost:
         lost += f", {report.shards_lost} scored here in vain"
     return (
-        f"{name}: {shards} of {shards} shards committed ({report.shards_before} before{lost}); scored "
-        f"{report.positions_scored:,} positions in {report.seconds:.1f} s, "
+        f"{name}: {shards:,} of {counted(shards, 'shard')} committed ({report.shards_before:,} before{lost}); scored "
+        f"{counted(report.positions_scored, 'position')} in {report.seconds:.1f} s, "
         f"{report.positions_scored / max(report.seconds, 1e-9):,.0f} tokens/s"
     )
 

@@ -15,6 +15,7 @@ from potstill.cache.commands.root_option import add_root_argument
 from potstill.cache.entry_points import open_teacher
 from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput, UnknownTeacher
 from potstill.cache.logins import without_login
+from potstill.cache.plurals import counted
 
 if TYPE_CHECKING:
     from potstill.cache.targets.target_set import TargetSet
@@ -114,12 +115,13 @@ def _print_findings(root: str, found: _Summary, *, stopped: bool, total: int) ->
     if found.nothing and not stopped:
         print(f"there is nothing to check in {without_login(root)}; `potstill ingest` makes a cache")
         return
-    checked = f"{found.shards:,} shards and {found.others:,} other groups checked"
+    checked = f"{counted(found.shards, 'shard')} and {counted(found.others, 'other group')} checked"
+    corrupt = counted(len(found.corrupt), "corrupt object")
     if stopped:
         left = max(total - found.shards - found.others, 0)
-        print(f"stopped: {checked}, {len(found.corrupt):,} corrupt objects; about {left:,} groups were not looked at")
+        print(f"stopped: {checked}, {corrupt}; about {counted(left, 'group')} not looked at")
     else:
-        print(f"{checked}, {len(found.corrupt):,} corrupt objects")
+        print(f"{checked}, {corrupt}")
 
 
 def _print_ways_out(root: str, found: _Summary) -> None:
@@ -146,7 +148,8 @@ def _run_live(args: argparse.Namespace) -> int:
     cache = Cache.open(args.cache)
     corpora = [args.corpus] if args.corpus else [c for c in cache.corpora() if name in cache.teachers(c)]
     if not corpora:
-        raise UnknownTeacher(f"teacher {name!r} has no targets in {args.cache}; `potstill inspect` shows who has")
+        known = ", ".join(cache.root.folders("targets")) or "none"
+        raise UnknownTeacher(f"teacher {name!r} has no targets in {args.cache}; there are those of: {known}")
     targets = {corpus: cache.targets(name, corpus).top_k_only() for corpus in corpora}
     drifts, corrupt = asyncio.run(_measure(spec, targets, args))
     ok = not corrupt and all(drift.within(args.tolerance) for drift in drifts.values())
@@ -188,8 +191,9 @@ async def _measure(
 def _print_drift(teacher: str, corpus: str, drift: Drift, tolerance: float) -> None:
     verdict = "within" if drift.within(tolerance) else "MORE THAN"
     print(
-        f"{teacher} on {corpus}: {drift.rows} rows, {drift.positions:,} positions scored again; |logprob difference| "
-        f"max {drift.max_abs:.4f}, mean {drift.mean_abs:.5f} nats; KL(stored || live) mean {drift.mean_kl:.2e} nats; "
+        f"{teacher} on {corpus}: {counted(drift.rows, 'row')}, {counted(drift.positions, 'position')} scored again; "
+        f"|logprob difference| max {drift.max_abs:.4f}, mean {drift.mean_abs:.5f} nats; "
+        f"KL(stored || live) mean {drift.mean_kl:.2e} nats; "
         f"{drift.same_ids:.2%} of the ids are the same; labels max {drift.label_max_abs:.4f} nats"
     )
     print(f"  {verdict} the bound of {drift.encoding}, {drift.bound:g} nats, and a tolerance of {tolerance:g}")

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potstill.cache.errors import AlreadyExists, CorruptSegment, FormatError, InvalidInput, NotFound, SpecMismatch
+from potstill.cache.plurals import counted
 from potstill.cache.store.groups import (
     GroupReader,
     GroupWriter,
@@ -170,7 +171,7 @@ def _storable(corpus: AnnotatedCorpus, name: str, values: NDArray[Any]) -> NDArr
     if values.shape != (corpus.num_rows,):
         raise InvalidInput(
             f"annotation {name!r} has values of shape {list(values.shape)}, corpus {corpus.name!r} has "
-            f"{corpus.num_rows} rows; give one value a row"
+            f"{counted(corpus.num_rows, 'row')}; give one value a row"
         )
     if values.dtype.name not in _DTYPES:
         raise InvalidInput(f"annotation {name!r} is {values.dtype}; take bool, int8 to int64, float32 or float64")

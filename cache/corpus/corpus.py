@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 from potstill.cache.corpus.annotations import AnnotatedCorpus, corrupt_annotations, list_annotations, read_annotation
 from potstill.cache.corpus.keys import KEY_BYTES, KEY_ORDER, SORTED_KEYS, KeyIndex, KeysInMemory, row_key
 from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput, StoreError, UnknownCorpus
+from potstill.cache.plurals import counted
 from potstill.cache.store.groups import GroupReader, Reading, objects_from_json, objects_to_json
 from potstill.cache.store.record import group_metadata, read_group_metadata
 from potstill.cache.store.root import Root, StoredObject, check_name, is_name
@@ -202,7 +203,9 @@ class Corpus:
             InvalidInput: a range outside the corpus. CorruptSegment: stored bytes are damaged.
         """
         if not 0 <= start <= stop <= len(self):
-            raise InvalidInput(f"rows {start} to {stop} are outside corpus {self.name!r} of {len(self)} rows")
+            raise InvalidInput(
+                f"rows {start} to {stop} are outside corpus {self.name!r} of {counted(len(self), 'row')}"
+            )
         self._reader.expect("row_starts", (len(self) + 1,), ("int64",))
         starts = self._reader.read("row_starts", start, stop + 1).astype(np.int64, copy=False)
         if starts[0] < start or starts[-1] > self.num_positions or (np.diff(starts) < 1).any():
@@ -219,7 +222,7 @@ class Corpus:
         outside = (wanted < 0) | (wanted >= len(self))
         if outside.any():
             row = wanted[outside.argmax()]
-            raise InvalidInput(f"row {row} is outside corpus {self.name!r} of {len(self)} rows")
+            raise InvalidInput(f"row {row} is outside corpus {self.name!r} of {counted(len(self), 'row')}")
         ranges = np.empty((len(wanted), 2), dtype=np.int64)
         pages = wanted // _PAGE_ROWS
         for page in np.unique(pages):

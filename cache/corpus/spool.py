@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from potstill.cache.corpus.keys import KEY_RECORD, key_records, row_keys
 from potstill.cache.errors import InvalidInput
+from potstill.cache.plurals import counted
 from potstill.cache.store.root import store_errors
 from potstill.cache.types import Tokens
 
@@ -109,7 +110,7 @@ class RowSpool:
             if not len(row):
                 raise InvalidInput(f"row {index} is empty; a row has at least one token: leave it out")
             raise InvalidInput(
-                f"row {index} has {len(row)} tokens, the corpus takes rows of up to {self._row_tokens}; "
+                f"row {index} has {counted(len(row), 'token')}, the corpus takes rows of up to {self._row_tokens}; "
                 "raise --row-tokens or cut it first"
             )
         return len(row)

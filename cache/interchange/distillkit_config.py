@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from potstill.cache.errors import InvalidInput
+from potstill.cache.named_files import read_named
 from potstill.cache.store.root import store_errors
 
 CONFIG_NAME = "compression_config.yaml"
@@ -105,8 +106,8 @@ def read_config(path: str | Path) -> CompressionConfig:
         InvalidInput: no such file, or not a config.
     """
     try:
-        value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        value = yaml.safe_load(read_named(path))
+    except (ValueError, yaml.YAMLError) as error:
         raise InvalidInput(f"{str(path)!r} cannot be read as a compression config: {error}") from error
     try:
         return config_from_mapping(value)

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from potstill.cache.errors import FormatError, InvalidInput, NotCommitted, SpecMismatch
+from potstill.cache.plurals import counted
 from potstill.cache.row_batches import row_batches
 from potstill.cache.store.root import store_errors
 from potstill.cache.targets.target_set import TargetSet
@@ -196,7 +197,7 @@ def export_shards(
         lacking = [each for each in targets.sets if any(each.commits.of(shard) is None for shard in missing)]
         ways = ", and with ".join(each.spec.fill_options for each in lacking)
         raise NotCommitted(
-            f"{len(missing)} of {len(shards)} shards have no targets of teacher {targets.teacher!r} yet, the first is "
+            f"teacher {targets.teacher!r} lacks {len(missing):,} of {counted(len(shards), 'shard')}, the first is "
             f"{missing[0]}; run `potstill prefill` with {ways}, or take --shards that have"
         )
     with store_errors(str(folder)):

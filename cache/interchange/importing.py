@@ -18,6 +18,7 @@ from potstill.cache.errors import SpecMismatch, UnknownCorpus
 from potstill.cache.interchange.formats import Origin, RowFormat
 from potstill.cache.interchange.parquet import ListColumns
 from potstill.cache.interchange.row_files import RowFile, RowReader, came_from, placed
+from potstill.cache.plurals import counted
 from potstill.cache.store.root import check_name
 from potstill.cache.targets.lineage import Handed, imported
 from potstill.cache.targets.target_set import TargetSet
@@ -144,7 +145,8 @@ def _at_rows_of(corpus: Corpus, files: Sequence[RowFile]) -> Sequence[RowFile]:
     count = sum(file.num_rows for file in files)
     if count != len(corpus):
         raise SpecMismatch(
-            f"corpus {corpus.name!r} has {len(corpus)} rows, the files have {count}; import into another corpus"
+            f"corpus {corpus.name!r} has {counted(len(corpus), 'row')}, the files have {count:,}; "
+            "import into another corpus"
         )
     return files
 

@@ -17,7 +17,7 @@ from potstill.cache.corpus.keys import KEY_BYTES
 from potstill.cache.encoding.logprobs import ENCODINGS, Encoding, RankTable, encoding_by_name
 from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput, NotFound, StoreError
 from potstill.cache.journal.index import JournalIndex
-from potstill.cache.journal.segment import TOKENS, JournalSegment, SegmentRecord, journal_records
+from potstill.cache.journal.segment import TOKENS, JournalSegment, SegmentRecord, journal_records, teacher_of
 from potstill.cache.store.root import Root
 from potstill.cache.types import Provenance, Targets, TeacherIdentity, Tokens
 
@@ -52,7 +52,8 @@ class JournalRows:
         paths = journal_records(root, teacher)
         records = [record for path in paths if (record := SegmentRecord.read(root, path)) is not None]
         if not records:
-            raise NotFound(f"the journal in {root.url} keeps nothing of teacher {teacher!r}")
+            known = ", ".join(journal_teachers(root)) or "none"
+            raise NotFound(f"teacher {teacher!r} has no journal in {root.url}; there are journals of: {known}")
         newest = max(records, key=lambda record: (record.sealed, record.path))
         own = [record for record in records if record.identity == newest.identity]
         k = _one_k(teacher, k, own)
@@ -98,6 +99,11 @@ class JournalRows:
         """The decoded targets of rows, for a rank table."""
         places = [place for place in self.locate(keys) if place is not None]
         return Targets.concat([segment.read([row])[0].prefix(self.k) for segment, row in places])
+
+
+def journal_teachers(root: Root) -> list[str]:
+    """Names of the teachers that have a journal."""
+    return sorted({teacher_of(path) for path in journal_records(root)})
 
 
 def _one_k(teacher: str, k: int | None, records: Sequence[SegmentRecord]) -> int:

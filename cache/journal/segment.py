@@ -380,7 +380,7 @@ def journal_records(root: Root, teacher: str | None = None) -> list[str]:
         for name in root.objects(f"journal/{process}")
         if name.endswith(".json")
     ]
-    return [path for path in paths if teacher is None or _teacher_of(path) == teacher]
+    return [path for path in paths if teacher is None or teacher_of(path) == teacher]
 
 
 def corrupt_journal_objects(root: Root, path: str) -> list[str]:
@@ -394,5 +394,6 @@ def corrupt_journal_objects(root: Root, path: str) -> list[str]:
     return found if root.get(f"{path}.json") is not None else []
 
 
-def _teacher_of(path: str) -> str:
+def teacher_of(path: str) -> str:
+    """The name of the teacher whose segment lies under a journal path."""
     return path.rsplit("/", 1)[-1].rpartition("-")[0]

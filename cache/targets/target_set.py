@@ -52,7 +52,11 @@ class TargetSet:
         """
         sets = _open_sets(root, teacher, corpus, reading)
         if not sets:
-            raise UnknownTeacher(f"teacher {teacher!r} has no targets for corpus {corpus.name!r} in {root.url}")
+            known = ", ".join(teachers_with_targets(root, corpus.name)) or "none"
+            raise UnknownTeacher(
+                f"teacher {teacher!r} has no targets for corpus {corpus.name!r} in {root.url}; "
+                f"there are those of: {known}"
+            )
         return cls(teacher, corpus, sets)
 
     @classmethod
@@ -316,6 +320,11 @@ def has_targets(root: Root, teacher: str, corpus: str) -> bool:
     """Whether a teacher's target set for a corpus was begun."""
     paths = segment_set_paths(root, targets_path(teacher, corpus))
     return any(root.get(f"{path}/zarr.json") is not None for path in paths)
+
+
+def teachers_with_targets(root: Root, corpus: str) -> list[str]:
+    """Names of the teachers that have targets for a corpus, complete or not."""
+    return [name for name in root.folders("targets") if has_targets(root, name, corpus)]
 
 
 def _open_sets(root: Root, teacher: str, corpus: Corpus, reading: Reading) -> list[SegmentSet]:

@@ -16,6 +16,8 @@ from potstill.cache.corpus.corpus import Corpus, corpus_path
 from potstill.cache.errors import NotFound, PotstillError, UnknownCorpus, UnknownTeacher
 from potstill.cache.fill.shard_queue import claim_name
 from potstill.cache.journal.journal import journal_records
+from potstill.cache.journal.rows import journal_teachers
+from potstill.cache.plurals import counted
 from potstill.cache.store.claims import time_to_live
 from potstill.cache.store.root import Root, check_name, is_name
 from potstill.cache.targets.commit import commit_name
@@ -116,15 +118,14 @@ def plan_journal(root: Root, teacher: str) -> list[Removal]:
         NotFound: there is nothing.
     """
     check_name("teacher", teacher)
-    owners = {path: path.rpartition("/")[2].rpartition("-")[0] for path in journal_records(root)}
-    paths = [path for path, owner in owners.items() if owner == teacher]
+    paths = journal_records(root, teacher)
     if not paths:
-        known = ", ".join(sorted(set(owners.values()))) or "none"
+        known = ", ".join(journal_teachers(root)) or "none"
         raise NotFound(f"teacher {teacher!r} has no journal in {root.url}; there are journals of: {known}")
     sizes = [root.sizes(path) for path in paths]
     phases = (tuple(f"{path}.json" for path in paths), tuple(f"{path}/" for path in paths))
     count, stored = sum(map(len, sizes)) + len(paths), sum(sum(each.values()) for each in sizes)
-    return [Removal(f"journal of teacher {teacher!r}: {len(paths):,} segments", phases, count, stored)]
+    return [Removal(f"journal of teacher {teacher!r}: {counted(len(paths), 'segment')}", phases, count, stored)]
 
 
 def remove(root: Root, removal: Removal) -> None:
@@ -185,7 +186,7 @@ def _segment_set(root: Root, path: str) -> Removal:
     )
     count = sum(map(len, sizes)) + len(objects)
     stored = sum(sum(each.values()) for each in sizes)
-    return Removal(f"{path}: {commits:,} shards", tuple(phase for phase in phases if phase), count, stored)
+    return Removal(f"{path}: {counted(commits, 'shard')}", tuple(phase for phase in phases if phase), count, stored)
 
 
 def _shards(root: Root, path: str, shards: Sequence[int]) -> Removal:

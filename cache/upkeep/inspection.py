@@ -19,6 +19,7 @@ from potstill.cache.corpus.annotations import open_annotation
 from potstill.cache.corpus.corpus import Corpus
 from potstill.cache.errors import CorruptSegment, FormatError, SpecMismatch
 from potstill.cache.journal.segment import SegmentRecord, journal_records
+from potstill.cache.plurals import counted
 from potstill.cache.store.groups import Reading
 from potstill.cache.store.root import Root, StoredObject
 from potstill.cache.targets.commit import Commit
@@ -170,7 +171,7 @@ def against_text(measured_against: Sequence[Mapping[str, Any]]) -> str:
     """`measured_against` of a set in a few words; a dash when nothing was measured."""
     if len(measured_against) < 2:
         return "".join(each["what"] for each in measured_against) or "-"
-    return "; ".join(f"{each['shards']:,} shards: {each['what']}" for each in measured_against)
+    return "; ".join(f"{counted(each['shards'], 'shard')}: {each['what']}" for each in measured_against)
 
 
 def _describe_corpus(root: Root, corpus: Corpus) -> dict[str, Any]:

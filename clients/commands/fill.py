@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from potstill.cache.commands.field_options import add_field_options, field_arguments, fields_of
 from potstill.cache.errors import InvalidInput
 from potstill.cache.logins import without_login
+from potstill.cache.plurals import counted
 from potstill.clients.commands.service_options import add_service_options, key_of
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def _watched(watch: FillWatch, at: dict[str, Any], args: argparse.Namespace) -> 
                 time.sleep(pause)
                 pause = min(2.0, pause * 1.5)
                 at = watch.look()
-                shards = f"{at['shards_committed']}/{at['shards'] - at['shards_before']} shards"
+                shards = f"{at['shards_committed']}/{counted(at['shards'] - at['shards_before'], 'shard')}"
                 show(Step(at["positions_scored"], at["positions"] or None, shards + _waiting(at)))
     except KeyboardInterrupt:
         print(f"the job goes on in the service; `{_command(args, stop=True)}` ends it", file=sys.stderr)
@@ -100,7 +101,7 @@ def _waiting(at: dict[str, Any]) -> str:
         return f", told to come back later ({told['kind']}: {told['detail']})"
     if at["state"] == "waiting":
         return ", waiting for its turn among the service's jobs"
-    return f", waiting for {at['waiting_for']} shards of other jobs" if at["waiting_for"] else ""
+    return f", waiting for {counted(at['waiting_for'], 'shard')} of other jobs" if at["waiting_for"] else ""
 
 
 def _command(args: argparse.Namespace, *, stop: bool = False) -> str:
@@ -120,17 +121,18 @@ def _begun(at: dict[str, Any], args: argparse.Namespace) -> str:
 
     left_out = "" if login_of(args.url) is None else "\n(without the key of the URL: put it into POTSTILL_API_KEY)"
     return (
-        f"{at['teacher']} on {at['corpus']}: {at['state']} in the service; {at['shards_before']} of {at['shards']} "
-        f"shards were committed before it\nwatch it: {_command(args)}\nstop it: {_command(args, stop=True)}{left_out}"
+        f"{at['teacher']} on {at['corpus']}: {at['state']} in the service; {at['shards_before']:,} of "
+        f"{counted(at['shards'], 'shard')} committed before it\n"
+        f"watch it: {_command(args)}\nstop it: {_command(args, stop=True)}{left_out}"
     )
 
 
 def _summary(at: dict[str, Any], args: argparse.Namespace) -> str:
     done = at["shards_before"] + at["shards_committed"]
     line = (
-        f"{at['teacher']} on {at['corpus']}: {at['state']}, {done} of {at['shards']} shards committed "
-        f"({at['shards_before']} before); scored {at['positions_scored']:,} positions in {at['seconds']:.1f} s, "
-        f"{at['positions_per_second']:,.0f} tokens/s"
+        f"{at['teacher']} on {at['corpus']}: {at['state']}, {done:,} of {counted(at['shards'], 'shard')} committed "
+        f"({at['shards_before']} before); scored {counted(at['positions_scored'], 'position')} in "
+        f"{at['seconds']:.1f} s, {at['positions_per_second']:,.0f} tokens/s"
     )
     if at["error"]:
         line += f"; {at['error']['kind']}: {at['error']['detail']}"

@@ -18,13 +18,14 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate the final model, or the newest checkpoint of a run that is not finished."""
     import json
 
+    from potstill.cache.plurals import counted
     from potstill.student_trainer.run import evaluate_run
 
     found = evaluate_run(args.run_dir)
     if args.json:
         print(json.dumps(found.to_json()))
         return 0
-    print(f"{found.rows} held-out rows, {found.tokens:,} tokens")
+    print(f"{counted(found.rows, 'held-out row')}, {counted(found.tokens, 'token')}")
     print(f"cross-entropy {found.ce:.4f} nats/token")
     for name, teacher in found.teachers.items():
         print(

@@ -25,6 +25,7 @@ def run(args: argparse.Namespace) -> int:
     """Train until done or asked to stop. 0 when done; 128 + signal when stopped, with a checkpoint."""
     from rich.console import Console
 
+    from potstill.cache.plurals import counted
     from potstill.student_trainer.config import TrainConfig
 
     config = TrainConfig.from_toml(args.config, out=args.out)
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     if not result.finished:
         print(f"stopped at step {result.step} of {config.train.steps}; the same command goes on from there")
         return 128 + stop.signal_number
-    print(f"trained on {result.tokens:,} tokens in {result.seconds:,.0f} s")
+    print(f"trained on {counted(result.tokens, 'token')} in {result.seconds:,.0f} s")
     if result.held_out is not None:
         print(f"held-out {held_out_text(result.held_out.to_json())}")
     print(f"model: {result.run_dir / 'model'}")

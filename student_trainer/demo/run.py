@@ -21,6 +21,7 @@ from potstill.cache.corpus.ingest import IngestPlan, ingest
 from potstill.cache.corpus.tokenizer import load_tokenizer
 from potstill.cache.errors import InvalidInput
 from potstill.cache.fill.loop import FillPlan, FillReport
+from potstill.cache.plurals import counted
 from potstill.cache.types import JSON, Fields
 from potstill.clients.http_teacher import HttpTeacher
 from potstill.student_trainer.demo.plan import CORPUS, TEACHER, DemoPlan
@@ -68,7 +69,10 @@ def run_demo(
         model = materialise(plan.models)
     with stages.stage("ingest", "ingest the help topics of the standard library into a sealed corpus"):
         cache, corpus = _ingest(plan, model)
-        console.print(f"      {corpus.num_positions:,} tokens in {len(corpus)} rows, {corpus.num_shards} shards")
+        console.print(
+            f"      {counted(corpus.num_positions, 'token')} in {counted(len(corpus), 'row')}, "
+            f"{counted(corpus.num_shards, 'shard')}"
+        )
     log = plan.out / "service.log"
     with (
         stages.stage("prefill", "start the service and prefill the cache through it"),

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from potstill.cache.errors import InvalidInput, PotstillError, TeacherFailed, Unavailable
+from potstill.cache.extras import missing_module
 from potstill.cache.types import Targets
 from potstill.teacher_service.capture.layout import Asked
 from potstill.teacher_service.engine.vllm_engine import EngineFacts, VllmEngine, one_line
@@ -165,6 +166,8 @@ class EngineThread:
     def _open_engine(self) -> VllmEngine:
         try:
             return VllmEngine(self._arguments, cpu_kv_cache_bytes=self._cpu_kv_cache_bytes, capture=self._capture)
+        except ModuleNotFoundError as error:
+            raise InvalidInput(f"the teacher {self._name!r} {missing_module(error)}") from error
         except ImportError as error:
             raise InvalidInput(f"vLLM cannot be imported: {one_line(error)}") from error
         except (ValueError, OSError) as error:

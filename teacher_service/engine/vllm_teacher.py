@@ -25,6 +25,7 @@ import numpy as np
 
 from potstill.cache.corpus.tokenizer import fingerprint, load_tokenizer
 from potstill.cache.errors import InvalidInput, LimitExceeded, UnsupportedField
+from potstill.cache.plurals import counted
 from potstill.cache.types import JSON, Fields, Provenance, Targets, TeacherIdentity, TeacherLimits, Tokens
 from potstill.teacher_service.capture.layout import Asked
 from potstill.teacher_service.engine.thread import EngineThread, Job
@@ -222,7 +223,7 @@ class VllmTeacher:
             raise InvalidInput(f"row {index} is empty; a row has at least one token")
         if len(ids) > self._max_row_tokens:
             raise LimitExceeded(
-                f"row {index} has {len(ids)} tokens, over this teacher's limit of {self._max_row_tokens};"
+                f"row {index} has {counted(len(ids), 'token')}, over this teacher's limit of {self._max_row_tokens};"
                 f" ingest with --row-tokens {self._max_row_tokens}"
             )
         vocab_size = self.identity.vocab_size

@@ -26,6 +26,7 @@ from potstill.cache.errors import (
     SpecMismatch,
     TeacherFailed,
 )
+from potstill.cache.plurals import counted
 from potstill.cache.types import JSON, Fields, Targets, Teacher, Tokens
 from potstill.cache.wrapped_teacher import WrappedTeacher
 from potstill.teacher_service.access.auth import Caller, caller, current_caller
@@ -247,7 +248,7 @@ def _plan(cache: Cache, corpus: str, name: str, teacher: Teacher, order: FillOrd
     limits, longest, k = teacher.limits, targets.corpus.spec.longest_row, targets.fields.k
     if limits.max_row_tokens is not None and longest > limits.max_row_tokens:
         raise LimitExceeded(
-            f"corpus {corpus!r} has a row of {longest} tokens, the teacher reads {limits.max_row_tokens}; "
+            f"corpus {corpus!r} has a row of {counted(longest, 'token')}, the teacher reads {limits.max_row_tokens}; "
             f"ingest it again with --row-tokens {limits.max_row_tokens}"
         )
     most = min(limits.max_top_k or identity.vocab_size, identity.vocab_size)

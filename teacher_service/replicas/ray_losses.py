@@ -16,6 +16,7 @@ from ray.exceptions import ActorDiedError, GetTimeoutError, ObjectLostError, Ray
 from ray.serve.exceptions import RayServeException, ReplicaUnavailableError
 
 from potstill.cache.errors import PotstillError, SpecMismatch, TeacherFailed, Unavailable
+from potstill.cache.plurals import counted
 from potstill.teacher_service.replicas.ray_replica import Refused, ScoreCall
 
 LOST = (RayActorError, ObjectLostError, TaskCancelledError, GetTimeoutError, RayServeException)
@@ -76,9 +77,9 @@ class Losses:
         if isinstance(cause, SpecMismatch):
             return cause
         if self.by_its_rows:
-            rows = f"{len(call.lengths)} rows of {len(call.tokens)} tokens"
+            rows = f"{counted(len(call.lengths), 'row')} of {counted(len(call.tokens), 'token')}"
             return TeacherFailed(
-                f"{len(self._crashed)} replicas of teacher {teacher!r} crashed while they scored these {rows},"
+                f"{len(self._crashed)} replicas of teacher {teacher!r} crashed while they scored {rows},"
                 f" {len(self._crashed_alone)} of them with no other call, the last by: {cause.detail};"
                 " do not retry them: send fewer at a time to find the one, or ask for less"
             )

@@ -7,7 +7,6 @@ first that has it: one `--teacher` replaces the file's list of teachers. The res
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias
@@ -24,6 +23,7 @@ from pydantic import (
 )
 
 from potstill.cache.errors import InvalidInput
+from potstill.cache.named_files import read_toml
 from potstill.teacher_service.settings.replicas import AutoscaleSettings, RaySettings, ReplicaSettings, ResourceSettings
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -247,7 +247,7 @@ def load_settings(
     """
     given = {key: value for key, value in command_line.items() if value is not None}
     from_environment = _from_environment(environment)
-    from_file = {} if config is None else _from_file(config)
+    from_file = {} if config is None else read_toml(config)
     merged = {**from_file, **from_environment, **given}
     if not merged.get("teachers"):
         raise InvalidInput("no teacher to serve; give --teacher NAME=MODEL or [[teachers]] in the TOML file")
@@ -278,15 +278,6 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     if unknown:
         raise InvalidInput(f"unknown environment variable {unknown[0]}; known are {', '.join(ENVIRONMENT)}")
     return {key: environment[name] for name, key in ENVIRONMENT.items() if name in environment}
-
-
-def _from_file(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InvalidInput(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"{path}: not TOML: {error}") from error
 
 
 def _explain(error: ValidationError) -> str:

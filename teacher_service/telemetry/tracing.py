@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from typing import Any, Protocol
 
 from potstill.cache.errors import InvalidInput
+from potstill.cache.extras import missing_module
 
 
 class Tracer(Protocol):
@@ -84,8 +85,7 @@ def open_tracer(endpoint: str) -> OtelTracer:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
     except ImportError as error:
         raise InvalidInput(
-            f"tracing.endpoint is {endpoint!r}, but OpenTelemetry is not installed ({error.name}); "
-            "install potstill[otel] or take the endpoint away"
+            f"tracing.endpoint is {endpoint!r}, which {missing_module(error)}; or take the endpoint away"
         ) from error
     provider = TracerProvider(resource=Resource.create({"service.name": "potstill"}))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))

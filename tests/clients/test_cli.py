@@ -118,7 +118,7 @@ def test_ctrl_c_is_one_line_and_status_130(commands: Path) -> None:
 
 
 def test_a_reader_that_has_had_enough_is_no_traceback(commands: Path) -> None:
-    line = f"{sys.executable} -m clients.cli shout --n 200000 | head -n 1"
+    line = f"{sys.executable} -m potstill.clients.cli shout --n 200000 | head -n 1"
     done = subprocess.run(
         ["bash", "-c", line],
         capture_output=True,

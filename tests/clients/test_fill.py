@@ -97,7 +97,7 @@ def test_no_watch_tells_what_runs_and_the_commands_that_watch_and_stop_it(
         assert run(*names(url), *FIELDS, "--no-watch") == 0
         told, watch, stop = capsys.readouterr().out.splitlines()
         shards = cache.corpus("docs").num_shards
-        assert told == f"fake on docs: running in the service; 0 of {shards} shards were committed before it"
+        assert told == f"fake on docs: running in the service; 0 of {shards} shards committed before it"
         assert watch == f"watch it: {shlex.join(['potstill', *names(url), *FIELDS])}"
         assert stop == f"stop it: {shlex.join(['potstill', *names(url), '--stop'])}"
         shut.gate.set()
@@ -105,7 +105,7 @@ def test_no_watch_tells_what_runs_and_the_commands_that_watch_and_stop_it(
         assert run(*shlex.split(watch)[3:]) == 0
         assert f"fake on docs: done, {shards} of {shards} shards committed (0 before)" in capsys.readouterr().out
         assert run(*names(url), *FIELDS, "--no-watch") == 0
-        assert f"{shards} of {shards} shards were committed before it" in capsys.readouterr().out
+        assert f"{shards} of {shards} shards committed before it" in capsys.readouterr().out
 
 
 def test_refusals_name_the_command_and_the_http_method(

@@ -90,13 +90,14 @@ def test_cross_entropy_alone_needs_no_teacher() -> None:
     assert config_of(ROOT, OUT, teachers=[], train={"alpha": 0}).weights == ()
 
 
-@pytest.mark.parametrize("text", ["not toml", None])
-def test_an_unreadable_file_is_named(tmp_path: Path, text: str | None) -> None:
+@pytest.mark.parametrize(("text", "told"), [("not toml", "not TOML: Expected"), (None, "there is no file")])
+def test_an_unreadable_file_is_named(tmp_path: Path, text: str | None, told: str) -> None:
     file = tmp_path / "run.toml"
     if text is not None:
         file.write_text(text)
-    with pytest.raises(InvalidInput, match=r"run\.toml"):
+    with pytest.raises(InvalidInput, match=r"run\.toml") as error:
         TrainConfig.from_toml(file)
+    assert told in str(error.value)
 
 
 def test_a_run_goes_on_under_what_does_not_change_it() -> None:

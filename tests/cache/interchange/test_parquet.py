@@ -103,7 +103,7 @@ def test_an_export_goes_on_where_it_stopped_and_refuses_a_folder_of_another(
     before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.parquet")}
     capsys.readouterr()
     assert run(*export(tmp_path / "a", folder)) == 0
-    assert "1 files written, 3 there before" in capsys.readouterr().out
+    assert "1 file written, 3 there before" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
     assert {name: (folder / name).stat().st_mtime_ns for name in before} == before
     assert "fields differs" not in refused(capsys, *export(tmp_path / "a", folder, "--top-k", 9))
@@ -174,7 +174,7 @@ def test_targets_that_are_not_all_there_are_not_exported(tmp_path: Path, capsys:
     rows = range(int(corpus.shard_rows[1]))
     assert targets.write_shard(0, scored(teacher, corpus, rows, targets.fields), teacher.provenance)
     line = refused(capsys, *export(tmp_path / "a", tmp_path / "files"))
-    assert "3 of 4 shards have no targets of teacher 'fake' yet, the first is 1" in line
+    assert "teacher 'fake' lacks 3 of 4 shards, the first is 1" in line
     assert not (tmp_path / "files").exists()
     assert run(*export(tmp_path / "a", tmp_path / "files", "--shards", ":1")) == 0
     for bad in ("0", "3:2", "0:5", "a:b", "2:2"):

@@ -313,7 +313,7 @@ async def test_it_goes_on_when_a_service_joins_the_segments_under_it(
 
 async def test_what_cannot_be_compacted_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     cache, _ = make_corpus(tmp_path / "c")
-    with pytest.raises(NotFound, match="keeps nothing of teacher 'smol'"):
+    with pytest.raises(NotFound, match="teacher 'smol' has no journal in .*; there are journals of: none"):
         compact(cache, PLAN)
     await ask(cache, ROWS[:3])
     before = cache.root.sizes("")
@@ -366,7 +366,7 @@ async def test_the_command_says_what_it_did(cache: Cache, capsys: pytest.Capture
     assert command.run(parser.parse_args(arguments)) == 0
     printed = capsys.readouterr().out
     assert "smol: corpus asked made, 6 rows" in printed
-    assert f"top-16 as u8, 1 shards committed, 0 before; 1 journal segments of {record.num_bytes:,} bytes" in printed
+    assert f"top-16 as u8, 1 shard committed, 0 before; 1 journal segment of {record.num_bytes:,} bytes" in printed
     seal = json.loads(Path(cache.root.url, "corpora/asked/zarr.json").read_text())
     assert seal["attributes"]["potstill"]["sources"] == [
         {"name": "journal of smol", "sha256": "", "documents": 6},

@@ -268,7 +268,7 @@ def test_the_command_removes_what_it_can_and_says_what_it_left_alone(
     cache: Cache, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run(*, hours: float = 0.0, dry_run: bool = False) -> str:
-        assert gc.run(argparse.Namespace(root=cache.root.url, min_age_hours=hours, dry_run=dry_run)) == 0
+        assert gc.run(argparse.Namespace(cache=cache.root.url, min_age_hours=hours, dry_run=dry_run)) == 0
         return capsys.readouterr().out
 
     group, segment = LEFT[1], LEFT[-1]
@@ -283,6 +283,6 @@ def test_the_command_removes_what_it_can_and_says_what_it_left_alone(
     (here(cache) / "targets/fake/docs/sets/entropy/zarr.json").write_text("{")
     with pytest.raises(FormatError, match=r"sets/entropy/zarr.json is not JSON.*; what it may name was left alone$"):
         run()
-    assert "1 groups of 102 bytes removed" in capsys.readouterr().out
+    assert "1 group of 102 bytes removed" in capsys.readouterr().out
     assert not (here(cache) / group).exists()
     assert (here(cache) / segment).exists()

@@ -224,7 +224,9 @@ def test_verify_against_a_live_service(
     assert main(["verify", root, "--live", f"fake={url}#strange"]) == 1
     assert capsys.readouterr().err.startswith("spec_mismatch: ")
     assert main(["verify", root, "--live", "nobody=x"]) == 1
-    assert "unknown_teacher: teacher 'nobody' has no targets" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert told.startswith("unknown_teacher: teacher 'nobody' has no targets in")
+    assert told.endswith("there are those of: fake\n")
 
 
 def test_a_damaged_row_of_the_sample_is_told(filled: TargetSet, url: str, tmp_path: Path) -> None:

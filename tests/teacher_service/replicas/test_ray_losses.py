@@ -201,7 +201,7 @@ async def test_who_shares_a_replica_with_rows_that_kill_it_is_answered_and_only_
     poison, *others = (handle.score(size) for size in (POISON, 9, 11))
     await eventually(lambda: len(handle.calls) == 3)
     handle.gates["r0"].set()
-    with pytest.raises(TeacherFailed, match=r"3 replicas .* these 1 rows of 3 tokens, 2 of them with no other call"):
+    with pytest.raises(TeacherFailed, match=r"3 replicas .* 1 row of 3 tokens, 2 of them with no other call"):
         await poison
     assert [len(await other) for other in others] == [1, 1]
     assert [name for name, size in handle.calls if size == POISON] == ["r0", "r1", "r2"]

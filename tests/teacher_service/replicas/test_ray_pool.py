@@ -226,7 +226,7 @@ async def test_rows_that_kill_engines_cost_three_replicas_and_no_call_of_others(
     async with traffic(pool, callers=6) as flowing:
         await eventually(lambda: flowing.answered > 6)
         with pytest.raises(
-            TeacherFailed, match="3 replicas of teacher 'fake' crashed while .* 1 rows of 3 tokens, 2 of"
+            TeacherFailed, match="3 replicas of teacher 'fake' crashed while .* 1 row of 3 tokens, 2 of"
         ):
             await pool.score([deadly], Fields(k=4))
         sent = flowing.answered

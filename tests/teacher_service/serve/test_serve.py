@@ -178,7 +178,7 @@ def test_other_hosts_are_refused_without_keys() -> None:
         (["--teacher", "a=m", "--teacher", "a=n"], "two teachers are called 'a'"),
         (["--teacher", "a b=m"], "teachers.0.name is 'a b'"),
         (["--teacher", "a=m", "--port", "70000"], "port is 70000"),
-        (["nowhere.toml"], "nowhere.toml: cannot be read"),
+        (["nowhere.toml"], "there is no file 'nowhere.toml'"),
         (["--port", "0", "--teacher", "a=gopher://x"], "teacher 'a' did not start"),
         (["--port", "0", "--teacher", "a=http://x#a#b c"], "teacher 'a' did not start"),
     ],

@@ -284,12 +284,12 @@ def test_a_bad_variable_is_named() -> None:
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match=r"nowhere.toml: cannot be read: No such file"):
+    with pytest.raises(InvalidInput, match=r"there is no file .*nowhere.toml'$"):
         load(tmp_path / "nowhere.toml")
     with pytest.raises(InvalidInput, match="cannot be read"):
         load(tmp_path)
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InvalidInput, match=r"binary.toml: not TOML"):
+    with pytest.raises(InvalidInput, match=r"binary.toml: is not UTF-8"):
         load(tmp_path / "binary.toml")
 
 

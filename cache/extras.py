@@ -1,0 +1,22 @@
+"""The optional parts of the package, by the modules that they bring."""
+
+from __future__ import annotations
+
+_TRAINER = 'pip install "potstill[trainer]"'
+_WAYS_TO_GET = {
+    "vllm": 'pip install "potstill[teacher-cpu]" for CPUs, or "potstill[teacher]" for GPUs',
+    "ray": f'{_TRAINER} to train, or "potstill[ray]" to serve',
+    "opentelemetry": 'pip install "potstill[otel]"',
+    **dict.fromkeys(("accelerate", "gguf", "safetensors", "tensorboard", "torch", "transformers"), _TRAINER),
+}
+
+
+def missing_module(error: ImportError) -> str:
+    """The module that could not be found, and the command that installs it where an extra of ours has it."""
+    first: BaseException | None = error
+    while isinstance(first, ImportError) and first.name is None:  # torch words it anew, and leaves the name out
+        first = first.__cause__ or first.__context__
+    name = first.name if isinstance(first, ImportError) and first.name else str(error)
+    way_out = _WAYS_TO_GET.get(name.partition(".")[0])
+    told = f"needs the module {name!r}, which is not installed"
+    return told if way_out is None else f"{told}: {way_out}"

@@ -1,0 +1,37 @@
+"""Text files that a person named: what is wrong with one is told in one line that names it."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from potstill.cache.errors import InvalidInput
+
+
+def read_named(path: str | Path) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        InvalidInput: there is none, or it cannot be read.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise InvalidInput(f"there is no file {str(path)!r}") from error
+    except OSError as error:
+        raise InvalidInput(f"{path}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise InvalidInput(f"{path}: is not UTF-8: {error.reason} at byte {error.start}") from error
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The tables of a TOML file.
+
+    Raises:
+        InvalidInput: there is no such file, it cannot be read, or is not TOML.
+    """
+    try:
+        return tomllib.loads(read_named(path))
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidInput(f"{path}: not TOML: {error}") from error

