@@ -1,5 +1,5 @@
 # Every target sets up what it needs, from Python 3.11 and nothing else.
-.PHONY: setup demo test test-slow lint format bench clean
+.PHONY: setup demo test test-slow lint docs format bench clean
 
 BIN := .venv/bin
 
@@ -10,8 +10,8 @@ setup:
 demo: setup
 	$(BIN)/potstill demo
 
-# Lint, types and tests, these in two processes: what CI runs.
-test: lint
+# Lint, types, the documentation site and tests, these in two processes: what CI runs.
+test: lint docs
 	$(BIN)/pytest -q -n 2 --dist loadgroup
 
 test-slow: setup
@@ -22,11 +22,15 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site, into build/site. The variable silences the theme's notice about MkDocs 2, which it does not use.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Every figure of the README, in about three hours; each script can be run alone. One of them reads what the demo leaves
+# Every figure of docs/benchmarks.md, in about three hours; each script can be run alone. One of them reads what the demo leaves
 # behind. A script that misses an aim does not keep the others from running.
 bench: demo/report.json
 	@missed=; for script in benchmarks/bench_*.py; do name=$$(basename $$script .py); echo "== $$name"; \

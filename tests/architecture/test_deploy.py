@@ -29,7 +29,7 @@ COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 JOBS = {name for name, service in SERVICES.items() if "profiles" in service}
 DOCKERFILE = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
-DOCS = (ROOT / "docs" / "deploying.md").read_text()
+DOCS = (ROOT / "docs" / "operations" / "deploying.md").read_text()
 FILLED_IN = {
     "S3_ACCESS_KEY": "potstill",
     "S3_SECRET_KEY": "s3-secret",
@@ -48,7 +48,7 @@ def needs(program: str, package: str) -> str:
 
 
 def documented(table_of: str) -> set[tuple[str, ...]]:
-    """The rows of the table under a heading of docs/deploying.md, without what the cells say in prose."""
+    """The rows of the table under a heading of docs/operations/deploying.md, without what the cells say in prose."""
     section = DOCS.split(f"### {table_of}\n", 1)[1].split("\n#", 1)[0]
     rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| `")]
     assert rows, table_of
@@ -325,7 +325,7 @@ def test_the_settings_of_compose_bound_each_client_and_say_how_not_to_behind_a_p
 
 
 def test_every_secret_on_kubernetes_stands_in_the_docs() -> None:
-    guide = (ROOT / "docs" / "kuberay.md").read_text()
+    guide = (ROOT / "docs" / "operations" / "kuberay.md").read_text()
     both = [*yaml_documents("service.yaml"), *yaml_documents("raycluster.yaml")]
     keys = set(re.findall(r"'key': '([\w-]+)'", str(both)))
     assert keys == set(re.findall(r"--from-(?:literal|file)=([\w-]+)=", guide))

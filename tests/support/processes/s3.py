@@ -33,8 +33,11 @@ class S3Server:
     def new_bucket(self) -> str:
         """The URL of a fresh root; below a prefix, as in real buckets."""
         bucket = f"bucket-{uuid.uuid4().hex[:12]}"
-        self._request("PUT", f"/{bucket}")
+        self.make_bucket(bucket)
         return f"s3://{bucket}/caches/one"
+
+    def make_bucket(self, name: str) -> None:
+        self._request("PUT", f"/{name}")
 
     def delete_bucket(self, url: str) -> None:
         """Remove the empty bucket of a root."""
