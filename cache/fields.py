@@ -209,6 +209,11 @@ class Fields:
         """Whether nothing beside the top-k, its tail and the label is asked for."""
         return not self.beside_top_k
 
+    def float_shapes(self, num_positions: int, vocab_size: int) -> dict[str, tuple[int, ...]]:
+        """Name -> shape over so many positions of the fields that are plain arrays of floats."""
+        shaped = ((each.name, each.shape) for each in self.beside_top_k)
+        return {name: (num_positions, *shape(self, vocab_size)) for name, shape in shaped if shape is not None}
+
     def only(self, kept: Iterable[Field]) -> Fields | None:
         """Those of these fields that are `kept` too, or None when there are none."""
         values = {name: type(getattr(self, name))() for name in self.__dataclass_fields__}

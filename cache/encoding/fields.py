@@ -22,7 +22,8 @@ Shape legend:  p positions of a segment, P positions read, V vocabulary size, N 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -32,7 +33,7 @@ from numpy.typing import NDArray
 from potstill.cache.encoding.archive.blocks import MAX_K
 from potstill.cache.encoding.draws import check_num_draws
 from potstill.cache.encoding.logprobs import Encoding, RankTable, StoredArrays
-from potstill.cache.errors import FormatError, InvalidInput, PotstillError, TeacherFailed
+from potstill.cache.errors import FormatError, InvalidInput, TeacherFailed
 from potstill.cache.types import Draws, Fields, Targets
 
 BLOCK_POSITIONS = 2048
@@ -60,26 +61,33 @@ class StoredShape:
     dtype: str
 
 
+@dataclass(frozen=True, slots=True)
+class FloatCodec:
+    """A field of plain floats [p, ...], rounded to float16 but in `f32`."""
+
+    problem: Callable[[NDArray[Any], Fields, int, float], str]
+    """Of values, the wish, V and some slack: what nobody can mean, or nothing."""
+    settled: Callable[[NDArray[Any], Fields, int], NDArray[np.float32]]
+    """Rounded values, the wish and V -> values inside what `problem` allows without slack."""
+    is_wide: Callable[[Fields], bool] = lambda _: False
+    """Whether float16 is too narrow for what is wished."""
+
+
 def stored_shapes(fields: Fields, encoding: Encoding, num_positions: int, vocab_size: int) -> dict[str, StoredShape]:
     """The arrays that hold `fields` without their top-k; axis 0 of the ragged ones is `RAGGED`.
 
     Raises:
         LimitExceeded: more draws than can be kept.
     """
-    narrow = "float32" if encoding.name == "f32" else "float16"
     shapes: dict[str, StoredShape] = {}
     if fields.draws:
         check_num_draws(fields.draws)
         shapes["draw_starts"] = StoredShape((-(-num_positions // BLOCK_POSITIONS) + 1,), "int64")
         shapes["draw_gaps"] = StoredShape((RAGGED,), "uint16" if vocab_size <= 2**16 else "uint32")
         shapes["draw_counts"] = StoredShape((RAGGED,), "uint8" if fields.draws <= 255 else "uint16")
-    if fields.entropy:
-        shapes["entropy"] = StoredShape((num_positions,), narrow)
-    if fields.temperatures:
-        wide = min(fields.temperatures) < 0.5
-        shapes["log_z"] = StoredShape((num_positions, len(fields.temperatures)), "float32" if wide else narrow)
-    if fields.dense:
-        shapes["dense"] = StoredShape((num_positions, vocab_size), narrow)
+    for name, shape in fields.float_shapes(num_positions, vocab_size).items():
+        wide = encoding.name == "f32" or CODECS[name].is_wide(fields)
+        shapes[name] = StoredShape(shape, "float32" if wide else "float16")
     return shapes
 
 
@@ -104,11 +112,8 @@ def encode_fields(targets: Targets, fields: Fields, encoding: Encoding, ranks: R
     """
     check_fields(targets, fields, len(ranks.ids_by_rank))
     shapes = stored_shapes(fields, encoding, targets.num_positions, len(ranks.ids_by_rank))
-    stored: StoredArrays = {
-        name: getattr(targets, name).astype(shapes[name].dtype)
-        for name in ("entropy", "log_z", "dense")
-        if name in shapes
-    }
+    held = targets.only(fields).beside_top_k
+    stored: StoredArrays = {name: held[name].astype(shapes[name].dtype) for name in CODECS if name in held}
     if targets.draws is not None and fields.draws:
         blocks = [_gaps_and_counts(part, ranks) for part in _parts(targets.draws)]
         for name, column in zip(("draw_gaps", "draw_counts"), zip(*blocks, strict=True), strict=True):
@@ -125,21 +130,17 @@ def decode_fields(
     Raises:
         FormatError: what no encoder writes.
     """
-    start, stop = positions.start, positions.stop
-    arrays: dict[str, Any] = {
-        name: read(name, start, stop)
-        for name in stored_shapes(fields, encoding, num_positions, len(ranks.ids_by_rank))
-        if not name.startswith("draw_")
-    }
     vocab_size = len(ranks.ids_by_rank)
-    _check_scalars(arrays, fields, vocab_size, _STORED_SLACK, FormatError)
-    if "dense" in arrays:
-        arrays["dense"] = _scaled(arrays["dense"])
-    decoded = {name: array.astype(np.float32, copy=False) for name, array in arrays.items()}
-    if encoding.name != "f32":
-        _clip_scalars(decoded, fields, vocab_size)
-    draws = _read_draws(read, positions, fields.draws, ranks, num_positions) if fields.draws else None
-    return without_top_k(stop - start, **decoded, draws=draws)
+    decoded: dict[str, Any] = {}
+    for name in fields.float_shapes(num_positions, vocab_size):
+        values = read(name, positions.start, positions.stop)
+        if problem := CODECS[name].problem(values, fields, vocab_size, _STORED_SLACK):
+            raise FormatError(problem)
+        exact = encoding.name == "f32"
+        decoded[name] = values.astype(np.float32) if exact else CODECS[name].settled(values, fields, vocab_size)
+    if fields.draws:
+        decoded["draws"] = _read_draws(read, positions, fields.draws, ranks, num_positions)
+    return Targets.of_other_fields(len(positions), **decoded)
 
 
 def round_trip_fields(targets: Targets, fields: Fields, encoding: Encoding, ranks: RankTable) -> Targets:
@@ -173,14 +174,6 @@ def check_kept(fields: Fields, encoding: Encoding) -> None:
         )
 
 
-def without_top_k(num_positions: int, **fields: Any) -> Targets:
-    """Targets of `fields` alone."""
-    empty = np.empty((num_positions, 0))
-    nothing = np.zeros(num_positions, np.float32)
-    label = np.full(num_positions, np.nan, np.float32)
-    return Targets(empty.astype(np.uint32), empty.astype(np.float32), nothing, label, **fields)
-
-
 def check_fields(targets: Targets, fields: Fields, vocab_size: int) -> None:
     """Refuse what no teacher can mean.
 
@@ -188,24 +181,17 @@ def check_fields(targets: Targets, fields: Fields, vocab_size: int) -> None:
         TeacherFailed: a field is missing; entropy outside [0, log V]; log_z outside what its temperature allows; dense
             rows that do not sum to 1; draws that are not N with rising ids below V.
     """
-    shapes = {
-        "draws": None,
-        "entropy": (targets.num_positions,),
-        "log_z": (targets.num_positions, len(fields.temperatures)),
-        "dense": (targets.num_positions, vocab_size),
-    }
-    asked = (fields.draws, fields.entropy, fields.temperatures, fields.dense)
-    arrays = {name: getattr(targets, name) for name, wanted in zip(shapes, asked, strict=True) if wanted}
-    missing = [name for name, array in arrays.items() if array is None]
+    held = targets.beside_top_k
+    missing = [each.name for each in fields.beside_top_k if each.name not in held]
     if missing:
         raise TeacherFailed(f"the teacher left out {', '.join(missing)}, which was asked for")
-    draws = arrays.pop("draws", None)
-    if draws is not None:
-        check_draws(draws, fields.draws, vocab_size)
-    for name, array in arrays.items():
-        if array.shape != shapes[name]:
-            raise TeacherFailed(f"the teacher answered {name} of shape {array.shape}, not {shapes[name]}")
-    _check_scalars(arrays, fields, vocab_size, _ANSWER_SLACK, TeacherFailed)
+    if fields.draws:
+        check_draws(held["draws"], fields.draws, vocab_size)
+    for name, shape in fields.float_shapes(targets.num_positions, vocab_size).items():
+        if held[name].shape != shape:
+            raise TeacherFailed(f"the teacher answered {name} of shape {held[name].shape}, not {shape}")
+        if problem := CODECS[name].problem(held[name], fields, vocab_size, _ANSWER_SLACK):
+            raise TeacherFailed(problem)
 
 
 def check_draws(draws: Draws, n: int, vocab_size: int) -> None:
@@ -232,31 +218,32 @@ def check_draws(draws: Draws, n: int, vocab_size: int) -> None:
         raise TeacherFailed(f"the teacher drew id {int(draws.ids.max())}, its vocabulary has {vocab_size}")
 
 
-def _clip_scalars(decoded: dict[str, NDArray[np.float32]], fields: Fields, vocab_size: int) -> None:
-    """Take float16's rounding beyond what a vocabulary can give away, as it is refused of who hands it in again."""
-    if "entropy" in decoded:
-        decoded["entropy"] = np.clip(decoded["entropy"], 0.0, np.float32(np.log(vocab_size)))
-    if "log_z" in decoded:
-        ends = (1.0 - 1.0 / np.array(fields.temperatures)) * np.log(vocab_size)
-        low, high = np.minimum(ends, 0.0).astype(np.float32), np.maximum(ends, 0.0).astype(np.float32)
-        decoded["log_z"] = np.clip(decoded["log_z"], low, high)
+def _bounded(name: str, temperatures: Callable[[Fields], Sequence[float]]) -> FloatCodec:
+    """Numbers between 0 and (1 - 1/T) log V of each temperature T."""
+
+    def bounds(fields: Fields, vocab_size: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        ends = (1.0 - 1.0 / np.array(temperatures(fields))) * np.log(vocab_size)
+        return np.minimum(ends, 0.0), np.maximum(ends, 0.0)
+
+    def problem(values: NDArray[Any], fields: Fields, vocab_size: int, slack: float) -> str:
+        columns = values.reshape(len(values), len(temperatures(fields)))
+        for i, (t, low, high) in enumerate(zip(temperatures(fields), *bounds(fields, vocab_size), strict=True)):
+            if not _within(columns[:, i : i + 1], low, high, slack * max(1.0, 1.0 / t)):
+                at = "" if t == math.inf else f" at temperature {t}"
+                return f"{name}{at} is outside [{low:.3f}, {high:.3f}], all that a vocabulary of {vocab_size} can give"
+        return ""
+
+    def settled(values: NDArray[Any], fields: Fields, vocab_size: int) -> NDArray[np.float32]:
+        low, high = (ends.astype(np.float32) for ends in bounds(fields, vocab_size))
+        return np.clip(values.astype(np.float32).reshape(len(values), len(low)), low, high).reshape(values.shape)
+
+    return FloatCodec(problem, settled, lambda fields: min(temperatures(fields)) < 0.5)
 
 
-def _check_scalars(
-    arrays: Mapping[str, NDArray[Any]], fields: Fields, vocab_size: int, slack: float, error: type[PotstillError]
-) -> None:
-    highest = float(np.log(vocab_size))
-    if "entropy" in arrays and not _within(arrays["entropy"], 0.0, highest, slack):
-        raise error(f"an entropy is outside [0, {highest:.3f}], the log of the vocabulary of {vocab_size}")
-    for column, t in enumerate(fields.temperatures if "log_z" in arrays else ()):
-        end = (1.0 - 1.0 / t) * highest
-        if not _within(arrays["log_z"][:, column], min(end, 0.0), max(end, 0.0), slack * max(1.0, 1.0 / t)):
-            raise error(f"a log_z at temperature {t} is outside what a vocabulary of {vocab_size} can give")
-    if "dense" in arrays:
-        for part in _dense_parts(arrays["dense"]):
-            mass = np.exp(part).sum(axis=1)
-            if not _within(mass, 1.0, 1.0, slack):
-                raise error(f"a dense row does not sum to 1 within {slack}")
+def _dense_problem(values: NDArray[Any], _: Fields, __: int, slack: float) -> str:
+    sums = (np.exp(part).sum(axis=1) for part in _dense_parts(values))
+    whole = all(_within(mass, 1.0, 1.0, slack) for mass in sums)
+    return "" if whole else f"a dense row does not sum to 1 within {slack}"
 
 
 def _within(values: NDArray[Any], low: float, high: float, slack: float) -> bool:
@@ -270,12 +257,19 @@ def _dense_parts(dense: NDArray[Any]) -> Iterator[NDArray[np.float64]]:
         yield dense[start : start + rows].astype(np.float64)
 
 
-def _scaled(dense: NDArray[Any]) -> NDArray[np.float32]:
-    """Float16 rows scaled to a mass of 1; float32 rows as they are."""
-    if dense.dtype == np.float32:
-        return dense
+def _scaled(dense: NDArray[Any], _: Fields, __: int) -> NDArray[np.float32]:
+    """Rows scaled to a mass of 1."""
     parts = [part - np.log(np.exp(part).sum(axis=1, keepdims=True)) for part in _dense_parts(dense)]
     return np.concatenate([np.empty((0, dense.shape[1]), np.float32), *(part.astype(np.float32) for part in parts)])
+
+
+CODECS: Mapping[str, FloatCodec] = {
+    # The bounds of the entropy are those of log_z as its temperature grows without bound.
+    "entropy": _bounded("entropy", lambda _: (math.inf,)),
+    "log_z": _bounded("log_z", lambda fields: fields.temperatures),
+    "dense": FloatCodec(_dense_problem, _scaled),
+}
+"""By the name of each field of plain floats; draws have their own arrays."""
 
 
 def _parts(draws: Draws) -> Iterator[Draws]:

@@ -19,7 +19,6 @@ from potstill.cache.encoding.fields import (
     ragged_length,
     round_trip_fields,
     stored_shapes,
-    without_top_k,
 )
 from potstill.cache.encoding.logprobs import ENCODINGS, RankTable, StoredArrays
 from potstill.cache.errors import FormatError, InvalidInput, LimitExceeded, PotstillError, TeacherFailed
@@ -43,7 +42,7 @@ def distributions(seed: int, num_positions: int, vocab_size: int, sharpness: flo
 def everything(dense: np.ndarray, fields: Fields) -> Targets:
     """All that `fields` names, computed plainly in float64."""
     columns = [np.logaddexp.reduce(dense / t, axis=1) for t in fields.temperatures]
-    return without_top_k(
+    return Targets.of_other_fields(
         len(dense),
         entropy=-(np.exp(dense) * dense).sum(axis=1).astype(np.float32),
         log_z=np.stack(columns, axis=1).astype(np.float32) if columns else None,
@@ -87,7 +86,7 @@ def test_draws_are_kept_exactly_in_the_narrowest_types(seed: int, num_positions:
     num_positions = min(num_positions, 200_000 // n)
     fields, ranks = Fields(k=0, draws=n), shuffled_ranks(vocab_size)
     draws = random_draws(seed, num_positions, n, vocab_size)
-    stored = encode_fields(without_top_k(num_positions, draws=draws), fields, U8, ranks)
+    stored = encode_fields(Targets.of_other_fields(num_positions, draws=draws), fields, U8, ranks)
     shapes = stored_shapes(fields, U8, num_positions, vocab_size)
     assert set(stored) == set(shapes)
     assert ragged_length(stored["draw_starts"], fields, num_positions) == len(draws.ids)
@@ -109,7 +108,7 @@ def test_a_range_of_draws_touches_only_its_blocks(bounds: list[int]) -> None:
     start, stop = bounds
     fields, ranks = Fields(k=0, draws=3), shuffled_ranks(100)
     draws = random_draws(1, LONG, 3, 100)
-    stored = encode_fields(without_top_k(LONG, draws=draws), fields, U8, ranks)
+    stored = encode_fields(Targets.of_other_fields(LONG, draws=draws), fields, U8, ranks)
     touched: list[tuple[str, int, int]] = []
 
     def read(name: str, a: int, b: int) -> np.ndarray:
@@ -128,7 +127,7 @@ def test_more_positions_than_are_sorted_at_once_are_one_array() -> None:
     num_positions = 2**16 + 5
     fields, ranks = Fields(k=0, draws=2), shuffled_ranks(9)
     draws = random_draws(2, num_positions, 2, 9)
-    targets = without_top_k(num_positions, draws=draws)
+    targets = Targets.of_other_fields(num_positions, draws=draws)
     assert_same_draws(round_trip_fields(targets, fields, U8, ranks).draws, draws)
 
 
@@ -164,7 +163,9 @@ def test_every_field_decodes_within_its_bound(
 def test_a_dense_row_of_a_large_vocabulary_still_sums_to_one() -> None:
     flat = np.full((3, 262_144), -np.log(262_144))
     fields = Fields(k=0, dense=True)
-    back = round_trip_fields(without_top_k(3, dense=flat.astype(np.float32)), fields, U8, RankTable.plain(262_144))
+    back = round_trip_fields(
+        Targets.of_other_fields(3, dense=flat.astype(np.float32)), fields, U8, RankTable.plain(262_144)
+    )
     assert back.dense is not None
     np.testing.assert_allclose(np.exp(back.dense.astype(np.float64)).sum(axis=1), 1.0, atol=1e-5)
 
@@ -172,7 +173,7 @@ def test_a_dense_row_of_a_large_vocabulary_still_sums_to_one() -> None:
 def test_an_id_without_mass_stays_without_in_dense() -> None:
     with np.errstate(divide="ignore"):
         dense = np.log(np.array([[0.5, 0.5, 0.0]], np.float32))
-    back = round_trip_fields(without_top_k(1, dense=dense), Fields(k=0, dense=True), U8, RankTable.plain(3))
+    back = round_trip_fields(Targets.of_other_fields(1, dense=dense), Fields(k=0, dense=True), U8, RankTable.plain(3))
     assert back.dense is not None
     assert np.isneginf(back.dense[0, 2])
 
@@ -273,7 +274,7 @@ def test_draws_follow_the_distribution_and_the_seed_and_row_decide_them() -> Non
     assert_same_draws(draws, draw_rows(logprobs, 50, 7, b"a row"))
     for other in (draw_rows(logprobs, 50, 8, b"a row"), draw_rows(logprobs, 50, 7, b"b row")):
         assert not np.array_equal(other.ids, draws.ids)
-    check_fields(without_top_k(400, draws=draws), Fields(k=0, draws=50), 12)
+    check_fields(Targets.of_other_fields(400, draws=draws), Fields(k=0, draws=50), 12)
 
 
 def test_the_stream_of_draws_never_changes() -> None:
