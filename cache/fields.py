@@ -41,6 +41,11 @@ class Field:
         """The attribute of `Fields` that asks for it."""
         return next(iter(self.attributes))
 
+    @property
+    def is_scalar(self) -> bool:
+        """Whether it is one float a position."""
+        return self.shape is not None and self.shape(Fields(), 1) == ()
+
     def is_asked(self, fields: Fields) -> bool:
         """Say if it is among `fields`."""
         return bool(getattr(fields, self.asked_by))
@@ -251,6 +256,14 @@ class Fields:
     def bytes_per_position(self, vocab_size: int) -> int:
         """What `Targets` of these fields hold of a position at most; the tail and the label are always there."""
         return 8 + sum(each.num_bytes(self, vocab_size) for each in self.asked)
+
+
+COLUMNS: Mapping[str, Field] = {
+    "log_tail": TOP_K,
+    "label_logprob": TOP_K,
+    **{each.name: each for each in FIELDS if each.is_scalar},
+}
+"""The arrays of `Targets` with one float a position, and the fields that they belong to."""
 
 
 def option_of(attribute: str) -> str:

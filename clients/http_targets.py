@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from potstill.cache.encoding.fields import check_fields
 from potstill.cache.encoding.logprobs import Encoding, encoding_by_name
 from potstill.cache.errors import FormatError, InvalidInput, SpecMismatch, TeacherFailed, UnsupportedField
+from potstill.cache.fields import COLUMNS
 from potstill.cache.types import Fields, Targets, TeacherIdentity
 from potstill.cache.wanted import wanted_fields
 from potstill.cache.wire.stream import StreamHead, write_row_numbers
@@ -115,13 +116,12 @@ class HttpTargets:
         return list(read) if len(rows) else []
 
     def read_column(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
-        """One number a position, `log_tail`, `label_logprob` or `entropy`; errors as of `TargetSet.read_column`."""
-        held = self.fields.entropy if name == "entropy" else self.fields.k
-        if name not in ("log_tail", "label_logprob", "entropy") or not held:
+        """One of `potstill.cache.fields.COLUMNS` [P]; errors as of `TargetSet.read_column`."""
+        want = self.fields.only([COLUMNS[name]]) if name in COLUMNS else None
+        if want is None:
             raise UnsupportedField(
                 f"{name!r} is not a column of teacher {self.teacher!r}'s targets for corpus {self.corpus.name!r}"
             )
-        want = Fields(k=0, entropy=True) if name == "entropy" else Fields(k=self.fields.k)
         if start == stop:
             return np.empty(0, np.float32)
         return np.concatenate([getattr(part, name) for part in self.stream(start, stop, fields=want)])

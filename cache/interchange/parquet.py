@@ -34,12 +34,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from potstill.cache.errors import InvalidInput
+from potstill.cache.fields import COLUMNS
 from potstill.cache.interchange.formats import Rows, RowSource
 from potstill.cache.interchange.row_files import reading
 from potstill.cache.types import Draws, Fields, Targets
 
 _TOP_K = ("ids", "logprobs")
-_SCALARS = ("log_tail", "label_logprob", "entropy")
+_DRAWS = {"draw_ids": pa.list_(pa.uint32()), "draw_counts": pa.list_(pa.uint16())}
 # More than float32 logprobs of a large vocabulary are off 1 by.
 MASS_TOLERANCE = 1e-3
 
@@ -74,14 +75,8 @@ class ListColumns:
 
     def schema(self) -> Any:
         """See `RowFormat`."""
-        types = {
-            "ids": pa.list_(pa.uint32(), self.fields.k),
-            "logprobs": pa.list_(pa.float32(), self.fields.k),
-            "log_z": pa.list_(pa.float32(), len(self.fields.temperatures)),
-            "dense": pa.list_(pa.float32(), self.vocab_size),
-            "draw_ids": pa.list_(pa.uint32()),
-            "draw_counts": pa.list_(pa.uint16()),
-        }
+        types = {name: pa.list_(pa.float32(), width) for name, width in self._widths().items()}
+        types |= {"ids": pa.list_(pa.uint32(), self.fields.k), **_DRAWS}
         columns = [pa.field(name, pa.list_(types.get(name, pa.float32()))) for name in self.present]
         return pa.schema([pa.field("input_ids", pa.list_(pa.uint32())), *columns])
 
@@ -100,27 +95,28 @@ class ListColumns:
     def targets(self, batch: Any, source: RowSource) -> Targets:
         """See `RowFormat`."""
         rows = self.rows(batch, source)
-        columns: dict[str, Any] = {name: self._matrix(batch, name, rows, source) for name in self._matrices()}
-        for name in _SCALARS:
+        columns: dict[str, Any] = {
+            name: self._matrix(batch, name, width, rows, source) for name, width in self._widths().items()
+        }
+        for name in COLUMNS:
             if name in self.present:
                 columns[name] = self._scalars(batch, name, rows, source)
         if "draw_ids" in self.present:
             columns["draws"] = self._draws(batch, rows, source)
         if not self.fields.k:
-            return _without_top_k(len(rows.tokens), columns)
+            return Targets.of_other_fields(len(rows.tokens), **columns)
         return self._finished(columns, rows, source)
 
-    def _matrices(self) -> list[str]:
-        return [name for name in (*_TOP_K, "log_z", "dense") if name in self.present]
+    def _widths(self) -> dict[str, int]:
+        """Name -> numbers a position of the columns that are there and have several."""
+        shapes = {name: shape for name, shape in self.fields.float_shapes(1, self.vocab_size).items() if len(shape) > 1}
+        widths = {**dict.fromkeys(_TOP_K, self.fields.k), **{name: shape[1] for name, shape in shapes.items()}}
+        return {name: width for name, width in widths.items() if name in self.present}
 
-    def _width(self, name: str) -> int:
-        return {"log_z": len(self.fields.temperatures), "dense": self.vocab_size}.get(name, self.fields.k)
-
-    def _matrix(self, batch: Any, name: str, rows: Rows, source: RowSource) -> NDArray[Any]:
+    def _matrix(self, batch: Any, name: str, width: int, rows: Rows, source: RowSource) -> NDArray[Any]:
         """[P, width] of a column of lists of lists."""
         inner = _per_position(batch, name, rows, source)
         widths, values = _inner_lists(inner, name, source)
-        width = self._width(name)
         wrong = np.flatnonzero(widths != width)
         if len(wrong):
             raise source.error_at(
@@ -136,7 +132,7 @@ class ListColumns:
 
     def _draws(self, batch: Any, rows: Rows, source: RowSource) -> Draws:
         parts = {}
-        for name in ("draw_ids", "draw_counts"):
+        for name in _DRAWS:
             widths, values = _inner_lists(_per_position(batch, name, rows, source), name, source)
             parts[name] = (widths, token_ids(values, None, source, 2**16 if name == "draw_counts" else self.vocab_size))
         (widths, ids), (other, counts) = parts["draw_ids"], parts["draw_counts"]
@@ -182,7 +178,7 @@ def list_columns(path: Path, fields: Fields | None, vocab_size: int) -> ListColu
     with reading(path), pq.ParquetFile(path) as file:
         names = file.schema_arrow.names
         if fields is None:
-            present = tuple(name for name in (*_TOP_K, *_SCALARS) if name in names)
+            present = tuple(name for name in (*_TOP_K, *COLUMNS) if name in names)
             _require(path, names, _TOP_K)
             fields = Fields(k=_first_width(file, path), entropy="entropy" in names)
         else:
@@ -262,13 +258,8 @@ def labels_in_top_k(ids: NDArray[np.uint32], logprobs: NDArray[np.float32], rows
 
 
 def _columns_of(fields: Fields) -> tuple[str, ...]:
-    return (
-        *((*_TOP_K, "log_tail", "label_logprob") if fields.k else ()),
-        *(["entropy"] if fields.entropy else []),
-        *(["log_z"] if fields.temperatures else []),
-        *(["dense"] if fields.dense else []),
-        *(["draw_ids", "draw_counts"] if fields.draws else []),
-    )
+    top_k = (*_TOP_K, "log_tail", "label_logprob") if fields.k else ()
+    return (*top_k, *fields.float_shapes(1, 1), *(_DRAWS if fields.draws else ()))
 
 
 def _require(path: Path, names: Sequence[str], needed: Sequence[str]) -> None:
@@ -286,7 +277,7 @@ def _first_width(file: Any, path: Path) -> int:
 
 
 def _position_values(name: str, targets: Targets) -> Any:
-    if name in ("draw_ids", "draw_counts"):
+    if name in _DRAWS:
         draws = targets.draws
         assert draws is not None, "the fields said so"
         values = draws.ids if name == "draw_ids" else draws.counts
@@ -320,16 +311,6 @@ def _floats(values: Any, name: str, source: RowSource) -> NDArray[np.float32]:
     if not pa.types.is_floating(values.type) or values.null_count:
         raise source.block_error(f"column {name!r} is {values.type} with {values.null_count} nulls; it must be floats")
     return _numpy(values).astype(np.float32)
-
-
-def _without_top_k(num_positions: int, columns: dict[str, Any]) -> Targets:
-    empty = Targets(
-        ids=np.empty((num_positions, 0), np.uint32),
-        logprobs=np.empty((num_positions, 0), np.float32),
-        log_tail=np.zeros(num_positions, np.float32),
-        label_logprob=np.full(num_positions, np.nan, np.float32),
-    )
-    return Targets(**{name: columns.get(name, getattr(empty, name)) for name in Targets.__dataclass_fields__})
 
 
 def _is_list(kind: Any) -> bool:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from potstill.cache.encoding.fields import RAGGED, decode_fields, encode_fields, ragged_length, stored_shapes
 from potstill.cache.encoding.logprobs import Encoding, RankTable, StoredArrays, decode, encode_measured
 from potstill.cache.errors import CorruptSegment, FormatError
+from potstill.cache.fields import COLUMNS, TOP_K
 from potstill.cache.store.groups import ArrayRange, GroupReader, GroupWriter, Layout, Reading, read_ranges
 from potstill.cache.targets.packed import PackedReader, Text, encode_packed
 from potstill.cache.types import Fields, Targets
@@ -166,8 +167,8 @@ class SegmentReader:
             return targets
 
     def read_column(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
-        """One stored array of floats alone; `name` is `log_tail`, `label_logprob` or `entropy`."""
-        if self._packed is not None and name != "entropy":
+        """One of `COLUMNS` alone."""
+        if self._packed is not None and COLUMNS[name] is TOP_K:
             return self._packed.top_k(start, stop)[name].astype(np.float32)
         return self.group.read(name, start, stop).astype(np.float32)
 

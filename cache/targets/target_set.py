@@ -20,6 +20,7 @@ from potstill.cache.corpus.corpus import Corpus
 from potstill.cache.encoding.fields import check_kept
 from potstill.cache.encoding.logprobs import Encoding
 from potstill.cache.errors import CorruptSegment, InvalidInput, SpecMismatch, UnknownTeacher, UnsupportedField
+from potstill.cache.fields import COLUMNS
 from potstill.cache.store.groups import Reading
 from potstill.cache.store.root import Root, check_name
 from potstill.cache.targets.commit import Commit
@@ -185,16 +186,14 @@ class TargetSet:
             return [each.commits.require(shard) for shard in shards for each in holders]
 
     def read_column(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
-        """One number a position, `log_tail`, `label_logprob` or `entropy`, without reading anything else.
+        """One of `COLUMNS` [P], without reading anything else.
 
         Raises:
             UnsupportedField: it is not kept. Others as `read`.
         """
         self._require_inside(start, stop)
-        holders = [
-            each for each in self.sets if (each.spec.fields.entropy if name == "entropy" else each.spec.fields.k)
-        ]
-        if name not in ("log_tail", "label_logprob", "entropy") or not holders:
+        holders = [each for each in self.sets if name in COLUMNS and COLUMNS[name].is_asked(each.spec.fields)]
+        if not holders:
             raise UnsupportedField(
                 f"{name!r} is not a column of teacher {self.teacher!r}'s targets for corpus {self.corpus.name!r}"
             )

@@ -30,6 +30,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from potstill.cache.errors import FormatError, InvalidInput, WireVersionError
+from potstill.cache.fields import COLUMNS, FIELDS
 from potstill.cache.types import JSON, Draws, Fields, Targets, TeacherIdentity, Tokens
 
 ARROW_MEDIA_TYPE = "application/vnd.apache.arrow.stream"
@@ -43,8 +44,7 @@ FIELDS_KEY = b"potstill.fields"
 IDENTITY_KEY = b"potstill.identity"
 _RECORD_BATCH = 3  # in MessageHeader of Arrow's Message.fbs
 
-# Column -> whether it is a fixed-size list per position (True) or one float per position.
-_OPTIONAL_COLUMNS = {"entropy": False, "log_z": True, "dense": True}
+_FLOAT_COLUMNS = [each.name for each in FIELDS if each.shape is not None]
 _DRAW_COLUMNS = {"draw_ids": pa.list_(pa.uint32()), "draw_counts": pa.list_(pa.uint16())}
 
 
@@ -135,7 +135,7 @@ def answer_to_json(answer: ScoreAnswer) -> dict[str, JSON]:
 def targets_to_json(targets: Targets) -> dict[str, JSON]:
     """One row's targets as lists; see the module docstring for `null`."""
     row: dict[str, JSON] = {"ids": targets.ids.tolist()}
-    for name in ("logprobs", "log_tail", "label_logprob", *_OPTIONAL_COLUMNS):
+    for name in ("logprobs", "log_tail", "label_logprob", *_FLOAT_COLUMNS):
         array = getattr(targets, name)
         if array is not None:
             values = array.astype(object)
@@ -178,10 +178,10 @@ def _top_k_columns(k: int) -> list[Any]:
 def answer_columns(targets: Targets) -> list[Any]:
     """The Arrow fields that targets like these are sent as."""
     columns = _top_k_columns(targets.k)
-    for name, wide in _OPTIONAL_COLUMNS.items():
+    for name in _FLOAT_COLUMNS:
         array = getattr(targets, name)
         if array is not None:
-            columns.append(pa.field(name, pa.list_(pa.float32(), array.shape[1]) if wide else pa.float32()))
+            columns.append(pa.field(name, pa.list_(pa.float32(), array.shape[1]) if array.ndim > 1 else pa.float32()))
     if targets.draws is not None:
         columns.extend(pa.field(name, kind) for name, kind in _DRAW_COLUMNS.items())
     return columns
@@ -210,10 +210,11 @@ def from_batch(batch: Any) -> Targets:
         InvalidInput: other columns or types, or nulls.
     """
     names = set(batch.schema.names)
-    lists = {name: _list_column(batch, name, pa.float32()) for name in ("log_z", "dense") if name in names}
-    scalars = {
+    floats = {
         name: _numpy(only_column(batch, name, pa.float32()))
-        for name in ("log_tail", "label_logprob", *(["entropy"] if "entropy" in names else []))
+        if name in COLUMNS
+        else _list_column(batch, name, pa.float32())
+        for name in ("log_tail", "label_logprob", *(name for name in _FLOAT_COLUMNS if name in names))
     }
     if names & {"ids", "logprobs"}:
         ids, logprobs = _list_column(batch, "ids", pa.uint32()), _list_column(batch, "logprobs", pa.float32())
@@ -222,7 +223,7 @@ def from_batch(batch: Any) -> Targets:
     if ids.shape != logprobs.shape:
         raise InvalidInput("columns 'ids' and 'logprobs' have different widths")
     draws = _draws(batch) if names & set(_DRAW_COLUMNS) else None
-    return Targets(ids=ids, logprobs=logprobs, **lists, **scalars, draws=draws)
+    return Targets(ids=ids, logprobs=logprobs, **floats, draws=draws)
 
 
 def _draws(batch: Any) -> Draws:

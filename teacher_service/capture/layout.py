@@ -95,13 +95,7 @@ def float_sections(want: Fields, num_positions: int, vocab_size: int) -> Section
     sections: Sections = {"top": (num_positions,)}
     if want.k:
         sections |= {"logprobs": (num_positions, want.k), "label_logprob": (num_positions,)}
-    if want.entropy:
-        sections["entropy"] = (num_positions,)
-    if want.temperatures:
-        sections["log_z"] = (num_positions, len(want.temperatures))
-    if want.dense:
-        sections["dense"] = (num_positions, vocab_size)
-    return sections
+    return sections | want.float_shapes(num_positions, vocab_size)
 
 
 def num_floats(sections: Sections) -> int:

@@ -20,8 +20,7 @@ Shapes: P = prefix + row tokens, T = row tokens, K kept entries, N draws.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -135,9 +134,9 @@ def targets_from_captured(
         label_logprob[-1] = np.nan
         targets = _top_k_targets(captured.ids, parts.pop("logprobs"), label_logprob, vocab_size)
     else:
-        targets = _without_top_k(len(row))
+        targets = Targets.of_other_fields(len(row))
     draws = _draws(captured.ints[len(row) :], len(row), want.draws) if want.draws else None
-    return _with(targets, draws=draws, **parts)
+    return replace(targets, draws=draws, **parts)
 
 
 def log_tail(logprobs: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -166,16 +165,6 @@ def _top_k_targets(
         log_tail=np.full(len(ids), -np.inf, dtype=np.float32) if whole else log_tail(logprobs),
         label_logprob=label_logprob,
     )
-
-
-def _without_top_k(num_positions: int) -> Targets:
-    nothing = np.empty((num_positions, 0))
-    nan = np.full(num_positions, np.nan, np.float32)
-    return Targets(nothing.astype(np.uint32), nothing.astype(np.float32), np.zeros(num_positions, np.float32), nan)
-
-
-def _with(targets: Targets, **more: Any) -> Targets:
-    return Targets(targets.ids, targets.logprobs, targets.log_tail, targets.label_logprob, **more)
 
 
 def _draws(ints: NDArray[np.generic], num_positions: int, num_draws: int) -> Draws:

@@ -198,7 +198,7 @@ class VllmTeacher:
 
     def _check(self, want: Fields) -> None:
         if not want.only_top_k and not self._facts.gives_every_field:
-            names = ", ".join(n for n in ("draws", "entropy", "temperatures", "dense") if getattr(want, n))
+            names = ", ".join(each.asked_by for each in want.beside_top_k)
             reason = self._facts.why_not_better or "as its option `capture` says"
             raise UnsupportedField(
                 f"this teacher captures by {self._facts.capture_path!r}, which gives the top-k only ({reason});"

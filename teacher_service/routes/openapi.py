@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from potstill.cache.fields import Fields
 from potstill.cache.wire import scores as wire
 from potstill.teacher_service.routes.completions.routes import is_openai_path
 
@@ -15,12 +16,12 @@ _FIELDS = {
     "type": "object",
     "additionalProperties": False,
     "properties": {
-        "k": {"type": "integer", "minimum": 0, "default": 64},
-        "draws": {"type": "integer", "minimum": 0, "default": 0},
-        "seed": {"type": "integer", "minimum": 0, "default": 0},
-        "entropy": {"type": "boolean", "default": False},
-        "temperatures": {"type": "array", "items": {"type": "number", "exclusiveMinimum": 0}},
-        "dense": {"type": "boolean", "default": False},
+        name: {"type": "boolean", "default": False}
+        if isinstance(default, bool)
+        else {"type": "integer", "minimum": 0, "default": default}
+        if isinstance(default, int)
+        else {"type": "array", "items": {"type": "number", "exclusiveMinimum": 0}}
+        for name, default in Fields().to_json().items()
     },
 }
 _SCORE = {
