@@ -1,6 +1,6 @@
 """The ways from vLLM's engine to `Targets`, best first. Imported once vLLM is.
 
-    sampler      the worker computes every field from the full distributions (`capture_worker`); private
+    sampler      the worker computes every field from the full distributions (`capture.worker`); private
     arrays       the top-k as the tensors that vLLM's worker sends, before it makes an object of each entry; private
     public-flat  the top-k as vLLM's `FlatLogprobs`; public, and what the other two are checked against
 

@@ -10,7 +10,7 @@ of column 0 once more; nothing is deduplicated. A row of T tokens takes targets 
 their labels from column 0, and target T-1 from the one sampled token's logprobs, whose column 0 is what was sampled
 and is not used: the last target has no label.
 
-On the path `sampler` the worker has computed all T targets itself (`capture_layout`).
+On the path `sampler` the worker has computed all T targets itself (`capture.layout`).
 
 Pure functions on numbers: no engine is needed to call or to test them.
 

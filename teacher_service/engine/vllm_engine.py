@@ -9,8 +9,8 @@ the usual `if __name__ == "__main__":`. So does one that starts where numba was 
 encoding, a large read or an engine that was closed: while it starts, vLLM looks into every module's attributes
 and stumbles over one of llvmlite. When numba is loaded while it starts, it starts again.
 
-What becomes of an answer is a capture path's (`capture_paths`). The best one is taken that gives what vLLM's public
-one gives on a few tokens of the running engine (`capture_check`); why another one was passed over is logged once.
+What becomes of an answer is a capture path's (`capture.paths`). The best one is taken that gives what vLLM's public
+one gives on a few tokens of the running engine (`capture.check`); why another one was passed over is logged once.
 
 torch compiles one small kernel on the first request, which takes up to half a minute the first time on a
 machine; a warm-up at the start takes that from the first caller. Without a C++ compiler it is not compiled.

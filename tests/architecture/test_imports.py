@@ -39,7 +39,7 @@ HEAVY = {
     },
     "zarr": {"cache/store/groups.py", "cache/store/chunks.py", "cache/store/pipelines.py"},
     "obstore": {"cache/store/root.py", "cache/store/object_stores.py", "cache/store/pipelines.py"},
-    "numba": {"cache/compiled.py", "teacher_service/capture/kernel.py"},
+    "numba": {"cache/compiled.py", "teacher_service/capture/cpu/kernel.py"},
 }
 NEVER = {"cache": {"torch", "transformers", "vllm", "ray", "fastapi", "httpx", "uvicorn"}, "clients": {"torch", "vllm"}}
 MOST_FILES = 20

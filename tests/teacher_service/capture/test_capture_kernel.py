@@ -10,7 +10,7 @@ from hypothesis import given, strategies as st
 from numpy.typing import NDArray
 
 from potstill.cache.compiled import compiled
-from potstill.teacher_service.capture.kernel import Extras, TopK, _bound, fill
+from potstill.teacher_service.capture.cpu.kernel import Extras, TopK, _bound, fill
 from potstill.teacher_service.capture.layout import Drawn
 
 LEVELS = (-np.inf, -3.3e38, -1e30, -50.0, -0.0, 0.0, 1.0, 1.0000001, 40.0)

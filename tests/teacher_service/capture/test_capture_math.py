@@ -13,8 +13,9 @@ from scipy import stats
 
 from potstill.cache.encoding.draws import uniforms
 from potstill.cache.types import Draws, Fields
+from potstill.teacher_service.capture.cpu.device import capture_on_cpu
+from potstill.teacher_service.capture.device import capture_with_torch
 from potstill.teacher_service.capture.layout import float_sections, num_floats, split
-from potstill.teacher_service.capture.maths import capture_on_cpu, capture_on_gpu
 from potstill.teacher_service.engine.vllm_teacher import MAX_TEMPERATURE, MIN_TEMPERATURE
 
 # A multiple of 32 and of 128, neither, and so small that nothing is left out.
@@ -24,7 +25,7 @@ VOCABS = (32_000, 50_257, 300)
 Captured = Callable[..., dict[str, Any]]
 
 
-@pytest.fixture(params=[capture_on_cpu, capture_on_gpu], ids=["cpu", "gpu"])
+@pytest.fixture(params=[capture_on_cpu, capture_with_torch], ids=["cpu", "gpu"])
 def captured(request: pytest.FixtureRequest) -> Captured:
     """From logits and what is wanted to every section as numpy, `ids`, and `draws`."""
 

@@ -14,13 +14,14 @@ import pytest
 import torch
 
 from potstill.cache.types import Draws, Fields, Targets
+from potstill.teacher_service.capture.cpu.device import _a_core_each, _cores_of, cpu_device
 from potstill.teacher_service.capture.layout import Captured, Wish
 from potstill.teacher_service.capture.targets import targets_from_captured
-from potstill.teacher_service.capture.worker import PromptCapture, _a_core_each, _cores_of
+from potstill.teacher_service.capture.worker import PromptCapture
 
 VOCAB = 5000
 LENGTH = 700
-"""Tokens of the prompt: several blocks of `capture_math.BLOCK_BYTES`."""
+"""Tokens of the prompt: several blocks of `BLOCK_BYTES`."""
 EVERYTHING = Fields(k=4, draws=3, seed=1, entropy=True, temperatures=(0.5, 3.0))
 
 Chunk = tuple[int, int]
@@ -108,7 +109,7 @@ class Prefill:
         wish = Wish(fields=self.want, num_prefix=self.num_prefix)
         request = Request(self.tokens, SamplingParams(wish.to_extra_args()))
         self.runner = Runner({"r": request}, head, head)
-        self.capture = PromptCapture(self.runner, lambda *tensors: tensors)
+        self.capture = PromptCapture(self.runner, lambda *tensors: tensors, cpu_device())
 
     def step(self, chunk: Chunk) -> dict[str, Any]:
         first, count = chunk

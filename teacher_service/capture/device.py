@@ -1,4 +1,4 @@
-"""From logits to everything a target holds.
+"""From logits to everything a target holds, and what does that for a device: torch here, compiled code for CPUs.
 
 Per position, of logits z over the whole vocabulary, t = z - max z, e = exp(t) and p = e / sum e:
 
@@ -10,98 +10,80 @@ Per position, of logits z over the whole vocabulary, t = z - max z, e = exp(t) a
 
 The draws are those of `encoding.draws.draw_rows` on the same logprobs, but for a u at the very edge between two ids.
 
-On a CPU a compiled sweep of each row does all of it (`capture_kernel`), elsewhere torch does.
-
-Memory beside the logits and the answer: on a CPU 2 V float32 and the block's draws, 4 N float32 a row, for each thread;
-elsewhere MEMORY_COPIES times what is handed in at once, which counts as 4 N float32 a row where that is more than V.
-
 Shape legend:  S rows of a block, V vocabulary size, K kept entries, N draws, U unique ids drawn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from potstill.cache.errors import PotstillError
 from potstill.cache.types import Fields
 from potstill.teacher_service.capture.layout import Drawn
 
-BLOCK_BYTES = 8 * 2**20
-"""float32 logits that a thread works on at once on a CPU."""
-MEMORY_COPIES = 8
-"""Of what is handed in at once on a GPU, at most: t, e and a scratch copy in float32, and the float64 masses and their
-cumulative sum for draws."""
+FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, MemoryError, PotstillError)
+"""What torch and numpy raise when they are out of memory or are handed what they do not take."""
 
 
-def rows_at_once(vocab_size: int, num_draws: int, block_bytes: int) -> int:
-    """Rows of a block; what is looked up for many draws counts as much as logits do."""
-    return max(1, block_bytes // (4 * max(vocab_size, 4 * num_draws)))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaptureDevice:
+    """How targets are computed from logits where these are."""
+
+    head_bytes: int
+    """float32 logits that the head gives at once."""
+    block_bytes: int
+    """Of them, what is worked on at once; what is looked up for N draws counts as 16 N bytes a row if that is more."""
+    num_threads: int
+    """Blocks that are worked on at one time."""
+    capture_block: Callable[
+        [torch.Tensor, torch.Tensor | None, Fields, NDArray[np.float64] | None, Mapping[str, torch.Tensor]],
+        Drawn | None,
+    ]
+    """Fills the arrays of one block of rows, and returns its draws; see `capture_with_torch`."""
+    map: Callable[[Callable[[Any], None], Iterable[Any]], Iterable[None]]
+    """Does some work on every block."""
+
+
+def torch_device() -> CaptureDevice:
+    """A GPU, through torch.
+
+    Memory beside the logits and the answer: at most 8 times `head_bytes`, for t, e and a scratch copy in float32, and
+    the float64 masses and their cumulative sum for draws.
+    """
+    size = 128 * 2**20
+    return CaptureDevice(head_bytes=size, block_bytes=size, num_threads=1, capture_block=capture_with_torch, map=map)
+
+
+def one_line(error: Exception) -> str:
+    """The class of a failure and the first line of what it says."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 @torch.inference_mode()
-def capture_block(
+def capture_with_torch(
     logits: torch.Tensor,
     labels: torch.Tensor | None,
     want: Fields,
     uniforms: NDArray[np.float64] | None,
     out: Mapping[str, torch.Tensor],
 ) -> Drawn | None:
-    """Fill `out` for one block of rows; the draws of the block, if any are wanted.
+    """Fill `out` for one block of rows, on any device; the draws of the block, if any are wanted.
+
+    Not run on a GPU; tested on CPU tensors.
 
     Args:
-        logits: [S, V] of any floating type; entries beside each other.
+        logits: [S, V] float32; entries beside each other.
         labels: [S] int64 ids whose logprob is wanted; None without a top-k.
         want: what to compute.
         uniforms: [S, N] in [0, 1), for draws.
         out: the views of `float_sections` and, with a top-k, `ids` int32, each of S rows on the CPU.
     """
-    assert (labels is not None) == (want.k > 0), "labels belong to the top-k"
-    assert (uniforms is not None) == (want.draws > 0), "uniforms belong to draws"
-    how = capture_on_cpu if logits.is_cpu else capture_on_gpu
-    return how(logits.float(), labels, want, uniforms, out)
-
-
-def capture_on_cpu(
-    logits: torch.Tensor,
-    labels: torch.Tensor | None,
-    want: Fields,
-    uniforms: NDArray[np.float64] | None,
-    out: Mapping[str, torch.Tensor],
-) -> Drawn | None:
-    """`capture_block` of float32 logits on a CPU, in this thread alone."""
-    # While it starts, vLLM stumbles over numba where that was loaded before (`vllm_engine`).
-    from potstill.teacher_service.capture.kernel import Extras, TopK, fill  # noqa: PLC0415
-
-    num_rows, vocab_size = logits.shape
-    nothing = np.empty(0, np.float32)
-    top_k = TopK(
-        ids=out["ids"].numpy() if want.k else np.empty((num_rows, 0), np.int32),
-        logprobs=out["logprobs"].numpy() if want.k else np.empty((num_rows, 0), np.float32),
-        labels=np.empty(0, np.int64) if labels is None else labels.numpy(),
-        label_logprob=out["label_logprob"].numpy() if want.k else nothing,
-    )
-    extras = Extras(
-        entropy=out["entropy"].numpy() if want.entropy else nothing,
-        temperatures=np.array(want.temperatures, np.float64),
-        log_z=out["log_z"].numpy() if want.temperatures else np.empty((num_rows, 0), np.float32),
-        dense=out["dense"].numpy() if want.dense else np.empty((0, vocab_size), np.float32),
-        uniforms=np.empty((num_rows, 0)) if uniforms is None else np.sort(uniforms, axis=1),
-    )
-    drawn = fill(logits.numpy(), out["top"].numpy(), top_k, extras)
-    return None if uniforms is None else drawn
-
-
-def capture_on_gpu(
-    logits: torch.Tensor,
-    labels: torch.Tensor | None,
-    want: Fields,
-    uniforms: NDArray[np.float64] | None,
-    out: Mapping[str, torch.Tensor],
-) -> Drawn | None:
-    """`capture_block` of float32 logits on any device. Not run on a GPU; tested on CPU tensors."""
     top = logits.amax(dim=1, keepdim=True)
     t = logits - top
     e = t.exp()

@@ -1,4 +1,4 @@
-"""From float32 logits on a CPU to everything a target holds, row by row, compiled by numba. See `capture_math`.
+"""From float32 logits on a CPU to everything a target holds, row by row, compiled by numba. See `capture.device`.
 
 A row of logits stays in the core's own cache while the vocabulary is swept
 
