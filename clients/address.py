@@ -14,6 +14,20 @@ API_KEY_VARIABLE = "POTSTILL_API_KEY"
 """Holds the API key for every service that is called without one, so that no command line shows it."""
 
 
+def key_in(variable: str | None, named_by: str) -> str | None:
+    """The API key in an environment variable that an option or setting names; None when it names none.
+
+    Raises:
+        InvalidInput: the variable is not set, or empty.
+    """
+    if variable is None:
+        return None
+    key = os.environ.get(variable)
+    if not key:
+        raise InvalidInput(f"{named_by} {variable}: there is no such environment variable, or it is empty")
+    return key
+
+
 def key_header(api_key: str | None) -> dict[str, str]:
     """The header that shows the key, or the environment's (`POTSTILL_API_KEY`); none when neither is there.
 

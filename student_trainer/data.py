@@ -53,10 +53,7 @@ class Batch:
         """The same batch on a device."""
         if device == self.tokens.device:
             return self
-        teachers = tuple(
-            TeacherTargets(t.ids.to(device), t.logprobs.to(device), t.log_tail.to(device), t.weight)
-            for t in self.teachers
-        )
+        teachers = tuple(teacher.each(lambda tensor: tensor.to(device)) for teacher in self.teachers)
         return Batch(self.tokens.to(device), self.mask.to(device), self.labels.to(device), teachers)
 
 

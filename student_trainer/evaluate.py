@@ -6,6 +6,7 @@ the rounding of the forward passes.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from potstill.cache.types import JSON
 from potstill.student_trainer.data import Batch, BatchReader
 from potstill.student_trainer.group import Alone, Group
-from potstill.student_trainer.losses import NO_LABEL, TeacherTargets, kl_and_overlap
+from potstill.student_trainer.losses import NO_LABEL, kl_and_overlap
 
 _CHUNK_POSITIONS = 512
 """Positions whose [chunk, V] float32 logits are looked at together."""
@@ -114,18 +115,15 @@ def _sums(logits: Tensor, batch: Batch) -> Tensor:
     mask = batch.mask.reshape(-1)
     flat = logits.reshape(-1, logits.shape[-1])[mask]
     labels = batch.labels.reshape(-1)[mask]
-    teachers = [
-        TeacherTargets(t.ids.flatten(0, 1)[mask], t.logprobs.flatten(0, 1)[mask], t.log_tail.flatten()[mask])
-        for t in batch.teachers
-    ]
+    teachers = [teacher.each(lambda tensor: tensor.flatten(0, 1)[mask]) for teacher in batch.teachers]
     values = [flat.new_zeros((), dtype=torch.float64) for _ in range(3 * len(teachers))]
     ce = flat.new_zeros((), dtype=torch.float64)
     for start in range(0, len(labels), _CHUNK_POSITIONS):
         part = slice(start, start + _CHUNK_POSITIONS)
         z = flat[part].float()
         ce += nn.functional.cross_entropy(z, labels[part], ignore_index=NO_LABEL, reduction="sum").double()
-        for m, t in enumerate(teachers):
-            found = kl_and_overlap(z, TeacherTargets(t.ids[part], t.logprobs[part].float(), t.log_tail[part]))
+        for m, teacher in enumerate(teachers):
+            found = kl_and_overlap(z, teacher.each(operator.itemgetter(part)))
             for i, value in enumerate(found):
                 values[3 * m + i] += value.sum(dtype=torch.float64)
     counts = [ce.new_tensor(float((labels != NO_LABEL).sum())), ce.new_tensor(float(len(labels)))]

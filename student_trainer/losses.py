@@ -32,7 +32,7 @@ Shape legend:  B rows, T tokens, N positions (B * T flattened), K kept ids, V st
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,10 @@ class TeacherTargets:
     """[...] float, log of the mass outside `ids`; -inf for none."""
     weight: float = 1.0
     """Weight of this teacher's KL; the loss does not normalise weights."""
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> TeacherTargets:
+        """The same with every tensor changed, as on its position axes or its device."""
+        return TeacherTargets(change(self.ids), change(self.logprobs), change(self.log_tail), self.weight)
 
     def flat(self) -> TeacherTargets:
         """As [N, K] and [N], whatever the leading shape."""

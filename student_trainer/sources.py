@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,9 +13,10 @@ from numpy.typing import NDArray
 from potstill.cache.cache import Cache
 from potstill.cache.corpus.corpus import Corpus
 from potstill.cache.encoding.logprobs import Encoding
-from potstill.cache.errors import InvalidInput, NotCommitted, SpecMismatch, UnsupportedField
+from potstill.cache.errors import NotCommitted, SpecMismatch, UnsupportedField
 from potstill.cache.plurals import counted
 from potstill.cache.types import Fields, Targets, TeacherIdentity, Tokens
+from potstill.clients.address import key_in
 from potstill.clients.http_targets import HttpCache
 from potstill.clients.http_teacher import SyncHttpTeacher
 from potstill.student_trainer.config import DataConfig, TeacherConfig, TrainConfig
@@ -134,7 +134,7 @@ def open_cache(data: DataConfig) -> Iterator[Cache | HttpCache]:
     if not data.cache.startswith(("http://", "https://")):
         yield Cache.open(data.cache)
         return
-    with HttpCache(data.cache, api_key=api_key("data.api_key_env", data.api_key_env)) as cache:
+    with HttpCache(data.cache, api_key=key_in(data.api_key_env, "data.api_key_env")) as cache:
         yield cache
 
 
@@ -171,7 +171,7 @@ def _open(
     source: TargetSource
     if teacher.source == "service":
         assert teacher.url is not None, "the config refuses a service without a url"
-        key = api_key("teachers.api_key_env", teacher.api_key_env)
+        key = key_in(teacher.api_key_env, "teachers.api_key_env")
         client = stack.enter_context(SyncHttpTeacher(teacher.url, teacher.name, api_key=key))
         source = ServiceSource(teacher.name, client, teacher.k)
     else:
@@ -183,19 +183,6 @@ def _open(
         source = CacheSource(teacher.name, targets, teacher.k)
     check_tokenizer(source, corpus)
     return source
-
-
-def api_key(setting: str, variable: str | None) -> str | None:
-    """The key in an environment variable, so that no config and no run folder holds one.
-
-    Raises:
-        InvalidInput: the variable is not set.
-    """
-    if variable is None:
-        return None
-    if variable not in os.environ:
-        raise InvalidInput(f"{setting} names {variable!r}, but that is not set")
-    return os.environ[variable]
 
 
 def _check_committed(name: str, targets: HeldTargets) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-
-from potstill.cache.errors import InvalidInput
 
 DEFAULT_URL = "http://127.0.0.1:8700"
 
@@ -29,10 +26,6 @@ def key_of(args: argparse.Namespace) -> str | None:
     Raises:
         InvalidInput: the variable is not set, or empty.
     """
-    variable = args.api_key_env
-    if variable is None:
-        return None
-    key = os.environ.get(variable)
-    if not key:
-        raise InvalidInput(f"--api-key-env {variable}: there is no such environment variable, or it is empty")
-    return key
+    from potstill.clients.address import key_in
+
+    return key_in(args.api_key_env, "--api-key-env")

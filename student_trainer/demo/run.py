@@ -29,7 +29,7 @@ from potstill.student_trainer.demo.report import write_report
 from potstill.student_trainer.demo.service import running_service
 from potstill.student_trainer.demo.smollm2 import is_materialised, materialise
 from potstill.student_trainer.demo.text import write_text
-from potstill.student_trainer.metrics import Record
+from potstill.student_trainer.metrics import read_metrics
 from potstill.student_trainer.result import TrainResult
 
 _STAMP = ".potstill-demo.json"
@@ -191,12 +191,7 @@ def _student(result: TrainResult) -> dict[str, JSON]:
         "top1_agreement": of_teacher.top1_agreement,
         "curve": [
             {"step": record["step"], "held_out_loss": record["held_out"]["ce"], "kl_to_teacher": kl}
-            for record in _records(result.run_dir)
+            for record in read_metrics(result.run_dir)
             if "held_out" in record and (kl := record["held_out"]["teachers"][TEACHER]["kl"]) is not None
         ],
     }
-
-
-def _records(run_dir: Path) -> list[Record]:
-    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
