@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from potstill.cache.errors import FormatError, InvalidInput, UnsupportedField
 from potstill.cache.fields import FIELDS, TOP_K, Fields
+from potstill.cache.lineage import Step, path_and_steps
 
 __all__ = [
     "JSON",
@@ -105,16 +106,29 @@ class Provenance:
     capture_path: str
     captured_at: str = ""
     """ISO 8601, UTC; set when a segment is committed."""
+    steps: tuple[Step, ...] = ()
+    """Encodings that they went through since."""
+
+    @property
+    def whole_path(self) -> str:
+        """The capture path and the steps behind it, in words."""
+        return ", ".join(filter(None, (self.capture_path, *map(str, self.steps))))
 
     def to_json(self) -> dict[str, JSON]:
-        """A JSON object with one key per attribute."""
-        return cast("dict[str, JSON]", _plain(asdict(self)))
+        """A JSON object with one key per attribute; none for `steps` when there are none."""
+        plain = cast("dict[str, JSON]", _plain(asdict(self)))
+        return plain if self.steps else {name: plain[name] for name in plain if name != "steps"}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Provenance:
-        """Read what `to_json` wrote; unknown keys, of a newer writer, are ignored."""
-        names = ("engine", "engine_version", "device", "capture_path", "captured_at")
-        return cls(**{name: str(value.get(name, "")) for name in names})
+        """Read what `to_json` wrote; unknown keys, of a newer writer, are ignored.
+
+        Raises:
+            FormatError: steps that cannot be read.
+        """
+        told = {name: str(value.get(name, "")) for name in ("engine", "engine_version", "device", "captured_at")}
+        capture_path, steps = path_and_steps(str(value.get("capture_path", "")), value.get("steps"))
+        return cls(**told, capture_path=capture_path, steps=steps)
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)

@@ -18,9 +18,9 @@ from potstill.cache.errors import SpecMismatch, UnknownCorpus
 from potstill.cache.interchange.formats import Origin, RowFormat
 from potstill.cache.interchange.parquet import ListColumns
 from potstill.cache.interchange.row_files import RowFile, RowReader, came_from, placed
+from potstill.cache.lineage import Handed, Step
 from potstill.cache.plurals import counted
 from potstill.cache.store.root import check_name
-from potstill.cache.targets.lineage import Handed, imported
 from potstill.cache.targets.target_set import TargetSet
 from potstill.cache.types import Fields, Provenance, Targets, TeacherIdentity, Tokens
 
@@ -232,12 +232,12 @@ def _provenances(corpus: Corpus, files: Sequence[RowFile], form: RowFormat, shar
 
 def _provenance(origin: Origin | None, form: RowFormat) -> Provenance:
     if origin is None:
-        return Provenance(engine="unknown", engine_version="", device="", capture_path=imported("", None))
+        return Provenance(engine="unknown", engine_version="", device="", capture_path="", steps=(Step.imported(None),))
     # List columns have every number as it was; DistillKit's are an encoding of their own, without a bound.
     kept_as = origin.encoding if isinstance(form, ListColumns) else None
-    return replace(origin.provenance, capture_path=imported(origin.provenance.capture_path, kept_as))
+    return replace(origin.provenance, steps=(*origin.provenance.steps, Step.imported(kept_as)))
 
 
 def _furthest(provenance: Provenance) -> float:
-    error = Handed.of(provenance.capture_path).max_abs_error
+    error = Handed.after(provenance.steps).max_abs_error
     return math.inf if error is None else error

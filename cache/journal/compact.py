@@ -33,7 +33,6 @@ from potstill.cache.journal.rows import JournalRows, first_rows, tokens_of
 from potstill.cache.journal.segment import JournalSegment, SegmentRecord, journal_records
 from potstill.cache.store.claims import Claims
 from potstill.cache.store.root import check_name
-from potstill.cache.targets.lineage import from_journal
 from potstill.cache.targets.segment import EncodedSegment
 from potstill.cache.targets.segment_set import SegmentSet
 from potstill.cache.targets.target_set import TargetSet
@@ -220,8 +219,7 @@ def _write_shard(segments: SegmentSet, source: JournalRows, shard: int) -> None:
         ids = ranks.ranks_by_id[arrays["ids"]].astype(ranks.dtype)
         return replace(copied.segment, arrays={**arrays, "ids": ids})
 
-    path = from_journal(source.provenance.capture_path, copied.again, partly=copied.partly)
-    provenance = replace(source.provenance, capture_path=path)
+    provenance = replace(source.provenance, steps=(*source.provenance.steps, copied.step))
     segments.write_encoded(shard, ranked, provenance)
 
 

@@ -17,7 +17,7 @@ from potstill.cache.encoding.logprobs import Encoding, RankTable, StoredArrays, 
 from potstill.cache.errors import SpecMismatch
 from potstill.cache.journal.rows import JournalRows
 from potstill.cache.journal.segment import JournalSegment, SegmentRecord, joined_arrays, joined_error
-from potstill.cache.targets.lineage import is_stated
+from potstill.cache.lineage import JOURNAL, Step, is_stated
 from potstill.cache.targets.segment import EncodedSegment
 from potstill.cache.types import Targets
 
@@ -27,10 +27,9 @@ class CopiedRows:
     """Stored arrays, ids as they are."""
 
     segment: EncodedSegment
-    again: Encoding | None
-    """The loosest encoding that rows were in whose figures compare with the journal and not the teacher."""
-    partly: bool
-    """Whether the figures of other rows compare with the teacher."""
+    step: Step
+    """Of the loosest encoding that rows were in whose figures compare with the journal and not the teacher; partly
+    when those of other rows compare with the teacher."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +68,11 @@ def copy_rows(source: JournalRows, keys: Sequence[bytes]) -> CopiedRows:
         joined_arrays([rows[i] for i in range(len(keys))]),
         joined_error([(part.error, part.num_positions) for part in parts]),
     )
-    loosest = max(again, key=lambda encoding: encoding.max_abs_error, default=None)
-    return CopiedRows(joined, loosest, len(again) < len(parts))
+    if not again:
+        return CopiedRows(joined, Step(how=JOURNAL))
+    loosest, partly = max(again, key=lambda encoding: encoding.max_abs_error), len(again) < len(parts)
+    step = Step(how=JOURNAL, encoding=loosest.name, max_abs_error=loosest.max_abs_error, partly=partly)
+    return CopiedRows(joined, step)
 
 
 def _copied(source: JournalRows, segment: JournalSegment, rows: Sequence[int]) -> _SegmentRows:
@@ -78,7 +80,7 @@ def _copied(source: JournalRows, segment: JournalSegment, rows: Sequence[int]) -
     if (record.k, record.encoding) != (source.k, source.encoding):
         return _encoded_again(source, segment, rows)
     stored = segment.read_stored(rows)
-    if not is_stated(record.error, record.encoding):
+    if not is_stated(record.error, record.encoding.max_abs_error):
         return _SegmentRows(stored, dict(record.error), None)
     # Format 1 measured nothing: what is stored is exactly what the journal kept, and no more is known.
     return _SegmentRows(stored, _with_saturated(dict.fromkeys(record.error, 0.0), record), record.encoding)

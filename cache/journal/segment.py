@@ -169,7 +169,7 @@ class SegmentRecord:
                 provenance=Provenance.from_json(record["provenance"]),
                 objects=objects_from_json(record["objects"]),
             )
-        except (KeyError, TypeError, ValueError, OverflowError, AttributeError, InvalidInput) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError, FormatError, InvalidInput) as error:
             raise FormatError(f"{path}.json is not a journal record: {error!r}") from error
         if found.path != path:
             raise CorruptSegment(f"{path}.json is the record of {found.path}")

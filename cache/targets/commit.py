@@ -74,7 +74,7 @@ def commit_from_json(path: str, shard: int, record: Record) -> Commit:
             provenance=Provenance.from_json(record["provenance"]),
             error=dict(record["error"]),
         )
-    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, InvalidInput) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, FormatError, InvalidInput) as error:
         raise FormatError(f"{path} is not a commit: {error!r}") from error
     if commit.shard != shard or not commit.segment.startswith(f"{shard:06d}-"):
         raise CorruptSegment(f"{path} is the commit of shard {commit.shard}, not of shard {shard}")

@@ -213,7 +213,7 @@ def _shared_from_json(path: str, record: Record) -> tuple[_Shared, str]:
         )
         group = check_name("manifest", record["group"])
         objects_from_json(record["objects"])
-    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, InvalidInput) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, FormatError, InvalidInput) as error:
         raise FormatError(f"{path} is not the record of a manifest: {error!r}") from error
     if not shared.layouts:
         raise FormatError(f"{path} is not the record of a manifest: it has no layouts")

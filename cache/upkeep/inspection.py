@@ -19,11 +19,11 @@ from potstill.cache.corpus.annotations import open_annotation
 from potstill.cache.corpus.corpus import Corpus
 from potstill.cache.errors import CorruptSegment, FormatError, SpecMismatch
 from potstill.cache.journal.segment import SegmentRecord, journal_records
+from potstill.cache.lineage import ONLY_BOUNDED, Handed, measured_against
 from potstill.cache.plurals import counted
 from potstill.cache.store.groups import Reading
 from potstill.cache.store.root import Root, StoredObject
 from potstill.cache.targets.commit import Commit
-from potstill.cache.targets.lineage import ONLY_BOUNDED, Handed, measured_against
 from potstill.cache.targets.manifest import Manifest
 from potstill.cache.targets.segment_set import SegmentSet
 from potstill.cache.targets.target_set import TargetSet
@@ -51,7 +51,7 @@ class SetSummary:
     against: Counter[Handed] = field(default_factory=Counter)
     """Shards by what their figures compare the decoded targets with."""
     provenances: Counter[tuple[str, str, str, str]] = field(default_factory=Counter)
-    """Shards by engine, engine version, device and capture path."""
+    """Shards by engine, engine version, device and whole path."""
     first_captured: str = ""
     last_captured: str = ""
 
@@ -85,12 +85,12 @@ class SetSummary:
             self.array_bytes[_array_of(item)] += item.size
         made = commit.provenance
         if commit.error:
-            handed = measured_against(made.capture_path, commit.error, self.segments.spec.encoding)
+            handed = measured_against(made.steps, commit.error, self.segments.spec.encoding.max_abs_error)
             self.against[handed] += 1
             for name, value in commit.error.items():
                 if handed != ONLY_BOUNDED or name in _COUNTED:
                     self.errors[name].append(float(value))
-        self.provenances[made.engine, made.engine_version, made.device, made.capture_path] += 1
+        self.provenances[made.engine, made.engine_version, made.device, made.whole_path] += 1
         if made.captured_at:
             self.first_captured = min(self.first_captured or made.captured_at, made.captured_at)
             self.last_captured = max(self.last_captured, made.captured_at)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ from potstill.cache.wire import scores as wire
 from potstill.clients.http_admin import HttpAdmin
 from potstill.clients.http_teacher import HttpTeacher
 from potstill.clients.retry import RetryPolicy
+from tests.support.fakes import fake_identity
 from tests.support.processes.scripted_service import Script, answered, reply
 from tests.support.processes.servers import serving
 from tests.support.scored_rows import rows_of
@@ -67,6 +69,26 @@ async def test_an_answer_that_does_not_fit_the_question_is_refused(
         async with HttpTeacher.open(url, "smol", retry=FAST) as remote:
             with pytest.raises(error, match=words):
                 await remote.score(rows_of(3, 5), WANT)
+
+
+async def test_the_same_weights_of_another_folder_are_the_same_teacher() -> None:
+    def renamed(script: Script, body: bytes) -> bytes:
+        script.identity = replace(script.identity, model="renamed")
+        return answered(script, body)
+
+    with serving(Script(renamed)) as url:
+        assert len(await _open_and_score(url)) == 1
+
+
+async def test_a_description_that_cannot_be_read_is_named() -> None:
+    async def described(scope: Any, _: Any, send: Callable[[Any], Awaitable[None]]) -> None:
+        if scope["type"] == "http":
+            description = {"identity": fake_identity().to_json(), "provenance": {"steps": 1}}
+            await reply(send, 200, json.dumps(description).encode())
+
+    told = "describes teacher 'smol' badly: .*the steps of a provenance are 1"
+    with serving(described) as url, pytest.raises(TeacherFailed, match=told):
+        await _open_and_score(url)
 
 
 async def test_something_else_on_the_port_is_named() -> None:

@@ -20,10 +20,10 @@ from potstill.cache.errors import InvalidInput, NotFound, SpecMismatch, StoreErr
 from potstill.cache.journal.compact import CompactPlan, compact
 from potstill.cache.journal.journal import Journal, JournalPolicy, journal_records
 from potstill.cache.journal.segment import JournalRow, SegmentRecord
+from potstill.cache.lineage import Handed
 from potstill.cache.read_through.cached_teacher import CachedTeacher, KeepPolicy
 from potstill.cache.store.root import Root
 from potstill.cache.targets.commit import Commit
-from potstill.cache.targets.lineage import Handed
 from potstill.cache.targets.segment_set import SegmentSet
 from potstill.cache.types import Tokens
 from potstill.cache.upkeep.garbage import find_garbage
@@ -101,8 +101,8 @@ async def test_what_several_services_kept_becomes_a_corpus_and_answers_keep_thei
     assert targets.committed.all()
     (commit, *_) = targets.sets[0].commits.all()
     assert 0 <= commit.error["max_abs"] <= targets.encoding.max_abs_error
-    assert commit.provenance.capture_path == "fake, journal"
-    assert Handed.of(commit.provenance.capture_path).words == "the teacher"
+    assert commit.provenance.whole_path == "fake, journal"
+    assert Handed.after(commit.provenance.steps).words == "the teacher"
     assert verified(cache) == 0
     assert find_garbage(cache.root, min_age_seconds=0.0) == []
 
@@ -176,7 +176,7 @@ async def test_figures_are_measured_and_say_where_that_was_against_the_journal(c
     copied = await ask(cache, ROWS[1:6], k=16)
     compact(cache, CompactPlan(teacher="smol", corpus="asked", k=k, tokenizer=TOKENIZER))
     commit, targets = only_commit(cache), cache.targets("smol", "asked")
-    assert commit.provenance.capture_path == f"fake, {told} within 0.0635"
+    assert commit.provenance.whole_path == f"fake, {told} within 0.0635"
     place = {row.tobytes(): i for i, row in enumerate(targets.corpus.rows(0, 6))}
     stored = targets.read_rows([place[row.tobytes()] for row in ROWS[:6]])
     handed = [wide[0].prefix(k), *(each.prefix(k) for each in copied)]
@@ -211,7 +211,7 @@ async def test_a_journal_of_format_1_measured_nothing_and_its_rows_say_so(tmp_pa
     compact(cache, CompactPlan(teacher="asked", corpus="asked"))
     (commit,) = cache.targets("asked", "asked").sets[0].commits.all()
     assert {commit.error[name] for name in ("max_abs", "mean_abs", "mean_kl", "p999_kl")} == {0.0}
-    assert commit.provenance.capture_path.endswith(", journal of u8 within 0.0635")
+    assert commit.provenance.whole_path.endswith(", journal of u8 within 0.0635")
 
 
 async def test_the_journal_is_kept_when_told_so(cache: Cache) -> None:
