@@ -3,7 +3,7 @@
     corpora/<corpus>/annotations/<name>.json      record: names group and corpus fingerprint; created if absent
     corpora/<corpus>/annotations/<name>-<hex>/    values [R]
 
-A corpus is never rewritten, so what is learnt about its rows later lies beside it, with its own provenance.
+A corpus is never rewritten, so later findings about its rows lie beside it, with their own provenance.
 
 Shape legend:  R rows.
 """
@@ -37,13 +37,13 @@ _DTYPES = frozenset(
 )
 _CHUNK = 1 << 16
 _OBJECT_ROWS = 1 << 24
-# A group's name is the annotation's with 13 characters more, and has to be a name too.
+# The group's name is the annotation's and 13 characters more, and must itself fit into the 64 of a name.
 _LONGEST_NAME = 51
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Annotation:
-    """What the record of an annotation says."""
+    """Content of the record of an annotation."""
 
     name: str
     group: str
@@ -52,13 +52,13 @@ class Annotation:
     dtype: str
     num_rows: int
     provenance: Mapping[str, str]
-    """What made it, in its maker's words: source, tool, settings."""
+    """Origin of the values in their maker's words: source, tool, settings."""
     objects: tuple[StoredObject, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class AnnotatedCorpus:
-    """The corpus that annotations are of: where it lies below the root, its content's sha256, its rows."""
+    """A corpus as its annotations know it: its path below the root, its name, the sha256 of its content, its rows."""
 
     path: str
     name: str
@@ -67,17 +67,17 @@ class AnnotatedCorpus:
 
     @property
     def folder(self) -> str:
-        """Where its annotations lie."""
+        """Path of its annotations below the root."""
         return f"{self.path}/annotations"
 
 
 def annotate(
     root: Root, corpus: AnnotatedCorpus, name: str, values: NDArray[Any], provenance: Mapping[str, str]
 ) -> Annotation:
-    """Seal values [R] of a corpus' rows under a name.
+    """Store one value for each row of a corpus, [R], under a new name.
 
     Raises:
-        InvalidInput: not one value a row, a dtype other than bool, int or float, a name that cannot be used.
+        InvalidInput: there is not one value a row, their dtype is not bool, int or float, or the name is no name.
         AlreadyExists: the corpus has an annotation of this name. StoreError: the store is full; nothing is left.
     """
     _check_name(name)
@@ -112,11 +112,11 @@ def list_annotations(root: Root, corpus: AnnotatedCorpus) -> list[str]:
 
 
 def open_annotation(root: Root, corpus: AnnotatedCorpus, name: str) -> Annotation:
-    """The record of an annotation.
+    """Read the record of an annotation.
 
     Raises:
-        NotFound: the corpus has none of this name. SpecMismatch: it is of another corpus of the same name.
-        FormatError, CorruptSegment: a record this version cannot read, or a damaged one.
+        NotFound: the corpus has none of this name. SpecMismatch: it was made for another corpus of the same name.
+        FormatError, CorruptSegment: this version cannot read the record, or it is damaged.
     """
     _check_name(name)
     path = f"{corpus.folder}/{name}.json"
@@ -139,12 +139,12 @@ def open_annotation(root: Root, corpus: AnnotatedCorpus, name: str) -> Annotatio
 def read_annotation(
     root: Root, corpus: AnnotatedCorpus, name: str, start: int = 0, stop: int | None = None
 ) -> NDArray[Any]:
-    """The values of all rows, or of a range of them; raises as `open_annotation` does, and `CorruptSegment`."""
+    """Read the values of all rows, or of rows `start` to `stop`; raises as `open_annotation` does."""
     return _reader(root, corpus, name).read("values", start, corpus.num_rows if stop is None else stop)
 
 
 def corrupt_annotations(root: Root, corpus: AnnotatedCorpus) -> list[str]:
-    """One line per stored object of a corpus' annotations that is not what was sealed."""
+    """Read every object of a corpus' annotations; one line for each that is not what was sealed."""
     found: list[str] = []
     for name in list_annotations(root, corpus):
         try:

@@ -1,7 +1,7 @@
 """A corpus: sealed rows of tokens with one tokenizer, on a flat token axis without holes.
 
-On disk `corpora/<name>/` is a Zarr group whose attributes are the seal, created if absent and last; the
-arrays are in the child group that the seal names. `cache/FORMAT.md` has the layout.
+On disk `corpora/<name>/` is a Zarr group whose attributes are the seal: the record that is created last, if absent,
+and makes the corpus exist. It names the child group that holds the arrays. `cache/FORMAT.md` has the layout.
 
 Shape legend:  P positions, R rows, S shards.
 """
@@ -29,7 +29,7 @@ from potstill.cache.store.record import group_metadata, read_group_metadata
 from potstill.cache.store.root import Root, StoredObject, check_name, is_name
 from potstill.cache.types import JSON, Tokens
 
-# Row starts are read by pages of this many, which is how they are cut on disk.
+# Row starts are read in pages of this many: the chunk in which `ingest` writes them.
 _PAGE_ROWS = 4096
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -49,7 +49,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CorpusSpec:
-    """What the seal of a corpus says."""
+    """Content of the seal of a corpus."""
 
     data: str
     """Name of the child group that holds the arrays."""
@@ -64,33 +64,33 @@ class CorpusSpec:
     max_token_id: int
     row_tokens: int
     duplicate_rows: int
-    """Rows whose key an earlier row already has."""
+    """Number of rows that are equal to an earlier row."""
     sources: tuple[Source, ...]
     objects: tuple[StoredObject, ...]
 
 
 class CorpusArrays(Protocol):
-    """Where a corpus reads its arrays: a published group (`GroupReader`), or a service that has one."""
+    """Source of a corpus' arrays: a published group (`GroupReader`), or a service that has one."""
 
     @property
     def path(self) -> str:
-        """What errors call it."""
+        """Name of the source in errors."""
         ...
 
     def has(self, name: str) -> bool:
-        """Whether there is an array of this name."""
+        """Tell whether there is an array of this name."""
         ...
 
     def expect(self, name: str, shape: tuple[int, ...], dtypes: Iterable[str]) -> str:
-        """Check an array's shape and dtype; the dtype's name."""
+        """Check an array's shape and dtype, and return the dtype's name."""
         ...
 
     def read(self, name: str, start: int, stop: int) -> NDArray[Any]:
-        """`array[start:stop]`."""
+        """Read `array[start:stop]`."""
         ...
 
     def read_all(self, name: str) -> NDArray[Any]:
-        """The whole array."""
+        """Read the whole array."""
         ...
 
     def corrupt_objects(self) -> list[str]:
@@ -99,12 +99,12 @@ class CorpusArrays(Protocol):
 
 
 def corpus_path(name: str) -> str:
-    """Where a corpus lives below the root."""
+    """Path of a corpus below the root."""
     return f"corpora/{check_name('corpus', name)}"
 
 
 class Corpus:
-    """Read a sealed corpus: `len(corpus)` rows, `corpus.row(i)` their tokens."""
+    """A sealed corpus, for reading: `len(corpus)` rows; `corpus.row(i)` has the tokens of row i."""
 
     def __init__(self, root: Root, name: str, spec: CorpusSpec, reader: CorpusArrays) -> None:
         self.name = name
@@ -114,10 +114,10 @@ class Corpus:
 
     @classmethod
     def open(cls, root: Root, name: str, reading: Reading | None = None) -> Corpus:
-        """Open by name; what is read goes through `reading`, or a small chunk cache of its own.
+        """Open a corpus by name. Reads go through `reading`, by default a small chunk cache of its own.
 
         Raises:
-            UnknownCorpus: no sealed corpus under that name. FormatError: a seal this version cannot read.
+            UnknownCorpus: no corpus is sealed under that name. FormatError: this version cannot read the seal.
         """
         path = corpus_path(name)
         seal = read_group_metadata(root, path, "corpus")
@@ -131,12 +131,12 @@ class Corpus:
 
     @property
     def num_positions(self) -> int:
-        """P."""
+        """Number of positions P, which is the number of tokens of all rows."""
         return self.spec.num_positions
 
     @property
     def num_shards(self) -> int:
-        """S."""
+        """Number of shards S."""
         return self.spec.num_shards
 
     @property
@@ -156,51 +156,52 @@ class Corpus:
 
     @cached_property
     def row_starts(self) -> NDArray[np.int64]:
-        """[R+1] position at which each row starts, and the end: 8 bytes a row that stay in memory.
+        """[R+1] int64: the position at which each row starts, then P.
 
-        `starts` and `row_ranges` read only what is asked for.
+        It stays in memory, 8 bytes a row; `starts` and `row_ranges` read only what is asked for.
         """
         return self._axis("row_starts", self.spec.num_rows, self.spec.num_positions)
 
     @cached_property
     def shard_rows(self) -> NDArray[np.int64]:
-        """[S+1] row at which each shard starts, and the end."""
+        """[S+1] int64: the row at which each shard starts, then R."""
         return self._axis("shard_rows", self.spec.num_shards, self.spec.num_rows)
 
     @cached_property
     def shard_starts(self) -> NDArray[np.int64]:
-        """[S+1] position at which each shard starts, and the end."""
+        """[S+1] int64: the position at which each shard starts, then P."""
         if self._reader.has("shard_starts"):
             return self._axis("shard_starts", self.spec.num_shards, self.spec.num_positions)
+        # Format 1 has no such array, and needs the starts of all rows for it.
         return self.row_starts[self.shard_rows]
 
     def row(self, index: int) -> Tokens:
-        """The tokens of one row."""
+        """Read the tokens of one row, [T] uint32."""
         return self.rows(index, index + 1)[0]
 
     def rows(self, start: int, stop: int) -> list[Tokens]:
-        """The tokens of rows `start` to `stop`.
+        """Read the tokens of rows `start` to `stop`, each [T] uint32.
 
         Raises:
-            InvalidInput: a range outside the corpus.
+            InvalidInput: the range is not inside the corpus.
         """
         starts = self.starts(start, stop)
         flat = self.tokens(int(starts[0]), int(starts[-1]))
         return [flat[a - starts[0] : b - starts[0]] for a, b in pairwise(starts)]
 
     def take(self, rows: Sequence[int]) -> list[Tokens]:
-        """The tokens of rows in any order.
+        """Read the tokens of rows in any order, each [T] uint32.
 
         Raises:
-            InvalidInput: a row outside the corpus.
+            InvalidInput: a row is not in the corpus.
         """
         return [self.tokens(start, stop) for start, stop in self.row_ranges(rows).tolist()]
 
     def starts(self, start: int, stop: int) -> NDArray[np.int64]:
-        """[stop - start + 1] positions at which rows `start` to `stop` start, and the end of the last one.
+        """[stop - start + 1] int64: the positions at which rows `start` to `stop` start, then the end of the last one.
 
         Raises:
-            InvalidInput: a range outside the corpus. CorruptSegment: stored bytes are damaged.
+            InvalidInput: the range is not inside the corpus. CorruptSegment: stored bytes are damaged.
         """
         if not 0 <= start <= stop <= len(self):
             raise InvalidInput(
@@ -213,10 +214,10 @@ class Corpus:
         return starts
 
     def row_ranges(self, rows: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
-        """[N, 2] position at which each of N rows starts and ends; rows may come in any order and again.
+        """[N, 2] int64: the positions at which each of N rows starts and ends, in any order and with repeats.
 
         Raises:
-            InvalidInput: a row outside the corpus, or no whole number. CorruptSegment: stored bytes are damaged.
+            InvalidInput: a row is not in the corpus, or no whole number. CorruptSegment: stored bytes are damaged.
         """
         wanted = _row_numbers(rows)
         outside = (wanted < 0) | (wanted >= len(self))
@@ -233,56 +234,56 @@ class Corpus:
         return ranges
 
     def tokens(self, start: int, stop: int) -> Tokens:
-        """The tokens at positions `start` to `stop`, [stop - start]."""
+        """Read the tokens at positions `start` to `stop`, [stop - start] uint32."""
         self._reader.expect("tokens", (self.num_positions,), ("uint32",))
         return self._reader.read("tokens", start, stop).astype(np.uint32, copy=False)
 
     def row_keys(self, start: int, stop: int) -> NDArray[np.uint8]:
-        """[stop - start, 16] keys of rows."""
+        """Read the keys of rows `start` to `stop`, [stop - start, 16] uint8."""
         self._reader.expect("row_keys", (len(self), KEY_BYTES), ("uint8",))
         return self._reader.read("row_keys", start, stop).astype(np.uint8, copy=False)
 
     def key(self, row: Tokens) -> bytes:
-        """The key of a row of tokens, in this corpus or not."""
+        """Key that a row of tokens has under this corpus' tokenizer; the row need not be in it."""
         return row_key(self.tokenizer_sha256, row)
 
     def find(self, keys: Sequence[bytes]) -> list[int | None]:
-        """The first row with each key, or None.
+        """Look up rows by their keys: the first row with each key, or None.
 
-        Looked up on disk, best many at a time. A corpus of format 1 has no sorted keys: they are made in memory,
-        24 bytes a row.
+        Many keys at a time cost fewest reads. A corpus of format 1 has no sorted keys on disk; they are then made in
+        memory, 24 bytes a row.
         """
         return self._key_index.find(keys)
 
     def shard_of_row(self, row: int) -> int:
-        """The shard a row belongs to."""
+        """Shard that a row belongs to."""
         return int(np.searchsorted(self.shard_rows, row, side="right")) - 1
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer the corpus was made with, as it was kept beside the tokens."""
+        """Tokenizer that the corpus was made with, from the copy beside the tokens."""
         return Tokenizer.from_str(self._reader.read_all("tokenizer_json").tobytes().decode())
 
     @property
     def annotated(self) -> AnnotatedCorpus:
-        """What annotations are compared with."""
+        """The facts by which an annotation is recognised as one of this corpus."""
         return AnnotatedCorpus(corpus_path(self.name), self.name, self.fingerprint, len(self))
 
     def annotations(self) -> list[str]:
-        """Names of the annotations that lie beside the corpus right now; a query of the store at every call."""
+        """Ask the store for the names of the annotations beside the corpus, sorted."""
         return list_annotations(self._root, self.annotated)
 
     def annotation(self, name: str) -> NDArray[Any]:
-        """[R] a value of each row: bool, int or float.
+        """Read an annotation: one bool, int or float for each row, [R].
 
         Raises:
-            NotFound: there is none of this name. SpecMismatch: it is of another corpus.
+            NotFound: there is no annotation of this name. SpecMismatch: it belongs to another corpus.
             CorruptSegment: stored bytes are damaged.
         """
         return read_annotation(self._root, self.annotated, name)
 
     def corrupt_objects(self) -> list[str]:
-        """One line per stored object, those of annotations included, that is not what was sealed."""
+        """Read every object, annotations included; one line for each that is not what was sealed."""
         return self._reader.corrupt_objects() + corrupt_annotations(self._root, self.annotated)
 
     @cached_property
@@ -304,7 +305,7 @@ class Corpus:
 
 
 def _row_numbers(rows: Sequence[int] | NDArray[Any]) -> NDArray[np.int64]:
-    """[N] row numbers; a mask or fractions would silently become other rows.
+    """Row numbers [N] as int64; refused are masks and fractions, which would silently become other rows.
 
     Raises:
         InvalidInput: they are not whole numbers.
@@ -312,7 +313,7 @@ def _row_numbers(rows: Sequence[int] | NDArray[Any]) -> NDArray[np.int64]:
     wanted = np.asarray(rows)
     if not len(wanted):
         return np.empty(0, np.int64)
-    # Among whole numbers in a list numpy takes True for 1.
+    # In a list of whole numbers numpy turns True into 1, so the dtype does not show it.
     mixed = not isinstance(rows, np.ndarray) and any(isinstance(row, bool | np.bool_) for row in rows)
     if wanted.dtype == np.bool_ or mixed:
         raise InvalidInput("rows hold True or False, not row numbers; take np.flatnonzero(mask) of a mask")
@@ -324,17 +325,17 @@ def _row_numbers(rows: Sequence[int] | NDArray[Any]) -> NDArray[np.int64]:
 def _known(root: Root) -> str:
     try:
         return ", ".join(list_corpora(root)) or "none"
-    except StoreError as error:  # of another corpus' record: it changes nothing about the one that is not there
+    except StoreError as error:  # the caller reports an unknown corpus; a listing that fails must not hide that
         return f"some that cannot be listed ({error.detail})"
 
 
 def list_corpora(root: Root) -> list[str]:
-    """Names of the sealed corpora."""
+    """Names of the sealed corpora, sorted."""
     return [name for name in root.folders("corpora") if root.get(f"corpora/{name}/zarr.json") is not None]
 
 
 def seal_corpus(root: Root, name: str, spec: CorpusSpec) -> bool:
-    """Make the corpus exist; False when another one was sealed under the name meanwhile."""
+    """Create the seal, which makes the corpus exist; False when another was sealed under the name meanwhile."""
     record = {
         **{n: getattr(spec, n) for n in spec.__dataclass_fields__ if n not in {"sources", "objects"}},
         "sources": [source.to_json() for source in spec.sources],

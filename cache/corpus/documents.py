@@ -1,4 +1,4 @@
-"""Documents out of source files: text (one document a file), JSONL and Parquet (one a record)."""
+"""Documents from source files: text (one document a file), JSONL and Parquet (one a record)."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _HASH_BLOCK = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """A file to ingest: where it is, and the name that is recorded (never an absolute path)."""
+    """A file to ingest, and the name that the corpus records for it (never an absolute path)."""
 
     path: Path
     name: str
 
 
 def source_files(sources: Sequence[str | Path]) -> list[SourceFile]:
-    """The files meant by `sources`; a folder means every file of a known kind below it, in order of name.
+    """List the files meant by `sources`; a folder means every file of a known kind below it, in order of name.
 
     Raises:
-        InvalidInput: a source that does not exist, a kind that is not known, a folder without any.
+        InvalidInput: a source does not exist, is of an unknown kind, or is a folder without any known file.
     """
     files: list[SourceFile] = []
     for source in map(Path, sources):
@@ -51,7 +51,7 @@ def source_files(sources: Sequence[str | Path]) -> list[SourceFile]:
 
 
 def file_sha256(path: Path) -> str:
-    """The hash of a file's bytes, in hex."""
+    """Hash of a file's bytes, in hex."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_HASH_BLOCK):
@@ -60,10 +60,10 @@ def file_sha256(path: Path) -> str:
 
 
 def documents(path: Path, text_field: str) -> Iterator[str]:
-    """The documents of one file, in order.
+    """Read the documents of one file, in order.
 
     Raises:
-        InvalidInput: bytes that are not UTF-8, a line that is not JSON, a record without `text_field`.
+        InvalidInput: bytes are not UTF-8, a line is not JSON, or a record has no text under `text_field`.
     """
     kind = path.suffix.lower()
     if kind in _PARQUET:
@@ -106,7 +106,7 @@ def _parquet(path: Path, text_field: str) -> Iterator[str]:
 
 
 def _encodable(text: str, where: str) -> str:
-    """JSON may spell half a surrogate pair, which is no character."""
+    """Return the text if it can be UTF-8: JSON can spell half a surrogate pair, which is no character."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -115,7 +115,7 @@ def _encodable(text: str, where: str) -> str:
 
 
 def _utf8(data: bytes, where: str) -> str:
-    """Without the byte order mark that some editors put before it."""
+    """Decode UTF-8, without the byte order mark that some editors put in front."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -1,8 +1,8 @@
-"""Text or rows of tokens -> sealed corpus.
+"""Ingest: from text, or rows of token ids, to a sealed corpus.
 
-Documents are tokenized in batches and cut into rows that never cross a document; rows that are tokens already are
-kept as they are. Both are spooled to temporary files, so that memory stays flat; the spool is then written to a
-new Zarr group, and the seal makes it a corpus. Stopped or failed, nothing is sealed and what was written is removed.
+Documents are tokenized in batches and cut into rows that never cross a document; rows that are token ids already
+stay as they are. Rows are spooled to temporary files, so that memory stays flat, then written to a new Zarr group,
+which the seal makes a corpus. When it fails or is stopped, nothing is sealed and what was written is removed.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from potstill.cache.store.groups import GroupWriter, Layout, attempt_name, remov
 from potstill.cache.store.root import Root, StoredObject
 from potstill.cache.types import Tokens
 
+# Tokenized in one call, which uses all cores; the limit in characters bounds memory when documents are long.
 _BATCH_DOCUMENTS = 256
 _BATCH_CHARACTERS = 4 << 20
 _PROGRESS_ROWS = 8192
@@ -37,22 +38,22 @@ _ROW_CHUNK = 4096
 # Elements of one object: 256 MiB of tokens before compression, 16 MiB of row starts.
 _OBJECT_TOKENS = 1 << 26
 _OBJECT_ROWS = 1 << 21
-# Of a row's tokens and a shard's positions: more than any machine holds, and no sum of it and a position overflows.
+# Largest row or shard: more than any machine holds, and small enough that no sum with a position overflows int64.
 _MOST = 1 << 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IngestPlan:
-    """How text becomes rows and shards.
+    """Sizes of rows and shards, and where the text is.
 
     Raises:
-        InvalidInput: a size below 1. LimitExceeded: one over 2**40.
+        InvalidInput: a size is below 1. LimitExceeded: a size is over 2**40.
     """
 
     row_tokens: int = 512
     """Longest row, in tokens."""
     shard_positions: int = 1 << 20
-    """A shard is closed before the row that would take it over this; the unit of work and of commit."""
+    """Most positions of a shard, the unit of work and of commit; a row that is longer gets a shard of its own."""
     text_field: str = "text"
     """Key or column of JSONL and Parquet records."""
 
@@ -67,7 +68,7 @@ class IngestPlan:
 
 @dataclass(frozen=True, slots=True)
 class IngestProgress:
-    """How far an ingest is: files read, tokens so far."""
+    """Progress of an ingest: files read, of how many, and tokens so far."""
 
     files_done: int
     files: int
@@ -83,10 +84,10 @@ def ingest(
     *,
     on_progress: Callable[[IngestProgress], None] = lambda _: None,
 ) -> Corpus:
-    """Make the corpus `name` of `sources` and return it.
+    """Make the corpus `name` from files and folders of text, and return it.
 
     Raises:
-        AlreadyExists: the name is taken. InvalidInput: a bad source, or no token in all of them.
+        AlreadyExists: the name is taken. InvalidInput: a source is bad, or there is no token in all of them.
         StoreError: the store is full or cannot be written; nothing is left behind.
     """
     _require_free(root, name)
@@ -109,13 +110,13 @@ def ingest_rows(
     sources: tuple[Source, ...] = (),
     on_progress: Callable[[IngestProgress], None] = lambda _: None,
 ) -> Corpus:
-    """Make the corpus `name` of rows that are token ids of `tokenizer` already, as they are: nothing is cut.
+    """Make the corpus `name` from rows of token ids, which are kept whole, and return it.
 
-    The arrays must not be changed after they were yielded; `sources` says where they come from.
+    The arrays must not be changed after they were yielded. `sources` says where they come from.
 
     Raises:
-        AlreadyExists: the name is taken. InvalidInput: no row at all, an empty row, one over `plan.row_tokens`, an id
-            that the tokenizer does not have.
+        AlreadyExists: the name is taken. InvalidInput: there is no row; a row is empty or longer than
+            `plan.row_tokens`, or has an id that the tokenizer does not have.
         StoreError: the store is full or cannot be written; nothing is left behind.
     """
     _require_free(root, name)
@@ -131,13 +132,13 @@ def ingest_rows(
 
 
 def cut(tokens: Tokens, row_tokens: int) -> Iterator[Tokens]:
-    """Rows of at most `row_tokens` tokens; only the last of a document is shorter."""
+    """Cut a document into rows of `row_tokens` tokens; only the last may be shorter."""
     for start in range(0, len(tokens), row_tokens):
         yield tokens[start : start + row_tokens]
 
 
 def shard_bounds(row_starts: NDArray[np.int64], shard_positions: int) -> NDArray[np.int64]:
-    """[S+1] first row of each shard: whole rows, at most `shard_positions` unless one row alone is longer."""
+    """[S+1] int64: the first row of each shard, then R. A shard has at most `shard_positions`, or one longer row."""
     return np.array([0, *(stop for _, stop in row_batches(row_starts, shard_positions))], dtype=np.int64)
 
 
@@ -159,7 +160,7 @@ def _make_corpus(
     *,
     what: str,
 ) -> Corpus:
-    """Write what `fill` spools to a new group, and seal it."""
+    """Write the rows that `fill` spools to a new group, and seal it; `what` names their source in errors."""
     vocab_size = num_ids(tokenizer)
     with tempfile.TemporaryDirectory(prefix="potstill-ingest-") as folder:
         spool = RowSpool(Path(folder), fingerprint(tokenizer), vocab_size, plan.row_tokens)
@@ -254,12 +255,13 @@ def _stream(
     dtype: type[np.generic],
     digest: hashlib._Hash | None = None,
 ) -> None:
-    """Write an array object by object; what is hashed is part of the corpus' fingerprint."""
+    """Write an array object by object; `digest`, if any, takes its content into the corpus' fingerprint."""
     chunk, most = (_TOKEN_CHUNK, _OBJECT_TOKENS) if name == "tokens" else (_ROW_CHUNK, _OBJECT_ROWS)
     size = min(most, shape[0])
     array = writer.array(name, shape, dtype, Layout((chunk, *shape[1:]), size))
     for number, block in enumerate(blocks(size)):
         if digest is not None:
+            # Little-endian on every machine, so that the same content has the same fingerprint.
             digest.update(block.astype(block.dtype.newbyteorder("<"), copy=False).tobytes())
         writer.put(array, number * size, block)
 
@@ -275,7 +277,7 @@ def _write_small(
 
 
 def _plain_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer without truncation or padding, which its file may have asked for."""
+    """Copy a tokenizer, without the truncation and padding that its file may ask for."""
     plain = Tokenizer.from_str(tokenizer.to_str())
     plain.no_truncation()
     plain.no_padding()

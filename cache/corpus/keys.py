@@ -1,10 +1,10 @@
-"""Row keys: how they are made, sorted without holding them all, kept on disk and looked up there.
+"""Row keys, by which a row is found again: hashing, sorting in bounded memory, and look-up on disk.
 
     sorted_keys [R, 16] uint8    the keys of all rows, rising; beside a group's `row_keys`
-    key_order   [R] int64        the row of each, the earliest of equal ones first
+    key_order   [R] int64        the row of each sorted key; of equal keys the earliest row comes first
 
-Keys are hashes, so they lie evenly and a key's place is guessed from its value: a lookup reads a page or two of
-`sorted_keys` and one of `key_order`, however many rows there are. Memory does not grow with R.
+Keys are hashes, so they are spread evenly, and a key's place is interpolated from its value: a look-up reads a page or
+two of `sorted_keys` and one of `key_order`, however many rows there are. Memory does not grow with R.
 
 Shape legend:  R rows, W wanted keys.
 """
@@ -29,27 +29,28 @@ SORTED_KEYS = "sorted_keys"
 KEY_ORDER = "key_order"
 
 KEY_RECORD = np.dtype([("key", np.uint8, (KEY_BYTES,)), ("row", np.int64)])
-"""A key and its row, as they are sorted in temporary files."""
+"""A key and its row, in the form in which temporary files are sorted."""
 
 _CHUNK = 8192
-# Half a chunk, because decoded chunks are kept for the next lookup only where a read did not use them whole.
+# Half a chunk, because the chunk cache keeps only those that a read did not use whole (`store.chunks`).
 _PAGE = 4096
 # 32 MiB of keys to an object, so that the index of its chunks stays 4 KiB and few are held while writing.
 _OBJECT_KEYS = 1 << 21
+# Records of 24 bytes: 96 MiB are sorted in memory, 12 MiB are read at once.
 _SORTED_AT_ONCE = 1 << 22
 _BLOCK = 1 << 19
 _PAGES_AT_ONCE = 64
-# After these the place is halved: damaged or very repetitive keys do not lie evenly.
+# Interpolation needs one or two. Then bisection, which also ends for keys that are damaged or mostly equal.
 _GUESSES = 4
 
 
 def row_key(tokenizer_sha256: str, row: Tokens) -> bytes:
-    """The 16-byte key of a row: a hash of its tokenizer and its token ids."""
+    """Key of a row, 16 bytes: a hash of its tokenizer and its token ids."""
     return row_keys(tokenizer_sha256, row, [0, len(row)]).tobytes()
 
 
 def row_keys(tokenizer_sha256: str, tokens: Tokens, starts: Sequence[int]) -> NDArray[np.uint8]:
-    """[R, 16] keys of the rows that lie in `tokens` one after the other, from `starts[i]` to `starts[i + 1]`."""
+    """Keys [R, 16] of the rows `tokens[starts[i]:starts[i + 1]]`."""
     begun = hashlib.blake2b(bytes.fromhex(tokenizer_sha256), digest_size=KEY_BYTES)
     data = memoryview(np.ascontiguousarray(tokens, dtype="<u4").tobytes())
     digests = []
@@ -61,7 +62,7 @@ def row_keys(tokenizer_sha256: str, tokens: Tokens, starts: Sequence[int]) -> ND
 
 
 def key_records(keys: NDArray[np.uint8], first_row: int = 0) -> NDArray[np.void]:
-    """[R] of `KEY_RECORD` for keys [R, 16] of rows from `first_row`."""
+    """Records [R] of `KEY_RECORD` for keys [R, 16] of the rows from `first_row` on."""
     records = np.empty(len(keys), dtype=KEY_RECORD)
     records["key"] = keys
     records["row"] = np.arange(first_row, first_row + len(keys))
@@ -69,20 +70,20 @@ def key_records(keys: NDArray[np.uint8], first_row: int = 0) -> NDArray[np.void]
 
 
 def sort_records(records: NDArray[np.void]) -> NDArray[np.void]:
-    """Records by rising key; equal keys stay as they are, by rising row."""
+    """Sort records by key; records of equal keys stay in their order, by row."""
     return records[np.argsort(_comparable(records["key"]), kind="stable")]
 
 
 def sort_file(path: Path, *, at_once: int = _SORTED_AT_ONCE) -> Iterator[NDArray[np.void]]:
-    """The `KEY_RECORD`s of a file in sorted blocks; holds some multiple of `at_once` of them in memory.
+    """Sort the `KEY_RECORD`s of a file, in blocks; memory is bounded by a small multiple of `at_once` records.
 
-    Parts are split off by one byte of the key after the other into files beside `path`, which are removed.
+    A larger file is split by one byte of the key after the other, into files beside `path` that are then removed.
     """
     yield from _sorted_range(_RecordRange(path, 0, path.stat().st_size // KEY_RECORD.itemsize), 0, at_once)
 
 
 def write_key_index(writer: GroupWriter, blocks: Iterable[NDArray[np.void]], num_rows: int) -> int:
-    """Write `sorted_keys` and `key_order` from sorted blocks; how many rows have the key of an earlier one."""
+    """Write `sorted_keys` and `key_order` from sorted blocks; returns how many rows have the key of an earlier one."""
     size = min(_OBJECT_KEYS, max(num_rows, 1))
     keys = writer.array(SORTED_KEYS, (num_rows, KEY_BYTES), np.uint8, Layout((_CHUNK, KEY_BYTES), size))
     order = writer.array(KEY_ORDER, (num_rows,), np.int64, Layout((_CHUNK,), size))
@@ -99,7 +100,7 @@ def write_key_index(writer: GroupWriter, blocks: Iterable[NDArray[np.void]], num
 
 
 class KeyIndex:
-    """The rows of a group by key, looked up on disk. Thread-safe as its reader is."""
+    """Look-up of a group's rows by key, on disk; thread-safe."""
 
     def __init__(self, reader: GroupReader, num_rows: int) -> None:
         self._reader = reader
@@ -108,10 +109,10 @@ class KeyIndex:
         reader.expect(KEY_ORDER, (num_rows,), ("int64",))
 
     def find(self, keys: Sequence[bytes]) -> list[int | None]:
-        """The first row with each key, or None; each page that is needed is read once per round of guesses.
+        """Find the first row with each key, or None; a page that several keys need is read once per round.
 
         Raises:
-            InvalidInput: a key that is not 16 bytes. CorruptSegment: stored bytes are damaged.
+            InvalidInput: a key has not 16 bytes. CorruptSegment: stored bytes are damaged.
         """
         wanted, inverse = np.unique(np.frombuffer(_joined(keys), f"S{KEY_BYTES}"), return_inverse=True)
         places = first_places(wanted, self._num_rows, _PAGE, self._sorted_pages)
@@ -119,7 +120,7 @@ class KeyIndex:
         return [None if row < 0 else row for row in rows.tolist()]
 
     def _rows_at(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """[W] the row at each place of the sorted keys; -1 for the place -1."""
+        """The row [W] at each place of the sorted keys; -1 for the place -1."""
         rows = np.full(len(places), -1, dtype=np.int64)
         found = np.flatnonzero(places >= 0)
         pages = places[found] // _PAGE
@@ -145,14 +146,14 @@ class KeyIndex:
 
 
 class KeysInMemory:
-    """The rows of a group by key where no sorted keys were stored, as in format 1: 24 bytes a row."""
+    """Look-up of rows by key where no sorted keys were stored, as in format 1; holds 24 bytes a row."""
 
     def __init__(self, keys: NDArray[np.uint8], order: NDArray[np.int64]) -> None:
         self._order = order
         self._sorted = _comparable(keys)[order]
 
     def find(self, keys: Sequence[bytes]) -> list[int | None]:
-        """As `KeyIndex.find`."""
+        """Find rows as `KeyIndex.find` does."""
         wanted = np.frombuffer(_joined(keys), f"S{KEY_BYTES}")
         places = np.minimum(np.searchsorted(self._sorted, wanted), len(self._sorted) - 1)
         hits = (self._sorted[places] == wanted).tolist()
@@ -165,10 +166,10 @@ def first_places(
     page: int,
     read: Callable[[NDArray[np.int64]], Iterator[tuple[int, NDArray[np.bytes_]]]],
 ) -> NDArray[np.int64]:
-    """[W] the place of each wanted key among R sorted ones, the first of equal ones; -1 for one that is not there.
+    """Find the place [W] of each wanted key among R sorted keys, the first of equal ones; -1 for a key not there.
 
-    `read` gives pages of `page` sorted keys by their numbers. A place is guessed from the keys around it, after some
-    guesses by halving; every page narrows what is left, so the search ends whatever is read.
+    `read` gives pages of `page` sorted keys by their numbers. Places are interpolated between known keys, after some
+    rounds bisected. Every page that is read narrows the range, so that the search ends whatever the pages hold.
     """
     search = _Search(wanted, num_rows)
     tries = 0
@@ -181,7 +182,7 @@ def first_places(
 
 
 class _Search:
-    """For each wanted key the range of places that is left, and the leading bytes of the keys at its ends."""
+    """State of `first_places`: for each wanted key the range it can be in, and the leading bytes at both ends."""
 
     def __init__(self, wanted: NDArray[np.bytes_], num_rows: int) -> None:
         self._wanted = wanted
@@ -193,11 +194,11 @@ class _Search:
         self.places = np.full(len(wanted), -1, dtype=np.int64)
 
     def left(self) -> NDArray[np.int64]:
-        """The wanted keys whose place is still open."""
+        """Indices of the wanted keys whose place is still open."""
         return np.flatnonzero(self._low < self._high)
 
     def guesses(self, left: NDArray[np.int64], *, halve: bool) -> NDArray[np.int64]:
-        """A place inside the range of each."""
+        """Guess a place inside the range of each open key."""
         low, high = self._low[left], self._high[left]
         width = self._high_value[left] - self._low_value[left]
         share = np.full(len(left), 0.5)
@@ -207,11 +208,11 @@ class _Search:
         return np.asarray(np.minimum(guess, high - 1), dtype=np.int64)
 
     def narrow(self, some: NDArray[np.int64], first: int, keys: NDArray[np.bytes_]) -> None:
-        """Use the keys at places from `first` for some of the wanted ones."""
+        """Narrow the ranges of `some` wanted keys by the sorted `keys` at places from `first` on."""
         at = np.searchsorted(keys, self._wanted[some])
         hit = keys[np.minimum(at, len(keys) - 1)] == self._wanted[some]
         self.places[some[hit]] = first + at[hit]
-        # A key equal to the page's first one may also end the page before.
+        # at == 0 also for a key equal to the page's first one: an earlier equal one may end the page before.
         below, above = some[at == 0], some[at == len(keys)]
         inside = some[(at > 0) & (at < len(keys))]
         self._high[below], self._high_value[below] = first, _leading(keys[:1])[0]
@@ -228,7 +229,7 @@ class _RecordRange:
     count: int
 
     def blocks(self) -> Iterator[NDArray[np.void]]:
-        """The records, a bounded number at a time."""
+        """Read the records, a bounded number at a time."""
         for start in range(self.start, self.start + self.count, _BLOCK):
             count = min(_BLOCK, self.start + self.count - start)
             yield np.fromfile(self.path, KEY_RECORD, count, offset=start * KEY_RECORD.itemsize)
@@ -250,7 +251,7 @@ def _sorted_range(records: _RecordRange, depth: int, at_once: int) -> Iterator[N
 
 
 def _scattered(records: _RecordRange, depth: int, counts: NDArray[np.int64], target: Path) -> list[_RecordRange]:
-    """The records again in `target`, those of each value of one byte together; each keeps its order."""
+    """Write the records to `target`, grouped by the key's byte `depth`; within a group the order stays."""
     if counts.max() == records.count:
         return [records]
     starts = np.cumsum(counts) - counts
@@ -269,7 +270,7 @@ def _scattered(records: _RecordRange, depth: int, counts: NDArray[np.int64], tar
 
 
 def _of_size(blocks: Iterable[NDArray[np.void]], size: int) -> Iterator[NDArray[np.void]]:
-    """The same records in blocks of `size`, the last one shorter."""
+    """Cut blocks of records anew into blocks of `size`, the last one shorter."""
     held: list[NDArray[np.void]] = []
     count = 0
     for block in blocks:
@@ -284,12 +285,12 @@ def _of_size(blocks: Iterable[NDArray[np.void]], size: int) -> Iterator[NDArray[
 
 
 def _comparable(keys: NDArray[np.uint8]) -> NDArray[np.bytes_]:
-    """[R] of 16-byte strings, which compare as the keys [R, 16] do."""
+    """View keys [R, 16] as [R] strings of 16 bytes, which numpy can compare and sort."""
     return np.ascontiguousarray(keys).reshape(-1).view(f"S{KEY_BYTES}")
 
 
 def _leading(keys: NDArray[np.bytes_]) -> NDArray[np.float64]:
-    """The first eight bytes of each key as a number below 2^64."""
+    """The first eight bytes of each key as a number below 2^64; float64, as only a guess is made of it."""
     return np.ascontiguousarray(keys).view(">u8").reshape(-1, 2)[:, 0].astype(np.float64)
 
 

@@ -1,4 +1,4 @@
-"""A value of each row of a corpus, out of a file: `.npy`, `.txt` (one a line) or Parquet."""
+"""One value for each row of a corpus, from a file: `.npy`, `.txt` (one a line) or Parquet."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from numpy.typing import NDArray
 from potstill.cache.errors import InvalidInput
 
 _BOOLS = {"true": True, "false": False}
+# Bounded, as `int` refuses thousands of digits with an error of its own.
 _WHOLE = re.compile(r"[+-]?\d{1,400}")
 
 
 def read_row_values(path: Path, column: str | None = None) -> NDArray[Any]:
-    """[R] bool, int or float values, in order; `column` is of a Parquet file with several.
+    """Read bool, int or float values [R], in order; `column` chooses among several columns of a Parquet file.
 
-    Text is bool if every line is `true` or `false`, int if every line is a whole number, else float.
+    Text is bool if every line is `true` or `false`, int64 if every line is a whole number, else float64.
 
     Raises:
-        InvalidInput: no such file, another kind of file or of value.
+        InvalidInput: the file does not exist, or it or its values are of another kind.
     """
     readers: dict[str, Callable[[], NDArray[Any]]] = {
         ".npy": lambda: _npy(path),
@@ -61,6 +62,7 @@ def _text(path: Path) -> NDArray[Any]:
     words = [line.strip().lower() for line in lines]
     if words and all(word in _BOOLS for word in words):
         return np.array([_BOOLS[word] for word in words])
+    # Checked before the dtypes are tried: as float64 a number this large would silently become another.
     whole = [number for number, word in enumerate(words, start=1) if _WHOLE.fullmatch(word)]
     if len(whole) == len(words) and (wide := [n for n in whole if not -(2**63) <= int(words[n - 1]) < 2**63]):
         raise InvalidInput(f"{path}:{wide[0]} is {words[wide[0] - 1]}; whole numbers go from -2^63 to 2^63 - 1")

@@ -1,4 +1,6 @@
-"""Rows on their way to disk: checked, hashed and appended to temporary files, so that memory stays flat.
+"""A spool of rows on their way into a corpus: checked, hashed and appended to temporary files.
+
+Memory stays flat, however many rows there are.
 
 Shape legend:  P positions, R rows.
 """
@@ -18,12 +20,13 @@ from potstill.cache.plurals import counted
 from potstill.cache.store.root import store_errors
 from potstill.cache.types import Tokens
 
+# Rows are checked and written this many at a time: numpy's cost per call is spread over them.
 _HELD_ROWS = 8192
 _HELD_TOKENS = 1 << 20
 
 
 class RowSpool:
-    """Takes rows one by one, gives them back as arrays in blocks. Use as a context; `add` within, read after it."""
+    """Takes rows one by one and gives them back as arrays, in blocks: a context manager, `add` inside, read after."""
 
     def __init__(self, folder: Path, tokenizer_sha256: str, vocab_size: int, row_tokens: int) -> None:
         self.tokenizer_sha256 = tokenizer_sha256
@@ -33,7 +36,7 @@ class RowSpool:
         self.longest_row = 0
         self.max_token_id = 0
         self.key_path = folder / "keys"
-        """`KEY_RECORD`s by row."""
+        """Temporary file of `KEY_RECORD`s, in the order of rows."""
         self._row_tokens = row_tokens
         self._folder = folder
         self._files: dict[str, BinaryIO] = {}
@@ -55,11 +58,10 @@ class RowSpool:
                     file.close()
 
     def add(self, row: NDArray[Any]) -> None:
-        """Keep one row of token ids.
+        """Keep one row of token ids, integers [T]. Rows are checked in batches, so an error may come rows later.
 
         Raises:
-            InvalidInput: now or a few thousand rows later: a row that is empty, too long or not flat, or an id
-                that the tokenizer does not have.
+            InvalidInput: a row is empty, too long or not flat, or has an id that the tokenizer does not have.
             StoreError: the disk with the temporary files is full.
         """
         self._held.append(row)
@@ -72,16 +74,16 @@ class RowSpool:
         return self._blocks("tokens", np.dtype(np.uint32), self.num_positions, size)
 
     def start_blocks(self, size: int) -> Iterator[NDArray[np.int64]]:
-        """[R+1] positions at which rows start, and P, `size` at a time."""
+        """The [R+1] positions at which rows start, and P, `size` at a time."""
         return self._blocks("starts", np.dtype(np.int64), self.num_rows + 1, size)
 
     def key_blocks(self, size: int) -> Iterator[NDArray[np.uint8]]:
-        """[R, 16] keys by row, `size` rows at a time."""
+        """The keys [R, 16] of all rows, `size` at a time."""
         for block in self._blocks("keys", KEY_RECORD, self.num_rows, size):
             yield np.ascontiguousarray(block["key"])
 
     def row_starts(self) -> NDArray[np.int64]:
-        """[R+1], mapped: only what is looked at is read."""
+        """The [R+1] positions at which rows start, and P, memory-mapped: only what is used is read."""
         return np.memmap(self._folder / "starts", dtype=np.int64, mode="r")
 
     def _flush(self) -> None:

@@ -1,7 +1,7 @@
-"""What a tokenizer is to the cache: an id -> bytes table, and its fingerprint.
+"""Tokenizers by content: the table from ids to bytes, and a fingerprint of it.
 
-Two tokenizer files that map every id to the same bytes are the same tokenizer; two that differ in
-one id are not, however alike their files look.
+Two tokenizer files that map every id to the same bytes are the same tokenizer to a cache; two that differ in one id
+are not, however alike their files look.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a `tokenizer.json`, or in a folder that holds one.
+    """Load a `tokenizer.json`, or the one in a folder.
 
     Raises:
         InvalidInput: there is none, or it cannot be read.
@@ -36,10 +36,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def num_ids(tokenizer: Tokenizer) -> int:
-    """One more than the largest id: a vocabulary may have holes.
+    """One more than the largest token id; not the number of tokens, as a vocabulary may have holes.
 
     Raises:
-        InvalidInput: it has no token.
+        InvalidInput: the vocabulary is empty.
     """
     ids = tokenizer.get_vocab(with_added_tokens=True).values()
     if not ids:
@@ -48,21 +48,22 @@ def num_ids(tokenizer: Tokenizer) -> int:
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
-    """sha256, in hex, of the id -> bytes table and the special ids."""
+    """Hash (sha256, hex) of the table from ids to bytes and of which ids are special."""
     special = {i for i, added in tokenizer.get_added_tokens_decoder().items() if added.special}
     digest = hashlib.sha256()
     for token_id, data in sorted(token_bytes(tokenizer).items()):
         digest.update(token_id.to_bytes(4, "little"))
+        # With its length, so that bytes cannot move from one token to the next unseen.
         digest.update(len(data).to_bytes(4, "little") + data)
         digest.update(b"\x01" if token_id in special else b"\x00")
     return digest.hexdigest()
 
 
 def token_bytes(tokenizer: Tokenizer) -> dict[int, bytes]:
-    """The bytes each id stands for.
+    """Bytes that each id stands for.
 
-    Byte-level vocabularies (GPT-2 and its heirs) spell bytes as printable characters, SentencePiece
-    ones write a space as U+2581 and odd bytes as `<0xNN>`; added tokens are spelt as they are.
+    Byte-level vocabularies (GPT-2 and its heirs) spell bytes as printable characters. SentencePiece vocabularies
+    write a space as U+2581, and bytes that are no character as `<0xNN>`. Added tokens are spelt as they are.
     """
     added = tokenizer.get_added_tokens_decoder()
     byte_level = "ByteLevel" in (str(tokenizer.decoder) + str(tokenizer.pre_tokenizer))

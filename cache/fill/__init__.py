@@ -1,4 +1,4 @@
-"""Filling a target set from a teacher: which shards are left, who scores which, and the writing beside the scoring.
+"""Fill of a target set from a teacher: which shards are left, which job scores which, writing beside scoring.
 
-Stopped at any moment, it goes on from what is committed.
+A fill that is stopped at any moment goes on from the shards that are committed.
 """

@@ -1,8 +1,8 @@
-"""The one prefill loop: claim a shard -> batches by token budget -> score -> write behind -> commit.
+"""The prefill loop: claim a shard, score it in batches of a token budget, write it behind the scoring, commit.
 
-Batches of the next shard are scored while the last shard is encoded and written. A shard is committed
-whole or not at all, so a run that stops anywhere goes on with the shards that have no commit. Any number of
-jobs fill one target set together: each claims the shards it works on, and waits for the others' at the end.
+Batches of the next shard are scored while the last shard is encoded and written. A shard is committed whole or not
+at all, so a run that was stopped goes on with the shards that have no commit. Any number of jobs fill one target set
+together: each claims the shards it works on, and at the end waits for those of the others.
 """
 
 from __future__ import annotations
@@ -23,24 +23,26 @@ from potstill.cache.store.claims import Claim, Claims
 from potstill.cache.targets.target_set import TargetSet
 from potstill.cache.types import Targets, Teacher, Tokens
 
+# Targets of pilot rows that are kept until their shard comes; those over it are scored a second time.
 _KEPT_PILOT_BYTES = 256 << 20
+# Seconds between looks at the claims of other jobs.
 _LONGEST_POLL = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FillPlan:
-    """How work is handed to the teacher, and how long a silent job keeps its shards.
+    """Sizes of the work handed to a teacher, and the time for which a silent job keeps its shards.
 
     Raises:
-        InvalidInput: a number below 1, or a claim that is not a positive time.
+        InvalidInput: a number is below 1, or `claim_seconds` is not positive and finite.
     """
 
     batch_tokens: int = 8192
-    """Rows are scored in batches of at most this many tokens (one row at least)."""
+    """Most tokens of a batch; a longer row is a batch of its own."""
     in_flight: int = 2
-    """Batches that wait at the teacher at one time; also bounds what is held in memory ahead of a shard."""
+    """Batches at the teacher at one time; also bounds how many targets are held in memory ahead of a shard."""
     claim_seconds: float = 120.0
-    """Other jobs take over a shard whose job was not heard of for so long."""
+    """Seconds without a sign of a job after which others take over its shards."""
 
     def __post_init__(self) -> None:
         for name in ("batch_tokens", "in_flight"):
@@ -52,7 +54,7 @@ class FillPlan:
 
 @dataclass(frozen=True, slots=True)
 class FillProgress:
-    """How far a fill is, counted over the shards that this run found uncommitted and no other job committed since."""
+    """Progress of a fill, over the shards that it found uncommitted and that no other job has committed since."""
 
     positions_scored: int
     positions: int
@@ -64,23 +66,23 @@ class FillProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FillReport:
-    """What a finished fill did."""
+    """Outcome of a finished fill."""
 
     shards_committed: int
     shards_lost: int
-    """Shards that were scored, partly or whole, but that another job took over; its commits stand."""
+    """Shards that this job scored, partly or whole, but that another took over; the other's commits stand."""
     shards_elsewhere: int
     """Shards that other jobs committed while this one ran."""
     shards_before: int
     """Shards that had a commit when the run began."""
     positions_scored: int
-    """Those of the pilot included, which are kept and not scored again."""
+    """Positions that the teacher scored, pilot rows included."""
     seconds: float
 
 
 @dataclass(slots=True, eq=False)
 class _ClaimedShard:
-    """A claimed shard on its way: rows not handed out yet, and targets gathered so far."""
+    """A claimed shard in work: the next row to hand out, the end of its rows, and the targets gathered so far."""
 
     index: int
     claim: Claim
@@ -95,9 +97,9 @@ class _Batch:
     shard: _ClaimedShard
     rows: dict[int, Tokens]
     known: dict[int, Targets]
-    """Targets of those rows that were in the pilot."""
+    """Targets of those rows that were scored with the pilot already."""
     last: bool
-    """Whether it completes its shard."""
+    """True for the batch that completes its shard."""
 
 
 async def fill(
@@ -107,15 +109,15 @@ async def fill(
     *,
     on_progress: Callable[[FillProgress], None] = lambda _: None,
 ) -> FillReport:
-    """Score and commit every shard of `targets` that has no commit, together with all other jobs that do.
+    """Score and commit every shard of `targets` that has no commit, together with other jobs that do the same.
 
-    Ends when every shard is committed, by whomever. When cancelled, scoring stops at once; a shard whose write
-    has begun is still committed.
+    It ends when every shard is committed, by whichever job. When cancelled, scoring stops at once, and a shard whose
+    write has begun is still committed.
 
     Raises:
         StoreError: the store is full or cannot be written; committed shards stay, the rest stays uncommitted.
         SpecMismatch: another job made the target set with another spec since it was planned.
-        LimitExceeded, TeacherFailed, Unavailable and others: what the teacher raises.
+        LimitExceeded, TeacherFailed, Unavailable and others: the teacher raised them.
     """
     began = time.monotonic()
     root = targets.root
@@ -141,7 +143,7 @@ async def fill(
 
 
 class _FillState:
-    """State of one fill: batches in flight, the shard being gathered, the shard being written."""
+    """State of one fill: batches in flight, the shard that is being gathered, the shard that is being written."""
 
     def __init__(
         self,
@@ -172,7 +174,7 @@ class _FillState:
         self.shards_lost = 0
 
     async def score_pilot(self) -> None:
-        """Have the pilot rows scored by one of the jobs, and their targets turned into the rank table."""
+        """Score the pilot rows and make the rank table of their targets, or wait for the job that does."""
         while await with_store_retries(self._targets.pilot_rows):
             claim = await with_store_retries(self._take_pilot)
             if claim is None:
@@ -187,7 +189,7 @@ class _FillState:
                 await asyncio.to_thread(claim.release)
 
     async def score_all(self) -> None:
-        """Keep `in_flight` batches at the teacher and take their answers in order."""
+        """Keep `in_flight` batches at the teacher, and take their answers in order."""
         window = ScoringWindow(self._teacher, self._fields)
         waiting: deque[_Batch] = deque()
         try:
@@ -209,7 +211,7 @@ class _FillState:
             await window.close()
 
     async def finish_writing(self) -> None:
-        """Wait for the write under way, also when cancelled meanwhile; a cancellation is passed on after it."""
+        """Wait for the write under way, even when cancelled meanwhile; the cancellation is passed on afterwards."""
         cancelled = False
         while self._writing is not None and not self._writing.done():
             try:
@@ -221,16 +223,18 @@ class _FillState:
             raise asyncio.CancelledError
 
     async def _written(self) -> None:
-        """Wait for the last write, and raise what it raised, once."""
+        """Wait for the last write; its error is raised once."""
         writing = self._writing
         if writing is not None:
             try:
+                # A cancelled fill must not cut off a write that a commit may follow; `finish_writing` waits for it.
                 await asyncio.shield(writing)
             finally:
                 if writing.done():
                     self._writing = None
 
     def _take_pilot(self) -> Claim | None:
+        # `take` trusts the last look at other jobs' claims.
         self._claims.busy()
         return self._claims.take(PILOT)
 
@@ -238,7 +242,7 @@ class _FillState:
         corpus = self._targets.corpus
         window = ScoringWindow(self._teacher, self._fields)
         lengths = np.diff(await asyncio.to_thread(corpus.row_ranges, rows), axis=1)[:, 0]
-        # Bounded by the targets' own choice of pilot rows.
+        # All are held at once: `pilot_rows` chooses only about 32,768 positions.
         answers: list[Targets] = []
         try:
             for start, stop in row_batches(row_starts(lengths), self._plan.batch_tokens):
@@ -264,7 +268,7 @@ class _FillState:
         return answers
 
     async def _next_batch(self) -> _Batch | None:
-        """The next rows to score, of the shard in work or a newly claimed one; None when there is none right now."""
+        """Take the next rows to score, of the shard in work or of a newly claimed one; None when none is free now."""
         shard = self._gathering
         if shard is not None and shard.claim.lost:
             self._drop(shard)
@@ -275,7 +279,7 @@ class _FillState:
             began = time.monotonic()
             taken = await with_store_retries(self._queue.take)
             if taken is None:
-                # Looking costs requests: at most a fifth of the time goes into it.
+                # Looking costs requests to the store: spend at most a fifth of the time on it.
                 now = time.monotonic()
                 self._poll_at = now + max(self._poll, 4 * (now - began))
                 return None
@@ -305,12 +309,13 @@ class _FillState:
         if shard.dropped:
             shard.parts.clear()
         elif batch.last:
+            # One shard is written at a time: otherwise a slow store would let finished shards pile up in memory.
             await self._written()
             self._writing = asyncio.create_task(self._write(shard))
         self._report()
 
     def _drop(self, shard: _ClaimedShard) -> None:
-        """Another job took the shard over while it was scored."""
+        """Give up a shard that another job took over while it was scored."""
         shard.dropped = True
         shard.parts.clear()
         self._gathering = None
@@ -320,6 +325,7 @@ class _FillState:
     async def _write(self, shard: _ClaimedShard) -> None:
         provenance = self._teacher.provenance
         shard_targets = await asyncio.to_thread(Targets.concat, shard.parts)
+        # `concat` copied them: keeping both would double the memory of a shard.
         shard.parts.clear()
 
         def write() -> bool:

@@ -1,4 +1,4 @@
-"""Batches at the teacher, and calls of the store that survive an outage: what a fill is made of."""
+"""Batches in flight at a teacher, and store calls that survive a short outage."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import TypeVar
 from potstill.cache.errors import StoreError, TeacherFailed
 from potstill.cache.types import Fields, Targets, Teacher, Tokens
 
-# What was scored is worth more than one outage: a write that fails is tried again, and reads of the corpus too.
+# Seconds before each retry: a scored shard cost teacher time, which one short outage must not throw away.
 _STORE_PAUSES = (1.0, 4.0)
 
 _T = TypeVar("_T")
 
 
 class ScoringWindow:
-    """Batches at the teacher, answered in the order they were started in."""
+    """Batches in flight at a teacher, whose answers are taken in the order in which the batches were started."""
 
     def __init__(self, teacher: Teacher, fields: Fields) -> None:
         self._teacher = teacher
@@ -28,17 +28,19 @@ class ScoringWindow:
         return len(self._tasks)
 
     def start(self, rows: list[Tokens]) -> None:
-        """Begin to score a batch; an empty one is answered without the teacher."""
+        """Start to score a batch. An empty batch keeps its place in the order, but does not reach the teacher."""
         self._tasks.append((rows, asyncio.create_task(self._score(rows))))
 
     async def oldest(self) -> list[Targets]:
-        """The answer to the batch that was started first.
+        """Wait for the targets of the batch that was started first, one for each of its rows.
 
         Raises:
-            TeacherFailed: it answered something else than it was asked. Others: what the teacher raises.
+            TeacherFailed: the answer has other rows, positions or fields than were asked for.
+            PotstillError: whatever the teacher raises.
         """
         rows, task = self._tasks[0]
         answers = await task
+        # Only now: when we are cancelled while waiting, `close` still finds the task.
         self._tasks.popleft()
         wanted = [(len(row), self._fields.k) for row in rows]
         if [(answer.num_positions, answer.k) for answer in answers] != wanted:
@@ -49,7 +51,7 @@ class ScoringWindow:
         return answers
 
     async def close(self) -> None:
-        """Cancel what is still waiting."""
+        """Cancel the batches that are still in flight, and wait until they have ended."""
         for _, task in self._tasks:
             task.cancel()
         await asyncio.gather(*(task for _, task in self._tasks), return_exceptions=True)
@@ -59,7 +61,7 @@ class ScoringWindow:
 
 
 async def with_store_retries(do: Callable[[], _T]) -> _T:
-    """Run a blocking call of the store in a thread, again after a pause when the store fails."""
+    """Run a blocking call in a thread; when it raises StoreError, again after a pause, three times in all."""
     for pause in _STORE_PAUSES:
         try:
             return await asyncio.to_thread(do)

@@ -1,4 +1,4 @@
-"""Which uncommitted shard a job takes next, when other jobs take from the same ones."""
+"""The queue of uncommitted shards, from which several jobs take their work."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from potstill.cache.store.claims import Claim, Claims
 from potstill.cache.targets.target_set import TargetSet
 
 PILOT = "pilot"
-"""The claim on scoring the pilot rows."""
+"""Name of the claim on scoring the pilot rows, from which the rank table is made."""
 
 
 def claim_name(shard: int) -> str:
-    """The name under which a shard is claimed."""
+    """Name under which a shard is claimed."""
     return f"{shard:06d}"
 
 
 class ShardQueue:
-    """The shards that had no commit at the start, taken one by one under claims. For one thread at a time."""
+    """The shards that had no commit at the start, taken one by one under claims. Not thread-safe."""
 
     def __init__(self, targets: TargetSet, claims: Claims) -> None:
         committed = targets.committed
@@ -30,40 +30,42 @@ class ShardQueue:
         self._targets = targets
         self._claims = claims
         self.pending: NDArray[np.bool_] = ~committed
-        """[S] without a commit, as far as is known; those in work here included."""
+        """[S] True for a shard without a commit, as far as is known; shards in work here included."""
         self._in_work: set[int] = set()
         self._next: int | None = None
 
     @property
     def num_pending(self) -> int:
-        """How many are pending."""
+        """Number of shards without a commit, as far as is known."""
         return int(self.pending.sum())
 
     @property
     def num_waiting(self) -> int:
-        """Shards without a commit that are not in work here."""
+        """Number of shards without a commit that are not in work here."""
         return self.num_pending - len(self._in_work)
 
     def take(self) -> tuple[int, Claim] | None:
-        """Claim a shard; None when there is none, or every one left is another job's right now.
+        """Claim a shard. None when no shard is left, or every one left is another job's right now.
 
         Raises:
             StoreError: the store does not answer.
         """
         busy = self._claims.busy()
         if self._next is None:
-            # A job that comes to others' work begins elsewhere, so that they seldom reach for the same shard.
+            # A job that joins others starts at a random shard, so that they seldom reach for the same one.
             self._next = random.randrange(len(self.pending)) if busy else 0  # noqa: S311
         fresh = False
         while True:
             shard = self._choose(busy)
             if shard is None:
+                # List the commits once before giving up: others may have committed what is claimed no more.
                 if fresh or not self.num_waiting:
                     return None
                 fresh = self._refresh()
                 continue
             claim = self._claims.take(claim_name(shard))
             if claim is None:
+                # Another job was faster, and is likely to take the next shard too: go elsewhere.
                 busy.add(claim_name(shard))
                 self._next = random.randrange(len(self.pending))  # noqa: S311
                 continue
@@ -77,7 +79,7 @@ class ShardQueue:
             return shard, claim
 
     def put_back(self, shard: int, *, committed: bool) -> None:
-        """End the work on a taken shard; without a commit by this job, it is another job's or to be taken again."""
+        """End the work on a taken shard. Unless this job `committed` it, it is another job's or will be taken again."""
         if committed:
             self.pending[shard] = False
         elif not self.pending[shard]:

@@ -1,4 +1,4 @@
-"""Objects under one root: created once, listed, read as checked Zarr groups, and claimed by one worker at a time.
+"""Objects under one root, in a local folder or an object store: created once, listed, read as checked Zarr groups.
 
-Local folders and object stores alike. It knows nothing of corpora or targets.
+Claims share work between jobs. Nothing here knows of corpora or targets.
 """

@@ -1,8 +1,7 @@
-"""Reading ranges of sharded Zarr arrays chunk by chunk, each chunk checked against its recorded crc32c.
+"""Reads of position ranges from sharded Zarr arrays, chunk by chunk, each compared with its recorded crc32c.
 
-Chunks that a read uses only in part are kept for the next one, in a cache that several arrays share; chunks that
-it uses whole are not, so that a scan does not push out what random reads want. Everything here may be used
-by several threads at once.
+A chunk that a read uses only in part is kept for the next read, in a cache that several arrays share. A chunk that
+is used whole is not, so that a scan does not push out what random reads want. All of it is thread-safe.
 
 Shape legend:  p positions of an array, K columns.
 """
@@ -41,14 +40,15 @@ __all__ = [
 
 # What a damaged or lying object can make zarr, numcodecs or zarrs raise while decoding.
 _DECODE_FAILURES = (BaseZarrError, ValueError, TypeError, KeyError, RuntimeError, IndexError, OSError)
-# Decoded bytes that one fetch may hold beside its answers.
+# Decoded bytes that one fetch may hold beside its answers: many chunks at a time hide the store's latency, but a
+# request for a whole shard must not hold it twice.
 _FETCH_BYTES = 64 << 20
 
 
 def chunk_checksums(data: NDArray[Any], chunk: tuple[int, ...]) -> NDArray[np.uint32]:
-    """The crc32c of every chunk of `data`, in C order of the chunk grid.
+    """The crc32c of every chunk of `data`, uint32, in C order of the chunk grid.
 
-    Each is of the chunk's elements inside the array, as C-order little-endian bytes, before any codec.
+    It is computed over the chunk's elements inside the array, as C-order little-endian bytes, before any codec.
     """
     grid = [range(0, size, step) for size, step in zip(data.shape, chunk, strict=True)]
     sums = (
@@ -59,9 +59,9 @@ def chunk_checksums(data: NDArray[Any], chunk: tuple[int, ...]) -> NDArray[np.ui
 
 
 class ChunkCache:
-    """Decoded chunks by key, the least recently used dropped first; never more than `max_bytes` of them.
+    """A least-recently-used cache of decoded chunks that holds at most `max_bytes`; thread-safe.
 
-    Safe for any number of threads. `hits` and `misses` count the calls of `get`.
+    `hits` and `misses` count the calls of `get`.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -89,7 +89,8 @@ class ChunkCache:
             return chunk
 
     def put(self, key: Hashable, chunk: NDArray[Any]) -> None:
-        """Keep a chunk, which nobody may change from now on; one over `max_bytes` is not kept."""
+        """Keep a chunk, which nobody may change from now on; one larger than `max_bytes` is not kept."""
+        # Every reader gets this same array, so one that wrote to it would change the answers of the others.
         chunk.setflags(write=False)
         if chunk.nbytes > self.max_bytes:
             return
@@ -104,8 +105,8 @@ class ChunkCache:
 class TiledArray:
     """One published array [p] or [p, K], read in whole chunks.
 
-    `array` comes from `open_array`, and its shape and dtype were compared with what they must be. `path` names
-    it in errors, `key` in the cache. `checksums` are what `chunk_checksums` gave, or None where none were recorded.
+    `array` comes from `open_array`; the caller has already checked its shape and dtype. `path` names the array in
+    errors, `key` in the cache. `checksums` come from `chunk_checksums`, or are None where none were recorded.
     """
 
     def __init__(
@@ -130,7 +131,7 @@ class TiledArray:
         self._key = key
 
     def read(self, start: int, stop: int, columns: int | None = None) -> NDArray[Any]:
-        """`array[start:stop]`, or its first `columns` columns; it may be read-only.
+        """Read `array[start:stop]`, or its first `columns` columns; the answer may be read-only.
 
         Raises:
             CorruptSegment: a chunk is damaged, missing or not the recorded one. StoreError: the store failed.
@@ -138,7 +139,7 @@ class TiledArray:
         return read_together([ReadRequest(self, start, stop, columns)])[0]
 
     def kept(self, row: int, column: int) -> NDArray[Any] | None:
-        """A kept chunk by its place in the chunk grid."""
+        """The chunk at a place of the chunk grid if the cache has it, else None."""
         return self._cache.get((self._key, row, column))
 
     def keep(self, row: int, column: int, chunk: NDArray[Any]) -> None:
@@ -146,7 +147,7 @@ class TiledArray:
         self._cache.put((self._key, row, column), chunk)
 
     async def fetch(self, wanted: _ChunkRange) -> NDArray[Any]:
-        """The chunks of a range as one block; not yet checked."""
+        """Read the chunks of a range as one block; their crc32c is not compared yet."""
         if self._encoded is not None:
             self._encoded.check(wanted.first, wanted.stop, wanted.columns)
         rows = slice(wanted.first * self.chunk[0], min(wanted.stop * self.chunk[0], self.shape[0]))
@@ -164,7 +165,7 @@ class TiledArray:
         """Compare a decoded chunk with its recorded crc32c.
 
         Raises:
-            CorruptSegment: it is another.
+            CorruptSegment: they differ.
         """
         if self._sums is not None and _crc32c(chunk) != int(self._sums[row, column]):
             raise CorruptSegment(f"{self.path} chunk ({row}, {column}) is not what was committed: its crc32c differs")
@@ -181,23 +182,23 @@ class ReadRequest:
 
     @property
     def chunk_rows(self) -> range:
-        """The chunks of axis 0 that hold the range."""
+        """Indices on axis 0 of the chunks that hold the range."""
         size = self.array.chunk[0]
         return range(self.start // size, -(-self.stop // size))
 
     @property
     def column_chunks(self) -> int:
-        """How many chunks of axis 1 hold the columns; 1 for an array without them."""
+        """Number of chunks on axis 1 that hold the columns; 1 for an array of one axis."""
         return 1 if len(self.shape) == 1 else -(-self.shape[1] // self.array.chunk[1])
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the answer."""
+        """Shape of the answer."""
         widths = self.array.shape[1:] if self.columns is None else (min(self.columns, *self.array.shape[1:]),)
         return (self.stop - self.start, *widths)
 
     def uses_whole(self, row: int) -> bool:
-        """Whether the range covers chunk `row` of axis 0 to the array's end."""
+        """Tell whether the range covers all of chunk `row` on axis 0."""
         size = self.array.chunk[0]
         return self.start <= row * size and min((row + 1) * size, self.array.shape[0]) <= self.stop
 
@@ -213,7 +214,7 @@ class _ChunkRange:
 
 
 class _ChunkFetch:
-    """The chunks that some requests need, each read once, the missing ones all at a time."""
+    """The chunks that several requests need, each read once, and all that are missing from the cache together."""
 
     def __init__(self, requests: Sequence[ReadRequest]) -> None:
         self._kept: dict[tuple[TiledArray, int, int], NDArray[Any]] = {}
@@ -225,7 +226,7 @@ class _ChunkFetch:
                 self._take(held, block, whole)
 
     def answer(self, request: ReadRequest) -> NDArray[Any]:
-        """The array that was asked for: a view where one block or chunk holds it."""
+        """The array that was asked for; a view, not a copy, where one block or chunk holds all of it."""
         array, rows, columns = request.array, request.chunk_rows, request.column_chunks
         held, block = self._blocks.get((array, rows.start), (None, None))
         if held is not None and block is not None and held.stop >= rows.stop and held.columns >= columns:
@@ -247,7 +248,7 @@ class _ChunkFetch:
         return chunks[0] if columns == 1 else np.concatenate(chunks, axis=1)
 
     def _missing(self, requests: Sequence[ReadRequest]) -> dict[TiledArray, dict[int, int]]:
-        """Of each array the rows of chunks to read, with how many chunks of axis 1; kept chunks are taken up."""
+        """Chunks to read: by array and chunk row, how many on axis 1. Those in the cache are taken from there."""
         missing: dict[TiledArray, dict[int, int]] = {}
         for request in requests:
             for row in request.chunk_rows:
@@ -284,10 +285,10 @@ class _ChunkFetch:
 
 
 def read_together(requests: Sequence[ReadRequest]) -> list[NDArray[Any]]:
-    """What each request asks for, in order; arrays may be read-only and share memory.
+    """Read several ranges; one array per request, in order, which may be read-only and share memory with others.
 
-    All missing chunks are read in one go through zarr's event loop, each once and neighbours together; many
-    requests are read in several fetches of about 64 MiB of decoded chunks.
+    Chunks that are not in the cache are read concurrently, each once and neighbours together. Many requests are cut
+    into fetches of about 64 MiB of decoded chunks.
 
     Raises:
         CorruptSegment: a chunk is damaged, missing or not the recorded one. StoreError: the store failed.
@@ -297,6 +298,7 @@ def read_together(requests: Sequence[ReadRequest]) -> list[NDArray[Any]]:
         assert 0 <= request.start <= request.stop <= request.array.shape[0], "a range inside the array"
         if 0 in request.shape:
             answers[index] = np.empty(request.shape, request.array.dtype)
+    # By position, so that requests which share a chunk land in the same fetch and it is decoded once.
     order = sorted((i for i in range(len(requests)) if i not in answers), key=lambda i: requests[i].start)
     for group in _fetches(requests, order):
         fetch = _ChunkFetch([requests[index] for index in group])
@@ -305,7 +307,7 @@ def read_together(requests: Sequence[ReadRequest]) -> list[NDArray[Any]]:
 
 
 def _fetches(requests: Sequence[ReadRequest], order: Sequence[int]) -> Iterator[Sequence[int]]:
-    """Cut requests into fetches of about `_FETCH_BYTES`, not counting what they share."""
+    """Cut requests into fetches of about `_FETCH_BYTES`; a chunk that two requests share is counted twice."""
     sizes = []
     for index in order:
         request = requests[index]
@@ -316,7 +318,7 @@ def _fetches(requests: Sequence[ReadRequest], order: Sequence[int]) -> Iterator[
 
 
 def _chunk_ranges(missing: dict[TiledArray, dict[int, int]]) -> Iterator[_ChunkRange]:
-    """Neighbouring rows of chunks that want the same columns, joined."""
+    """Join neighbouring chunk rows of which the same columns are wanted into one range."""
     for array, rows in missing.items():
         held: _ChunkRange | None = None
         for row, columns in sorted(rows.items()):
@@ -342,5 +344,6 @@ async def _fetch_all(ranges: Sequence[_ChunkRange]) -> list[NDArray[Any]]:
 
 
 def _crc32c(chunk: NDArray[Any]) -> int:
+    # Little-endian on every machine: the checksum lies on disk.
     data = np.ascontiguousarray(chunk, chunk.dtype.newbyteorder("<"))
     return int(google_crc32c.value(data.view(np.uint8)))

@@ -1,14 +1,15 @@
 """Claims: which job is at work on which shard, so that jobs share work instead of doing it twice.
 
-A claim decides nothing: a shard's commit is created if absent, whoever holds its claim. One claim is one object,
-`<name>-<generation>.json`, created if absent. Its owner renews it by creating the next generation, and so does who
-takes it over; the newest generation holds. Another job may take over
+Claims only save work. Correctness never rests on them: a shard's commit is created if absent, whoever holds its claim.
 
-- what it has itself seen unchanged for the claim's time to live, by its own monotonic clock: no two machines'
-  clocks are ever compared, and a stalled or lost owner is found everywhere;
-- at once, what a process of this machine held that is no more.
+A claim is an object `<name>-<generation>.json` that is created if absent. Its owner renews it by creating the next
+generation, another job takes it over in the same way, and the newest generation holds. A job may take over
 
-An owner that stalled and wakes sees a newer generation than its own and gives up.
+- a claim that it has itself seen unchanged for the claim's time to live, by its own monotonic clock. The clocks of
+  two machines are never compared;
+- at once, the claim of a process of this machine that has died.
+
+An owner that stalled and wakes up sees a newer generation than its own, and gives up.
 """
 
 from __future__ import annotations
@@ -31,25 +32,26 @@ from potstill.cache.errors import InvalidInput, StoreError
 from potstill.cache.store.root import Root
 
 _NAME = re.compile(r"(.+)-(\d{4,9})\.json")
+# Renewals per time to live: one may fail, or be late, before others take the claim for abandoned.
 _BEATS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Owner:
-    """A process, so that others on its machine can see that it died. `place` is empty where that cannot be seen."""
+    """The process behind a claim, described so that other processes of its machine can see that it died."""
 
     job: str
-    """Of this one `Claims`; never used again."""
+    """Random id of one `Claims` object; never used again."""
     host: str
     place: str
-    """The boot and the process namespace that `pid` counts in."""
+    """Boot id and process namespace in which `pid` counts; empty where the system does not tell."""
     pid: int
     started: str
-    """When the process began, in the kernel's own unit: a pid is used again, both together are not."""
+    """Start time of the process in the kernel's unit. A pid is used again, but not together with this."""
 
     @classmethod
     def this_process(cls) -> Self:
-        """Of the calling process, as a new job."""
+        """Describe the calling process, as a new job."""
         place = ""
         with suppress(OSError):
             boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
@@ -58,12 +60,12 @@ class Owner:
         return cls(job=uuid.uuid4().hex, host=socket.gethostname(), place=place, pid=pid, started=_started(pid) or "")
 
     def is_dead(self, place: str) -> bool:
-        """Whether it can be seen from `place` that the process is no more."""
+        """Tell whether a process at `place` can be sure that this one has ended."""
         return bool(place) and self.place == place and _started(self.pid) != self.started
 
 
 class Claim:
-    """One name that this job holds. `lost` is set once another job was seen to hold it."""
+    """A name that this job holds. `lost` becomes True once another job was seen to hold it."""
 
     def __init__(self, claims: Claims, name: str, generation: int) -> None:
         self.name = name
@@ -72,7 +74,7 @@ class Claim:
         self._claims = claims
 
     def still_mine(self) -> bool:
-        """Whether no other job took it over; a query of the store.
+        """Ask the store whether no other job has taken the name over.
 
         Raises:
             StoreError: the store does not answer.
@@ -80,7 +82,7 @@ class Claim:
         return self._claims.check(self)
 
     def release(self) -> None:
-        """Give it up, best effort: what cannot be removed now expires."""
+        """Give the name up, best effort: a claim that cannot be removed now expires."""
         self._claims.release(self)
 
 
@@ -96,11 +98,13 @@ class _Sighting:
 
 
 Listing = Mapping[str, Mapping[int, str]]
-"""By name, each generation and its object's version."""
+"""Claims in the store: for each name, the version (`Root.versions`) of the object of each generation."""
 
 
 class Claims:
-    """The claims of one job below one path; a context manager that renews what it holds and releases it at its end.
+    """The claims of one job below one path: a context manager that renews what it holds, and at its end releases it.
+
+    `ttl` is in seconds.
 
     Raises:
         InvalidInput: a time to live that is not positive.
@@ -125,7 +129,7 @@ class Claims:
         self._heart = threading.Thread(target=self._beat, name="potstill-claims", daemon=True)
 
     def __enter__(self) -> Self:
-        """Begin to renew what is held."""
+        """Start the thread that renews what is held."""
         self._heart.start()
         return self
 
@@ -141,7 +145,7 @@ class Claims:
         self._root.prune(self._path)
 
     def busy(self) -> set[str]:
-        """Names that other jobs hold, as far as this job can know; a query of the store.
+        """Ask the store for the names that other jobs hold, as far as this job can know.
 
         Raises:
             StoreError: the store does not answer.
@@ -151,7 +155,7 @@ class Claims:
             return {name for name, sighting in self._others.items() if self._holds(sighting)}
 
     def take(self, name: str) -> Claim | None:
-        """Claim a name, as the last `busy` saw the others; None when one of them holds it or was faster.
+        """Claim a name. None when another job held it at the last call of `busy`, or is faster now.
 
         Raises:
             StoreError: the store does not answer.
@@ -170,6 +174,7 @@ class Claims:
             if not self.check(claim):
                 self.release(claim)
                 return None
+            # Only now: the newest generation has to exist before older ones go, or a third job finds the name free.
             for generation in older:
                 self._root.remove(f"{self._path}/{_object_name(name, generation)}")
             return claim
@@ -188,10 +193,10 @@ class Claims:
             self._remove_own(self._object(claim))
 
     def renew(self) -> None:
-        """Renew everything that is held and was not lost.
+        """Renew every claim that is held and was not lost.
 
         Raises:
-            StoreError: the store does not answer; the rest is not renewed.
+            StoreError: the store does not answer; the claims that were not reached yet are not renewed.
         """
         with self._lock:
             held = [claim for claim in self._held.values() if not claim.lost]
@@ -205,7 +210,7 @@ class Claims:
                 self._remove_own(old)
 
     def clear(self) -> None:
-        """Remove what dead and silent jobs left, best effort: for when nothing is left to do."""
+        """Remove the claims that dead and silent jobs left, best effort; called when no work is left."""
         with self._lock, suppress(StoreError):
             busy = self.busy()
             for name, generations in self._listing.items():
@@ -219,7 +224,7 @@ class Claims:
                 self.renew()
 
     def _own_generation(self, claim: Claim, listing: Listing) -> int | None:
-        """The newest generation if it is this job's, 0 if somebody removed them all, or None."""
+        """The newest generation if it is this job's; 0 if somebody removed them all; None if it is another job's."""
         generation = max(listing.get(claim.name, {}), default=0)
         if not generation:
             return 0
@@ -258,6 +263,7 @@ class Claims:
         return found
 
     def _create(self, name: str, generation: int) -> bool:
+        # Not flushed to disk: after a power cut no owner is alive, and a lost claim costs nothing.
         return self._root.create(f"{self._path}/{_object_name(name, generation)}", self._record(), durable=False)
 
     def _record(self) -> bytes:
@@ -267,13 +273,13 @@ class Claims:
         return f"{self._path}/{_object_name(claim.name, claim.generation)}"
 
     def _remove_own(self, path: str) -> None:
-        """Another job's claim may have the same name by now."""
+        # Another job's claim may have the same name by now.
         if self._root.get(path) == self._record():
             self._root.remove(path)
 
 
 def time_to_live(data: bytes | None, otherwise: float) -> float:
-    """Seconds after which a stored claim that nobody renewed is no more; `otherwise` where the record does not say."""
+    """Seconds after which a stored claim that nobody renews expires; `otherwise` where the record does not say."""
     return _parse(data, otherwise)[1]
 
 
@@ -286,7 +292,7 @@ def _owner_json(owner: Owner) -> dict[str, Any]:
 
 
 def _parse(data: bytes | None, ttl: float) -> tuple[Owner | None, float]:
-    """Whose claim it is and for how long; of one that nobody can read nothing is known, and it has our own `ttl`."""
+    """Owner and time to live of a stored claim; no owner and our own `ttl` where the record cannot be read."""
     try:
         record = json.loads(data or b"{}")
         found = float(record["ttl"])
@@ -297,11 +303,12 @@ def _parse(data: bytes | None, ttl: float) -> tuple[Owner | None, float]:
 
 
 def _started(pid: int) -> str | None:
-    """When a process of this machine began; None when there is none, or one that only waits to be reaped."""
+    """Start time of a process of this machine; None when there is none, or only a zombie."""
     try:
         stat = Path(f"/proc/{int(pid)}/stat").read_text(encoding="utf-8", errors="replace")
     except (OSError, ValueError):
         return None
-    # The second field is the command in brackets and may hold anything.
+    # Fields of proc(5): the second is the command in brackets, which may hold spaces and brackets itself. Behind it,
+    # the first is the state (Z, X: dead) and the twentieth the start time.
     fields = stat.rpartition(")")[2].split()
     return None if fields[0] in ("Z", "X") else fields[19]

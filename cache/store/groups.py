@@ -1,11 +1,11 @@
 """Immutable Zarr v3 groups: written once under a name used once, then only read.
 
 A group becomes part of a cache when a record that lists its objects is created if absent (`Root.create`); until then
-it is garbage. Each array is stored in objects of whole Zarr shards, with core codecs only: zstd inside
-Blosc, then crc32c on every inner chunk, so that `zarr.open` reads it without this project.
+it is garbage. Each object of an array is one Zarr shard. Only core codecs are used, zstd inside Blosc and then crc32c
+on every inner chunk, so that `zarr.open` reads the arrays without this project.
 
-The array `checksums` holds the crc32c of every other array's chunks as they are decoded. A chunk that is intact but
-belongs elsewhere (objects swapped, a shard copied over another) passes its codec's own checksum and fails this one.
+The array `checksums` holds the crc32c of the decoded chunks of all other arrays. A chunk that is intact but in the
+wrong place (objects swapped, a shard copied over another) passes its codec's own checksum and fails this one.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from potstill.cache.store.pipelines import codec_pipeline, open_array
 from potstill.cache.store.root import Root, StoredObject, store_errors
 
 CHECKSUMS = "checksums"
-# What metadata of another version of zarr can make zarr raise; that it is what was committed was checked before.
+# Errors that zarr raises for metadata that it cannot use, written by another version of it.
 _OPEN_FAILURES = (BaseZarrError, ArithmeticError, ValueError, TypeError, KeyError, RuntimeError, OSError)
-# Blosc's header alone: no chunk is stored in less.
+# Size of Blosc's header: no chunk is stored in less.
 _LEAST_CHUNK_BYTES = 16
 _CHECKSUM_CHUNK = 1 << 16
 # What a reader keeps of decoded chunks when its opener gives it no larger cache to share.
@@ -44,30 +44,30 @@ _OWN_CACHE_BYTES = 32 << 20
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How one array is cut and compressed."""
+    """Chunking and compression of one array."""
 
     chunk: tuple[int, ...]
-    """Of the inner chunks."""
+    """Shape of the inner chunks."""
     object_rows: int | None = None
-    """How many elements of axis 0 share one object; None for all."""
+    """Elements of axis 0 that share one object (a Zarr shard); None for all."""
     shuffle: Literal["noshuffle", "shuffle", "bitshuffle"] = "bitshuffle"
     level: int = 5
-    """Of zstd inside Blosc."""
+    """Compression level of zstd inside Blosc."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How groups are read: the decoded chunks they share, and zarr's codec pipeline (`store.pipelines`)."""
+    """Means to read groups: a cache of decoded chunks that they share, and a codec pipeline (`store.pipelines`)."""
 
     chunks: ChunkCache
     pipeline: str
 
     @classmethod
     def open(cls, cache_bytes: int = _OWN_CACHE_BYTES, pipeline: str | None = None) -> Reading:
-        """With a chunk cache of its own and, unless told, the fastest pipeline that is installed.
+        """Make a new chunk cache, and choose `pipeline` or else the fastest one that is installed.
 
         Raises:
-            InvalidInput: no such pipeline.
+            InvalidInput: the pipeline is unknown or not installed.
         """
         return cls(ChunkCache(cache_bytes), codec_pipeline(pipeline))
 
@@ -83,13 +83,13 @@ class ArrayRange:
 
 
 def attempt_name(prefix: str) -> str:
-    """A group name that was never used before."""
+    """A group name that no other attempt has: `prefix` and 48 random bits."""
     return f"{prefix}-{uuid.uuid4().hex[:12]}"
 
 
 @contextmanager
 def removed_on_failure(root: Root, path: str) -> Iterator[None]:
-    """Removes the group at `path` when the block fails or is cancelled: no record names it yet."""
+    """Remove the group at `path` when the block fails or is cancelled; no record may name it yet."""
     try:
         yield
     except BaseException:
@@ -98,7 +98,7 @@ def removed_on_failure(root: Root, path: str) -> Iterator[None]:
 
 
 class GroupWriter:
-    """Writes one new group and remembers size and sha256 of every object as it goes out."""
+    """Writes one new group, and notes size and sha256 of every object as it goes out."""
 
     def __init__(self, root: Root, path: str) -> None:
         self._root = root
@@ -109,23 +109,23 @@ class GroupWriter:
             self._group = zarr.create_group(self._store, path=path)
 
     def array(self, name: str, shape: tuple[int, ...], dtype: Any, layout: Layout) -> zarr.Array[Any]:
-        """A new array; write it in blocks of whole objects, each block once, in order."""
+        """Create an array, to be filled by `put` in order, in blocks of whole objects, each once."""
         self._checksums[name] = []
         return self._create(name, shape, dtype, layout, {})
 
     def write(self, name: str, data: NDArray[Any], layout: Layout) -> None:
-        """A whole array at once."""
+        """Create an array and write all of it."""
         array = self.array(name, data.shape, data.dtype, layout)
         if data.size:
             self.put(array, 0, data)
 
     def put(self, array: zarr.Array[Any], start: int, block: NDArray[Any]) -> None:
-        """One block of an array made by `array`, from `start` on axis 0."""
+        """Write one block of an array that `array` made, from `start` on axis 0."""
         self._checksums[array.basename].append(chunk_checksums(block, array.chunks))
         self._put(array, start, block)
 
     def finish(self) -> tuple[StoredObject, ...]:
-        """Write the checksums and flush to stable storage; every object of the group, sorted by path.
+        """Write the checksums, flush to stable storage, and return the group's objects, sorted by path.
 
         Raises:
             StoreError: the store is full or cannot be written, or somebody removed a part of the group meanwhile.
@@ -163,6 +163,7 @@ class GroupWriter:
                 shards=shards,
                 compressors=[BloscCodec(cname="zstd", clevel=layout.level, shuffle=layout.shuffle), Crc32cCodec()],
                 attributes=attributes,
+                # zarr leaves out chunks of zeros by default; here a missing chunk is always damage.
                 config={"write_empty_chunks": True},
             )
 
@@ -172,9 +173,10 @@ class GroupWriter:
 
 
 class GroupReader:
-    """Reads arrays of one published group, after checking its objects' sizes against the record. Thread-safe.
+    """Reads arrays of one published group; thread-safe.
 
-    Shapes and dtypes are compared with what the caller knows they must be, before any byte is decoded.
+    Raises:
+        CorruptSegment: an object is missing or has another size than the commit recorded.
     """
 
     def __init__(self, root: Root, path: str, objects: Iterable[StoredObject], reading: Reading | None = None) -> None:
@@ -189,7 +191,7 @@ class GroupReader:
             raise CorruptSegment(problem)
 
     def size_problem(self) -> str | None:
-        """What is missing or of another size than recorded, naming the object; None when all is there."""
+        """Describe the first object that is missing or has another size than recorded; None when all are right."""
         found = self._root.sizes(self.path)
         for item in self._objects.values():
             size = found.get(item.path)
@@ -199,14 +201,14 @@ class GroupReader:
         return None
 
     def has(self, name: str) -> bool:
-        """Whether the group has an array of this name."""
+        """Tell whether the group has an array of this name."""
         return f"{name}/zarr.json" in self._objects
 
     def expect(self, name: str, shape: tuple[int, ...], dtypes: Iterable[str]) -> str:
-        """Open an array and check its metadata; its dtype's name.
+        """Open an array, check its shape and dtype before any chunk is decoded, and return the dtype's name.
 
         Raises:
-            CorruptSegment: the array is missing or lies about itself.
+            CorruptSegment: the array is missing, or has another shape or dtype.
         """
         array = self._open(name)
         if array.shape != shape or array.dtype.name not in tuple(dtypes):
@@ -216,11 +218,11 @@ class GroupReader:
         return str(array.dtype.name)
 
     def length(self, name: str) -> int:
-        """Elements on axis 0."""
+        """Number of elements on axis 0."""
         return int(self._open(name).shape[0])
 
     def read(self, name: str, start: int, stop: int, columns: int | None = None) -> NDArray[Any]:
-        """`array[start:stop]`, or its first `columns` columns.
+        """Read `array[start:stop]`, or its first `columns` columns.
 
         Raises:
             CorruptSegment: a chunk fails its checksum or cannot be decoded. StoreError: the store does not answer.
@@ -228,15 +230,15 @@ class GroupReader:
         return self._open(name).read(start, stop, columns)
 
     def read_ranges(self, ranges: Sequence[ArrayRange]) -> list[NDArray[Any]]:
-        """Several ranges at once; cheaper than one `read` after the other, which it equals."""
+        """Read several ranges; equal to one `read` after the other, but concurrent."""
         return read_ranges([(self, each) for each in ranges])
 
     def request(self, wanted: ArrayRange) -> ReadRequest:
-        """What `read_together` needs to read the range."""
+        """Make the request by which `read_together` reads the range."""
         return ReadRequest(self._open(wanted.name), wanted.start, wanted.stop, wanted.columns)
 
     def read_all(self, name: str) -> NDArray[Any]:
-        """The whole array; see `read`."""
+        """Read the whole array; see `read`."""
         return self.read(name, 0, self.length(name))
 
     def corrupt_objects(self) -> list[str]:
@@ -277,7 +279,8 @@ class GroupReader:
         if self._checksums is None:
             stored = self._stored(CHECKSUMS)
             counts = self._chunk_counts(stored)
-            # All else is compared with these: whole groups of equal sizes may have changed places, checksums included.
+            # Everything else is compared with these, and two groups of equal sizes may have changed places with their
+            # checksums. Only the sha256 in the record tells them apart.
             for path in self._objects:
                 if path.startswith(f"{CHECKSUMS}/c/"):
                     self._check_whole(path)
@@ -291,7 +294,7 @@ class GroupReader:
         return self._checksums[name]
 
     def _chunk_counts(self, stored: zarr.Array[Any]) -> dict[str, int]:
-        """How many chunks each array has; nothing that was committed says more than its objects can hold."""
+        """Number of chunks of each array, checked: a damaged count must not make us allocate without bound."""
         counts = stored.attrs.asdict().get("chunks")
         most = sum(item.size for item in self._objects.values()) // _LEAST_CHUNK_BYTES
         if (
@@ -305,7 +308,7 @@ class GroupReader:
         return counts
 
     def _check_whole(self, path: str) -> None:
-        """Metadata decides how bytes are read, and like checksums has none of its own: compare the whole object."""
+        """Compare a whole object with its recorded sha256: metadata and checksums have no crc32c of their own."""
         recorded = self._objects.get(path)
         if recorded is None:
             raise CorruptSegment(f"{self.path}/{path} is not among the objects that were committed")
@@ -315,14 +318,14 @@ class GroupReader:
 
 
 def read_ranges(ranges: Sequence[tuple[GroupReader, ArrayRange]]) -> list[NDArray[Any]]:
-    """Ranges of any groups' arrays in one go; raises as `GroupReader.read` does."""
+    """Read ranges from arrays of several groups concurrently; raises as `GroupReader.read` does."""
     return read_together([group.request(wanted) for group, wanted in ranges])
 
 
 class _RecordingStore(WrapperStore[Store]):
-    """Notes size and sha256 of what is written below one path; the last write of a key counts.
+    """A zarr store that notes size and sha256 of what is written below one path; the last write of a key counts.
 
-    Nothing is written elsewhere: zarr would create the groups above too, and their names are seals
+    Writes elsewhere are dropped: zarr would create the `zarr.json` of the groups above too, and those are records
     that only `Root.create` may publish.
     """
 
@@ -335,7 +338,7 @@ class _RecordingStore(WrapperStore[Store]):
         return _RecordingStore(store, self._prefix[:-1])
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        # zarr looks for groups above and for older objects; the name was never used, so there are none to ask for.
+        # zarr looks for groups above and for older objects. The name was never used, so each would be a wasted request.
         return await super().get(key, prototype, byte_range) if key in self.written else None
 
     async def set(self, key: str, value: Buffer) -> None:
@@ -357,7 +360,7 @@ class _RecordingStore(WrapperStore[Store]):
 
 
 def objects_to_json(objects: Iterable[StoredObject]) -> list[dict[str, Any]]:
-    """The objects as a record lists them."""
+    """List objects in the form that a record keeps."""
     return [{"path": o.path, "size": o.size, "sha256": o.sha256} for o in objects]
 
 

@@ -1,4 +1,4 @@
-"""Object stores by URL: `s3://`, `gs://`, `az://` and `memory://`; how long they are tried, and what their errors mean.
+"""Object stores by URL (`s3://`, `gs://`, `az://`, `memory://`): opening, retries, and errors in plain words.
 
 Credentials, endpoint and region come from the environment as obstore reads it (`AWS_ACCESS_KEY_ID`,
 `AWS_SECRET_ACCESS_KEY`, `AWS_ENDPOINT_URL`, `AWS_REGION`, ...; `GOOGLE_*`, `AZURE_*`), and so do its client
@@ -19,7 +19,7 @@ from obstore.store import from_url
 
 from potstill.cache.errors import InvalidInput, StoreError
 
-# By URL scheme, the prefix of the environment variables that configure it.
+# Prefix of the environment variables that configure a store, by URL scheme.
 _ENVIRONMENT = {
     "s3": "AWS_",
     "s3a": "AWS_",
@@ -55,15 +55,15 @@ _FIRST_REQUEST = timedelta(seconds=10)
 _FIRST_RETRIED = timedelta(seconds=8)
 
 PROBE = ".potstill-probe"
-"""The object that shows whether a store honours conditional puts; the only one that is put twice on purpose."""
+"""Object that shows if a store honours conditional puts; the only one that is put twice on purpose."""
 
 
 def open_object_store(url: str, *, write: bool) -> Any:
-    """An obstore store that was reached once; `write` also checks that it can create an object only if absent.
+    """Open an obstore store and reach it once; with `write`, check that it can create an object only if absent.
 
     Raises:
-        InvalidInput: an unknown scheme or a malformed URL; a store that ignores conditional puts.
-        StoreError: the bucket is missing, access is denied or nobody answers; within about 20 seconds.
+        InvalidInput: the URL's scheme is unknown, or the URL malformed; the store ignores conditional puts.
+        StoreError: the bucket is missing, access is denied, or nobody answers; within about 20 seconds.
     """
     scheme = urlsplit(url).scheme
     if scheme not in _ENVIRONMENT:
@@ -81,22 +81,24 @@ def open_object_store(url: str, *, write: bool) -> Any:
 
 
 def is_absent(error: BaseException) -> bool:
-    """Whether the error means that there is no such object, in a bucket that is there."""
+    """Tell whether an error means that the object is missing, in a bucket that exists."""
     return isinstance(error, FileNotFoundError) and "NoSuchBucket" not in str(error)
 
 
 def is_cut_short(error: BaseException) -> bool:
-    """Whether an answer began and broke off, which obstore does not try again for small objects and listings."""
+    """Tell whether an answer began and broke off; obstore does not retry that for small objects and listings."""
     return "body error" in _first_line(error)
 
 
 def explain(error: BaseException) -> str:
-    """One line: what the store said, and the way out."""
+    """Say in one line what the store answered, and what to do."""
+    # obstore's exception classes are too coarse: a missing bucket and a missing object are the same class to it.
     text = str(error)
     code = re.search(r"<Code>(\w+)</Code>", text)
     said = code.group(1) if code else _first_line(error)
     if "NoSuchBucket" in text or "NoSuchContainer" in text or "ContainerNotFound" in text:
         return "the bucket does not exist; create it or mend the URL"
+    # Without credentials the client asks the cloud's metadata service, and the error names that address.
     if "169.254.169.254" in text or "metadata.google.internal" in text:
         return "no credentials were found; set them in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
     if isinstance(error, PermissionDeniedError | UnauthenticatedError) or re.search(r"40[13] (Forbidden|Unauth)", text):
@@ -117,7 +119,7 @@ def _open(url: str, scheme: str, request: timedelta, retried: timedelta) -> Any:
 
 
 def _from_environment(scheme: str) -> dict[str, Any]:
-    """The client options of the environment: obstore reads none of them once it is given any."""
+    """Client options from environment variables: obstore reads none of them once it is given any."""
     prefix = _ENVIRONMENT[scheme]
     found = {name: os.environ.get(prefix + name.upper()) for name in _CLIENT_OPTIONS}
     given = {name: value for name, value in found.items() if value}

@@ -1,13 +1,13 @@
-"""Opening a Zarr array for reading with one of two codec pipelines, which give the same bytes.
+"""Opening of a Zarr array for reading with one of two codec pipelines, which give the same bytes.
 
     stock    zarr-python's own
     zarrs    the optional package of that name: faster. Used on local folders only: it rebuilds any other store from
              its settings, without our wrapper, and there the network is the limit
 
-Neither is given a chunk that was not looked at before. A Blosc chunk of 270 KB may say that it decodes to 2 GiB:
-numcodecs allocates and fills that before zarr sees the wrong shape, and zarrs 0.2.3 gives the chunk's beginning
-back as if nothing were wrong. zarrs 0.2.3 also leaves out the crc32c of inner chunks: of 300 flipped bits in an object
-271 gave wrong numbers without an error. So the size in a chunk's header is compared first, and its crc32c before zarrs.
+Chunks are checked before either pipeline decodes them: the decoded size in the Blosc header always, the crc32c for
+zarrs. A damaged chunk of 270 KB may claim to decode to 2 GiB; numcodecs allocates and fills that before zarr sees
+the wrong shape, and zarrs 0.2.3 returns the chunk's beginning as if nothing were wrong. zarrs 0.2.3 also skips the
+crc32c of inner chunks: of 300 flipped bits in an object 271 gave wrong numbers without an error.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from potstill.cache.errors import CorruptSegment, InvalidInput, StoreError
 
 PIPELINES: Final = ("stock", "zarrs")
 
-# zarr's settings belong to the process, and say how an array is read at the moment when it is opened.
+# zarr's settings belong to the process, and an array takes them at the moment it is opened: one opening at a time.
 _OPENING = threading.Lock()
 _STOCK_SETTINGS: Final = {
     "codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline",
@@ -49,11 +49,12 @@ _STOCK_SETTINGS: Final = {
 _ZARRS_SETTINGS: Final = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline", "codec_pipeline.strict": True}
 # Blosc 1: four bytes of versions and flags, then the decoded size, the block size and the encoded size.
 _BLOSC_HEADER = struct.Struct("<4xIII")
+# Shard indexes kept per array, 16 bytes a chunk: about 1 MiB for the largest objects.
 _KEPT_INDEXES = 64
 
 
 def codec_pipeline(forced: str | None = None) -> str:
-    """The pipeline to open arrays with: `forced`, else "zarrs" when it can be imported, else "stock".
+    """Choose the pipeline to open arrays with: `forced`, else "zarrs" when it can be imported, else "stock".
 
     Raises:
         InvalidInput: `forced` is unknown, or is "zarrs" where that is not installed.
@@ -72,9 +73,9 @@ def codec_pipeline(forced: str | None = None) -> str:
 
 
 def open_array(store: Any, path: str, pipeline: str) -> zarr.Array[Any]:
-    """Open the array at `path` of an obstore store, read-only, to be read by `pipeline` from now on.
+    """Open the array at `path` of an obstore store, read-only, to be read by `pipeline`.
 
-    zarr's settings are the same afterwards. Whatever zarr raises for damaged metadata comes through.
+    zarr's settings are restored afterwards. Errors that zarr raises for damaged metadata come through.
     """
     if pipeline == "zarrs" and isinstance(store, LocalFolder) and store.prefix is not None:
         folder = LocalStore(Path(store.prefix), read_only=True)
@@ -103,7 +104,7 @@ def _open(store: Store, path: str, settings: dict[str, Any]) -> zarr.Array[Any]:
 
 
 class BoundedBlosc(BloscCodec):
-    """zarr's Blosc codec; a chunk that would decode to another size than its own is refused first."""
+    """zarr's Blosc codec, which first refuses a chunk whose header states another decoded size than it must have."""
 
     async def _decode_single(self, chunk_bytes: Buffer, chunk_spec: ArraySpec) -> Buffer:
         encoded = chunk_bytes.as_numpy_array()[: _BLOSC_HEADER.size].tobytes()
@@ -115,9 +116,9 @@ class BoundedBlosc(BloscCodec):
 
 
 class EncodedChunks:
-    """Looks at the stored chunks of a local array before zarrs decodes them.
+    """Checks the stored chunks of a local array before zarrs decodes them.
 
-    Shapes: chunks of axis 0 by chunks of axis 1, which an array without one has once.
+    An array of one axis counts as having one chunk on axis 1.
     """
 
     def __init__(self, array: zarr.Array[Any], folder: Path) -> None:
@@ -129,7 +130,7 @@ class EncodedChunks:
         self._indexes: dict[tuple[int, ...], NDArray[np.uint64]] = {}
 
     def check(self, first: int, stop: int, columns: int) -> None:
-        """Check the chunks `first` to `stop` of axis 0, of each the first `columns` of axis 1.
+        """Check the chunks `first` to `stop` on axis 0, and of each of these the first `columns` on axis 1.
 
         Raises:
             CorruptSegment: the object is missing or cut short, a chunk is damaged or would decode to another size.
@@ -173,14 +174,14 @@ class EncodedChunks:
 
 
 def encoded_chunks(array: zarr.Array[Any]) -> EncodedChunks | None:
-    """What to look at before reading `array`; None when its pipeline does that itself."""
+    """The checks to make before reading `array`; None when its pipeline makes them itself."""
     if not isinstance(array.store, LocalStore):
         return None
     return EncodedChunks(array, array.store.root / array.path)
 
 
 def _is_bounded_blosc(array: zarr.Array[Any]) -> bool:
-    """Whether the array is cut and compressed as `GroupWriter` does it, so that the headers are where we look."""
+    """Tell whether an array is chunked and compressed as `GroupWriter` does it, so that headers are where we look."""
     metadata = array.metadata
     codecs = metadata.codecs if isinstance(metadata, ArrayV3Metadata) else ()
     if len(codecs) != 1 or not isinstance(codecs[0], ShardingCodec):
@@ -203,10 +204,10 @@ def _crc32c_problem(encoded: bytes) -> str | None:
 
 
 class _StoreErrors(WrapperStore[Store]):
-    """Says what a failed read means: a store that does not answer is no damage, a missing object is.
+    """A zarr store that says what a failed read means: a store that does not answer is no damage, a missing object is.
 
-    zarr takes a missing or empty object for one of fill values. The last ranges of objects are kept: they are the
-    indexes, which zarr asks for at every read; objects never change.
+    Without it zarr would read a missing or empty object as fill values. It also keeps the ends of objects, which are
+    the shard indexes that zarr asks for at every read; objects never change.
     """
 
     def __init__(self, store: Store) -> None:
@@ -237,7 +238,7 @@ class _StoreErrors(WrapperStore[Store]):
                 self._indexes.popitem(last=False)
 
     async def _is_outside(self, key: str, byte_range: ByteRequest | None) -> bool:
-        """Whether the store refused because the object ends before the range does."""
+        """Tell whether the store refused because the object ends before the range does."""
         try:
             size = await self._store.getsize(key)
         except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Whether the root of a cache can be written right now, and how much room is left there."""
+"""A probe of a cache's root: can it be written right now, and how much room is left there?"""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from potstill.cache.types import JSON
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreProbe:
-    """What writing, reading and removing one small object showed."""
+    """The outcome of writing, reading and removing one small object."""
 
     url: str
     problem: str
-    """Why it did not work, in one line; empty when it did."""
+    """One line that says why it did not work; empty when it did."""
     free_bytes: int | None
-    """Of the file system of a local folder; None for an object store, which does not say."""
+    """Free bytes of a local folder's file system; None for an object store, which does not tell."""
 
     def to_json(self) -> dict[str, JSON]:
         """A JSON object with one key per attribute."""
@@ -27,7 +27,7 @@ class StoreProbe:
 
 
 def probe_store(root: Root) -> StoreProbe:
-    """Create, read and remove an object of a name used once, where temporary objects of a cache are."""
+    """Create, read and remove an object under a fresh name among the cache's temporary objects."""
     path = f"{TEMPORARY}/{uuid.uuid4().hex}"
     content = path.encode()
     problem = ""

@@ -1,8 +1,8 @@
 """Records: the small JSON objects that make immutable groups part of a cache.
 
-Each carries the format version, so that a cache written by a newer format is refused by name, and from format 2 on
-the sha256 of its own content, so that no byte of it can change unseen.
-A group's own record is its `zarr.json`; its attributes hold ours under the key `potstill`.
+A record carries its format version, so that older software refuses it by name. From format 2 on it carries the
+sha256 of its own content too, so that no byte of it can change unseen. The record of a group itself lies in the
+attributes of its `zarr.json`, under the key `potstill`.
 """
 
 from __future__ import annotations
@@ -22,38 +22,38 @@ Record = dict[str, Any]
 
 
 def record_bytes(kind: str, record: Record) -> bytes:
-    """A record with its format version, kind and own sha256, as sorted JSON."""
+    """Bytes of a record with its format version, kind and own sha256, as JSON with sorted keys."""
     return _record_json(_sealed(kind, record))
 
 
 def group_metadata(kind: str, record: Record) -> bytes:
-    """The `zarr.json` of a Zarr v3 group with the record in its attributes."""
+    """Bytes of the `zarr.json` of a Zarr v3 group that has the record in its attributes."""
     return _group_json(_sealed(kind, record))
 
 
 def read_record(root: Root, path: str, kind: str) -> Record | None:
-    """A record, or None when there is none.
+    """Read and check a record; None when there is none.
 
     Raises:
-        FormatError: not JSON, of another kind, or of a newer format. CorruptSegment: not as it was written.
+        FormatError: it is not JSON, of another kind, or of a newer format. CorruptSegment: it was changed.
     """
     data = root.get(path)
     return None if data is None else parse_record(path, data, kind)
 
 
 def parse_record(path: str, data: bytes, kind: str) -> Record:
-    """The record in an object's bytes; see `read_record`."""
+    """Check the record in an object's bytes; raises as `read_record` does."""
     return _checked(_parse(path, data), path, kind, data, _record_json)
 
 
 def read_group_metadata(root: Root, path: str, kind: str) -> Record | None:
-    """The record in a group's `zarr.json`; see `read_record`."""
+    """Read and check the record in a group's `zarr.json`; see `read_record`."""
     data = root.get(f"{path}/zarr.json")
     return None if data is None else parse_group_metadata(path, data, kind)
 
 
 def parse_group_metadata(path: str, data: bytes, kind: str) -> Record:
-    """The record in the bytes of a group's `zarr.json`; see `read_record`."""
+    """Check the record in the bytes of a group's `zarr.json`; raises as `read_record` does."""
     attributes = _parse(f"{path}/zarr.json", data).get("attributes")
     record = attributes.get("potstill") if isinstance(attributes, dict) else None
     return _checked(record, f"{path}/zarr.json", kind, data, _group_json)

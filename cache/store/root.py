@@ -1,8 +1,8 @@
-"""Where bytes live: a local folder, `s3://`, `gs://`, `az://` or `memory://`, behind one small class.
+"""The root of a cache, a local folder or an object store, behind one small class.
 
-Two guarantees are made here and used everywhere: `create` puts an object only if there is none and reports
-who won, and `flush` returns only when what was written before it survives a power cut (object stores
-promise that on every put; a local folder has to be told).
+Two guarantees are made here and relied on everywhere. `create` puts an object only if there is none, and says who
+won. `flush` returns only when everything written before it survives a power cut; object stores promise that on every
+put, a local folder has to be told.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from obstore.store import LocalStore
 from potstill.cache.errors import InvalidInput, StoreError
 from potstill.cache.store.object_stores import explain, is_absent, is_cut_short, open_object_store
 
-# Also what one request asks of an object store: it has a minute to answer.
+# One request of an object store has a minute to answer: small enough for a slow link.
 _HASH_BLOCK = 16 << 20
-# Beside what obstore tries again by itself: of a conditional put, of an answer that breaks off, and of a delete
-# while others delete the same.
+# Beyond obstore's own retries: for a conditional put, an answer that breaks off, and a delete while others delete
+# the same objects.
 _TRIES = 3
 # Seconds for which a create is tried again while other processes keep removing its empty folder.
 _LINK_SECONDS = 10.0
 
 LONGEST_NAME = 64
-"""Letters of a corpus or a teacher."""
+"""Most characters in the name of a corpus or a teacher."""
 TEMPORARY = ".potstill-tmp"
 """Folder of a local root in which a record is completed before it appears under its name."""
 
@@ -44,7 +44,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class StoredObject:
-    """One object below a group: its path relative to the group, its size in bytes and its content's hash."""
+    """One object below a group: its path relative to the group, its size in bytes, and the sha256 of its content."""
 
     path: str
     size: int
@@ -52,22 +52,22 @@ class StoredObject:
 
 
 class Root:
-    """The root of a cache. Paths are relative to it and use `/`. Safe to share between threads."""
+    """The root of a cache. Paths are relative to it and use `/`. Thread-safe."""
 
     def __init__(self, url: str, store: Any, folder: Path | None) -> None:
         self.url = url
         self.store = store
-        """The obstore store: what zarr's `ObjectStore` wraps."""
+        """The obstore store, which zarr's `ObjectStore` wraps."""
         self._folder = folder
         self._clock_ahead: float | None = None
 
     @classmethod
     def open(cls, url: str | Path, *, create: bool = False) -> Self:
-        """Open a root by path or URL, for writing too if `create`; an object store is reached once.
+        """Open a root by path or URL, with `create` for writing too; an object store is reached once.
 
         Raises:
-            InvalidInput: a local folder that does not exist, unless `create`; a file; an unknown URL scheme; an
-                object store without conditional puts.
+            InvalidInput: the local folder does not exist, without `create`; the path is a file; the URL scheme is
+                unknown; the object store has no conditional puts.
             StoreError: the folder cannot be made; the bucket is missing, denied or not reached in about 20 seconds.
         """
         text = str(url)
@@ -95,7 +95,7 @@ class Root:
         return self._folder
 
     def get(self, path: str) -> bytes | None:
-        """The bytes of an object, or None when there is none."""
+        """Read an object; None when there is none."""
         with self._errors(path):
             try:
                 return _whole(lambda: bytes(obstore.get(self.store, path).bytes()))
@@ -105,11 +105,11 @@ class Root:
                 raise
 
     def create(self, path: str, data: bytes, *, durable: bool = True) -> bool:
-        """Put an object only if there is none; whether the object there is now this one.
+        """Put an object only if there is none. True when the object that is there now has these bytes.
 
-        True also when an earlier try put it and only its answer was lost. When this raises, the object may
-        exist all the same: what it names must not be deleted. Without `durable` a local folder may lose it
-        in a power cut.
+        That is also so when an earlier try put it and only the answer was lost. When this raises, the object may
+        exist all the same, so what it names must not be deleted. Without `durable`, a local folder may lose the
+        object in a power cut.
         """
         with self._errors(path):
             if self._folder is not None:
@@ -123,17 +123,17 @@ class Root:
         return {path: size for path, (size, _) in self._objects_below(prefix).items()}
 
     def seconds_since_write(self, prefix: str) -> float | None:
-        """Seconds since anything below `prefix` was last written, by the store's clock; None when there is nothing."""
+        """Seconds since the last write of any object below `prefix`, by the store's clock; None when there is none."""
         return min(self.ages(prefix).values(), default=None)
 
     def ages(self, prefix: str) -> dict[str, float]:
-        """Seconds since each object below `prefix` was written, by the store's clock and its path relative to it."""
+        """Seconds since each object below `prefix` was written, by the store's clock; keys are relative paths."""
         below = self._objects_below(prefix)
         now = datetime.now(UTC).timestamp() + self._store_clock_ahead() if below else 0.0
         return {path: now - written for path, (_, written) in below.items()}
 
     def folders(self, prefix: str, *, longest: int = LONGEST_NAME) -> list[str]:
-        """Names directly below `prefix` that hold objects and that this project could have given, sorted."""
+        """Names of the folders directly below `prefix`, sorted; those that `is_name` refuses are left out."""
         with self._errors(prefix):
             listing = _whole(lambda: obstore.list_with_delimiter(self.store, prefix))
         names = (path.rstrip("/").rsplit("/", 1)[-1] for path in listing["common_prefixes"])
@@ -144,7 +144,7 @@ class Root:
         return sorted(self.versions(prefix))
 
     def versions(self, prefix: str) -> dict[str, str]:
-        """The objects directly below `prefix` by name, each with a text that another object of that name has not."""
+        """Objects directly below `prefix`: by name, a version text that changes when the object is replaced."""
         with self._errors(prefix):
             listing = _whole(lambda: obstore.list_with_delimiter(self.store, prefix))
         found = ((meta["path"].rsplit("/", 1)[-1], meta) for meta in listing["objects"])
@@ -155,7 +155,7 @@ class Root:
         }
 
     def sha256(self, path: str) -> str:
-        """The hash of an object's bytes, in hex, read in blocks."""
+        """Hash of an object's bytes, in hex; read in blocks, so that a large object is never held whole."""
         digest = hashlib.sha256()
         with self._errors(path):
             size = int(obstore.head(self.store, path)["size"])
@@ -164,12 +164,12 @@ class Root:
         return digest.hexdigest()
 
     def remove(self, path: str) -> None:
-        """Remove one object, if it is there."""
+        """Remove one object if it is there."""
         with self._errors(path), suppress(FileNotFoundError):
             _whole(lambda: obstore.delete(self.store, path))
 
     def delete(self, prefix: str) -> None:
-        """Remove every object below `prefix`, and the empty folders a local root is left with."""
+        """Remove every object below `prefix`, and in a local root the folders that this leaves empty."""
         with self._errors(prefix):
             if self._folder is not None:
                 _remove_tree(self._folder / prefix)
@@ -186,7 +186,7 @@ class Root:
                     return
 
     def prune(self, prefix: str) -> None:
-        """Remove a folder that is empty, and those above that are then; only a local root has any."""
+        """Remove a folder of a local root if it is empty, then the folders above that became empty by it."""
         if self._folder is not None:
             for folder in [self._folder / prefix, *(self._folder / prefix).parents]:
                 try:
@@ -200,6 +200,7 @@ class Root:
         """Return when everything below `prefix` is on stable storage."""
         if self._folder is None:
             return
+        # The folders too: on a local file system a file's own fsync does not keep its name.
         with self._errors(prefix):
             for parent, _, files in os.walk(self._folder / prefix):
                 for name in files:
@@ -211,7 +212,7 @@ class Root:
         return _translated(path if self._folder is not None else f"{self.url.rstrip('/')}/{path}")
 
     def _objects_below(self, prefix: str) -> dict[str, tuple[int, float]]:
-        """Size and time of the last write, in seconds since 1970, by path relative to `prefix`."""
+        """Size in bytes and time of the last write, in seconds since 1970, by path relative to `prefix`."""
         with self._errors(prefix):
             if self._folder is not None:
                 return dict(_files_below(self._folder / prefix))
@@ -240,7 +241,8 @@ class Root:
         raise AssertionError("the last try returns or raises")
 
     def _store_clock_ahead(self) -> float:
-        """Seconds by which the store's clock is ahead of this machine's; ages are of the store's times."""
+        """Seconds by which the store's clock is ahead of this machine's."""
+        # `gc` decides by age what no live writer can own: a machine whose clock is wrong must not delete a fresh group.
         if self._clock_ahead is None:
             self._clock_ahead = 0.0
             if self._folder is None:
@@ -254,16 +256,16 @@ class Root:
 
 
 def is_name(name: str, *, longest: int = LONGEST_NAME) -> bool:
-    """Whether a name can be a path segment of a cache."""
+    """Tell whether a name can be a path segment of a cache."""
     plain = name.isascii() and all(char.isalnum() or char in "._-" for char in name)
     return plain and name[:1].isalnum() and len(name) <= longest
 
 
 def check_name(kind: str, name: str) -> str:
-    """The name, if it can be a path segment of a cache.
+    """Return the name if it can be a path segment of a cache; `kind` says in the error what it names.
 
     Raises:
-        InvalidInput: anything but letters, digits, `.`, `_`, `-`, or a leading dot, or over 64 characters.
+        InvalidInput: it has other characters than letters, digits, `.`, `_`, `-`, a leading dot, or more than 64.
     """
     if not isinstance(name, str) or not is_name(name):
         raise InvalidInput(
@@ -275,7 +277,7 @@ def check_name(kind: str, name: str) -> str:
 
 @contextmanager
 def store_errors(what: str) -> Iterator[None]:
-    """Turn what a store or the file system raises below zarr into `StoreError`, naming `what`."""
+    """Turn errors of the store or the file system, also from below zarr, into `StoreError` with `what` in front."""
     with _translated(what):
         yield
 
@@ -289,7 +291,7 @@ def _translated(what: str) -> Iterator[None]:
 
 
 def _whole(ask: Callable[[], _T]) -> _T:
-    """The answer, asked for again when it breaks off."""
+    """Ask for an answer, again when it breaks off midway."""
     for _ in range(_TRIES - 1):
         try:
             return ask()
@@ -300,7 +302,7 @@ def _whole(ask: Callable[[], _T]) -> _T:
 
 
 def _create_file(root: Path, path: Path, data: bytes, *, durable: bool) -> bool:
-    """Exclusive create through a temporary file and a hard link, so that no reader sees half of it."""
+    """Create a file only if there is none, by a hard link to a complete temporary file: no reader sees half of it."""
     (root / TEMPORARY).mkdir(exist_ok=True)
     temporary = root / TEMPORARY / uuid.uuid4().hex
     try:
@@ -315,6 +317,7 @@ def _create_file(root: Path, path: Path, data: bytes, *, durable: bool) -> bool:
             return False
     finally:
         temporary.unlink(missing_ok=True)
+    # After the link: until its folder is on disk too, a power cut can undo a create that the caller was told of.
     if durable:
         _fsync(path.parent)
         _fsync_parents(path.parent, root)
@@ -333,7 +336,7 @@ def _link(temporary: Path, path: Path) -> None:
 
 
 def _files_below(folder: Path) -> Iterator[tuple[str, tuple[int, float]]]:
-    """Every file with its size and time; also what an interrupted put left, which obstore does not list."""
+    """Every file with its size and time of last write; also what an interrupted put left, which obstore hides."""
     for parent, _, names in os.walk(folder):
         for name in names:
             path = Path(parent) / name
@@ -358,7 +361,7 @@ def _fsync_parents(path: Path, root: Path) -> None:
 
 
 def _remove_tree(folder: Path) -> None:
-    """Files, then folders that are empty by then; others may be removing the same."""
+    """Remove files, then the folders that are empty by then; other processes may be removing the same."""
     for parent, _, names in os.walk(folder, topdown=False):
         for name in names:
             (Path(parent) / name).unlink(missing_ok=True)
