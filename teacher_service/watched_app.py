@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING
 from starlette.datastructures import Headers, MutableHeaders
 
 from potstill.teacher_service.hosting.metrics import Metrics
-from potstill.teacher_service.telemetry.logs import REQUEST_ID_HEADER, Work, begin_work, choose_request_id, request_id
+from potstill.teacher_service.telemetry.logs import (
+    REQUEST_ID_HEADER,
+    AccessRecord,
+    begin_record,
+    choose_request_id,
+    request_id,
+)
 from potstill.teacher_service.telemetry.tracing import Tracer, current_tracer
 
 if TYPE_CHECKING:
@@ -45,7 +51,7 @@ class WatchedApp:
         # Not taken back at the end: the server's own line on a failure still belongs to the request.
         request_id.set(current)
         current_tracer.set(self._tracer)
-        work = begin_work()
+        record = begin_record()
         status = _CLIENT_LEFT  # unless an answer begins
 
         async def sending(message: Message) -> None:
@@ -70,9 +76,9 @@ class WatchedApp:
                             "potstill.request_id": current,
                         }
                     )
-                self._record(scope, status, time.perf_counter() - begin, work)
+                self._record(scope, status, time.perf_counter() - begin, record)
 
-    def _record(self, scope: Scope, status: int, seconds: float, work: Work) -> None:
+    def _record(self, scope: Scope, status: int, seconds: float, record: AccessRecord) -> None:
         method, route = _method(scope), _route(scope)
         self._metrics.seconds.labels(route).observe(seconds)
         self._metrics.requests.labels(method, route, str(status)).inc()
@@ -81,9 +87,9 @@ class WatchedApp:
             "route": route,
             "status": status,
             "ms": round(seconds * 1000, 2),
-            "rows": work.rows,
-            "tokens": work.tokens,
-            "caller": work.caller,
+            "rows": record.rows,
+            "tokens": record.tokens,
+            "caller": record.caller,
         }
         well = route in _PROBES and HTTPStatus.OK <= status < HTTPStatus.BAD_REQUEST
         _ACCESS.log(logging.DEBUG if well else logging.INFO, "request", extra={"fields": fields})

@@ -20,7 +20,7 @@ from potstill.cache.wrapped_teacher import WrappedTeacher
 from potstill.teacher_service.access.auth import Caller, current_caller
 from potstill.teacher_service.access.quotas import QuotaMeter
 from potstill.teacher_service.admission.engine_queue import EngineQueue
-from potstill.teacher_service.admission.fair_queue import Call, Turn
+from potstill.teacher_service.admission.fair_queue import Batch, Call
 from potstill.teacher_service.admission.limits import engine_bytes_per_token
 from potstill.teacher_service.admission.shared_bound import SharedBound
 from potstill.teacher_service.replicas.pool import ReplicaPool
@@ -28,8 +28,8 @@ from potstill.teacher_service.settings.service import LimitSettings
 from potstill.teacher_service.telemetry.tracing import span
 
 T = TypeVar("T")
-PART_TOKENS = 2048
-"""A call enters the engine in parts of at most so many tokens (or one longer row), so that other keys get their turns
+BATCH_TOKENS = 2048
+"""A call enters the engine in batches of at most so many tokens (or one longer row), so that other keys get their turns
 in between; about one step of an engine."""
 
 REFUSAL_REASONS = ("requests", "bodies", "answers", "misses", "queue", "pushed_out", "deadline", "quota")
@@ -166,7 +166,7 @@ class Reservation:
 
 
 class AdmittedTeacher(WrappedTeacher):
-    """A `Teacher` in front of a pool: calls wait their fair turn, in parts. Open with `open`."""
+    """A `Teacher` in front of a pool: calls wait their fair turn, in batches. Open with `open`."""
 
     def __init__(self, pool: ReplicaPool, admission: Admission, queue: EngineQueue) -> None:
         super().__init__(pool)
@@ -199,19 +199,19 @@ class AdmittedTeacher(WrappedTeacher):
         caller = current_caller()
         per_token = engine_bytes_per_token(want, self.identity.vocab_size, self.provenance.capture_path)
         starts = row_starts([len(row) for row in rows])
-        batches = list(row_batches(starts, self._part_tokens(rows, per_token)))
-        parts = [rows[start:stop] for start, stop in batches]
-        sizes = [int(starts[stop] - starts[start]) for start, stop in batches]
-        call = Call(caller.name, sum(sizes))
+        call = Call(caller.name, int(starts[-1]))
+        for start, stop in row_batches(starts, self._batch_tokens(rows, per_token)):
+            size = int(starts[stop] - starts[start])
+            call.batches.append(Batch(call, rows[start:stop], size, size * per_token))
         self._admission.spend(caller, call.tokens)
         try:
-            with self._queue.entered(call, [(size, size * per_token) for size in sizes], _deadline.get()):
-                return await self._score_parts(call, parts, want)
+            with self._queue.entered(call, _deadline.get()):
+                return await self._score_batches(call, want)
         finally:
             self._admission.quotas.give_back(caller.name, call.tokens - call.tokens_begun)
 
-    def _part_tokens(self, rows: Sequence[Tokens], per_token: int) -> int:
-        """How long a part may be, so that each fits into `max_engine_bytes`."""
+    def _batch_tokens(self, rows: Sequence[Tokens], per_token: int) -> int:
+        """How long a batch may be, so that each fits into `max_engine_bytes`."""
         most = self._admission.limits.max_engine_bytes // per_token
         longest = max(map(len, rows), default=0)
         if longest > most:
@@ -219,30 +219,27 @@ class AdmittedTeacher(WrappedTeacher):
                 f"a row of {longest} tokens may need {longest * per_token} bytes in the engine, over "
                 f"max_engine_bytes={self._admission.limits.max_engine_bytes}; cut it or ask for less"
             )
-        return min(PART_TOKENS, most)
+        return min(BATCH_TOKENS, most)
 
-    async def _score_parts(self, call: Call, parts: Sequence[Sequence[Tokens]], want: Fields) -> list[Targets]:
-        tasks = [
-            asyncio.create_task(self._score_part(turn, part, want))
-            for turn, part in zip(call.turns, parts, strict=True)
-        ]
+    async def _score_batches(self, call: Call, want: Fields) -> list[Targets]:
+        tasks = [asyncio.create_task(self._score_batch(batch, want)) for batch in call.batches]
         try:
-            return [targets for part in await asyncio.gather(*tasks) for targets in part]
+            return [targets for scored in await asyncio.gather(*tasks) for targets in scored]
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _score_part(self, turn: Turn, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
-        with span("admission", tokens=turn.tokens):
-            await turn.given
+    async def _score_batch(self, batch: Batch, want: Fields) -> list[Targets]:
+        with span("admission", tokens=batch.tokens):
+            await batch.admitted
         scored = False
         try:
-            with span("engine", rows=len(rows), tokens=turn.tokens):
-                targets = await self.inner.score(rows, want)
+            with span("engine", rows=len(batch.rows), tokens=batch.tokens):
+                targets = await self.inner.score(batch.rows, want)
             scored = True
         finally:
-            self._queue.end(turn, scored=scored)
+            self._queue.end(batch, scored=scored)
         return targets
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from potstill.cache.errors import Overloaded
-from potstill.teacher_service.admission.fair_queue import Call, FairQueue, Turn
+from potstill.teacher_service.admission.fair_queue import Batch, Call, FairQueue
 from potstill.teacher_service.settings.service import LimitSettings
 
 _SHORTEST_RETRY_SECONDS = 1.0
@@ -22,7 +21,7 @@ class EngineQueue:
     """Who waits and who is in the engine. Used from one event loop only.
 
     At most `max_tokens_in_flight` tokens wait or are inside, at most `max_engine_tokens` a replica and
-    `max_engine_bytes` in all are inside; a single part over the former goes in alone.
+    `max_engine_bytes` in all are inside; a single batch over the former goes in alone.
 
     Args:
         limits: see above.
@@ -68,79 +67,76 @@ class EngineQueue:
         return min(max(seconds, _SHORTEST_RETRY_SECONDS), _LONGEST_RETRY_SECONDS)
 
     @contextmanager
-    def entered(self, call: Call, parts: Sequence[tuple[int, int]], deadline: float | None) -> Iterator[None]:
-        """Have a call's parts, given as (tokens, bytes), wait for their turns; what is left of it leaves at the end.
+    def entered(self, call: Call, deadline: float | None) -> Iterator[None]:
+        """Have a call's batches wait until they are admitted; what is left of it leaves at the end.
 
         Args:
-            call: gets its turns here.
-            parts: each goes into the engine as a whole.
+            call: each of its batches goes into the engine as a whole.
             deadline: on the clock; None is none.
 
         Raises:
             Overloaded: the queue is full, or they could not begin before the deadline. `retry_after` is set. Waiting
-                for a turn raises it too: a call that has not begun gives way when its key has more waiting than others.
+                to be admitted raises it too: a call that has not begun gives way to keys with less waiting.
         """
-        self._check_deadline(call.key, parts, deadline)
+        self._check_deadline(call, deadline)
         self._make_room(call)
-        loop = asyncio.get_running_loop()
-        call.turns.extend(Turn(call, tokens, num_bytes, loop.create_future()) for tokens, num_bytes in parts)
         self._waiting.push(call)
         self._pump()
         try:
             yield
         finally:
             self._waiting.drop(call)
-            for turn in call.turns:
-                self.end(turn, scored=False)
+            for batch in call.batches:
+                self.end(batch, scored=False)
             self._pump()
 
-    def end(self, turn: Turn, *, scored: bool) -> None:
-        """What had its turn has left the engine; nothing happens when it was never inside, or has left already."""
-        if not turn.inside:
+    def end(self, batch: Batch, *, scored: bool) -> None:
+        """A batch has left the engine; nothing happens when it was never inside, or has left already."""
+        if not batch.inside:
             return
-        turn.inside = False
-        self.tokens_in_flight -= turn.tokens
-        self.bytes_in_flight -= turn.num_bytes
-        self._throughput.finish(turn.tokens if scored else 0)
+        batch.inside = False
+        self.tokens_in_flight -= batch.tokens
+        self.bytes_in_flight -= batch.num_bytes
+        self._throughput.finish(batch.tokens if scored else 0)
         self._pump()
 
     def _pump(self) -> None:
-        """Give turns as long as the next one fits. Nothing overtakes it: a large part would wait forever."""
-        while (turn := self._waiting.head()) is not None:
-            if turn.given.cancelled():
-                self._waiting.drop(turn.call)  # its caller left just now, and is about to leave the queue
-            elif self._fits(turn):
+        """Admit batches as long as the next one fits. Nothing overtakes it: a large one would wait forever."""
+        while (batch := self._waiting.head()) is not None:
+            if batch.admitted.cancelled():
+                self._waiting.drop(batch.call)  # its caller left just now, and is about to leave the queue
+            elif self._fits(batch):
                 self._begin(self._waiting.pop())
             else:
                 return
 
-    def _fits(self, turn: Turn) -> bool:
+    def _fits(self, batch: Batch) -> bool:
         if not self.tokens_in_flight:
             return True
         return (
-            self.tokens_in_flight + turn.tokens <= self._engine_tokens
-            and self.bytes_in_flight + turn.num_bytes <= self._limits.max_engine_bytes
+            self.tokens_in_flight + batch.tokens <= self._engine_tokens
+            and self.bytes_in_flight + batch.num_bytes <= self._limits.max_engine_bytes
         )
 
     @property
     def _engine_tokens(self) -> int:
         return self._limits.max_engine_tokens * max(1, self._replicas())
 
-    def _begin(self, turn: Turn) -> None:
+    def _begin(self, batch: Batch) -> None:
         if not self.tokens_in_flight:
             self._throughput.begin()
-        turn.inside = True
-        turn.call.tokens_begun += turn.tokens
-        self.tokens_in_flight += turn.tokens
-        self.bytes_in_flight += turn.num_bytes
-        turn.given.set_result(None)
+        batch.inside = True
+        batch.call.tokens_begun += batch.tokens
+        self.tokens_in_flight += batch.tokens
+        self.bytes_in_flight += batch.num_bytes
+        batch.admitted.set_result(None)
 
-    def _check_deadline(self, key: str, parts: Sequence[tuple[int, int]], deadline: float | None) -> None:
+    def _check_deadline(self, call: Call, deadline: float | None) -> None:
         rate = self.tokens_per_second
-        if deadline is None or not rate or not parts:
+        if deadline is None or not rate or not call.batches:
             return
-        first = parts[0][0]
-        ahead = self._waiting.tokens_ahead(key, first) + self.tokens_in_flight
+        first = call.batches[0].tokens
+        ahead = self._waiting.tokens_ahead(call.key, first) + self.tokens_in_flight
         wait = max(0, ahead + first - self._engine_tokens) / rate
         left = deadline - self._clock()
         if wait > left:

@@ -9,126 +9,130 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from potstill.cache.errors import PotstillError
+from potstill.cache.types import Tokens
 
 
 @dataclass(slots=True, eq=False)
-class Turn:
-    """A part of a call that is scored at once, and the promise that it may begin."""
+class Batch:
+    """Rows of a call that are scored at once, and the promise that they may begin."""
 
     call: Call
+    rows: Sequence[Tokens]
     tokens: int
     num_bytes: int
-    given: asyncio.Future[None]
+    """What they may need in the engine."""
+    admitted: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     inside: bool = False
     """In the engine now."""
 
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """One caller's rows on their way to the engine, in parts; all wait, or some run already."""
+    """One caller's rows on their way to the engine, in batches; all wait, or some run already."""
 
     key: str
     tokens: int
-    turns: list[Turn] = field(default_factory=list)
+    batches: list[Batch] = field(default_factory=list)
     tokens_begun: int = 0
-    """Of the parts that had their turn."""
+    """Of the batches that were admitted."""
 
 
 @dataclass(slots=True, eq=False)
-class _Line:
-    """The turns of one key that wait, oldest first, and where its last served one ended in virtual time."""
+class _KeyQueue:
+    """The batches of one key that wait, oldest first, and where its last served one ended in virtual time."""
 
-    turns: deque[Turn] = field(default_factory=deque)
+    batches: deque[Batch] = field(default_factory=deque)
     tokens: int = 0
     finish: float = 0.0
 
 
 class FairQueue:
-    """The turns that wait. Used from one event loop only."""
+    """The batches that wait. Used from one event loop only."""
 
     def __init__(self) -> None:
         self.tokens = 0
         """Of all that waits."""
-        self._lines: dict[str, _Line] = {}
+        self._queues: dict[str, _KeyQueue] = {}
         self._now = 0.0
 
     def push(self, call: Call) -> None:
-        """Put all of a call's turns behind what its key has waiting."""
-        line = self._lines.setdefault(call.key, _Line())
-        line.turns.extend(call.turns)
-        line.tokens += call.tokens
+        """Put all of a call's batches behind what its key has waiting."""
+        queue = self._queues.setdefault(call.key, _KeyQueue())
+        queue.batches.extend(call.batches)
+        queue.tokens += call.tokens
         self.tokens += call.tokens
 
-    def head(self) -> Turn | None:
-        """The turn that is next, or None."""
-        line = self._next_line()
-        return None if line is None else line.turns[0]
+    def head(self) -> Batch | None:
+        """The batch that is next, or None."""
+        queue = self._next_queue()
+        return None if queue is None else queue.batches[0]
 
-    def pop(self) -> Turn:
+    def pop(self) -> Batch:
         """Take the head out, and charge its key for it."""
-        line = self._next_line()
-        assert line is not None, "head() said that there is one"
-        turn = line.turns.popleft()
-        self._now = max(self._now, line.finish)
-        line.finish = self._now + turn.tokens
-        line.tokens -= turn.tokens
-        self.tokens -= turn.tokens
+        queue = self._next_queue()
+        assert queue is not None, "head() said that there is one"
+        batch = queue.batches.popleft()
+        self._now = max(self._now, queue.finish)
+        queue.finish = self._now + batch.tokens
+        queue.tokens -= batch.tokens
+        self.tokens -= batch.tokens
         self._forget_idle()
-        return turn
+        return batch
 
     def drop(self, call: Call, error: PotstillError | None = None) -> int:
         """Take out what still waits of a call; returns its tokens, which nobody is charged for.
 
-        With an `error` those who wait for a turn get it, else their waits are cancelled.
+        With an `error` those who wait for a batch get it, else their waits are cancelled.
         """
-        line = self._lines.get(call.key)
-        mine = [] if line is None else [turn for turn in line.turns if turn.call is call]
-        if line is None or not mine:
+        queue = self._queues.get(call.key)
+        mine = [] if queue is None else [batch for batch in queue.batches if batch.call is call]
+        if queue is None or not mine:
             return 0
-        line.turns = deque(turn for turn in line.turns if turn.call is not call)
-        dropped = sum(turn.tokens for turn in mine)
-        line.tokens -= dropped
+        queue.batches = deque(batch for batch in queue.batches if batch.call is not call)
+        dropped = sum(batch.tokens for batch in mine)
+        queue.tokens -= dropped
         self.tokens -= dropped
         self._forget_idle()
-        for turn in mine:
+        for batch in mine:
             if error is None:
-                turn.given.cancel()
-            elif not turn.given.done():
-                turn.given.set_exception(error)
+                batch.admitted.cancel()
+            elif not batch.admitted.done():
+                batch.admitted.set_exception(error)
         return dropped
 
     def tokens_of(self, key: str) -> int:
         """How much a key has waiting."""
-        return self._lines[key].tokens if key in self._lines else 0
+        return self._queues[key].tokens if key in self._queues else 0
 
     def tokens_ahead(self, key: str, tokens: int) -> int:
         """What is served before the last of `tokens` more of a key: its own, and as much of every other."""
         own = self.tokens_of(key) + tokens
-        others = (line.tokens for name, line in self._lines.items() if name != key)
+        others = (queue.tokens for name, queue in self._queues.items() if name != key)
         return own - tokens + sum(min(other, own) for other in others)
 
     def heaviest_key(self) -> str | None:
         """The key with the most waiting."""
-        return max(self._lines, key=self.tokens_of, default=None)
+        return max(self._queues, key=self.tokens_of, default=None)
 
     def newest_unstarted(self, key: str) -> list[Call]:
         """A key's calls of which nothing began, the newest first."""
-        turns = self._lines[key].turns if key in self._lines else ()
-        return list(dict.fromkeys(turn.call for turn in reversed(turns) if not turn.call.tokens_begun))
+        batches = self._queues[key].batches if key in self._queues else ()
+        return list(dict.fromkeys(batch.call for batch in reversed(batches) if not batch.call.tokens_begun))
 
-    def _next_line(self) -> _Line | None:
-        waiting = (line for line in self._lines.values() if line.turns)
+    def _next_queue(self) -> _KeyQueue | None:
+        waiting = (queue for queue in self._queues.values() if queue.batches)
         # Of equal starts the first in the dict: the key that came first.
-        return min(waiting, key=lambda line: max(line.finish, self._now), default=None)
+        return min(waiting, key=lambda queue: max(queue.finish, self._now), default=None)
 
     def _forget_idle(self) -> None:
         # Virtual time is past what an idle key was charged: it would start now, like a new one.
-        idle = [key for key, line in self._lines.items() if not line.turns and line.finish <= self._now]
+        idle = [key for key, queue in self._queues.items() if not queue.batches and queue.finish <= self._now]
         for key in idle:
-            del self._lines[key]
+            del self._queues[key]
         if not self.tokens:
-            self._lines.clear()  # nobody competes: what came before gives nobody an advantage
+            self._queues.clear()  # nobody competes: what came before gives nobody an advantage
             self._now = 0.0

@@ -3,7 +3,8 @@
 A job is `fill.loop.fill` on a hosted teacher, behind admission like any caller of it: its work waits in the turn of
 who asked for it. That caller is looked up before each call: a key may be removed or changed while its job runs. A job
 is stopped, or killed, at no cost but the shard in work. At most `max_fills_running` run at one time; the others wait in
-the order in which they were asked for. While a teacher tells jobs to come back later, others may begin (`fill_turns`).
+the order in which they were asked for. While a teacher tells jobs to come back later, others may begin:
+`fill_schedule`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from potstill.cache.types import JSON, Fields, Targets, Teacher, Tokens
 from potstill.cache.wrapped_teacher import WrappedTeacher
 from potstill.teacher_service.access.auth import Caller, caller, current_caller
 from potstill.teacher_service.access.quotas import Quota
-from potstill.teacher_service.hosting.fill_turns import FillTurn, FillTurns
+from potstill.teacher_service.hosting.fill_schedule import FillSchedule, FillSlot
 from potstill.teacher_service.settings.service import LimitSettings
 
 if TYPE_CHECKING:
@@ -73,28 +74,28 @@ class FillJob:
     """How often the teacher said to come back later."""
     refusal: PotstillError | None = None
     """The last of them."""
-    turn: FillTurn = field(default_factory=FillTurn)
+    slot: FillSlot = field(default_factory=FillSlot)
     ended: float | None = None
     task: asyncio.Task[None] | None = None
 
     @property
     def state(self) -> JobState:
-        """Where it stands; it waits for its turn among the jobs, or until it may ask its teacher again."""
+        """Where it stands; it waits for its slot among the jobs, or until it may ask its teacher again."""
         if self.ended is None:
-            return "running" if self.turn.given.is_set() and not self.turn.rests else "waiting"
+            return "running" if self.slot.given.is_set() and not self.slot.rests else "waiting"
         if self.report is not None:
             return "done"
         return "stopped" if self.error is None else "failed"
 
     @property
     def seconds(self) -> float:
-        """Since its turn came; 0 before that."""
-        return 0.0 if self.turn.began is None else (self.ended or time.monotonic()) - self.turn.began
+        """Since its slot came; 0 before that."""
+        return 0.0 if self.slot.began is None else (self.ended or time.monotonic()) - self.slot.began
 
     @property
     def told_to_wait(self) -> PotstillError | None:
         """Why it waits, when its teacher told it to come back later."""
-        return self.refusal if self.ended is None and self.turn.rests else None
+        return self.refusal if self.ended is None and self.slot.rests else None
 
     def ended_by(self, task: asyncio.Task[None]) -> None:
         """Note the end, and a bug that ended the task: nobody awaits it."""
@@ -139,12 +140,12 @@ class FillJobs:
         self._cache = cache
         self._limits = limits
         self._jobs: dict[tuple[str, str], FillJob] = {}
-        self._turns = FillTurns(limits.max_fills_running)
+        self._schedule = FillSchedule(limits.max_fills_running)
 
     @property
     def num_begun(self) -> int:
         """Jobs that may hold targets: those that run, and those that rest until they may ask their teacher again."""
-        return self._turns.num_begun
+        return self._schedule.num_begun
 
     def jobs(self) -> list[FillJob]:
         """All that are remembered."""
@@ -201,14 +202,14 @@ class FillJobs:
         if running is not None:
             return running
         job = FillJob(corpus, teacher, order, fitted, shards_before=before, shards=targets.corpus.num_shards)
-        job.turn.key = who.name
+        job.slot.key = who.name
         self._jobs.pop((corpus, teacher), None)  # so that the order is that of asking
         self._jobs[corpus, teacher] = job
-        self._turns.want(job.turn)
-        patient = _Patient(open_teacher, inner, find_caller, job, self._turns)
-        job.task = asyncio.create_task(_run(job, patient, targets), name=f"fill {corpus}")
+        self._schedule.request(job.slot)
+        retrying = _RetryingTeacher(open_teacher, inner, find_caller, job, self._schedule)
+        job.task = asyncio.create_task(_run(job, retrying, targets), name=f"fill {corpus}")
         job.task.add_done_callback(job.ended_by)
-        job.task.add_done_callback(lambda _: self._turns.end(job.turn))
+        job.task.add_done_callback(lambda _: self._schedule.end(job.slot))
         return job
 
     async def stop(self, corpus: str, teacher: str) -> FillJob:
@@ -301,7 +302,7 @@ async def _run(job: FillJob, teacher: Teacher, targets: TargetSet) -> None:
 
     plan = FillPlan(batch_tokens=job.fitted.batch_tokens, in_flight=job.fitted.in_flight)
     try:
-        await job.turn.given.wait()
+        await job.slot.given.wait()
         job.shards_before = int((await asyncio.to_thread(lambda: targets.committed)).sum())  # it may have waited long
         job.report = await fill(teacher, targets, plan, on_progress=on_progress)
     except PotstillError as error:
@@ -331,7 +332,7 @@ def spread(seconds: float) -> float:
     return seconds * random.uniform(1.0, 2.0)  # noqa: S311
 
 
-class _Patient(WrappedTeacher):
+class _RetryingTeacher(WrappedTeacher):
     """A `Teacher` that comes back when it is told to: a job has time, and loses work when it gives up."""
 
     def __init__(
@@ -340,19 +341,19 @@ class _Patient(WrappedTeacher):
         opened: Teacher,
         find_caller: Callable[[], Caller],
         job: FillJob,
-        turns: FillTurns,
+        schedule: FillSchedule,
     ) -> None:
         super().__init__(opened)
         self._open = open_teacher
         self._find_caller = find_caller
         self._job = job
-        self._turns = turns
+        self._schedule = schedule
 
     async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
         pause = _PAUSE_SECONDS
         while True:
             try:
-                with self._turns.asking(self._job.turn):
+                with self._schedule.asking(self._job.slot):
                     # Asked for anew: a teacher that was removed and added again is another one under the name.
                     teacher = self._open()
                     self._require_same(teacher)
@@ -364,7 +365,7 @@ class _Patient(WrappedTeacher):
                 self._job.refusals += 1
                 self._job.refusal = error
                 wait = pause if error.retry_after is None else error.retry_after
-            await self._turns.pause(self._job.turn, spread(min(wait, _LONGEST_PAUSE_SECONDS)))
+            await self._schedule.pause(self._job.slot, spread(min(wait, _LONGEST_PAUSE_SECONDS)))
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
     def _require_same(self, teacher: Teacher) -> None:

@@ -16,7 +16,7 @@ from potstill.cache.errors import error_kinds
 from potstill.teacher_service.admission.admission import Admission
 from potstill.teacher_service.hosting.collectors import AdmissionCollector, TeacherCollector
 from potstill.teacher_service.hosting.hosted_teacher import HostedTeacher
-from potstill.teacher_service.telemetry.logs import note_work
+from potstill.teacher_service.telemetry.logs import note_size
 from potstill.teacher_service.telemetry.tracing import span
 
 # Seconds: from a hit in the page cache to a long prefill batch.
@@ -61,7 +61,7 @@ class Metrics:
 
         What is refused in a moment, or given up, would make a service that answers nothing look fast.
         """
-        note_work(rows=rows, tokens=tokens)
+        note_size(rows=rows, tokens=tokens)
         begin = time.perf_counter()
         with span("score", teacher=teacher, rows=rows, tokens=tokens):
             yield

@@ -24,6 +24,7 @@ from potstill.cache.errors import InvalidInput, LimitExceeded, PotstillError, Te
 from potstill.cache.types import Fields, Provenance, Targets, TeacherIdentity, TeacherLimits, Tokens
 from potstill.teacher_service.replicas.autoscale import Autoscaler
 from potstill.teacher_service.replicas.pool import OpenTeacher, PoolState, ReplicaInfo, ReplicaStatus
+from potstill.teacher_service.replicas.ray_in_flight import CallsInFlight
 from potstill.teacher_service.replicas.ray_losses import LOST, Losses, first_line, lost
 from potstill.teacher_service.replicas.ray_replica import Described, Refused, ScoreCall, Scored
 from potstill.teacher_service.replicas.ray_serve import (
@@ -33,7 +34,6 @@ from potstill.teacher_service.replicas.ray_serve import (
     cluster_has_gpus,
     take_signals_back,
 )
-from potstill.teacher_service.replicas.ray_work import Work
 from potstill.teacher_service.settings.replicas import AutoscaleSettings, RaySettings, ReplicaSettings
 
 _LOG = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class RayPool:
         self._view = ServeView("NOT_STARTED", "", 0, {})
         self._target = settings.autoscale.min if settings.autoscale else settings.replicas
         self._autoscaler = Autoscaler(settings.autoscale) if settings.autoscale else None
-        self._work = Work()
+        self._in_flight = CallsInFlight()
         # Calls that a crash made suspect have a replica to themselves, one call at a time; other calls go elsewhere.
         self._suspects = asyncio.Lock()
         self._reserved = ""
@@ -249,7 +249,7 @@ class RayPool:
     async def _drained(self, replica: str) -> bool:
         """Wait until the replica has no call; False if it is lost before."""
         while self._is_ready(replica):
-            if not self._work.calls(replica):
+            if not self._in_flight.calls(replica):
                 return True
             await asyncio.sleep(_PAUSE_SECONDS)
         return False
@@ -279,11 +279,11 @@ class RayPool:
         """One replica's answer; one that is lost or broken is added to `losses`."""
         replica = ranking[0] if ranking else ""
         # Counted before the choice, which takes a round trip: calls that come meanwhile must see it.
-        work = self._work.begin(replica, len(call.tokens))
+        in_flight = self._in_flight.begin(replica, len(call.tokens))
         sent = False
         try:
             async with self._score.choose_replica(ranking) as chosen:
-                replica = work.move(chosen.replica_id)
+                replica = in_flight.move(chosen.replica_id)
                 response = self._score.dispatch(chosen, call)
                 sent = True
                 try:
@@ -294,33 +294,33 @@ class RayPool:
         except LOST as error:
             outcome = lost(replica, error, had_call=sent)
         finally:
-            work.end()
+            in_flight.end()
         if isinstance(outcome, Scored):
-            self._work.scored[replica] += len(call.tokens)
+            self._in_flight.scored[replica] += len(call.tokens)
         elif outcome.elsewhere:
-            self._lose(replica, outcome, losses, alone=work.alone)
+            self._lose(replica, outcome, losses, alone=in_flight.alone)
         return outcome
 
     def _lose(self, replica: str, outcome: Refused, losses: Losses, *, alone: bool) -> None:
         if outcome.crashed:
-            self._work.crashed.add(replica)
+            self._in_flight.crashed.add(replica)
         if losses.add(replica, outcome, alone=alone):
             _LOG.warning("teacher %s: %s; its rows go to another replica", self._name, outcome.detail)
 
     def _ranking(self, avoid: set[str]) -> list[str]:
         """The replicas that are ready, by the tokens that wait for them; those to avoid come last."""
         ready = filter(self._is_ready, self._view.replicas)
-        return sorted(ready, key=lambda name: (name in avoid, self._work.waiting[name]))
+        return sorted(ready, key=lambda name: (name in avoid, self._in_flight.waiting[name]))
 
     def _is_ready(self, replica: str) -> bool:
-        return self._view.replicas.get(replica) == "ready" and replica not in self._work.crashed
+        return self._view.replicas.get(replica) == "ready" and replica not in self._in_flight.crashed
 
     def _info(self, replica: str) -> ReplicaInfo:
         return ReplicaInfo(
             name=replica,
             state=self._view.replicas[replica],
-            tokens_waiting=self._work.waiting[replica],
-            tokens_scored=self._work.scored[replica],
+            tokens_waiting=self._in_flight.waiting[replica],
+            tokens_scored=self._in_flight.scored[replica],
         )
 
     @property
@@ -365,13 +365,13 @@ class RayPool:
                 if not silent:
                     _LOG.warning("teacher %s: Ray Serve does not answer: %s", self._name, first_line(error))
                 silent = True
-            self._work.forget(set(self._view.replicas))
+            self._in_flight.forget(set(self._view.replicas))
 
     async def _follow_need(self) -> None:
         async with self._scaling:
             if self._autoscaler is None:
                 return
-            waiting = self._work.waiting.total() + self._queued()
+            waiting = self._in_flight.waiting.total() + self._queued()
             wanted = self._autoscaler.wanted(now=time.monotonic(), tokens_waiting=waiting, replicas=self._target)
             if wanted != self._target:
                 _LOG.warning("teacher %s: %d tokens wait, %d -> %d replicas", self._name, waiting, self._target, wanted)

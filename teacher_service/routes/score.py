@@ -26,7 +26,7 @@ from potstill.teacher_service.admission.limits import (
 )
 from potstill.teacher_service.hosting.hosted_teacher import HostedTeacher
 from potstill.teacher_service.hosting.service import Service
-from potstill.teacher_service.routes.corpora.as_json import json_pieces
+from potstill.teacher_service.routes.corpora.targets_json import json_pieces
 from potstill.teacher_service.transport.bounded_transfers import held_until_answered
 
 T = TypeVar("T")

@@ -33,7 +33,7 @@ request_id: ContextVar[str] = ContextVar("request_id", default="")
 
 
 @dataclass(slots=True)
-class Work:
+class AccessRecord:
     """What a request turned out to be, for its access line. Filled in while it is served."""
 
     rows: int = 0
@@ -41,28 +41,28 @@ class Work:
     caller: str = ""
 
 
-_work: ContextVar[Work | None] = ContextVar("work", default=None)
+_access_record: ContextVar[AccessRecord | None] = ContextVar("access_record", default=None)
 
 
-def begin_work() -> Work:
+def begin_record() -> AccessRecord:
     """The record of the request that begins in this context; tasks started from here share it."""
-    work = Work()
-    _work.set(work)
-    return work
+    record = AccessRecord()
+    _access_record.set(record)
+    return record
 
 
-def note_work(*, rows: int, tokens: int) -> None:
+def note_size(*, rows: int, tokens: int) -> None:
     """Say how much the current request asked for; without a request nothing happens."""
-    work = _work.get()
-    if work is not None:
-        work.rows, work.tokens = rows, tokens
+    record = _access_record.get()
+    if record is not None:
+        record.rows, record.tokens = rows, tokens
 
 
 def note_caller(name: str) -> None:
     """Say who sent the current request; without a request nothing happens."""
-    work = _work.get()
-    if work is not None:
-        work.caller = name
+    record = _access_record.get()
+    if record is not None:
+        record.caller = name
 
 
 def choose_request_id(given: str | None) -> str:

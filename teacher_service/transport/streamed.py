@@ -32,16 +32,16 @@ class ReadSlots:
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="corpus-read")
         self.stall_seconds = stall_seconds
         """How long a client may take nothing of what is sent to it."""
-        self._places = SharedBound(streams, "streamed answers (max_streams)", reason="streams", refusals=Counter())
+        self._streams = SharedBound(streams, "streamed answers (max_streams)", reason="streams", refusals=Counter())
 
     @property
     def in_use(self) -> int:
         """Answers that are being streamed."""
-        return self._places.in_use
+        return self._streams.in_use
 
-    def place(self) -> AbstractContextManager[None]:
-        """Hold a place of the current caller; to enter it raises Overloaded when there is none left for that key."""
-        return self._places.hold(current_caller().name, 1)
+    def stream(self) -> AbstractContextManager[None]:
+        """Hold one of the current caller's streams; entering raises Overloaded when that key has none left."""
+        return self._streams.hold(current_caller().name, 1)
 
 
 class StreamedAnswer(Response):
@@ -73,7 +73,7 @@ class StreamedAnswer(Response):
             await send(self._start())
             await send(_body(b"", more=False))
             return
-        with self._slots.place():
+        with self._slots.stream():
             await self._send_while_there(receive, send)
 
     async def _send_while_there(self, receive: Receive, send: Send) -> None:

@@ -33,7 +33,11 @@ from potstill.cache.wire import scores as wire
 from potstill.teacher_service.access.auth import Role, allow
 from potstill.teacher_service.hosting.hosted_teacher import HostedTeacher
 from potstill.teacher_service.hosting.service import Service
-from potstill.teacher_service.routes.completions.as_json import LEAST_LOGPROB, prompt_logprobs_text, ranked_labels
+from potstill.teacher_service.routes.completions.prompt_logprobs import (
+    LEAST_LOGPROB,
+    prompt_logprobs_text,
+    ranked_labels,
+)
 from potstill.teacher_service.routes.completions.request import CompletionRequest
 from potstill.teacher_service.routes.score import ScoreCall, answer_call
 

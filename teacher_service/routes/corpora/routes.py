@@ -17,7 +17,6 @@ from potstill.teacher_service.admission.admission import Admission
 from potstill.teacher_service.admission.limits import answer_format, read_body, request_format, same_wire
 from potstill.teacher_service.hosting.service import Service
 from potstill.teacher_service.routes.corpora.arrays import CorpusReading, add_array_routes
-from potstill.teacher_service.routes.corpora.as_json import json_pieces
 from potstill.teacher_service.routes.corpora.bodies import get_and_head, known_parameters, rows_from_json
 from potstill.teacher_service.routes.corpora.description import describe_corpora, describe_corpus, describe_targets
 from potstill.teacher_service.routes.corpora.opened_sets import OpenedSets
@@ -28,6 +27,7 @@ from potstill.teacher_service.routes.corpora.reads import (
     require_at_most,
     require_within,
 )
+from potstill.teacher_service.routes.corpora.targets_json import json_pieces
 from potstill.teacher_service.routes.fills import add_fill_routes
 from potstill.teacher_service.settings.service import LimitSettings
 from potstill.teacher_service.transport.bounded_transfers import held_until_answered

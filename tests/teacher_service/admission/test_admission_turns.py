@@ -13,7 +13,7 @@ from potstill.cache.errors import Overloaded
 from potstill.cache.read_through.cached_teacher import CachedTeacher
 from potstill.teacher_service.access.auth import Caller, Role, caller
 from potstill.teacher_service.access.quotas import Quota
-from potstill.teacher_service.admission.admission import PART_TOKENS, within
+from potstill.teacher_service.admission.admission import BATCH_TOKENS, within
 from tests.support.admitted import WANT, HeldTeacher, admitted, ask, row, settle
 from tests.support.fakes import FakeTeacher
 
@@ -34,7 +34,7 @@ async def test_a_key_that_sends_much_does_not_starve_one_that_sends_little() -> 
 
 async def test_one_large_call_does_not_hold_up_another_key() -> None:
     engine = FakeTeacher(tokens_per_second=2_000_000)
-    async with admitted(engine, max_engine_tokens=PART_TOKENS) as here:
+    async with admitted(engine, max_engine_tokens=BATCH_TOKENS) as here:
         large = ask(here.teacher, [row(number, 256) for number in range(200)], "much")
         await settle()
         await ask(here.teacher, [row(9999)], "little")

@@ -1,18 +1,16 @@
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 
 import pytest
 
 from potstill.cache.errors import Overloaded
-from potstill.teacher_service.admission.fair_queue import Call, FairQueue, Turn
+from potstill.teacher_service.admission.fair_queue import Batch, Call, FairQueue
 
 
 def call_of(key: str, *sizes: int) -> Call:
     call = Call(key, sum(sizes))
-    loop = asyncio.get_running_loop()
-    call.turns.extend(Turn(call, size, size, loop.create_future()) for size in sizes)
+    call.batches.extend(Batch(call, (), size, size) for size in sizes)
     return call
 
 
@@ -39,8 +37,8 @@ async def test_keys_get_equal_tokens_whatever_the_size_of_their_calls() -> None:
     queue = filled(*(call_of("big", 100) for _ in range(50)), *(call_of("small", 10) for _ in range(500)))
     tokens: Counter[str] = Counter()
     for _ in range(330):
-        turn = queue.pop()
-        tokens[turn.call.key] += turn.tokens
+        batch = queue.pop()
+        tokens[batch.call.key] += batch.tokens
         assert abs(tokens["big"] - tokens["small"]) <= 110
 
 
@@ -53,7 +51,7 @@ async def test_a_key_that_comes_late_is_not_behind_what_another_has_waiting() ->
 
 async def test_an_idle_key_saves_nothing_up() -> None:
     queue = filled(call_of("a", 10), call_of("b", 10), *(call_of("b", 10) for _ in range(99)))
-    served(queue, 60)  # a had its one turn, and was idle since
+    served(queue, 60)  # a had its one batch, and was idle since
     for _ in range(40):
         queue.push(call_of("a", 10))
     assert Counter(served(queue, 20)) in ({"a": 10, "b": 10}, {"a": 11, "b": 9})
@@ -64,7 +62,7 @@ async def test_what_is_dropped_is_not_charged() -> None:
     queue = filled(gone, call_of("a", 10), *(call_of("b", 10) for _ in range(5)))
     assert queue.drop(gone) == 5000
     assert queue.drop(gone) == 0
-    assert all(turn.given.cancelled() for turn in gone.turns)
+    assert all(batch.admitted.cancelled() for batch in gone.batches)
     assert queue.tokens == 60
     assert "a" in served(queue, 2)
 
@@ -74,7 +72,7 @@ async def test_who_gives_way_is_told_why() -> None:
     queue = filled(call)
     queue.drop(call, Overloaded("make way", retry_after=3.0))
     with pytest.raises(Overloaded, match="make way"):
-        await call.turns[0].given
+        await call.batches[0].admitted
 
 
 async def test_the_newest_calls_of_the_heaviest_key_are_those_that_have_not_begun() -> None:
@@ -102,4 +100,4 @@ async def test_keys_that_left_are_forgotten() -> None:
         served(queue, 1)
         if number > 3:
             served(queue, 1)
-    assert len(queue._lines) < 12
+    assert len(queue._queues) < 12

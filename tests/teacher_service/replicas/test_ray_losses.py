@@ -271,7 +271,7 @@ async def test_a_crashed_replica_is_not_asked_again_though_serve_still_calls_it_
     poison, other = handle.score(POISON), handle.score(9)
     await eventually(lambda: len(handle.calls) == 2)
     handle.gates["r0"].set()
-    await eventually(lambda: "r1" in handle.pool._work.crashed)
+    await eventually(lambda: "r1" in handle.pool._in_flight.crashed)
     see(handle.pool, "r1", "r2")
     assert len(await other) == 1
     with pytest.raises(TeacherFailed):

@@ -20,7 +20,7 @@ from potstill.teacher_service.access.quotas import Quota
 from potstill.teacher_service.app import create_app
 from potstill.teacher_service.hosting.hosted_teacher import Keep
 from potstill.teacher_service.hosting.service import Service
-from potstill.teacher_service.routes.completions.as_json import prompt_logprobs_text
+from potstill.teacher_service.routes.completions.prompt_logprobs import prompt_logprobs_text
 from tests.support import http
 from tests.support.fakes import FakeTeacher, fake_identity
 from tests.support.processes.servers import hosted, serving, serving_teachers, wait_ready

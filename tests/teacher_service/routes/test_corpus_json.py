@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse
 from potstill.cache import Cache, Fields, Targets
 from potstill.cache.targets.target_set import TargetSet
 from potstill.cache.wire import scores as wire
-from potstill.teacher_service.routes.corpora.as_json import json_pieces
+from potstill.teacher_service.routes.corpora.targets_json import json_pieces
 from potstill.teacher_service.settings.service import LimitSettings
 from tests.support import http
 from tests.support.fakes import FakeTeacher
@@ -94,5 +94,5 @@ def test_json_in_pieces_is_the_json_of_the_wire(monkeypatch: pytest.MonkeyPatch)
         answer = wire.answer_to_json(wire.ScoreAnswer(teacher.identity, targets))
         expected = JSONResponse({"format": wire.WIRE_VERSION, **answer}).body
         for elements in (1 << 14, 100, 7):
-            monkeypatch.setattr("potstill.teacher_service.routes.corpora.as_json._ELEMENTS", elements)
+            monkeypatch.setattr("potstill.teacher_service.routes.corpora.targets_json._ELEMENTS", elements)
             assert b"".join(json_pieces(teacher.identity, targets.copy)) == expected

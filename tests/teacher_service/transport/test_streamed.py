@@ -106,7 +106,7 @@ class Connection:
 async def test_more_streams_than_there_are_places_are_turned_away() -> None:
     slots = ReadSlots(threads=1, streams=1, stall_seconds=60.0)
     connection = Connection()
-    with slots.place(), pytest.raises(Overloaded, match="max_streams"):
+    with slots.stream(), pytest.raises(Overloaded, match="max_streams"):
         await connection.take(iter([b"x"]), slots)
     assert connection.sent == []
     await connection.take(iter([b"x"]), slots)
@@ -119,7 +119,7 @@ async def test_a_key_leaves_a_share_of_the_places_to_others() -> None:
     with ExitStack() as held:
         caller.set(Caller("ann", Role.TRAINER))
         for _ in range(14):
-            held.enter_context(slots.place())
+            held.enter_context(slots.stream())
         greedy = Connection()
         with pytest.raises(Overloaded, match="max_streams"):
             await greedy.take(iter([b"x"]), slots)

@@ -1,12 +1,12 @@
-"""What a pool has in flight on each of its replicas, and which calls shared one; by the replicas' unique ids."""
+"""The calls that a pool has in flight on each of its replicas, by unique id, and which calls shared one."""
 
 from __future__ import annotations
 
 from collections import Counter
 
 
-class Work:
-    """Of one pool. Used from one event loop only."""
+class CallsInFlight:
+    """Of one pool, by replica. Used from one event loop only."""
 
     def __init__(self) -> None:
         self.waiting: Counter[str] = Counter()
@@ -15,15 +15,15 @@ class Work:
         """Tokens."""
         self.crashed: set[str] = set()
         """Replicas that ended by themselves: they answer nothing more, though Serve may not know it yet."""
-        self._calls: dict[str, set[InFlight]] = {}
+        self._calls: dict[str, set[CallInFlight]] = {}
 
-    def begin(self, replica: str, num_tokens: int) -> InFlight:
+    def begin(self, replica: str, num_tokens: int) -> CallInFlight:
         """Count one call."""
-        call = InFlight(self, num_tokens)
+        call = CallInFlight(self, num_tokens)
         call.move(replica)
         return call
 
-    def calls(self, replica: str) -> set[InFlight]:
+    def calls(self, replica: str) -> set[CallInFlight]:
         """Those that the replica has now."""
         return self._calls.setdefault(replica, set())
 
@@ -35,13 +35,13 @@ class Work:
         self.crashed &= known
 
 
-class InFlight:
-    """One call's share of a replica's work."""
+class CallInFlight:
+    """One call, and the replica that has it now."""
 
-    def __init__(self, work: Work, num_tokens: int) -> None:
+    def __init__(self, calls: CallsInFlight, num_tokens: int) -> None:
         self.alone = True
         """Whether no other call was on its replica in all the time that it was."""
-        self._work = work
+        self._calls = calls
         self._num_tokens = num_tokens
         self._replica: str | None = None
 
@@ -50,17 +50,17 @@ class InFlight:
         if replica != self._replica:
             self.end()
             self._replica = replica
-            others = self._work.calls(replica)
+            others = self._calls.calls(replica)
             self.alone = not others
             for other in others:
                 other.alone = False
             others.add(self)
-            self._work.waiting[replica] += self._num_tokens
+            self._calls.waiting[replica] += self._num_tokens
         return replica
 
     def end(self) -> None:
         """It is no longer there."""
         if self._replica is not None:
-            self._work.calls(self._replica).remove(self)
-            self._work.waiting[self._replica] -= self._num_tokens
+            self._calls.calls(self._replica).remove(self)
+            self._calls.waiting[self._replica] -= self._num_tokens
             self._replica = None

@@ -14,7 +14,7 @@ import pytest
 
 from potstill.cache import Cache
 from potstill.cache.errors import Overloaded, TeacherFailed
-from potstill.teacher_service.hosting.fill_turns import FillTurn, FillTurns
+from potstill.teacher_service.hosting.fill_schedule import FillSchedule, FillSlot
 from potstill.teacher_service.hosting.service import Service
 from potstill.teacher_service.routes.doctor import admitted_bytes
 from potstill.teacher_service.settings.service import LimitSettings
@@ -162,15 +162,15 @@ def test_a_job_that_may_go_on_does_so_while_the_one_that_began_meanwhile_runs(tm
 
 def test_a_job_rests_only_while_none_of_its_calls_gets_on() -> None:
     async def told() -> None:
-        turns, first, second = FillTurns(1), FillTurn(), FillTurn()
-        turns.want(first)
-        turns.want(second)
-        with turns.asking(first):
-            pausing = asyncio.create_task(turns.pause(first, 3600.0))
+        schedule, first, second = FillSchedule(1), FillSlot(), FillSlot()
+        schedule.request(first)
+        schedule.request(second)
+        with schedule.asking(first):
+            pausing = asyncio.create_task(schedule.pause(first, 3600.0))
             await eventually(lambda: first.pausing == 1)
             assert (first.rests, second.given.is_set()) == (False, False)
         assert (first.rests, second.given.is_set()) == (True, True)
-        with turns.asking(first):
+        with schedule.asking(first):
             assert not first.rests
         pausing.cancel()
 
@@ -179,22 +179,22 @@ def test_a_job_rests_only_while_none_of_its_calls_gets_on() -> None:
 
 def test_at_most_twice_as_many_begin_as_run_however_many_rest() -> None:
     async def told() -> None:
-        turns, jobs = FillTurns(2), [FillTurn() for _ in range(7)]
+        schedule, jobs = FillSchedule(2), [FillSlot() for _ in range(7)]
         for job in jobs:
-            turns.want(job)
+            schedule.request(job)
         begun = [job.given.is_set() for job in jobs]
         assert begun == [True] * 2 + [False] * 5
-        pauses = [asyncio.create_task(turns.pause(job, 3600.0)) for job in jobs[:4]]
+        pauses = [asyncio.create_task(schedule.pause(job, 3600.0)) for job in jobs[:4]]
         await eventually(lambda: all(job.pausing for job in jobs[:4]))
         assert [job.given.is_set() for job in jobs] == [True] * 4 + [False] * 3
-        turns.end(jobs[5])  # one that was stopped before it began
+        schedule.end(jobs[5])  # one that was stopped before it began
         pauses[1].cancel()
         await eventually(lambda: not jobs[1].pausing)
-        turns.end(jobs[0])
+        schedule.end(jobs[0])
         assert [job.given.is_set() for job in jobs] == [True] * 5 + [False] * 2
-        turns.end(jobs[2])
+        schedule.end(jobs[2])
         assert not jobs[6].given.is_set()  # two run: the one that went on, and the one that began last
-        turns.end(jobs[1])
+        schedule.end(jobs[1])
         assert jobs[6].given.is_set()
         for pause in pauses:
             pause.cancel()
@@ -204,23 +204,23 @@ def test_at_most_twice_as_many_begin_as_run_however_many_rest() -> None:
 
 def test_resting_jobs_of_one_key_keep_no_other_key_from_beginning() -> None:
     async def told() -> None:
-        turns = FillTurns(1)
-        spent, others = [FillTurn("ann") for _ in range(3)], [FillTurn(key) for key in ("bob", "bob", "eve")]
+        schedule = FillSchedule(1)
+        spent, others = [FillSlot("ann") for _ in range(3)], [FillSlot(key) for key in ("bob", "bob", "eve")]
         pauses = []
-        for turn in spent:
-            turns.want(turn)
-        for turn in spent[:2]:
-            await eventually(turn.given.is_set)
-            pauses.append(asyncio.create_task(turns.pause(turn, 3600.0)))
-        await eventually(lambda: all(turn.rests for turn in spent[:2]))
-        for turn in others:
-            turns.want(turn)
-        assert [turn.given.is_set() for turn in spent + others] == [True, True, False, True, False, False]
-        pauses.append(asyncio.create_task(turns.pause(others[0], 3600.0)))
+        for slot in spent:
+            schedule.request(slot)
+        for slot in spent[:2]:
+            await eventually(slot.given.is_set)
+            pauses.append(asyncio.create_task(schedule.pause(slot, 3600.0)))
+        await eventually(lambda: all(slot.rests for slot in spent[:2]))
+        for slot in others:
+            schedule.request(slot)
+        assert [slot.given.is_set() for slot in spent + others] == [True, True, False, True, False, False]
+        pauses.append(asyncio.create_task(schedule.pause(others[0], 3600.0)))
         await eventually(others[2].given.is_set)
-        turns.end(others[0])
+        schedule.end(others[0])
         assert not others[1].given.is_set()  # the one of eve runs
-        turns.end(others[2])
+        schedule.end(others[2])
         assert others[1].given.is_set()
         assert not spent[2].given.is_set()
         for pause in pauses:

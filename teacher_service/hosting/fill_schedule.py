@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass(slots=True, eq=False)
-class FillTurn:
+class FillSlot:
     """Of one job."""
 
     key: str = ""
@@ -35,7 +35,7 @@ class FillTurn:
         return self.pausing > 0 and not self.asking
 
 
-class FillTurns:
+class FillSchedule:
     """At most `limit` jobs run at one time, but for those that rested; the others wait in the order of asking.
 
     Used from one event loop only.
@@ -43,57 +43,57 @@ class FillTurns:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._begun: list[FillTurn] = []
-        self._wanted: list[FillTurn] = []
+        self._begun: list[FillSlot] = []
+        self._waiting: list[FillSlot] = []
 
     @property
     def num_begun(self) -> int:
         """Those that run or rest."""
         return len(self._begun)
 
-    def want(self, turn: FillTurn) -> None:
+    def request(self, slot: FillSlot) -> None:
         """Have it given now or later."""
-        self._wanted.append(turn)
+        self._waiting.append(slot)
         self._give()
 
-    def end(self, turn: FillTurn) -> None:
+    def end(self, slot: FillSlot) -> None:
         """Neither have nor want it any more."""
-        for turns in (self._begun, self._wanted):
-            if turn in turns:
-                turns.remove(turn)
+        for slots in (self._begun, self._waiting):
+            if slot in slots:
+                slots.remove(slot)
         self._give()
 
     @contextmanager
-    def asking(self, turn: FillTurn) -> Iterator[None]:
+    def asking(self, slot: FillSlot) -> Iterator[None]:
         """Around one call of the teacher."""
-        turn.asking += 1
+        slot.asking += 1
         try:
             yield
         finally:
-            turn.asking -= 1
+            slot.asking -= 1
             self._give()
 
-    async def pause(self, turn: FillTurn, seconds: float) -> None:
+    async def pause(self, slot: FillSlot, seconds: float) -> None:
         """Wait after a refusal."""
-        turn.pausing += 1
+        slot.pausing += 1
         try:
             self._give()
             await asyncio.sleep(seconds)
         finally:
-            turn.pausing -= 1
+            slot.pausing -= 1
 
     def _give(self) -> None:
-        while sum(not turn.rests for turn in self._begun) < self._limit:
-            turn = self._next()
-            if turn is None:
+        while sum(not slot.rests for slot in self._begun) < self._limit:
+            slot = self._next()
+            if slot is None:
                 return
-            self._wanted.remove(turn)
-            self._begun.append(turn)
-            turn.began = time.monotonic()
-            turn.given.set()
+            self._waiting.remove(slot)
+            self._begun.append(slot)
+            slot.began = time.monotonic()
+            slot.given.set()
 
-    def _next(self) -> FillTurn | None:
+    def _next(self) -> FillSlot | None:
         if len(self._begun) < 2 * self._limit:
-            return next(iter(self._wanted), None)
-        keys = {turn.key for turn in self._begun}
-        return next((turn for turn in self._wanted if turn.key not in keys), None)
+            return next(iter(self._waiting), None)
+        keys = {slot.key for slot in self._begun}
+        return next((slot for slot in self._waiting if slot.key not in keys), None)
