@@ -14,6 +14,7 @@ import pytest
 from hypothesis import settings
 from numpy.typing import NDArray
 
+from benchmarks.support.flip_cache import build
 from potstill.cache.types import Tokens
 from potstill.teacher_service.engine.vllm_teacher import VllmOptions, VllmTeacher
 from tests.support import schedule
@@ -70,6 +71,14 @@ def one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def flip_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with every kind of object in it, to be copied: it is not to be changed."""
+    root = tmp_path_factory.mktemp("flips") / "c"
+    build(root, archive=False)
+    return root
 
 
 @pytest.fixture(scope="session")

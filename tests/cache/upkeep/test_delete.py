@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from shutil import copytree
 
 import numpy as np
 import pytest
 
-from benchmarks.support.flip_cache import build
 from potstill.cache import Cache, Fields
 from potstill.cache.errors import (
     CorruptSegment,
@@ -31,8 +31,8 @@ GONE = (NotCommitted, UnknownTeacher, UnknownCorpus, UnsupportedField, CorruptSe
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Root:
-    build(tmp_path / "c", archive=False)
+def root(flip_cache: Path, tmp_path: Path) -> Root:
+    copytree(flip_cache, tmp_path / "c")
     return Root.open(tmp_path / "c")
 
 
@@ -190,9 +190,9 @@ class StoppingRoot(Root):
     ids=["teacher", "corpus", "shards"],
 )
 def test_a_deletion_that_stops_anywhere_leaves_no_commit_of_nothing_and_can_be_finished(
-    tmp_path: Path, plan: Callable[[Root], list[object]]
+    flip_cache: Path, tmp_path: Path, plan: Callable[[Root], list[object]]
 ) -> None:
-    build(tmp_path / "c", archive=False)
+    copytree(flip_cache, tmp_path / "c")
     root = StoppingRoot.open(tmp_path / "c")
     for _ in range(100):
         root.stops_at = 1

@@ -6,12 +6,12 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from shutil import copytree
 
 import numpy as np
 import pytest
 from markupsafe import escape
 
-from benchmarks.support.flip_cache import build
 from potstill.cache import Cache, Fields
 from potstill.cache.fill.loop import FillPlan, fill
 from potstill.cache.upkeep.charts import Axis
@@ -23,9 +23,9 @@ from tests.support.fakes import FakeTeacher, fake_identity
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(flip_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("inspect") / "c"
-    build(root, archive=False)
+    copytree(flip_cache, root)
     return root
 
 
@@ -76,10 +76,10 @@ def test_the_tables_have_all_of_it(root: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_what_cannot_be_read_is_named_and_the_rest_is_counted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flip_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root, drawn = tmp_path / "c", tmp_path / "page.html"
-    build(root, archive=False)
+    copytree(flip_cache, root)
     commit = next((root / "targets/one/a").rglob("draws-5_entropy/commits/000001.json"))
     journal = next(root.rglob("journal*/**/*.json"))
     for record in (commit, journal):

@@ -8,10 +8,10 @@ import os
 import shlex
 import time
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 
-from benchmarks.support.flip_cache import build
 from potstill.cache import Cache, Fields
 from potstill.cache.commands.field_options import add_field_options, fields_of
 from potstill.cache.encoding.logprobs import encoding_by_name
@@ -52,10 +52,10 @@ def damage(root: Path, pattern: str) -> None:
     ],
 )
 def test_the_lines_that_verify_prints_mend_the_damaged_set_and_leave_the_other(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str, words: str, options: str
+    flip_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str, words: str, options: str
 ) -> None:
     root = tmp_path / "c"
-    build(root, archive=False)
+    copytree(flip_cache, root)
     before = Cache.open(root).targets("one", "a")
     everything = before.read(0, before.corpus.num_positions)
     damage(root, f"targets/one/a/{place}")
@@ -73,9 +73,9 @@ def test_the_lines_that_verify_prints_mend_the_damaged_set_and_leave_the_other(
 
 
 def test_of_damage_that_all_shards_share_no_shard_is_to_be_deleted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flip_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    build(tmp_path / "c", archive=False)
+    copytree(flip_cache, tmp_path / "c")
     (tmp_path / "c" / "targets" / "one" / "b" / "ranks.json").unlink()
     assert run("verify", tmp_path / "c") == 1
     told = capsys.readouterr().out

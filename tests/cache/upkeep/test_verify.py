@@ -13,12 +13,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
 
 import numpy as np
 import pytest
 
 from benchmarks.bench_flips import Patient, all_faults
-from benchmarks.support.flip_cache import build
 from potstill.cache import Cache, Fields
 from potstill.cache.errors import CorruptSegment, InvalidInput, SpecMismatch
 from potstill.cache.store.root import Root
@@ -33,25 +33,25 @@ from tests.support.processes.servers import hosted, serving_teachers
 
 
 @pytest.fixture(scope="module")
-def patient(tmp_path_factory: pytest.TempPathFactory) -> Patient:
+def patient(flip_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Patient:
     root = tmp_path_factory.mktemp("flips") / "c"
-    build(root, archive=False)
+    copytree(flip_cache, root)
     return Patient(root)
 
 
-def test_every_kind_of_fault_is_told_and_nothing_wrong_is_read(patient: Patient) -> None:
-    """A hundred of the faults that `benchmarks.bench_flips` puts in."""
+@pytest.mark.parametrize("number", [30, pytest.param(100, marks=pytest.mark.slow)])
+def test_every_kind_of_fault_is_told_and_nothing_wrong_is_read(patient: Patient, number: int) -> None:
+    """So many of the faults that `benchmarks.bench_flips` puts in."""
     choose = random.Random(7)
     faults = [fault for fault in all_faults(patient.objects, 60, 0, seed=7) if not fault.lies]
     sorts = {(fault.name, fault.kind): fault for fault in choose.sample(faults, len(faults))}
-    some = choose.sample(sorted(sorts), min(100, len(sorts)))
-    assert len(some) == 100
+    some = choose.sample(sorted(sorts), number)
     problems = [line for sort in some for line in patient.examine(sorts[sort], "stock").problems]
     assert problems == []
 
 
-def test_an_intact_cache_is_found_so_with_and_without_decoding(tmp_path: Path) -> None:
-    build(tmp_path / "c", archive=False)
+def test_an_intact_cache_is_found_so_with_and_without_decoding(flip_cache: Path, tmp_path: Path) -> None:
+    copytree(flip_cache, tmp_path / "c")
     root = Root.open(tmp_path / "c")
     for decode in (False, True):
         for jobs in (1, 3):
@@ -59,8 +59,10 @@ def test_an_intact_cache_is_found_so_with_and_without_decoding(tmp_path: Path) -
             assert [each.problems for each in checked] == [()] * count_checks(root)
 
 
-def test_the_command_names_what_is_damaged_and_the_way_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    build(tmp_path / "c", archive=False)
+def test_the_command_names_what_is_damaged_and_the_way_out(
+    flip_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copytree(flip_cache, tmp_path / "c")
     assert main(["verify", str(tmp_path / "c"), "--decode"]) == 0
     assert "0 corrupt objects" in capsys.readouterr().out
     (chunk,) = (tmp_path / "c" / "targets" / "one" / "b" / "segments").glob("000001-*/ids/c/0/0")
@@ -76,8 +78,8 @@ def test_the_command_names_what_is_damaged_and_the_way_out(tmp_path: Path, capsy
     assert len(found["corrupt"]) == 1
 
 
-def test_a_commit_that_the_manifest_has_otherwise_is_told(tmp_path: Path) -> None:
-    build(tmp_path / "c", archive=False)
+def test_a_commit_that_the_manifest_has_otherwise_is_told(flip_cache: Path, tmp_path: Path) -> None:
+    copytree(flip_cache, tmp_path / "c")
     commits = tmp_path / "c" / "targets" / "two" / "b" / "commits"
     (commits / "000000.json").unlink()
     (commits / "0.json").write_bytes(b"{}")
@@ -87,8 +89,8 @@ def test_a_commit_that_the_manifest_has_otherwise_is_told(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("records", ["two/a", "one/b"])
-def test_a_lost_rank_table_is_told(tmp_path: Path, records: str) -> None:
-    build(tmp_path / "c", archive=False)
+def test_a_lost_rank_table_is_told(flip_cache: Path, tmp_path: Path, records: str) -> None:
+    copytree(flip_cache, tmp_path / "c")
     record = tmp_path / "c" / "targets" / records / "ranks.json"
     record.unlink()
     problems = [line for each in check_cache(Root.open(tmp_path / "c")) for line in each.problems]
@@ -96,9 +98,9 @@ def test_a_lost_rank_table_is_told(tmp_path: Path, records: str) -> None:
     assert all(f"targets/{records}/ranks.json is missing" in line for line in problems)
 
 
-def test_a_stopped_verify_says_what_it_had_looked_at(tmp_path: Path) -> None:
+def test_a_stopped_verify_says_what_it_had_looked_at(flip_cache: Path, tmp_path: Path) -> None:
     """A pipe in place of a seal holds the command at a known place until it was interrupted."""
-    build(tmp_path / "c", archive=False)
+    copytree(flip_cache, tmp_path / "c")
     seal = tmp_path / "c" / "corpora" / "b" / "zarr.json"
     seal.unlink()
     os.mkfifo(seal)
