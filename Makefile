@@ -1,5 +1,5 @@
 # Every target sets up what it needs, from Python 3.11 and nothing else.
-.PHONY: setup demo test test-slow lint docs format bench clean
+.PHONY: setup demo test test-slow test-stress lint docs format bench clean
 
 BIN := .venv/bin
 
@@ -10,12 +10,16 @@ setup:
 demo: setup
 	$(BIN)/potstill demo
 
-# Lint, types, the documentation site and tests, these in two processes: what CI runs.
+# Lint, types, the documentation site and tests: what CI runs. On two cores three processes, as those of Ray's tests wait.
 test: lint docs
-	$(BIN)/pytest -q -n 2 --dist loadgroup
+	$(BIN)/pytest -q -n 3
 
 test-slow: setup
 	$(BIN)/pytest -q -m slow
+
+# The tests on a busy machine, N times, by each of torch's kinds of CPU code in turn; PATHS are some of them.
+test-stress: setup
+	scripts/test-stress $(or $(N),10) $(PATHS)
 
 lint: setup
 	$(BIN)/ruff check .
