@@ -12,9 +12,8 @@ A checkpoint is written under another name, flushed to disk, renamed, then marke
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from potstill.cache.errors import FormatError, SpecMismatch, StoreError
 from potstill.cache.types import JSON, TeacherIdentity
 from potstill.student_trainer.models import load_student, save_student
+from potstill.student_trainer.run_folder import PARTIAL, flush_path
 
 _COMPLETE = ".complete"
-_PARTIAL = ".partial-"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +81,7 @@ def save_checkpoint(
         StoreError: the disk does not take it.
     """
     final = folder / f"step-{state.step:08d}"
-    partial = folder / f"{_PARTIAL}{final.name}"
+    partial = folder / f"{PARTIAL}{final.name}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
@@ -96,7 +95,7 @@ def save_checkpoint(
         partial.rename(final)
         (final / _COMPLETE).touch()
         _flush(final)
-        _flush_one(folder)
+        flush_path(folder)
     except OSError as error:
         raise StoreError(f"checkpoint {str(final)!r} could not be written: {error}") from error
     _remove_old(folder, keep)
@@ -151,37 +150,13 @@ def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
         raise FormatError(f"{str(file)!r} holds more than tensors and is not read") from error
 
 
-def write_json(file: Path, value: object) -> None:
-    """Replace a JSON file as a whole: a reader sees the old one or the new one.
-
-    Raises:
-        StoreError: the disk does not take it.
-    """
-    write_lines(file, [json.dumps(value, indent=1)])
-
-
-def write_lines(file: Path, lines: Sequence[str]) -> None:
-    """Replace a text file as a whole.
-
-    Raises:
-        StoreError: the disk does not take it.
-    """
-    partial = file.with_name(f"{_PARTIAL}{file.name}")
-    try:
-        partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        _flush_one(partial)
-        partial.replace(file)
-    except OSError as error:
-        raise StoreError(f"{str(file)!r} could not be written: {error}") from error
-
-
 def publish_model(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer) -> None:
     """Save the final model with the corpus's tokenizer at `folder`, replacing one that is there.
 
     Raises:
         StoreError: the disk does not take it.
     """
-    partial = folder.with_name(f"{_PARTIAL}{folder.name}")
+    partial = folder.with_name(f"{PARTIAL}{folder.name}")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         save_student(model, partial)
@@ -190,7 +165,7 @@ def publish_model(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer) ->
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
-        _flush_one(folder.parent)
+        flush_path(folder.parent)
     except OSError as error:
         raise StoreError(f"{str(folder)!r} could not be written: {error}") from error
 
@@ -207,13 +182,5 @@ def _remove_old(folder: Path, keep: int) -> None:
 
 def _flush(folder: Path) -> None:
     for path in sorted(folder.rglob("*"), reverse=True):
-        _flush_one(path)
-    _flush_one(folder)
-
-
-def _flush_one(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        flush_path(path)
+    flush_path(folder)

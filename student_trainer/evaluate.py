@@ -7,57 +7,21 @@ the rounding of the forward passes.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from potstill.cache.types import JSON
 from potstill.student_trainer.data import Batch, BatchReader
 from potstill.student_trainer.group import Alone, Group
 from potstill.student_trainer.losses import NO_LABEL, kl_and_overlap
+from potstill.student_trainer.result import Evaluation, TeacherAgreement
 
 _CHUNK_POSITIONS = 512
 """Positions whose [chunk, V] float32 logits are looked at together."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TeacherAgreement:
-    """Means over the held-out positions."""
-
-    kl: float
-    """Top-k + tail forward KL to the teacher, nats per token."""
-    top1_agreement: float
-    """Share of positions at which both find the same token most likely."""
-    student_mass_on_top_k: float
-    """The student's probability of the teacher's top-k."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
-    """A student on some rows."""
-
-    rows: int
-    tokens: int
-    ce: float
-    """Cross-entropy, nats per labelled token."""
-    teachers: dict[str, TeacherAgreement]
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Evaluation:
-        """Read what `to_json` wrote."""
-        teachers = {name: TeacherAgreement(**found) for name, found in value["teachers"].items()}
-        return cls(**{**value, "teachers": teachers})
-
-    def to_json(self) -> dict[str, JSON]:
-        """A JSON object with one key per attribute."""
-        value: dict[str, JSON] = asdict(self)
-        return value
 
 
 def evaluate_student(

@@ -42,15 +42,16 @@ from potstill.student_trainer.checkpoint import (
 )
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.data import Batch
-from potstill.student_trainer.evaluate import Evaluation, autocast, evaluate_student
+from potstill.student_trainer.evaluate import autocast, evaluate_student
 from potstill.student_trainer.group import Alone, Group
 from potstill.student_trainer.losses import distillation_loss
 from potstill.student_trainer.metrics import MetricsWriter, Record
 from potstill.student_trainer.models import build_student
 from potstill.student_trainer.optimizer import learning_rate, make_optimizer, set_rate
 from potstill.student_trainer.order import hashed
-from potstill.student_trainer.result import TrainResult, finished_result, remove_summary, write_summary
-from potstill.student_trainer.run import OpenRun, check_run_dir, keep_config, only_trainer, open_run
+from potstill.student_trainer.result import Evaluation, TrainResult, finished_before, remove_summary, write_summary
+from potstill.student_trainer.run import OpenRun, only_trainer, open_run
+from potstill.student_trainer.run_folder import keep_config
 
 _CLOSE_SECONDS = 5.0
 
@@ -78,8 +79,7 @@ def train(
     """
     group = group or Alone()
     config = config.absolute()
-    check_run_dir(config)
-    finished = finished_result(config)
+    finished = finished_before(config)
     if finished is not None:
         return finished
     with ExitStack() as stack:

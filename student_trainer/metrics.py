@@ -18,7 +18,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from potstill.student_trainer.checkpoint import write_lines
+from potstill.student_trainer.run_folder import write_lines
 
 Record = Mapping[str, Any]
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from potstill.student_trainer.metrics import Record
+if TYPE_CHECKING:
+    from potstill.student_trainer.metrics import Record
 
 _LINE_SECONDS = 10.0
 """Between two lines where there is no terminal."""

@@ -27,8 +27,8 @@ from potstill.student_trainer.checkpoint import newest_step
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.loop import train
 from potstill.student_trainer.metrics import MetricsFollower, Record
-from potstill.student_trainer.result import TrainResult
-from potstill.student_trainer.run import check_run_dir, open_run
+from potstill.student_trainer.result import TrainResult, finished_before
+from potstill.student_trainer.run import open_run
 
 _STOP_FILE = ".stop"
 _POLL_SECONDS = 0.5
@@ -54,7 +54,9 @@ def train_with_ray(
         PotstillError: as `loop.train`; what cannot work is found before Ray starts.
     """
     config = config.absolute()
-    check_run_dir(config)
+    finished = finished_before(config)
+    if finished is not None:
+        return finished
     with open_run(config):
         pass  # a missing corpus, teacher or shard is an error here, not three restarts later
     stop_file = config.run_dir / _STOP_FILE

@@ -1,16 +1,51 @@
-"""How a run ended: what `train` returns and `summary.json` holds."""
+"""How a run ended: what `train` returns and `summary.json` holds. Nothing here needs torch."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from potstill.cache.errors import FormatError
 from potstill.cache.types import JSON
-from potstill.student_trainer.checkpoint import write_json
 from potstill.student_trainer.config import TrainConfig
-from potstill.student_trainer.evaluate import Evaluation
+from potstill.student_trainer.run_folder import check_run_dir, write_json
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherAgreement:
+    """Means over the held-out positions."""
+
+    kl: float
+    """Top-k + tail forward KL to the teacher, nats per token."""
+    top1_agreement: float
+    """Share of positions at which both find the same token most likely."""
+    student_mass_on_top_k: float
+    """The student's probability of the teacher's top-k."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """A student on some rows."""
+
+    rows: int
+    tokens: int
+    ce: float
+    """Cross-entropy, nats per labelled token."""
+    teachers: dict[str, TeacherAgreement]
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Evaluation:
+        """Read what `to_json` wrote."""
+        teachers = {name: TeacherAgreement(**found) for name, found in value["teachers"].items()}
+        return cls(**{**value, "teachers": teachers})
+
+    def to_json(self) -> dict[str, JSON]:
+        """A JSON object with one key per attribute."""
+        value: dict[str, JSON] = asdict(self)
+        return value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,3 +111,14 @@ def finished_result(config: TrainConfig) -> TrainResult | None:
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(f"{str(file)!r} cannot be read: {error!r}") from error
+
+
+def finished_before(config: TrainConfig) -> TrainResult | None:
+    """The result of the run in `config.train.out`, if it is finished; checks that it is the run of this config.
+
+    Raises:
+        SpecMismatch: the folder holds another run. FormatError: it was written by another version.
+    """
+    config = config.absolute()
+    check_run_dir(config)
+    return finished_result(config)

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,16 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potstill.cache.corpus.corpus import Corpus
-from potstill.cache.errors import FormatError, InvalidInput, NotFound, StoreError, Unavailable
+from potstill.cache.errors import InvalidInput, NotFound, StoreError, Unavailable
 from potstill.cache.types import TeacherIdentity
-from potstill.student_trainer.checkpoint import newest_checkpoint, write_json
+from potstill.student_trainer.checkpoint import newest_checkpoint
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.data import BatchReader
-from potstill.student_trainer.evaluate import Evaluation, evaluate_student
+from potstill.student_trainer.evaluate import evaluate_student
 from potstill.student_trainer.group import Alone, Group
 from potstill.student_trainer.models import load_student
 from potstill.student_trainer.order import SampleOrder, choose_held_out, with_copies
-from potstill.student_trainer.result import finished_result
+from potstill.student_trainer.result import Evaluation, finished_result
+from potstill.student_trainer.run_folder import read_config
 from potstill.student_trainer.sources import open_cache, open_sources
 
 _LOCK_SECONDS = 5.0
@@ -80,25 +80,6 @@ def open_run(config: TrainConfig) -> Iterator[OpenRun]:
             yield OpenRun(corpus, held_out, order, BatchReader(corpus, sources, config.weights))
 
 
-def check_run_dir(config: TrainConfig) -> None:
-    """Check that the folder is new or holds the same run.
-
-    Raises:
-        SpecMismatch: it holds another run.
-    """
-    if (config.run_dir / "config.json").exists():
-        config.check_continues(read_config(config.run_dir))
-
-
-def keep_config(config: TrainConfig) -> None:
-    """Say in the folder which run it holds; only when everything the run needs is there.
-
-    Raises:
-        StoreError: it cannot be written.
-    """
-    write_json(config.run_dir / "config.json", config.to_json())
-
-
 @contextmanager
 def only_trainer(run_dir: Path) -> Iterator[None]:
     """Hold the run's folder for this process; a killed holder lets go by itself.
@@ -124,23 +105,6 @@ def only_trainer(run_dir: Path) -> Iterator[None]:
                     ) from error
                 time.sleep(0.1)
         yield
-
-
-def read_config(run_dir: Path) -> TrainConfig:
-    """The config a run was started with.
-
-    Raises:
-        NotFound: no run there. FormatError: not a config of this version.
-    """
-    file = run_dir / "config.json"
-    if not file.exists():
-        raise NotFound(f"no run in {str(run_dir)!r}: there is no config.json")
-    try:
-        return TrainConfig.of(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{str(file)!r} cannot be read: {error}") from error
-    except InvalidInput as error:
-        raise FormatError(f"{str(file)!r} is not the config of a run of `potstill train`: {error}") from error
 
 
 def trained_model(run_dir: Path) -> tuple[TrainConfig, Path]:

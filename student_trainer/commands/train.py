@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from potstill.student_trainer.result import TrainResult
 
 SUMMARY = "train a student from cached or served teacher targets"
 
@@ -25,8 +29,8 @@ def run(args: argparse.Namespace) -> int:
     """Train until done or asked to stop. 0 when done; 128 + signal when stopped, with a checkpoint."""
     from rich.console import Console
 
-    from potstill.cache.plurals import counted
     from potstill.student_trainer.config import TrainConfig
+    from potstill.student_trainer.result import finished_before
 
     config = TrainConfig.from_toml(args.config, out=args.out)
     if args.no_ray and config.train.workers > 1:
@@ -34,10 +38,16 @@ def run(args: argparse.Namespace) -> int:
 
         raise InvalidInput(f"train.workers is {config.train.workers}, but --no-ray trains with 1; set it to 1")
 
+    finished = finished_before(config)
+    if finished is not None:
+        print(f"finished before, at step {finished.step}; ask for more train.steps, or choose another --out")
+        _print_result(finished)
+        return 0
+
     from potstill.student_trainer.checkpoint import newest_step
     from potstill.student_trainer.interrupt import stop_on_signals
     from potstill.student_trainer.loop import train
-    from potstill.student_trainer.progress import held_out_text, showing
+    from potstill.student_trainer.progress import showing
 
     console = Console()
     begun = newest_step(config.run_dir / "checkpoints")
@@ -53,8 +63,16 @@ def run(args: argparse.Namespace) -> int:
     if not result.finished:
         print(f"stopped at step {result.step} of {config.train.steps}; the same command goes on from there")
         return 128 + stop.signal_number
+    _print_result(result)
+    return 0
+
+
+def _print_result(result: TrainResult) -> None:
+    from potstill.cache.plurals import counted
+    from potstill.student_trainer.progress import held_out_text
+
     print(f"trained on {counted(result.tokens, 'token')} in {result.seconds:,.0f} s")
     if result.held_out is not None:
         print(f"held-out {held_out_text(result.held_out.to_json())}")
-    print(f"model: {result.run_dir / 'model'}")
-    return 0
+    model = result.run_dir / "model"
+    print(f"model: {model}")

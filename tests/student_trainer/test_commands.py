@@ -83,6 +83,15 @@ def test_train_then_evaluate(root: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert json.loads(shown.stdout) == summary["held_out"]
     assert main(["evaluate", str(tmp_path / "run")]) == 0
     assert "fake: KL" in capsys.readouterr().out
+    # Neither torch nor Ray is needed to say that there is nothing left to do.
+    code = (
+        "import sys; sys.modules.update(torch=None, ray=None)\n"
+        f"from potstill.clients.cli import main; raise SystemExit(main(['train', {str(tmp_path / 'run.toml')!r}]))"
+    )
+    again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (again.returncode, again.stderr) == (0, "")
+    assert again.stdout.startswith("finished before, at step 5; ask for more train.steps, or choose another --out\n")
+    assert again.stdout.splitlines()[1:] == out.splitlines()[-3:]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

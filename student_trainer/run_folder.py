@@ -1,0 +1,86 @@
+"""The files of a run's folder that say what it is; nothing here needs torch.
+
+Files are written under another name, flushed and renamed, so that a reader sees the old one or the new one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from potstill.cache.errors import FormatError, InvalidInput, NotFound, StoreError
+from potstill.student_trainer.config import TrainConfig
+
+PARTIAL = ".partial-"
+"""Begins the name of what is still being written."""
+
+
+def check_run_dir(config: TrainConfig) -> None:
+    """Check that the folder is new or holds the same run.
+
+    Raises:
+        SpecMismatch: it holds another run.
+    """
+    if (config.run_dir / "config.json").exists():
+        config.check_continues(read_config(config.run_dir))
+
+
+def keep_config(config: TrainConfig) -> None:
+    """Say in the folder which run it holds; only when everything the run needs is there.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    write_json(config.run_dir / "config.json", config.to_json())
+
+
+def read_config(run_dir: Path) -> TrainConfig:
+    """The config a run was started with.
+
+    Raises:
+        NotFound: no run there. FormatError: not a config of this version.
+    """
+    file = run_dir / "config.json"
+    if not file.exists():
+        raise NotFound(f"no run in {str(run_dir)!r}: there is no config.json")
+    try:
+        return TrainConfig.of(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{str(file)!r} cannot be read: {error}") from error
+    except InvalidInput as error:
+        raise FormatError(f"{str(file)!r} is not the config of a run of `potstill train`: {error}") from error
+
+
+def write_json(file: Path, value: object) -> None:
+    """Replace a JSON file as a whole: a reader sees the old one or the new one.
+
+    Raises:
+        StoreError: the disk does not take it.
+    """
+    write_lines(file, [json.dumps(value, indent=1)])
+
+
+def write_lines(file: Path, lines: Sequence[str]) -> None:
+    """Replace a text file as a whole.
+
+    Raises:
+        StoreError: the disk does not take it.
+    """
+    partial = file.with_name(f"{PARTIAL}{file.name}")
+    try:
+        partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        flush_path(partial)
+        partial.replace(file)
+    except OSError as error:
+        raise StoreError(f"{str(file)!r} could not be written: {error}") from error
+
+
+def flush_path(path: Path) -> None:
+    """Have the disk take what was written to a file, or to a folder's list of names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
