@@ -21,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--teacher", required=True, metavar="NAME", help="whose journal")
     parser.add_argument("--corpus", required=True, metavar="NAME", help="the corpus to make")
     parser.add_argument(
-        "--tokenizer", metavar="PATH", help="the teacher's own; default: that of a corpus in the cache which has it"
+        "--tokenizer",
+        metavar="PATH_OR_NAME",
+        help="the teacher's own; default: that of a corpus in the cache which has it",
     )
     parser.add_argument(
         "--top-k",

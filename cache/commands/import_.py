@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache", required=True, metavar="ROOT", help="folder or URL; a new folder is made")
     parser.add_argument("--corpus", required=True, metavar="NAME", help="made of the files' rows if it is not there")
     parser.add_argument("--teacher", required=True, metavar="NAME")
-    parser.add_argument("--tokenizer", required=True, metavar="PATH", help="the one that made the rows")
+    parser.add_argument("--tokenizer", required=True, metavar="PATH_OR_NAME", help="the one that made the rows")
     parser.add_argument(
         "--format",
         choices=("parquet", "distillkit"),

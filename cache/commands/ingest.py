@@ -15,7 +15,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="a file, or a folder of files")
     parser.add_argument("--cache", required=True, metavar="ROOT", help="folder or URL; a new folder is made")
     parser.add_argument("--corpus", required=True, metavar="NAME")
-    parser.add_argument("--tokenizer", required=True, metavar="PATH", help="tokenizer.json, or a folder with one")
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="PATH_OR_NAME",
+        help="tokenizer.json, a folder with one, or a model's name on the Hugging Face hub",
+    )
     parser.add_argument("--row-tokens", type=int, default=512, help="longest row, in tokens (default %(default)s)")
     parser.add_argument("--shard-positions", type=int, default=1 << 20, help="positions a shard (default %(default)s)")
     parser.add_argument("--text-field", default="text", help="key or column of JSONL and Parquet (default %(default)s)")

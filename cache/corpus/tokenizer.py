@@ -14,25 +14,37 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from potstill.cache.errors import InvalidInput
+from potstill.cache.hub import hub_file, may_be_hub_name
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load a `tokenizer.json`, or the one in a folder.
+    """Load a `tokenizer.json`, the one in a folder, or that of a model on the Hugging Face hub.
 
     Raises:
         InvalidInput: there is none, or it cannot be read.
     """
-    file = Path(path)
-    if file.is_dir():
-        file = file / "tokenizer.json"
-    if not file.is_file():
-        raise InvalidInput(f"no tokenizer at {str(path)!r}: give a tokenizer.json or a folder that holds one")
+    file = _tokenizer_file(str(path))
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises nothing narrower for a bad file
         raise InvalidInput(f"{str(file)!r} is not a tokenizer: {error}") from error
+
+
+def _tokenizer_file(path: str) -> Path:
+    file = Path(path)
+    if file.is_dir():
+        file = file / "tokenizer.json"
+    if file.is_file():
+        return file
+    ways = "give a tokenizer.json, a folder that holds one, or a model's name on the Hugging Face hub"
+    if not may_be_hub_name(path):
+        raise InvalidInput(f"no tokenizer at {path!r}: {ways}")
+    try:
+        return hub_file(path, "tokenizer.json")
+    except InvalidInput as error:
+        raise InvalidInput(f"no tokenizer at {path!r}, and {error.detail}; {ways}") from error
 
 
 def num_ids(tokenizer: Tokenizer) -> int:

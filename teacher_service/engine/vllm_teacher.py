@@ -25,6 +25,7 @@ import numpy as np
 
 from potstill.cache.corpus.tokenizer import fingerprint, load_tokenizer
 from potstill.cache.errors import InvalidInput, LimitExceeded, UnsupportedField
+from potstill.cache.hub import hub_file, may_be_hub_name
 from potstill.cache.plurals import counted
 from potstill.cache.types import JSON, Fields, Provenance, Targets, TeacherIdentity, TeacherLimits, Tokens
 from potstill.teacher_service.capture.layout import Asked
@@ -323,17 +324,12 @@ def _model_folder(options: VllmOptions) -> Path:
             raise InvalidInput(f"{options.model!r} is no model folder: it has no config.json")
         _weight_files(path)
         return path
-    if path.exists() or path.is_absolute() or options.model.startswith((".", "~")):
+    if not may_be_hub_name(options.model):
         raise InvalidInput(f"there is no model folder {options.model!r}")
-    from huggingface_hub import errors, hf_hub_download  # noqa: PLC0415 -- folders do without it
-
     try:
-        return Path(hf_hub_download(options.model, "config.json", revision=options.revision or None)).parent
-    except (OSError, ValueError, errors.HfHubHTTPError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise InvalidInput(
-            f"{options.model!r} is no model folder, and not to be had from the Hugging Face hub: {reason}"
-        ) from error
+        return hub_file(options.model, "config.json", revision=options.revision).parent
+    except InvalidInput as error:
+        raise InvalidInput(f"{options.model!r} is no model folder, and {error.detail}") from error
 
 
 def _identity(options: VllmOptions, facts: EngineFacts, folder: Path) -> TeacherIdentity:
