@@ -13,7 +13,7 @@ import pytest
 
 from potstill.teacher_service.app import create_app
 from potstill.teacher_service.hosting.service import Service
-from potstill.teacher_service.routes.completions import as_json as completions_json
+from potstill.teacher_service.routes.completions import prompt_logprobs
 from potstill.teacher_service.settings.service import LimitSettings
 from potstill.teacher_service.transport.connections import _origin
 from tests.support import http
@@ -146,13 +146,13 @@ def test_of_an_answer_that_is_not_taken_no_more_is_made_and_its_connection_ends(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     made: list[int] = []
-    text_of = completions_json._positions_text
+    text_of = prompt_logprobs._positions_text
 
     def counted(*positions: object) -> bytes:
         made.append(1)
         return text_of(*positions)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(completions_json, "_positions_text", counted)
+    monkeypatch.setattr(prompt_logprobs, "_positions_text", counted)
     service = Service.of([hosted("x", FakeTeacher(fake_identity(vocab_size=256)))], limits=LIMITS)
     asked = {"prompt": [list(range(250))] * 40, "prompt_logprobs": 128, "max_tokens": 1}
     body = json.dumps(asked).encode()
