@@ -109,6 +109,14 @@ def test_fields_equal_their_round_trip_whatever_their_temperatures_came_in() -> 
     assert hash(fields) == hash(Fields(temperatures=(0.5, 2.0)))
 
 
+def test_targets_and_draws_print_as_one_short_line() -> None:
+    targets = FakeTeacher().targets(ROW, EVERYTHING)
+    assert repr(targets) == "Targets(positions=5, k=8, fields=draws,entropy,log_z,dense)"
+    assert repr(targets.only(Fields(k=8))) == "Targets(positions=5, k=8)"
+    assert targets.draws is not None
+    assert repr(targets.draws) == f"Draws(positions=5, ids={len(targets.draws.ids)})"
+
+
 def test_a_k_prefix_moves_the_dropped_mass_into_the_tail() -> None:
     teacher = FakeTeacher()
     wide, narrow = teacher.distribution(ROW, 16), teacher.distribution(ROW, 4)
