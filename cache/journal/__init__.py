@@ -1,1 +1,4 @@
-"""Rows that were asked for over HTTP and belong to no corpus: kept, looked up, joined, evicted, made a corpus of."""
+"""The journal: rows that were scored over HTTP and belong to no corpus; stored, found again, joined, evicted.
+
+`compact` makes a corpus of them.
+"""

@@ -1,12 +1,11 @@
-"""The journal of a teacher -> a sealed corpus with committed targets.
+"""Compaction: makes a sealed corpus with committed targets of a teacher's journal.
 
-Rows that the journal keeps with K entries, of all processes and each once, become a corpus; their stored arrays are
-copied into a target set as they are, only with ids as ranks of its table, so that every answer keeps its bits. Then the
-segments whose rows are all in the corpus are removed. Rows with more entries come along cut to K (encoded again:
-their tail is rounded a second time, `journal.copy`) and stay in the journal too, which holds more of them; rows
-with fewer stay.
+Rows that the journal keeps with K entries, from all processes and each once, become a corpus. Their stored arrays are
+copied into a target set without decoding, only ids become ranks, so that every answer keeps its bits. Then the
+segments whose rows are all in the corpus are removed. Rows with more entries are copied cut to K (encoded again, so
+their tail is rounded a second time, see `journal.copy`) and stay in the journal too; rows with fewer only stay there.
 
-Stopped anywhere, the same call goes on: a corpus that was sealed is taken up again as long as the journal holds the
+When it was stopped, the same call goes on: a corpus that is sealed already is used as long as the journal holds the
 rows of its uncommitted shards, and nothing is removed before all of them are committed. Services keep answering, and
 find the corpus when they miss a segment. Memory holds one shard's targets and 40 bytes for each row of the journal.
 
@@ -43,18 +42,18 @@ _ROWS_AT_ONCE = 1 << 14
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompactPlan:
-    """Which rows become which corpus.
+    """Choice of the rows, and of the corpus that they become.
 
     Raises:
-        InvalidInput: k below 1, or a name that cannot be used.
+        InvalidInput: k is below 1, or a name cannot be used.
     """
 
     teacher: str
     corpus: str
     k: int | None = None
-    """Entries of the target set; None for what the journal has, when that is one K."""
+    """Entries of the target set; None when all rows of the journal have the same K."""
     tokenizer: Tokenizer | None = None
-    """None for that of a corpus in the cache which has the teacher's."""
+    """The teacher's tokenizer; None when a corpus of the cache has it."""
     keep_journal: bool = False
     shard_positions: int = 1 << 20
 
@@ -67,7 +66,7 @@ class CompactPlan:
 
 @dataclass(frozen=True, slots=True)
 class CompactProgress:
-    """How far a compaction is, over the shards it has to write."""
+    """Progress of a compaction, over the shards that it has to write."""
 
     positions_done: int
     positions: int
@@ -75,7 +74,7 @@ class CompactProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompactReport:
-    """What a finished compaction did."""
+    """Outcome of a finished compaction."""
 
     corpus: Corpus
     corpus_made: bool
@@ -83,21 +82,21 @@ class CompactReport:
     encoding: str
     shards_written: int
     shards_before: int
-    """Shards that had a commit."""
+    """Shards that had a commit when it began."""
     segments_removed: int
     bytes_removed: int
     segments_left: int
-    """Of this teacher: other identities, other K, rows that came in meanwhile."""
+    """Segments of this teacher that stay: of other identities, of other K, or with rows that came in meanwhile."""
 
 
 def compact(
     cache: Cache, plan: CompactPlan, *, on_progress: Callable[[CompactProgress], None] = lambda _: None
 ) -> CompactReport:
-    """Make the corpus, commit its targets, and remove from the journal what is in it.
+    """Make the corpus, commit its targets, and remove from the journal the segments whose rows are all in it.
 
     Raises:
-        NotFound: the journal keeps nothing of the teacher, or nothing with so many entries.
-        InvalidInput: several K and none chosen, no tokenizer to be had, or the cache was opened to read.
+        NotFound: the journal keeps no row of the teacher, or none with so many entries.
+        InvalidInput: rows have several K and none was chosen, no corpus has the tokenizer, or the cache is read-only.
         SpecMismatch: the tokenizer is not the teacher's, the corpus holds rows that the journal does not, or the target
             set exists with another spec or more fields.
         CorruptSegment: a journal segment is damaged; nothing was removed.
@@ -106,7 +105,8 @@ def compact(
     if cache.mode != "r+":
         raise InvalidInput(f"cache {cache.root.url!r} was opened to read; open it with mode 'r+' to write")
     with Claims(cache.root, CLAIMS) as claims:
-        # While it is ours no service joins segments, which would mix these rows with new ones.
+        # While the claim is held no service joins segments, which would mix these rows with new ones. Without it the
+        # work is only less tidy: `retry_if_moved` finds rows that moved.
         name = f"journal-{plan.teacher}"
         if name not in claims.busy():
             claims.take(name)
@@ -141,7 +141,7 @@ def compact(
 
 
 def _corpus(cache: Cache, source: JournalRows, plan: CompactPlan) -> tuple[Corpus, bool]:
-    """The corpus, and whether it was made."""
+    """The corpus, and True where it was made just now."""
     if plan.corpus in cache.corpora():
         return cache.corpus(plan.corpus), False
     tokenizer = _tokenizer(cache, source.identity, plan)
@@ -180,7 +180,7 @@ def _tokenizer(cache: Cache, identity: TeacherIdentity, plan: CompactPlan) -> To
 
 
 def _require_held(corpus: Corpus, source: JournalRows, shards: Sequence[int]) -> None:
-    """Refuse before anything is written a corpus that these rows did not make."""
+    """Refuse an existing corpus whose uncommitted rows the journal does not keep, before anything is written."""
     for shard in shards:
         for first, keys in _keys(corpus, *corpus.shard_rows[shard : shard + 2].tolist()):
             places = source.retry_if_moved(lambda keys=keys: source.locate(keys))  # type: ignore[misc]
@@ -224,7 +224,7 @@ def _write_shard(segments: SegmentSet, source: JournalRows, shard: int) -> None:
 
 
 def _remove(corpus: Corpus, source: JournalRows) -> list[SegmentRecord]:
-    """Take out of the journal every segment of exactly K entries whose rows are all in the corpus."""
+    """Remove every segment of exactly K entries whose rows are all in the corpus."""
     source.index.refresh()
     removed = []
     for segment in source.segments():
@@ -247,7 +247,7 @@ def _holds_all(corpus: Corpus, segment: JournalSegment, source: JournalRows) -> 
 
 
 def _keys(corpus: Corpus, start: int, stop: int) -> Iterator[tuple[int, list[bytes]]]:
-    """The keys of rows in blocks, each with its first row."""
+    """Read the keys of rows `start` to `stop` in blocks, each with its first row."""
     for first in range(start, stop, _ROWS_AT_ONCE):
         block = corpus.row_keys(first, min(first + _ROWS_AT_ONCE, stop))
         yield first, [key.tobytes() for key in block]

@@ -1,8 +1,9 @@
-"""Rows of the journal -> the arrays of a segment of a corpus, with what is known of their error.
+"""Copies of journal rows for a segment of a corpus, with their encoding error.
 
-Rows that are stored as they are wanted keep their bits, and so the figures that were measured when a teacher answered
-them (of their whole journal segment). Others are decoded and encoded again: their figures compare what is stored now
-with what the journal kept, because the teacher's own numbers are gone. Bounds and figures are never added up.
+Rows whose K and encoding are the wanted ones are copied bit by bit, and keep the error figures that were measured
+against the teacher's answers (of their whole journal segment). Others are decoded and encoded again; their figures
+compare the new arrays with what the journal kept, because the teacher's own numbers are gone. Bounds and figures are
+never added up.
 """
 
 from __future__ import annotations
@@ -24,22 +25,23 @@ from potstill.cache.types import Targets
 
 @dataclass(frozen=True, slots=True)
 class CopiedRows:
-    """Stored arrays, ids as they are."""
+    """Stored arrays of rows, with token ids (not yet ranks), and the step that their provenance gains."""
 
     segment: EncodedSegment
     step: Step
-    """Of the loosest encoding that rows were in whose figures compare with the journal and not the teacher; partly
-    when those of other rows compare with the teacher."""
+    """The way the rows came. It names an encoding where error figures compare with the journal, not with the teacher:
+    the loosest that such rows were in. `partly` says that the figures of other rows compare with the teacher."""
 
 
 @dataclass(frozen=True, slots=True)
 class _SegmentRows:
-    """The rows that one segment of the journal gives."""
+    """Rows from one journal segment."""
 
     arrays: list[StoredArrays]
-    """Of each row."""
+    """Stored arrays of each row."""
     error: dict[str, float]
     again: Encoding | None
+    """The journal's encoding, where `error` compares with the journal; None where it compares with the teacher."""
 
     @property
     def num_positions(self) -> int:
@@ -47,10 +49,10 @@ class _SegmentRows:
 
 
 def copy_rows(source: JournalRows, keys: Sequence[bytes]) -> CopiedRows:
-    """Rows in the encoding and K of a compaction, one after the other.
+    """Read rows by key, in the encoding and K of `source`, one after the other.
 
     Raises:
-        SpecMismatch: a row is not in the journal any more. CorruptSegment, FormatError, StoreError: it cannot be read.
+        SpecMismatch: a row has left the journal. CorruptSegment, FormatError, StoreError: a row cannot be read.
     """
     of_segment: dict[JournalSegment, dict[int, int]] = defaultdict(dict)
     for i, place in enumerate(source.locate(keys)):
@@ -82,7 +84,7 @@ def _copied(source: JournalRows, segment: JournalSegment, rows: Sequence[int]) -
     stored = segment.read_stored(rows)
     if not is_stated(record.error, record.encoding.max_abs_error):
         return _SegmentRows(stored, dict(record.error), None)
-    # Format 1 measured nothing: what is stored is exactly what the journal kept, and no more is known.
+    # Format 1 measured nothing, so only this much is known: the copy equals what the journal kept.
     return _SegmentRows(stored, _with_saturated(dict.fromkeys(record.error, 0.0), record), record.encoding)
 
 
@@ -97,6 +99,6 @@ def _encoded_again(source: JournalRows, segment: JournalSegment, rows: Sequence[
 
 
 def _with_saturated(error: dict[str, float], record: SegmentRecord) -> dict[str, float]:
-    """What did not fit its code the first time still does not say how far off it is."""
+    """Add the saturated entries of the first encoding: the second one cannot see how far off they are."""
     names = ("saturated", "saturated_mass")
     return {**error, **{name: error[name] + record.error[name] for name in names}}

@@ -1,7 +1,7 @@
-"""The journal segments of one teacher over all processes, and rows looked up in them by key on disk.
+"""The journal segments of one teacher over all processes, and look-up of rows in them by key.
 
-Segments come and go while they are read: other processes seal, join and evict them. A segment that is gone is
-dropped and the listing read again, so that what was joined into another one is found there.
+Other processes seal, join and evict segments while this one reads. When a segment is gone, it is dropped and the
+listing read again, so that rows which were joined into another segment are found there.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from potstill.cache.types import Targets, TeacherIdentity
 
 _LOG = logging.getLogger(__name__)
 
-# How often a lookup begins again because segments vanished under it.
+# A look-up starts again when segments vanished under it. After this many tries the rest counts as not kept.
 _TRIES = 4
 
 
 class JournalIndex:
-    """What all processes keep of one teacher and identity. Thread-safe."""
+    """The journal rows of one teacher and identity from all processes; thread-safe."""
 
     def __init__(
         self,
@@ -35,9 +35,9 @@ class JournalIndex:
         on_trouble: Callable[[PotstillError], None],
     ) -> None:
         self.losses = 0
-        """How often segments were found gone: what they held may be elsewhere now."""
+        """Rises whenever segments are found gone: their rows may be elsewhere now."""
         self.skipped: list[str] = []
-        """One line per segment or row that could not be used."""
+        """One line for each segment or row that could not be used."""
         self._root = root
         self._teacher = teacher
         self._identity = identity
@@ -52,50 +52,51 @@ class JournalIndex:
 
     @property
     def records(self) -> list[SegmentRecord]:
-        """Of all segments under the teacher's name, also those of other identities, as of the last `refresh`."""
+        """Records of all segments under the teacher's name, of any identity, as of the last `refresh`."""
         with self._lock:
             return list(self._records.values())
 
     def segments(self) -> list[JournalSegment]:
-        """Of this identity, as of the last `refresh`: the first that has a row with enough entries answers."""
+        """Segments of this identity as of the last `refresh`, in order of look-up: fewest entries, then oldest."""
         with self._lock:
             found = list(self._segments.values())
         return sorted(found, key=lambda segment: (segment.record.k, *segment.record.order))
 
     def refresh(self) -> None:
-        """Read the listing again.
+        """List the segments in the store again.
 
         Raises:
             StoreError: the store does not answer.
         """
         while True:
-            # What is there is listed process by process: a segment may have moved behind the listing's back.
+            # Processes are listed one by one. When segments are lost and none gained, their rows may have been joined
+            # into a segment of a process that was listed before: list once more.
             lost, gained = self._list()
             if not lost or gained:
                 return
 
     def add(self, record: SegmentRecord) -> None:
-        """Take up a segment that this process published."""
+        """Add a segment that this process published."""
         with self._lock:
             self._records[record.path] = record
             if record.identity == self._identity:
                 self._segments[record.path] = JournalSegment(self._root, record, self._ranks, self._reading)
 
     def remove(self, record: SegmentRecord) -> None:
-        """Take a segment out of the journal, for all processes.
+        """Remove a segment from the journal, for all processes.
 
         Raises:
-            StoreError: the store does not answer; the record may be gone, and `potstill gc` removes the rest.
+            StoreError: the store does not answer; the record may be gone, then `potstill gc` removes the rest.
         """
         self._drop(record.path)
         remove_segment(self._root, record)
 
     def find(self, keys: Sequence[bytes], k: int, waiting: Sequence[int | None]) -> dict[int, Targets]:
-        """By its place in `keys`, the stored targets of each row that has at least `k` entries here: all of them.
+        """Find rows that are stored with at least `k` entries: their targets with all entries, by index into `keys`.
 
-        Of several segments that hold a row the one with the fewest entries answers, of equal ones the oldest; none
-        when `waiting` has fewer for the row.
-        Damaged rows and segments are left out and named in `skipped`; what the store cannot give is left out too.
+        Where several segments hold a row, the one with the fewest entries is used, of equal ones the oldest.
+        `waiting[i]` is the K with which row i waits in memory, or None; a row that waits with fewer entries is left
+        out. So are damaged rows and segments, which `skipped` then names, and what the store cannot give.
         """
         found: dict[int, Targets] = {}
         for _ in range(_TRIES):
@@ -137,7 +138,7 @@ class JournalIndex:
         return self._one_by_one(segment, rows)
 
     def _one_by_one(self, segment: JournalSegment, rows: dict[int, int]) -> dict[int, Targets]:
-        """What can be read of rows of which some are damaged; those are not tried again."""
+        """Read the rows that can be read where some are damaged; those are not tried again."""
         found = {}
         for i, row in rows.items():
             try:
@@ -148,7 +149,7 @@ class JournalIndex:
         return found
 
     def _failed(self, segment: JournalSegment, error: PotstillError) -> None:
-        """Drop a segment that is gone or cannot be searched; of a store that fails only take note."""
+        """Drop a segment that is gone or damaged; when it is the store that fails, only report it."""
         try:
             there = self._is_there(segment)
         except StoreError as second:
@@ -168,11 +169,11 @@ class JournalIndex:
         return self._root.get(f"{segment.record.path}.json") is not None
 
     def _list(self) -> tuple[bool, bool]:
-        """Take up the listing; whether segments are gone since the last one, and whether some are new."""
+        """List the segments; returns two answers: are some gone since the last listing, and are some new."""
         listed = set(journal_records(self._root, self._teacher))
         with self._lock:
             known = set(self._records)
-        # One that was published while we listed is not lost.
+        # Ask for each record: one that was published while we listed is not lost.
         lost = {path for path in known - listed if self._root.get(f"{path}.json") is None}
         for path in lost:
             self._drop(path)

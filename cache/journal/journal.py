@@ -1,18 +1,18 @@
-"""What a service keeps of rows that were asked for over HTTP and belong to no corpus.
+"""The journal of a service: it keeps rows that were scored over HTTP and belong to no corpus.
 
     journal/<process>/<teacher>-<n>/       a segment with its own tokens, row starts and sorted keys
     journal/<process>/<teacher>-<n>.json   its record, created last: identity, fields, encoding, objects
 
-Every process writes below a name of its own, so no two writers share an object. Rows are held in memory until a
-segment is worth writing or has waited long enough; stored rows are found on disk, so that memory grows with neither
-rows nor time. Many small segments are joined into larger ones (`journal.merge`), whichever process wrote them;
-over the quota the oldest are evicted. Both remove a record before its group, and only after what replaces it is
-published: a reader that loses a segment looks again or takes it as a miss.
+Every process writes below a name of its own, so no two writers share an object. Rows wait in memory until they fill
+a segment or have waited long enough; stored rows are looked up on disk, so that memory grows neither with rows nor
+with time. Small segments are joined into larger ones (`journal.merge`), whichever process wrote them, and over the
+quota the oldest are evicted. Both remove a record before its group, and only after its replacement is published: a
+reader that loses a segment looks again, or counts a miss.
 
-What a crash may cost is work, never correctness: rows that waited (at most `waiting_positions`) are scored again; a
-group whose record was not created, or was removed just before, is garbage that `potstill gc` removes. Two processes
-that join the same segments at once, or score the same row, may store rows twice: of equal ones the first sealed
-answers, and joining leaves one. Before both are stored, each process answers with its own score.
+A crash costs work, never correctness. Waiting rows (at most `waiting_positions`) are scored again; a group without a
+record is garbage that `potstill gc` removes. Two processes that join the same segments, or score the same row, may
+store rows twice: then the one sealed first is used, and joining leaves only that one. Until both are stored, each
+process answers with its own score.
 """
 
 from __future__ import annotations
@@ -48,29 +48,30 @@ __all__ = ["Journal", "JournalPolicy", "corrupt_journal_objects", "journal_recor
 _LOG = logging.getLogger(__name__)
 
 CLAIMS = "claims"
-"""Where processes say that they are joining segments, below the root; it decides nothing."""
+"""Path below the root for the claims of processes that join segments."""
 
-# So that evicting the oldest segment never empties much of the journal.
+# No segment may be larger than this share of the quota, so that evicting one never empties much of the journal.
 _LEAST_SEGMENTS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JournalPolicy:
-    """When waiting rows become a segment, at whichever comes first, and how much is kept.
+    """Limits of a journal: when waiting rows become a segment, whichever limit comes first, and how much is kept.
 
     Raises:
-        InvalidInput: an encoding that journals do not use, or a negative quota.
+        InvalidInput: journals do not use the encoding, or the quota is negative.
     """
 
     encoding: str = "u8"
-    """Not `archive`: it is packed for a corpus' rank table and read in large blocks."""
+    """Name of the encoding. Not `archive`, which is packed for a corpus' rank table and read in large blocks."""
     segment_positions: int = 65_536
     segment_seconds: float = 10.0
     waiting_positions: int = 262_144
-    """Rows are answered but not kept while more than this waits, because the store takes nothing."""
+    """Most positions that wait in memory. While the store takes nothing, rows over it are answered but not kept."""
     quota_bytes: int = 10 << 30
-    """Of one teacher over the journals of all processes, looked at by every `tidy`: what is sealed in between, and the
-    segments that are just being joined, come on top. 0 keeps nothing, and evicts what earlier runs kept."""
+    """Most bytes of one teacher over the journals of all processes; 0 keeps nothing, and evicts what is stored.
+
+    Every `tidy` enforces it. Segments sealed since then, or just being joined, come on top."""
 
     def __post_init__(self) -> None:
         if encoding_by_name(self.encoding).packed:
@@ -82,7 +83,7 @@ class JournalPolicy:
 
 
 class Journal:
-    """One process's journal of one teacher, and what other processes keep of the same identity. Thread-safe."""
+    """One process's journal of a teacher, which also finds the rows of other processes; thread-safe."""
 
     def __init__(
         self,
@@ -99,6 +100,7 @@ class Journal:
         self._encoding = encoding_by_name(policy.encoding)
         self._ranks = RankTable.plain(identity.vocab_size)
         self._index = JournalIndex(root, teacher, identity, self._ranks, on_trouble)
+        # Three locks, so that look-ups wait neither for a write to the store nor for a join that takes minutes.
         self._lock = threading.Lock()
         self._writing = threading.Lock()
         self._tidying = threading.Lock()
@@ -113,34 +115,34 @@ class Journal:
 
     @property
     def encoding(self) -> Encoding:
-        """How rows are kept."""
+        """Encoding in which rows are kept."""
         return self._encoding
 
     @property
     def ranks(self) -> RankTable:
-        """Ids as they are."""
+        """The rank table of journals, in which every id is its own rank."""
         return self._ranks
 
     @property
     def skipped(self) -> list[str]:
-        """One line per journal segment or row that could not be used."""
+        """One line for each journal segment or row that could not be used."""
         return self._index.skipped
 
     @property
     def losses(self) -> int:
-        """Rises when segments were found gone: evicted, joined, or moved into a corpus."""
+        """A counter that rises when segments are found gone: evicted, joined, or moved into a corpus."""
         return self._index.losses
 
     @property
     def stored_bytes(self) -> int:
-        """Of all segments under the teacher's name, as of the last `tidy`."""
+        """Stored bytes of all segments under the teacher's name, as of the last `tidy`."""
         return sum(record.num_bytes for record in self._index.records)
 
     def find(self, keys: Sequence[bytes], k: int) -> list[Targets | None]:
-        """The kept targets of each row with at least `k` entries, all of them; None where there are none.
+        """Find rows that are kept with at least `k` entries: their targets with all entries, or None.
 
-        Of several the one with the fewest entries answers, stored or not, so that an answer does not change when
-        the row is stored, or scored again with more. What cannot be read is taken as not kept.
+        Where a row is kept several times, waiting or stored, the one with the fewest entries is used: so an answer
+        does not change when the row is stored, or scored again with more. What cannot be read counts as not kept.
         """
         with self._lock:
             held = [self._waiting.get(key, {}) for key in keys]
@@ -152,7 +154,7 @@ class Journal:
         ]
 
     def add(self, rows: Sequence[JournalRow]) -> None:
-        """Keep rows; they are found from now on, and stored by a later `flush`."""
+        """Keep rows: `find` finds them from now on, and a later `flush` stores them."""
         if not self._policy.quota_bytes:
             return
         with self._lock:
@@ -167,7 +169,7 @@ class Journal:
                     self._waiting_positions += len(row.tokens)
 
     def due(self) -> bool:
-        """Whether the waiting rows are enough, or old enough, for a segment."""
+        """Tell whether the waiting rows are enough, or old enough, for a segment."""
         with self._lock:
             if not self._waiting:
                 return False
@@ -175,10 +177,10 @@ class Journal:
             return old or self._waiting_positions >= self._policy.segment_positions
 
     def flush(self, provenance: Provenance) -> int:
-        """Store the waiting rows, one segment per K; how many rows were stored.
+        """Store the waiting rows, one segment for each K, and return how many they were.
 
         Raises:
-            StoreError: the store is full; the rows go on waiting.
+            StoreError: the store is full or does not answer; the rows go on waiting.
         """
         with self._writing:
             with self._lock:
@@ -188,7 +190,7 @@ class Journal:
             return len(rows)
 
     def tidy(self) -> None:
-        """See what other processes did, evict the oldest segments over the quota, and join small ones.
+        """List the segments again, evict the oldest ones over the quota, and join small ones.
 
         Raises:
             StoreError: the store does not answer or is full; nothing is lost.
@@ -201,7 +203,7 @@ class Journal:
                     return
 
     def close(self) -> None:
-        """Stop a running `tidy` and wait for its end; what is waiting is not flushed here."""
+        """Stop a running `tidy` and wait for its end. Waiting rows are not stored: call `flush` for that."""
         self._closed.set()
         with self._tidying:
             pass
@@ -223,6 +225,7 @@ class Journal:
         )
         published = publish(self._root, record, lambda writer: write_rows(writer, rows))
         assert published is not None, "it is always wanted"
+        # Into the index before the rows leave memory: in between, a look-up would miss them.
         self._index.add(published)
         with self._lock:
             for row in rows:
@@ -252,12 +255,12 @@ class Journal:
         return bool(choose(self._index.segments(), self._policy.quota_bytes // _LEAST_SEGMENTS))
 
     def _join(self) -> bool:
-        """Join the next few segments, unless another process is at it; whether to go on."""
+        """Join the next few segments, unless another process is at it; True when there may be more to join."""
         with Claims(self._root, CLAIMS) as claims:
             name = f"journal-{self._teacher}"
             if name in claims.busy() or claims.take(name) is None:
                 return False
-            # What another process joined before the claim was ours is not joined again.
+            # Choose again: another process may have joined them before the claim was ours.
             self._index.refresh()
             segments = choose(self._index.segments(), self._policy.quota_bytes // _LEAST_SEGMENTS)
             if not segments:

@@ -1,8 +1,8 @@
-"""Joining small journal segments into larger ones, so that a lookup asks few of them.
+"""Merging of small journal segments into larger ones, so that a look-up asks few of them.
 
-As in a log-structured merge tree, segments of about one size are joined once there are many; what is joined lies
-next to each other in the order in which segments answer, so that no answer changes. Stored arrays are copied block by
-block as they are. Memory holds one block of one array, and 32 bytes a row.
+As in a log-structured merge tree, segments of about one size are joined once there are many of them. Only neighbours
+in the order of look-up are joined, so that no answer changes. Stored arrays are copied block by block without
+decoding. Memory holds one block of one array, and 32 bytes a row.
 
 Shape legend:  R rows, P positions.
 """
@@ -34,20 +34,20 @@ from potstill.cache.store.root import Root
 from potstill.cache.targets.segment import array_layout
 
 MANY = 16
-"""More segments than this of one tier are joined."""
-# Tiers are this many times apart; below the first, segments are sealed by age.
+"""Segments that one tier may have; more are joined."""
+# Ratio between the sizes of two tiers. Segments below the first tier were sealed because of their age.
 _TIER = 16
 _FIRST_TIER_POSITIONS = 1 << 14
 _LARGEST_POSITIONS = 1 << 23
-# 51 MB decoded at K = 64: what is read, and written as one object, at a time.
+# Positions written as one object: of the largest array, the logprobs or ids at K = 64, 51 MB.
 _BLOCK_POSITIONS = 1 << 18
-# A whole number of chunks of every array.
+# Positions read at a time: a whole number of chunks of every array.
 _READ_POSITIONS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
 class _JournalRange:
-    """A range of positions to join: rows that no earlier segment has."""
+    """A range of one segment's positions to copy: rows that no earlier segment has."""
 
     segment: JournalSegment
     start: int
@@ -55,7 +55,7 @@ class _JournalRange:
 
 
 def choose(segments: Sequence[JournalSegment], max_bytes: int) -> list[JournalSegment]:
-    """Segments to join next, in the order in which they answer; none when there are few. They fit into `max_bytes`."""
+    """Choose the segments to join next, in the order of look-up, of `max_bytes` together; none when there are few."""
     alike: dict[tuple[int, str], list[JournalSegment]] = defaultdict(list)
     for segment in sorted(segments, key=lambda segment: segment.record.order):
         alike[segment.record.k, segment.record.encoding.name].append(segment)
@@ -71,9 +71,9 @@ def choose(segments: Sequence[JournalSegment], max_bytes: int) -> list[JournalSe
 def merge(
     root: Root, segments: Sequence[JournalSegment], path: str, *, wanted: Callable[[], bool] = lambda: True
 ) -> SegmentRecord | None:
-    """Publish one segment at `path` with the rows of all, the first of several of one key; the others stay.
+    """Publish one segment at `path` with the rows of `segments`, which stay; of rows with one key, the first.
 
-    None when it is not `wanted` any more, or one of them is gone or damaged; then nothing is left behind.
+    None when it is no longer `wanted`, or a segment is gone or damaged; then nothing is left behind.
 
     Raises:
         StoreError: the store is full or cannot be written.
@@ -96,6 +96,7 @@ def merge(
         def write(writer: GroupWriter) -> None:
             _write(writer, ranges, lengths, keys, wanted)
 
+        # Asked right before the record is created: a row that was evicted meanwhile must not come back.
         def complete() -> bool:
             return wanted() and all(root.get(f"{each.path}.json") is not None for each in records)
 
@@ -109,11 +110,11 @@ def merge(
 
 
 class _StoppedError(Exception):
-    """The joined segment is not wanted any more."""
+    """Signals that the joined segment is no longer wanted."""
 
 
 def _neighbours(segments: Sequence[JournalSegment], tier: int, max_bytes: int) -> Iterator[list[JournalSegment]]:
-    """Neighbours of the tier or below; one over half of the largest size is never joined again."""
+    """Runs of neighbours of the tier or below. A segment over half of the largest size is never joined again."""
     run: list[JournalSegment] = []
     for segment in segments:
         positions, num_bytes = segment.record.num_positions, segment.record.num_bytes
@@ -139,7 +140,10 @@ def _fitting(run: Sequence[JournalSegment], max_bytes: int) -> list[JournalSegme
 
 
 def _balanced(segments: Sequence[JournalSegment]) -> bool:
-    """Whether none is larger than the others together: so a row that is copied lands in twice the size at least."""
+    """Tell whether no segment is larger than the others together.
+
+    Then every copy at least doubles the segment that a row is in, which bounds how often a row is copied.
+    """
     positions = [segment.record.num_positions for segment in segments]
     return len(positions) > 1 and 2 * max(positions) <= sum(positions)
 
@@ -149,7 +153,7 @@ def _tier(positions: int) -> int:
 
 
 def _first_rows(segments: Sequence[JournalSegment]) -> tuple[list[_JournalRange], NDArray[np.int64], NDArray[np.uint8]]:
-    """The ranges to copy, and lengths [R] and keys [R, 16] of their rows: the first of each key."""
+    """Ranges to copy, with lengths [R] and keys [R, 16] of their rows; of rows with one key, the first."""
     all_keys = [segment.row_keys() for segment in segments]
     joined = np.ascontiguousarray(np.concatenate(all_keys)).view(f"S{KEY_BYTES}").reshape(-1)
     first = np.zeros(len(joined), dtype=bool)
@@ -190,12 +194,12 @@ def _write(
 
 
 def _blocks(name: str, ranges: Sequence[_JournalRange], block: NDArray[Any]) -> Iterator[tuple[int, NDArray[Any]]]:
-    """An array of all ranges in blocks, each with where it starts, in the memory of `block`: the next overwrites it."""
+    """Read an array of all ranges in blocks, each with its start. All use the memory of `block`: copy what you keep."""
     start = held = 0
     for each in ranges:
         at = each.start
         while at < each.stop:
-            # Up to where a chunk ends, so that none is decoded twice.
+            # Stop where a chunk ends, so that none is decoded twice.
             stop = min(each.stop, at + len(block) - held, (at // _READ_POSITIONS + 1) * _READ_POSITIONS)
             block[held : held + stop - at] = each.segment.array(name, at, stop)
             held, at = held + stop - at, stop

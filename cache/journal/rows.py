@@ -1,4 +1,4 @@
-"""The rows that the journals of all processes keep of one teacher with at least K entries, each once.
+"""Rows of one teacher with at least K entries from the journals of all processes, each row once.
 
 Shape legend:  R rows, K kept entries.
 """
@@ -25,14 +25,15 @@ _LOG = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-# How often reading begins again because a service joined or evicted segments meanwhile.
+# A read starts again when a service joined or evicted segments under it; that seldom happens twice in a row.
 _TRIES = 5
+# Tokens read at once: 1 MiB.
 _POSITIONS_AT_ONCE = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
 class JournalRows:
-    """The rows of the journal that have at least K entries; they may move while they are read."""
+    """The journal's rows with at least K entries. Services may move them to other segments while they are read."""
 
     index: JournalIndex
     identity: TeacherIdentity
@@ -42,12 +43,12 @@ class JournalRows:
 
     @classmethod
     def open(cls, root: Root, teacher: str, k: int | None) -> JournalRows:
-        """Those of the identity that was sealed last; `k` may be None when all have as many entries.
+        """Open the rows of the teacher's newest identity. `k` may be None when all its rows have the same K.
 
         Raises:
-            NotFound: nothing is kept of the teacher, or nothing with `k` entries.
-            InvalidInput: rows with several K and none chosen.
-            FormatError, CorruptSegment: a record that cannot be read.
+            NotFound: no row of the teacher is kept, or none with `k` entries.
+            InvalidInput: rows have several K, and none was chosen.
+            FormatError, CorruptSegment: a record cannot be read.
         """
         paths = journal_records(root, teacher)
         records = [record for path in paths if (record := SegmentRecord.read(root, path)) is not None]
@@ -69,11 +70,11 @@ class JournalRows:
         return cls(index, newest.identity, k, _most_used(enough), newest.provenance)
 
     def segments(self) -> list[JournalSegment]:
-        """Those with enough entries; of several that hold a row the first answers."""
+        """Segments with at least K entries, in order: where several hold a row, the first one is used."""
         return [segment for segment in self.index.segments() if segment.record.k >= self.k]
 
     def retry_if_moved(self, read: Callable[[], _T]) -> _T:
-        """What `read` gives, begun again when segments were moved under it."""
+        """Call `read`, again when it fails because segments were moved meanwhile."""
         for _ in range(_TRIES - 1):
             losses = self.index.losses
             try:
@@ -85,7 +86,7 @@ class JournalRows:
         return read()
 
     def locate(self, keys: Sequence[bytes]) -> list[tuple[JournalSegment, int] | None]:
-        """Where each row lies."""
+        """Segment and row number in it for each key; None for a row that is not kept."""
         found: list[tuple[JournalSegment, int] | None] = [None] * len(keys)
         for segment in self.segments():
             left = [i for i, place in enumerate(found) if place is None]
@@ -96,13 +97,13 @@ class JournalRows:
         return found
 
     def targets(self, keys: Sequence[bytes]) -> Targets:
-        """The decoded targets of rows, for a rank table."""
+        """Read the targets of rows by key, cut to K entries; rows that are not kept are left out."""
         places = [place for place in self.locate(keys) if place is not None]
         return Targets.concat([segment.read([row])[0].prefix(self.k) for segment, row in places])
 
 
 def journal_teachers(root: Root) -> list[str]:
-    """Names of the teachers that have a journal."""
+    """Names of the teachers that have a journal, sorted."""
     return sorted({teacher_of(path) for path in journal_records(root)})
 
 
@@ -119,7 +120,7 @@ def _one_k(teacher: str, k: int | None, records: Sequence[SegmentRecord]) -> int
 
 
 def _most_used(records: Sequence[SegmentRecord]) -> Encoding:
-    """The encoding of most positions; only what has another is decoded and encoded again."""
+    """The encoding of most positions, so that as few rows as possible are decoded and encoded again."""
     positions = {
         name: sum(record.num_positions for record in records if record.encoding.name == name) for name in ENCODINGS
     }
@@ -135,7 +136,7 @@ def _log(error: Exception) -> None:
 
 
 def first_rows(source: JournalRows) -> tuple[list[tuple[JournalSegment, NDArray[np.int64]]], int]:
-    """Of each segment the start and stop [R, 2] of the rows that no earlier one has, and the longest row's tokens."""
+    """Ranges [R, 2] of positions of the rows that no earlier segment has, by segment; and the longest row's tokens."""
     segments = source.segments()
     all_keys = [segment.row_keys() for segment in segments]
     joined = np.ascontiguousarray(np.concatenate(all_keys)).view(f"S{KEY_BYTES}").reshape(-1)
@@ -153,7 +154,7 @@ def first_rows(source: JournalRows) -> tuple[list[tuple[JournalSegment, NDArray[
 
 
 def tokens_of(first: Sequence[tuple[JournalSegment, NDArray[np.int64]]], vocab_size: int) -> Iterator[Tokens]:
-    """The tokens of rows; one with an id that the tokenizer does not have cannot be in a corpus and stays."""
+    """Read the tokens of rows. A row with an id that the tokenizer does not have cannot be in a corpus: left out."""
     for segment, ranges in first:
         block, low = np.empty(0, np.uint32), 0
         for start, stop in ranges.tolist():

@@ -1,11 +1,11 @@
-"""Segments of the journal: some rows with their tokens, keys and stored targets, and the record that publishes them.
+"""Segments of the journal: rows with their tokens, keys and stored targets, and the record that publishes them.
 
     journal/<process>/<teacher>-<n>/       tokens row_starts sorted_keys key_order, and the arrays of `targets.segment`
     journal/<process>/<teacher>-<n>.json   its record, created last
 
-Rows lie in the order they came in, because rows that are asked for together are asked for together again; sorted
-keys beside them find a row on disk. Ids are stored as they are, so that segments can be joined, and moved into a
-corpus, without decoding. Segments of format 1 have `row_keys` instead of sorted ones: 24 bytes a row in memory.
+Rows lie in the order in which they came in, because rows that are asked for together are asked for together again;
+sorted keys beside them find a row on disk. Ids are stored as they are, not as ranks, so that segments can be joined
+without decoding. Segments of format 1 have `row_keys` instead of sorted keys, which takes 24 bytes a row in memory.
 
 Shape legend:  R rows, P positions, K kept entries.
 """
@@ -66,13 +66,13 @@ _ROW_KEYS = "row_keys"
 
 @dataclass(frozen=True, slots=True)
 class JournalRow:
-    """One row to keep, encoded already: a later hit decodes the same bytes that its first answer was decoded from."""
+    """One row to keep, already encoded: a later hit decodes the same bytes that its first answer was decoded from."""
 
     key: bytes
     tokens: Tokens
     k: int
     stored: StoredArrays
-    """With ids as they are (`RankTable.plain`)."""
+    """Stored arrays, in which every id is its own rank (`RankTable.plain`)."""
     measured: Measured
     """The encoding error of its positions."""
 
@@ -80,10 +80,10 @@ class JournalRow:
     def of(
         cls, key: bytes, tokens: Tokens, exact: Targets, encoding: Encoding, ranks: RankTable
     ) -> tuple[JournalRow, Targets]:
-        """The row to keep of what a teacher answered, and the answer that a later hit will give too.
+        """Encode a teacher's answer; returns the row to keep, and the targets that it decodes to, now and later.
 
         Raises:
-            TeacherFailed: what no teacher can mean (`potstill.cache.encoding.logprobs.check_targets`).
+            TeacherFailed: the answer is impossible (`potstill.cache.encoding.logprobs.check_targets`).
         """
         stored = encode(exact, encoding, ranks)
         answer = decode(stored, encoding, ranks)
@@ -94,10 +94,10 @@ class JournalRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentRecord:
-    """What the record of one journal segment says."""
+    """Content of the record of one journal segment."""
 
     path: str
-    """Of the group; the record has `.json` behind it."""
+    """Path of the group; the record's path has `.json` behind it."""
     teacher: str
     identity: TeacherIdentity
     k: int
@@ -105,13 +105,13 @@ class SegmentRecord:
     num_rows: int
     num_positions: int
     since: float
-    """When the oldest of its rows was sealed, in seconds since 1970 by the writer's clock; 0 in format 1.
+    """Time at which its oldest row was sealed, in seconds since 1970 by the writer's clock; 0 in format 1.
 
-    Of the segments that hold a row with as many entries the first by this answers, also after they are joined."""
+    Where several segments hold a row with the same K, the lowest `since` is used, also after they are joined."""
     sealed: float
-    """When the newest of its rows was sealed: the lowest is evicted first."""
+    """Time at which its newest row was sealed; the segment with the lowest is evicted first."""
     error: Mapping[str, float]
-    """Measured when the rows were encoded (`EncodingError`); of format 1 the encoding's bound."""
+    """Error measured when the rows were encoded (`EncodingError`); in format 1 the encoding's bound."""
     provenance: Provenance
     objects: tuple[StoredObject, ...] = ()
 
@@ -122,11 +122,11 @@ class SegmentRecord:
 
     @property
     def order(self) -> tuple[float, str]:
-        """Sorts segments of as many entries by which answers first."""
+        """Sort key of segments with the same K: the lowest is asked first."""
         return self.since, self.path
 
     def to_bytes(self) -> bytes:
-        """The record as it is stored."""
+        """Bytes of the record as it is stored."""
         record: Record = {
             "path": self.path,
             "teacher": self.teacher,
@@ -145,10 +145,10 @@ class SegmentRecord:
 
     @classmethod
     def read(cls, root: Root, path: str) -> SegmentRecord | None:
-        """The record of the group at `path`, or None when there is none.
+        """Read the record of the group at `path`; None when there is none.
 
         Raises:
-            FormatError: not a journal record. CorruptSegment: damaged, or the record of another segment.
+            FormatError: it is no journal record. CorruptSegment: it is damaged, or belongs to another segment.
         """
         record = read_record(root, f"{path}.json", "journal")
         if record is None:
@@ -171,6 +171,7 @@ class SegmentRecord:
             )
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError, FormatError, InvalidInput) as error:
             raise FormatError(f"{path}.json is not a journal record: {error!r}") from error
+        # A record that was copied over another one is intact by its own sha256.
         if found.path != path:
             raise CorruptSegment(f"{path}.json is the record of {found.path}")
         if found.encoding.packed or not (found.k >= 1 and found.num_rows >= 1 and found.num_positions >= 0):
@@ -179,10 +180,9 @@ class SegmentRecord:
 
 
 class JournalSegment:
-    """Reads one published segment; opened at the first read. Thread-safe.
+    """A published segment, opened at the first read; thread-safe. Every method that reads raises:
 
-    Every method that reads raises:
-        CorruptSegment, FormatError: stored bytes are damaged, or were removed meanwhile. StoreError: the store failed.
+    CorruptSegment, FormatError: stored bytes are damaged, or were removed meanwhile. StoreError: the store failed.
     """
 
     def __init__(self, root: Root, record: SegmentRecord, ranks: RankTable, reading: Reading) -> None:
@@ -193,37 +193,37 @@ class JournalSegment:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The arrays of the targets."""
+        """Names of the arrays of the targets."""
         return self._reader.top_k_names()
 
     def locate(self, keys: Sequence[bytes]) -> list[int | None]:
-        """The row with each key, or None."""
+        """Row number of each key, or None."""
         found = self._index.find(keys)
         self._require_there()
         return found
 
     def read(self, rows: Sequence[int]) -> list[Targets]:
-        """The targets of rows, with all kept entries."""
+        """Read the targets of rows, with all kept entries."""
         ranges = [SegmentRange(self._reader, start, stop) for start, stop in self.row_ranges(rows)]
         targets = read_segment_ranges(ranges, Fields(k=self.record.k)) if ranges else []
         self._require_there()
         return targets
 
     def read_stored(self, rows: Sequence[int]) -> list[StoredArrays]:
-        """The stored arrays of rows, as they are."""
+        """Read the arrays of rows without decoding them."""
         ranges, names = self.row_ranges(rows), self.names
         arrays = self._group.read_ranges([ArrayRange(name, start, stop) for start, stop in ranges for name in names])
         self._require_there()
         return [dict(zip(names, arrays[i : i + len(names)], strict=True)) for i in range(0, len(arrays), len(names))]
 
     def array(self, name: str, start: int, stop: int) -> NDArray[Any]:
-        """A range of `tokens`, or of an array of the targets, by position."""
+        """Read positions `start` to `stop` of `tokens`, or of an array of the targets."""
         block = self._group.read(name, start, stop)
         self._require_there()
         return block
 
     def row_ranges(self, rows: Sequence[int]) -> list[tuple[int, int]]:
-        """The position at which each row starts and ends."""
+        """Read the positions at which each row starts and ends."""
         edges = self._group.read_ranges([ArrayRange(ROW_STARTS, row, row + 2) for row in rows])
         ranges = [(int(start), int(stop)) for start, stop in edges]
         for row, (start, stop) in zip(rows, ranges, strict=True):
@@ -232,7 +232,7 @@ class JournalSegment:
         return ranges
 
     def starts(self) -> NDArray[np.int64]:
-        """[R+1] position at which each row starts, and the end."""
+        """Read [R+1] int64: the position at which each row starts, then P."""
         starts = self._group.read_all(ROW_STARTS).astype(np.int64)
         if starts[0] != 0 or starts[-1] != self.record.num_positions or (np.diff(starts) < 0).any():
             raise CorruptSegment(f"{self.record.path}/{ROW_STARTS} does not rise from 0 to {self.record.num_positions}")
@@ -240,7 +240,7 @@ class JournalSegment:
         return starts
 
     def row_keys(self) -> NDArray[np.uint8]:
-        """[R, 16] the key of each row."""
+        """Read the key of each row, [R, 16] uint8."""
         if not self._group.has(SORTED_KEYS):
             found = self._group.read_all(_ROW_KEYS)
             self._require_there()
@@ -289,7 +289,8 @@ class JournalSegment:
         return KeysInMemory(keys, np.ascontiguousarray(order))
 
     def _require_there(self) -> None:
-        """Without checksums an object that was removed reads as zeros; the record is removed before any object."""
+        """Fail if the segment is gone: without checksums (format 1) a missing object reads as zeros."""
+        # The record is removed before any object: if it is still there now, the read was whole.
         if not self._group.has(CHECKSUMS) and self._root.get(f"{self.record.path}.json") is None:
             raise CorruptSegment(f"{self.record.path} was removed while it was read")
 
@@ -301,10 +302,10 @@ def publish(
     *,
     wanted: Callable[[], bool] = lambda: True,
 ) -> SegmentRecord | None:
-    """Write a segment's arrays, then create its record; None when it is not `wanted` any more by then.
+    """Write a segment's arrays, then create its record; None when by then it is no longer `wanted`.
 
     Raises:
-        StoreError: the store is full or cannot be written; nothing is left, or a segment that answers.
+        StoreError: the store is full or fails; nothing is left, or a whole segment.
     """
     with removed_on_failure(root, record.path):
         writer = GroupWriter(root, record.path)
@@ -321,7 +322,7 @@ def publish(
 
 
 def write_rows(writer: GroupWriter, rows: Sequence[JournalRow]) -> None:
-    """The arrays of rows that lie in memory; all have the same K and encoding."""
+    """Write the arrays of rows; all have the same K and encoding."""
     keys = np.frombuffer(b"".join(row.key for row in rows), dtype=np.uint8).reshape(-1, KEY_BYTES)
     writer.write(TOKENS, np.concatenate([row.tokens for row in rows]).astype(np.uint32, copy=False), TOKEN_LAYOUT)
     write_row_index(writer, [len(row.tokens) for row in rows], keys)
@@ -329,19 +330,19 @@ def write_rows(writer: GroupWriter, rows: Sequence[JournalRow]) -> None:
 
 
 def write_row_index(writer: GroupWriter, lengths: Iterable[int], keys: NDArray[np.uint8]) -> None:
-    """Where rows start, and their sorted keys; `lengths` [R], `keys` [R, 16]."""
+    """Write the starts and sorted keys of rows with `lengths` [R] and `keys` [R, 16]."""
     starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.fromiter(lengths, np.int64), dtype=np.int64)])
     writer.write(ROW_STARTS, starts, STARTS_LAYOUT)
     write_sorted_keys(writer, [sort_records(key_records(keys))], len(keys))
 
 
 def joined_arrays(parts: Sequence[StoredArrays]) -> StoredArrays:
-    """The stored arrays of all parts, one after the other."""
+    """Concatenate the stored arrays of all parts."""
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def measured_error(rows: Iterable[JournalRow]) -> dict[str, float]:
-    """The encoding error over the positions of rows, as records have it."""
+    """Encoding error over all positions of rows, in the form that records keep."""
     total = Measured()
     for row in rows:
         part = row.measured
@@ -353,13 +354,13 @@ def measured_error(rows: Iterable[JournalRow]) -> dict[str, float]:
 
 
 def stated_error(encoding: Encoding) -> dict[str, float]:
-    """The encoding's bound, where nothing was measured: no KL is larger than the largest difference of logprobs."""
+    """Error figures where nothing was measured: the encoding's bound, which also bounds every KL divergence."""
     bounded = dict.fromkeys(("max_abs", "mean_abs", "mean_kl", "p999_kl"), encoding.max_abs_error)
     return {**bounded, "saturated": 0, "saturated_mass": 0.0}
 
 
 def joined_error(parts: Sequence[tuple[Mapping[str, float], int]]) -> dict[str, float]:
-    """The error of several parts with so many positions each; `p999_kl` is the worst part's: an upper bound."""
+    """Join the error figures of parts with so many positions each; `p999_kl`, an upper bound, is the worst part's."""
     positions = max(sum(count for _, count in parts), 1)
     joined = {name: sum(error[name] * count for error, count in parts) / positions for name in parts[0][0]}
     worst = {name: max(error[name] for error, _ in parts) for name in ("max_abs", "p999_kl")}
@@ -367,13 +368,13 @@ def joined_error(parts: Sequence[tuple[Mapping[str, float], int]]) -> dict[str, 
 
 
 def remove_segment(root: Root, record: SegmentRecord) -> None:
-    """Take a segment out of the journal: the record first, so that no reader finds a record without its group."""
+    """Remove a segment from the journal: the record first, so that no reader finds a record without its group."""
     root.remove(f"{record.path}.json")
     root.delete(record.path)
 
 
 def journal_records(root: Root, teacher: str | None = None) -> list[str]:
-    """The path, without `.json`, of every journal record of every process, or of one teacher's alone."""
+    """Paths, without `.json`, of the journal records of all processes; with `teacher`, of that one alone."""
     paths = [
         f"journal/{process}/{name.removesuffix('.json')}"
         for process in root.folders("journal")
@@ -384,7 +385,7 @@ def journal_records(root: Root, teacher: str | None = None) -> list[str]:
 
 
 def corrupt_journal_objects(root: Root, path: str) -> list[str]:
-    """One line per object of a journal segment that is not what its record says."""
+    """Read every object of a journal segment; one line for each that is not what its record says."""
     try:
         record = SegmentRecord.read(root, path)
         found = [] if record is None else GroupReader(root, path, record.objects).corrupt_objects()
@@ -395,5 +396,5 @@ def corrupt_journal_objects(root: Root, path: str) -> list[str]:
 
 
 def teacher_of(path: str) -> str:
-    """The name of the teacher whose segment lies under a journal path."""
+    """Name of the teacher whose segment has this path."""
     return path.rsplit("/", 1)[-1].rpartition("-")[0]
