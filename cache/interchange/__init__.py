@@ -1,1 +1,1 @@
-"""Targets in other people's files: Parquet with list columns, and DistillKit's compressed datasets, out and in."""
+"""Export and import of targets: Parquet with list columns, and DistillKit's compressed datasets."""

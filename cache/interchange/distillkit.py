@@ -1,18 +1,18 @@
 """DistillKit's compressed dataset: Parquet rows of `input_ids`, `compressed_logprobs`, `bytepacked_indices`.
 
-One list of bytes a position, in the encoding that `compression_config.yaml` beside the files states
-(`potstill.cache.interchange.distillkit_codec`). What the format cannot hold, and what comes of it:
+Each position is a list of bytes, in the encoding that `compression_config.yaml` beside the files states
+(`potstill.cache.interchange.distillkit_codec`). The format holds less than a cache does:
 
-- The tail mass is implicit, 1 less the top-k: so it is read. A fit may hold more than 1, and need not fall with the
+- The tail mass is not stored; it is what the top-k leaves of 1. A fit may hold more than 1, and need not fall with the
   rank: entries are sorted, and scaled to a mass of 1 where they exceed it.
-- There is no logprob of the label: it is taken from the top-k, and is NaN where the label is not among them.
+- The label's logprob is not stored; it is taken from the top-k, and is NaN where the label is not among them.
 - Entropy, log sums and draws are not exported.
-- Nothing says which teacher, revision or tokenizer it was. Files of our export say so in their schema metadata, which
-  DistillKit ignores; for others it is given on the command line.
-- A captured row has one target less than tokens, for vLLM gives no logprobs of the first token and DistillKit drops
-  the ones after the last: the last token is left out, as DistillKit's own `pack_logits` does. Packed rows have as
-  many of both; so have the rows exported here, which its trainer takes as they are.
-- A rank that vLLM did not report has a logprob of -inf and an arbitrary id: another id that is free takes its place.
+- The teacher, its revision and its tokenizer are not named. Files of our export name them in their schema metadata,
+  which DistillKit ignores; for other files they are given on the command line.
+- A captured row has one target fewer than tokens: vLLM gives no logprobs of the first token, and DistillKit drops
+  those after the last. The last token is then left out, as DistillKit's own `pack_logits` does. Packed rows, and the
+  rows exported here, have as many targets as tokens, and its trainer takes them so.
+- A rank that vLLM did not report has a logprob of -inf and an arbitrary id. It is given another, unused id.
 
 Legacy rows (`packed_indices`, `exact_values`, `coeffs`) hold logits without their normaliser and cannot be read.
 """
@@ -59,12 +59,13 @@ from potstill.cache.types import Targets
 __all__ = ["CompressedRows", "Scaled", "find_config", "preset", "read_config", "write_config"]
 
 _LOGPROBS, _INDICES = "compressed_logprobs", "bytepacked_indices"
+# A packed bit takes a whole byte while it is worked on; this many positions bound the memory for that.
 _PACK_POSITIONS = 4096
 
 
 @dataclass(slots=True)
 class Scaled:
-    """Positions whose decoded entries held more than all mass."""
+    """Count of positions whose decoded entries had a probability mass over 1, and the largest mass."""
 
     positions: int = 0
     most: float = 1.0
@@ -72,12 +73,12 @@ class Scaled:
 
 @dataclass(frozen=True, slots=True)
 class CompressedRows:
-    """The format described above; a `RowFormat`."""
+    """The `RowFormat` of DistillKit's compressed rows."""
 
     config: CompressionConfig
     vocab_size: int
     scaled: Scaled = field(default_factory=Scaled)
-    """Counted while reading."""
+    """Positions that were scaled down, counted while reading."""
 
     @property
     def token_columns(self) -> tuple[str, ...]:
@@ -90,10 +91,10 @@ class CompressedRows:
         return ("input_ids", _LOGPROBS, _INDICES)
 
     def require_columns(self, path: Path) -> None:
-        """Refuse files of another format.
+        """Refuse a file of another format.
 
         Raises:
-            InvalidInput: a column is not there.
+            InvalidInput: a column is missing, or the rows are of DistillKit's legacy format.
         """
         names = pq.read_schema(path).names
         if "packed_indices" in names:
@@ -136,7 +137,7 @@ class CompressedRows:
             raise source.error(
                 row, f"{lengths[row]} tokens and {with_target[row]} targets; there must be as many, or one less"
             )
-        # Where a row keeps its last token, and which tokens that leaves.
+        # Rows with one token more than targets lose their last one.
         keep = np.ones(len(tokens), bool)
         keep[np.cumsum(lengths)[lengths > with_target] - 1] = False
         return Rows(with_target, tokens[keep])
@@ -212,7 +213,7 @@ class CompressedRows:
 
 
 def _without_absent(ids: NDArray[np.uint32], logprobs: NDArray[np.float32]) -> NDArray[np.uint32]:
-    """The ids, with free ones where the logprob is -inf."""
+    """Replace ids whose logprob is -inf by unused ones, so that no id is twice at a position."""
     absent = np.isneginf(logprobs)
     for position in np.flatnonzero(absent.any(axis=1)):
         taken = set(ids[position, ~absent[position]].tolist())
@@ -227,6 +228,6 @@ def _byte_lists(data: NDArray[np.uint8]) -> Any:
 
 
 def _in_parts(work: Any, num_positions: int) -> NDArray[Any]:
-    """`work` on some positions after the other: single bits take a byte each while they are packed."""
+    """Apply `work` to slices of positions, one after the other, and concatenate the results."""
     parts = range(0, num_positions, _PACK_POSITIONS)
     return np.concatenate([work(slice(start, start + _PACK_POSITIONS)) for start in parts])

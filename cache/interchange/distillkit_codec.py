@@ -1,13 +1,13 @@
-"""DistillKit's compressed logprobs <-> arrays, from the definition its code is (`distillkit/compression`, Apache-2.0).
+"""Codec of DistillKit's compressed logprobs, which its own code defines (`distillkit/compression`, Apache-2.0).
 
-A position's `k` falling logprobs are bytes, end to end: the first `exact_k` in `exact_dtype`; the coefficients of a
-least-squares fit to the others over `polynomial_terms` of their rank, in `term_dtype`; then for each residual bin a
-scale and its elements of `element_bits` bits, packed from the highest bit on, each bin padded to a byte. With
+The `k` falling logprobs of a position become bytes, end to end: the first `exact_k` in `exact_dtype`; the coefficients
+of a least-squares fit to the others over `polynomial_terms` of their rank, in `term_dtype`; then for each residual bin
+a scale and its elements of `element_bits` bits, packed from the highest bit on, each bin padded to a byte. With
 `delta_encoding` all of this is done to the differences of neighbours. Ids are packed with ceil(log2 d) bits each.
 
-`decompress` gives what DistillKit's own decoder gives, its roundings to `exact_dtype` included. `compress` writes what
-its own encoder does except for the fit, which is solved in float64 here: DistillKit solves in float32 and drops small
-singular values, which costs nats when `normalize_t` is off.
+`decompress` equals DistillKit's decoder, its roundings to `exact_dtype` included. `compress` equals its encoder but
+for the fit, which is solved in float64 here: DistillKit solves in float32 and drops small singular values, which
+costs nats when `normalize_t` is off.
 
 Shape legend:  P positions, K kept entries (`config.k`), A = K - exact_k approximated ones, N terms.
 """
@@ -24,15 +24,15 @@ from potstill.cache.errors import FormatError, InvalidInput
 from potstill.cache.interchange.distillkit_config import CompressionConfig, ResidualBin
 
 Fit = Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[np.float64]]
-"""Terms [A, N] and values [P, A] -> coefficients [P, N]."""
+"""Function from terms [A, N] and values [P, A] to coefficients [P, N]."""
 
 _WIDTHS = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
-# log of the least positive float32: less mass than that is none, and a fit needs finite values.
+# Log of the smallest positive float32. A fit needs finite values, so it stands for -inf.
 _LEAST_LOGPROB = np.float32(-103.0)
 
 
 def least_squares(terms: NDArray[np.float32], values: NDArray[np.float32]) -> NDArray[np.float64]:
-    """The coefficients in float64, by QR."""
+    """Solve for the coefficients in float64, by QR."""
     q, r = np.linalg.qr(terms.astype(np.float64))
     solved: NDArray[np.float64] = np.linalg.solve(r, q.T @ values.astype(np.float64).T).T
     return solved
@@ -50,17 +50,17 @@ def index_bytes(config: CompressionConfig) -> int:
 
 
 def index_bits(config: CompressionConfig) -> int:
-    """Bits of an id; the logarithm is a float32, as DistillKit takes it."""
+    """Bits of an id; the logarithm is taken in float32, because DistillKit does so."""
     return int(np.ceil(np.log2(np.float32(config.d))))
 
 
 def packed_bytes(count: int, bits: int) -> int:
-    """Bytes of `count` numbers of `bits` bits."""
+    """Bytes that `count` numbers of `bits` bits take."""
     return (count * bits + 7) // 8
 
 
 def pack(numbers: NDArray[Any], bits: int) -> NDArray[np.uint8]:
-    """[P, n] whole numbers as [P, ceil(n * bits / 8)] bytes, highest bit first; higher bits are dropped."""
+    """Pack whole numbers [P, n] into bytes [P, ceil(n * bits / 8)], highest bit first; higher bits are dropped."""
     values = numbers.astype(np.int64)
     shifts = np.arange(bits - 1, -1, -1)
     spread = ((values[:, :, None] >> shifts) & 1).astype(np.uint8)
@@ -68,7 +68,7 @@ def pack(numbers: NDArray[Any], bits: int) -> NDArray[np.uint8]:
 
 
 def unpack(data: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.int64]:
-    """[P, count] numbers that `pack` packed."""
+    """Unpack the numbers [P, count] that `pack` packed."""
     spread = np.unpackbits(data, axis=1, count=count * bits).reshape(len(data), count, bits)
     numbers = np.zeros((len(data), count), np.int64)
     for bit in range(bits):
@@ -77,7 +77,7 @@ def unpack(data: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.int64]:
 
 
 def compress(logprobs: NDArray[np.float32], config: CompressionConfig, fit: Fit = least_squares) -> NDArray[np.uint8]:
-    """[P, K] falling logprobs as [P, `logprob_bytes`] bytes.
+    """Compress falling logprobs [P, K] to bytes [P, `logprob_bytes`].
 
     Raises:
         InvalidInput: the config's polynomial terms do not determine a fit.
@@ -108,10 +108,10 @@ def compress(logprobs: NDArray[np.float32], config: CompressionConfig, fit: Fit 
 
 
 def decompress(data: NDArray[np.uint8], config: CompressionConfig) -> NDArray[np.float32]:
-    """[P, K] logprobs of [P, `logprob_bytes`] bytes, not yet sorted: a fit need not fall.
+    """Decompress bytes [P, `logprob_bytes`] to logprobs [P, K], which need not be sorted, as a fit need not fall.
 
     Raises:
-        FormatError: rows of another size.
+        FormatError: a position has another number of bytes.
     """
     if data.shape[1] != logprob_bytes(config):
         raise FormatError(f"{data.shape[1]} bytes of logprobs, its config means {logprob_bytes(config)}")
@@ -141,7 +141,7 @@ def decompress(data: NDArray[np.uint8], config: CompressionConfig) -> NDArray[np
 
 
 class _Cursor:
-    """Takes columns of bytes from the left."""
+    """A cursor that takes columns of bytes [P, n] from left to right."""
 
     def __init__(self, data: NDArray[np.uint8]) -> None:
         self._data = data
@@ -160,7 +160,7 @@ class _Cursor:
 
 
 def _deltas(logprobs: NDArray[np.float32], *, diffused: bool) -> NDArray[np.float32]:
-    """The first logprob and the differences of neighbours, whose rounding errors `diffused` hands on."""
+    """The first logprob and the differences of neighbours; `diffused` adds each rounding error to the next one."""
     if not diffused:
         return np.concatenate([logprobs[:, :1], np.diff(logprobs, axis=1)], axis=1)
     exact = np.diff(logprobs.astype(np.float64), axis=1, prepend=0.0)
@@ -174,7 +174,7 @@ def _deltas(logprobs: NDArray[np.float32], *, diffused: bool) -> NDArray[np.floa
 
 
 def _terms(config: CompressionConfig, dtype: str) -> NDArray[np.float32]:
-    """[A, N] the terms at every rank, computed in `dtype`."""
+    """The terms [A, N] at every rank, computed in `dtype`."""
     count = config.k - config.exact_k
     kind = np.float64 if dtype == "float64" else np.float32
     points = (_unit_points(count, dtype) if config.normalize_t else _rounded(np.arange(count), dtype)).astype(kind)
@@ -188,7 +188,7 @@ def _terms(config: CompressionConfig, dtype: str) -> NDArray[np.float32]:
 
 
 def _unit_points(count: int, dtype: str) -> NDArray[np.float64]:
-    """[count] from 0 to 1 as `torch.linspace` has them: a rounded step, counted from both ends."""
+    """Points [count] from 0 to 1, bit for bit as `torch.linspace` has them: a rounded step, counted from both ends."""
     step = _rounded(np.array(1 / max(count - 1, 1)), dtype)
     rank = np.arange(count)
     from_ends = step * np.minimum(rank, count - 1 - rank)
@@ -198,7 +198,7 @@ def _unit_points(count: int, dtype: str) -> NDArray[np.float64]:
 
 
 def _fitted(config: CompressionConfig, coefficients: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[P, A] the polynomial, summed in `term_dtype` (in float32 for the 16-bit ones)."""
+    """Values [P, A] of the polynomial, summed in `term_dtype` (in float32 for 16-bit ones) as DistillKit does."""
     dtype = config.term_dtype
     kind: Any = np.float64 if dtype == "float64" else np.float32
     terms = _terms(config, dtype)
@@ -212,7 +212,7 @@ def _fitted(config: CompressionConfig, coefficients: NDArray[np.float64]) -> NDA
 def _quantise(
     values: NDArray[np.float32], residual_bin: ResidualBin, buffer: NDArray[np.float32], *, diffused: bool
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float32]]:
-    """Scale [P], codes [P, n] from 0 on, and the error [P] that is left to hand on."""
+    """Quantise one bin: scale [P], codes [P, n] from 0 on, and the error [P] to add to the next bin."""
     low, high = _code_range(residual_bin.element_bits)
     largest = np.abs(values).max(axis=1)
     scale = np.where(largest == 0, np.float32(1), largest / np.float32(max(-low, 1)))
@@ -243,14 +243,14 @@ def _code_range(bits: int) -> tuple[int, int]:
 
 
 def _promoted(a: str, b: str) -> str:
-    """The type that holds both."""
+    """The float type that holds both, as torch promotes them."""
     if a == b:
         return a
     return "float64" if "float64" in (a, b) else "float32"
 
 
 def _rounded(values: NDArray[Any], dtype: str) -> NDArray[np.float64]:
-    """The nearest numbers of `dtype`, as float64."""
+    """Round to the nearest numbers of `dtype`, returned as float64."""
     with np.errstate(over="ignore"):
         if dtype == "bfloat16":
             return (_bfloat16_bits(values).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
@@ -258,14 +258,14 @@ def _rounded(values: NDArray[Any], dtype: str) -> NDArray[np.float64]:
 
 
 def _to_bytes(values: NDArray[Any], dtype: str) -> NDArray[np.uint8]:
-    """[P, n] as [P, n * width] little-endian bytes."""
+    """Convert [P, n] to little-endian bytes [P, n * width]."""
     with np.errstate(over="ignore"):
         stored = _bfloat16_bits(values) if dtype == "bfloat16" else values.astype(np.dtype(dtype).newbyteorder("<"))
     return np.ascontiguousarray(stored).view(np.uint8).reshape(len(values), -1)
 
 
 def _bfloat16_bits(values: NDArray[Any]) -> NDArray[np.uint16]:
-    """Round to nearest, ties to even."""
+    """The upper 16 bits of float32 numbers, rounded to nearest, ties to even."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     rounded = (bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return rounded.astype("<u2")

@@ -1,4 +1,4 @@
-"""DistillKit's `logprob_compressor`: the parameters without which its bytes mean nothing."""
+"""DistillKit's `logprob_compressor` settings, without which its compressed bytes cannot be read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from potstill.cache.named_files import read_named
 from potstill.cache.store.root import store_errors
 
 CONFIG_NAME = "compression_config.yaml"
-"""What DistillKit's capture calls it, beside the Parquet files."""
+"""Name that DistillKit's capture gives the file, beside the Parquet files."""
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 _SPECIAL_TERMS = ("sqrt", "exp")
@@ -24,10 +24,10 @@ _MOST_BITS = 24
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResidualBin:
-    """Residuals that share a scale.
+    """A run of residuals that share one scale.
 
     Raises:
-        InvalidInput: a value that has no meaning.
+        InvalidInput: a value is out of range.
     """
 
     scale_dtype: str
@@ -42,14 +42,14 @@ class ResidualBin:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompressionConfig:
-    """One way DistillKit keeps a distribution; names and defaults are its own.
+    """DistillKit's settings for one compressed distribution; names and defaults are DistillKit's.
 
     Raises:
-        InvalidInput: a value that has no meaning.
+        InvalidInput: a value is out of range, or values contradict each other.
     """
 
     d: int
-    """Size of the vocabulary; it says how many bits an id has."""
+    """Size of the vocabulary, which determines the bits of an id."""
     k: int
     exact_k: int
     exact_dtype: str = "float32"
@@ -57,7 +57,7 @@ class CompressionConfig:
     """Powers of the rank, or "sqrt" or "exp" of it."""
     term_dtype: str = "float32"
     bins: tuple[ResidualBin, ...] = ()
-    """`residual_bins`."""
+    """Runs of residuals after the `exact_k` entries; DistillKit's key is `residual_bins`."""
     delta_encoding: bool = True
     error_diffusion: bool = False
     normalize_t: bool = False
@@ -82,7 +82,7 @@ class CompressionConfig:
 
 
 def preset(k: int, vocab_size: int) -> CompressionConfig:
-    """DistillKit's recommended config for at most 128 entries, with `normalize_t`.
+    """DistillKit's recommended settings for at most 128 entries, but with `normalize_t`.
 
     Its README leaves `normalize_t` out; the float32 coefficients of the rank's fourth power then cost accuracy.
     """
@@ -100,10 +100,10 @@ def preset(k: int, vocab_size: int) -> CompressionConfig:
 
 
 def read_config(path: str | Path) -> CompressionConfig:
-    """The config of a YAML or JSON file: bare, or as `logprob_compressor` of a training config.
+    """Read a config from a YAML or JSON file: alone, or as `logprob_compressor` of a training config.
 
     Raises:
-        InvalidInput: no such file, or not a config.
+        InvalidInput: the file does not exist, or holds no such config.
     """
     try:
         value = yaml.safe_load(read_named(path))
@@ -116,7 +116,7 @@ def read_config(path: str | Path) -> CompressionConfig:
 
 
 def find_config(path: str | Path | None, file: Path) -> CompressionConfig:
-    """The config named, or the one beside a Parquet file.
+    """Read the config at `path`, or when that is None the one beside a Parquet file.
 
     Raises:
         InvalidInput: there is none, or it cannot be read.
@@ -129,10 +129,10 @@ def find_config(path: str | Path | None, file: Path) -> CompressionConfig:
 
 
 def write_config(config: CompressionConfig, folder: Path) -> None:
-    """Keep the config beside the files, where DistillKit's capture keeps it.
+    """Write the config beside the files, where DistillKit looks for it.
 
     Raises:
-        InvalidInput: the folder has another one. StoreError: it cannot be written.
+        InvalidInput: the folder has a different one. StoreError: it cannot be written.
     """
     path = folder / CONFIG_NAME
     with store_errors(str(path)):
@@ -147,7 +147,7 @@ def write_config(config: CompressionConfig, folder: Path) -> None:
 
 
 def config_to_mapping(config: CompressionConfig) -> dict[str, Any]:
-    """The config under DistillKit's names."""
+    """Convert a config to a mapping with DistillKit's keys."""
     value = asdict(config)
     value["residual_bins"] = list(value.pop("bins"))
     value["polynomial_terms"] = list(config.polynomial_terms) or None
@@ -155,10 +155,10 @@ def config_to_mapping(config: CompressionConfig) -> dict[str, Any]:
 
 
 def config_from_mapping(value: Any) -> CompressionConfig:
-    """Read DistillKit's names.
+    """Build a config from a mapping with DistillKit's keys.
 
     Raises:
-        InvalidInput: not a config of its present format.
+        InvalidInput: it is no config of DistillKit's present format.
     """
     for key in ("teacher", "logprob_compressor"):
         if isinstance(value, Mapping) and isinstance(value.get(key), Mapping):

@@ -1,8 +1,8 @@
-"""Targets in and out of Parquet files of one row per corpus row, whatever columns a format has.
+"""Export to Parquet files of one row per corpus row, and what every format of such files shares.
 
 Export writes one file a shard under a temporary name and renames it; import reads files forward and fills a target
 set shard by shard. Both go on where they stopped: a finished file is skipped, a committed shard is not read again.
-What the columns are is the business of a `RowFormat` (`interchange.parquet`, `interchange.distillkit`).
+A `RowFormat` decides on the columns (`interchange.parquet`, `interchange.distillkit`).
 
 Shape legend:  P positions, R rows of a file or block.
 """
@@ -30,43 +30,43 @@ from potstill.cache.targets.target_set import TargetSet
 from potstill.cache.types import JSON, Fields, Provenance, Targets, TeacherIdentity
 
 BLOCK_POSITIONS = 32_768
-"""Positions that are converted together; a row alone may be longer."""
+"""Most positions that are converted together, except that a row is never cut."""
 _VERSION = "1"
 _VERSION_KEY = b"potstill.rows"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
-    """Some rows of tokens."""
+    """Tokens of several rows."""
 
     lengths: NDArray[np.int64]
-    """[R], each at least 1."""
+    """[R] tokens of each row, at least 1."""
     tokens: NDArray[np.uint32]
-    """[P], row after row."""
+    """[P] token ids, row after row."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowSource:
-    """The file and row that a block of rows begins at, for messages."""
+    """The file and row at which a block of rows begins, for error messages."""
 
     path: Path
     first_row: int
 
     def error(self, row: int, what: str) -> InvalidInput:
-        """`what` is wrong with the block's row of that number."""
+        """Make the error that says `what` is wrong with row number `row` of the block."""
         return InvalidInput(f"{self.path} row {self.first_row + row}: {what}")
 
     def block_error(self, what: str) -> InvalidInput:
-        """`what` is wrong with the block, in no row in particular."""
+        """Make the error that says `what` is wrong with the block as a whole."""
         return InvalidInput(f"{self.path}, rows {self.first_row} on: {what}")
 
     def error_at(self, position: int, lengths: NDArray[np.int64], what: str) -> InvalidInput:
-        """`what` is wrong with a position of the block."""
+        """Make the error that says `what` is wrong at a position of the block; `lengths` [R] are its rows'."""
         return self.error(int(np.searchsorted(np.cumsum(lengths), position, side="right")), what)
 
 
 class RowFormat(Protocol):
-    """How rows and their targets are spelt as columns."""
+    """Conversion between rows with their targets and the columns of a Parquet file."""
 
     @property
     def token_columns(self) -> tuple[str, ...]:
@@ -79,7 +79,7 @@ class RowFormat(Protocol):
         ...
 
     def file_name(self, shard: int) -> str:
-        """What the file of a shard is called."""
+        """Name of a shard's file."""
         ...
 
     def schema(self) -> Any:
@@ -87,26 +87,26 @@ class RowFormat(Protocol):
         ...
 
     def to_batch(self, rows: Rows, targets: Targets) -> Any:
-        """A record batch of `schema`."""
+        """Convert rows and their targets to a record batch of `schema`."""
         ...
 
     def rows(self, batch: Any, source: RowSource) -> Rows:
-        """The tokens of a record batch of `token_columns`; raises InvalidInput."""
+        """Read the rows of a record batch that has the `token_columns`; raises InvalidInput."""
         ...
 
     def targets(self, batch: Any, source: RowSource) -> Targets:
-        """The targets of a record batch of `target_columns`, flat; raises InvalidInput."""
+        """Read the targets [P] of a record batch that has the `target_columns`; raises InvalidInput."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """What a file says of its rows: kept as JSON in the schema metadata, one key per attribute."""
+    """Origin of a file's rows, kept in its schema metadata as JSON, one key per attribute."""
 
     identity: TeacherIdentity
     fields: Fields
     encoding: Mapping[str, JSON]
-    """Name and bound of the encoding that the targets were read from."""
+    """Name and error bound of the encoding from which the targets were read."""
     corpus: Mapping[str, JSON]
     """`name`, `fingerprint`, `tokenizer_sha256` and `vocab_size`."""
     shard: Mapping[str, JSON]
@@ -115,7 +115,7 @@ class Origin:
 
     @classmethod
     def of_shard(cls, targets: TargetSet, shard: int, fields: Fields) -> Origin:
-        """What is written with a shard of a target set."""
+        """Describe a committed shard of a target set."""
         corpus = targets.corpus
         first, last = (int(row) for row in corpus.shard_rows[shard : shard + 2])
         commit = targets.sets[0].commits.of(shard)
@@ -130,7 +130,7 @@ class Origin:
         )
 
     def to_metadata(self) -> dict[bytes, bytes]:
-        """The schema metadata."""
+        """Convert to schema metadata."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         plain = {name: value.to_json() if hasattr(value, "to_json") else dict(value) for name, value in values.items()}
         return {
@@ -140,10 +140,10 @@ class Origin:
 
     @classmethod
     def from_metadata(cls, path: Path, metadata: Mapping[bytes, bytes] | None) -> Origin | None:
-        """Read what `to_metadata` wrote; None when the file says nothing of the kind.
+        """Read what `to_metadata` wrote; None when the file has no such metadata.
 
         Raises:
-            InvalidInput: it does, but in another version or damaged.
+            InvalidInput: the metadata is of another version, or damaged.
         """
         version = (metadata or {}).get(_VERSION_KEY)
         if metadata is None or version is None:
@@ -166,13 +166,13 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class ExportReport:
-    """What an export did."""
+    """Outcome of an export."""
 
     files_written: int
     files_before: int
     """Files that an earlier run had finished."""
     num_bytes: int
-    """Of all of them."""
+    """Bytes of all files, earlier ones included."""
 
 
 def export_shards(
@@ -184,9 +184,9 @@ def export_shards(
     fields: Fields,
     on_progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> ExportReport:
-    """Write one file for each shard; `fields` says which, with at most the K that is kept.
+    """Write one file for each shard, with the given fields; K is at most the one that is kept.
 
-    `on_progress` gets positions done and positions in all.
+    `on_progress` gets the positions that are done, and all positions.
 
     Raises:
         NotCommitted: a shard has no targets; nothing was written.
@@ -230,10 +230,10 @@ def _shard_blocks(targets: TargetSet, shard: int, k: int) -> Iterator[tuple[Rows
 
 
 def _is_finished(path: Path, schema: Any) -> bool:
-    """Whether an earlier run wrote this very file.
+    """Tell whether an earlier run of the same export wrote this file.
 
     Raises:
-        SpecMismatch: there is another file under its name.
+        SpecMismatch: a different file has its name.
     """
     if not path.exists():
         return False
@@ -250,13 +250,14 @@ def _is_finished(path: Path, schema: Any) -> bool:
 
 
 def _write_file(path: Path, schema: Any, batches: Iterator[Any]) -> None:
-    """Complete under another name, then renamed: a file under its own name is always whole."""
+    """Write a file under another name, then rename it: a file under its own name is always whole."""
     partial = path.with_name(f".{path.stem}-{uuid.uuid4().hex[:12]}.partial")
     try:
         with store_errors(str(path)):
             with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
                 for batch in batches:
                     writer.write_batch(batch)
+            # Before the rename: a power cut after it must not leave the final name on an empty file.
             descriptor = os.open(partial, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
@@ -264,6 +265,6 @@ def _write_file(path: Path, schema: Any, batches: Iterator[Any]) -> None:
                 os.close(descriptor)
             partial.replace(path)
     finally:
-        # What a killed run of this shard left is of no use once the shard is written, or tried again.
+        # Remove what killed runs left of this shard: nobody reads a partial file again.
         for stale in path.parent.glob(f".{path.stem}-*.partial"):
             stale.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Fill a target set from the rows of files: the corpus first, then shard by shard what has no commit yet."""
+"""Import of files of rows and targets: first the corpus, then each shard that has no commit yet."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from potstill.cache.types import Fields, Provenance, Targets, TeacherIdentity, T
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImportPlan:
-    """Where rows go and whose targets they are."""
+    """Destination of an import, and the teacher whose targets it brings."""
 
     corpus: str
     teacher: str
@@ -35,12 +35,12 @@ class ImportPlan:
     fields: Fields
     encoding: str
     shard_positions: int = 1 << 20
-    """For a corpus that is made; one that is there has its own shards."""
+    """Positions of a shard, when the corpus is made; one that exists keeps its shards."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImportProgress:
-    """How far an import is, over the shards it has to fill."""
+    """Progress of an import, over the shards that it has to fill."""
 
     positions_done: int
     positions: int
@@ -48,14 +48,14 @@ class ImportProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImportReport:
-    """What a finished import did."""
+    """Outcome of a finished import."""
 
     corpus_made: bool
     shards_written: int
     shards_before: int
-    """Shards that had a commit."""
+    """Shards that had a commit when it began."""
     shards_absent: int
-    """Shards that the files do not hold, or hold in part."""
+    """Shards without a commit whose rows the files do not hold, or not all of them."""
 
 
 def import_targets(
@@ -69,11 +69,12 @@ def import_targets(
 ) -> ImportReport:
     """Make the corpus of the files' rows, or check that it has them, and commit every shard's targets.
 
-    Memory holds one shard's targets. Stopped anywhere, the same call goes on with the shards that have no commit.
+    Memory holds one shard's targets. When it was stopped, the same call goes on with the shards without a commit.
 
     Raises:
-        InvalidInput: a row that cannot be a teacher's; names its file. SpecMismatch: the corpus has other rows, the
-            files come from another tokenizer or teacher, or the target set exists with another spec.
+        InvalidInput: a row cannot be a teacher's answer; the error names its file.
+        SpecMismatch: the corpus has other rows, the files come from another tokenizer or teacher, or the target set
+            exists with another spec.
         StoreError: the cache cannot be written.
     """
     check_name("teacher", plan.teacher)
@@ -116,7 +117,7 @@ def _fill(
 
 
 def _make_ranks(targets: TargetSet, reader: RowReader) -> None:
-    """The rank table, of the rows the target set asks for, as far as the files hold them."""
+    """Make the rank table, from those pilot rows that the files hold."""
     wanted = [row for row in targets.pilot_rows() if reader.holds(row, row + 1)]
     if wanted:
         targets.make_ranks(Targets.concat([part for row in sorted(wanted) for part in reader.targets(row, row + 1)]))
@@ -125,7 +126,8 @@ def _make_ranks(targets: TargetSet, reader: RowReader) -> None:
 def _corpus(
     cache: Cache, files: Sequence[RowFile], form: RowFormat, tokenizer: Tokenizer, plan: ImportPlan
 ) -> tuple[Corpus, bool, Sequence[RowFile]]:
-    """The corpus, whether it was made, and the files at their rows of it."""
+    """The corpus, True where it was made just now, and the files with their places in it."""
+    # A first pass over all files: the longest row has to be known before a corpus is written.
     longest = _check_tokens(RowReader(files, form), tokenizer)
     try:
         corpus = cache.corpus(plan.corpus)
@@ -152,10 +154,10 @@ def _at_rows_of(corpus: Corpus, files: Sequence[RowFile]) -> Sequence[RowFile]:
 
 
 def _check_tokens(reader: RowReader, tokenizer: Tokenizer) -> int:
-    """The longest row in tokens.
+    """Check every token, and return the length of the longest row.
 
     Raises:
-        InvalidInput: a token id that the tokenizer does not have.
+        InvalidInput: a token id is not one of the tokenizer's.
     """
     vocab_size = num_ids(tokenizer)
     longest = 1
@@ -219,7 +221,7 @@ def _require_one_origin(files: Sequence[RowFile], tokenizer_sha256: str) -> None
 
 
 def _provenances(corpus: Corpus, files: Sequence[RowFile], form: RowFormat, shards: Sequence[int]) -> list[Provenance]:
-    """Of each shard: of the files that it comes from, that which may be furthest from the teacher."""
+    """Provenance for each shard: where several files give its rows, the one with the largest error bound."""
     made = [_provenance(file.origin, form) for file in files]
     spans = [(file.first_row, file.first_row + file.num_rows) for file in files]
     found = []

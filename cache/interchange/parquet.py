@@ -1,22 +1,21 @@
 """Parquet with list columns: one row per corpus row, for any reader of Parquet.
 
-    column         type                                  of each position
+    column         type                                  at each position
     input_ids      list<uint32>                          the token itself
     ids            list<fixed_size_list<uint32, K>>      the top-k by falling logprob
     logprobs       list<fixed_size_list<float, K>>       nats
     log_tail       list<float>                           log of the mass outside the top-k; -inf for none
-    label_logprob  list<float>                           of the row's next token; NaN for a row's last position
+    label_logprob  list<float>                           logprob of the next token; NaN for a row's last position
     entropy        list<float>                           nats
     log_z          list<fixed_size_list<float, T>>       log of the sum of p**(1/t) for each temperature t
     dense          list<fixed_size_list<float, V>>       all logprobs
     draw_ids       list<list<uint32>>                    unique ids of the draws, rising
-    draw_counts    list<list<uint16>>                    how often each was drawn
+    draw_counts    list<list<uint16>>                    number of times each was drawn
 
-Only the columns that the target set's fields mean are there. The schema metadata says whose targets they are, from
-which encoding and tokenizer, and which rows (`interchange.formats.Origin`). Files made elsewhere are read too: they
-need `input_ids`, `ids` and `logprobs`, of any integer and float types; a tail that is not there is what the top-k
-leaves of 1, a label that is not there is taken from the top-k, NaN when it is not among them. Their entries are
-sorted by falling logprob.
+A file has the columns of the target set's fields only. Its schema metadata names teacher, encoding, tokenizer and
+rows (`interchange.formats.Origin`). Files made elsewhere are read too: they need `input_ids`, `ids` and `logprobs`,
+of any integer and float types, in any order at a position. A missing `log_tail` is what the top-k leaves of 1; a
+missing `label_logprob` is taken from the top-k, and is NaN where the label is not among them.
 
 Shape legend:  P positions, K kept entries, T temperatures, V vocabulary size.
 """
@@ -41,22 +40,22 @@ from potstill.cache.types import Draws, Fields, Targets
 
 _TOP_K = ("ids", "logprobs")
 _DRAWS = {"draw_ids": pa.list_(pa.uint32()), "draw_counts": pa.list_(pa.uint16())}
-# More than float32 logprobs of a large vocabulary are off 1 by.
+# Rounding of float32 logprobs, over a large vocabulary, moves their total mass from 1 by less than this.
 MASS_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ListColumns:
-    """The format described above; a `RowFormat`."""
+    """The `RowFormat` of list columns."""
 
     fields: Fields
     vocab_size: int
     present: tuple[str, ...]
-    """The columns to write, or that the files to read have."""
+    """Columns to write, or those of the files to read."""
 
     @classmethod
     def to_write(cls, fields: Fields, vocab_size: int) -> ListColumns:
-        """What a target set of these fields is written as."""
+        """Choose the columns for a target set with these fields."""
         return cls(fields=fields, vocab_size=vocab_size, present=_columns_of(fields))
 
     @property
@@ -108,13 +107,13 @@ class ListColumns:
         return self._finished(columns, rows, source)
 
     def _widths(self) -> dict[str, int]:
-        """Name -> numbers a position of the columns that are there and have several."""
+        """Columns with several numbers at a position, and how many that are."""
         shapes = {name: shape for name, shape in self.fields.float_shapes(1, self.vocab_size).items() if len(shape) > 1}
         widths = {**dict.fromkeys(_TOP_K, self.fields.k), **{name: shape[1] for name, shape in shapes.items()}}
         return {name: width for name, width in widths.items() if name in self.present}
 
     def _matrix(self, batch: Any, name: str, width: int, rows: Rows, source: RowSource) -> NDArray[Any]:
-        """[P, width] of a column of lists of lists."""
+        """Read a column of lists of lists as [P, width]."""
         inner = _per_position(batch, name, rows, source)
         widths, values = _inner_lists(inner, name, source)
         wrong = np.flatnonzero(widths != width)
@@ -170,10 +169,10 @@ class ListColumns:
 
 
 def list_columns(path: Path, fields: Fields | None, vocab_size: int) -> ListColumns:
-    """The format of files like `path`: of these fields, or of what the columns themselves tell.
+    """Choose the columns to read from files like `path`: those of `fields`, or when that is None those it has.
 
     Raises:
-        InvalidInput: a column that the fields mean, or every file needs, is not there.
+        InvalidInput: a column of these fields, or one that every file needs, is missing.
     """
     with reading(path), pq.ParquetFile(path) as file:
         names = file.schema_arrow.names
@@ -188,10 +187,10 @@ def list_columns(path: Path, fields: Fields | None, vocab_size: int) -> ListColu
 
 
 def lists(batch: Any, name: str, source: RowSource) -> tuple[NDArray[np.int64], Any]:
-    """The lengths of a column's lists, and their values end to end.
+    """Read a column of lists: the length of each, and all values one after the other.
 
     Raises:
-        InvalidInput: the column is not of lists, or has a null or an empty list.
+        InvalidInput: the column has no lists, or has a null or an empty list.
     """
     column = batch.column(name)
     if not _is_list(column.type):
@@ -205,10 +204,10 @@ def lists(batch: Any, name: str, source: RowSource) -> tuple[NDArray[np.int64], 
 
 
 def token_ids(values: Any, lengths: NDArray[np.int64] | None, source: RowSource, vocab_size: int) -> NDArray[np.uint32]:
-    """Whole numbers below `vocab_size`; `lengths` of them belong to each row.
+    """Convert to token ids below `vocab_size`; `lengths` says how many belong to each row, for the error.
 
     Raises:
-        InvalidInput: another type, a null or a number outside the vocabulary.
+        InvalidInput: there is another type, a null, or a number outside the vocabulary.
     """
     if not pa.types.is_integer(values.type) or values.null_count:
         raise source.block_error(
@@ -227,19 +226,20 @@ def token_ids(values: Any, lengths: NDArray[np.int64] | None, source: RowSource,
 def by_falling_logprob(
     ids: NDArray[np.uint32], logprobs: NDArray[np.float32]
 ) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
-    """Both [P, K], sorted; equal ones keep their order."""
+    """Sort ids and logprobs [P, K] by falling logprob; equal ones keep their order."""
     order = np.argsort(-logprobs, axis=1, kind="stable")
     return np.take_along_axis(ids, order, axis=1), np.take_along_axis(logprobs, order, axis=1)
 
 
 def repeats(ids: NDArray[np.uint32]) -> NDArray[np.int64]:
-    """The positions of [P, K] ids that have one twice."""
+    """Positions at which ids [P, K] have one twice."""
     ordered = np.sort(ids, axis=1)
     return np.flatnonzero((ordered[:, 1:] == ordered[:, :-1]).any(axis=1))
 
 
 def implied_tail(logprobs: NDArray[np.float32]) -> NDArray[np.float32]:
-    """[P] log of what [P, K] logprobs leave of 1; -inf where they leave nothing."""
+    """Log [P] of the mass that logprobs [P, K] leave of 1; -inf where they leave none."""
+    # In float64: the difference of two numbers near 1 has few right digits in float32.
     left = 1.0 - np.exp(logprobs.astype(np.float64)).sum(axis=1)
     tail = np.full(len(left), -np.inf)
     np.log(left, out=tail, where=left > 0)
@@ -247,7 +247,7 @@ def implied_tail(logprobs: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def labels_in_top_k(ids: NDArray[np.uint32], logprobs: NDArray[np.float32], rows: Rows) -> NDArray[np.float32]:
-    """[P] logprob of each row's own next token; NaN where it is not among the top-k, and at a row's end."""
+    """Logprob [P] of each row's own next token; NaN where it is not among the top-k, and at a row's end."""
     following = np.roll(rows.tokens, -1)
     match = ids == following[:, None]
     found = match.any(axis=1)
@@ -269,7 +269,7 @@ def _require(path: Path, names: Sequence[str], needed: Sequence[str]) -> None:
 
 
 def _first_width(file: Any, path: Path) -> int:
-    """K of the first position."""
+    """K at the first position of a file."""
     source = RowSource(path, 0)
     batch = next(file.iter_batches(batch_size=1, columns=["ids"]))
     widths, _ = _inner_lists(lists(batch, "ids", source)[1], "ids", source)
@@ -288,7 +288,7 @@ def _position_values(name: str, targets: Targets) -> Any:
 
 
 def _per_position(batch: Any, name: str, rows: Rows, source: RowSource) -> Any:
-    """A column's values, one for each position."""
+    """Values of a column, checked to be one for each position."""
     lengths, values = lists(batch, name, source)
     wrong = np.flatnonzero(lengths != rows.lengths)
     if len(wrong):

@@ -1,4 +1,4 @@
-"""Read the rows of Parquet files forward, in blocks, as one long run of rows."""
+"""Reading of Parquet files forward, in blocks, as if their rows were one long file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from potstill.cache.types import Targets
 
 @dataclass(frozen=True, slots=True)
 class RowFile:
-    """One file to read: its rows are `first_row` to `first_row + num_rows` of the corpus."""
+    """One file to read, whose rows are `first_row` to `first_row + num_rows` of the corpus."""
 
     path: Path
     num_rows: int
@@ -29,12 +29,13 @@ class RowFile:
 
 
 def row_files(sources: Sequence[str | Path], columns: Sequence[str]) -> list[RowFile]:
-    """The Parquet files meant by `sources` (files, or folders of them) in the order of their names, numbers as numbers.
+    """List the Parquet files meant by `sources`, which are files or folders, by name; numbers in names sort as numbers.
 
-    Rows are counted through, as if the files were one.
+    Rows are numbered through all files.
 
     Raises:
-        InvalidInput: no such source, no Parquet file in it, a file without one of the `columns` or without rows.
+        InvalidInput: a source does not exist or has no Parquet file, a file lacks one of the `columns`, or there is no
+            row at all.
     """
     found: list[RowFile] = []
     first = 0
@@ -57,12 +58,12 @@ def row_files(sources: Sequence[str | Path], columns: Sequence[str]) -> list[Row
 
 
 def came_from(files: Sequence[RowFile], fingerprint: str) -> bool:
-    """Whether all files were exported from the corpus with that fingerprint."""
+    """Tell whether all files were exported from the corpus with that fingerprint."""
     return all(file.origin is not None and file.origin.corpus["fingerprint"] == fingerprint for file in files)
 
 
 def placed(files: Sequence[RowFile]) -> list[RowFile]:
-    """Exported files at the rows of the corpus they came from, in order.
+    """Place exported files at the corpus rows from which they came, in order.
 
     Raises:
         InvalidInput: two files have the same rows.
@@ -77,7 +78,7 @@ def placed(files: Sequence[RowFile]) -> list[RowFile]:
 
 
 class RowReader:
-    """Reads rows of files forward, in blocks; going back opens the row group again. Not for several threads."""
+    """Reads rows of files forward, in blocks; going back opens the row group again. Not thread-safe."""
 
     def __init__(self, files: Sequence[RowFile], form: RowFormat) -> None:
         self._files = files
@@ -86,20 +87,20 @@ class RowReader:
         self._batch: _RowBatch | None = None
 
     def rows(self) -> Iterator[tuple[RowSource, int, Rows]]:
-        """All rows: where each block comes from, the corpus row it begins at, and its tokens."""
+        """Read all rows in blocks: each with its source, the corpus row at which it begins, and its tokens."""
         for batch in self._open(self._files[0].first_row, self._form.token_columns):
             yield batch.source, batch.start, self._form.rows(batch.rows, batch.source)
 
     def holds(self, start: int, stop: int) -> bool:
-        """Whether every row from `start` to `stop` of the corpus is in the files."""
+        """Tell whether the files hold every row from `start` to `stop` of the corpus."""
         inside = (min(f.first_row + f.num_rows, stop) - max(f.first_row, start) for f in self._files)
         return sum(max(count, 0) for count in inside) == stop - start
 
     def targets(self, start: int, stop: int) -> Iterator[Targets]:
-        """Targets of rows `start` to `stop` of the corpus, in blocks; the files must hold them.
+        """Read the targets of rows `start` to `stop` of the corpus, in blocks; the files must hold them.
 
         Raises:
-            InvalidInput: what the format refuses.
+            InvalidInput: the format refuses a row.
         """
         while start < stop:
             batch = self._find(start)
@@ -120,7 +121,7 @@ class RowReader:
         return batch
 
     def _open(self, row: int, columns: Sequence[str]) -> Iterator[_RowBatch]:
-        """Blocks from the row group that has `row` on, to the end of the files."""
+        """Read blocks from the row group that has `row` to the end of the files."""
         for source in self._files:
             if source.first_row + source.num_rows <= row:
                 continue
@@ -137,9 +138,9 @@ class RowReader:
 class _RowBatch:
     source: RowSource
     start: int
-    """Its first row in the corpus."""
+    """First row of the block in the corpus."""
     group_stop: int
-    """Where its row group ends in the corpus."""
+    """Corpus row at which the block's row group ends."""
     rows: Any
     """The Arrow record batch."""
 
@@ -147,6 +148,7 @@ class _RowBatch:
 def _group_batches(file: Any, source: RowFile, group: int, first: int, columns: Sequence[str]) -> Iterator[_RowBatch]:
     about = file.metadata.row_group(group)
     tokens = max(about.column(i).num_values for i in range(about.num_columns) if _is_tokens(about.column(i)))
+    # pyarrow counts a batch in rows: from the row group's mean length, how many have about BLOCK_POSITIONS tokens.
     batch_rows = max(1, BLOCK_POSITIONS * about.num_rows // max(tokens, 1))
     stop = source.first_row + first + about.num_rows
     for batch in file.iter_batches(batch_size=batch_rows, row_groups=[group], columns=list(columns)):
@@ -179,7 +181,7 @@ def _by_numbers(path: Path) -> list[tuple[int, str]]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """What a damaged file makes pyarrow raise, as one line that names it."""
+    """Turn errors that pyarrow raises for a damaged file into one line that names the file."""
     try:
         yield
     except (pa.ArrowException, OSError) as error:

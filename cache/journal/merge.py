@@ -39,7 +39,7 @@ MANY = 16
 _TIER = 16
 _FIRST_TIER_POSITIONS = 1 << 14
 _LARGEST_POSITIONS = 1 << 23
-# Positions written as one object: of the largest array, the logprobs or ids at K = 64, 51 MB.
+# Positions whose arrays are written as one object each: 51 MB together at K = 64, before compression.
 _BLOCK_POSITIONS = 1 << 18
 # Positions read at a time: a whole number of chunks of every array.
 _READ_POSITIONS = 1 << 16

@@ -180,9 +180,9 @@ class SegmentRecord:
 
 
 class JournalSegment:
-    """A published segment, opened at the first read; thread-safe. Every method that reads raises:
+    """A published segment, opened at the first read; thread-safe.
 
-    CorruptSegment, FormatError: stored bytes are damaged, or were removed meanwhile. StoreError: the store failed.
+    Reads raise CorruptSegment or FormatError for bytes that are damaged or were removed, StoreError for a failed store.
     """
 
     def __init__(self, root: Root, record: SegmentRecord, ranks: RankTable, reading: Reading) -> None:

@@ -1,4 +1,4 @@
-"""Targets as they travel over HTTP: Arrow streams and the JSON form of the same.
+"""Targets over HTTP: Arrow streams, and the same as JSON.
 
-The service writes and the clients read them; neither knows of the store.
+The service writes them and the clients read them; nothing here knows of the store.
 """

@@ -1,9 +1,9 @@
-"""Rows, fields and targets on the wire: Arrow IPC streams, and JSON for people and curl.
+"""Requests and answers of scoring: Arrow IPC streams, and JSON for people and curl.
 
-A request is one record batch with the column `row` (list of uint32). An answer has one record batch
-per row. Both carry the wire version in their schema metadata, so that a client and a service of
-different versions refuse each other in one clear line instead of misreading. Record batches are not
-compressed: HTTP can do that, and a small compressed body could unpack to any size.
+A request is one record batch with the column `row` (list of uint32). An answer has one record batch per row. Both
+carry the wire version in their schema metadata, so that a client and a service of different versions refuse each other
+in one clear line instead of misreading. Record batches are not compressed: HTTP can do that, and a small compressed
+body could unpack to any size.
 
     column                          Arrow type                      there when
     ids, logprobs                   fixed-size lists of K           k > 0
@@ -37,7 +37,7 @@ ARROW_MEDIA_TYPE = "application/vnd.apache.arrow.stream"
 JSON_MEDIA_TYPE = "application/json"
 WIRE_VERSION = "1"
 FORMAT_HEADER = "potstill-format"
-"""The wire version, where a request or an answer has no body to say so."""
+"""HTTP header with the wire version, for requests and answers whose body does not have it."""
 
 FORMAT_KEY = b"potstill.format"
 FIELDS_KEY = b"potstill.fields"
@@ -50,7 +50,7 @@ _DRAW_COLUMNS = {"draw_ids": pa.list_(pa.uint32()), "draw_counts": pa.list_(pa.u
 
 @dataclass(frozen=True, slots=True)
 class ScoreRequest:
-    """What a client asks: rows of token ids, each [T] uint32, and the fields it wants."""
+    """A client's request: rows of token ids, each [T] uint32, and the fields that it wants of them."""
 
     rows: list[Tokens]
     fields: Fields
@@ -58,14 +58,14 @@ class ScoreRequest:
 
 @dataclass(frozen=True, slots=True)
 class ScoreAnswer:
-    """What a service answers: whose targets they are, and one `Targets` per row, in order."""
+    """A service's answer: the teacher's identity, and one `Targets` per row, in order."""
 
     identity: TeacherIdentity
     targets: list[Targets]
 
 
 def request_to_arrow(request: ScoreRequest) -> bytes:
-    """The request as an Arrow IPC stream."""
+    """Write a request as an Arrow IPC stream."""
     metadata = {FORMAT_KEY: WIRE_VERSION.encode(), FIELDS_KEY: json.dumps(request.fields.to_json()).encode()}
     schema = pa.schema([pa.field("row", pa.list_(pa.uint32()))], metadata=metadata)
     lengths = np.cumsum([0, *map(len, request.rows)], dtype=np.int32)
@@ -78,7 +78,7 @@ def request_from_arrow(body: bytes) -> ScoreRequest:
     """Read a request stream.
 
     Raises:
-        WireVersionError: another wire version. InvalidInput: not an Arrow stream of this shape.
+        WireVersionError: it has another wire version. InvalidInput: it is not such an Arrow stream.
     """
     schema, batches = open_stream(body)
     fields = Fields.from_json(metadata_json(schema, FIELDS_KEY))
@@ -94,7 +94,7 @@ def request_from_arrow(body: bytes) -> ScoreRequest:
 
 
 def answer_to_arrow(answer: ScoreAnswer, fields: Fields) -> bytes:
-    """The answer as an Arrow IPC stream, one record batch per row; `fields` gives K when there is no row."""
+    """Write an answer as an Arrow IPC stream, one record batch per row; `fields` gives K when there is no row."""
     return _answer_stream(answer, fields.k)
 
 
@@ -102,7 +102,7 @@ def answer_from_arrow(body: bytes) -> ScoreAnswer:
     """Read an answer stream.
 
     Raises:
-        WireVersionError: another wire version. InvalidInput: not an Arrow stream of this shape.
+        WireVersionError: it has another wire version. InvalidInput: it is not such an Arrow stream.
     """
     schema, batches = open_stream(body)
     try:
@@ -116,7 +116,7 @@ def request_from_json(value: Any) -> ScoreRequest:
     """Read `{"rows": [[id, ...]], "fields": {"k": 64}}`.
 
     Raises:
-        InvalidInput: another shape, or an id that is not a whole number in [0, 2**32).
+        InvalidInput: the value has another shape, or an id is not a whole number in [0, 2**32).
     """
     if not isinstance(value, dict) or not isinstance(value.get("rows"), list):
         raise InvalidInput('the body must be a JSON object like {"rows": [[1, 2]], "fields": {"k": 64}}')
@@ -128,12 +128,12 @@ def request_from_json(value: Any) -> ScoreRequest:
 
 
 def answer_to_json(answer: ScoreAnswer) -> dict[str, JSON]:
-    """`{"identity": {...}, "rows": [{"ids", "logprobs", "log_tail", "label_logprob", ...}]}`."""
+    """Convert to `{"identity": {...}, "rows": [{"ids", "logprobs", "log_tail", "label_logprob", ...}]}`."""
     return {"identity": answer.identity.to_json(), "rows": [targets_to_json(t) for t in answer.targets]}
 
 
 def targets_to_json(targets: Targets) -> dict[str, JSON]:
-    """One row's targets as lists; see the module docstring for `null`."""
+    """Convert one row's targets to lists; see the module docstring for `null`."""
     row: dict[str, JSON] = {"ids": targets.ids.tolist()}
     for name in ("logprobs", "log_tail", "label_logprob", *_FLOAT_COLUMNS):
         array = getattr(targets, name)
@@ -149,7 +149,7 @@ def targets_to_json(targets: Targets) -> dict[str, JSON]:
 
 
 def targets_to_arrow(identity: TeacherIdentity, targets: Targets) -> bytes:
-    """A range of positions as an answer stream of one record batch."""
+    """Write the targets of a range of positions as an answer of one record batch."""
     return _answer_stream(ScoreAnswer(identity, [targets]), targets.k)
 
 
@@ -163,7 +163,7 @@ def _row_from_json(index: int, row: Any) -> Tokens:
 
 
 def _answer_stream(answer: ScoreAnswer, k: int) -> bytes:
-    """`k` is used when there is no row."""
+    """Write an answer; `k` is used when there is no row, so that the columns have their width all the same."""
     metadata = {FORMAT_KEY: WIRE_VERSION.encode(), IDENTITY_KEY: json.dumps(answer.identity.to_json()).encode()}
     columns = answer_columns(answer.targets[0]) if answer.targets else _top_k_columns(k)
     schema = pa.schema(columns, metadata=metadata)
@@ -176,7 +176,7 @@ def _top_k_columns(k: int) -> list[Any]:
 
 
 def answer_columns(targets: Targets) -> list[Any]:
-    """The Arrow fields that targets like these are sent as."""
+    """Arrow fields of the columns in which targets like these are sent."""
     columns = _top_k_columns(targets.k)
     for name in _FLOAT_COLUMNS:
         array = getattr(targets, name)
@@ -188,7 +188,7 @@ def answer_columns(targets: Targets) -> list[Any]:
 
 
 def to_batch(targets: Targets, schema: Any) -> Any:
-    """Targets as one record batch of a schema of `answer_columns`."""
+    """Convert targets to one record batch; `schema` has the columns of `answer_columns`."""
     return pa.record_batch([_to_column(targets, field) for field in schema], schema=schema)
 
 
@@ -207,7 +207,7 @@ def from_batch(batch: Any) -> Targets:
     """Read what `to_batch` made.
 
     Raises:
-        InvalidInput: other columns or types, or nulls.
+        InvalidInput: there are other columns or types, or nulls.
     """
     names = set(batch.schema.names)
     floats = {
@@ -236,7 +236,7 @@ def _draws(batch: Any) -> Draws:
 
 
 def _ragged_column(batch: Any, name: str, kind: Any) -> tuple[NDArray[np.int64], NDArray[Any]]:
-    """The offsets from 0, and all entries one after the other."""
+    """Offsets [P + 1], starting at 0, and the entries of all lists one after the other."""
     column = only_column(batch, name, kind)
     if column.null_count:
         raise InvalidInput(f"column {name!r} has nulls")
@@ -258,10 +258,10 @@ def _list_column(batch: Any, name: str, item: Any) -> NDArray[Any]:
 
 
 def only_column(batch: Any, name: str, kind: Any) -> Any:
-    """The one column of that name.
+    """Return the one column of that name.
 
     Raises:
-        InvalidInput: there is none, there are several, or it is of another type.
+        InvalidInput: there is none, there are several, or it has another type.
     """
     if batch.schema.names.count(name) != 1 or batch.column(name).type != kind:
         raise InvalidInput(f"there must be one column {name!r} of type {kind}")
@@ -285,10 +285,10 @@ def _stream(schema: Any, batches: Sequence[Any]) -> bytes:
 
 
 def open_stream(body: bytes) -> tuple[Any, list[Any]]:
-    """The schema and the checked record batches of a whole stream.
+    """Read a whole stream: its schema, and its record batches, checked.
 
     Raises:
-        WireVersionError: another wire version. InvalidInput: not an Arrow stream, or a compressed one.
+        WireVersionError: it has another wire version. InvalidInput: it is no Arrow stream, or a compressed one.
     """
     try:
         with pa.ipc.open_stream(body) as reader:
@@ -312,8 +312,9 @@ def _refuse_compression(body: bytes) -> None:
 
 
 def is_compressed(metadata: bytes) -> bool:
-    """Whether a message is a record batch with compression, which pyarrow does not tell before unpacking."""
-    # Flatbuffers: Message has the fields version, kind, header; RecordBatch length, nodes, buffers, compression.
+    """Tell whether an IPC message is a compressed record batch."""
+    # pyarrow does not tell before unpacking, so the Flatbuffers are read here: Message has the fields version, kind,
+    # header; RecordBatch has length, nodes, buffers, compression.
     (message,) = struct.unpack_from("<I", metadata, 0)
     kind = _flatbuffer_field(metadata, message, 1)
     if kind is None or metadata[kind] != _RECORD_BATCH:
@@ -326,7 +327,7 @@ def is_compressed(metadata: bytes) -> bool:
 
 
 def _flatbuffer_field(data: bytes, table: int, number: int) -> int | None:
-    """Where a table keeps its field of that number, or None when it is absent."""
+    """Offset of a field of a Flatbuffers table, by its number; None when it is absent."""
     (back,) = struct.unpack_from("<i", data, table)
     vtable = table - back
     (size,) = struct.unpack_from("<H", data, vtable)
@@ -339,7 +340,7 @@ def check_version(schema: Any) -> None:
     """Refuse a schema of another wire version.
 
     Raises:
-        WireVersionError: naming both.
+        WireVersionError: the versions differ; the error names both.
     """
     require_version((schema.metadata or {}).get(FORMAT_KEY, b"none").decode(errors="replace"))
 
@@ -348,7 +349,7 @@ def require_version(version: str) -> None:
     """Refuse another wire version than this end's.
 
     Raises:
-        WireVersionError: naming both.
+        WireVersionError: the versions differ; the error names both.
     """
     if version != WIRE_VERSION:
         raise WireVersionError(
@@ -358,10 +359,10 @@ def require_version(version: str) -> None:
 
 
 def metadata_json(schema: Any, key: bytes) -> Any:
-    """The JSON value under a key of the schema metadata.
+    """Read the JSON value under a key of the schema metadata.
 
     Raises:
-        InvalidInput: it is not there, or not JSON.
+        InvalidInput: it is missing, or not JSON.
     """
     raw = (schema.metadata or {}).get(key)
     if raw is None:

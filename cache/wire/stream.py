@@ -1,14 +1,14 @@
 """Arrow IPC streams of many record batches, which neither end holds whole.
 
-Arrow takes a stream that ends between two batches for a whole one. So each stream says at its beginning how long it
-will be, and its reader refuses one that ends before. Of all that is sent the schema metadata says:
+Arrow takes a stream that ends between two batches for complete. So each stream says at its beginning how long it will
+be, and its reader refuses one that ends before. The schema metadata has:
 
     potstill.format     wire version
     potstill.batches    record batches to come
-    potstill.length     positions, or elements of an array, in all of them
+    potstill.length     positions, or elements of an array, in all batches
     potstill.corpus     fingerprint of the corpus
-    potstill.identity   of targets: whose they are
-    potstill.fields     of targets: which
+    potstill.identity   the teacher's identity; targets only
+    potstill.fields     the fields of the targets; targets only
 
 Targets have the columns of `wire.scores`, one record batch per block of positions or per row. An array has one column,
 `values`. A request for rows is one record batch with the column `rows` (int64).
@@ -31,30 +31,30 @@ from potstill.cache.types import Fields, Targets, TeacherIdentity
 from potstill.cache.wire import scores as wire
 
 END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
-"""How Arrow ends a stream."""
+"""End-of-stream marker of Arrow IPC."""
 
 _BATCHES, _LENGTH, _CORPUS = b"potstill.batches", b"potstill.length", b"potstill.corpus"
 _VALUES, _ROWS = "values", "rows"
 
 
 class CutShort(Exception):
-    """A stream ended, or broke, before all that it promised was there."""
+    """Raised when a stream ends or breaks before all that its head announced has arrived."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamHead:
-    """What a stream says of itself before its first batch."""
+    """Head of a stream, sent before its first batch."""
 
     batches: int
     length: int
-    """Positions, or elements of an array."""
+    """Positions, or elements of an array, in all batches."""
     corpus: str
-    """Fingerprint."""
+    """Fingerprint of the corpus."""
     identity: TeacherIdentity | None = None
     fields: Fields | None = None
 
     def schema(self, columns: Sequence[Any]) -> Any:
-        """The Arrow schema of these columns with this head as its metadata."""
+        """Make the Arrow schema with these columns, and with this head as its metadata."""
         metadata = {
             wire.FORMAT_KEY: wire.WIRE_VERSION.encode(),
             _BATCHES: str(self.batches).encode(),
@@ -69,10 +69,10 @@ class StreamHead:
 
     @classmethod
     def of(cls, schema: Any) -> StreamHead:
-        """Read what `schema` wrote.
+        """Read the head from a schema's metadata.
 
         Raises:
-            WireVersionError: of another version. InvalidInput: not the head of a stream.
+            WireVersionError: it has another wire version. InvalidInput: it is not the head of a stream.
         """
         wire.check_version(schema)
         metadata = schema.metadata
@@ -95,10 +95,9 @@ class StreamHead:
 
 
 def write_targets(head: StreamHead, groups: Iterable[Sequence[Targets]]) -> Iterator[bytes]:
-    """The stream in pieces, one per group; each of the group's targets is one record batch.
+    """Write a stream in pieces, one per group; each `Targets` of a group is one record batch.
 
-    Raises:
-        What reading `groups` does, between two pieces: the stream has no end then.
+    Errors of reading `groups` come through, and leave the stream without its end: the reader sees it cut short.
     """
     schema, batches, length = None, 0, 0
     for group in groups:
@@ -114,7 +113,7 @@ def write_targets(head: StreamHead, groups: Iterable[Sequence[Targets]]) -> Iter
 
 
 def write_array(head: StreamHead, parts: Iterable[NDArray[Any]]) -> Iterator[bytes]:
-    """An array [N] or [N, D] in pieces, one record batch each; see `write_targets`."""
+    """Write an array [N] or [N, D] as a stream, in pieces of one record batch; see `write_targets`."""
     schema, batches, length = None, 0, 0
     for part in parts:
         flat = pa.array(np.ascontiguousarray(part).reshape(-1))
@@ -130,7 +129,7 @@ def write_array(head: StreamHead, parts: Iterable[NDArray[Any]]) -> Iterator[byt
 
 
 def coalesced(pieces: Iterable[bytes], least: int = 1 << 20) -> Iterator[bytes]:
-    """The same bytes in pieces of at least that many, but for the last."""
+    """Join pieces of bytes into larger ones of at least `least` bytes each; the last may be shorter."""
     held: list[bytes] = []
     size = 0
     for piece in pieces:
@@ -144,7 +143,7 @@ def coalesced(pieces: Iterable[bytes], least: int = 1 << 20) -> Iterator[bytes]:
 
 
 def write_row_numbers(rows: Sequence[int], fields: Fields | None = None) -> bytes:
-    """A request for rows of a corpus, or for their targets' `fields`."""
+    """Write a request for rows of a corpus, or with `fields` for their targets."""
     metadata = {wire.FORMAT_KEY: wire.WIRE_VERSION.encode()}
     if fields is not None:
         metadata[wire.FIELDS_KEY] = json.dumps(fields.to_json()).encode()
@@ -157,7 +156,7 @@ def read_row_numbers(body: bytes) -> tuple[list[int], Fields | None]:
     """Read what `write_row_numbers` wrote.
 
     Raises:
-        WireVersionError: of another version. InvalidInput: anything else.
+        WireVersionError: it has another wire version. InvalidInput: it is something else.
     """
     try:
         schema, batches = wire.open_stream(body)
@@ -175,24 +174,24 @@ def _has_fields(schema: Any) -> bool:
 
 
 class Source(Protocol):
-    """A body that arrives."""
+    """The body of an HTTP answer while it arrives, as the file that pyarrow reads."""
 
     @property
     def closed(self) -> bool:
-        """Whether it can be read no more; pyarrow asks."""
+        """True once it can be read no more."""
         ...
 
     def read(self, size: int = -1, /) -> bytes:
-        """The next `size` bytes, fewer only at the end."""
+        """Read the next `size` bytes, fewer only at the end."""
         ...
 
 
 class StreamReader:
-    """Reads a stream as it arrives: iterate over its targets, or its array's parts.
+    """Reads a stream while it arrives: iterate over `targets()`, or over the parts of its `array()`.
 
-    Raises:
-        CutShort: the body ended or broke before the stream did; also while iterating.
-        WireVersionError: of another version. InvalidInput: not such a stream.
+    Raises, also while iterating:
+        CutShort: the body ended or broke before the stream did.
+        WireVersionError: it has another wire version. InvalidInput: it is not such a stream.
     """
 
     def __init__(self, source: Source) -> None:
@@ -208,12 +207,12 @@ class StreamReader:
         self.head = StreamHead.of(self._schema)
 
     def targets(self) -> Iterator[Targets]:
-        """One `Targets` per record batch; raises as the class does."""
+        """Read one `Targets` per record batch; raises as the class does."""
         for batch in self._batches():
             yield wire.from_batch(batch)
 
     def array(self) -> Iterator[NDArray[Any]]:
-        """The array's parts [n] or [n, D]; raises as the class does."""
+        """Read the array in parts [n] or [n, D]; raises as the class does."""
         for batch in self._batches():
             if batch.schema.names != [_VALUES] or batch.column(0).null_count:
                 raise InvalidInput(f"an array has one column {_VALUES!r} without nulls")
