@@ -1,29 +1,5 @@
 """The one error tree.
 
-    PotstillError
-      InvalidInput             422  bad value; fix the input
-        LimitExceeded          422  a row, batch or K over a stated limit
-          BodyTooLarge         413  a request body over the service's byte limit
-        UnsupportedField       422  a field that this teacher or target set does not have
-        WireVersionError       400  client and service speak different wire versions
-        MediaTypeError         415  a request body of another content type
-      NotFound                 404
-        UnknownTeacher         404
-        UnknownCorpus          404
-        NotCommitted           404  positions whose shard has no commit yet
-      SpecMismatch             409  another teacher, tokenizer, corpus or field set under the same name
-      AlreadyExists            409  a sealed name is taken
-      StoreError               507  the store could not keep or give the bytes (disk full, permission)
-      FormatError              500  metadata that this version cannot read
-      CorruptSegment           500  stored bytes that are not what was committed
-      TeacherFailed            502  the engine failed or answered nonsense
-      Unauthenticated          401  no API key, or one that the service does not know
-      Forbidden                403  a key whose role may not do this
-      RequestTimeout           408  a request body that came too slowly; retry later
-      Overloaded               429  retry later
-      Unavailable              503  retry later (starting, stopping, unreachable)
-      DeadlineExceeded         504  the caller's deadline passed
-
 Each class has a stable `kind` (append-only: clients switch on it), one HTTP status, and says whether
 the same call may be tried again. A cache miss is not an error.
 """
@@ -43,6 +19,12 @@ class PotstillError(Exception):
     status: ClassVar[int] = 500
     retryable: ClassVar[bool] = False
 
+    def __init_subclass__(cls, *, kind: str = "", status: int = 0, retryable: bool = False) -> None:
+        """Set what the class line says; the rest is as in the class above."""
+        cls.kind = kind or cls.kind
+        cls.status = status or cls.status
+        cls.retryable = retryable or cls.retryable
+
     def __init__(self, *args: object, retry_after: float | None = None) -> None:
         super().__init__(*(without_login(arg) if isinstance(arg, str) else arg for arg in args))
         self.retry_after = retry_after
@@ -54,156 +36,92 @@ class PotstillError(Exception):
         return " ".join(str(self).split())
 
 
-class InvalidInput(PotstillError):
+class InvalidInput(PotstillError, kind="invalid_input", status=422):
     """A value that can never be accepted as it is."""
 
-    kind = "invalid_input"
-    status = 422
 
-
-class LimitExceeded(InvalidInput):
+class LimitExceeded(InvalidInput, kind="limit_exceeded"):
     """A value over a stated limit."""
 
-    kind = "limit_exceeded"
 
-
-class BodyTooLarge(LimitExceeded):
+class BodyTooLarge(LimitExceeded, kind="body_too_large", status=413):
     """A request body over the service's byte limit."""
 
-    kind = "body_too_large"
-    status = 413
 
-
-class UnsupportedField(InvalidInput):
+class UnsupportedField(InvalidInput, kind="unsupported_field"):
     """A field that this teacher or target set does not have."""
 
-    kind = "unsupported_field"
 
-
-class WireVersionError(InvalidInput):
+class WireVersionError(InvalidInput, kind="wire_version", status=400):
     """The two ends of a connection speak different wire versions."""
 
-    kind = "wire_version"
-    status = 400
 
-
-class MediaTypeError(InvalidInput):
+class MediaTypeError(InvalidInput, kind="media_type", status=415):
     """A request body of a content type the route does not take."""
 
-    kind = "media_type"
-    status = 415
 
-
-class NotFound(PotstillError):
+class NotFound(PotstillError, kind="not_found", status=404):
     """Something named that is not there."""
 
-    kind = "not_found"
-    status = 404
 
-
-class UnknownTeacher(NotFound):
+class UnknownTeacher(NotFound, kind="unknown_teacher"):
     """No teacher, or no targets of a teacher, under that name."""
 
-    kind = "unknown_teacher"
 
-
-class UnknownCorpus(NotFound):
+class UnknownCorpus(NotFound, kind="unknown_corpus"):
     """No sealed corpus under that name."""
 
-    kind = "unknown_corpus"
 
-
-class NotCommitted(NotFound):
+class NotCommitted(NotFound, kind="not_committed"):
     """Positions whose shard has no commit yet."""
 
-    kind = "not_committed"
 
-
-class SpecMismatch(PotstillError):
+class SpecMismatch(PotstillError, kind="spec_mismatch", status=409):
     """Another teacher, tokenizer, corpus, field set or encoding than the one recorded under the name."""
 
-    kind = "spec_mismatch"
-    status = 409
 
-
-class AlreadyExists(PotstillError):
+class AlreadyExists(PotstillError, kind="already_exists", status=409):
     """A sealed name is taken; nothing published is ever rewritten."""
 
-    kind = "already_exists"
-    status = 409
 
-
-class StoreError(PotstillError):
+class StoreError(PotstillError, kind="store", status=507):
     """The store could not keep or give the bytes (disk full, permission, unreachable)."""
 
-    kind = "store"
-    status = 507
 
-
-class FormatError(PotstillError):
+class FormatError(PotstillError, kind="format", status=500):
     """Metadata this version cannot read: written by a newer format, or not by this project."""
 
-    kind = "format"
-    status = 500
 
-
-class CorruptSegment(PotstillError):
+class CorruptSegment(PotstillError, kind="corrupt_segment", status=500):
     """Stored bytes that are not what was committed; the message names the object."""
 
-    kind = "corrupt_segment"
-    status = 500
 
-
-class TeacherFailed(PotstillError):
+class TeacherFailed(PotstillError, kind="teacher_failed", status=502):
     """The engine failed, or answered what no model can mean (NaN)."""
 
-    kind = "teacher_failed"
-    status = 502
 
-
-class Overloaded(PotstillError):
+class Overloaded(PotstillError, kind="overloaded", status=429, retryable=True):
     """Too much work is waiting; try again later."""
 
-    kind = "overloaded"
-    status = 429
-    retryable = True
 
-
-class Unavailable(PotstillError):
+class Unavailable(PotstillError, kind="unavailable", status=503, retryable=True):
     """Starting, stopping or unreachable; try again later."""
 
-    kind = "unavailable"
-    status = 503
-    retryable = True
 
-
-class Unauthenticated(PotstillError):
+class Unauthenticated(PotstillError, kind="unauthenticated", status=401):
     """No API key, or one that the service does not know."""
 
-    kind = "unauthenticated"
-    status = 401
 
-
-class Forbidden(PotstillError):
+class Forbidden(PotstillError, kind="forbidden", status=403):
     """A known key whose role may not do this."""
 
-    kind = "forbidden"
-    status = 403
 
-
-class RequestTimeout(PotstillError):
+class RequestTimeout(PotstillError, kind="request_timeout", status=408, retryable=True):
     """A request body that did not arrive in time."""
 
-    kind = "request_timeout"
-    status = 408
-    retryable = True
 
-
-class DeadlineExceeded(PotstillError):
+class DeadlineExceeded(PotstillError, kind="deadline_exceeded", status=504):
     """The caller's deadline passed before there was an answer."""
-
-    kind = "deadline_exceeded"
-    status = 504
 
 
 def _tree(root: type[PotstillError]) -> Iterator[type[PotstillError]]:
