@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from potstill.cache import Cache, Fields, Provenance, Targets, TeacherIdentity
 from potstill.cache.corpus.ingest import IngestPlan, ingest_rows
 from potstill.cache.errors import InvalidInput
-from potstill.cache.store.chunks import codec_pipeline
+from potstill.cache.store.pipelines import codec_pipeline
 
 K = 64
 ROW_TOKENS = 512

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from potstill.cache.errors import InvalidInput, SpecMismatch, UnsupportedField
+from potstill.cache.errors import InvalidInput, SpecMismatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -246,12 +246,6 @@ class Fields:
         for each in self.asked:
             values |= each.values(self)
         return Fields(**values)
-
-    def require_only_top_k(self, who: str) -> None:
-        """Raise `UnsupportedField`, naming `who`, when more than the top-k is asked for."""
-        if not self.only_top_k:
-            asked = ", ".join(each.asked_by for each in self.beside_top_k)
-            raise UnsupportedField(f"{who} holds the top-k only; {asked} is not there: ask without it")
 
     def bytes_per_position(self, vocab_size: int) -> int:
         """What `Targets` of these fields hold of a position at most; the tail and the label are always there."""

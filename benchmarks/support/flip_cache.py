@@ -16,8 +16,8 @@ import numpy as np
 from potstill.cache import Cache, Fields
 from potstill.cache.corpus.annotations import annotate
 from potstill.cache.corpus.corpus import Corpus
-from potstill.cache.journal.journal import Journal, JournalPolicy, journal_records
-from potstill.cache.journal.segment import JournalRow
+from potstill.cache.journal.journal import Journal, JournalPolicy
+from potstill.cache.journal.segment import JournalRow, journal_records
 from potstill.cache.store.record import read_record
 from potstill.cache.targets.target_set import TargetSet
 from potstill.cache.types import Draws, Targets, TeacherIdentity

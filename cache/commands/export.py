@@ -67,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _format(args: argparse.Namespace, targets: TargetSet, fields: Fields, folder: Path) -> tuple[RowFormat, Fields]:
     """The format, and the fields of them that it takes."""
-    from potstill.cache.interchange.distillkit import CompressedRows, preset, read_config, write_config
+    from potstill.cache.interchange.distillkit import CompressedRows
+    from potstill.cache.interchange.distillkit_config import preset, read_config, write_config
     from potstill.cache.interchange.parquet import ListColumns
 
     vocab_size = targets.identity.vocab_size

@@ -103,7 +103,8 @@ def _scaled(form: RowFormat) -> str:
 def _format(
     args: argparse.Namespace, files: list[RowFile], tokenizer: Tokenizer
 ) -> tuple[RowFormat, Fields, TeacherIdentity]:
-    from potstill.cache.interchange.distillkit import CompressedRows, find_config
+    from potstill.cache.interchange.distillkit import CompressedRows
+    from potstill.cache.interchange.distillkit_config import find_config
     from potstill.cache.interchange.parquet import list_columns
 
     origin = files[0].origin

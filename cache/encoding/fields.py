@@ -143,19 +143,6 @@ def decode_fields(
     return Targets.of_other_fields(len(positions), **decoded)
 
 
-def round_trip_fields(targets: Targets, fields: Fields, encoding: Encoding, ranks: RankTable) -> Targets:
-    """What a read of the stored targets will give, without the top-k.
-
-    Raises:
-        TeacherFailed: as `encode_fields`.
-    """
-    stored = encode_fields(targets, fields, encoding, ranks)
-    everything = range(targets.num_positions)
-    return decode_fields(
-        lambda name, start, stop: stored[name][start:stop], everything, fields, encoding, ranks, targets.num_positions
-    )
-
-
 def keeps(fields: Fields, encoding: Encoding) -> bool:
     """Whether the encoding has room for so many entries and draws of a position."""
     return not encoding.packed or max(fields.k, fields.draws) <= MAX_K

@@ -193,11 +193,6 @@ def decode(
     )
 
 
-def round_trip(targets: Targets, encoding: Encoding, ranks: RankTable) -> Targets:
-    """What a read of the stored targets will give."""
-    return decode(encode(targets, encoding, ranks), encoding, ranks)
-
-
 def encode_measured(targets: Targets, encoding: Encoding, ranks: RankTable) -> tuple[StoredArrays, EncodingError]:
     """The arrays to store, and how far they decode from `targets`; in blocks, so that memory stays near the targets'.
 
@@ -212,15 +207,6 @@ def encode_measured(targets: Targets, encoding: Encoding, ranks: RankTable) -> t
         measured.add(exact, decode(blocks[-1], encoding, ranks))
     stored = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
     return stored, measured.error()
-
-
-def measure_error(exact: Targets, decoded: Targets) -> EncodingError:
-    """How far `decoded` is from `exact`, position by position; both have the same ids."""
-    measured = Measured()
-    for start in range(0, exact.num_positions, _BLOCK):
-        part = slice(start, start + _BLOCK)
-        measured.add(exact[part], decoded[part])
-    return measured.error()
 
 
 @dataclass(slots=True)

@@ -38,13 +38,7 @@ from potstill.cache.interchange.distillkit_codec import (
     pack,
     unpack,
 )
-from potstill.cache.interchange.distillkit_config import (
-    CompressionConfig,
-    find_config,
-    preset,
-    read_config,
-    write_config,
-)
+from potstill.cache.interchange.distillkit_config import CompressionConfig
 from potstill.cache.interchange.formats import Rows, RowSource
 from potstill.cache.interchange.parquet import (
     by_falling_logprob,
@@ -55,8 +49,6 @@ from potstill.cache.interchange.parquet import (
     token_ids,
 )
 from potstill.cache.types import Targets
-
-__all__ = ["CompressedRows", "Scaled", "find_config", "preset", "read_config", "write_config"]
 
 _LOGPROBS, _INDICES = "compressed_logprobs", "bytepacked_indices"
 # A packed bit takes a whole byte while it is worked on; this many positions bound the memory for that.

@@ -30,20 +30,10 @@ from potstill.cache.encoding.logprobs import Encoding, RankTable, decode, encodi
 from potstill.cache.errors import InvalidInput, PotstillError
 from potstill.cache.journal.index import JournalIndex
 from potstill.cache.journal.merge import choose, merge
-from potstill.cache.journal.segment import (
-    JournalRow,
-    SegmentRecord,
-    corrupt_journal_objects,
-    journal_records,
-    measured_error,
-    publish,
-    write_rows,
-)
+from potstill.cache.journal.segment import JournalRow, SegmentRecord, measured_error, publish, write_rows
 from potstill.cache.store.claims import Claims
 from potstill.cache.store.root import Root, check_name
 from potstill.cache.types import Provenance, Targets, TeacherIdentity
-
-__all__ = ["Journal", "JournalPolicy", "corrupt_journal_objects", "journal_records"]
 
 _LOG = logging.getLogger(__name__)
 

@@ -26,17 +26,7 @@ from zarr.errors import BaseZarrError
 
 from potstill.cache.errors import CorruptSegment
 from potstill.cache.row_batches import row_batches, row_starts
-from potstill.cache.store.pipelines import codec_pipeline, encoded_chunks, open_array
-
-__all__ = [
-    "ChunkCache",
-    "ReadRequest",
-    "TiledArray",
-    "chunk_checksums",
-    "codec_pipeline",
-    "open_array",
-    "read_together",
-]
+from potstill.cache.store.pipelines import encoded_chunks
 
 # What a damaged or lying object can make zarr, numcodecs or zarrs raise while decoding.
 _DECODE_FAILURES = (BaseZarrError, ValueError, TypeError, KeyError, RuntimeError, IndexError, OSError)

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from potstill.cache.corpus.corpus import Corpus, corpus_path
 from potstill.cache.errors import NotFound, PotstillError, UnknownCorpus, UnknownTeacher
 from potstill.cache.fill.shard_queue import claim_name
-from potstill.cache.journal.journal import journal_records
 from potstill.cache.journal.rows import journal_teachers
+from potstill.cache.journal.segment import journal_records
 from potstill.cache.plurals import counted
 from potstill.cache.store.claims import time_to_live
 from potstill.cache.store.root import Root, check_name, is_name

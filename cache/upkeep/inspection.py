@@ -71,11 +71,6 @@ class SetSummary:
         """The largest of each error figure."""
         return {name: max(values) for name, values in self.errors.items()}
 
-    @property
-    def exact_source(self) -> bool:
-        """Whether all figures compare with the teacher's own answers."""
-        return all(handed.max_abs_error == 0 for handed in self.against)
-
     def add(self, commit: Commit, positions: int) -> None:
         """Take up one commit."""
         self.covered[commit.shard] = True

@@ -27,7 +27,7 @@ from potstill.cache.errors import (
     SpecMismatch,
     StoreError,
 )
-from potstill.cache.journal.journal import corrupt_journal_objects, journal_records
+from potstill.cache.journal.segment import corrupt_journal_objects, journal_records
 from potstill.cache.store.groups import CHECKSUMS, GroupReader, Reading, objects_from_json
 from potstill.cache.store.record import read_record
 from potstill.cache.store.root import Root

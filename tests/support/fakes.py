@@ -12,7 +12,7 @@ import numpy as np
 
 from potstill.cache import Fields, Provenance, Targets, TeacherIdentity
 from potstill.cache.encoding.draws import check_num_draws, draw_rows
-from potstill.cache.errors import LimitExceeded
+from potstill.cache.errors import LimitExceeded, UnsupportedField
 from potstill.cache.types import TeacherLimits, Tokens
 
 
@@ -58,8 +58,8 @@ class FakeTeacher:
         return TeacherLimits(max_top_k=self._identity.vocab_size)
 
     async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
-        if self._top_k_only:
-            want.require_only_top_k("this teacher")
+        if self._top_k_only and not want.only_top_k:
+            raise UnsupportedField("this teacher holds the top-k only; ask for nothing beside it")
         if want.draws:
             check_num_draws(want.draws)
         if want.k > self._identity.vocab_size:

@@ -14,10 +14,9 @@ from potstill.cache.encoding.logprobs import (
     decode,
     encode,
     encoding_by_name,
-    measure_error,
-    round_trip,
 )
 from potstill.cache.errors import FormatError, InvalidInput, TeacherFailed
+from tests.support.round_trips import measure_error, round_trip
 
 
 def targets_from_dense(logits: NDArray[np.float64], k: int) -> Targets:

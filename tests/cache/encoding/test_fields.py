@@ -17,12 +17,12 @@ from potstill.cache.encoding.fields import (
     decode_fields,
     encode_fields,
     ragged_length,
-    round_trip_fields,
     stored_shapes,
 )
 from potstill.cache.encoding.logprobs import ENCODINGS, RankTable, StoredArrays
 from potstill.cache.errors import FormatError, InvalidInput, LimitExceeded, PotstillError, TeacherFailed
 from potstill.cache.types import Draws, Fields, Targets
+from tests.support.round_trips import round_trip_fields
 
 U8, F16, F32 = (ENCODINGS[name] for name in ("u8", "f16", "f32"))
 ALL = Fields(k=0, draws=7, entropy=True, temperatures=(0.5, 2.0), dense=True)

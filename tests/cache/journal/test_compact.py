@@ -18,8 +18,8 @@ from potstill.cache.corpus.tokenizer import fingerprint
 from potstill.cache.encoding.logprobs import RankTable, encoding_by_name
 from potstill.cache.errors import InvalidInput, NotFound, SpecMismatch, StoreError
 from potstill.cache.journal.compact import CompactPlan, compact
-from potstill.cache.journal.journal import Journal, JournalPolicy, journal_records
-from potstill.cache.journal.segment import JournalRow, SegmentRecord
+from potstill.cache.journal.journal import Journal, JournalPolicy
+from potstill.cache.journal.segment import JournalRow, SegmentRecord, journal_records
 from potstill.cache.lineage import Handed
 from potstill.cache.read_through.cached_teacher import CachedTeacher, KeepPolicy
 from potstill.cache.store.root import Root

@@ -13,18 +13,19 @@ import pytest
 
 from potstill.cache import Cache, Targets
 from potstill.cache.corpus.keys import row_key
-from potstill.cache.encoding.logprobs import RankTable, encoding_by_name, round_trip
+from potstill.cache.encoding.logprobs import RankTable, encoding_by_name
 from potstill.cache.errors import InvalidInput, PotstillError
 from potstill.cache.journal.index import JournalIndex
-from potstill.cache.journal.journal import Journal, JournalPolicy, corrupt_journal_objects, journal_records
+from potstill.cache.journal.journal import Journal, JournalPolicy
 from potstill.cache.journal.merge import MANY, choose
-from potstill.cache.journal.segment import JournalRow, SegmentRecord
+from potstill.cache.journal.segment import JournalRow, SegmentRecord, corrupt_journal_objects, journal_records
 from potstill.cache.store.root import Root
 from potstill.cache.types import Tokens
 from potstill.cache.upkeep.garbage import find_garbage
 from tests.support.fakes import FakeTeacher, fake_identity
 from tests.support.paths import GOLDEN
 from tests.support.processes.s3 import s3_server
+from tests.support.round_trips import round_trip
 
 K = 8
 POLICY = JournalPolicy()

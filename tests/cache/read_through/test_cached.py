@@ -12,7 +12,7 @@ from potstill.cache import Cache, Fields
 from potstill.cache.commands import verify
 from potstill.cache.errors import InvalidInput
 from potstill.cache.fill.loop import FillPlan, fill
-from potstill.cache.journal.journal import journal_records
+from potstill.cache.journal.segment import journal_records
 from potstill.cache.read_through.cached_teacher import CachedTeacher, KeepPolicy
 from tests.support.corpora import make_corpus, plan_targets, teacher_for
 from tests.support.fakes import FakeTeacher, fake_identity

@@ -22,10 +22,9 @@ from potstill.cache.store.chunks import (
     ReadRequest,
     TiledArray,
     chunk_checksums,
-    codec_pipeline,
-    open_array,
     read_together,
 )
+from potstill.cache.store.pipelines import codec_pipeline, open_array
 
 PIPELINES = ("stock", "zarrs")
 

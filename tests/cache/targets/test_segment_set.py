@@ -12,7 +12,6 @@ import pytest
 
 from potstill.cache import Cache, Fields, Targets
 from potstill.cache.corpus.corpus import Corpus
-from potstill.cache.encoding.fields import round_trip_fields
 from potstill.cache.encoding.logprobs import RankTable, encoding_by_name
 from potstill.cache.errors import (
     CorruptSegment,
@@ -30,6 +29,7 @@ from potstill.cache.targets.target_set import TargetSet
 from potstill.cache.targets.verification import corrupt_shard_objects, corrupt_shared_objects
 from tests.support.corpora import make_corpus, teacher_for
 from tests.support.fakes import FakeTeacher
+from tests.support.round_trips import round_trip_fields
 
 TOP_K = Fields(k=40)
 EXTRAS = Fields(k=0, draws=20, seed=3, entropy=True, temperatures=(2.0, 0.4))
