@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from potstill.cache.commands.progress import Step, progress
+from potstill.cache.commands.progress import progress
 from potstill.cache.commands.root_option import add_root_argument
 from potstill.cache.plurals import counted
 
 if TYPE_CHECKING:
-    from potstill.cache.journal.compact import CompactProgress, CompactReport
+    from potstill.cache.journal.compact import CompactReport
 
 SUMMARY = "make a corpus of what a service's journal keeps"
 
@@ -53,11 +53,7 @@ def run(args: argparse.Namespace) -> int:
     Cache.open(args.cache)
     cache = Cache.open(args.cache, mode="r+")
     with progress("compact", "positions") as show:
-
-        def on_progress(at: CompactProgress) -> None:
-            show(Step(at.positions_done, at.positions))
-
-        report = compact(cache, plan, on_progress=on_progress)
+        report = compact(cache, plan, on_progress=show)
     print(_summary(plan.teacher, report))
     return 0
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from potstill.cache.commands.progress import Step, progress
+from potstill.cache.commands.progress import progress
 from potstill.cache.commands.root_option import add_root_argument
 from potstill.cache.errors import InvalidInput
 from potstill.cache.plurals import counted
@@ -55,9 +55,7 @@ def run(args: argparse.Namespace) -> int:
     folder = Path(args.to)
     form, fields = _format(args, targets, fields, folder)
     with progress("export", "positions") as show:
-        report = export_shards(
-            targets, folder, form, shards, fields=fields, on_progress=lambda done, total: show(Step(done, total))
-        )
+        report = export_shards(targets, folder, form, shards, fields=fields, on_progress=show)
     print(
         f"{args.to}: {counted(report.files_written, 'file')} written, {report.files_before} there before; "
         f"{counted(report.num_bytes, 'byte')} in all"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from potstill.cache.commands.progress import Step, progress
+from potstill.cache.commands.progress import progress
 from potstill.cache.errors import InvalidInput
 from potstill.cache.plurals import counted
 from potstill.cache.types import Fields, TeacherIdentity
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     from potstill.cache.cache import Cache
     from potstill.cache.corpus.tokenizer import load_tokenizer
     from potstill.cache.encoding.logprobs import encoding_by_name
-    from potstill.cache.interchange.importing import ImportPlan, ImportProgress, import_targets
+    from potstill.cache.interchange.importing import ImportPlan, import_targets
     from potstill.cache.interchange.row_files import row_files
     from potstill.cache.store.root import check_name
 
@@ -73,11 +73,7 @@ def run(args: argparse.Namespace) -> int:
     )
     cache = Cache.open(args.cache, mode="r+")
     with progress("import", "positions") as show:
-
-        def on_progress(at: ImportProgress) -> None:
-            show(Step(at.positions_done, at.positions))
-
-        report = import_targets(cache, files, form, tokenizer, plan, on_progress=on_progress)
+        report = import_targets(cache, files, form, tokenizer, plan, on_progress=show)
     print(_summary(plan.teacher, plan.corpus, report) + _scaled(form))
     return 0
 

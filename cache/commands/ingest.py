@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from potstill.cache.commands.progress import Step, progress
+from potstill.cache.commands.progress import progress
 from potstill.cache.plurals import counted
 
 SUMMARY = "make a sealed corpus of text, JSONL or Parquet"
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     with progress("ingest", "tokens") as show:
 
         def on_progress(at: IngestProgress) -> None:
-            show(Step(at.tokens, None, f"{at.files_done}/{counted(at.files, 'file')}"))
+            show(at.tokens, None, f"{at.files_done}/{counted(at.files, 'file')}")
 
         corpus = ingest(cache.root, args.corpus, args.sources, tokenizer, plan, on_progress=on_progress)
     spec = corpus.spec

@@ -9,7 +9,7 @@ from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
 from potstill.cache.commands.field_options import add_field_options, fields_of
-from potstill.cache.commands.progress import Step, progress
+from potstill.cache.commands.progress import progress
 from potstill.cache.commands.root_option import add_root_argument
 from potstill.cache.entry_points import open_teacher
 from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput, LimitExceeded, SpecMismatch, StoreError
@@ -158,9 +158,7 @@ async def _fill_with_progress(teacher: Teacher, targets: TargetSet, plan: FillPl
 
         def on_progress(at: FillProgress) -> None:
             waiting = f", waiting for {counted(at.waiting_for, 'shard')} of other jobs" if at.waiting_for else ""
-            show(
-                Step(at.positions_scored, at.positions, f"{at.shards_committed}/{counted(at.shards, 'shard')}{waiting}")
-            )
+            show(at.positions_scored, at.positions, f"{at.shards_committed}/{counted(at.shards, 'shard')}{waiting}")
 
         return await fill(teacher, targets, plan, on_progress=on_progress)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -23,17 +23,15 @@ from rich.text import Text
 _LINE_SECONDS = 10.0
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """Where the work stands: `done` of `total` (None when nobody knows) units, and a word beside it."""
+class Show(Protocol):
+    """Shows where the work stands."""
 
-    done: int
-    total: int | None
-    note: str = ""
+    def __call__(self, done: int, total: int | None, note: str = "") -> None:
+        """`done` of `total` (None when nobody knows) units, and a word beside it."""
 
 
 @contextmanager
-def progress(title: str, unit: str) -> Iterator[Callable[[Step], None]]:
+def progress(title: str, unit: str) -> Iterator[Show]:
     """Show steps until the block ends; rate in units a second and time left come from the steps themselves."""
     console = Console(stderr=True)
     if console.is_terminal:
@@ -44,7 +42,7 @@ def progress(title: str, unit: str) -> Iterator[Callable[[Step], None]]:
 
 
 @contextmanager
-def _bar(console: Console, title: str, unit: str) -> Iterator[Callable[[Step], None]]:
+def _bar(console: Console, title: str, unit: str) -> Iterator[Show]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -57,28 +55,28 @@ def _bar(console: Console, title: str, unit: str) -> Iterator[Callable[[Step], N
     with Progress(*columns, console=console, speed_estimate_period=120) as bars:
         task = bars.add_task(title, total=1, note="")
 
-        def show(step: Step) -> None:
-            bars.update(task, completed=step.done, total=step.total or step.done or 1, note=step.note)
+        def show(done: int, total: int | None, note: str = "") -> None:
+            bars.update(task, completed=done, total=total or done or 1, note=note)
 
         yield show
 
 
-def _lines(title: str, unit: str) -> Callable[[Step], None]:
+def _lines(title: str, unit: str) -> Show:
     began = shown = time.monotonic()
 
-    def show(step: Step) -> None:
+    def show(done: int, total: int | None, note: str = "") -> None:
         nonlocal shown
         now = time.monotonic()
-        if now - shown < _LINE_SECONDS and step.done != step.total:
+        if now - shown < _LINE_SECONDS and done != total:
             return
         shown = now
-        rate = step.done / max(now - began, 1e-9)
+        rate = done / max(now - began, 1e-9)
         of = left = ""
-        if step.total:
-            of = f"/{step.total:,}"
-            left = f", {(step.total - step.done) / rate:,.0f} s left" if rate else ""
-        note = f", {step.note}" if step.note else ""
-        sys.stderr.write(f"{title}: {step.done:,}{of} {unit}, {rate:,.0f} {unit}/s{note}{left}\n")
+        if total:
+            of = f"/{total:,}"
+            left = f", {(total - done) / rate:,.0f} s left" if rate else ""
+        told = f", {note}" if note else ""
+        sys.stderr.write(f"{title}: {done:,}{of} {unit}, {rate:,.0f} {unit}/s{told}{left}\n")
         sys.stderr.flush()
 
     return show

@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from potstill.cache.commands.progress import Step, progress
+from potstill.cache.commands.progress import progress
 from potstill.cache.commands.root_option import add_root_argument
 from potstill.cache.entry_points import open_teacher
 from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput, UnknownTeacher
@@ -95,7 +95,7 @@ def _run_checks(args: argparse.Namespace) -> int:
                 for checked in checks:
                     found.add(checked)
                     note = f"{len(found.corrupt):,} corrupt" if found.corrupt else ""
-                    show(Step(found.shards + found.others, total, note))
+                    show(found.shards + found.others, total, note)
         except KeyboardInterrupt:
             stopped = True
     ok = not found.corrupt and not stopped and not found.nothing

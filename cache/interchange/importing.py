@@ -38,14 +38,6 @@ class ImportPlan:
     """Positions of a shard, when the corpus is made; one that exists keeps its shards."""
 
 
-@dataclass(frozen=True, slots=True)
-class ImportProgress:
-    """Progress of an import, over the shards that it has to fill."""
-
-    positions_done: int
-    positions: int
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImportReport:
     """Outcome of a finished import."""
@@ -65,11 +57,12 @@ def import_targets(
     tokenizer: Tokenizer,
     plan: ImportPlan,
     *,
-    on_progress: Callable[[ImportProgress], None] = lambda _: None,
+    on_progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> ImportReport:
     """Make the corpus of the files' rows, or check that it has them, and commit every shard's targets.
 
     Memory holds one shard's targets. When it was stopped, the same call goes on with the shards without a commit.
+    `on_progress` gets positions done and positions in all.
 
     Raises:
         InvalidInput: a row cannot be a teacher's answer; the error names its file.
@@ -99,7 +92,7 @@ def _fill(
     reader: RowReader,
     todo: list[int],
     provenances: Sequence[Provenance],
-    on_progress: Callable[[ImportProgress], None],
+    on_progress: Callable[[int, int], None],
 ) -> None:
     corpus = targets.corpus
     total, done = int(np.diff(corpus.shard_starts)[todo].sum()), 0
@@ -111,7 +104,7 @@ def _fill(
         for block in reader.targets(start, stop):
             blocks.append(block)
             done += block.num_positions
-            on_progress(ImportProgress(done, total))
+            on_progress(done, total)
         targets.write_shard(shard, Targets.concat(blocks), provenance)
     targets.fold()
 

@@ -64,14 +64,6 @@ class CompactPlan:
             raise InvalidInput(f"--top-k is {self.k}; it must be at least 1")
 
 
-@dataclass(frozen=True, slots=True)
-class CompactProgress:
-    """Progress of a compaction, over the shards that it has to write."""
-
-    positions_done: int
-    positions: int
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompactReport:
     """Outcome of a finished compaction."""
@@ -90,9 +82,11 @@ class CompactReport:
 
 
 def compact(
-    cache: Cache, plan: CompactPlan, *, on_progress: Callable[[CompactProgress], None] = lambda _: None
+    cache: Cache, plan: CompactPlan, *, on_progress: Callable[[int, int], None] = lambda _done, _total: None
 ) -> CompactReport:
     """Make the corpus, commit its targets, and remove from the journal the segments whose rows are all in it.
+
+    `on_progress` gets positions done and positions in all.
 
     Raises:
         NotFound: the journal keeps no row of the teacher, or none with so many entries.
@@ -193,7 +187,7 @@ def _require_held(corpus: Corpus, source: JournalRows, shards: Sequence[int]) ->
 
 
 def _fill(
-    targets: TargetSet, source: JournalRows, todo: Sequence[int], on_progress: Callable[[CompactProgress], None]
+    targets: TargetSet, source: JournalRows, todo: Sequence[int], on_progress: Callable[[int, int], None]
 ) -> None:
     corpus = targets.corpus
     total, done = int(np.diff(corpus.shard_starts)[list(todo)].sum()), 0
@@ -205,7 +199,7 @@ def _fill(
     for shard in todo:
         _write_shard(segments, source, shard)
         done += int(np.diff(corpus.shard_starts[shard : shard + 2])[0])
-        on_progress(CompactProgress(done, total))
+        on_progress(done, total)
     targets.fold()
 
 

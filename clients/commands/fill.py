@@ -78,7 +78,7 @@ def _title(args: argparse.Namespace) -> str:
 
 
 def _watched(watch: FillWatch, at: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    from potstill.cache.commands.progress import Step, progress
+    from potstill.cache.commands.progress import progress
 
     pause = 0.2
     try:
@@ -88,7 +88,7 @@ def _watched(watch: FillWatch, at: dict[str, Any], args: argparse.Namespace) -> 
                 pause = min(2.0, pause * 1.5)
                 at = watch.look()
                 shards = f"{at['shards_committed']}/{counted(at['shards'] - at['shards_before'], 'shard')}"
-                show(Step(at["positions_scored"], at["positions"] or None, shards + _waiting(at)))
+                show(at["positions_scored"], at["positions"] or None, shards + _waiting(at))
     except KeyboardInterrupt:
         print(f"the job goes on in the service; `{_command(args, stop=True)}` ends it", file=sys.stderr)
         raise
