@@ -7,7 +7,7 @@ import asyncio
 import json
 import shlex
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from potstill.cache.commands.progress import progress
@@ -154,7 +154,7 @@ def _run_live(args: argparse.Namespace) -> int:
     drifts, corrupt = asyncio.run(_measure(spec, targets, args))
     ok = not corrupt and all(drift.within(args.tolerance) for drift in drifts.values())
     if args.json:
-        shown = {corpus: drift.to_json() for corpus, drift in drifts.items()}
+        shown = {corpus: asdict(drift) for corpus, drift in drifts.items()}
         answer: dict[str, Any] = {"ok": ok, "shards_checked": 0, "corrupt": corrupt, "drift": {name: shown}}
         print(json.dumps(answer, indent=1))
     else:

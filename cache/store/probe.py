@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from potstill.cache.errors import PotstillError
 from potstill.cache.store.root import TEMPORARY, Root
-from potstill.cache.types import JSON
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,10 +19,6 @@ class StoreProbe:
     """One line that says why it did not work; empty when it did."""
     free_bytes: int | None
     """Free bytes of a local folder's file system; None for an object store, which does not tell."""
-
-    def to_json(self) -> dict[str, JSON]:
-        """A JSON object with one key per attribute."""
-        return asdict(self)
 
 
 def probe_store(root: Root) -> StoreProbe:

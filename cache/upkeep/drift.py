@@ -6,8 +6,7 @@ Shape legend:  P positions, K kept entries, V vocabulary size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,10 +51,6 @@ class Drift:
     def within(self, tolerance: float) -> bool:
         """Whether the drift is no more than the encoding's own error and `tolerance` nats."""
         return self.max_abs <= self.bound + tolerance and self.label_over_bound <= tolerance
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object with one key per attribute."""
-        return asdict(self)
 
 
 def check_same_vocabulary(stored: TeacherIdentity, live: TeacherIdentity) -> str:

@@ -230,12 +230,10 @@ def _stored(targets: TargetSet) -> tuple[int, int]:
     size = positions = 0
     starts = targets.corpus.shard_starts
     for shard in range(targets.corpus.num_shards):
-        commits = [each.commits.of(shard) for each in targets.sets]
-        if all(commit is not None for commit in commits):
+        if targets.is_committed(shard):
+            objects = (item for each in targets.sets for item in each.commits.require(shard).objects)
             # Without metadata: every segment has the same, and it would be most of a small one.
-            size += sum(
-                item.size for commit in commits if commit is not None for item in commit.objects if "/c/" in item.path
-            )
+            size += sum(item.size for item in objects if "/c/" in item.path)
             positions += int(starts[shard + 1] - starts[shard])
     return size, positions
 

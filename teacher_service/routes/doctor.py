@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +76,7 @@ def _store(cache: Cache) -> dict[str, JSON]:
         ]
     except StoreError as error:
         probe = replace(probe, problem=probe.problem or error.detail)
-    return {**probe.to_json(), "corpora": corpora, "unreadable": unreadable}
+    return {**asdict(probe), "corpora": corpora, "unreadable": unreadable}
 
 
 def _facts(cache: Cache, name: str) -> dict[str, JSON]:
