@@ -26,7 +26,7 @@ from potstill.teacher_service.routes.overview import add_overview_routes
 from potstill.teacher_service.routes.page import add_page_routes
 from potstill.teacher_service.routes.score import add_score_routes
 from potstill.teacher_service.routes.status import add_status_routes
-from potstill.teacher_service.telemetry.tracing import Tracer
+from potstill.teacher_service.telemetry.tracing import OtelTracer
 from potstill.teacher_service.transport.bounded_transfers import BoundedTransfers
 from potstill.teacher_service.transport.headers import error_headers
 from potstill.teacher_service.watched_app import WatchedApp
@@ -35,7 +35,7 @@ _LOG = logging.getLogger(__name__)
 _DETAIL_CHARACTERS = 1000
 
 
-def create_app(service: Service, *, tracer: Tracer | None = None) -> FastAPI:
+def create_app(service: Service, *, tracer: OtelTracer | None = None) -> FastAPI:
     """The ASGI app. Its lifespan runs the service's teachers."""
 
     @asynccontextmanager

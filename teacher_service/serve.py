@@ -28,7 +28,7 @@ from potstill.teacher_service.hosting.service import Service
 from potstill.teacher_service.hosting.teacher_source import TeacherSource
 from potstill.teacher_service.settings.service import ServiceSettings, TlsSettings, load_settings, teacher_from_argument
 from potstill.teacher_service.telemetry import logs, tracing
-from potstill.teacher_service.telemetry.tracing import Tracer
+from potstill.teacher_service.telemetry.tracing import OtelTracer
 from potstill.teacher_service.transport.connections import bounded_protocol
 
 _LOG = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ def service_of(settings: ServiceSettings, access: Access) -> Service:
 
 
 @contextmanager
-def _tracer(settings: ServiceSettings) -> Iterator[Tracer | None]:
+def _tracer(settings: ServiceSettings) -> Iterator[OtelTracer | None]:
     if settings.tracing.endpoint is None:
         yield None
         return
@@ -179,7 +179,7 @@ class _Server(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
 
-async def _serve(settings: ServiceSettings, access: Access, listener: socket.socket, tracer: Tracer | None) -> None:
+async def _serve(settings: ServiceSettings, access: Access, listener: socket.socket, tracer: OtelTracer | None) -> None:
     service = service_of(settings, access)
     # The teachers are run here and not by the app's lifespan, whose failures uvicorn would swallow.
     config = uvicorn.Config(

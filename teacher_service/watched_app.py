@@ -21,7 +21,7 @@ from potstill.teacher_service.telemetry.logs import (
     choose_request_id,
     request_id,
 )
-from potstill.teacher_service.telemetry.tracing import Tracer, current_tracer
+from potstill.teacher_service.telemetry.tracing import OtelTracer, current_tracer
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -36,7 +36,7 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
 class WatchedApp:
     """Serves each request under an id and records it, whatever becomes of it."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, tracer: Tracer | None = None) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, tracer: OtelTracer | None = None) -> None:
         self._app = app
         self._metrics = metrics
         self._tracer = tracer

@@ -110,17 +110,15 @@ async def same_wire(request: Request) -> None:
     wire.require_version(request.headers.get(wire.FORMAT_HEADER, wire.WIRE_VERSION)[:40])
 
 
-def request_format(request: Request) -> str:
+def request_format(request: Request, taken: Sequence[str] = (wire.ARROW_MEDIA_TYPE, wire.JSON_MEDIA_TYPE)) -> str:
     """The media type of the body.
 
     Raises:
-        MediaTypeError: neither Arrow nor JSON.
+        MediaTypeError: none of those that are taken.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind not in (wire.ARROW_MEDIA_TYPE, wire.JSON_MEDIA_TYPE):
-        raise MediaTypeError(
-            f"content-type {kind[:80]!r} is not taken; send {wire.ARROW_MEDIA_TYPE} or {wire.JSON_MEDIA_TYPE}"
-        )
+    if kind not in taken:
+        raise MediaTypeError(f"content-type {kind[:80]!r} is not taken; send {' or '.join(taken)}")
     return kind
 
 

@@ -6,22 +6,24 @@ from typing import Annotated, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-_Count: TypeAlias = Annotated[int, Field(ge=1, strict=True)]
+Count: TypeAlias = Annotated[int, Field(ge=1, strict=True)]
 _Seconds: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class _Frozen(BaseModel):
+class FrozenSettings(BaseModel):
+    """A table of the settings. Defaults are checked too, so that a wrong one fails at the first start."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
-class RaySettings(_Frozen):
+class RaySettings(FrozenSettings):
     """The table `[ray]`: with it, every teacher is a Ray Serve deployment; without it, an engine in process."""
 
     address: Annotated[str, StringConstraints(min_length=1)] = "auto"
     """`auto` joins the cluster of this machine, `local` starts one for this service, `HOST:PORT` names its head."""
     app_prefix: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,64}$")] = "potstill"
     """Of the Serve applications; services that share a cluster need different ones."""
-    calls_per_replica: _Count = 64
+    calls_per_replica: Count = 64
     """Calls that one replica works on at a time; more wait in the service."""
     wedged_seconds: _Seconds = 120.0
     """A replica whose engine has work and finishes no step for so long is taken for wedged and replaced, and its rows
@@ -35,12 +37,12 @@ class RaySettings(_Frozen):
     """How long a replica that is scaled away may finish what it was sent."""
 
 
-class AutoscaleSettings(_Frozen):
+class AutoscaleSettings(FrozenSettings):
     """Limits between which a teacher is scaled by the tokens that wait for it."""
 
-    min: _Count = 1
-    max: _Count
-    tokens_per_replica: _Count
+    min: Count = 1
+    max: Count
+    tokens_per_replica: Count
     """Waiting tokens that call for one more replica."""
     up_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5.0
     """The need must last so long before replicas are added."""
@@ -54,7 +56,7 @@ class AutoscaleSettings(_Frozen):
         return self
 
 
-class ResourceSettings(_Frozen):
+class ResourceSettings(FrozenSettings):
     """What Ray reserves for each replica."""
 
     cpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
@@ -64,11 +66,11 @@ class ResourceSettings(_Frozen):
     """Ray's custom resources by name."""
 
 
-class ReplicaSettings(_Frozen):
+class ReplicaSettings(FrozenSettings):
     """How many replicas of one teacher: a number that an admin changes, or limits for autoscaling."""
 
-    replicas: _Count = 1
-    max_replicas: _Count = 8
+    replicas: Count = 1
+    max_replicas: Count = 8
     autoscale: AutoscaleSettings | None = None
     resources: ResourceSettings = ResourceSettings()
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeAlias
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
     BaseModel,
-    ConfigDict,
     Field,
     JsonValue,
     StringConstraints,
@@ -24,7 +23,7 @@ from pydantic import (
 
 from potstill.cache.errors import InvalidInput
 from potstill.cache.named_files import read_toml
-from potstill.teacher_service.settings.replicas import AutoscaleSettings, RaySettings, ReplicaSettings, ResourceSettings
+from potstill.teacher_service.settings.replicas import Count, FrozenSettings, RaySettings, ReplicaSettings
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 ENVIRONMENT = {"POTSTILL_HOST": "host", "POTSTILL_PORT": "port", "POTSTILL_CACHE": "cache"}
@@ -38,15 +37,8 @@ _OF_ONE_AND_ALL = (
 )
 """What one request may have, and the bound of all together that has to have room for it."""
 
-Count: TypeAlias = Annotated[int, Field(ge=1, strict=True)]
 
-
-class _Frozen(BaseModel):
-    # Defaults are checked like everything else, so that a wrong one fails at the first start.
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
-
-
-class KeepSettings(_Frozen):
+class KeepSettings(FrozenSettings):
     """What the cache keeps of the rows that are asked for over HTTP."""
 
     k: Count = 64
@@ -56,7 +48,7 @@ class KeepSettings(_Frozen):
     """GiB kept of each teacher's answers that belong to no corpus; over it the oldest are removed. 0 keeps none."""
 
 
-class LimitSettings(_Frozen):
+class LimitSettings(FrozenSettings):
     """What one request, and all requests together, may ask for. Over it: `LimitExceeded` or `Overloaded`.
 
     A bound of all together that is not given is raised to what one request may have, when that is more.
@@ -137,7 +129,7 @@ class LimitSettings(_Frozen):
         return self
 
 
-class AccessSettings(_Frozen):
+class AccessSettings(FrozenSettings):
     """Who may do what. Without `keys_file` everybody may do everything, and the service listens on loopback only."""
 
     keys_file: Annotated[str, StringConstraints(min_length=1)] | None = None
@@ -148,7 +140,7 @@ class AccessSettings(_Frozen):
     """Whether `/metrics` is answered without a key."""
 
 
-class TlsSettings(_Frozen):
+class TlsSettings(FrozenSettings):
     """PEM files of the certificate chain and its private key."""
 
     certfile: Annotated[str, StringConstraints(min_length=1)]
@@ -161,7 +153,7 @@ def _http_url(text: str) -> str:
     return text
 
 
-class LogSettings(_Frozen):
+class LogSettings(FrozenSettings):
     """The log, which goes to stderr."""
 
     format: Literal["text", "json"] = "text"
@@ -170,7 +162,7 @@ class LogSettings(_Frozen):
     """`info` has a line for every request, but for the probes that are answered well: these are in `debug`."""
 
 
-class TracingSettings(_Frozen):
+class TracingSettings(FrozenSettings):
     """Spans for OpenTelemetry; needs the extra `otel`."""
 
     endpoint: Annotated[str, AfterValidator(_http_url)] | None = None
@@ -205,7 +197,7 @@ class TeacherSettings(ReplicaSettings):
             raise InvalidInput(f"teacher {self.name!r} is one of another service; it is that one which has replicas")
 
 
-class ServiceSettings(_Frozen):
+class ServiceSettings(FrozenSettings):
     """Everything `potstill serve` can be told."""
 
     host: Annotated[str, StringConstraints(min_length=1)] = "127.0.0.1"
@@ -294,17 +286,10 @@ def _explain(error: ValidationError) -> str:
 
 
 def _known_keys(table: tuple[int | str, ...]) -> list[str]:
-    models: dict[str, type[BaseModel]] = {
-        "keep": KeepSettings,
-        "limits": LimitSettings,
-        "access": AccessSettings,
-        "tls": TlsSettings,
-        "logs": LogSettings,
-        "tracing": TracingSettings,
-        "ray": RaySettings,
-        "teachers": TeacherSettings,
-        "autoscale": AutoscaleSettings,
-        "resources": ResourceSettings,
-    }
-    names = [part for part in table if isinstance(part, str)]
-    return list(models.get(names[-1], ServiceSettings).model_fields if names else ServiceSettings.model_fields)
+    model: type[BaseModel] = ServiceSettings
+    for name in table:
+        if isinstance(name, str):  # a number is a place in a list of tables
+            annotation = model.model_fields[name].annotation
+            kinds = (annotation, *get_args(annotation))
+            model = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
+    return list(model.model_fields)

@@ -9,37 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any
 
 from potstill.cache.errors import InvalidInput
 from potstill.cache.extras import missing_module
-
-
-class Tracer(Protocol):
-    """What makes spans."""
-
-    def request(self, name: str, headers: Mapping[str, str]) -> AbstractContextManager[Any]:
-        """The span of a whole request, below the parent that its headers name."""
-        ...
-
-    def span(self, name: str, attributes: Mapping[str, str | int]) -> AbstractContextManager[Any]:
-        """A span below the current one."""
-        ...
-
-
-current_tracer: ContextVar[Tracer | None] = ContextVar("current_tracer", default=None)
-"""Of the request that is being served; None when nothing is traced."""
-
-
-@contextmanager
-def span(name: str, **attributes: str | int) -> Iterator[None]:
-    """Time what is inside as a span of the current request's trace."""
-    tracer = current_tracer.get()
-    if tracer is None:
-        yield
-        return
-    with tracer.span(name, attributes):
-        yield
 
 
 class OtelTracer:
@@ -53,7 +26,7 @@ class OtelTracer:
         self._propagator = TraceContextTextMapPropagator()
 
     def request(self, name: str, headers: Mapping[str, str]) -> AbstractContextManager[Any]:
-        """See `Tracer`."""
+        """The span of a whole request, below the parent that its headers name."""
         from opentelemetry.trace import SpanKind  # noqa: PLC0415
 
         parent = self._propagator.extract(dict(headers))
@@ -63,13 +36,28 @@ class OtelTracer:
         return current
 
     def span(self, name: str, attributes: Mapping[str, str | int]) -> AbstractContextManager[Any]:
-        """See `Tracer`."""
+        """A span below the current one."""
         current: AbstractContextManager[Any] = self._tracer.start_as_current_span(name, attributes=attributes)
         return current
 
     def close(self) -> None:
         """Send what is waiting and stop."""
         self._provider.shutdown()
+
+
+current_tracer: ContextVar[OtelTracer | None] = ContextVar("current_tracer", default=None)
+"""Of the request that is being served; None when nothing is traced."""
+
+
+@contextmanager
+def span(name: str, **attributes: str | int) -> Iterator[None]:
+    """Time what is inside as a span of the current request's trace."""
+    tracer = current_tracer.get()
+    if tracer is None:
+        yield
+        return
+    with tracer.span(name, attributes):
+        yield
 
 
 def open_tracer(endpoint: str) -> OtelTracer:

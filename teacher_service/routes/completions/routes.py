@@ -27,10 +27,11 @@ import numpy as np
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from potstill.cache.errors import InvalidInput, MediaTypeError, UnknownTeacher
+from potstill.cache.errors import InvalidInput, UnknownTeacher
 from potstill.cache.types import Fields, Targets, TeacherIdentity, Tokens
 from potstill.cache.wire import scores as wire
 from potstill.teacher_service.access.auth import Role, allow
+from potstill.teacher_service.admission.limits import request_format
 from potstill.teacher_service.hosting.hosted_teacher import HostedTeacher
 from potstill.teacher_service.hosting.service import Service
 from potstill.teacher_service.routes.completions.prompt_logprobs import (
@@ -89,9 +90,7 @@ def error_response(status: int, detail: str, headers: Mapping[str, str] | None =
 
 
 async def _complete(service: Service, request: Request, teacher: HostedTeacher | None) -> Response:
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != wire.JSON_MEDIA_TYPE:
-        raise MediaTypeError(f"content-type {kind[:80]!r} is not taken; send {wire.JSON_MEDIA_TYPE}")
+    request_format(request, (wire.JSON_MEDIA_TYPE,))
     header_id = request.headers.get("x-request-id", "")[:200]
 
     def understand(body: bytes) -> ScoreCall:
