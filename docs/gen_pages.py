@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields as dataclass_fields
@@ -52,10 +53,11 @@ def http_page() -> str:
     lines = ["# HTTP", "", _HTTP_HEAD]
     for path, operations in document["paths"].items():
         for method, about in operations.items():
+            assert "description" in about, f"{method} {path}: its function has no docstring"
             lines += [
                 f"## {method.upper()} `{path}`",
                 "",
-                _described(about),
+                f"{about['description']}\n",
                 *_parameters(about),
                 *_bodies(about, document),
             ]
@@ -64,14 +66,10 @@ def http_page() -> str:
 
 _HTTP_HEAD = """\
 A running service describes itself at `/openapi.json`; this page is made of that document. Every error is
-`{"kind": ..., "detail": ...}` with the status that [Errors](errors.md) names, but below `/v1/completions` and
-`/v1/models`, where it has OpenAI's shape. With API keys, send `Authorization: Bearer KEY`; see
+`{"kind": ..., "detail": ...}` with the status that [Errors](errors.md) names, but under
+`/v1/completions`, where it has OpenAI's shape. With API keys, send `Authorization: Bearer KEY`; see
 [Keys, quotas, TLS](../guide/access.md).
 """
-
-
-def _described(about: dict[str, Any]) -> str:
-    return f"{about.get('description') or about.get('summary', '')}\n"
 
 
 def _parameters(about: dict[str, Any]) -> Iterator[str]:
@@ -80,22 +78,31 @@ def _parameters(about: dict[str, Any]) -> Iterator[str]:
         yield "| parameter | in | type | |\n|---|---|---|---|"
     for one in found:
         schema = one.get("schema", {})
-        default = f"default `{schema['default']}`" if schema.get("default") not in (None, "") else ""
+        default = f"default `{schema['default']}`" if schema.get("default") is not None else ""
         yield f"| `{one['name']}` | {one['in']} | {_type(schema)} | {'required' if one.get('required') else default} |"
     yield ""
 
 
 def _bodies(about: dict[str, Any], document: dict[str, Any]) -> Iterator[str]:
     for media_type, content in about.get("requestBody", {}).get("content", {}).items():
-        schema = content.get("schema", {})
-        if "$ref" in schema:
-            schema = document["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
-        yield f"Body, `{media_type}`{':' if 'properties' in schema else ''}\n"
-        if "properties" in schema:
+        keys = list(_keys(content.get("schema", {}), document))
+        yield f"Body, `{media_type}`{':' if keys else ''}\n"
+        if keys:
             yield "| key | type | |\n|---|---|---|"
-        for name, value in schema.get("properties", {}).items():
-            yield f"| `{name}` | {_type(value)} | {'required' if name in schema.get('required', ()) else ''} |"
+        yield from keys
         yield ""
+
+
+def _keys(schema: dict[str, Any], document: dict[str, Any], inside: str = "") -> Iterator[str]:
+    """A row for each key of an object, then those of the objects in it."""
+    schema = next((one for one in schema.get("anyOf", ()) if "$ref" in one), schema)
+    if "$ref" in schema:
+        schema = document["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
+    for name, value in schema.get("properties", {}).items():
+        default = f"default `{json.dumps(value['default'])}`" if value.get("default") not in (None, {}, []) else ""
+        note = "required" if name in schema.get("required", ()) else default
+        yield f"| `{inside}{name}` | {_type(value)} | {note} |"
+        yield from _keys(value, document, f"{inside}{name}.")
 
 
 def commands_page() -> str:
@@ -152,17 +159,16 @@ def _tables(model: type[BaseModel], table: str, brackets: str) -> Iterator[str]:
     """The table of a model's own keys, then those of the models inside it."""
     heading = f"`{brackets}{table}{brackets.replace('[', ']')}`" if table else "Top level"
     yield f"## {heading}\n\n{inspect.getdoc(model) or ''}\n"
-    yield "| key | default | allowed | |\n|---|---|---|---|"
+    yield "| key | | default | allowed |\n|---|---|---|---|"
     notes = _notes(model)
     schema = model.model_json_schema()
     inner: list[tuple[type[BaseModel], str, str]] = []
     for name, field in model.model_fields.items():
         found = _model_in(field.annotation)
         if found is None:
-            default = (
-                "required" if field.default is PydanticUndefined and field.default_factory is None else _toml(field)
-            )
-            yield f"| `{name}` | {default} | {_type(schema['properties'][name])} | {notes.get(name, '')} |"
+            required = field.default is PydanticUndefined and field.default_factory is None
+            default = "required" if required else _toml(field.get_default(call_default_factory=True))
+            yield f"| `{name}` | {notes.get(name, '')} | {default} | {_type(schema['properties'][name])} |"
         else:
             several = "tuple" in str(field.annotation)
             inner.append((found, f"{table}.{name}".lstrip("."), "[[" if several else "["))
@@ -190,22 +196,32 @@ def _notes(cls: type) -> dict[str, str]:
     return found
 
 
-def _toml(field: Any) -> str:
-    value = field.get_default(call_default_factory=True)
-    if value is None:
-        return "none"
-    shown = {True: "true", False: "false"}.get(value) if isinstance(value, bool) else None
-    shown = shown or (
-        f'"{value}"'
-        if isinstance(value, str)
-        else f"{value:,}".replace(",", "_")
-        if isinstance(value, int)
-        else str(value)
-    )
+def _toml(value: Any) -> str:
+    """A default, as a file would have it."""
+    match value:
+        case None:
+            return "none"
+        case bool():
+            shown = str(value).lower()
+        case int() if value >= _LONG_NUMBER:
+            shown = f"{value:_}"
+        case str():
+            shown = f'"{value}"'
+        case tuple():
+            shown = str(list(value))
+        case _:
+            shown = str(value)
     return f"`{shown}`"
 
 
+_LONG_NUMBER = 10_000
+_BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+_HUGE = 2**53
+_WORDS = {"integer": "whole number", "string": "text", "object": "table", "array": "list", "boolean": "true or false"}
+
+
 def _type(schema: dict[str, Any]) -> str:
+    """What a JSON schema allows, in words."""
     if "anyOf" in schema or "oneOf" in schema:
         parts = [_type(one) for one in schema.get("anyOf", schema.get("oneOf")) if one.get("type") != "null"]
         return " or ".join(dict.fromkeys(parts))
@@ -213,28 +229,21 @@ def _type(schema: dict[str, Any]) -> str:
         return ", ".join(f"`{one}`" for one in schema["enum"])
     if "const" in schema:
         return f"`{schema['const']}`"
-    kind = schema.get("type", "value")
-    name = " or ".join(one for one in kind if one != "null") if isinstance(kind, list) else kind
-    bounds = {
-        "minimum": "≥ ",
-        "exclusiveMinimum": "> ",
-        "maximum": "≤ ",
-        "exclusiveMaximum": "< ",
-        "minLength": "length ≥ ",
-    }
-    told = ", ".join(f"{sign}{schema[key]:,}" for key, sign in bounds.items() if key in schema)
+    kind = schema.get("type", "object")
+    kinds = [one for one in (kind if isinstance(kind, list) else [kind]) if one != "null"]
+    bounds = [f"{sign} {schema[key]:,g}" for key, sign in _BOUNDS.items() if key in schema and schema[key] < _HUGE]
     inside = f" of {_type(schema['items'])}" if "items" in schema else ""
-    return f"{name}{inside}{' ' + told if told else ''}"
+    return " ".join([" or ".join(_WORDS.get(one, one) for one in kinds) + inside, ", ".join(bounds)]).strip()
 
 
 def teacher_options_page() -> str:
     """The options of a vLLM teacher and of one behind a service."""
     notes = _notes(VllmOptions)
-    lines = ["# Options of a teacher", "", _OPTIONS_HEAD, "| option | default | |", "|---|---|---|"]
+    lines = ["# Options of a teacher", "", _OPTIONS_HEAD, "| option | | default |", "|---|---|---|"]
     for field in dataclass_fields(VllmOptions):
         if field.name != "model":
-            shown = "required" if field.default is MISSING else f"`{field.default!r}`"
-            lines.append(f"| `{field.name}` | {shown} | {notes.get(field.name, '')} |")
+            shown = "required" if field.default is MISSING else _toml(field.default)
+            lines.append(f"| `{field.name}` | {notes.get(field.name, '')} | {shown} |")
     return "\n".join(lines)
 
 
@@ -248,7 +257,7 @@ def errors_page() -> str:
     """The tree of errors."""
     lines = ["# Errors", "", _ERRORS_HEAD, "| class | `kind` | status | try again | |", "|---|---|---|---|---|"]
     for depth, cls in _tree(PotstillError, 0):
-        name = f"{'&emsp;' * depth}`{cls.__name__}`"
+        name = f"{'&nbsp;' * 4 * depth}`{cls.__name__}`"
         lines.append(
             f"| {name} | `{cls.kind}` | {cls.status} | {'yes' if cls.retryable else ''} | {_cell(cls.__doc__ or '')} |"
         )

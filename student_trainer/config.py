@@ -70,6 +70,7 @@ class DataConfig(_Frozen):
     api_key_env: str | None = None
     """Name of the environment variable that holds that service's key; `POTSTILL_API_KEY` when not given."""
     corpus: str = Field(min_length=1)
+    """As `potstill inspect` lists it."""
     held_out: Annotated[int | float, Field(ge=0)] = 0.02
     """Rows never trained on: a whole number is a count, a number below 1 a share of the corpus."""
     held_out_seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
@@ -90,6 +91,7 @@ class TeacherConfig(_Frozen):
     """One teacher and its share of the distillation loss."""
 
     name: str = Field(min_length=1)
+    """As `potstill inspect` lists it, or as the service calls it."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Relative: weights are divided by their sum."""
     k: _Count | None = None
@@ -131,11 +133,13 @@ class LoopConfig(_Frozen):
     out: str = Field(min_length=1)
     """The run's folder; all workers must see the same one."""
     steps: _Count
+    """Optimizer steps; a longer run may go on from a shorter one."""
     batch_rows: _Count = 32
     """Rows of one optimizer step, over all workers."""
     micro_batch_rows: _Count = 8
     """Rows of one forward pass of one worker; smaller saves memory, the result is the same but for rounding."""
     lr: Annotated[float, Field(gt=0)] = 3e-4
+    """The highest learning rate."""
     warmup: Annotated[int, Field(ge=0, strict=True)] = 0
     """Steps of linear warm-up."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
@@ -147,6 +151,7 @@ class LoopConfig(_Frozen):
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """AdamW's, on matrices only."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    """AdamW's."""
     grad_clip: Annotated[float, Field(gt=0)] = 1.0
     """Largest gradient norm."""
     alpha: _Share = 0.5
@@ -154,8 +159,11 @@ class LoopConfig(_Frozen):
     seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
     """Of the initial weights, the sample order and dropout."""
     eval_every: _Count = 100
+    """Steps between two looks at the held-out rows."""
     checkpoint_every: _Count = 500
+    """Steps between two checkpoints; one more is written on Ctrl-C and at the end."""
     keep_checkpoints: _Count = 2
+    """The newest ones; older ones are removed."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the forward pass; weights and optimizer stay float32."""
     workers: _Count = 1

@@ -41,16 +41,19 @@ def add_admin_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/teachers", dependencies=trainers)
     async def list_teachers() -> dict[str, Any]:
+        """List every teacher with its state, identity, provenance and limits."""
         return {"teachers": [_describe(teacher) for teacher in service.teachers.values()]}
 
     @app.get("/v1/teachers/{name}", dependencies=trainers)
     async def one_teacher(name: str) -> dict[str, Any]:
+        """Describe one teacher; 503 while it starts."""
         teacher = service.teacher(name)
         _ = teacher.pool  # Unavailable while it starts, so that a client waits for the identity
         return _describe(teacher)
 
     @app.put("/v1/teachers/{name}", dependencies=admins)
     async def put_teacher(name: _Name, wanted: TeacherWanted, response: Response) -> dict[str, Any]:
+        """Serve one more model until the service ends (role admin): 201, or 200 when it is served already."""
         given = wanted.model_dump(exclude_unset=True)
         added = await service.admin.add(TeacherSettings.model_validate({"name": name, **given}))
         response.status_code = 201 if added else 200
@@ -58,15 +61,18 @@ def add_admin_routes(app: FastAPI, service: Service) -> None:
 
     @app.delete("/v1/teachers/{name}", status_code=202, dependencies=admins)
     async def delete_teacher(name: str) -> dict[str, Any]:
+        """Stop a teacher when its calls have ended (role admin)."""
         service.admin.remove(name)
         return {"name": name, "state": "draining"}
 
     @app.get("/v1/teachers/{name}/replicas", dependencies=trainers)
     async def get_replicas(name: str) -> dict[str, Any]:
+        """Tell how many replicas there are and may be."""
         return asdict(service.teacher(name).pool.status)
 
     @app.put("/v1/teachers/{name}/replicas", dependencies=admins)
     async def put_replicas(name: str, wanted: ReplicasWanted) -> dict[str, Any]:
+        """Ask for another number of replicas, or for autoscaling (role admin)."""
         return await _change_replicas(service.teacher(name).pool, wanted)
 
 

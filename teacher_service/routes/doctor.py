@@ -28,6 +28,7 @@ def add_doctor_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/doctor", dependencies=[Depends(allow(Role.ADMIN))])
     async def doctor() -> dict[str, Any]:
+        """Look at what only the service can see (role admin): memory, the store, and what it keeps."""
         store = None if service.cache is None else await asyncio.to_thread(_store, service.cache)
         return {
             "wire_version": wire.WIRE_VERSION,

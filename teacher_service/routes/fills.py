@@ -49,14 +49,17 @@ def add_fill_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/fills", dependencies=watching)
     async def list_fills() -> dict[str, Any]:
+        """List the jobs that fill corpora, those that have ended too."""
         return {"format": wire.WIRE_VERSION, "fills": [job.to_json() for job in service.fills.jobs()]}
 
     @app.get(_PATH, dependencies=watching)
     async def get_fill(corpus: str, teacher: str) -> dict[str, Any]:
+        """Tell how far a job is."""
         return _answer(service.fills.job(corpus, teacher))
 
     @app.put(_PATH, dependencies=filling)
     async def put_fill(corpus: str, teacher: str, wanted: FillWanted, request: Request) -> dict[str, Any]:
+        """Begin to fill a corpus (role batch), or tell of the job that is at it with the same order."""
         most = service.limits.max_tokens_in_flight
         order = FillOrder(
             fields=Fields.from_json(wanted.fields),
@@ -74,6 +77,7 @@ def add_fill_routes(app: FastAPI, service: Service) -> None:
 
     @app.delete(_PATH, dependencies=filling)
     async def delete_fill(corpus: str, teacher: str) -> dict[str, Any]:
+        """Stop a job (role batch); what is committed stays."""
         return _answer(await service.fills.stop(corpus, teacher))
 
 

@@ -23,6 +23,7 @@ def add_overview_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/overview", dependencies=[Depends(allow(Role.TRAINER))])
     async def overview() -> dict[str, Any]:
+        """Give what the page at `/` shows: teachers, queues, rates and coverage."""
         found = await coverage.latest()
         return {
             # Rates are differences of counters over this clock, in seconds; both begin anew with the process.

@@ -49,6 +49,7 @@ def add_score_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/teachers/{name}/score", dependencies=[Depends(allow(Role.TRAINER)), Depends(same_wire)])
     async def score(name: str, request: Request) -> Response:
+        """Score rows of token ids: T targets for each row of T tokens, from the cache where it has them."""
         teacher = service.teacher(name)
         reads = request_format(request)
         writes = answer_format(request, reads)

@@ -18,10 +18,15 @@ def add_status_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
+        """Say that the process lives. Needs no key."""
         return {"status": "ok"}
 
     @app.get("/readyz")
     async def readyz() -> JSONResponse:
+        """Say whether every teacher is up (200) or not (503), and why. Needs no key.
+
+        Of a service without teachers it says whether a cache is served.
+        """
         states = {name: teacher.state for name, teacher in service.teachers.items()}
         content: dict[str, Any] = {"status": "ready" if service.ready else "not ready", "teachers": states}
         failures = {name: teacher.failure for name, teacher in service.teachers.items() if teacher.failure}
@@ -33,4 +38,5 @@ def add_status_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/metrics")
     async def metrics() -> Response:
+        """Give the metrics that Prometheus reads."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -41,7 +41,9 @@ class AutoscaleSettings(FrozenSettings):
     """Limits between which a teacher is scaled by the tokens that wait for it."""
 
     min: Count = 1
+    """Replicas that are always there."""
     max: Count
+    """The most there may be."""
     tokens_per_replica: Count
     """Waiting tokens that call for one more replica."""
     up_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5.0
@@ -60,6 +62,7 @@ class ResourceSettings(FrozenSettings):
     """What Ray reserves for each replica."""
 
     cpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """CPUs of each."""
     gpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """None: `tensor_parallel` of the teacher's options where the cluster has GPUs, else 0."""
     custom: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(default_factory=dict)
@@ -70,7 +73,9 @@ class ReplicaSettings(FrozenSettings):
     """How many replicas of one teacher: a number that an admin changes, or limits for autoscaling."""
 
     replicas: Count = 1
+    """How many are started; more than one need the table `[ray]`."""
     max_replicas: Count = 8
+    """The most that an admin may ask for."""
     autoscale: AutoscaleSettings | None = None
     resources: ResourceSettings = ResourceSettings()
 

@@ -44,6 +44,7 @@ class KeepSettings(FrozenSettings):
     k: Count = 64
     """Kept entries per position; a question for more goes to the teacher and is not kept."""
     encoding: Literal["u8", "f16", "f32"] = "u8"
+    """Of what is kept; answers have gone through it, too, so that a miss and a later hit are the same."""
     journal_quota_gib: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10.0
     """GiB kept of each teacher's answers that belong to no corpus; over it the oldest are removed. 0 keeps none."""
 
@@ -173,6 +174,7 @@ class TeacherSettings(ReplicaSettings):
     """One teacher: the name it is served under, where it comes from, and how many replicas it has."""
 
     name: Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
+    """1 to 64 letters, digits, '.', '_' or '-'; in the cache it stands for one model."""
     model: Annotated[str, StringConstraints(min_length=1)]
     """A model name or path for vLLM, or the URL of another service."""
     options: dict[str, JsonValue] = Field(default_factory=dict)
@@ -201,6 +203,7 @@ class ServiceSettings(FrozenSettings):
     """Everything `potstill serve` can be told."""
 
     host: Annotated[str, StringConstraints(min_length=1)] = "127.0.0.1"
+    """Address to listen on; others than loopback need API keys."""
     port: Annotated[int, Field(ge=0, le=65_535)] = 8700
     """0 takes a free one, which the ready line names."""
     cache: Annotated[str, StringConstraints(min_length=1)] | None = None

@@ -52,26 +52,32 @@ def add_completion_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/completions", dependencies=trainer)
     async def completions(request: Request) -> Response:
+        """Answer `prompt_logprobs` of token ids as vLLM's server does, by the teacher that `model` names."""
         return await _complete(service, request, None)
 
     @app.post(_NAMED + "/v1/completions", dependencies=trainer)
     async def completions_of_one(name: str, request: Request) -> Response:
+        """Answer the same by the teacher of this URL, whatever `model` says."""
         return await _complete(service, request, service.teacher(name))
 
     @app.get("/v1/models", dependencies=trainer)
     async def models() -> dict[str, Any]:
+        """List the teachers in OpenAI's shape."""
         return {"object": "list", "data": [_model(teacher) for teacher in service.teachers.values()]}
 
     @app.get(_NAMED + "/v1/models", dependencies=trainer)
     async def models_of_one(name: str) -> dict[str, Any]:
+        """List this teacher alone, in the same shape."""
         return {"object": "list", "data": [_model(service.teacher(name))]}
 
     @app.get("/health")
     async def health() -> Response:
+        """Say whether every teacher is up, as vLLM's server does: 200 or 503, without a body."""
         return Response(status_code=200 if service.ready else 503)
 
     @app.get(_NAMED + "/health")
     async def health_of_one(name: str) -> Response:
+        """Say the same of this teacher."""
         return Response(status_code=200 if service.teacher(name).state == "ready" else 503)
 
 

@@ -102,10 +102,12 @@ def add_array_routes(app: FastAPI, reading: CorpusReading, dependencies: Sequenc
     async def read_annotation_values(
         corpus: str, name: str, request: Request, start: Start = 0, stop: Stop = None
     ) -> Response:
+        """Read a range of an annotation's values, one a row."""
         return await reading.answer(request, lambda: _annotation(reading.opened, corpus, name), start, stop)
 
     @app.post("/v1/corpora/{corpus}/rows", dependencies=dependencies)
     async def take_rows(corpus: str, request: Request) -> Response:
+        """Read the tokens of any rows, by their numbers."""
         reads = request_format(request)
         body = await read_body(request)
 
@@ -123,6 +125,12 @@ def _add_array_route(app: FastAPI, reading: CorpusReading, dependencies: Sequenc
 
     @get_and_head(app, path, dependencies)
     async def read_array(corpus: str, request: Request, start: Start = 0, stop: Stop = None) -> Response:
+        """Read a range of one of the corpus's arrays.
+
+        They are `tokens` [P], `rows` [R+1] (where each row starts, and the end), `row_keys` [R, 16], `shard_rows` and
+        `shard_starts` [S+1].
+        """
+
         def find() -> tuple[str, Array]:
             of = reading.opened.corpus(corpus)
             return of.fingerprint, _ARRAYS[name](of)
@@ -133,6 +141,8 @@ def _add_array_route(app: FastAPI, reading: CorpusReading, dependencies: Sequenc
 def _add_tokenizer_route(app: FastAPI, reading: CorpusReading, dependencies: Sequence[Any]) -> None:
     @get_and_head(app, "/v1/corpora/{corpus}/tokenizer", dependencies)
     async def read_tokenizer(corpus: str, request: Request) -> Response:
+        """Give the corpus's tokenizer, as `tokenizers` saves it."""
+
         def read() -> tuple[str, str]:
             of = reading.opened.corpus(corpus)
             return strong_etag(wire.JSON_MEDIA_TYPE, of.fingerprint, "tokenizer"), of.tokenizer.to_str()

@@ -48,10 +48,12 @@ def add_corpus_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/corpora", dependencies=trainers)
     async def list_corpora() -> dict[str, Any]:
+        """List the corpora of the cache, and those that cannot be read."""
         return await reading.in_thread(lambda: describe_corpora(opened))
 
     @app.get("/v1/corpora/{corpus}", dependencies=trainers)
     async def one_corpus(corpus: str) -> dict[str, Any]:
+        """Describe a corpus, and which teachers have targets for it."""
         return await reading.in_thread(lambda: describe_corpus(opened, corpus))
 
     @get_and_head(app, _TARGETS, trainers)
@@ -64,6 +66,11 @@ def add_corpus_routes(app: FastAPI, service: Service) -> None:
         k: Annotated[int | None, Query(ge=0)] = None,
         fields: Annotated[str | None, Query(max_length=200)] = None,
     ) -> Response:
+        """Read the targets of a range of positions; without `start` and `stop`, describe the target set.
+
+        `fields` names what to read, with commas between (all by default), `k` how many entries of the top-k. The answer
+        is immutable, with a strong ETag.
+        """
         if start is None and stop is None:
             described = await reading.in_thread(lambda: describe_targets(opened.targets(teacher, corpus), limits))
             return JSONResponse(described, headers={"cache-control": "no-cache"})
@@ -78,6 +85,7 @@ def add_corpus_routes(app: FastAPI, service: Service) -> None:
 
     @app.post(f"{_TARGETS}/rows", dependencies=trainers)
     async def read_rows(corpus: str, teacher: str, request: Request) -> Response:
+        """Read the targets of any rows, by their numbers."""
         reads = request_format(request)
         writes = answer_format(request, wire.ARROW_MEDIA_TYPE)
         body = await read_body(request)
