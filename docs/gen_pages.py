@@ -255,12 +255,11 @@ part of a teacher's identity is told in [Targets](../guide/targets.md#who-a-teac
 
 def errors_page() -> str:
     """The tree of errors."""
-    lines = ["# Errors", "", _ERRORS_HEAD, "| class | `kind` | status | try again | |", "|---|---|---|---|---|"]
+    lines = ["# Errors", "", _ERRORS_HEAD, "| class | | `kind` | status | try again |", "|---|---|---|---|---|"]
     for depth, cls in _tree(PotstillError, 0):
         name = f"{'&nbsp;' * 4 * depth}`{cls.__name__}`"
-        lines.append(
-            f"| {name} | `{cls.kind}` | {cls.status} | {'yes' if cls.retryable else ''} | {_cell(cls.__doc__ or '')} |"
-        )
+        retry = "yes" if cls.retryable else ""
+        lines.append(f"| {name} | {_cell(cls.__doc__ or '')} | `{cls.kind}` | {cls.status} | {retry} |")
     return "\n".join(lines)
 
 
