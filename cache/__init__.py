@@ -1,4 +1,4 @@
-"""The vocabulary and the store of Potstill: teacher targets on disk, by corpus, shard and segment.
+"""The vocabulary and the cache of Potstill: teacher targets on disk, by corpus, shard and segment.
 
 `import potstill.cache` is fast: `Cache`, which needs zarr, is imported when it is first used.
 """

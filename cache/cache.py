@@ -1,4 +1,4 @@
-"""Open a cache root and find what is in it."""
+"""The face of a cache: open its root, and find its corpora and targets."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class CorporaLook(Generic[T]):
-    """What was seen of each corpus of a cache, by name; one that cannot be read does not hide the others."""
+    """Results for each corpus of a cache, by name; a corpus that cannot be read does not hide the others."""
 
     found: dict[str, T]
     unreadable: dict[str, PotstillError]
-    """Why nothing was seen: damage, or that the store did not give it."""
+    """Errors of the corpora that are damaged, or that the store did not give."""
 
 
 class Cache:
-    """A cache in a local folder or an object store. Safe to share between threads."""
+    """A cache in a local folder or an object store; thread-safe."""
 
     def __init__(self, root: Root, mode: Mode, reading: Reading) -> None:
         self.root = root
@@ -42,31 +42,32 @@ class Cache:
     def open(
         cls, url: str | Path, mode: Mode = "r", *, chunk_cache_bytes: int = 128 << 20, pipeline: str | None = None
     ) -> Self:
-        """Open by path or URL; `r+` may write and makes a local folder that is not there.
+        """Open a cache by path or URL. Mode `r` reads; `r+` writes too, and makes a missing local folder.
 
-        All target sets opened through it share one cache of decoded chunks of at most `chunk_cache_bytes`, and
-        zarr's codec pipeline: `zarrs` when it is installed, else `stock`.
+        All that is opened through it shares one cache of decoded chunks, of at most `chunk_cache_bytes`, and zarr's
+        codec pipeline: `zarrs` when it is installed, else `stock`.
 
         Raises:
-            InvalidInput: no such folder, an unknown mode or URL scheme.
+            InvalidInput: the folder does not exist, or the mode or URL scheme is unknown.
+            StoreError: the store is denied or not reached.
         """
         if mode not in ("r", "r+"):
             raise InvalidInput(f"mode {mode!r} is unknown; take 'r' to read or 'r+' to write too")
         return cls(Root.open(url, create=mode == "r+"), mode, Reading.open(chunk_cache_bytes, pipeline))
 
     def fresh(self) -> Self:
-        """The same cache with nothing remembered of what is in it; decoded chunks stay shared."""
+        """Open the cache again, remembering nothing of what is in it; decoded chunks stay shared."""
         return type(self)(self.root, self.mode, self._reading)
 
     def corpora(self) -> list[str]:
-        """Names of the sealed corpora."""
+        """Names of the sealed corpora, sorted."""
         return list_corpora(self.root)
 
     def look_at_corpora(self, look: Callable[[str], T]) -> CorporaLook[T]:
-        """`look`, which opens it, at every corpus by name. One that is not sealed, or deleted meanwhile, is left out.
+        """Call `look` with the name of each corpus. One that is not sealed, or deleted meanwhile, is left out.
 
         Raises:
-            StoreError: the store does not list them.
+            StoreError: the store does not list the corpora.
         """
         seen: CorporaLook[T] = CorporaLook({}, {})
         for name in self.root.folders("corpora"):
@@ -79,34 +80,34 @@ class Cache:
         return seen
 
     def corpus(self, name: str) -> Corpus:
-        """A corpus by name; sealed ones never change, so it is opened once.
+        """Open a corpus by name; once, as a sealed corpus never changes.
 
         Raises:
-            UnknownCorpus: there is none.
+            UnknownCorpus: there is none of this name.
         """
         if name not in self._corpora:
             self._corpora[name] = Corpus.open(self.root, name, self._reading)
         return self._corpora[name]
 
     def teachers(self, corpus: str) -> list[str]:
-        """Names of the teachers that have targets for a corpus, complete or not."""
+        """Names of the teachers with targets for a corpus, complete or not."""
         return teachers_with_targets(self.root, corpus)
 
     def targets(self, teacher: str, corpus: str) -> TargetSet:
-        """A teacher's targets for a corpus.
+        """Open a teacher's targets for a corpus.
 
         Raises:
-            UnknownCorpus, UnknownTeacher: there are none.
+            UnknownCorpus, UnknownTeacher: there is no such corpus, or the teacher has no targets for it.
         """
         return TargetSet.open(self.root, teacher, self.corpus(corpus), self._reading)
 
     def plan_targets(
         self, teacher: str, corpus: str, identity: TeacherIdentity, *, fields: Fields, encoding: str = "u8"
     ) -> TargetSet:
-        """What is to be filled so that `fields` are there; see `TargetSet.plan`.
+        """Plan the target set that is to be filled so that `fields` are there; see `TargetSet.plan`.
 
         Raises:
-            SpecMismatch: they are there with other parameters, or the teacher does not fit the corpus.
+            SpecMismatch: a field is there with other settings, or the teacher does not fit the corpus.
             InvalidInput: the cache was opened to read, or the encoding is unknown.
         """
         if self.mode != "r+":

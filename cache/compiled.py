@@ -1,8 +1,8 @@
-"""Machine code by numba, kept on disk between processes where there is a folder for it.
+"""Compilation by numba, whose machine code is kept on disk between processes where there is a folder for it.
 
-What numba keeps has no checksum, and its files are not safe from two processes that first compile a function for
-different types at the same time: damaged or mixed-up code runs, or ends the process. Deleting the kept files (`*.nbi`
-and `*.nbc` in `__pycache__`, or the folder `NUMBA_CACHE_DIR`) has all of it compiled anew.
+numba's files have no checksum, and are not safe from two processes that compile a function for different types for the
+first time at once: damaged or mixed-up code runs, or ends the process. Delete the files (`*.nbi` and `*.nbc` in
+`__pycache__`, or the folder `NUMBA_CACHE_DIR`) to have everything compiled anew.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ Function = TypeVar("Function", bound=Callable[..., object])
 
 
 def compiled(function: Function, *, reordered: bool = False, **options: Any) -> Function:
-    """The function compiled at its first call; it lets other threads run, and divides by zero as numpy does.
+    """Make a function be compiled at its first call. It releases the GIL, and divides by zero as numpy does.
 
     Args:
-        function: its arguments are arrays and numbers.
-        reordered: its sums may be taken in any order and its products fused; NaN and inf stay what they are.
-        options: further ones of `numba.njit`.
+        function: takes arrays and numbers.
+        reordered: allow sums in any order and fused products, which is faster; NaN and inf stay what they are.
+        options: further options of `numba.njit`.
     """
     fastmath: Any = {"contract", "nsz", "reassoc"} if reordered else False
     options |= {"nogil": True, "error_model": "numpy", "fastmath": fastmath}

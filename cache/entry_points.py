@@ -1,4 +1,4 @@
-"""Commands and teacher factories, found by name so that packages need not import each other."""
+"""Look-up of commands and teacher factories by name, so that packages need not import each other."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from potstill.cache.types import JSON, Teacher
 
 
 class Command(Protocol):
-    """What a module under `potstill.commands` offers."""
+    """Interface of a module under the entry points `potstill.commands`."""
 
     SUMMARY: str
 
@@ -21,27 +21,28 @@ class Command(Protocol):
         """Declare the command's arguments."""
 
     def run(self, args: argparse.Namespace) -> int:
-        """Do it; the process's exit status."""
+        """Run the command, and return the exit status of the process."""
 
 
 class TeacherFactory(Protocol):
-    """What `potstill.teachers` names: opens the teacher that a model name, path or URL means."""
+    """Interface of the entry points `potstill.teachers`: opens the teacher that a model name, path or URL means."""
 
     def __call__(self, spec: str, *, options: Mapping[str, JSON] | None = None) -> AbstractAsyncContextManager[Teacher]:
-        """Open `spec` with the factory's own options by name."""
+        """Open the teacher `spec`; `options` are the factory's own, by name."""
         ...
 
 
 def command_entry_points() -> dict[str, EntryPoint]:
-    """Every command by name; loading an entry point gives its `Command` module."""
+    """Entry points of all commands, by name; loading one gives its `Command` module."""
     return {point.name: point for point in sorted(entry_points(group="potstill.commands"), key=lambda p: p.name)}
 
 
 def open_teacher(spec: str, *, options: Mapping[str, JSON] | None = None) -> AbstractAsyncContextManager[Teacher]:
-    """Open the teacher that `spec` means: `http://...` a running service, a plain path or model name vLLM.
+    """Open the teacher that `spec` means: a running service (`http://...`), or a path or model name, with vLLM.
 
     Raises:
-        InvalidInput: no factory for that URL scheme; what the factory raises on entering.
+        InvalidInput: there is no factory for the URL scheme.
+        PotstillError: whatever the factory raises on entering.
     """
     scheme = spec.split("://", 1)[0] if "://" in spec else "vllm"
     factories = {point.name: point for point in entry_points(group="potstill.teachers")}

@@ -1,7 +1,7 @@
-"""The one error tree.
+"""The tree of all errors that are raised on purpose.
 
-Each class has a stable `kind` (append-only: clients switch on it), one HTTP status, and says whether
-the same call may be tried again. A cache miss is not an error.
+Each class has a stable `kind` that clients switch on (kinds are only ever added), one HTTP status, and says if the
+same call may be tried again. A cache miss is not an error.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from potstill.cache.logins import without_login
 
 
 class PotstillError(Exception):
-    """Base of every error that is raised on purpose; `str(error)` is a line for a person, without logins of URLs."""
+    """Base class of all these errors; `str(error)` is for people, and has no login of any URL."""
 
     kind: ClassVar[str] = "internal"
     status: ClassVar[int] = 500
@@ -131,10 +131,10 @@ def _tree(root: type[PotstillError]) -> Iterator[type[PotstillError]]:
 
 
 def error_kinds() -> list[str]:
-    """Every `kind` that there is."""
+    """Kinds of all errors."""
     return [cls.kind for cls in _tree(PotstillError)]
 
 
 def error_class(kind: str) -> type[PotstillError]:
-    """The class with this `kind`; `PotstillError` itself for a kind this version does not know."""
+    """Class with this `kind`; `PotstillError` itself for a kind that this version does not know."""
     return next((cls for cls in _tree(PotstillError) if cls.kind == kind), PotstillError)

@@ -1,4 +1,4 @@
-"""The optional parts of the package, by the modules that they bring."""
+"""Optional parts of the package, by the modules that they install."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _WAYS_TO_GET = {
 
 
 def missing_module(error: ImportError) -> str:
-    """The module that could not be found, and the command that installs it where an extra of ours has it."""
+    """Name the module that could not be found, and the command that installs it where an extra of ours has it."""
     first: BaseException | None = error
-    while isinstance(first, ImportError) and first.name is None:  # torch words it anew, and leaves the name out
+    while isinstance(first, ImportError) and first.name is None:  # torch raises a new error, without the name
         first = first.__cause__ or first.__context__
     name = first.name if isinstance(first, ImportError) and first.name else str(error)
     way_out = _WAYS_TO_GET.get(name.partition(".")[0])

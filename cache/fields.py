@@ -1,8 +1,7 @@
-"""What is known of each position besides its token: the fields, in one table, and a wish for some of them.
+"""The fields that a teacher can answer at each position, in one table (`FIELDS`), and a choice of them (`Fields`).
 
-All that stores, sends, counts or names fields goes by `FIELDS`. A further field of floats is an attribute of `Fields`
-and one of `Targets`, an entry here and a codec in `potstill.cache.encoding.fields`; how a teacher computes it comes to
-that.
+All code that stores, sends, counts or names fields goes by the table. A further field of floats takes an attribute of
+`Fields` and one of `Targets`, an entry here, a codec in `potstill.cache.encoding.fields`, and a teacher's computation.
 
 Shape legend:  K kept entries, V vocabulary size, N draws.
 """
@@ -20,61 +19,61 @@ from potstill.cache.errors import InvalidInput, SpecMismatch
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Field:
-    """One entry of the table."""
+    """One field: an entry of the table."""
 
     name: str
-    """Its attribute of `Targets`, but for the top-k, which has four; also its name where fields are chosen by name."""
+    """Name where fields are chosen by name, and attribute of `Targets` (the top-k has four attributes there)."""
     attributes: Mapping[str, str]
-    """Its attributes of `Fields` with the help of their command-line options. When the first is 0, empty or False the
-    field is not asked for, and the others mean nothing."""
+    """Attributes of `Fields` that choose it, with the help text of their command-line options. When the first is 0,
+    empty or False the field is not asked for, and the others mean nothing."""
     shape: Callable[[Fields, int], tuple[int, ...]] | None = None
-    """The shape of a position's float32 numbers, given the wish and V; None for what is no plain array of floats."""
+    """Shape of a position's float32 numbers, given the choice and V; None for a field that is no array of floats."""
     most_bytes: Callable[[Fields, int], int] | None = None
-    """The most bytes of a position, given the wish and V, where `shape` does not tell."""
+    """Most bytes of a position, given the choice and V, for a field without `shape`."""
     label: str = ""
-    """How a folder's name has it, by default as `name`; attributes of `Fields` stand in braces."""
+    """Format of its part of a folder's name, with attributes of `Fields` in braces; by default `name`."""
     text: str = ""
-    """How people are told of it, by default as `label`."""
+    """Format of its description for people; by default `label`."""
 
     @property
     def asked_by(self) -> str:
-        """The attribute of `Fields` that asks for it."""
+        """Attribute of `Fields` that asks for the field."""
         return next(iter(self.attributes))
 
     @property
     def is_scalar(self) -> bool:
-        """Whether it is one float a position."""
+        """True for a field of one float a position."""
         return self.shape is not None and self.shape(Fields(), 1) == ()
 
     def is_asked(self, fields: Fields) -> bool:
-        """Say if it is among `fields`."""
+        """Tell whether the field is among `fields`."""
         return bool(getattr(fields, self.asked_by))
 
     def values(self, fields: Fields) -> dict[str, Any]:
-        """Its attributes of `fields`; all without meaning are 0, empty or False when it is not asked for."""
+        """Values of its attributes in `fields`; 0, empty or False when the field is not asked for."""
         asked = self.is_asked(fields)
         values = {name: getattr(fields, name) for name in self.attributes}
         return values if asked else {name: type(value)() for name, value in values.items()}
 
     def serves(self, held: Fields, want: Fields) -> bool:
-        """Say if what is held has all that is wanted of this field, which may be nothing."""
+        """Tell whether targets with the fields `held` have all of this field that is wanted, which may be nothing."""
         if self is TOP_K:
             return held.k >= want.k
         return not self.is_asked(want) or self.values(held) == self.values(want)
 
     def num_bytes(self, want: Fields, vocab_size: int) -> int:
-        """The most bytes that it takes of a position as arrays."""
+        """Most bytes of a position as arrays."""
         if self.most_bytes is not None:
             return self.most_bytes(want, vocab_size)
         assert self.shape is not None, "a field has a shape or says its bytes"
         return 4 * math.prod(self.shape(want, vocab_size))
 
     def label_of(self, fields: Fields) -> str:
-        """The part of a folder's name that says it is there, like `draws-25`."""
+        """Part of a folder's name that stands for the field, like `draws-25`."""
         return (self.label or self.name).format(**self.values(fields))
 
     def text_of(self, fields: Fields) -> str:
-        """A few words of what is there, like `25 draws of seed 3`."""
+        """Description for people, like `25 draws of seed 3`."""
         values = {
             name: ", ".join(f"{t:g}" for t in value) if isinstance(value, tuple) else value
             for name, value in self.values(fields).items()
@@ -118,26 +117,26 @@ FIELDS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fields:
-    """What is asked of a teacher, or what a target set holds.
+    """A choice of fields: those that are asked of a teacher, or that a target set holds.
 
     Raises:
-        InvalidInput: a value no teacher could serve, or nothing at all.
+        InvalidInput: a value is one that no teacher can serve, or no field is chosen.
     """
 
     k: int = 64
-    """Top-k entries; they come with the tail and the label's logprob. 0 for none of the three."""
+    """Number of top-k entries, which come with the tail mass and the label's logprob; 0 for none of the three."""
     draws: int = 0
-    """Draws with replacement a position (Sparse Logit Sampling, arXiv 2503.16870)."""
+    """Number of draws with replacement at a position (Sparse Logit Sampling, arXiv 2503.16870)."""
     seed: int = 0
-    """Of the draws; it means nothing without them."""
+    """Seed of the draws; it means nothing without them."""
     entropy: bool = False
     temperatures: tuple[float, ...] = ()
-    """Of each T, log of the sum of p**(1/T)."""
+    """Temperatures T for which the log of the sum of p**(1/T) is kept."""
     dense: bool = False
-    """All V logprobs: for small evaluation splits."""
+    """True for all V logprobs, which only small evaluation splits can afford."""
 
     def __post_init__(self) -> None:
-        # As `from_json` has it, so that fields equal their round trip.
+        # A tuple, as `from_json` makes it, so that fields equal their round trip.
         object.__setattr__(self, "temperatures", tuple(self.temperatures))
         if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 0:
             raise InvalidInput(f"fields.k is {self.k!r}; it must be a whole number of at least 0")
@@ -156,7 +155,7 @@ class Fields:
                 raise InvalidInput(f"fields.{name} is {getattr(self, name)!r}; it must be true or false")
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object with one key per attribute."""
+        """Convert to a JSON object with one key per attribute."""
         return {**asdict(self), "temperatures": list(self.temperatures)}
 
     @classmethod
@@ -164,7 +163,7 @@ class Fields:
         """Read a JSON object; absent keys take their defaults.
 
         Raises:
-            InvalidInput: not an object, an unknown key or a bad value.
+            InvalidInput: it is no object, or has an unknown key or a bad value.
         """
         if not isinstance(value, dict):
             raise InvalidInput(f"fields must be a JSON object, got {type(value).__name__}")
@@ -179,27 +178,27 @@ class Fields:
 
     @property
     def asked(self) -> tuple[Field, ...]:
-        """The entries of the table that are asked for."""
+        """Entries of the table that are asked for."""
         return tuple(each for each in FIELDS if each.is_asked(self))
 
     @property
     def beside_top_k(self) -> tuple[Field, ...]:
-        """The entries of the table that are asked for, without the top-k."""
+        """Entries of the table that are asked for, without the top-k."""
         return tuple(each for each in self.asked if each is not TOP_K)
 
     @property
     def label(self) -> str:
-        """The last part of a segment set's path that says what it holds, like `top-64_entropy`."""
+        """Name for a segment set with these fields, like `top-64_entropy`."""
         return "_".join(each.label_of(self) for each in self.asked)
 
     @property
     def text(self) -> str:
-        """What there is, in a few words for people."""
+        """Description for people, like `top-64, entropy`."""
         return ", ".join(each.text_of(self) for each in self.asked)
 
     @property
     def options(self) -> list[str]:
-        """The command-line options that mean these fields and no others."""
+        """Command-line options that mean exactly these fields."""
         values = {name: value for each in FIELDS for name, value in each.values(self).items()}
         told = {
             name: ",".join(repr(float(t)).removesuffix(".0") for t in value) if isinstance(value, tuple) else value
@@ -211,26 +210,26 @@ class Fields:
 
     @property
     def only_top_k(self) -> bool:
-        """Whether nothing beside the top-k, its tail and the label is asked for."""
+        """True when only the top-k, with its tail mass and label, is asked for."""
         return not self.beside_top_k
 
     def float_shapes(self, num_positions: int, vocab_size: int) -> dict[str, tuple[int, ...]]:
-        """Name -> shape over so many positions of the fields that are plain arrays of floats."""
+        """Shapes [P, ...] of the fields that are arrays of floats, by name."""
         shaped = ((each.name, each.shape) for each in self.beside_top_k)
         return {name: (num_positions, *shape(self, vocab_size)) for name, shape in shaped if shape is not None}
 
     def only(self, kept: Iterable[Field]) -> Fields | None:
-        """Those of these fields that are `kept` too, or None when there are none."""
+        """Reduce to the fields that are among `kept`; None when none is."""
         values = {name: type(getattr(self, name))() for name in self.__dataclass_fields__}
         for each in kept:
             values |= each.values(self)
         return Fields(**values) if any(values.values()) else None
 
     def without(self, other: Fields) -> Fields | None:
-        """What of these fields `other` does not have, or None when it has all of them.
+        """Reduce to the fields that `other` does not have; None when it has all of them.
 
         Raises:
-            SpecMismatch: both have the top-k, the draws or the temperatures, but not the same ones.
+            SpecMismatch: both have the top-k, the draws or the temperatures, but with different values.
         """
         for each in other.asked:
             mine, there = (_plain(each.values(fields)) for fields in (self, other))
@@ -241,14 +240,15 @@ class Fields:
         return self.only(each for each in self.asked if not each.is_asked(other))
 
     def joined(self, other: Fields) -> Fields:
-        """Both together; `other` has only what these have not (`without`)."""
+        """Join with the fields of `other`, none of which these may have (see `without`)."""
         values = {name: value for each in FIELDS for name, value in each.values(other).items()}
         for each in self.asked:
             values |= each.values(self)
         return Fields(**values)
 
     def bytes_per_position(self, vocab_size: int) -> int:
-        """What `Targets` of these fields hold of a position at most; the tail and the label are always there."""
+        """Most bytes of a position in `Targets` with these fields."""
+        # `log_tail` and `label_logprob`, two float32, are always there.
         return 8 + sum(each.num_bytes(self, vocab_size) for each in self.asked)
 
 
@@ -257,11 +257,11 @@ COLUMNS: Mapping[str, Field] = {
     "label_logprob": TOP_K,
     **{each.name: each for each in FIELDS if each.is_scalar},
 }
-"""The arrays of `Targets` with one float a position, and the fields that they belong to."""
+"""Arrays of `Targets` with one float a position, and the fields to which they belong."""
 
 
 def option_of(attribute: str) -> str:
-    """The command-line option that sets an attribute of `Fields`."""
+    """Name of the command-line option that sets an attribute of `Fields`."""
     return "--top-k" if attribute == "k" else f"--{attribute}"
 
 

@@ -1,17 +1,17 @@
-"""Lineage: what an encoder was handed, and so what a commit's error figures are measured against.
+"""Lineage of targets: what their encoder was handed, and so what a commit's error figures are measured against.
 
-Targets may have been encoded before they came to the encoder that a commit speaks of. Each such time is a step of the
-provenance; here as `Provenance.whole_path` tells it:
+Targets may have been encoded before they came to the encoder that a commit describes. Each earlier encoding is a step
+of the provenance; in the words of `Provenance.whole_path`:
 
     sampler                                       the teacher's answers
-    sampler, journal                              the same: a journal's rows came along bit by bit, with their figures
-    sampler, journal of u8 within 0.0635          a journal's rows were decoded from u8 and encoded again
-    sampler, journal partly of u8 within 0.0635   some of them were
+    sampler, journal                              a journal's rows, copied bit by bit with their error figures
+    sampler, journal of u8 within 0.0635          a journal's rows, decoded from u8 and encoded again
+    sampler, journal partly of u8 within 0.0635   both kinds of a journal's rows
     sampler, import of u8 within 0.0635           an export of targets that were kept as u8
-    sampler, import                               nobody knows how far what was imported is from the teacher
+    sampler, import                               imported targets whose error is not known
 
-There and not among the figures, because a manifest keeps one list of figures for all commits of a set, and shards of
-one set come from imports, journals and teachers.
+Steps are in the provenance and not among the error figures, because a manifest keeps one list of figures for all
+commits of a set, and the shards of a set come from imports, journals and teachers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from potstill.cache.errors import FormatError
 
 IMPORT = "import"
 JOURNAL = "journal"
-# What `Step.__str__` gives: records of before steps have it in their capture path.
+# The text of `Step.__str__`, which records from before steps have in their capture path.
 _TOLD = re.compile(
     rf"(?P<how>{IMPORT}|{JOURNAL})"
     r"(?:(?P<partly> partly)? of (?P<encoding>\w+) within (?P<bound>\d+(?:\.\d+)?(?:e-\d+)?))?"
@@ -38,32 +38,32 @@ class Step:
     """One encoding that targets went through on their way from the teacher."""
 
     how: str
-    """`import` or `journal`: what decoded them again."""
+    """`import` or `journal`, which decoded the targets again."""
     encoding: str = ""
-    """Its name; empty for rows that came along bit by bit, and where nobody knows it."""
+    """Name of the encoding; empty for rows that were copied bit by bit, and where it is not known."""
     max_abs_error: float | None = 0.0
-    """How far they are at most from what was encoded, in nats, saturated entries apart; None where nobody knows."""
+    """Largest error of that encoding in nats, saturated entries apart; None where it is not known."""
     partly: bool = False
-    """Other rows came along bit by bit."""
+    """True when other rows were copied bit by bit."""
 
     def __str__(self) -> str:
-        """The step in words, as `journal partly of u8 within 0.0635`."""
+        """Describe the step, as in `journal partly of u8 within 0.0635`."""
         if not self.encoding:
             return self.how
         return f"{self.how}{' partly' * self.partly} of {self.encoding} within {self.max_abs_error}"
 
     @classmethod
     def imported(cls, kept_as: Mapping[str, Any] | None) -> Step:
-        """The import of what was kept as an encoding (its `to_json`); of unknown error when that does not say it."""
+        """Make the step of an import from the encoding that a file names (its `to_json`), or with an unknown error."""
         said: Mapping[str, Any] = kept_as or {}
         name, bound = said.get("name"), said.get("max_abs_error")
-        # A file says so, and may be of a version with more encodings than this one.
+        # Not looked up by name: the file may be of a version with more encodings than this one.
         if isinstance(name, str) and name.isidentifier() and isinstance(bound, float) and 0 <= bound < math.inf:
             return cls(how=IMPORT, encoding=name, max_abs_error=bound)
         return cls(how=IMPORT, max_abs_error=None)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object with one key per attribute."""
+        """Convert to a JSON object with one key per attribute."""
         return asdict(self)
 
     @classmethod
@@ -84,10 +84,10 @@ class Step:
 
 
 def path_and_steps(path: str, steps: Any) -> tuple[str, tuple[Step, ...]]:
-    """The engine's capture path and the steps behind it; a record without steps may have them as words of its path.
+    """Read the engine's capture path and the steps after it; old records have the steps as words of their path.
 
     Raises:
-        FormatError: steps that cannot be read.
+        FormatError: the steps cannot be read.
     """
     if isinstance(steps, list):
         return path, tuple(map(Step.from_json, steps))
@@ -106,16 +106,15 @@ def _step(told: re.Match[str]) -> Step:
 
 @dataclass(frozen=True, slots=True)
 class Handed:
-    """What an encoder was handed."""
+    """Numbers that an encoder was handed, in words, and their distance from the teacher."""
 
     words: str
     max_abs_error: float | None
-    """How far it is at most from the teacher, in nats, saturated entries apart; 0 for its own answers, None for not
-    known."""
+    """Largest distance in nats, saturated entries apart; 0 for the teacher's own answers, None where not known."""
 
     @classmethod
     def after(cls, steps: Sequence[Step]) -> Handed:
-        """What comes out of the steps."""
+        """Describe the numbers that come out of these steps."""
         if any(step.max_abs_error is None for step in steps):
             return cls("what was imported, of unknown error", None)
         lossy = [step for step in steps if step.max_abs_error]
@@ -130,18 +129,16 @@ class Handed:
 
 
 ONLY_BOUNDED = Handed("not measured: an earlier compact added bounds", None)
-"""Of figures that `is_stated` finds."""
+"""Stands for figures of which `is_stated` is true."""
 
 
 def is_stated(error: Mapping[str, float], bound: float) -> bool:
-    """True of figures of journal rows that have their encoding's bound in them and not only what was measured.
-
-    No measured KL comes near a bound that is meant for logprobs.
-    """
+    """Tell whether error figures of journal rows are or contain their encoding's bound, and were not only measured."""
+    # No measured KL comes near a bound that is meant for single logprobs.
     return 0 < bound <= error.get("p999_kl", 0.0)
 
 
 def measured_against(steps: Sequence[Step], error: Mapping[str, float], bound: float) -> Handed:
-    """What the figures of a commit, in an encoding of this bound, compare the decoded targets with."""
+    """Describe what a commit's figures compare the decoded targets with; `bound` is that of its encoding."""
     by_journal = any(step.how == JOURNAL for step in steps)
     return ONLY_BOUNDED if by_journal and is_stated(error, bound) else Handed.after(steps)

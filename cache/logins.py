@@ -1,13 +1,13 @@
-"""Users and passwords in URLs, of which either may be an API key: what is shown or logged has none."""
+"""Removal of users and passwords, either of which may be an API key, from URLs that are shown or logged."""
 
 from __future__ import annotations
 
 import re
 
-# In a URL anything before its last @; else `user:password@` where a word may begin, of a URL that lacks its scheme.
+# In a URL, all before its last @. Without a scheme (`curl user:password@host`), `user:password@` at a word's start.
 _LOGIN = re.compile(r"""(?<=//)[^\s'"]*@|(?<![^\s'"=(])[^\s'"@:/=(]*:(?!//)[^\s'"@]+@(?=[^\s'"@])""")
 
 
 def without_login(text: str) -> str:
-    """The text without the logins of any URLs in it."""
+    """Remove the logins of all URLs in a text."""
     return _LOGIN.sub("", text)

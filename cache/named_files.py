@@ -1,4 +1,4 @@
-"""Text files that a person named: what is wrong with one is told in one line that names it."""
+"""Reading of text files that a person named; errors say in one line which file and what is wrong."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from potstill.cache.errors import InvalidInput
 
 
 def read_named(path: str | Path) -> str:
-    """The text of a UTF-8 file.
+    """Read a UTF-8 file.
 
     Raises:
-        InvalidInput: there is none, or it cannot be read.
+        InvalidInput: it does not exist, or cannot be read.
     """
     try:
         return Path(path).read_text(encoding="utf-8")
@@ -26,10 +26,10 @@ def read_named(path: str | Path) -> str:
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """The tables of a TOML file.
+    """Read a TOML file.
 
     Raises:
-        InvalidInput: there is no such file, it cannot be read, or is not TOML.
+        InvalidInput: it does not exist, cannot be read, or is not TOML.
     """
     try:
         return tomllib.loads(read_named(path))

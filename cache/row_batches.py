@@ -1,4 +1,4 @@
-"""Cutting consecutive rows into batches by a budget, of tokens or of bytes."""
+"""Batches of consecutive rows by a budget of tokens or bytes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 
 
 def row_batches(starts: NDArray[np.int64], budget: int, *, max_rows: int | None = None) -> Iterator[tuple[int, int]]:
-    """The first row of each batch and one past its last: as many rows as the budget holds, or one that is longer.
+    """Cut rows into batches (start, stop) of as many rows as the budget holds; a longer row is a batch of its own.
 
     Args:
-        starts: [R+1] where each row starts on an axis without holes, and the end (see `row_starts`).
-        budget: of a batch, in the unit of `starts`.
-        max_rows: of a batch; None for any number.
+        starts: [R+1] start of each row on an axis without holes, then the end (see `row_starts`).
+        budget: most of a batch, in the unit of `starts`.
+        max_rows: most rows of a batch; None for any number.
     """
     row, num_rows = 0, len(starts) - 1
     while row < num_rows:
@@ -27,5 +27,5 @@ def row_batches(starts: NDArray[np.int64], budget: int, *, max_rows: int | None 
 
 
 def row_starts(lengths: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
-    """[R+1] where each of R rows starts that lie one after the other, and the end."""
+    """Start [R+1] of each of R rows that lie one after the other, then the end."""
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])

@@ -1,4 +1,4 @@
-"""The vocabulary every package shares: what a teacher is, what is asked of it, what it answers.
+"""The vocabulary that all packages share: teachers, the fields that are asked of them, and the targets they answer.
 
 Shape legend:  P positions, K kept entries, V vocabulary size, N draws, U unique ids among the draws of all positions.
 Logprobs are natural logs of the full-vocabulary softmax at temperature 1.
@@ -33,20 +33,20 @@ __all__ = [
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 Tokens: TypeAlias = NDArray[np.uint32]
-"""One row: token ids, shape [T]."""
+"""One row of T token ids, [T] uint32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TeacherIdentity:  # noqa: PLW1641 -- `overrides` has no hash
-    """What changes a teacher's numbers. Another identity under the same name raises `SpecMismatch`."""
+    """Everything that changes a teacher's numbers. Another identity under the same name raises `SpecMismatch`."""
 
     model: str
-    """A label for people: the name of the model's folder, or its name on the hub."""
+    """Label for people: the name of the model's folder, or its name on the hub."""
     revision: str
     weights_sha256: str
-    """In hex, over the weight files; an import that does not know it has a word here, and `model` is compared, too."""
+    """Hash over the weight files, in hex. An import that does not know it has a word here; then `model` is compared."""
     tokenizer_sha256: str
-    """Of the id -> bytes table and the special ids, not of files (`potstill.cache.corpus.tokenizer.fingerprint`)."""
+    """Fingerprint of the table from ids to bytes (`potstill.cache.corpus.tokenizer.fingerprint`), not of files."""
     vocab_size: int
     dtype: str
     head_dtype: str
@@ -54,14 +54,14 @@ class TeacherIdentity:  # noqa: PLW1641 -- `overrides` has no hash
     adapters: tuple[str, ...] = ()
     overrides: Mapping[str, JSON] = field(default_factory=dict)
     prefix_ids: tuple[int, ...] = ()
-    """Put in front of every row before the teacher sees it (BOS); their targets are dropped."""
+    """Token ids, such as BOS, that are put in front of every row for the teacher; their targets are dropped."""
 
     def __post_init__(self) -> None:
-        # As JSON has it, so that an identity equals its round trip.
+        # In JSON's types, so that an identity equals its round trip.
         object.__setattr__(self, "overrides", _plain(self.overrides))
 
     def to_json(self) -> dict[str, JSON]:
-        """A JSON object that `from_json` reads back to an equal identity."""
+        """Convert to a JSON object, from which `from_json` makes an equal identity."""
         return cast("dict[str, JSON]", _plain(asdict(self)))
 
     @classmethod
@@ -85,37 +85,38 @@ class TeacherIdentity:  # noqa: PLW1641 -- `overrides` has no hash
         return identity
 
     def differences(self, other: TeacherIdentity) -> str:
-        """`key: ours != theirs` for every key that differs, or an empty string; the label `model` is none of them."""
+        """List the keys that differ as `key: ours != theirs`; an empty string when none does."""
         mine, theirs = self.to_json(), other.to_json()
+        # A model may be renamed or moved: with a hash of its weights its name says nothing more.
         if re.fullmatch(r"[0-9a-f]{64}", self.weights_sha256):
             del mine["model"]
         return "; ".join(f"{key}: {mine[key]!r} != {theirs[key]!r}" for key in mine if mine[key] != theirs[key])
 
     def __eq__(self, other: object) -> bool:
-        """Equality of all that changes numbers."""
+        """Compare all that changes numbers."""
         return isinstance(other, TeacherIdentity) and not self.differences(other)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
-    """What produced some targets. Recorded per segment, never compared."""
+    """Record of what produced some targets. It is kept with every segment, and never compared."""
 
     engine: str
     engine_version: str
     device: str
     capture_path: str
     captured_at: str = ""
-    """ISO 8601, UTC; set when a segment is committed."""
+    """Time in ISO 8601, UTC; set when a segment is committed."""
     steps: tuple[Step, ...] = ()
-    """Encodings that they went through since."""
+    """Encodings that the targets went through before they were handed to the present one."""
 
     @property
     def whole_path(self) -> str:
-        """The capture path and the steps behind it, in words."""
+        """The capture path, followed by the steps in words."""
         return ", ".join(filter(None, (self.capture_path, *map(str, self.steps))))
 
     def to_json(self) -> dict[str, JSON]:
-        """A JSON object with one key per attribute; none for `steps` when there are none."""
+        """Convert to a JSON object with one key per attribute; `steps` is left out when there are none."""
         plain = cast("dict[str, JSON]", _plain(asdict(self)))
         return plain if self.steps else {name: plain[name] for name in plain if name != "steps"}
 
@@ -124,7 +125,7 @@ class Provenance:
         """Read what `to_json` wrote; unknown keys, of a newer writer, are ignored.
 
         Raises:
-            FormatError: steps that cannot be read.
+            FormatError: the steps cannot be read.
         """
         told = {name: str(value.get(name, "")) for name in ("engine", "engine_version", "device", "captured_at")}
         capture_path, steps = path_and_steps(str(value.get("capture_path", "")), value.get("steps"))
@@ -133,24 +134,24 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Draws:
-    """N draws with replacement of each position, as unique ids with counts; ragged."""
+    """N draws with replacement at each position, as unique ids with counts, in ragged arrays."""
 
     offsets: NDArray[np.int64]
-    """[P+1] where each position's ids begin, and their end; the first is 0."""
+    """[P+1] position p has the ids `offsets[p]` to `offsets[p + 1]`; the first is 0."""
     ids: NDArray[np.uint32]
-    """[U] unique within a position, rising."""
+    """[U] token ids, rising and unique within a position."""
     counts: NDArray[np.uint16]
-    """[U] how often each was drawn, at least once; a position's sum is N."""
+    """[U] number of times each id was drawn, at least 1; a position's sum is N."""
 
     def __post_init__(self) -> None:
         assert self.ids.shape == self.counts.shape == (int(self.offsets[-1] - self.offsets[0]),), "ragged draws"
 
     def __repr__(self) -> str:
-        """One short line, without numbers."""
+        """Describe the draws in one short line, without numbers."""
         return f"Draws(positions={len(self.offsets) - 1}, ids={len(self.ids)})"
 
     def __getitem__(self, positions: slice) -> Draws:
-        """The draws of a range of positions; ids and counts as views."""
+        """The draws of a range of positions; ids and counts are views."""
         start, stop, step = positions.indices(len(self.offsets) - 1)
         assert step == 1, "a range of positions"
         offsets = self.offsets[start : max(start, stop) + 1]
@@ -159,7 +160,7 @@ class Draws:
 
     @staticmethod
     def concat(parts: Sequence[Draws]) -> Draws:
-        """All positions of `parts`, one after the other."""
+        """Concatenate the positions of all parts."""
         lengths = [np.diff(part.offsets) for part in parts]
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(lengths), dtype=np.int64)])
         ids, counts = (np.concatenate([getattr(part, name) for part in parts]) for name in ("ids", "counts"))
@@ -170,26 +171,26 @@ class Draws:
 class Targets:
     """A teacher's next-token distributions for one or many rows, flat on the position axis.
 
-    Target *t* of a row is the distribution of the token after `row[t]`: a row of T tokens has T
-    targets, and the last has no label.
+    Target *t* of a row is the distribution of the token after `row[t]`: a row of T tokens has T targets, and the last
+    one has no label.
     """
 
     ids: NDArray[np.uint32]
     """[P, K] token ids by falling logprob."""
     logprobs: NDArray[np.float32]
-    """[P, K] nats."""
+    """[P, K] natural logs of the probabilities of `ids`."""
     log_tail: NDArray[np.float32]
-    """[P] log of the mass outside `ids`; -inf for none."""
+    """[P] tail mass: log of the probability of all tokens outside `ids`; -inf for none."""
     label_logprob: NDArray[np.float32]
     """[P] logprob of the row's own next token; NaN where there is none."""
     entropy: NDArray[np.float32] | None = None
-    """[P] nats, or None when not asked for."""
+    """[P] entropy in nats; None, as for all fields below, when it was not asked for."""
     log_z: NDArray[np.float32] | None = None
-    """[P, temperatures] log of the sum of p**(1/T), or None."""
+    """[P, temperatures] log of the sum of p**(1/T) over the vocabulary, for each temperature T."""
     dense: NDArray[np.float32] | None = None
-    """[P, V] logprobs, or None."""
+    """[P, V] logprobs of all tokens."""
     draws: Draws | None = None
-    """N draws with replacement, or None."""
+    """N draws with replacement at each position."""
 
     def __post_init__(self) -> None:
         num_positions, k = self.ids.shape
@@ -200,29 +201,29 @@ class Targets:
 
     @property
     def num_positions(self) -> int:
-        """P."""
+        """Number of positions P."""
         return int(self.ids.shape[0])
 
     @property
     def k(self) -> int:
-        """K."""
+        """Number of kept entries K at a position."""
         return int(self.ids.shape[1])
 
     def __getitem__(self, positions: slice) -> Targets:
-        """The same fields of a range of positions, as views."""
+        """Targets of a range of positions, as views."""
         part: dict[str, Any] = {
             name: None if array is None else array[positions] for name, array in self._arrays().items()
         }
         return Targets(**part)
 
     def __repr__(self) -> str:
-        """One short line, without numbers."""
+        """Describe the targets in one short line, without numbers."""
         fields = ",".join(self.beside_top_k)
         return f"Targets(positions={self.num_positions}, k={self.k}{', fields=' if fields else ''}{fields})"
 
     @property
     def beside_top_k(self) -> dict[str, Any]:
-        """Name -> array, or `Draws`, of the fields that are there beside the top-k."""
+        """Arrays (or `Draws`) of the fields that are there beside the top-k, by name."""
         arrays = {each.name: getattr(self, each.name) for each in FIELDS if each is not TOP_K}
         return {name: array for name, array in arrays.items() if array is not None}
 
@@ -235,10 +236,10 @@ class Targets:
         return sum(array.nbytes for array in arrays.values() if isinstance(array, np.ndarray))
 
     def prefix(self, k: int) -> Targets:
-        """The top `k` of the kept K; the mass that is dropped moves into the tail.
+        """Cut the top-k to its first `k` entries; the mass of the others moves into the tail.
 
         Raises:
-            UnsupportedField: `k` is more than is kept.
+            UnsupportedField: `k` is more than K.
         """
         if k < 0:
             raise InvalidInput(f"k is {k}; it must be at least 0")
@@ -256,24 +257,24 @@ class Targets:
         )
 
     def without_top_k(self) -> Targets:
-        """The other fields alone: K is 0, all mass is in the tail, and no label has a logprob."""
+        """Drop the top-k: K becomes 0, all mass is in the tail, and no label has a logprob."""
         return Targets.of_other_fields(self.num_positions, **self.beside_top_k)
 
     def only(self, fields: Fields) -> Targets:
-        """What is here of `fields`; all of the top-k, or none of it."""
+        """Keep the given fields, as far as they are here; the top-k is kept whole or not at all."""
         held = self if fields.k else self.without_top_k()
         names = {each.name for each in fields.beside_top_k}
         left_out: dict[str, Any] = {name: None for name in self.beside_top_k if name not in names}
         return replace(held, **left_out)
 
     def with_fields_of(self, other: Targets) -> Targets:
-        """These and what `other` has besides; one of the two has a top-k at most."""
+        """Join the fields of two targets of the same positions, of which at most one has a top-k."""
         top_k, more = (self, other) if self.k else (other, self)
         return replace(top_k, **more.beside_top_k)
 
     @staticmethod
     def of_other_fields(num_positions: int, **fields: Any) -> Targets:
-        """Targets without a top-k: K is 0, all mass is in the tail, and no label has a logprob."""
+        """Make targets without a top-k: K is 0, all mass is in the tail, and no label has a logprob."""
         return Targets(
             ids=np.empty((num_positions, 0), np.uint32),
             logprobs=np.empty((num_positions, 0), np.float32),
@@ -284,7 +285,7 @@ class Targets:
 
     @staticmethod
     def concat(parts: Sequence[Targets]) -> Targets:
-        """All positions of `parts`, one after the other; every part has the same fields and K."""
+        """Concatenate the positions of all parts, which must have the same fields and K."""
         assert parts, "nothing to join"
         if len(parts) == 1:
             return parts[0]
@@ -300,43 +301,43 @@ class Targets:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherLimits:
-    """What a teacher accepts; more raises `LimitExceeded`. None is no limit of its own."""
+    """Limits of what a teacher accepts; more raises `LimitExceeded`. None means no limit of its own."""
 
     max_top_k: int | None = None
     max_row_tokens: int | None = None
 
 
 class Teacher(Protocol):
-    """Scores rows of tokens: the engine, the replica pool, the cache, the HTTP client all are one."""
+    """Anything that scores rows of tokens: an engine, a replica pool, a cache in front of one, an HTTP client."""
 
     @property
     def identity(self) -> TeacherIdentity:
-        """What changes this teacher's numbers."""
+        """Identity of the teacher, which changes when its numbers can."""
         ...
 
     @property
     def provenance(self) -> Provenance:
-        """What produces this teacher's numbers right now."""
+        """Engine and device that produce the teacher's numbers right now."""
         ...
 
     @property
     def limits(self) -> TeacherLimits:
-        """What this teacher accepts."""
+        """Limits of what the teacher accepts."""
         ...
 
     async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
-        """One `Targets` per row, in order, each with as many positions as its row has tokens.
+        """Score rows: one `Targets` per row, in order, each with as many positions as its row has tokens.
 
         Raises:
-            LimitExceeded: a row longer than the context, an id over the vocabulary, K over the limit.
-            UnsupportedField: a field this teacher cannot give.
+            LimitExceeded: a row is longer than the context, an id is over the vocabulary, or K over the limit.
+            UnsupportedField: the teacher cannot give a field.
         """
         ...
 
 
 def folded_tail(log_tail: NDArray[np.float32], dropped: NDArray[np.float32]) -> NDArray[np.float32]:
-    """[P] log of a tail's mass and that of the [P, D] logprobs dropped into it."""
-    # All in one exp: the largest of the dropped ones is first, or the tail is.
+    """Log [P] of the mass of a tail and of the logprobs [P, D] that are dropped into it."""
+    # log-sum-exp: the largest is subtracted first, which is the tail or, as logprobs fall, the first dropped one.
     top = np.maximum(log_tail, dropped[:, 0]).astype(np.float64)
     top = np.where(np.isneginf(top), 0.0, top)
     mass = np.exp(dropped - top[:, None]).sum(axis=1) + np.exp(log_tail - top)
@@ -350,7 +351,7 @@ def _concat(column: list[Any]) -> Any:
 
 
 def _plain(value: Any) -> JSON:
-    """Tuples as lists and mappings as dicts, so that a value equals its JSON round trip."""
+    """Convert tuples to lists and mappings to dicts, so that a value equals its JSON round trip."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):

@@ -1,4 +1,4 @@
-"""What is wanted of the fields that are kept: checked in one place, for readers here and behind a service."""
+"""Check of wanted fields against those that are kept, in one place for local readers and for the service."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _ADD_IT = "ask for what is kept, or add it with `potstill prefill` or `fill`"
 
 
 def wanted_fields(held: Fields, k: int | None, fields: Fields | None, who: str) -> Fields:
-    """What to read of what is `held`: `fields`, by default all of it, with the top `k` when that is given.
+    """Choose the fields to read: `fields`, by default all that is `held`, with the top `k` when that is given.
 
     Raises:
-        InvalidInput: a negative `k`. UnsupportedField: what is not held; the message names `who` holds it.
+        InvalidInput: `k` is negative. UnsupportedField: a field is not held; the message begins with `who`.
     """
     want = fields or held
     if k is not None and k < 0:
@@ -27,7 +27,7 @@ def wanted_fields(held: Fields, k: int | None, fields: Fields | None, who: str) 
     lacking = [each for each in FIELDS if not each.serves(held, want)]
     if lacking:
         problems = "; ".join(_problem(each, held, want) for each in lacking)
-        # A kind of field that is kept is never replaced; one that is not can be added.
+        # A field that is kept is never replaced by one with another setting; one that is not kept can be added.
         names = " and ".join(each.asked_by for each in lacking if each.is_asked(held))
         kept = f"ask for what is kept, or fill under another teacher name: {names} cannot be changed"
         raise UnsupportedField(f"{who}: {problems}; {kept if names else _ADD_IT}")
@@ -44,15 +44,15 @@ def _problem(field: Field, held: Fields, want: Fields) -> str:
 
 
 def shared_fields(want: Fields, held: Fields) -> Fields | None:
-    """What of the wanted fields a set holds; the wanted ones are known to be kept somewhere."""
+    """Reduce the wanted fields to those that one segment set holds; None when it holds none of them."""
     return want.only(each for each in FIELDS if each.serves(held, want))
 
 
 def named_fields(held: Fields, names: Sequence[str] | None, k: int | None, who: str) -> Fields:
-    """What to read of what is `held`, chosen by name; no names means all of it. `k` is as for `wanted_fields`.
+    """Choose the fields to read by name; None means all that is `held`. `k` is as for `wanted_fields`.
 
     Raises:
-        InvalidInput: an unknown name, or nothing at all. UnsupportedField: what is not held.
+        InvalidInput: a name is unknown, or nothing is chosen. UnsupportedField: a field is not held.
     """
     if names is None:
         return wanted_fields(held, k, None, who)
@@ -64,7 +64,7 @@ def named_fields(held: Fields, names: Sequence[str] | None, k: int | None, who: 
     if missing:
         raise UnsupportedField(f"{who}: {', '.join(missing)} is not kept, {', '.join(there)} is; {_ADD_IT}")
     chosen = held.only(each for each in FIELDS if each.name in names)
-    # Of names without the top-k, the top k that is asked for comes too: as `k` has it everywhere.
+    # `k` asks for the top-k even when the names do not: as it does everywhere else.
     if chosen is None:
         chosen = Fields(k=k or 0)
     elif k is not None:

@@ -1,4 +1,4 @@
-"""A teacher in front of another teacher."""
+"""Base class of a teacher in front of another one."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from potstill.cache.types import Provenance, Teacher, TeacherIdentity, TeacherLi
 
 
 class WrappedTeacher:
-    """The base of a `Teacher` that does something around the `score` of an inner one, and hands on what that is."""
+    """A `Teacher` that has the identity, provenance and limits of an inner one; subclasses add `score`."""
 
     def __init__(self, inner: Teacher) -> None:
         self.inner = inner
 
     @property
     def identity(self) -> TeacherIdentity:
-        """The inner teacher's."""
+        """Identity of the inner teacher."""
         return self.inner.identity
 
     @property
     def provenance(self) -> Provenance:
-        """The inner teacher's right now: a pool may have started another engine since."""
+        """Provenance of the inner teacher right now: a pool may have started another engine since."""
         return self.inner.provenance
 
     @property
     def limits(self) -> TeacherLimits:
-        """The inner teacher's."""
+        """Limits of the inner teacher."""
         return self.inner.limits

@@ -1,1 +1,1 @@
-"""Looking after a cache: inspection, integrity, drift from a live teacher, garbage, deletion, estimates."""
+"""Upkeep of a cache: inspection, integrity, drift from a live teacher, garbage, deletion, estimates."""

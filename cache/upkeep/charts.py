@@ -1,6 +1,6 @@
-"""Charts for HTML pages: axes with round ticks, and what is drawn between them in SVG units.
+"""Charts for HTML pages: axes with round ticks, and lines and bars between them, in SVG units.
 
-`pages/charts.html.jinja` draws them; a page is one file with its own style and drawings, nothing to load.
+`pages/charts.html.jinja` draws them. A page is one file with its own style and drawings that loads nothing.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class Axis:
     low: float
     high: float
     ticks: tuple[tuple[float, str], ...]
-    """Values and what is written at them."""
+    """Values, each with the text at it."""
 
     @classmethod
     def around(cls, label: str, values: ArrayLike, *, percent: bool = False) -> Axis:
-        """An axis that ends at round numbers around all values."""
+        """Make an axis that ends at round numbers around all values."""
         found = np.asarray(values, dtype=np.float64)
         low, high = float(found.min()), float(found.max())
         step = _round_step((high - low) or abs(high) or 1.0)
@@ -43,7 +43,7 @@ class Axis:
         return cls(label, ticks[0][0], ticks[-1][0], ticks)
 
     def place(self, values: ArrayLike, start: float, end: float) -> NDArray[np.float64]:
-        """Values of the axis in SVG units between `start` and `end`."""
+        """Convert values to SVG units, `start` to `end` being the ends of the axis."""
         return start + (np.asarray(values, dtype=np.float64) - self.low) / (self.high - self.low) * (end - start)
 
 
@@ -64,24 +64,24 @@ class Chart:
     x: Axis
     y: Axis
     lines: Mapping[str, str]
-    """SVG points of each line, by what the legend calls it."""
+    """SVG points of each line, by its name in the legend."""
     bars: tuple[Bar, ...] = ()
     bound: tuple[float, str] | None = None
-    """Where an upright line stands, and what is written above it."""
+    """Place of an upright line, and the text above it."""
 
     @property
     def x_ticks(self) -> list[tuple[float, str]]:
-        """Where each tick of the lower axis stands, and its text."""
+        """Place of each tick of the lower axis, and its text."""
         return [(float(self.x.place(value, _LEFT, _RIGHT)), text) for value, text in self.x.ticks]
 
     @property
     def y_ticks(self) -> list[tuple[float, str]]:
-        """Where each tick of the left axis stands, and its text."""
+        """Place of each tick of the left axis, and its text."""
         return [(float(self.y.place(value, _BOTTOM, _TOP)), text) for value, text in self.y.ticks]
 
 
 def line_chart(title: str, x: Axis, y: Axis, lines: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Chart:
-    """A chart of lines, each of x and y values of one length."""
+    """Draw lines, each of x and y values of one length."""
     points = {
         name: " ".join(
             f"{a:.1f},{b:.1f}" for a, b in zip(x.place(xs, _LEFT, _RIGHT), y.place(ys, _BOTTOM, _TOP), strict=True)
@@ -92,7 +92,7 @@ def line_chart(title: str, x: Axis, y: Axis, lines: Mapping[str, tuple[ArrayLike
 
 
 def histogram(title: str, label: str, values: Sequence[float], *, bins: int, bound: float | None = None) -> Chart:
-    """How many of the values, none below zero, fall into each of some bins; with a line at a bound."""
+    """Draw the counts of values of at least 0 in each of `bins` bins, and an upright line at `bound`."""
     x = Axis.around(label, [0.0, *values, bound or 0.0])
     counts, edges = np.histogram(values, bins=bins, range=(0.0, x.high))
     y = Axis.around("", [0, counts.max()])
@@ -107,7 +107,7 @@ def histogram(title: str, label: str, values: Sequence[float], *, bins: int, bou
 
 
 def pages_of(package: str) -> Environment:
-    """The templates in `pages/` of a package, which may import those of this one; all they show is escaped."""
+    """Load the templates in `pages/` of a package, which may import those of this one; every value is escaped."""
     loaders = [PackageLoader(name, "pages") for name in (package, __package__ or "")]
     environment = Environment(
         loader=ChoiceLoader(loaders), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -118,6 +118,6 @@ def pages_of(package: str) -> Environment:
 
 
 def _round_step(width: float) -> float:
-    """1, 2 or 5 times a power of ten, of which a few make the width."""
+    """The step of 1, 2 or 5 times a power of ten that divides `width` into at most `_MOST_STEPS` parts."""
     power = 10.0 ** np.floor(np.log10(width))
     return float(next(size * power for size in (0.2, 0.5, 1.0, 2.0) if width / (size * power) <= _MOST_STEPS))

@@ -1,9 +1,9 @@
-"""Deleting targets, a whole corpus, or a teacher's journal, so that a reader meanwhile never sees a commit of nothing.
+"""Deletion of targets, a corpus, or a teacher's journal, during which no reader sees a commit without its segment.
 
-Of each segment set go first the manifest's record, then commits, then the set's own record, and only then groups: what
-is left when this stops anywhere reads as never written, and the same deletion finishes it. Between these phases
-a local root is flushed, so that a power cut cannot undo the first and keep the last. A job may fold the commits
-meanwhile: the manifest's record goes once more behind them, and `Commits.fold` takes back one that came later.
+A segment set is deleted in phases: the manifest's record, then commits, then the set's own record, and only then
+groups. Wherever that stops, the rest reads as never written, and the same deletion finishes it. Between phases a
+local root is flushed, so that a power cut cannot undo an early phase and keep a late one. A job may fold commits into
+a manifest meanwhile: so its record is removed once more after them, and `Commits.fold` takes back a later one.
 """
 
 from __future__ import annotations
@@ -24,36 +24,37 @@ from potstill.cache.targets.commit import commit_name
 from potstill.cache.targets.target_set import segment_set_paths, target_set_paths, targets_path
 
 FIRST_SET = "first"
-"""What the segment set is called that was made first; it lies where the others' folder is."""
+"""Name of the segment set that was made first, which lies directly in the target set's folder."""
 
+# By pattern, not as JSON: a damaged record must still lead to the group that goes with it.
 _SEGMENT = re.compile(rb'"segment": *"([^"]+)"')
 _FOLDED = re.compile(rb'"shards": *(\d{1,9})\b')
 _GROUP = re.compile(rb'"group": *"([^"]+)"')
-# Jobs whose claims do not say how long they last renew them more often than this.
+# Claims that do not tell their time to live are renewed more often than this, in seconds.
 _CLAIM_SECONDS = 120.0
 
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """What belongs together, and how it goes."""
+    """Objects that are deleted together, and in which order."""
 
     title: str
     phases: tuple[tuple[str, ...], ...]
-    """Objects, and prefixes that end in `/`, below the root; each phase is gone for good before the next begins."""
+    """Paths below the root: objects, and folders with `/` at the end; each phase is done before the next begins."""
     num_objects: int
     num_bytes: int
     claims: tuple[str, ...] = ()
-    """How the paths of the claims on it begin that do not go with it."""
+    """Path prefixes of claims by jobs that may be at work on it, where the claims themselves stay."""
 
 
 def set_arguments(path: str) -> str:
-    """The words of a command line that mean one segment set."""
+    """Command-line options that name the segment set at `path`."""
     _, teacher, corpus, *name = path.split("/")
     return f"--teacher {teacher} --corpus {corpus} --set {name[1] if name else FIRST_SET}"
 
 
 def plan_teacher(root: Root, teacher: str, corpus: str | None = None) -> list[Removal]:
-    """All targets of a teacher, or those for one corpus.
+    """Plan to delete all targets of a teacher, or those for one corpus.
 
     Raises:
         UnknownTeacher: there are none.
@@ -67,7 +68,7 @@ def plan_teacher(root: Root, teacher: str, corpus: str | None = None) -> list[Re
 
 
 def plan_set(root: Root, teacher: str, corpus: str, name: str) -> list[Removal]:
-    """One segment set: `FIRST_SET`, or the name of one whose fields were added later.
+    """Plan to delete one segment set: `FIRST_SET`, or the name of one whose fields were added later.
 
     Raises:
         UnknownTeacher, NotFound: there is none.
@@ -76,10 +77,10 @@ def plan_set(root: Root, teacher: str, corpus: str, name: str) -> list[Removal]:
 
 
 def plan_shards(root: Root, teacher: str, corpus: str, name: str | None, shards: Sequence[int]) -> list[Removal]:
-    """Single shards of one segment set, or of all that have a commit of them; the manifest goes too.
+    """Plan to delete shards of one segment set, or of all sets that have committed them; manifests are deleted too.
 
     Raises:
-        UnknownTeacher, NotFound: there are none, or no commit of a shard.
+        UnknownTeacher, NotFound: there are no such targets, or no commit of a shard.
     """
     plan_teacher(root, teacher, corpus)
     every = segment_set_paths(root, targets_path(teacher, corpus))
@@ -88,16 +89,16 @@ def plan_shards(root: Root, teacher: str, corpus: str, name: str | None, shards:
     for shard in shards:
         if not any(shard in its for its in held.values()):
             raise _no_commit(root, corpus, paths, shard)
-    # A job claims a shard in one of the sets that it fills, for all of them.
+    # A job that fills several sets claims a shard in one of them, for all: look in every set.
     claims = tuple(f"{path}/claims/{claim_name(shard)}-" for path in every for shard in shards)
     return [replace(_shards(root, path, its), claims=claims) for path, its in held.items() if its]
 
 
 def plan_corpus(root: Root, corpus: str) -> list[Removal]:
-    """A corpus with all targets of it, whoever's, and its annotations.
+    """Plan to delete a corpus, its annotations, and all teachers' targets for it.
 
     Raises:
-        UnknownCorpus: there is neither.
+        UnknownCorpus: there is neither the corpus nor targets for it.
     """
     path = corpus_path(corpus)
     targets = [each for each in target_set_paths(root) if each.split("/")[2] == corpus and root.sizes(each)]
@@ -112,10 +113,10 @@ def plan_corpus(root: Root, corpus: str) -> list[Removal]:
 
 
 def plan_journal(root: Root, teacher: str) -> list[Removal]:
-    """What services kept of rows that belong to no corpus and were scored by a teacher.
+    """Plan to delete a teacher's journal: rows that services scored and that belong to no corpus.
 
     Raises:
-        NotFound: there is nothing.
+        NotFound: there is none.
     """
     check_name("teacher", teacher)
     paths = journal_records(root, teacher)
@@ -129,7 +130,7 @@ def plan_journal(root: Root, teacher: str) -> list[Removal]:
 
 
 def remove(root: Root, removal: Removal) -> None:
-    """Delete it, one phase after the other.
+    """Delete what was planned, one phase after the other.
 
     Raises:
         StoreError: the store refuses; call it again to go on.
@@ -140,12 +141,13 @@ def remove(root: Root, removal: Removal) -> None:
                 root.delete(path[:-1])
             else:
                 root.remove(path)
+        # A flush of a removed path syncs the folders above it, so one path for each folder is enough.
         for path in {path.rstrip("/").rpartition("/")[0]: path for path in phase}.values():
             root.flush(path.rstrip("/"))
 
 
 def jobs_at_work(root: Root, removals: Sequence[Removal]) -> list[str]:
-    """Segment sets, and single shards of them, among them whose claims were renewed a moment ago."""
+    """Segment sets and single shards among `removals` at which other jobs are at work, by their fresh claims."""
     sets = {path for removal in removals for phase in removal.phases for path in phase if path.endswith("/claims/")}
     prefixes = sets | {path for removal in removals for path in removal.claims}
     busy = []
@@ -164,7 +166,7 @@ def _lasts(root: Root, folder: str, name: str) -> float:
 
 
 def _target_set(root: Root, path: str) -> Iterator[Removal]:
-    """Sets that were added later first: the first one is what makes a target set be listed."""
+    """Plan to delete a target set, the sets that were added later first: without the first it is not listed."""
     for each in reversed(segment_set_paths(root, path)):
         if root.sizes(each):
             yield _segment_set(root, each)
@@ -207,7 +209,7 @@ def _shards(root: Root, path: str, shards: Sequence[int]) -> Removal:
 
 
 def _held_shards(root: Root, path: str, shards: Sequence[int]) -> list[int]:
-    """Those with a commit, or with one in the manifest though it is lost."""
+    """Shards with a commit, or whose commit was folded into the manifest and lost since."""
     folded = _FOLDED.search(root.get(f"{path}/manifest.json") or b"")
     commits, count = set(root.objects(f"{path}/commits")), int(folded[1]) if folded else 0
     return [shard for shard in shards if commit_name(shard) in commits or 0 <= shard < count]
@@ -224,7 +226,7 @@ def _no_commit(root: Root, corpus: str, paths: Sequence[str], shard: int) -> Not
 
 
 def _named(root: Root, record: str, pattern: re.Pattern[bytes]) -> str | None:
-    """The group that a record names, also when the record is damaged elsewhere; None when that cannot be read."""
+    """Name of the group that a record names, even when the rest of the record is damaged; None when it has none."""
     found = pattern.search(root.get(record) or b"")
     name = found[1].decode("ascii", "replace") if found else ""
     return name if is_name(name) else None

@@ -1,4 +1,4 @@
-"""Drift: how far stored targets are from what a live teacher answers for the same rows now.
+"""Drift: the distance of stored targets from what a live teacher answers for the same rows now.
 
 Shape legend:  P positions, K kept entries, V vocabulary size.
 """
@@ -16,48 +16,48 @@ from potstill.cache.errors import InvalidInput, NotCommitted, SpecMismatch
 from potstill.cache.targets.target_set import TargetSet
 from potstill.cache.types import Fields, Targets, Teacher, TeacherIdentity
 
-# Rows that are at the teacher at one time.
+# Rows at the teacher at one time.
 _BATCH_ROWS = 4
-# A decoded `u8` gap of this many nats did not fit its code; what follows it is no longer within the bound.
+# The largest code of a `u8` gap is 255/16 nats. An entry behind such a gap need not be within the bound.
 _SATURATED_GAP = 15.9
-# float16 keeps a logprob to this share of itself.
+# Relative rounding error of float16, in which labels are stored.
 _FLOAT16_ERROR = 2.0**-11
-# Less than no mass where the other has some counts as 1e-45, as in `potstill.cache.encoding.logprobs`.
+# Keeps the KL finite where live mass is zero and stored mass is not, as in `potstill.cache.encoding.logprobs`.
 _LEAST_LOGPROB = -103.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drift:
-    """Of a sample of rows; differences are of natural-log probabilities."""
+    """Drift of a sample of rows, in nats."""
 
     rows: int
     positions: int
     max_abs: float
-    """Largest |stored - live| over the entries both have; of a stored entry that the live top-k has not, how far it is
-    above the last one that it has. Entries that did not fit their code are left out."""
+    """Largest |stored - live| over the entries that both top-ks have. A stored entry that the live top-k lacks counts
+    with its height above the last live one; entries that did not fit their code are left out."""
     mean_abs: float
-    """Mean of |stored - live| over the entries both have."""
+    """Mean of |stored - live| over the entries that both top-ks have."""
     mean_kl: float
-    """Mean over positions of KL(stored || live) over the entries both have and one bucket of all others."""
+    """Mean over positions of KL(stored || live), over the entries that both have and one bucket of all others."""
     same_ids: float
     """Share of the stored entries that the live top-k has too."""
     label_max_abs: float
     label_over_bound: float
-    """How far the worst label is outside its own bound, the encoding's or float16's; 0 when none is."""
+    """Excess of the worst label over its own bound, the encoding's or float16's; 0 when none exceeds it."""
     encoding: str
     bound: float
-    """What the encoding alone may do to a logprob."""
+    """Largest error of a logprob that the encoding alone can cause."""
 
     def within(self, tolerance: float) -> bool:
-        """Whether the drift is no more than the encoding's own error and `tolerance` nats."""
+        """Tell whether the drift is at most the encoding's own error plus `tolerance` nats."""
         return self.max_abs <= self.bound + tolerance and self.label_over_bound <= tolerance
 
 
 def check_same_vocabulary(stored: TeacherIdentity, live: TeacherIdentity) -> str:
-    """What differs between two identities, in words; an empty string when nothing does.
+    """Describe in words the differences between two identities; empty when there are none.
 
     Raises:
-        SpecMismatch: the tokenizer or the vocabulary, so that ids do not mean the same.
+        SpecMismatch: the tokenizer or the vocabulary differs, so that ids do not mean the same.
     """
     for name in ("tokenizer_sha256", "vocab_size"):
         ours, theirs = getattr(stored, name), getattr(live, name)
@@ -70,10 +70,10 @@ def check_same_vocabulary(stored: TeacherIdentity, live: TeacherIdentity) -> str
 
 
 def sample_rows(targets: TargetSet, count: int, seed: int) -> list[int]:
-    """Different committed rows at random, sorted; fewer than `count` where there are no more.
+    """Draw distinct committed rows at random, sorted; fewer than `count` when there are no more.
 
     Raises:
-        InvalidInput: `count` is less than 1, or `seed` than 0. NotCommitted: there is not one.
+        InvalidInput: `count` is below 1, or `seed` below 0. NotCommitted: no row is committed.
     """
     if count < 1:
         raise InvalidInput(f"--sample is {count}; it must be at least 1")
@@ -93,10 +93,11 @@ def sample_rows(targets: TargetSet, count: int, seed: int) -> list[int]:
 
 
 async def measure_drift(teacher: Teacher, targets: TargetSet, rows: Sequence[int]) -> Drift:
-    """Score rows again and compare them with what is stored; `targets` holds a top-k.
+    """Score rows again and compare the answers with the stored targets, which must have a top-k.
 
     Raises:
-        CorruptSegment: stored bytes are damaged. Whatever the teacher raises.
+        CorruptSegment: stored bytes are damaged.
+        PotstillError: whatever the teacher raises.
     """
     limit = teacher.limits.max_top_k
     k = targets.fields.k if limit is None else min(limit, targets.fields.k)
@@ -111,7 +112,7 @@ async def measure_drift(teacher: Teacher, targets: TargetSet, rows: Sequence[int
 
 
 class _Tally:
-    """The figures of rows that come one after the other."""
+    """Sums and maxima over rows that come one after the other."""
 
     def __init__(self, encoding: Encoding) -> None:
         self._encoding = encoding
@@ -119,7 +120,8 @@ class _Tally:
         self._max_abs = self._sum_abs = self._sum_kl = self._label_max = self._label_over = 0.0
 
     def add(self, stored: Targets, live: Targets) -> None:
-        """Take up one row."""
+        """Add one row."""
+        # In float64: sums over many positions, and differences of numbers that are nearly equal.
         ours, theirs = stored.logprobs.astype(np.float64), live.logprobs.astype(np.float64)
         place = _places(stored.ids, live.ids)
         shared = place >= 0
@@ -137,7 +139,7 @@ class _Tally:
         self._add_labels(stored.label_logprob.astype(np.float64), live.label_logprob.astype(np.float64))
 
     def drift(self) -> Drift:
-        """Of all rows so far."""
+        """Drift of all rows so far."""
         return Drift(
             rows=self._rows,
             positions=self._positions,
@@ -162,7 +164,8 @@ class _Tally:
 
 
 def _places(stored: NDArray[np.uint32], live: NDArray[np.uint32]) -> NDArray[np.int64]:
-    """[P, K] where each stored id stands among the live ones of its position, -1 where it does not."""
+    """Index [P, K] of each stored id among the live ids of its position; -1 where it is not among them."""
+    # One search for all positions: ids have 32 bits, so the position above them keeps the rows of ids apart.
     order = np.argsort(live, axis=1, kind="stable")
     base = np.arange(len(live), dtype=np.int64)[:, None] << 32
     ranked = (np.take_along_axis(live, order, axis=1).astype(np.int64) + base).reshape(-1)
@@ -174,7 +177,7 @@ def _places(stored: NDArray[np.uint32], live: NDArray[np.uint32]) -> NDArray[np.
 
 
 def _in_code(stored: NDArray[np.float64], encoding: Encoding) -> NDArray[np.bool_]:
-    """[P, K] entries before the first gap that did not fit its code."""
+    """Mask [P, K] of the entries before the first gap that did not fit its code."""
     if encoding.name in ("f16", "f32"):
         return np.ones(stored.shape, dtype=bool)
     wide = np.zeros(stored.shape, dtype=bool)
@@ -183,13 +186,13 @@ def _in_code(stored: NDArray[np.float64], encoding: Encoding) -> NDArray[np.bool
 
 
 def _distance(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> NDArray[np.float64]:
-    """|ours - theirs|, 0 where both are -inf."""
+    """Absolute difference, 0 where both are -inf."""
     with np.errstate(invalid="ignore"):
         return np.where(ours == theirs, 0.0, np.abs(ours - theirs))
 
 
 def _kl(stored: Targets, live: Targets, shared: NDArray[np.bool_], at_live: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[P] KL(stored || live) over the shared entries and a bucket of all else."""
+    """KL(stored || live) [P] over the shared entries and one bucket of all others."""
     ours, theirs = stored.logprobs.astype(np.float64), live.logprobs.astype(np.float64)
     rest_ours = np.exp(stored.log_tail.astype(np.float64)) + np.where(shared, 0.0, np.exp(ours)).sum(axis=1)
     shared_live = _places(live.ids, stored.ids) >= 0

@@ -1,9 +1,9 @@
-"""What targets will take: bytes, objects, requests and money, before a teacher is started.
+"""Estimate of what targets will take, before a teacher is started: bytes, objects, requests and money.
 
-Bytes a position come from a table that was measured, on SmolLM2-135M's exact targets over 113,108 positions of English
-technical prose (V = 49,152; `python -m benchmarks.bench_size`), or from a cache that is there (`measure`). Between the
-measured K, bytes are interpolated in a straight line; for another vocabulary each kept or drawn id costs more bits per
-doubling of V, as measured on synthetic teachers of V = 32k to 262k. What moves the result most is how flat a teacher's
+Bytes a position come from a table that was measured on SmolLM2-135M's exact targets over 113,108 positions of English
+technical prose (V = 49,152; `python -m benchmarks.bench_size`), or from an existing cache (`measure`). Between the
+measured K, bytes are interpolated linearly; for another vocabulary each kept or drawn id costs more bits per doubling
+of V, as measured on synthetic teachers of V = 32k to 262k. What moves the result most is how flat a teacher's
 distributions are and how many subjects the corpus has: `SPREAD`.
 
 Shape legend:  P positions, K kept entries, V vocabulary size, N draws, S shards.
@@ -26,7 +26,7 @@ SPREAD: Mapping[str, float] = {"u8": 0.25, "archive": 0.4, "f16": 0.25, "f32": 0
 """Relative error of the table. Synthetic teachers, whose text has no subject, take up to 20% more than SmolLM2, and 40%
 more in `archive`, which learns from what the text repeats."""
 LIKE_SPREAD = 0.05
-"""The same where a cache with the same fields, vocabulary and encoding was measured."""
+"""Relative error where a cache with the same fields, vocabulary and encoding was measured."""
 
 _TABLE_VOCAB = 49_152
 _KS = (8, 16, 32, 64, 128, 256)
@@ -38,7 +38,7 @@ _TOP_K_BYTES: Mapping[str, Sequence[float]] = {
 }
 """Bytes a position of a committed segment at each of `_KS`, without the rank table."""
 _BITS_PER_DOUBLING: Mapping[str, float] = {"u8": 0.45, "archive": 0.82, "f16": 0.45, "f32": 0.42}
-"""More bits of a kept id when V is twice as large."""
+"""Additional bits of a kept id when V is twice as large."""
 
 _DRAWS = (10, 25, 50)
 _UNIQUE = (5.1, 9.7, 15.7)
@@ -49,26 +49,26 @@ _DRAW_BITS_PER_DOUBLING: Mapping[bool, float] = {False: 1.1, True: 1.8}
 _FLOAT16_BYTES = 1.7
 _FLOAT32_BYTES = 3.3
 _DENSE_FRACTION = 0.75
-"""Of an entry's plain size, on synthetic teachers: the low bits of floats do not compress."""
+"""Share of an entry's plain size, on synthetic teachers: the low bits of floats do not compress."""
 
 _COMMIT_BYTES = (450, 160)
-"""Of a commit: so much, and so much for each object of its segment."""
+"""Bytes of a commit: fixed, and for each object of its segment."""
 _MANIFEST_BYTES = (15_000, 100, 41)
-"""Of a manifest: so much, for each shard so much, and so much for each object of its segment."""
+"""Bytes of a manifest: fixed, for each shard, and for each object of a shard's segment."""
 _MANIFEST_OBJECTS = 18
 _RANK_OBJECTS = 6
 _CLAIM_PUTS = 4
-"""A shard's claim: made, renewed now and then, and given back."""
+"""Requests for a shard's claim: creation, a few renewals, and its release."""
 _GIBIBYTE = 2**30
 _MOST = 10**18
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What is to be kept.
+    """The targets to keep: positions, vocabulary, fields and teachers.
 
     Raises:
-        InvalidInput: a number below 1, or one that nobody can mean.
+        InvalidInput: a number is below 1 or over 10**18, or K is over the vocabulary.
     """
 
     positions: int
@@ -86,13 +86,13 @@ class Workload:
 
     @property
     def shards(self) -> int:
-        """S of each teacher's target set."""
+        """Number of shards S of each teacher's target set."""
         return math.ceil(self.positions / self.shard_positions)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prices:
-    """In US dollars; the defaults are S3 Standard's in us-east-1, 2025, without transfer."""
+    """Prices in US dollars; by default those of S3 Standard in us-east-1 in 2025, without transfer."""
 
     gib_month: float = 0.023
     thousand_puts: float = 0.005
@@ -105,23 +105,23 @@ class Prices:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Basis:
-    """Where the bytes come from."""
+    """Source of the bytes a position: the table, or a measured cache by which the table is scaled."""
 
     source: str
     factor: float = 1.0
-    """What was measured, by what the table says of the same."""
+    """Measured bytes divided by the table's for the same fields."""
     like: tuple[str, Fields, int] | None = None
-    """Encoding, fields and vocabulary of what was measured."""
+    """Encoding, fields and vocabulary of the measured targets; None for the table itself."""
 
     def spread(self, encoding: str, workload: Workload) -> float:
-        """How far off the bytes may be, relative."""
+        """Relative error that the bytes may have."""
         if self.like is None:
             return SPREAD[encoding]
         same = self.like == (encoding, workload.fields, workload.vocab_size)
         return LIKE_SPREAD if same else SPREAD[encoding]
 
 
-# Of one array: its zarr.json.
+# Size of one array's zarr.json.
 _METADATA_BYTES = 1280
 
 TABLE = Basis(source="measured on SmolLM2-135M, V=49,152, English technical prose")
@@ -129,18 +129,18 @@ TABLE = Basis(source="measured on SmolLM2-135M, V=49,152, English technical pros
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """What one encoding takes, all teachers together."""
+    """Estimate for one encoding, all teachers together."""
 
     encoding: str
     bytes_per_position: float
-    """Of one teacher, everything included."""
+    """Bytes a position of one teacher, records and rank table included."""
     spread: float
     num_bytes: int
     objects: int
-    """Segments, commits, specs, rank tables and manifests; claims are gone when a set is complete."""
+    """Objects of segments, commits, specs, rank tables and manifests; claims are gone when a set is complete."""
     manifests: int
     write_requests: int
-    """Puts, once, until all is written and folded."""
+    """Puts until everything is written and folded."""
     month: float
     """US dollars for a month of storage."""
     write: float
@@ -154,10 +154,10 @@ class Estimate:
 
 
 def estimate(workload: Workload, encoding: str, prices: Prices, basis: Basis = TABLE) -> Estimate:
-    """What the workload takes in one encoding.
+    """Estimate what a workload takes in one encoding.
 
     Raises:
-        InvalidInput: an unknown encoding, or one that does not keep so much.
+        InvalidInput: the encoding is unknown, or has no room for so many entries or draws.
     """
     check_kept(workload.fields, encoding_by_name(encoding))
     segment_objects = 2 * _arrays(workload.fields, encoding_by_name(encoding), workload.vocab_size) + 1
@@ -183,11 +183,12 @@ def estimate(workload: Workload, encoding: str, prices: Prices, basis: Basis = T
 
 
 def modelled_bytes(fields: Fields, encoding: str, vocab_size: int) -> float:
-    """Bytes a position of a segment by the table."""
+    """Bytes a position of a segment, by the table."""
     doublings = math.log2(vocab_size / _TABLE_VOCAB)
     total = 0.0
     if fields.k:
         more = fields.k * _BITS_PER_DOUBLING[encoding] * doublings / 8
+        # At least 2 bits an entry: below the table's K and V a straight line would reach zero.
         total += max(_interpolated(fields.k, _KS, _TOP_K_BYTES[encoding]) + more, fields.k / 4)
     if fields.draws:
         total += _draw_bytes(fields.draws, doublings, packed=encoding_by_name(encoding).packed)
@@ -204,10 +205,10 @@ def _draw_bytes(draws: int, doublings: float, *, packed: bool) -> float:
 
 
 def measure(cache: Cache, fields: Fields) -> Basis:
-    """How a cache's own targets compare with the table: of those like `fields`, the set with most positions.
+    """Compare a cache's targets with the table: those with `fields` if there are any, of these the most positions.
 
     Raises:
-        InvalidInput: it holds no committed targets.
+        InvalidInput: the cache holds no committed targets.
     """
     sets = [cache.targets(t, name) for name in cache.corpora() for t in cache.teachers(name)]
     found = [(held, *_stored(held)) for held in sets]
@@ -226,20 +227,20 @@ def measure(cache: Cache, fields: Fields) -> Basis:
 
 
 def _stored(targets: TargetSet) -> tuple[int, int]:
-    """Bytes of the committed segments, and the positions they hold."""
+    """Bytes of the committed segments, and the positions that they hold."""
     size = positions = 0
     starts = targets.corpus.shard_starts
     for shard in range(targets.corpus.num_shards):
         if targets.is_committed(shard):
             objects = (item for each in targets.sets for item in each.commits.require(shard).objects)
-            # Without metadata: every segment has the same, and it would be most of a small one.
+            # Chunks alone: metadata has one size in every segment, and would be most of a small one.
             size += sum(item.size for item in objects if "/c/" in item.path)
             positions += int(starts[shard + 1] - starts[shard])
     return size, positions
 
 
 def _arrays(fields: Fields, encoding: Encoding, vocab_size: int) -> int:
-    """How many arrays a segment has, its checksums included."""
+    """Number of arrays of a segment, its checksums included."""
     other = stored_shapes(replace(fields, k=0) if not fields.only_top_k else fields, encoding, 1, vocab_size)
     if encoding.packed:
         draws = [name for name in other if name.startswith("draw_")]
@@ -248,7 +249,7 @@ def _arrays(fields: Fields, encoding: Encoding, vocab_size: int) -> int:
 
 
 def _records_bytes(segment_objects: int, shards: int) -> int:
-    """Commits, manifest, and the metadata of the segments' arrays."""
+    """Bytes of commits, the manifest, and the metadata of the segments' arrays."""
     commits = shards * (
         _METADATA_BYTES * (segment_objects // 2) + _COMMIT_BYTES[0] + _COMMIT_BYTES[1] * segment_objects
     )
@@ -256,12 +257,12 @@ def _records_bytes(segment_objects: int, shards: int) -> int:
 
 
 def _rank_table_bytes(vocab_size: int) -> float:
-    """The ids that a pilot never met are in order and take next to nothing; half is what SmolLM2's takes."""
+    """Bytes of a rank table: half of its plain size, as for SmolLM2; ids that no pilot row met are in order."""
     return vocab_size * math.log2(vocab_size) / 16
 
 
 def _interpolated(at: int, places: Sequence[int], values: Sequence[float]) -> float:
-    """On the straight line between neighbours; beyond the ends on the line of the last two."""
+    """Interpolate linearly between neighbours, and beyond the ends extend the line through the last two."""
     high = next((i for i, place in enumerate(places) if place >= at), len(places) - 1)
     high = max(high, 1)
     x0, x1, y0, y1 = places[high - 1], places[high], values[high - 1], values[high]

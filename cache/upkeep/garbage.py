@@ -1,8 +1,8 @@
-"""What no record names: left by a writer that was killed, or that lost the race for a commit.
+"""Garbage: groups that no record names, left by a writer that was killed or lost the race for a commit.
 
-Of one segment set the names of its segments and of its commits are listed once each, and only the commits of shards
-with several segments are read; so a set of 10^5 segments costs some hundred requests. Where a record cannot
-be read, nothing that it may name is garbage.
+The segments and the commits of a segment set are listed once each, and only the commits of shards with several
+segments are read: a set of 10^5 segments costs some hundred requests. Where a record cannot be read, nothing that it
+may name is garbage.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from potstill.cache.targets.commit import commit_from_json, commit_name, shard_o
 from potstill.cache.targets.manifest import Manifest
 from potstill.cache.targets.target_set import segment_set_paths, target_set_paths
 
-# What the count of a journal group adds to the name of its teacher.
+# Characters that the count of a journal group adds to its teacher's name.
 _COUNTED = 20
 _UNREADABLE = (FormatError, CorruptSegment)
 
 
 @dataclass(frozen=True, slots=True)
 class Garbage:
-    """One group (or folder of claims or temporary files) nobody can read."""
+    """One group, or folder of claims or temporary files, that no reader can reach."""
 
     path: str
     size: int
     """Stored bytes."""
     age_seconds: float
-    """Since anything in it was last written, by the store's clock."""
+    """Seconds since the last write of any object in it, by the store's clock."""
     record: str
-    """The record that would name it if there were one; empty where none could."""
+    """Path of the record that would name it; empty where none could."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +46,9 @@ OnSkip = Callable[[str], None]
 
 
 def find_garbage(root: Root, *, min_age_seconds: float, on_skip: OnSkip = lambda _: None) -> list[Garbage]:
-    """What nothing names and nothing was written to for `min_age_seconds`; a live writer's group is younger.
+    """Find groups that no record names and that nobody wrote to for `min_age_seconds`.
 
-    Owners renew their claims within minutes, so a folder of old ones belongs to nobody.
+    The age spares the groups of live writers; owners renew claims within minutes, so a folder of old ones is nobody's.
     `on_skip` gets a line for each place that is left alone because a record there cannot be read.
     """
     found = []
@@ -66,10 +66,10 @@ def find_garbage(root: Root, *, min_age_seconds: float, on_skip: OnSkip = lambda
 
 
 def remove_garbage(root: Root, item: Garbage) -> bool:
-    """Delete it; False when it was written to, or a record has come to name it, since it was found.
+    """Delete garbage; False when it was written to, or a record has come to name it, since it was found.
 
     Raises:
-        StoreError: the store cannot be written; part of it may be left, and is found again.
+        StoreError: the store cannot be written; what is left is found again.
     """
     if item.record:
         record = root.get(item.record)
@@ -162,7 +162,7 @@ def _of_segment_set(root: Root, path: str, folders: list[str], on_skip: OnSkip) 
 
 
 def _committed_segment(root: Root, path: str, shard: int) -> str | None:
-    """What the shard's commit names, or the manifest if the commit is lost."""
+    """Name of the shard's segment in its commit, or in the manifest if the commit is lost."""
     record_path = f"{path}/commits/{commit_name(shard)}"
     record = read_record(root, record_path, "commit")
     if record is not None:
@@ -178,7 +178,7 @@ def _committed_segment(root: Root, path: str, shard: int) -> str | None:
 
 
 def _by_shard(segments: list[str]) -> dict[int, list[str]]:
-    """Names of segments by the shard they are attempts at; other names are nobody's to remove."""
+    """Names of segments by their shard; names of another form are not ours to remove, and left out."""
     found: dict[int, list[str]] = {}
     for name in segments:
         shard = name.partition("-")[0]

@@ -24,7 +24,7 @@ from potstill.cache.upkeep.inspection import Inspection, SetSummary, against_tex
 # A strip of 10^5 shards is drawn with as many marks as one of 240.
 _BINS = 240
 _HISTOGRAM_BINS = 32
-# Of fewer shards a histogram tells nothing that the table does not.
+# A histogram of fewer shards tells nothing that the table does not.
 _HISTOGRAM_SHARDS = 8
 _SAMPLE_ROWS = 32
 # An array has the same colour in every set; those without one are small.
@@ -41,7 +41,7 @@ _HUES = {
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """Neighbouring bins of a coverage strip of which the same share is covered."""
+    """A run of neighbouring bins of a coverage strip in which the same share of shards is committed."""
 
     start: int
     width: int
@@ -50,7 +50,7 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One array's stored bytes a position."""
+    """One array's bytes a position, as a piece of a stacked bar."""
 
     name: str
     hue: int
@@ -59,7 +59,7 @@ class Layer:
 
 
 def page(cache: Cache, inspection: Inspection) -> str:
-    """The whole page; reads some rows of every target set for the mass that is kept by rank."""
+    """Render the whole page; reads some rows of every target set, for the mass by rank."""
     found = inspection.to_json
     sets = [_describe(teacher, corpus, each) for (teacher, corpus), held in inspection.sets.items() for each in held]
     template = pages_of("potstill.cache.upkeep").get_template("inspect.html.jinja")
@@ -78,7 +78,7 @@ def page(cache: Cache, inspection: Inspection) -> str:
 
 
 def coverage_marks(covered: NDArray[np.bool_]) -> list[Mark]:
-    """At most 240 bins of neighbouring shards [S], the share that is covered as opacity; equal neighbours are one."""
+    """Mark the committed shards [S] in at most 240 bins; opacity is a bin's share, equal neighbours are one mark."""
     bins = min(_BINS, len(covered))
     edges = np.arange(bins + 1) * len(covered) // bins
     done = np.concatenate([[0], np.cumsum(covered)])
@@ -93,7 +93,7 @@ def coverage_marks(covered: NDArray[np.bool_]) -> list[Mark]:
 
 
 def _describe(teacher: str, corpus: str, each: SetSummary) -> dict[str, Any]:
-    """What the page shows of one segment set."""
+    """Values that the page shows of one segment set."""
     about = each.to_json()
     spec = each.segments.spec
     return {
@@ -119,7 +119,7 @@ def _describe(teacher: str, corpus: str, each: SetSummary) -> dict[str, Any]:
 
 
 def _spread(values: list[float], form: str) -> str:
-    """The median and the largest value; one of them where they are the same."""
+    """The median and the largest value as text; once when they are the same."""
     if not values:
         return "-"
     return ", at most ".join(dict.fromkeys(format(value, form) for value in (np.median(values), max(values))))
@@ -135,7 +135,7 @@ def _layers(each: SetSummary) -> list[Layer]:
 
 
 def _mass(cache: Cache, inspection: Inspection) -> Iterator[tuple[Chart | None, str]]:
-    """By target set, the mean cumulative mass by rank, or why it cannot be read."""
+    """A chart of the mean cumulative mass by rank for each target set, or None and the reason it cannot be read."""
     for teacher, corpus in inspection.sets:
         targets = cache.targets(teacher, corpus)
         if not targets.fields.k or not targets.committed.any():
@@ -160,7 +160,7 @@ def _mass(cache: Cache, inspection: Inspection) -> Iterator[tuple[Chart | None, 
 
 
 def _histograms(title: str, each: SetSummary) -> Iterator[Chart]:
-    """Shards by their error, where there are enough of them and one is not zero."""
+    """Histograms of the shards' errors, when there are enough shards and not all errors are zero."""
     bound = each.segments.spec.encoding.max_abs_error
     largest = each.errors.get("max_abs", [])
     if len(largest) < _HISTOGRAM_SHARDS or not max(largest):

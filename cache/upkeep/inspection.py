@@ -1,4 +1,4 @@
-"""What is in a cache, in numbers: what `potstill inspect` prints, and draws.
+"""Inspection of a cache: the figures that `potstill inspect` prints and draws.
 
 Shape legend:  S shards, C commits of a segment set.
 """
@@ -28,42 +28,42 @@ from potstill.cache.targets.manifest import Manifest
 from potstill.cache.targets.segment_set import SegmentSet
 from potstill.cache.targets.target_set import TargetSet
 
-# The figures that no bound was ever added to.
+# Figures to which even old versions of `compact` added no bound.
 _COUNTED = ("saturated", "saturated_mass")
-# A commit is about 5 KB in memory.
+# Commits held at one time, about 5 KB each.
 _COMMITS_AT_ONCE = 1024
 
 
 @dataclass(slots=True)
 class SetSummary:
-    """One segment set, summed over its commits."""
+    """Sums over the commits of one segment set."""
 
     segments: SegmentSet
     folded: bool
     covered: NDArray[np.bool_]
-    """[S] which shards have a commit."""
+    """[S] True for a shard with a commit."""
     positions: int = 0
     num_bytes: int = 0
     array_bytes: Counter[str] = field(default_factory=Counter)
     """Stored bytes by the array's name."""
     errors: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """[C] of each error figure that was measured."""
+    """Values [C] of each error figure that was measured, by its name."""
     against: Counter[Handed] = field(default_factory=Counter)
-    """Shards by what their figures compare the decoded targets with."""
+    """Number of shards by what their error figures compare the decoded targets with."""
     provenances: Counter[tuple[str, str, str, str]] = field(default_factory=Counter)
-    """Shards by engine, engine version, device and whole path."""
+    """Number of shards by engine, engine version, device and capture path."""
     first_captured: str = ""
     last_captured: str = ""
 
     @property
     def name(self) -> str:
-        """`first`, or what its folder is called."""
+        """Name of the set: its folder's, or `first`."""
         parts = self.segments.path.split("/")
         return parts[-1] if len(parts) > 3 else "first"
 
     @property
     def bytes_per_position(self) -> float | None:
-        """Stored bytes over the positions that are covered."""
+        """Stored bytes divided by committed positions; None when there are none."""
         return self.num_bytes / self.positions if self.positions else None
 
     @property
@@ -72,7 +72,7 @@ class SetSummary:
         return {name: max(values) for name, values in self.errors.items()}
 
     def add(self, commit: Commit, positions: int) -> None:
-        """Take up one commit."""
+        """Add one commit, of a shard with so many positions."""
         self.covered[commit.shard] = True
         self.positions += positions
         self.num_bytes += commit.num_bytes
@@ -91,7 +91,7 @@ class SetSummary:
             self.last_captured = max(self.last_captured, made.captured_at)
 
     def to_json(self) -> dict[str, Any]:
-        """As `inspect --json` prints it."""
+        """Convert to the JSON object that `inspect --json` prints."""
         spec = self.segments.spec
         return {
             "name": self.name,
@@ -117,21 +117,21 @@ class SetSummary:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What was found: the JSON that is printed, and the sums by teacher and corpus that it was made of."""
+    """Findings of an inspection: the JSON that is printed, and the sums by teacher and corpus behind it."""
 
     to_json: dict[str, Any]
     sets: dict[tuple[str, str], list[SetSummary]]
 
 
 class _Damage:
-    """The records that could not be read, a line each; what lies beside them is shown all the same."""
+    """Records that cannot be read, a line each; the rest is shown all the same."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Note what cannot be read, and go on behind the block."""
+        """Note an unreadable record met in the block, and go on after the block."""
         try:
             yield
         except (CorruptSegment, FormatError, SpecMismatch) as error:
@@ -139,9 +139,9 @@ class _Damage:
 
 
 def inspect_cache(cache: Cache) -> Inspection:
-    """Look at every record of a cache; segments are not read.
+    """Read every record of a cache, but no segment.
 
-    A record that cannot be read is a line of `unreadable`, and what it is the record of is left out of the sums.
+    A record that cannot be read becomes a line of `unreadable`, and its corpus, set or shard is left out of the sums.
     """
     corpora: dict[str, Any] = {}
     targets: dict[str, dict[str, Any]] = {}
@@ -163,7 +163,7 @@ def inspect_cache(cache: Cache) -> Inspection:
 
 
 def against_text(measured_against: Sequence[Mapping[str, Any]]) -> str:
-    """`measured_against` of a set in a few words; a dash when nothing was measured."""
+    """Say in a few words what a set's error was measured against; a dash when nothing was measured."""
     if len(measured_against) < 2:
         return "".join(each["what"] for each in measured_against) or "-"
     return "; ".join(f"{counted(each['shards'], 'shard')}: {each['what']}" for each in measured_against)
@@ -241,14 +241,14 @@ def _summarise(root: Root, segments: SegmentSet, damage: _Damage) -> SetSummary:
 
 
 def _commits(root: Root, segments: SegmentSet, manifest: Manifest | None, damage: _Damage) -> Iterator[Commit]:
-    """All commits, not many of them in memory at one time."""
+    """Read all commits, with at most `_COMMITS_AT_ONCE` in memory."""
     if manifest is not None:
         for start in range(0, manifest.num_shards, _COMMITS_AT_ONCE):
             yield from manifest.commits(start, min(start + _COMMITS_AT_ONCE, manifest.num_shards))
         return
     shards = np.flatnonzero(segments.commits.committed).tolist()
     for start in range(0, len(shards), _COMMITS_AT_ONCE):
-        # A segment set remembers every commit that it read.
+        # Opened anew each time: a segment set remembers every commit that it read.
         opened = SegmentSet.open(root, segments.path, segments.corpus, Reading.open())
         for shard in shards[start : start + _COMMITS_AT_ONCE] if opened else ():
             commit = None

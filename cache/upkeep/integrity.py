@@ -1,7 +1,7 @@
-"""Checks everything that is published in a cache, group by group, in bounded memory.
+"""Check of everything that is published in a cache, group by group, in bounded memory.
 
-A check reads every byte of a group and compares it with what its record says; when told to, it also decodes it, so
-that "intact" means readable. What no record names is not published, and not looked at.
+A check reads every byte of a group and compares it with its record; when asked to it also decodes the group, so that
+"intact" means readable. Groups that no record names are not published, and are not checked.
 
 Shape legend:  S shards.
 """
@@ -37,7 +37,7 @@ from potstill.cache.targets.segment_set import SegmentSet
 from potstill.cache.targets.target_set import segment_set_paths, target_set_paths
 from potstill.cache.targets.verification import corrupt_shard_objects, corrupt_shared_objects
 
-# What damage can raise. A store that fails for one object is a finding too: the others are still worth checking.
+# Errors that damage can raise. A store that fails for one object is a finding too: the others are still worth checking.
 _FINDINGS = (CorruptSegment, FormatError, SpecMismatch, NotFound, InvalidInput, StoreError)
 # A segment set remembers the commits it read, about 5 KB each; it is opened anew after so many shards.
 _SHARDS_AT_ONCE = 1024
@@ -47,14 +47,14 @@ _DECODE_ROWS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What was found about one group, or about one record that should have been there."""
+    """Findings about one group, or about a record that should have been there."""
 
     path: str
     is_shard: bool
     problems: tuple[str, ...]
     """One line for each object that is not what was committed; none when the group is intact."""
     refill: str = ""
-    """Of a shard that has to be deleted and scored again, the options of that prefill."""
+    """Options for the `potstill prefill` that scores the shard again; empty when it need not be deleted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +66,9 @@ class _Check:
 
 
 def check_cache(root: Root, *, decode: bool = False, jobs: int = 1) -> Generator[Checked, None, None]:
-    """Check what is published, `jobs` groups at a time; results come in the order of the store.
+    """Check what is published, `jobs` groups at a time; results come in the store's order.
 
-    Closing the iterator waits for the groups that are being read, and starts no more.
+    Closing the iterator waits for the groups that are being read, and starts no others.
     """
     checks = _checks(root, decode=decode)
     if jobs == 1:
@@ -79,6 +79,7 @@ def check_cache(root: Root, *, decode: bool = False, jobs: int = 1) -> Generator
         try:
             for check in checks:
                 waiting.append(pool.submit(_run, check))
+                # Bounded, as listing all of a large cache ahead would hold every check in memory.
                 if len(waiting) > 2 * jobs:
                     yield waiting.popleft().result()
             while waiting:
@@ -88,7 +89,7 @@ def check_cache(root: Root, *, decode: bool = False, jobs: int = 1) -> Generator
 
 
 def count_checks(root: Root) -> int:
-    """About how many groups `check_cache` reads, from listings alone."""
+    """Approximate number of groups that `check_cache` will check, from listings alone."""
     corpora = root.folders("corpora")
     annotations = sum(len(root.objects(f"corpora/{name}/annotations")) for name in corpora)
     sets = [path for target_set in target_set_paths(root) for path in segment_set_paths(root, target_set)]
@@ -102,13 +103,13 @@ def _run(check: _Check) -> Checked:
         own = any(_is_of_shard(check.path, problem) for problem in problems)
     except _FINDINGS as error:
         problems = [_line(check.path, error)]
-        # What the store does not give now may be intact.
+        # Bytes that the store does not give now may be intact: never advise to delete them.
         own = not isinstance(error, StoreError) and _is_of_shard(check.path, error.detail)
     return Checked(check.path, check.is_shard, tuple(problems), check.refill if own else "")
 
 
 def _is_of_shard(path: str, problem: str) -> bool:
-    """Whether a problem met at a shard is of its segment or commit, not of what all shards of the set share."""
+    """Tell whether a problem is of the shard's own segment or commit, not of what all shards of the set share."""
     own = (path, f"{path.rpartition('/commits/')[0]}/segments/")
     return any(part in problem for part in own)
 
@@ -147,7 +148,7 @@ def _corpus_checks(root: Root, name: str, *, decode: bool) -> Iterator[_Check]:
 
 
 def _set_checks(root: Root, path: str, *, decode: bool) -> Iterator[_Check]:
-    """A set with commits must open, whatever was lost of it or of its corpus."""
+    """Checks of one segment set. It is a finding when a set with commits cannot be opened, for whatever reason."""
     commits = root.objects(f"{path}/commits")
     published = bool(commits) or root.get(f"{path}/manifest.json") is not None
     try:
@@ -221,7 +222,7 @@ def _check_corpus(corpus: Corpus, *, decode: bool) -> list[str]:
 
 
 def _wrong_keys(corpus: Corpus, start: int, stop: int) -> list[str]:
-    """Rows whose stored key is not that of their tokens, or that are not found by it."""
+    """Check that each row has the key of its tokens and is found by it; at most one line, for the first wrong row."""
     keys = [key.tobytes() for key in corpus.row_keys(start, stop)]
     found = corpus.find(keys)
     rows = corpus.rows(start, stop)
