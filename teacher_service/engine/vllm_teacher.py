@@ -65,7 +65,7 @@ class VllmOptions:
     """Put in front of every row (BOS); their targets are dropped."""
     max_batch_tokens: int = 2048
     """Tokens of one engine step; a longer row is prefilled in chunks. The path `sampler` needs
-    the memory that `capture_worker` states beside it; the others, on a GPU, up to 10 bytes * V * this for a step's
+    the memory that `capture.worker` states beside it; the others, on a GPU, up to 10 bytes * V * this for a step's
     logits, which vLLM does not plan for."""
     gpu_memory_utilization: float = 0.9
     """The share of each GPU's memory that vLLM plans with."""
@@ -76,7 +76,7 @@ class VllmOptions:
     cpu_kv_cache_gib: int = 1
     """KV cache on a CPU platform, GiB."""
     capture: str = "auto"
-    """The best capture path to take (`capture_paths`): `sampler`, `arrays` or `public-flat`; `auto` is the first."""
+    """The best capture path to take (`capture.paths`): `sampler`, `arrays` or `public-flat`; `auto` is the first."""
 
     def __post_init__(self) -> None:
         for name in ("model", "revision", "dtype", "quantization", "capture"):

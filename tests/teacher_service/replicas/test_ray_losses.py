@@ -133,7 +133,7 @@ async def test_a_call_does_not_cost_replicas_without_end() -> None:
 
 async def test_rows_that_crash_one_replica_after_the_other_are_not_to_be_tried_again() -> None:
     handle = Handle(lambda _: CRASHED)
-    crashed = "3 replicas of teacher 'smol' crashed while they scored these 2 rows of 16 tokens, .* the engine ended;"
+    crashed = "3 replicas of teacher 'smol' crashed while they scored 2 rows of 16 tokens, .* the engine ended;"
     with pytest.raises(TeacherFailed, match=crashed) as failure:
         await pool_of(handle, *"abcdefg").score(rows(9, 7), Fields(k=4))
     assert not failure.value.retryable
