@@ -28,8 +28,6 @@ class Field:
     empty or False the field is not asked for, and the others mean nothing."""
     shape: Callable[[Fields, int], tuple[int, ...]] | None = None
     """Shape of a position's float32 numbers, given the choice and V; None for a field that is no array of floats."""
-    most_bytes: Callable[[Fields, int], int] | None = None
-    """Most bytes of a position, given the choice and V, for a field without `shape`."""
     label: str = ""
     """Format of its part of a folder's name, with attributes of `Fields` in braces; by default `name`."""
     text: str = ""
@@ -51,9 +49,8 @@ class Field:
 
     def values(self, fields: Fields) -> dict[str, Any]:
         """Values of its attributes in `fields`; 0, empty or False when the field is not asked for."""
-        asked = self.is_asked(fields)
         values = {name: getattr(fields, name) for name in self.attributes}
-        return values if asked else {name: type(value)() for name, value in values.items()}
+        return values if self.is_asked(fields) else {name: type(value)() for name, value in values.items()}
 
     def serves(self, held: Fields, want: Fields) -> bool:
         """Tell whether targets with the fields `held` have all of this field that is wanted, which may be nothing."""
@@ -61,43 +58,20 @@ class Field:
             return held.k >= want.k
         return not self.is_asked(want) or self.values(held) == self.values(want)
 
-    def num_bytes(self, want: Fields, vocab_size: int) -> int:
-        """Most bytes of a position as arrays."""
-        if self.most_bytes is not None:
-            return self.most_bytes(want, vocab_size)
-        assert self.shape is not None, "a field has a shape or says its bytes"
-        return 4 * math.prod(self.shape(want, vocab_size))
-
-    def label_of(self, fields: Fields) -> str:
-        """Part of a folder's name that stands for the field, like `draws-25`."""
-        return (self.label or self.name).format(**self.values(fields))
-
-    def text_of(self, fields: Fields) -> str:
-        """Description for people, like `25 draws of seed 3`."""
-        values = {
-            name: ", ".join(f"{t:g}" for t in value) if isinstance(value, tuple) else value
-            for name, value in self.values(fields).items()
-        }
-        return (self.text or self.label or self.name).format(**values)
-
 
 TOP_K = Field(
     name="top_k",
     attributes={"k": "entries kept a position, 0 for none (default 64)"},
-    most_bytes=lambda want, _: 8 * want.k,
     label="top-{k}",
-)
-DRAWS = Field(
-    name="draws",
-    attributes={"draws": "draws with replacement a position", "seed": "of the draws (default 0)"},
-    # N draws are at most V unique ids with counts, and the offset at which a position's begin.
-    most_bytes=lambda want, vocab_size: 8 + 6 * min(want.draws, vocab_size),
-    label="draws-{draws}",
-    text="{draws} draws of seed {seed}",
 )
 FIELDS = (
     TOP_K,
-    DRAWS,
+    Field(
+        name="draws",
+        attributes={"draws": "draws with replacement a position", "seed": "of the draws (default 0)"},
+        label="draws-{draws}",
+        text="{draws} draws of seed {seed}",
+    ),
     Field(name="entropy", attributes={"entropy": "keep the entropy of each position"}, shape=lambda _, __: ()),
     Field(
         name="log_z",
@@ -143,10 +117,10 @@ class Fields:
         if not self.asked:
             *others, last = (each.asked_by for each in FIELDS if each is not TOP_K)
             raise InvalidInput(f"fields ask for nothing: k is 0 and no {', '.join(others)} or {last}")
-        if isinstance(self.draws, bool) or not isinstance(self.draws, int) or not 0 <= self.draws < 2**16:
-            raise InvalidInput(f"fields.draws is {self.draws!r}; it must be a whole number in [0, 65535]")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
-            raise InvalidInput(f"fields.seed is {self.seed!r}; it must be a whole number in [0, 2**63)")
+        for name, most, bounds in (("draws", 2**16 - 1, "[0, 65535]"), ("seed", 2**63 - 1, "[0, 2**63)")):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
+                raise InvalidInput(f"fields.{name} is {value!r}; it must be a whole number in {bounds}")
         for t in self.temperatures:
             if not isinstance(t, float | int) or isinstance(t, bool) or not 0 < t <= sys.float_info.max:
                 raise InvalidInput(f"fields.temperatures has {t!r}; each must be a positive number")
@@ -189,12 +163,13 @@ class Fields:
     @property
     def label(self) -> str:
         """Name for a segment set with these fields, like `top-64_entropy`."""
-        return "_".join(each.label_of(self) for each in self.asked)
+        return "_".join((each.label or each.name).format(**asdict(self)) for each in self.asked)
 
     @property
     def text(self) -> str:
         """Description for people, like `top-64, entropy`."""
-        return ", ".join(each.text_of(self) for each in self.asked)
+        values = {**asdict(self), "temperatures": ", ".join(f"{t:g}" for t in self.temperatures)}
+        return ", ".join((each.text or each.label or each.name).format(**values) for each in self.asked)
 
     @property
     def options(self) -> list[str]:
@@ -232,7 +207,7 @@ class Fields:
             SpecMismatch: both have the top-k, the draws or the temperatures, but with different values.
         """
         for each in other.asked:
-            mine, there = (_plain(each.values(fields)) for fields in (self, other))
+            mine, there = (", ".join(map(str, each.values(fields).values())) for fields in (self, other))
             if each.is_asked(self) and mine != there:
                 raise SpecMismatch(
                     f"{each.asked_by} {there} is kept already, {mine} was asked for; use another teacher name"
@@ -248,8 +223,10 @@ class Fields:
 
     def bytes_per_position(self, vocab_size: int) -> int:
         """Most bytes of a position in `Targets` with these fields."""
+        # N draws are at most V unique ids with counts, and the offset at which a position's begin.
+        draws = 8 + 6 * min(self.draws, vocab_size) if self.draws else 0
         # `log_tail` and `label_logprob`, two float32, are always there.
-        return 8 + sum(each.num_bytes(self, vocab_size) for each in self.asked)
+        return 8 + 8 * self.k + draws + 4 * sum(map(math.prod, self.float_shapes(1, vocab_size).values()))
 
 
 COLUMNS: Mapping[str, Field] = {
@@ -263,9 +240,3 @@ COLUMNS: Mapping[str, Field] = {
 def option_of(attribute: str) -> str:
     """Name of the command-line option that sets an attribute of `Fields`."""
     return "--top-k" if attribute == "k" else f"--{attribute}"
-
-
-def _plain(values: Mapping[str, Any]) -> Any:
-    """The value of one attribute, or those of several as a tuple."""
-    several = tuple(values.values())
-    return several[0] if len(several) == 1 else several

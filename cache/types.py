@@ -15,21 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potstill.cache.errors import FormatError, InvalidInput, UnsupportedField
-from potstill.cache.fields import FIELDS, TOP_K, Fields
+from potstill.cache.fields import (
+    FIELDS,
+    TOP_K,
+    Fields as Fields,  # noqa: PLC0414 -- handed on with the rest of the vocabulary
+)
 from potstill.cache.lineage import Step, path_and_steps
-
-__all__ = [
-    "JSON",
-    "Draws",
-    "Fields",
-    "Provenance",
-    "Targets",
-    "Teacher",
-    "TeacherIdentity",
-    "TeacherLimits",
-    "Tokens",
-    "folded_tail",
-]
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 Tokens: TypeAlias = NDArray[np.uint32]

@@ -39,13 +39,9 @@ def _problem(field: Field, held: Fields, want: Fields) -> str:
         return f"k={want.k} was asked for, but only k={held.k} is kept"
     if getattr(want, field.asked_by) is True:
         return f"{field.name} is not kept"
-    kept = field.text_of(held) if field.is_asked(held) else "none"
-    return f"{field.text_of(want)} were asked for, {kept} are kept"
-
-
-def shared_fields(want: Fields, held: Fields) -> Fields | None:
-    """Reduce the wanted fields to those that one segment set holds; None when it holds none of them."""
-    return want.only(each for each in FIELDS if each.serves(held, want))
+    asked, there = (fields.only([field]) for fields in (want, held))
+    assert asked is not None, "what is not asked for is not lacking"
+    return f"{asked.text} were asked for, {there.text if there else 'none'} are kept"
 
 
 def named_fields(held: Fields, names: Sequence[str] | None, k: int | None, who: str) -> Fields:

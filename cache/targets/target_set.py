@@ -20,7 +20,7 @@ from potstill.cache.corpus.corpus import Corpus
 from potstill.cache.encoding.fields import check_kept
 from potstill.cache.encoding.logprobs import Encoding
 from potstill.cache.errors import CorruptSegment, InvalidInput, SpecMismatch, UnknownTeacher, UnsupportedField
-from potstill.cache.fields import COLUMNS
+from potstill.cache.fields import COLUMNS, FIELDS
 from potstill.cache.store.groups import Reading
 from potstill.cache.store.root import Root, check_name
 from potstill.cache.targets.commit import Commit
@@ -29,7 +29,7 @@ from potstill.cache.targets.segment import SegmentRange, read_segment_ranges
 from potstill.cache.targets.segment_set import SegmentSet
 from potstill.cache.targets.set_spec import SetSpec, require_same
 from potstill.cache.types import Fields, Provenance, Targets, TeacherIdentity
-from potstill.cache.wanted import shared_fields, wanted_fields
+from potstill.cache.wanted import wanted_fields
 
 _MANY_ROWS = 256
 
@@ -175,15 +175,9 @@ class TargetSet:
         Raises:
             NotCommitted: a shard lacks one. UnsupportedField: what is not kept.
         """
-        left: Fields | None = self._wanted(None, want)
-        holders = []
-        for each in self.sets:
-            part = None if left is None else shared_fields(left, each.spec.fields)
-            if left is not None and part is not None:
-                left = left.without(part)
-                holders.append(each)
+        holders = list(self._holders(self._wanted(None, want)))
         with self._way_out():
-            return [each.commits.require(shard) for shard in shards for each in holders]
+            return [each.commits.require(shard) for shard in shards for each, _ in holders]
 
     def read_column(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
         """One of `COLUMNS` [P], without reading anything else.
@@ -266,17 +260,21 @@ class TargetSet:
 
     def _read_ranges(self, ranges: Sequence[tuple[int, int]], want: Fields) -> list[Targets]:
         found: list[Targets | None] = [None] * len(ranges)
-        left: Fields | None = want
-        for each in self.sets:
-            part = None if left is None else shared_fields(left, each.spec.fields)
-            if left is None or part is None or not ranges:
-                continue
-            # Jobs that add fields at the same moment may leave two sets with one field: the first has it.
-            left = left.without(part)
+        for each, part in self._holders(want) if ranges else ():
             with self._way_out():
                 read = read_segment_ranges([self._in_shard(each, start, stop) for start, stop in ranges], part)
             found = [new if old is None else old.with_fields_of(new) for old, new in zip(found, read, strict=True)]
         return [targets for targets in found if targets is not None]
+
+    def _holders(self, want: Fields) -> Iterator[tuple[SegmentSet, Fields]]:
+        """The segment sets that have some of what is wanted and kept, and what each is to give."""
+        left: Fields | None = want
+        for each in self.sets:
+            part = left and left.only(field for field in FIELDS if field.serves(each.spec.fields, left))
+            if left and part:
+                yield each, part
+                # Jobs that add fields at the same moment may leave two sets with one field: the first has it.
+                left = left.without(part)
 
     @contextmanager
     def _way_out(self) -> Iterator[None]:
