@@ -21,6 +21,16 @@ from potstill.cache.extras import missing_module
 
 _INTERRUPTED = 128 + 2  # as shells report SIGINT
 
+_WORDS = """words:
+  row, position  a token sequence that a teacher reads at once; one token of it
+  corpus         a sealed set of rows, made of your text by `potstill ingest`
+  targets        what a teacher expects after each position: its k likeliest next
+                 tokens, and the tail, which is the probability of all others
+  capture        taking the targets out of the engine that runs the teacher
+  shard          a range of rows that is scored and committed as a whole; its
+                 stored targets are a segment, those of all shards a segment set
+  journal        targets of rows that a service was asked for and no corpus has"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit status, or leaves by SystemExit(2) on wrong usage."""
@@ -73,7 +83,12 @@ def _dispatch(argv: list[str]) -> int:
     except ModuleNotFoundError as error:
         print(f"potstill {argv[0]}: {missing_module(error)}", file=sys.stderr)
         return 1
-    parser = argparse.ArgumentParser(prog=f"potstill {argv[0]}", description=command.SUMMARY, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog=f"potstill {argv[0]}",
+        description=command.SUMMARY,
+        epilog="`potstill --help` says what a row, a shard or a segment is.",
+        allow_abbrev=False,
+    )
     command.add_arguments(parser)
     return command.run(parser.parse_args(argv[1:]))
 
@@ -82,7 +97,7 @@ def _overview(commands: Mapping[str, EntryPoint]) -> str:
     width = max(map(len, commands), default=0)
     lines = [f"  {name:{width}}  {_summary(commands[name])}" for name in sorted(commands)]
     usage = "usage: potstill [--version] [--help] COMMAND ...\n\ncommands:"
-    return "\n".join([usage, *lines, "\n`potstill COMMAND --help` tells more about one."])
+    return "\n".join([usage, *lines, f"\n{_WORDS}", "\n`potstill COMMAND --help` tells more about one."])
 
 
 def _summary(point: EntryPoint) -> str:

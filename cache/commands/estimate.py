@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from typing import TYPE_CHECKING, Any
 
 from potstill.cache.commands.field_options import add_wish_options, fields_of
 from potstill.cache.commands.root_option import add_root_argument
+from potstill.cache.commands.tables import print_table
 from potstill.cache.errors import InvalidInput
 from potstill.cache.plurals import counted
 
@@ -77,16 +77,11 @@ def _to_json(workload: Workload, prices: Prices, basis: Basis, found: list[Estim
 
 
 def _print_table(workload: Workload, prices: Prices, basis: Basis, found: list[Estimate]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    columns = ("encoding", "bytes/position", "bytes", "objects", "puts to write", "USD a month", "USD to write")
+    columns = ("encoding", "bytes/position", "bytes", "objects", "puts", "USD a month", "USD once")
     teachers = f" x {workload.teachers} teachers" if workload.teachers > 1 else ""
     positions, shards = counted(workload.positions, "position"), counted(workload.shards, "shard")
-    title = f"{positions}{teachers}, V={workload.vocab_size:,}, {shards} each"
-    table = Table(*columns, title=title)
-    for each in found:
-        table.add_row(
+    rows = [
+        (
             each.encoding,
             f"{each.bytes_per_position:.1f} ± {each.spread:.0%}",
             _bytes(each.num_bytes),
@@ -95,12 +90,12 @@ def _print_table(workload: Workload, prices: Prices, basis: Basis, found: list[E
             f"{each.month:,.2f}",
             f"{each.write:,.2f}",
         )
-    console = Console() if sys.stdout.isatty() else Console(width=200)
-    console.print(table)
-    console.print(
+        for each in found
+    ]
+    print_table(columns, rows, title=f"{positions}{teachers}, V={workload.vocab_size:,}, {shards} each")
+    print(
         f"bytes {basis.source}; {prices.gib_month} USD a GiB-month, {prices.thousand_puts} USD for 1,000 puts, "
-        "without transfer; the corpus itself takes about 2 bytes a position once",
-        highlight=False,
+        "without transfer; the corpus itself takes about 2 bytes a position once"
     )
 
 

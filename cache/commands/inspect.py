@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from potstill.cache.commands.root_option import add_root_argument
+from potstill.cache.commands.tables import print_table
 from potstill.cache.errors import StoreError
 from potstill.cache.logins import without_login
 from potstill.cache.types import Fields
@@ -59,12 +60,8 @@ def _write(path: Path, text: str) -> None:
 
 
 def _print_tables(found: dict[str, Any]) -> None:
-    from rich.console import Console
-
-    # A pipe has no width: nothing has to be squeezed into 80 columns.
-    console = Console() if sys.stdout.isatty() else Console(width=200)
-    console.print(_corpora(found["corpora"]))
-    console.print(_targets(found["targets"]))
+    _print_corpora(found["corpora"])
+    _print_targets(found["targets"])
     sets = [
         (teacher, corpus, each)
         for teacher, of in found["targets"].items()
@@ -72,45 +69,45 @@ def _print_tables(found: dict[str, Any]) -> None:
         for each in about["sets"]
     ]
     if sets:
-        console.print(_sets(sets))
-        console.print(_provenance(sets))
+        _print_sets(sets)
+        _print_provenance(sets)
     if found["journals"]:
-        console.print(_journals(found["journals"]))
+        _print_journals(found["journals"])
 
 
-def _corpora(corpora: dict[str, Any]) -> Any:
-    table = _table(
-        "corpora", "corpus", "rows", "positions", "shards", "duplicates", "bytes", "tokenizer", "annotations"
-    )
+def _print_corpora(corpora: dict[str, Any]) -> None:
+    columns = ("corpus", "rows", "positions", "shards", "duplicates", "bytes", "tokenizer", "annotations")
+    rows = []
     for name, about in corpora.items():
         numbers = (f"{about[key]:,}" for key in ("rows", "positions", "shards", "duplicate_rows", "bytes"))
-        _add(table, name, *numbers, about["tokenizer_sha256"][:12], ", ".join(about["annotations"]) or "-")
-    return table
+        rows.append((name, *numbers, about["tokenizer_sha256"][:12], ", ".join(about["annotations"]) or "-"))
+    print_table(columns, rows, title="corpora")
 
 
-def _targets(targets: dict[str, Any]) -> Any:
-    table = _table("targets", "teacher", "corpus", "model", "k", "encoding", "shards", "bytes", "bytes/position")
+def _print_targets(targets: dict[str, Any]) -> None:
+    columns = ("teacher", "corpus", "model", "k", "encoding", "shards", "bytes", "bytes/position")
+    rows = []
     for teacher, of_corpus in targets.items():
         for corpus, about in of_corpus.items():
-            _add(
-                table,
-                teacher,
-                corpus,
-                about["identity"]["model"],
-                str(about["fields"]["k"]),
-                about["encoding"]["name"],
-                f"{about['shards_committed']:,}/{about['shards']:,}",
-                f"{about['bytes']:,}",
-                _number(about["bytes_per_position"], ".1f"),
+            rows.append(
+                (
+                    teacher,
+                    corpus,
+                    about["identity"]["model"],
+                    str(about["fields"]["k"]),
+                    about["encoding"]["name"],
+                    f"{about['shards_committed']:,}/{about['shards']:,}",
+                    f"{about['bytes']:,}",
+                    _number(about["bytes_per_position"], ".1f"),
+                )
             )
-    return table
+    print_table(columns, rows, title="targets")
 
 
-def _sets(sets: list[tuple[str, str, dict[str, Any]]]) -> Any:
+def _print_sets(sets: list[tuple[str, str, dict[str, Any]]]) -> None:
     from potstill.cache.upkeep.inspection import against_text
 
-    table = _table(
-        "segment sets",
+    columns = (
         "teacher",
         "corpus",
         "set",
@@ -121,71 +118,58 @@ def _sets(sets: list[tuple[str, str, dict[str, Any]]]) -> Any:
         "mean KL",
         "measured against",
         "shards",
-        "folded",
+        "manifest",
         "bytes/position",
     )
+    rows = []
     for teacher, corpus, each in sets:
         error = each["measured_error"]
-        _add(
-            table,
-            teacher,
-            corpus,
-            each["name"],
-            Fields.from_json(each["fields"]).text,
-            each["encoding"]["name"],
-            f"{each['encoding']['max_abs_error']:g}",
-            _number(error.get("max_abs"), ".4f"),
-            _number(error.get("mean_kl"), ".1e"),
-            against_text(each["measured_against"]),
-            f"{each['shards_committed']:,}/{each['shards']:,}",
-            "yes" if each["folded"] else "no",
-            _number(each["bytes_per_position"], ".1f"),
-        )
-    return table
-
-
-def _provenance(sets: list[tuple[str, str, dict[str, Any]]]) -> Any:
-    table = _table("captured by", "teacher", "corpus", "set", "engine", "device", "path", "shards", "first", "last")
-    for teacher, corpus, each in sets:
-        for made in each["provenance"]:
-            _add(
-                table,
+        rows.append(
+            (
                 teacher,
                 corpus,
                 each["name"],
-                f"{made['engine']} {made['engine_version']}",
-                made["device"],
-                made["capture_path"],
-                f"{made['shards']:,}",
-                each["first_captured"] or "-",
-                each["last_captured"] or "-",
+                Fields.from_json(each["fields"]).text,
+                each["encoding"]["name"],
+                f"{each['encoding']['max_abs_error']:g}",
+                _number(error.get("max_abs"), ".4f"),
+                _number(error.get("mean_kl"), ".1e"),
+                against_text(each["measured_against"]),
+                f"{each['shards_committed']:,}/{each['shards']:,}",
+                "written" if each["folded"] else "not yet",
+                _number(each["bytes_per_position"], ".1f"),
             )
-    return table
+        )
+    print_table(columns, rows, title="segment sets: fields that were scored together")
 
 
-def _journals(journals: dict[str, Any]) -> Any:
-    table = _table("journals", "teacher", "segments", "rows", "positions", "bytes")
+def _print_provenance(sets: list[tuple[str, str, dict[str, Any]]]) -> None:
+    columns = ("teacher", "corpus", "set", "engine", "device", "path", "shards", "first", "last")
+    rows = [
+        (
+            teacher,
+            corpus,
+            each["name"],
+            f"{made['engine']} {made['engine_version']}",
+            made["device"],
+            made["capture_path"],
+            f"{made['shards']:,}",
+            each["first_captured"] or "-",
+            each["last_captured"] or "-",
+        )
+        for teacher, corpus, each in sets
+        for made in each["provenance"]
+    ]
+    print_table(columns, rows, title="captured by: what computed the targets, and when")
+
+
+def _print_journals(journals: dict[str, Any]) -> None:
+    columns = ("teacher", "segments", "rows", "positions", "bytes")
+    rows = []
     for teacher, about in journals.items():
-        _add(table, teacher, *(f"{about[key]:,}" for key in ("segments", "rows", "positions", "bytes")))
-    return table
+        rows.append((teacher, *(f"{about[key]:,}" for key in ("segments", "rows", "positions", "bytes"))))
+    print_table(columns, rows, title="journals: rows that were asked for over HTTP and belong to no corpus")
 
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
-
-
-def _table(title: str, *columns: str) -> Any:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
-
-
-def _add(table: Any, *cells: str) -> None:
-    """A row of plain text: a name out of a record is not rich's markup."""
-    from rich.text import Text
-
-    table.add_row(*map(Text, cells))

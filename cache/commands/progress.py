@@ -63,13 +63,15 @@ def _bar(console: Console, title: str, unit: str) -> Iterator[Show]:
 
 def _lines(title: str, unit: str) -> Show:
     began = shown = time.monotonic()
+    last = (-1, "")
 
     def show(done: int, total: int | None, note: str = "") -> None:
-        nonlocal shown
+        nonlocal shown, last
         now = time.monotonic()
-        if now - shown < _LINE_SECONDS and done != total:
+        # The end is told at once, and once: when all is scored there may be much left to write.
+        if now - shown < _LINE_SECONDS and (done != total or (done, note) == last):
             return
-        shown = now
+        shown, last = now, (done, note)
         rate = done / max(now - began, 1e-9)
         of = left = ""
         if total:

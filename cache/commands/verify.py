@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from potstill.cache.upkeep.drift import Drift
     from potstill.cache.upkeep.integrity import Checked
 
-SUMMARY = "check every committed byte of a cache, or a sample against a live teacher"
+SUMMARY = "check every byte of a cache, or a sample against a live teacher"
 
 _INTERRUPTED = 128 + 2
 

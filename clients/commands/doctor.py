@@ -15,7 +15,7 @@ from potstill.clients.commands.service_options import DEFAULT_URL, add_key_optio
 if TYPE_CHECKING:
     from potstill.clients.doctor.findings import Finding
 
-SUMMARY = "check a service, its teachers and a cache: offsets, replicas, vocabularies, limits, clocks, room"
+SUMMARY = "check a service, its teachers and a cache before hours of work"
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red", "not run": "dim"}
 
 

@@ -8,6 +8,7 @@ import json
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from potstill.cache.commands.tables import print_table
 from potstill.cache.errors import InvalidInput
 from potstill.cache.types import JSON
 from potstill.clients.commands.service_options import add_service_options, key_of
@@ -143,7 +144,7 @@ def _print_teachers(teachers: list[dict[str, Any]]) -> None:
                 _replicas(teacher["replicas"]) if "replicas" in teacher else teacher.get("failure", "-"),
             )
         )
-    _print_table(("teacher", "state", "model", "vocabulary", "dtype", "max k", "replicas"), rows)
+    print_table(("teacher", "state", "model", "vocabulary", "dtype", "max k", "replicas"), rows)
 
 
 def _print_replicas(teachers: list[dict[str, Any]]) -> None:
@@ -152,19 +153,7 @@ def _print_replicas(teachers: list[dict[str, Any]]) -> None:
         print()
         keys = ("name", "state", "tokens_waiting", "tokens_scored")
         rows = [(name, *(one.get(key, "-") for key in keys)) for name, one in each]
-        _print_table(("teacher", "replica", "state", "tokens waiting", "tokens scored"), rows)
-
-
-def _print_table(headings: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
-    for row in rows:
-        table.add_row(*(str(cell) for cell in row))
-    Console(markup=False, highlight=False).print(table)
+        print_table(("teacher", "replica", "state", "tokens waiting", "tokens scored"), rows)
 
 
 def _replicas(status: dict[str, Any]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     plan = DemoPlan(out=args.out, models=args.models or default_models_folder(), seed=args.seed)
     report = run_demo(plan, console, lambda p, student: _train(p, student, console))
-    _print_outcome(console, plan, report)
+    print_outcome(console, plan, report)
     return 0
 
 
@@ -50,8 +52,12 @@ def _train(plan: DemoPlan, student: str, console: Console) -> TrainResult:
     return result
 
 
-def _print_outcome(console: Console, plan: DemoPlan, report: dict[str, Any]) -> None:
+def print_outcome(console: Console, plan: DemoPlan, report: dict[str, Any]) -> None:
+    """Print how the students compare, where everything is, and the commands to try next."""
     from rich.table import Table
+
+    from potstill.student_trainer.demo.plan import TEACHER
+    from potstill.student_trainer.demo.smollm2 import model_folder
 
     table = Table("student", "held-out loss", "KL to the teacher", "same top-1")
     for name, student in report["students"].items():
@@ -61,6 +67,17 @@ def _print_outcome(console: Console, plan: DemoPlan, report: dict[str, Any]) -> 
     targets = report["targets"]
     console.print(
         f"top-{targets['k']} of {report['corpus']['positions']:,} positions in {targets['bytes_per_position']:.1f} "
-        f"bytes each; {sum(report['seconds'].values()):.0f} s in all; {plan.out / 'report.html'}",
+        f"bytes each; {sum(report['seconds'].values()):.0f} s in all",
         highlight=False,
     )
+    model = model_folder(plan.models)
+    potstill = sys.argv[0] if Path(sys.argv[0]).name == "potstill" else "potstill"
+    lines = (
+        f"report: {plan.out / 'report.html'}",
+        f"teacher: {model} (a model folder, for wherever one is asked for)",
+        "next:",
+        f"  {shlex.join([potstill, 'inspect', str(plan.cache)])}",
+        f"  {shlex.join([potstill, 'serve', '--teacher', f'{TEACHER}={model}', '--cache', str(plan.cache)])}",
+    )
+    # Not folded at the terminal's width: they are to be copied.
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)

@@ -24,9 +24,14 @@ def default_models_folder() -> Path:
     return Path(base) / "potstill" / "models"
 
 
+def model_folder(models: Path) -> Path:
+    """Where `materialise` puts the model."""
+    return models / _NAME
+
+
 def is_materialised(models: Path) -> bool:
     """Whether `materialise` has nothing left to do."""
-    return (models / _NAME / "model.safetensors").is_file()
+    return (model_folder(models) / "model.safetensors").is_file()
 
 
 def materialise(models: Path) -> Path:
@@ -35,7 +40,7 @@ def materialise(models: Path) -> Path:
     Raises:
         InvalidInput: the package that carries the model is not installed.
     """
-    folder = models / _NAME
+    folder = model_folder(models)
     if is_materialised(models):
         return folder
     source = _packaged_gguf()

@@ -60,6 +60,8 @@ _ENVIRONMENT = {
     # torch's threads otherwise spin for milliseconds after the head, on cores that the capture's threads need; read
     # when torch is first imported.
     "GOMP_SPINCOUNT": "1000",
+    # At every start on CPUs: how memory is bound to NUMA nodes, which nobody can do anything about. Errors are told.
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
 _POLL_SECONDS = 0.002
 _KILLED_SECONDS = 10.0
@@ -275,6 +277,8 @@ def _import_vllm() -> Any:
     if not any(map(shutil.which, compilers)):
         # vLLM compiles one small kernel for logprobs; without a compiler it runs as it is written, somewhat slower.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    # While it is imported, vLLM logs before it has set up its logger: on CPUs that Triton has no CPU backend.
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
     # torch's own wrapper around a deprecated name, met by vLLM's start on every machine without Triton.
     warnings.filterwarnings("ignore", "`torch.distributed.reduce_op` is deprecated", FutureWarning)
     import vllm.inputs  # noqa: PLC0415 -- only now, see above

@@ -72,6 +72,14 @@ def test_help_names_every_command_with_its_summary(commands: Path) -> None:
     assert "lacking   (needs the module 'a_module_that_is_not_there'" in done.stdout
 
 
+def test_help_says_what_its_words_mean_in_80_columns() -> None:
+    told = potstill("--help").stdout
+    for word in ("row", "position", "shard", "segment", "segment set", "capture", "journal", "tail"):
+        assert word in told.partition("words:\n")[2], word
+    assert max(map(len, told.splitlines())) <= 80
+    assert "`potstill --help` says what a row" in potstill("estimate", "--help").stdout
+
+
 def test_a_command_gets_its_arguments_and_gives_its_status(commands: Path) -> None:
     done = potstill("shout", "--n", "2", PYTHONPATH=str(commands))
     assert (done.returncode, done.stdout) == (7, "HEY\nHEY\n\n")

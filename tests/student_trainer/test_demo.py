@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from potstill.cache.errors import InvalidInput
+from potstill.student_trainer.commands.demo import print_outcome
 from potstill.student_trainer.demo.plan import DemoPlan
 from potstill.student_trainer.demo.report import report_page
 from potstill.student_trainer.demo.run import run_demo
@@ -54,6 +57,18 @@ def report(tokens_per_second: float | None) -> dict[str, Any]:
         "saved": {"positions_read": 150_000, "tokens_per_second": tokens_per_second},
         "seconds": {"teacher": 60.0, "prefill": 110.0},
     }
+
+
+def test_the_outcome_says_where_the_teacher_is_and_what_to_type_next(tmp_path: Path) -> None:
+    told = io.StringIO()
+    plan = DemoPlan(out=tmp_path / "my demo", models=tmp_path / ("models" * 20))
+    print_outcome(Console(file=told, width=80), plan, report(125.0))
+    model = plan.models / "smollm2-135m-instruct"
+    lines = told.getvalue().splitlines()
+    assert f"teacher: {model} (a model folder, for wherever one is asked for)" in lines
+    serve = shlex.split(lines[-1])
+    assert serve[1:] == ["serve", "--teacher", f"smollm2={model}", "--cache", str(plan.cache)]
+    assert shlex.split(lines[-2])[1:] == ["inspect", str(plan.cache)]
 
 
 def test_the_report_has_legends_round_ticks_and_what_the_cache_saves() -> None:
