@@ -24,8 +24,8 @@ _INTERRUPTED = 128 + 2  # as shells report SIGINT
 _WORDS = """words:
   row, position  a token sequence that a teacher reads at once; one token of it
   corpus         a sealed set of rows, made of your text by `potstill ingest`
-  targets        what a teacher expects after each position: its k likeliest next
-                 tokens, and the tail, which is the probability of all others
+  targets        what a teacher expects after each position: its k likeliest
+                 next tokens, and the tail: the probability of all others
   capture        taking the targets out of the engine that runs the teacher
   shard          a range of rows that is scored and committed as a whole; its
                  stored targets are a segment, those of all shards a segment set
