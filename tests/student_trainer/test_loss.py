@@ -18,10 +18,14 @@ from tests.support.fakes import FakeTeacher, fake_identity
 B, T, V, K = 2, 5, 23, 6
 
 
+def random_logits(seed: int, *shape: int) -> Tensor:
+    """Standard normal float64, the same on every machine: torch's own depend on what its CPU can do."""
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape))
+
+
 def random_targets(seed: int, *, k: int = K, vocab: int = V, weight: float = 1.0) -> tuple[TeacherTargets, Tensor]:
     """Top-k targets of a random dense float64 distribution, and that distribution."""
-    generator = torch.Generator().manual_seed(seed)
-    dense = torch.log_softmax(3 * torch.randn(B, T, vocab, generator=generator, dtype=torch.float64), -1)
+    dense = torch.log_softmax(3 * random_logits(seed, B, T, vocab), -1)
     logprobs, ids = dense.topk(k, -1)
     tail = (1 - logprobs.exp().sum(-1)).clamp(min=0)
     log_tail = torch.where(tail > 1e-12, tail.log(), -math.inf)
@@ -40,9 +44,8 @@ def dense_kl(z: Tensor, targets: TeacherTargets) -> Tensor:
 
 
 def random_batch(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(B, T, V, generator=generator, dtype=torch.float64) * 2
-    labels = torch.randint(V, (B, T), generator=generator)
+    logits = 2 * random_logits(seed, B, T, V)
+    labels = torch.from_numpy(np.random.default_rng(seed).integers(0, V, (B, T)))
     labels[:, -1] = NO_LABEL
     mask = torch.ones(B, T, dtype=torch.bool)
     mask[1, 3:] = False
@@ -157,7 +160,7 @@ def kl_of(z: Tensor, targets: TeacherTargets) -> tuple[float, Tensor]:
 
 
 def test_a_tail_of_zero_contributes_exactly_zero() -> None:
-    z = torch.randn(1, V, generator=torch.Generator().manual_seed(14))
+    z = random_logits(14, 1, V).float()
     for log_tail in (-math.inf, math.log(1e-7)):
         value, grad = kl_of(z, one_position([3, 1], [math.log(0.75), math.log(0.25)], log_tail))
         log_p = torch.log_softmax(z.double(), -1)[0]
@@ -190,7 +193,7 @@ def test_a_peaked_student_keeps_an_exact_tail(others: float) -> None:
 
 
 def test_a_peaked_teacher_and_entries_of_zero_mass() -> None:
-    z = torch.randn(1, V, generator=torch.Generator().manual_seed(15))
+    z = random_logits(15, 1, V).float()
     value, grad = kl_of(z, one_position([7, 8, 0], [0.0, -math.inf, -math.inf], -math.inf))
     assert value == pytest.approx(-torch.log_softmax(z, -1)[0, 7].item(), rel=1e-6)
     expected = torch.softmax(z, -1)
@@ -199,7 +202,7 @@ def test_a_peaked_teacher_and_entries_of_zero_mass() -> None:
 
 
 def test_ids_that_the_student_lacks_join_the_tail() -> None:
-    z = torch.randn(1, V, generator=torch.Generator().manual_seed(16))
+    z = random_logits(16, 1, V).float()
     beyond = one_position([3, V + 4, V, 1], [math.log(x) for x in (0.4, 0.2, 0.1, 0.1)], math.log(0.2))
     folded = one_position([3, 1], [math.log(0.4), math.log(0.1)], math.log(0.5))
     (value, grad), (expected, expected_grad) = kl_of(z, beyond), kl_of(z, folded)
@@ -210,7 +213,7 @@ def test_ids_that_the_student_lacks_join_the_tail() -> None:
 
 
 def test_a_student_with_more_ids_than_the_teacher() -> None:
-    logits = torch.randn(B, T, V + 9, generator=torch.Generator().manual_seed(17), dtype=torch.float64)
+    logits = random_logits(17, B, T, V + 9)
     targets, _ = random_targets(18)
     labels, mask = torch.full((B, T), NO_LABEL), torch.ones(B, T, dtype=torch.bool)
     loss = distillation_loss(logits, labels, [targets], alpha=1, mask=mask, num_labels=0, num_positions=1)
@@ -319,7 +322,7 @@ class _Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def test_no_float32_array_is_larger_than_a_chunk() -> None:
     rows, chunk = 64, 4
-    logits = torch.randn(rows, V, dtype=torch.bfloat16).requires_grad_()
+    logits = random_logits(26, rows, V).bfloat16().requires_grad_()
     targets, _ = random_targets(25)
     few = TeacherTargets(
         targets.ids.flatten(0, 1).repeat(7, 1)[:rows],

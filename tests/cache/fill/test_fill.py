@@ -24,7 +24,7 @@ from potstill.clients.cli import main
 from tests.support.corpora import make_corpus, plan_targets, teacher_for, topics
 from tests.support.fakes import FakeTeacher
 from tests.support.paths import ROOT
-from tests.support.processes.fill_job import assert_whole, fill_job, report_of, segment_bytes, step_of
+from tests.support.processes.fill_job import assert_whole, begin_together, fill_job, report_of, segment_bytes, step_of
 
 PLAN = FillPlan(batch_tokens=200, in_flight=2)
 # No ids are kept, so there is no rank table, and no pilot that is scored before the first shard.
@@ -85,7 +85,7 @@ def test_killed_in_the_middle_and_run_again_it_ends_with_the_bytes_of_an_undistu
     kept: dict[tuple[str, int, str], bytes] = {}
     rng = random.Random(7)
     for _ in range(3):
-        with fill_job(tmp_path / "killed", "--tokens-per-second", 20_000) as job:
+        with fill_job(tmp_path / "killed", "--tokens-per-second", 5000) as job:
             # Past the first commit of this run, then at a random moment.
             while step_of(job)["shards_committed"] < 1:
                 pass
@@ -107,8 +107,9 @@ def test_killed_in_the_middle_and_run_again_it_ends_with_the_bytes_of_an_undistu
 
 def test_two_jobs_share_the_work_and_score_nothing_twice(tmp_path: Path) -> None:
     cache, corpus = make_corpus(tmp_path / "c", texts=topics(20))
-    options = ("--fields", json.dumps(NO_PILOT.to_json()), "--tokens-per-second", 5000)
+    options = ("--fields", json.dumps(NO_PILOT.to_json()), "--tokens-per-second", 3000, "--told")
     with fill_job(tmp_path / "c", *options) as first, fill_job(tmp_path / "c", *options) as second:
+        begin_together(first, second)
         reports = [report_of(first), report_of(second)]
     assert_whole(cache)
     assert sum(report["shards_committed"] for report in reports) == corpus.num_shards
@@ -125,8 +126,9 @@ def test_the_pilot_is_scored_by_one_of_two_jobs_while_the_other_waits(tmp_path: 
     teacher = teacher_for(corpus)
     asyncio.run(fill(teacher, plan_targets(undisturbed, teacher), PLAN))
     cache, _ = make_corpus(tmp_path / "c", texts=texts)
-    options = ("--tokens-per-second", 20_000)
+    options = ("--tokens-per-second", 20_000, "--told")
     with fill_job(tmp_path / "c", *options) as first, fill_job(tmp_path / "c", *options) as second:
+        begin_together(first, second)
         reports = [report_of(first), report_of(second)]
     assert_whole(cache)
     assert segment_bytes(cache) == segment_bytes(undisturbed)
@@ -151,7 +153,7 @@ def test_a_killed_jobs_shards_are_taken_over_at_once_by_who_waits_for_them(tmp_p
 
 def test_a_job_stopped_past_its_claim_loses_and_cleans_up_when_it_wakes(tmp_path: Path) -> None:
     cache, corpus = make_corpus(tmp_path / "c", texts=topics(20), shard_positions=3000)
-    with fill_job(tmp_path / "c", "--tokens-per-second", 8000, "--claim-seconds", 1) as stalled:
+    with fill_job(tmp_path / "c", "--tokens-per-second", 3000, "--claim-seconds", 1) as stalled:
         while step_of(stalled)["shards_committed"] < 1:
             pass
         stalled.send_signal(signal.SIGSTOP)

@@ -24,7 +24,7 @@ from potstill.cache.store.root import Root
 from potstill.cache.upkeep.garbage import find_garbage, remove_garbage
 from tests.support.corpora import byte_tokenizer, make_corpus, plan_targets, teacher_for, topics, write_texts
 from tests.support.processes.faulty_proxy import FAULTS, Fault, FaultyProxy, faulty_proxy, no_faults, random_faults
-from tests.support.processes.fill_job import assert_whole, fill_job, report_of, segment_bytes, step_of
+from tests.support.processes.fill_job import assert_whole, begin_together, fill_job, report_of, segment_bytes, step_of
 from tests.support.processes.s3 import S3Server, s3_server
 
 
@@ -212,8 +212,9 @@ def test_jobs_on_s3_share_the_work_and_take_over_what_killed_and_stalled_ones_he
     teacher = teacher_for(local)
     asyncio.run(fill(teacher, plan_targets(undisturbed, teacher), FillPlan(batch_tokens=500)))
     cache, corpus = corpus_at(url, tmp_path, 12)
-    slow = ("--tokens-per-second", 3000, "--claim-seconds", 1)
+    slow = ("--tokens-per-second", 2000, "--claim-seconds", 1, "--told")
     with fill_job(url, *slow) as killed, fill_job(url, *slow) as stalled:
+        begin_together(killed, stalled)
         for job in (killed, stalled):
             while step_of(job)["shards_committed"] < 1:
                 pass

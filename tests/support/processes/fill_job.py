@@ -1,8 +1,9 @@
 """A prefill in a process of its own, for tests that share work with it, stop it and kill it.
 
-python -m tests.fill_job ROOT [--tokens-per-second N] [--claim-seconds S] [--fields JSON]
+python -m tests.support.processes.fill_job ROOT [--tokens-per-second N] [--claim-seconds S] [--fields JSON] [--told]
 
-Prints a line of JSON at every step, and one with the report and the rows that were scored at the end.
+Prints a line of JSON at every step, and one with the report and the rows that were scored at the end. With `--told` it
+prints one first when it could begin, and does so after a line of input.
 """
 
 from __future__ import annotations
@@ -40,12 +41,16 @@ def main() -> None:
     parser.add_argument("--tokens-per-second", type=float, default=0.0)
     parser.add_argument("--claim-seconds", type=float, default=120.0)
     parser.add_argument("--fields", default='{"k": 16}')
+    parser.add_argument("--told", action="store_true")
     args = parser.parse_args()
     cache = Cache.open(args.root, mode="r+")
     teacher = teacher_for(cache.corpus("docs"), tokens_per_second=args.tokens_per_second)
     fields = Fields.from_json(json.loads(args.fields))
     targets = cache.plan_targets("fake", "docs", teacher.identity, fields=fields)
     plan = FillPlan(batch_tokens=BATCH_TOKENS, claim_seconds=args.claim_seconds)
+    if args.told:
+        print("{}", flush=True)
+        sys.stdin.readline()
     report = asyncio.run(fill(teacher, targets, plan, on_progress=show))
     rows = [hashlib.sha256(row).hexdigest()[:16] for row in teacher.scored]
     print(json.dumps({**asdict(report), "rows": rows}), flush=True)
@@ -56,11 +61,21 @@ def fill_job(root: str | Path, *options: object) -> Iterator[subprocess.Popen[st
     """A running job; killed at the end if it still runs."""
     command = [sys.executable, "-m", "tests.support.processes.fill_job", str(root), *map(str, options)]
     cwd = ROOT
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=cwd) as process:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=cwd) as process:
         try:
             yield process
         finally:
             process.kill()
+
+
+def begin_together(*jobs: subprocess.Popen[str]) -> None:
+    """Let jobs that were started with `--told` begin once all of them can."""
+    for job in jobs:
+        step_of(job)
+    for job in jobs:
+        assert job.stdin is not None
+        job.stdin.write("\n")
+        job.stdin.flush()
 
 
 def step_of(process: subprocess.Popen[str]) -> dict[str, Any]:
