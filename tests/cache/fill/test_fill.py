@@ -25,6 +25,7 @@ from tests.support.corpora import make_corpus, plan_targets, teacher_for, topics
 from tests.support.fakes import FakeTeacher
 from tests.support.paths import ROOT
 from tests.support.processes.fill_job import assert_whole, begin_together, fill_job, report_of, segment_bytes, step_of
+from tests.support.waiting import eventually
 
 PLAN = FillPlan(batch_tokens=200, in_flight=2)
 # No ids are kept, so there is no rank table, and no pilot that is scored before the first shard.
@@ -192,7 +193,10 @@ async def test_a_shard_taken_over_while_it_is_scored_is_lost_without_a_trace(tmp
     targets = cache.plan_targets("fake", "docs", stalling.identity, fields=NO_PILOT)
     job = asyncio.create_task(fill(stalling, targets, FillPlan(batch_tokens=200, claim_seconds=1000)))
     await stalling.reached.wait()
+    # The first shard is scored, and may still be on its way to its commit.
+    await eventually(lambda: not any(name.startswith("000000") for name in cache.root.objects(targets.claims_path)))
     held = cache.root.objects(targets.claims_path)
+    assert held
     for name in held:
         stem, generation = name.removesuffix(".json").split("-")
         cache.root.create(f"{targets.claims_path}/{stem}-{int(generation) + 1:04d}.json", b"another job's")

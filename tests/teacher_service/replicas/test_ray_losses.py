@@ -251,6 +251,19 @@ async def test_a_suspect_waits_for_the_calls_that_its_replica_has() -> None:
     assert handle.calls == [("r0", POISON), ("r1", 9), ("r1", POISON), ("r2", POISON)]
 
 
+async def test_the_replica_with_the_fewest_tokens_in_flight_is_next() -> None:
+    handle = Poisoned("r0", "r1", "r2")
+    see(handle.pool, "r0", "r1", "r2")
+    calls: list[asyncio.Task[list[Targets]]] = []
+    for size in (30, 10, 20, 5, 9):
+        calls.append(handle.score(size))
+        await eventually(lambda: len(handle.calls) == len(calls))
+    assert [name for name, _ in handle.calls] == ["r0", "r1", "r2", "r1", "r1"]
+    for gate in handle.gates.values():
+        gate.set()
+    await asyncio.gather(*calls)
+
+
 async def test_one_suspect_at_a_time_takes_a_replica_from_the_other_calls() -> None:
     handle = Poisoned("r0", "r1", "spare", spares=["spare"])
     poison, other = handle.score(POISON), handle.score(9)
