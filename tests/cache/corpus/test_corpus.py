@@ -253,9 +253,9 @@ def test_starts_and_row_ranges_read_what_row_starts_holds(tmp_path: Path) -> Non
     assert "row_starts" not in vars(corpus), "the whole axis stays on disk"
     assert np.array_equal(corpus.row(4096), rows[4096])
     for bad in ((-1, 1), (0, 10_001), (3, 2)):
-        with pytest.raises(InvalidInput, match="are outside corpus 'docs' of 10000 rows"):
+        with pytest.raises(InvalidInput, match="are outside corpus 'docs' of 10,000 rows"):
             corpus.starts(*bad)
-    with pytest.raises(InvalidInput, match="row 10000 is outside corpus 'docs' of 10000 rows"):
+    with pytest.raises(InvalidInput, match="row 10000 is outside corpus 'docs' of 10,000 rows"):
         corpus.row_ranges([0, 10_000])
 
 
