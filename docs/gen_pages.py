@@ -232,6 +232,8 @@ def _type(schema: dict[str, Any]) -> str:
     kind = schema.get("type", "object")
     kinds = [one for one in (kind if isinstance(kind, list) else [kind]) if one != "null"]
     bounds = [f"{sign} {schema[key]:,g}" for key, sign in _BOUNDS.items() if key in schema and schema[key] < _HUGE]
+    if {"minimum", "maximum"} <= schema.keys() and schema["maximum"] < _HUGE:
+        bounds = [f"{schema['minimum']:,g} to {schema['maximum']:,g}"]
     inside = f" of {_type(schema['items'])}" if "items" in schema else ""
     return " ".join([" or ".join(_WORDS.get(one, one) for one in kinds) + inside, ", ".join(bounds)]).strip()
 
