@@ -106,15 +106,7 @@ def compact(
             claims.take(name)
         source = JournalRows.open(cache.root, plan.teacher, plan.k)
         corpus, made = _corpus(cache, source, plan)
-        fields = Fields(k=source.k)
-        targets = cache.plan_targets(
-            plan.teacher, corpus.name, source.identity, fields=fields, encoding=source.encoding.name
-        )
-        if targets.fields != fields:
-            raise SpecMismatch(
-                f"targets of {plan.teacher!r} for corpus {corpus.name!r} also keep fields that the journal does not; "
-                "compact into another --corpus"
-            )
+        targets = _plan_targets(cache, source, plan.teacher, corpus)
         committed = targets.committed
         todo = [int(shard) for shard in np.flatnonzero(~committed)]
         if todo and not made:
@@ -132,6 +124,18 @@ def compact(
         bytes_removed=sum(record.num_bytes for record in removed),
         segments_left=len(journal_records(cache.root, plan.teacher)),
     )
+
+
+def _plan_targets(cache: Cache, source: JournalRows, teacher: str, corpus: Corpus) -> TargetSet:
+    """The target set to fill, which keeps nothing but the top-k that the journal has."""
+    fields = Fields(k=source.k)
+    targets = cache.plan_targets(teacher, corpus.name, source.identity, fields=fields, encoding=source.encoding.name)
+    if targets.fields != fields:
+        raise SpecMismatch(
+            f"targets of {teacher!r} for corpus {corpus.name!r} also keep fields that the journal does not; "
+            "compact into another --corpus"
+        )
+    return targets
 
 
 def _corpus(cache: Cache, source: JournalRows, plan: CompactPlan) -> tuple[Corpus, bool]:

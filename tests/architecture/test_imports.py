@@ -145,6 +145,14 @@ def test_no_file_is_long_and_none_is_named_for_nothing() -> None:
             assert path.stem not in {"utils", "util", "common", "helpers", "manager"}, path
 
 
+def test_no_function_is_long() -> None:
+    for package in PACKAGES:
+        for path in sources(package):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    assert (node.end_lineno or 0) - node.lineno < 50, f"{path}:{node.lineno} {node.name}"
+
+
 def test_no_folder_is_full() -> None:
     for top in (*PACKAGES, "tests", "benchmarks"):
         folders = {path.parent for path in sources(top)}

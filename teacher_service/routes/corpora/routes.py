@@ -56,6 +56,14 @@ def add_corpus_routes(app: FastAPI, service: Service) -> None:
         """Describe a corpus, and which teachers have targets for it."""
         return await reading.in_thread(lambda: describe_corpus(opened, corpus))
 
+    _add_target_routes(app, service.admission, reading, trainers)
+    add_array_routes(app, reading, trainers)
+    add_fill_routes(app, service)
+
+
+def _add_target_routes(app: FastAPI, admission: Admission, reading: CorpusReading, trainers: list[Any]) -> None:
+    opened, limits = reading.opened, reading.limits
+
     @get_and_head(app, _TARGETS, trainers)
     async def read_targets(
         corpus: str,
@@ -81,7 +89,7 @@ def add_corpus_routes(app: FastAPI, service: Service) -> None:
         def plan() -> RangeRead:
             return _range(opened, (corpus, teacher), (start, stop), names, k)
 
-        return await _answer_range(request, reading, service.admission, plan)
+        return await _answer_range(request, reading, admission, plan)
 
     @app.post(f"{_TARGETS}/rows", dependencies=trainers)
     async def read_rows(corpus: str, teacher: str, request: Request) -> Response:
@@ -91,10 +99,7 @@ def add_corpus_routes(app: FastAPI, service: Service) -> None:
         body = await read_body(request)
         read = await reading.in_thread(lambda: _rows(opened, (corpus, teacher), body, reads, limits))
         require_within(read, limits, as_json=writes == wire.JSON_MEDIA_TYPE)
-        return _streamed(request, read, writes, reading, service.admission, {"cache-control": "no-store"})
-
-    add_array_routes(app, reading, trainers)
-    add_fill_routes(app, service)
+        return _streamed(request, read, writes, reading, admission, {"cache-control": "no-store"})
 
 
 async def _answer_range(
