@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{error.kind}: {error.detail}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
-        # Heavy packages are imported when a command runs, and belong to extras that may not be installed.
+        # Heavy packages are imported when a command runs, and belong to extras that may not be installed. A module of
+        # our own is in every installation: where one is missing, the traceback says more than an extra to install.
         if (error.name or "").partition(".")[0] == "potstill":
             raise
         print(f"potstill: {missing_module(error)}", file=sys.stderr)
@@ -69,20 +70,17 @@ def _dispatch(argv: list[str]) -> int:
         print(_overview(commands), file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     if argv[0] == "--version":
-        print(f"potstill {_version()}")
+        try:
+            print(f"potstill {version('potstill')}")
+        except PackageNotFoundError:
+            print("potstill (not installed)")
         return 0
     if argv[0] not in commands:
         what = "option" if argv[0].startswith("-") else "command"
-        print(
-            f"potstill: unknown {what} {argv[0]!r}; commands are {', '.join(sorted(commands))}",
-            file=sys.stderr,
-        )
+        known = ", ".join(sorted(commands))
+        print(f"potstill: unknown {what} {argv[0]!r}; commands are {known}", file=sys.stderr)
         return 2
-    try:
-        command = _load(commands[argv[0]])
-    except ModuleNotFoundError as error:
-        print(f"potstill {argv[0]}: {missing_module(error)}", file=sys.stderr)
-        return 1
+    command = _load(commands[argv[0]])
     parser = argparse.ArgumentParser(
         prog=f"potstill {argv[0]}",
         description=command.SUMMARY,
@@ -109,13 +107,6 @@ def _summary(point: EntryPoint) -> str:
 
 def _load(point: EntryPoint) -> Command:
     return cast(Command, point.load())
-
-
-def _version() -> str:
-    try:
-        return version("potstill")
-    except PackageNotFoundError:
-        return "(not installed)"
 
 
 if __name__ == "__main__":

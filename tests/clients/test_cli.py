@@ -45,7 +45,7 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: extra\nVersion: 1\n")
     (info / "entry_points.txt").write_text(
-        "[potstill.commands]\nshout = shout\nlacking = lacking\nfailing = failing\nsleepy = sleepy\n"
+        "[potstill.commands]\nshout = shout\nlacking = lacking\nfailing = failing\nsleepy = sleepy\ntorn = torn\n"
     )
     command = "SUMMARY = 'says {0}'\ndef add_arguments(parser):\n    parser.add_argument('--n', type=int, default=1)\n"
     (tmp_path / "shout.py").write_text(
@@ -60,6 +60,7 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "import time\n" + command.format("zzz") + "def run(args):\n    print('up', flush=True)\n    time.sleep(60)\n"
     )
     (tmp_path / "lacking.py").write_text("import a_module_that_is_not_there\n")
+    (tmp_path / "torn.py").write_text("import potstill.clients.a_module_that_is_not_there\n")
     return tmp_path
 
 
@@ -108,6 +109,13 @@ def test_an_error_is_one_line_and_status_1(commands: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "a_module_that_is_not_there" in done.stderr
+
+
+def test_a_missing_module_of_ours_is_no_missing_extra(commands: Path) -> None:
+    done = potstill("torn", PYTHONPATH=str(commands))
+    assert done.returncode == 1
+    assert "ModuleNotFoundError: No module named 'potstill.clients.a_module_that_is_not_there'" in done.stderr
+    assert "pip install" not in done.stderr
 
 
 def test_ctrl_c_is_one_line_and_status_130(commands: Path) -> None:
