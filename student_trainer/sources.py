@@ -2,126 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from potstill.cache.cache import Cache
 from potstill.cache.corpus.corpus import Corpus
-from potstill.cache.encoding.logprobs import Encoding
 from potstill.cache.errors import NotCommitted, SpecMismatch, UnsupportedField
 from potstill.cache.plurals import counted
+from potstill.cache.targets.target_set import TargetSet
 from potstill.cache.types import Fields, Targets, TeacherIdentity, Tokens
 from potstill.clients.address import key_in
-from potstill.clients.http_targets import HttpCache
+from potstill.clients.http_targets import HttpCache, HttpTargets
 from potstill.clients.http_teacher import SyncHttpTeacher
 from potstill.student_trainer.config import DataConfig, TeacherConfig, TrainConfig
 
 
-class HeldTargets(Protocol):
-    """Committed targets, here (`TargetSet`) or behind a service (`HttpTargets`)."""
-
-    @property
-    def identity(self) -> TeacherIdentity:
-        """Whose they are."""
-        ...
-
-    @property
-    def fields(self) -> Fields:
-        """What is kept of each position."""
-        ...
-
-    @property
-    def encoding(self) -> Encoding:
-        """How logprobs are kept."""
-        ...
-
-    @property
-    def committed(self) -> NDArray[np.bool_]:
-        """[S] which shards have a commit."""
-        ...
-
-    def read_rows(self, rows: Sequence[int], *, fields: Fields | None = None) -> list[Targets]:
-        """One `Targets` per row index, in order."""
-        ...
-
-
-class TargetSource(Protocol):
+@dataclass(frozen=True, slots=True)
+class TargetSource:
     """One teacher's targets of any rows of one corpus."""
 
-    @property
-    def name(self) -> str:
-        """The teacher's."""
-        ...
-
-    @property
-    def identity(self) -> TeacherIdentity:
-        """The teacher's."""
-        ...
-
-    @property
-    def held(self) -> str:
-        """What is read of its targets: another one makes another run."""
-        ...
-
-    def read(self, indexes: Sequence[int], rows: Sequence[Tokens]) -> list[Targets]:
-        """One `Targets` per row, given both as indexes into the corpus and as tokens.
-
-        Raises:
-            NotCommitted, CorruptSegment: from a cache.
-            Unavailable, Overloaded, DeadlineExceeded, TeacherFailed: from a service.
-        """
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class CacheSource:
-    """Committed targets of the corpus, by row index."""
-
     name: str
-    targets: HeldTargets
-    k: int | None = None
+    """The teacher's, as the run's config has it."""
+    identity: TeacherIdentity
+    """The teacher's, as recorded in the cache or stated by the service."""
+    held: str
+    """K and encoding of what is read. A run goes on only with the same."""
+    read: Callable[[Sequence[int], Sequence[Tokens]], list[Targets]]
+    """Gives one `Targets` per row. Each row comes as an index into the corpus and as tokens.
 
-    @property
-    def identity(self) -> TeacherIdentity:
-        """The teacher's, as recorded in the cache."""
-        return self.targets.identity
-
-    @property
-    def held(self) -> str:
-        """K and encoding."""
-        return f"k={self.k or self.targets.fields.k}, encoding {self.targets.encoding.name}"
-
-    def read(self, indexes: Sequence[int], rows: Sequence[Tokens]) -> list[Targets]:  # noqa: ARG002
-        """Read from the store; the tokens are not needed."""
-        return self.targets.read_rows(list(indexes), fields=Fields(k=self.k or self.targets.fields.k))
+    Raises NotCommitted and CorruptSegment from a cache; Unavailable, Overloaded, DeadlineExceeded and TeacherFailed
+    from a service.
+    """
 
 
-@dataclass(frozen=True, slots=True)
-class ServiceSource:
-    """A running service, asked for every row; what it keeps is up to the service."""
+def cache_source(name: str, targets: TargetSet | HttpTargets, k: int | None = None) -> TargetSource:
+    """Read committed targets of a corpus by row index; `k` of the kept ids, by default all."""
+    fields = Fields(k=k or targets.fields.k)
+    held = f"k={fields.k}, encoding {targets.encoding.name}"
+    return TargetSource(name, targets.identity, held, lambda rows, _: targets.read_rows(rows, fields=fields))
 
-    name: str
-    teacher: SyncHttpTeacher
-    k: int | None = None
 
-    @property
-    def identity(self) -> TeacherIdentity:
-        """The teacher's, as the service states it."""
-        return self.teacher.identity
-
-    @property
-    def held(self) -> str:
-        """K; the encoding is up to the service."""
-        return f"k={self.k or Fields().k}, from a service"
-
-    def read(self, indexes: Sequence[int], rows: Sequence[Tokens]) -> list[Targets]:  # noqa: ARG002
-        """Ask the service; the indexes mean nothing to it."""
-        return self.teacher.score(rows, Fields() if self.k is None else Fields(k=self.k))
+def service_source(name: str, teacher: SyncHttpTeacher, k: int | None = None) -> TargetSource:
+    """Ask a running service for every row by its tokens; which encoding it keeps answers in is up to the service."""
+    fields = Fields() if k is None else Fields(k=k)
+    return TargetSource(
+        name, teacher.identity, f"k={fields.k}, from a service", lambda _, rows: teacher.score(rows, fields)
+    )
 
 
 @contextmanager
@@ -151,42 +80,33 @@ def open_sources(config: TrainConfig, cache: Cache | HttpCache, corpus: Corpus) 
         yield tuple(_open(teacher, config.data.corpus, cache, corpus, stack) for teacher in config.teachers)
 
 
-def check_tokenizer(source: TargetSource, corpus: Corpus) -> None:
-    """Check that the teacher's ids mean what the corpus's ids mean.
-
-    Raises:
-        SpecMismatch: they do not.
-    """
-    theirs = source.identity.tokenizer_sha256
-    if theirs != corpus.tokenizer_sha256:
-        raise SpecMismatch(
-            f"teacher {source.name!r} has tokenizer {theirs[:12]}, but the corpus was made with "
-            f"{corpus.tokenizer_sha256[:12]}; use a corpus of the teacher's tokenizer"
-        )
-
-
 def _open(
     teacher: TeacherConfig, corpus_name: str, cache: Cache | HttpCache, corpus: Corpus, stack: ExitStack
 ) -> TargetSource:
-    source: TargetSource
     if teacher.source == "service":
         assert teacher.url is not None, "the config refuses a service without a url"
         key = key_in(teacher.api_key_env, "teachers.api_key_env")
         client = stack.enter_context(SyncHttpTeacher(teacher.url, teacher.name, api_key=key))
-        source = ServiceSource(teacher.name, client, teacher.k)
+        source = service_source(teacher.name, client, teacher.k)
     else:
         targets = cache.targets(teacher.name, corpus_name).top_k_only()
         teacher_k, kept = teacher.k or 1, targets.fields.k
         if teacher_k > kept:
             raise UnsupportedField(f"teachers.k is {teacher_k} for {teacher.name!r}, but the cache holds k={kept}")
         _check_committed(teacher.name, targets)
-        source = CacheSource(teacher.name, targets, teacher.k)
-    check_tokenizer(source, corpus)
+        source = cache_source(teacher.name, targets, teacher.k)
+    # The same id must be the same token to both, or the student would be taught noise.
+    theirs = source.identity.tokenizer_sha256
+    if theirs != corpus.tokenizer_sha256:
+        raise SpecMismatch(
+            f"teacher {source.name!r} has tokenizer {theirs[:12]}, but the corpus was made with "
+            f"{corpus.tokenizer_sha256[:12]}; use a corpus of the teacher's tokenizer"
+        )
     return source
 
 
-def _check_committed(name: str, targets: HeldTargets) -> None:
-    committed = np.asarray(targets.committed)
+def _check_committed(name: str, targets: TargetSet | HttpTargets) -> None:
+    committed = targets.committed
     missing = int((~committed).sum())
     if missing:
         first = int(np.argmin(committed))

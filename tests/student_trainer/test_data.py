@@ -23,11 +23,11 @@ from potstill.cache.errors import (
     UnsupportedField,
 )
 from potstill.cache.targets.stream import read_ahead
-from potstill.cache.types import Fields, Targets, TeacherIdentity, Tokens
+from potstill.cache.types import Targets, Tokens
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.data import Batch, BatchReader
 from potstill.student_trainer.losses import NO_LABEL
-from potstill.student_trainer.sources import CacheSource, open_sources
+from potstill.student_trainer.sources import TargetSource, cache_source, open_sources
 from tests.support.fakes import FakeTeacher
 from tests.support.processes.servers import hosted, serving_teachers
 from tests.support.tiny_runs import K, config_of, fake_teacher, fill, write_cache
@@ -47,10 +47,7 @@ def with_teacher(root: Path, tmp_path: Path, **teacher: object) -> TrainConfig:
 class ScriptedSource:
     """A source that answers from a function, and counts its calls."""
 
-    def __init__(self, identity: TeacherIdentity, answer: FakeTeacher, *, drop: int = 0, fail_at: int = -1) -> None:
-        self.name = "scripted"
-        self.held = "k=8, encoding f32"
-        self.identity = identity
+    def __init__(self, answer: FakeTeacher, *, drop: int = 0, fail_at: int = -1) -> None:
         self.answer = answer
         self.drop = drop
         self.fail_at = fail_at
@@ -65,8 +62,9 @@ class ScriptedSource:
 
 def scripted_reader(root: Path, *, drop: int = 0, fail_at: int = -1) -> tuple[BatchReader, ScriptedSource]:
     teacher = fake_teacher()
-    source = ScriptedSource(teacher.identity, teacher, drop=drop, fail_at=fail_at)
-    return BatchReader(Cache.open(root).corpus("docs"), (source,), (1.0,)), source
+    source = ScriptedSource(teacher, drop=drop, fail_at=fail_at)
+    opened = TargetSource("scripted", teacher.identity, "k=8, encoding f32", source.read)
+    return BatchReader(Cache.open(root).corpus("docs"), (opened,), (1.0,)), source
 
 
 def test_a_batch_lines_up_tokens_labels_and_targets(root: Path, tmp_path: Path) -> None:
@@ -151,12 +149,12 @@ def test_fewer_targets_than_tokens_are_refused(root: Path) -> None:
 
 def test_the_cache_source_cuts_to_k(root: Path) -> None:
     cache = Cache.open(root)
-    source = CacheSource("fake", cache.targets("fake", "docs"), 3)
+    source = cache_source("fake", cache.targets("fake", "docs"), 3)
     (targets,) = source.read([2], [cache.corpus("docs").row(2)])
     assert targets.k == 3
     np.testing.assert_allclose(np.exp(targets.logprobs).sum(1) + np.exp(targets.log_tail), 1.0, atol=1e-3)
     assert source.identity.tokenizer_sha256 == cache.corpus("docs").tokenizer_sha256
-    assert source.targets.fields == Fields(k=K)
+    assert source.held == "k=3, encoding f32"
 
 
 def pieces(count: int) -> Iterator[np.ndarray[tuple[int], np.dtype[np.int64]]]:
