@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from potstill.student_trainer.data import Batch, BatchReader
-from potstill.student_trainer.group import Alone, Group
+from potstill.student_trainer.group import Group
 from potstill.student_trainer.losses import NO_LABEL, kl_and_overlap
 from potstill.student_trainer.result import Evaluation, TeacherAgreement
 
@@ -46,7 +46,7 @@ def evaluate_student(
     Raises:
         PotstillError: whatever reading raises.
     """
-    group = group or Alone()
+    group = group or Group()
     names = [source.name for source in reader.sources]
     sums = torch.zeros(3 + 3 * len(names), dtype=torch.float64, device=group.device)
     mine = np.asarray(rows)[group.rank :: group.world_size]

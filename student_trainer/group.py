@@ -3,41 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-
-
-class Group(Protocol):
-    """Rank, size and the three collectives the loop needs; every member calls them in the same order."""
-
-    @property
-    def rank(self) -> int:
-        """0 to world_size - 1; rank 0 writes files."""
-        ...
-
-    @property
-    def world_size(self) -> int:
-        """Number of workers."""
-        ...
-
-    @property
-    def device(self) -> torch.device:
-        """Where this worker computes."""
-        ...
-
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """Move to the device; with several workers, a `DistributedDataParallel` that *averages* gradients."""
-        ...
-
-    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all workers, on each of them, in place."""
-        ...
-
-    def barrier(self) -> None:
-        """Wait for all workers."""
-        ...
 
 
 def default_device() -> torch.device:
@@ -45,21 +13,23 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@dataclass(frozen=True, slots=True)
-class Alone:
-    """A group of one: this process."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """This process alone; a subclass joins several workers. Every member makes the same calls in the same order."""
 
     device: torch.device = field(default_factory=default_device)
+    """The device of this worker."""
     rank: int = 0
+    """0 to world_size - 1; rank 0 writes files."""
     world_size: int = 1
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Move to the device."""
+        """Move to the device; with several workers, a `DistributedDataParallel` that *averages* gradients."""
         return model.to(self.device)
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """The tensor itself."""
+        """The sum over all workers, on each of them, in place."""
         return tensor
 
     def barrier(self) -> None:
-        """Nothing to wait for."""
+        """Wait for all workers."""

@@ -43,7 +43,7 @@ from potstill.student_trainer.checkpoint import (
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.data import Batch
 from potstill.student_trainer.evaluate import autocast, evaluate_student
-from potstill.student_trainer.group import Alone, Group
+from potstill.student_trainer.group import Group
 from potstill.student_trainer.losses import distillation_loss
 from potstill.student_trainer.metrics import MetricsWriter, Record
 from potstill.student_trainer.models import build_student
@@ -77,7 +77,7 @@ def train(
         Unavailable: another process is training in the same folder.
         PotstillError: whatever reading rows and targets raises.
     """
-    group = group or Alone()
+    group = group or Group()
     config = config.absolute()
     finished = finished_before(config)
     if finished is not None:

@@ -12,19 +12,19 @@ import os
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import ray
 import ray.train
 import ray.train.torch
-import torch
 from torch import Tensor, distributed, nn
 
 from potstill.cache.errors import PotstillError, Unavailable
 from potstill.student_trainer.checkpoint import newest_step
 from potstill.student_trainer.config import TrainConfig
+from potstill.student_trainer.group import Group
 from potstill.student_trainer.loop import train
 from potstill.student_trainer.metrics import MetricsFollower, Record
 from potstill.student_trainer.result import TrainResult, finished_before
@@ -63,49 +63,32 @@ def train_with_ray(
     stop_file.unlink(missing_ok=True)
     follower = MetricsFollower(config.run_dir, after_step=newest_step(config.run_dir / "checkpoints"))
     with _ray(address, config.train.workers):
-        outcome = _Fit(_trainer(config))
-        thread = threading.Thread(target=outcome.run, name="ray-train", daemon=True)
-        thread.start()
-        while thread.is_alive():
-            thread.join(_POLL_SECONDS)
+        fit: Future[TrainResult] = Future()
+        # In the main thread `fit` would take over Ctrl-C and abort without a checkpoint.
+        threading.Thread(target=_fit, args=(_trainer(config), fit), name="ray-train", daemon=True).start()
+        while not fit.done():
+            wait([fit], _POLL_SECONDS)
             for record in follower.read():
                 on_record(record)
             if should_stop() and not stop_file.exists():
                 stop_file.touch()
     stop_file.unlink(missing_ok=True)
-    return outcome.result()
+    try:
+        return fit.result()
+    except ray.train.WorkerGroupError as error:
+        raise _cause(error) from error
 
 
-@dataclass(slots=True, eq=False)
-class _Fit:
-    """One `fit`, in a thread: in the main thread it would take over Ctrl-C and abort without a checkpoint."""
-
-    trainer: ray.train.torch.TorchTrainer
-    found: TrainResult | None = None
-    error: BaseException | None = None
-
-    def run(self) -> None:
-        try:
-            self.found = self.trainer.fit().return_value
-        except BaseException as error:  # noqa: BLE001 -- carried to the thread that waits, whatever it is
-            self.error = error
-
-    def result(self) -> TrainResult:
-        if isinstance(self.error, ray.train.WorkerGroupError):
-            raise _cause(self.error) from self.error
-        if self.error is not None:
-            raise self.error
-        assert self.found is not None, "a fit that ends without an error returns rank 0's result"
-        return self.found
+def _fit(trainer: ray.train.torch.TorchTrainer, found: Future[TrainResult]) -> None:
+    """Train to the end and give `found` what rank 0 returned, or the error."""
+    try:
+        found.set_result(trainer.fit().return_value)
+    except BaseException as error:  # noqa: BLE001 -- carried to the thread that waits, whatever it is
+        found.set_exception(error)
 
 
-@dataclass(frozen=True, slots=True)
-class _RayGroup:
+class _RayGroup(Group):
     """This worker and its peers, as Ray Train joined them."""
-
-    rank: int
-    world_size: int
-    device: torch.device
 
     def wrap(self, model: nn.Module) -> nn.Module:
         wrapped: nn.Module = ray.train.torch.prepare_model(model, parallel_strategy_kwargs={"broadcast_buffers": False})
@@ -123,7 +106,8 @@ def _worker(arguments: Mapping[str, Any]) -> TrainResult:
     """One worker's part, in its own process."""
     config = TrainConfig.of(arguments["config"])
     context = ray.train.get_context()
-    group = _RayGroup(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+    device, rank, size = ray.train.torch.get_device(), context.get_world_rank(), context.get_world_size()
+    group = _RayGroup(device=device, rank=rank, world_size=size)
     stop_file = config.run_dir / _STOP_FILE
     return train(config, group, should_stop=stop_file.exists)
 

@@ -24,7 +24,7 @@ from potstill.student_trainer.checkpoint import newest_checkpoint
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.data import BatchReader
 from potstill.student_trainer.evaluate import evaluate_student
-from potstill.student_trainer.group import Alone, Group
+from potstill.student_trainer.group import Group
 from potstill.student_trainer.models import load_student
 from potstill.student_trainer.order import SampleOrder, choose_held_out, with_copies
 from potstill.student_trainer.result import Evaluation, finished_result
@@ -131,7 +131,7 @@ def evaluate_run(run_dir: Path, *, group: Group | None = None) -> Evaluation:
         NotFound: no run, or nothing trained yet, in the folder.
         PotstillError: whatever opening the cache or the teachers raises.
     """
-    group = group or Alone()
+    group = group or Group()
     config, folder = trained_model(run_dir)
     with open_run(config) as run:
         model = load_student(folder).to(group.device)
