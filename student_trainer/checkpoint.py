@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from potstill.cache.errors import FormatError, SpecMismatch, StoreError
 from potstill.cache.types import JSON, TeacherIdentity
-from potstill.student_trainer.models import load_student, save_student
+from potstill.student_trainer.models import save_student
 from potstill.student_trainer.run_folder import PARTIAL, flush_path
 
 _COMPLETE = ".complete"
@@ -81,24 +82,13 @@ def save_checkpoint(
         StoreError: the disk does not take it.
     """
     final = folder / f"step-{state.step:08d}"
-    partial = folder / f"{PARTIAL}{final.name}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+    with _replaced(final, mark=_COMPLETE) as partial:
         save_student(model, partial / "model")
         torch.save(optimizer.state_dict(), partial / "optimizer.pt")
         (partial / "state.json").write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
-        _flush(partial)
-        if final.exists():  # renamed, but never marked
-            shutil.rmtree(final)
-        partial.rename(final)
-        (final / _COMPLETE).touch()
-        _flush(final)
-        flush_path(folder)
-    except OSError as error:
-        raise StoreError(f"checkpoint {str(final)!r} could not be written: {error}") from error
-    _remove_old(folder, keep)
+    for old in _complete(folder)[:-keep]:
+        (old / _COMPLETE).unlink()  # first no longer a checkpoint, then no longer there
+        shutil.rmtree(old, ignore_errors=True)
     return final
 
 
@@ -126,11 +116,6 @@ def load_state(checkpoint: Path) -> TrainState:
         raise FormatError(f"{str(checkpoint / 'state.json')!r} cannot be read: {error}") from error
 
 
-def load_model(checkpoint: Path) -> PreTrainedModel:
-    """The student of a checkpoint, float32, on the CPU."""
-    return load_student(checkpoint / "model")
-
-
 def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
     """Put the optimizer where it was.
 
@@ -156,15 +141,32 @@ def publish_model(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer) ->
     Raises:
         StoreError: the disk does not take it.
     """
-    partial = folder.with_name(f"{PARTIAL}{folder.name}")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
+    with _replaced(folder) as partial:
         save_student(model, partial)
         PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(partial)
+
+
+@contextmanager
+def _replaced(folder: Path, *, mark: str | None = None) -> Iterator[Path]:
+    """A new folder to write, which takes the place of `folder` when the block ends; then a file `mark` is put into it.
+
+    Raises:
+        StoreError: the disk does not take it.
+    """
+    partial = folder.with_name(f"{PARTIAL}{folder.name}")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        yield partial
+        # Before the rename, or a power cut could leave the final name with files that are empty.
         _flush(partial)
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
+        if mark is not None:
+            (folder / mark).touch()
+            flush_path(folder)
         flush_path(folder.parent)
     except OSError as error:
         raise StoreError(f"{str(folder)!r} could not be written: {error}") from error
@@ -172,12 +174,6 @@ def publish_model(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer) ->
 
 def _complete(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"step-*/{_COMPLETE}"))
-
-
-def _remove_old(folder: Path, keep: int) -> None:
-    for old in _complete(folder)[:-keep]:
-        (old / _COMPLETE).unlink()  # first no longer a checkpoint, then no longer there
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _flush(folder: Path) -> None:

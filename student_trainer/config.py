@@ -25,7 +25,6 @@ Relative paths are taken from the current folder, like those on the command line
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -244,7 +243,7 @@ class TrainConfig(_Frozen):
 
     def to_json(self) -> dict[str, JSON]:
         """A JSON object that `of` reads back to an equal config."""
-        value: dict[str, JSON] = json.loads(self.model_dump_json())
+        value: dict[str, JSON] = self.model_dump(mode="json")
         return value
 
     def check_continues(self, before: TrainConfig) -> None:

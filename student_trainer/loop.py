@@ -33,7 +33,6 @@ from potstill.cache.errors import InvalidInput
 from potstill.cache.targets.stream import read_ahead
 from potstill.student_trainer.checkpoint import (
     TrainState,
-    load_model,
     load_optimizer,
     load_state,
     newest_checkpoint,
@@ -46,12 +45,12 @@ from potstill.student_trainer.evaluate import autocast, evaluate_student
 from potstill.student_trainer.group import Group
 from potstill.student_trainer.losses import distillation_loss
 from potstill.student_trainer.metrics import MetricsWriter, Record
-from potstill.student_trainer.models import build_student
-from potstill.student_trainer.optimizer import learning_rate, make_optimizer, set_rate
+from potstill.student_trainer.models import build_student, load_student
+from potstill.student_trainer.optimizer import learning_rate, make_optimizer
 from potstill.student_trainer.order import hashed
-from potstill.student_trainer.result import Evaluation, TrainResult, finished_before, remove_summary, write_summary
+from potstill.student_trainer.result import SUMMARY, Evaluation, TrainResult, finished_before
 from potstill.student_trainer.run import OpenRun, only_trainer, open_run
-from potstill.student_trainer.run_folder import keep_config
+from potstill.student_trainer.run_folder import write_json
 
 _CLOSE_SECONDS = 5.0
 
@@ -91,7 +90,8 @@ def train(
         session = _begin(config, group, run, on_record)
         if session.writer is not None:
             stack.enter_context(closing(session.writer))
-            keep_config(config)
+            # Only now that all it needs is there: a folder with a config.json refuses any other run.
+            write_json(config.run_dir / "config.json", config.to_json())
         return session.run_to_end(should_stop)
 
 
@@ -146,7 +146,7 @@ class _Session:
         )
         if finished and self.group.rank == 0:
             publish_model(self.config.run_dir / "model", self.student, self.run.corpus.tokenizer)
-            write_summary(result)
+            write_json(result.run_dir / SUMMARY, result.to_json())
         self.group.barrier()
         return result
 
@@ -191,7 +191,8 @@ class _Session:
                 "try a lower train.lr or a longer train.warmup"
             )
         rate = learning_rate(self.step, self.config.train)
-        set_rate(self.optimizer, rate)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
         self.optimizer.step()
         self.step += 1
         epoch = self.run.order.epoch(self.step * self.config.train.batch_rows - 1)
@@ -287,7 +288,7 @@ def _begin(config: TrainConfig, group: Group, run: OpenRun, on_record: Callable[
             config.student,
             seed=config.train.seed,
             vocab_size=run.corpus.vocab_size,
-            row_tokens=run.longest_row,
+            row_tokens=run.corpus.spec.longest_row,
         )
     else:
         state.check_same(run.corpus.fingerprint, run.teachers, run.held)
@@ -296,7 +297,7 @@ def _begin(config: TrainConfig, group: Group, run: OpenRun, on_record: Callable[
                 f"train.steps is {config.train.steps}, but the run in {config.train.out!r} has taken {state.step}; "
                 "ask for as many or more, or choose another train.out"
             )
-        student = load_model(checkpoint)
+        student = load_student(checkpoint / "model")
     student.train()
     model = group.wrap(student)
     optimizer = make_optimizer(student, config.train)
@@ -304,7 +305,7 @@ def _begin(config: TrainConfig, group: Group, run: OpenRun, on_record: Callable[
         load_optimizer(checkpoint, optimizer)
     step = 0 if state is None else state.step
     if group.rank == 0:
-        remove_summary(config.run_dir)
+        (config.run_dir / SUMMARY).unlink(missing_ok=True)  # the run goes on: it no longer ends there
     return _Session(
         config=config,
         group=group,

@@ -239,10 +239,6 @@ class _Chunk:
         tail = torch.where(live, self.r * (self.log_r - (lse_tail - lse)), 0.0)
         return kept + tail, lse_tail
 
-    def live_r(self, lse_tail: Tensor) -> Tensor:
-        """[n] r, or 0 where no id is outside K."""
-        return torch.where(lse_tail > -math.inf, self.r, 0.0)
-
 
 def _fill(values: Tensor, ids: Tensor, value: float) -> Tensor:
     """[n, V] `values` with `value` at `ids`; may write to `values`. An id of V is one the student does not have."""
@@ -302,7 +298,7 @@ def _gradient(z: Tensor, lse: Tensor, lse_tails: Tensor, flat: _Flat, part: slic
     grad.scatter_(-1, labels.clamp(min=0)[:, None], -label_scale[:, None])
     for teacher, lse_tail in zip(flat.teachers if flat.kl_scale else (), lse_tails, strict=False):
         target = _Chunk.of(teacher, part, z)
-        r = target.live_r(lse_tail)
+        r = torch.where(lse_tail > -math.inf, target.r, 0.0)  # no tail is learnt where no id is outside K
         scale = flat.kl_scale * teacher.weight * mask
         p_scale += scale * (target.t.sum(dim=-1) + r)
         target.sub_tail(grad, z=z, p=p, lse=lse, lse_tail=lse_tail, scale=scale * r)

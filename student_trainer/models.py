@@ -36,7 +36,9 @@ def build_student(student: StudentConfig, *, seed: int, vocab_size: int, row_tok
         try:
             model = _load(student, seed, vocab_size)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
-            raise InvalidInput(f"student cannot be built from {_shown(student)}: {error}") from error
+            raise InvalidInput(
+                f"student cannot be built from {student.checkpoint or student.config!r}: {error}"
+            ) from error
     config = model.config
     if config.vocab_size < vocab_size:
         raise InvalidInput(
@@ -105,7 +107,3 @@ def _config(student: StudentConfig, vocab_size: int) -> Any:
     if unknown:
         raise ValueError(f"model_type {config.model_type!r} has no key {unknown[0]!r}")
     return config
-
-
-def _shown(student: StudentConfig) -> str:
-    return repr(student.checkpoint if student.checkpoint is not None else student.config)

@@ -36,9 +36,3 @@ def make_optimizer(student: nn.Module, config: LoopConfig) -> torch.optim.Optimi
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr, betas=config.betas)
-
-
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Use `rate` for the next step."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate

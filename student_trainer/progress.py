@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
     from potstill.student_trainer.metrics import Record
@@ -20,46 +20,42 @@ _LINE_SECONDS = 10.0
 @contextmanager
 def showing(total_steps: int, console: Console) -> Iterator[Callable[[Record], None]]:
     """A function that takes every record of `metrics.jsonl` and shows it, until the block ends."""
-    if console.is_terminal:
-        with _bar(console) as progress:
-            yield _Bar(progress, progress.add_task("train", total=total_steps, text="starting")).show
-    else:
-        yield _Lines(total_steps, console).show
+    if not console.is_terminal:
+        yield _lines(total_steps, console)
+        return
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("train", total=total_steps, text="starting")
+        held_out = ""
+
+        def show(record: Record) -> None:
+            nonlocal held_out
+            if "held_out" in record:
+                held_out = f"  held-out {record['held_out']['ce']:.3f}"
+                return
+            text = f"loss {record['loss']:.3f}{held_out}  {record['tokens_per_second']:,.0f} tokens/s"
+            progress.update(task, completed=record["step"], text=text)
+
+        yield show
 
 
-class _Bar:
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self._progress = progress
-        self._task = task
-        self._held_out = ""
+def _lines(total_steps: int, console: Console) -> Callable[[Record], None]:
+    next_line = 0.0
 
-    def show(self, record: Record) -> None:
+    def show(record: Record) -> None:
+        nonlocal next_line
+        text = f"step {record['step']}/{total_steps}"
         if "held_out" in record:
-            self._held_out = f"  held-out {record['held_out']['ce']:.3f}"
+            text += f"  held-out {held_out_text(record['held_out'])}"
+        elif time.monotonic() < next_line and record["step"] != total_steps:
             return
-        text = f"loss {record['loss']:.3f}{self._held_out}  {record['tokens_per_second']:,.0f} tokens/s"
-        self._progress.update(self._task, completed=record["step"], text=text)
+        else:
+            next_line = time.monotonic() + _LINE_SECONDS
+            left = (total_steps - record["step"]) * record["seconds"] / max(record["step"], 1)
+            text += f"  loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  {left:,.0f} s left"
+        console.print(text, highlight=False, soft_wrap=True)
 
-
-class _Lines:
-    def __init__(self, total_steps: int, console: Console) -> None:
-        self._total = total_steps
-        self._console = console
-        self._next = 0.0
-
-    def show(self, record: Record) -> None:
-        step = f"step {record['step']}/{self._total}"
-        if "held_out" in record:
-            self._line(f"{step}  held-out {held_out_text(record['held_out'])}")
-        elif time.monotonic() >= self._next or record["step"] == self._total:
-            self._next = time.monotonic() + _LINE_SECONDS
-            left = (self._total - record["step"]) * record["seconds"] / max(record["step"], 1)
-            self._line(
-                f"{step}  loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  {left:,.0f} s left"
-            )
-
-    def _line(self, text: str) -> None:
-        self._console.print(text, highlight=False, soft_wrap=True)
+    return show
 
 
 def held_out_text(held_out: Record) -> str:
@@ -70,8 +66,3 @@ def held_out_text(held_out: Record) -> str:
         for name, found in held_out["teachers"].items()
     ]
     return "; ".join(parts)
-
-
-def _bar(console: Console) -> Progress:
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
-    return Progress(*columns, console=console)

@@ -11,7 +11,10 @@ from typing import Any
 from potstill.cache.errors import FormatError
 from potstill.cache.types import JSON
 from potstill.student_trainer.config import TrainConfig
-from potstill.student_trainer.run_folder import check_run_dir, write_json
+from potstill.student_trainer.run_folder import check_run_dir
+
+SUMMARY = "summary.json"
+"""The file in a finished run's folder that says how it ended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,27 +67,9 @@ class TrainResult:
     """Of the final model; None without held-out rows, or when stopped."""
 
     def to_json(self) -> dict[str, JSON]:
-        """What summary.json holds."""
-        return {
-            "step": self.step,
-            "tokens": self.tokens,
-            "seconds": self.seconds,
-            "held_out": None if self.held_out is None else self.held_out.to_json(),
-        }
-
-
-def write_summary(result: TrainResult) -> None:
-    """Keep the result of a finished run in its folder.
-
-    Raises:
-        StoreError: the disk does not take it.
-    """
-    write_json(result.run_dir / "summary.json", result.to_json())
-
-
-def remove_summary(run_dir: Path) -> None:
-    """The run goes on: what it ended with no longer holds."""
-    (run_dir / "summary.json").unlink(missing_ok=True)
+        """The object that `SUMMARY` holds."""
+        value: dict[str, JSON] = asdict(self)
+        return {key: value[key] for key in ("step", "tokens", "seconds", "held_out")}
 
 
 def finished_result(config: TrainConfig) -> TrainResult | None:
@@ -93,7 +78,7 @@ def finished_result(config: TrainConfig) -> TrainResult | None:
     Raises:
         FormatError: a summary of another version.
     """
-    file = config.run_dir / "summary.json"
+    file = config.run_dir / SUMMARY
     if not file.exists():
         return None
     try:
@@ -101,14 +86,7 @@ def finished_result(config: TrainConfig) -> TrainResult | None:
         if value["step"] != config.train.steps:
             return None
         held_out = None if value["held_out"] is None else Evaluation.from_json(value["held_out"])
-        return TrainResult(
-            run_dir=config.run_dir,
-            finished=True,
-            step=value["step"],
-            tokens=value["tokens"],
-            seconds=value["seconds"],
-            held_out=held_out,
-        )
+        return TrainResult(run_dir=config.run_dir, finished=True, **{**value, "held_out": held_out})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(f"{str(file)!r} cannot be read: {error!r}") from error
 

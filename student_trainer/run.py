@@ -24,7 +24,7 @@ from potstill.student_trainer.checkpoint import newest_checkpoint
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.data import BatchReader
 from potstill.student_trainer.evaluate import evaluate_student
-from potstill.student_trainer.group import Group
+from potstill.student_trainer.group import default_device
 from potstill.student_trainer.models import load_student
 from potstill.student_trainer.order import SampleOrder, choose_held_out, with_copies
 from potstill.student_trainer.result import Evaluation, finished_result
@@ -54,11 +54,6 @@ class OpenRun:
     def held(self) -> dict[str, str]:
         """What is read of each teacher's targets, by name."""
         return {source.name: source.held for source in self.reader.sources}
-
-    @property
-    def longest_row(self) -> int:
-        """Tokens."""
-        return self.corpus.spec.longest_row
 
 
 @contextmanager
@@ -107,39 +102,22 @@ def only_trainer(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def trained_model(run_dir: Path) -> tuple[TrainConfig, Path]:
-    """A run's config, and the folder of its final model or of its newest checkpoint's.
-
-    Raises:
-        NotFound: no run, or nothing trained yet.
-    """
-    config = read_config(run_dir)
-    checkpoint = newest_checkpoint(run_dir / "checkpoints")
-    finished = run_dir / "model"
-    # A run that goes on after it was finished has newer checkpoints than its model.
-    if finished_result(config) is not None and finished.exists():
-        return config, finished
-    if checkpoint is None:
-        raise NotFound(f"run {str(run_dir)!r} has no model and no complete checkpoint yet")
-    return config, checkpoint / "model"
-
-
-def evaluate_run(run_dir: Path, *, group: Group | None = None) -> Evaluation:
+def evaluate_run(run_dir: Path) -> Evaluation:
     """Evaluate a run's final model, or its newest checkpoint, on the run's held-out rows.
 
     Raises:
         NotFound: no run, or nothing trained yet, in the folder.
         PotstillError: whatever opening the cache or the teachers raises.
     """
-    group = group or Group()
-    config, folder = trained_model(run_dir)
+    config = read_config(run_dir)
+    folder = run_dir / "model"
+    # A run that goes on after it was finished has newer checkpoints than its model.
+    if finished_result(config) is None or not folder.exists():
+        checkpoint = newest_checkpoint(run_dir / "checkpoints")
+        if checkpoint is None:
+            raise NotFound(f"run {str(run_dir)!r} has no model and no complete checkpoint yet")
+        folder = checkpoint / "model"
     with open_run(config) as run:
-        model = load_student(folder).to(group.device)
-        return evaluate_student(
-            model,
-            run.reader,
-            run.held_out,
-            batch_rows=config.train.micro_batch_rows,
-            group=group,
-            dtype=config.train.dtype,
-        )
+        model = load_student(folder).to(default_device())
+        loop = config.train
+        return evaluate_student(model, run.reader, run.held_out, batch_rows=loop.micro_batch_rows, dtype=loop.dtype)

@@ -27,15 +27,6 @@ def check_run_dir(config: TrainConfig) -> None:
         config.check_continues(read_config(config.run_dir))
 
 
-def keep_config(config: TrainConfig) -> None:
-    """Say in the folder which run it holds; only when everything the run needs is there.
-
-    Raises:
-        StoreError: it cannot be written.
-    """
-    write_json(config.run_dir / "config.json", config.to_json())
-
-
 def read_config(run_dir: Path) -> TrainConfig:
     """The config a run was started with.
 
