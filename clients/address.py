@@ -1,4 +1,4 @@
-"""URLs and keys of services, as people type them."""
+"""URLs and API keys of services, as people type them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ API_KEY_VARIABLE = "POTSTILL_API_KEY"
 
 
 def key_in(variable: str | None, named_by: str) -> str | None:
-    """The API key in an environment variable that an option or setting names; None when it names none.
+    """Read the API key from the environment variable that the option or setting `named_by` names.
+
+    Returns None when `variable` is None.
 
     Raises:
         InvalidInput: the variable is not set, or empty.
@@ -29,7 +31,7 @@ def key_in(variable: str | None, named_by: str) -> str | None:
 
 
 def key_header(api_key: str | None) -> dict[str, str]:
-    """The header that shows the key, or the environment's (`POTSTILL_API_KEY`); none when neither is there.
+    """The HTTP header that shows `api_key`, or else that of `POTSTILL_API_KEY`; empty when there is neither.
 
     Raises:
         InvalidInput: the key has characters that no header can hold.
@@ -54,7 +56,7 @@ def login_of(url: str) -> tuple[str, str] | None:
 
 
 def checked_url(url: str) -> str:
-    """The URL without a trailing slash and without what `login_of` has of it, so that messages may show it.
+    """The URL without a trailing slash, and without user and password, so that messages may show it.
 
     Raises:
         InvalidInput: no http or https scheme, no host, a bad port, or a query or fragment.

@@ -1,6 +1,6 @@
 """The `potstill` command. Its subcommands are modules found by the entry points `potstill.commands`.
 
-Only the chosen one is loaded.
+Only the chosen module is loaded, so that a command does not wait for the imports of another.
 
 Exit status: 0 done, 1 a `PotstillError` (one line `kind: detail` on stderr), 2 wrong usage, 130 Ctrl-C.
 """
@@ -33,9 +33,10 @@ _WORDS = """words:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line; returns the exit status, or leaves by SystemExit(2) on wrong usage."""
+    """Run one command line and return its exit status; wrong usage raises SystemExit(2)."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # of a terminal or pipe that has no such letter
+        # A terminal or pipe may lack a letter that a path or a row has; a `?` is better than a traceback.
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
         status = _dispatch(list(sys.argv[1:] if argv is None else argv))

@@ -1,6 +1,7 @@
-"""One service over HTTP: calls that are tried again, and replies as our own values and errors.
+"""Calls to one service over HTTP, which are tried again; replies become our own values and errors.
 
-`Connection` is for async code, `SyncConnection` for threads; both mean the same by a reply, an error and a deadline.
+`Connection` is for async code, `SyncConnection` for threads. Both read replies and errors alike; a `Connection` has a
+deadline for each piece of work, a `SyncConnection` a longest time without anything new.
 """
 
 from __future__ import annotations
@@ -33,14 +34,16 @@ from potstill.clients.retry import Refusal, RetryPolicy, Tries
 
 T = TypeVar("T")
 _CONNECT_SECONDS = 10.0
+"""A host that is there accepts in milliseconds; one that is not must leave time to try again."""
 _SILENCE_SECONDS = 60.0
+"""Longest wait for the next bytes of one answer, after which the connection counts as dead."""
 _ARROW_HEADERS = {"accept": wire.ARROW_MEDIA_TYPE, "content-type": wire.ARROW_MEDIA_TYPE}
 _BY_STATUS: Mapping[int, type[PotstillError]] = {429: Overloaded, 502: Unavailable, 503: Unavailable, 504: Unavailable}
-"""What the status says of a reply that no service of ours wrote, like a proxy's."""
+"""Errors by HTTP status, for replies without a `kind`: those of a proxy in between, which may pass."""
 
 
 class _Service:
-    """Address, key and policy of a service, and what its replies mean.
+    """Address, API key and retry policy of a service, and the reading of its replies.
 
     Args:
         url: where the service is, like `http://127.0.0.1:8700`.
@@ -64,21 +67,23 @@ class _Service:
         self._options: dict[str, Any] = {"base_url": self.url, "auth": login_of(url), "headers": headers}
 
     def tries(self, seconds: float | None = None) -> Tries:
-        """Tries of one piece of work, for so many seconds from now, or `timeout`."""
+        """Tries of one piece of work, which is given up in `seconds` from now, or in `timeout` seconds."""
         return Tries(self._retry, self.timeout if seconds is None else seconds)
 
     @contextmanager
     def _refusals(self) -> Iterator[None]:
-        """Raise errors of sending as our own."""
+        """Raise errors of httpx as our own; a `Refusal` where another try may succeed."""
         try:
             yield
         except httpx.DecodingError as error:
             raise TeacherFailed(f"{self.url} sent a body that cannot be decoded: {error}") from error
         except httpx.TransportError as error:
+            # Nothing was sent before there was a connection; after that the service may have done its work.
             unsent = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
             told = f"{self.url} cannot be reached: {str(error) or type(error).__name__}"
             raise Refusal(Unavailable(told), may_be_done=not unsent) from error
         except RuntimeError as error:
+            # httpx has no class of its own for a client that another thread closed meanwhile.
             if not self._client.is_closed:
                 raise
             raise self._closed_error() from error
@@ -87,12 +92,17 @@ class _Service:
         return Unavailable(f"the connection to {self.url} was closed")
 
     def _accepted(self, reply: httpx.Response) -> httpx.Response:
-        """The reply, or the error that it stands for: what the service named, or what the status says."""
+        """The reply, if it is a success.
+
+        Raises:
+            Refusal: otherwise, with the error that the service named, or the one that the HTTP status stands for.
+        """
         if reply.is_success:
             return reply
         value = _parsed(reply.content)
         after = _seconds(reply.headers.get("retry-after"))
         if isinstance(value, dict) and isinstance(value.get("kind"), str):
+            # The service answered by itself, so it knows that it did nothing.
             error = error_class(value["kind"])(str(value.get("detail", "")), retry_after=after)
             raise Refusal(error, may_be_done=False)
         detail = f"{self.url} answered {reply.status_code} without saying why; is it a Potstill service?"
@@ -107,7 +117,10 @@ class _Service:
 
 
 class Connection(_Service):
-    """A service for async code, with a bound on requests under way. An async context manager."""
+    """A service for async code, with a bound on the requests under way at once. An async context manager.
+
+    Args and errors are those of both kinds of connection; `max_in_flight` is the bound, at least 1.
+    """
 
     def __init__(
         self,
@@ -129,7 +142,7 @@ class Connection(_Service):
         self._slots = asyncio.Semaphore(max_in_flight)
 
     async def __aenter__(self) -> Self:
-        """Nothing is sent yet."""
+        """Return the connection; nothing is sent yet."""
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -139,7 +152,11 @@ class Connection(_Service):
     async def json(
         self, path: str, *, method: str = "GET", body: JSON = None, tries: Tries | None = None
     ) -> dict[str, Any]:
-        """A JSON object; raises as `send` does, and TeacherFailed when it is none."""
+        """Send a request and return the JSON object of the reply.
+
+        Raises:
+            TeacherFailed: the reply is no JSON object. PotstillError: as `send`.
+        """
         return self._object(path, await self.send(method, path, tries=tries, json=body))
 
     async def send(
@@ -151,10 +168,11 @@ class Connection(_Service):
         headers: Mapping[str, str] | None = None,
         **body: Any,
     ) -> bytes:
-        """The reply's body. `body` is httpx's `content` or `json`.
+        """Send a request until there is an answer; return the reply's body. `body` is httpx's `content` or `json`.
 
         Raises:
-            DeadlineExceeded: no time is left to try again. PotstillError: what may not be tried again.
+            DeadlineExceeded: no time is left to try again.
+            PotstillError: an error that may not be tried again, as the class that the service named.
         """
         tries = tries or self.tries()
         while True:
@@ -162,7 +180,7 @@ class Connection(_Service):
                 async with asyncio.timeout(tries.seconds_left) as limit:
                     return await self._once(method, path, tries, headers or {}, body)
             except TimeoutError as error:
-                if not limit.expired():
+                if not limit.expired():  # somebody else's timeout, around this call
                     raise
                 raise DeadlineExceeded(f"the deadline passed; {tries.last}") from error
             except Refusal as refusal:
@@ -172,7 +190,8 @@ class Connection(_Service):
     async def _once(
         self, method: str, path: str, tries: Tries, headers: Mapping[str, str], body: dict[str, Any]
     ) -> bytes:
-        # A call that waits to be tried again holds no slot.
+        # A call that waits to be tried again holds no slot. The service learns how long we still wait, and does not
+        # begin what nobody will read.
         async with self._slots:
             remaining = {"potstill-timeout": f"{max(0.001, tries.seconds_left):.3f}"}
             request = self._client.build_request(method, path, headers={**headers, **remaining}, **body)
@@ -181,9 +200,9 @@ class Connection(_Service):
 
 
 class SyncConnection(_Service):
-    """A service for threads, which may share it. A context manager, or call `close`.
+    """A service for threads, any number of which may share it. A context manager, or call `close`.
 
-    `timeout` is of silence: seconds that may pass without anything new, retries included.
+    `timeout` bounds silence, not the whole work: seconds that may pass without anything new, retries included.
     """
 
     def __init__(
@@ -191,15 +210,17 @@ class SyncConnection(_Service):
     ) -> None:
         """Check the address; nothing is sent yet."""
         super().__init__(url, api_key=api_key, timeout=timeout, retry=retry)
-        # Silence is bounded by itself: a service that reads from far away may take long between two blocks.
+        # A read of hours may go on as long as blocks arrive: a service that reads from far away takes its time between
+        # two of them. Threads bound themselves, so connections are not counted; idle ones are kept for the next read.
         times = httpx.Timeout(min(_SILENCE_SECONDS, timeout), connect=min(_CONNECT_SECONDS, timeout), pool=None)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=16)
         self._client: httpx.Client = httpx.Client(timeout=times, limits=limits, **self._options)
+        # Streams are read raw, as they arrive: nothing may compress them on the way.
         self._client.headers.update({"accept-encoding": "identity", wire.FORMAT_HEADER: wire.WIRE_VERSION})
         self._closed = threading.Event()
 
     def __enter__(self) -> Self:
-        """Nothing is sent yet."""
+        """Return the connection; nothing is sent yet."""
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -207,24 +228,24 @@ class SyncConnection(_Service):
         self.close()
 
     def close(self) -> None:
-        """Disconnect. Who waits to try again in another thread sees `Unavailable` at once."""
+        """Disconnect. A thread that waits to try again raises `Unavailable` at once."""
         self._closed.set()
         self._client.close()
 
     def json(self, path: str, *, method: str = "GET", body: JSON = None) -> dict[str, Any]:
-        """A JSON object of our wire version.
+        """Send a request and return the JSON object of the reply, which says our wire version.
 
         Raises:
-            WireVersionError: of another version. TeacherFailed: not JSON, or not an object.
+            WireVersionError: the service speaks another version. TeacherFailed: the reply is no JSON object.
             DeadlineExceeded: no time is left to try again.
-            PotstillError: what the service refuses with, as the same class.
+            PotstillError: an error that may not be tried again, as the class that the service named.
         """
         value = self._object(path, self._send(method, path, json=body, accept=wire.JSON_MEDIA_TYPE).content)
         wire.require_version(str(value.get("format", "none"))[:40])
         return value
 
     def text(self, path: str) -> str:
-        """A text as it is; raises as `json` does."""
+        """Fetch a text as it is; raises as `json` does."""
         reply = self._send("GET", path, accept="*/*")
         wire.require_version(reply.headers.get(wire.FORMAT_HEADER, "none")[:40])
         return reply.text
@@ -232,13 +253,14 @@ class SyncConnection(_Service):
     def parts(
         self, read: Callable[[int], Iterable[T]], total: int, size: Callable[[T], int] = lambda _: 1
     ) -> Iterator[T]:
-        """Yield the parts of a whole of `total` elements, of which each has `size(part)`.
+        """Yield the parts of a whole of `total` elements, in order; a part has `size(part)` of them.
 
-        `read(at)` streams some of those from element `at` on. It is called again, at least once, until all are
-        there: where it ended, or where its stream broke off.
+        `read(at)` streams parts from element `at` on. It is called at least once, and again until all are there: at
+        the element where its last stream ended or broke off.
 
         Raises:
-            DeadlineExceeded: no time is left to try again. PotstillError: as `stream`; what may not be tried again.
+            DeadlineExceeded: no time is left to try again. PotstillError: as `stream`; an error that may not be
+                tried again.
         """
         tries, at = self.tries(), 0
         while True:
@@ -246,7 +268,7 @@ class SyncConnection(_Service):
                 for part in read(at):
                     yield part
                     at += size(part)
-                    tries.got_on()
+                    tries.got_on()  # only a stream that never gets on is given up
                 if at >= total:
                     return
             except Refusal as refusal:
@@ -256,11 +278,11 @@ class SyncConnection(_Service):
     def stream(
         self, path: str, *, params: Mapping[str, Any] | None = None, body: bytes | None = None
     ) -> Iterator[StreamReader]:
-        """An Arrow stream that arrives while it is read: GET, or POST of a body. It is not tried again.
+        """Open an Arrow stream that arrives while it is read: by GET, or by POST of `body`. It is not tried again.
 
         Raises:
-            Refusal: what may be tried again, like an answer that breaks off; also in the block.
-            PotstillError: as `json`; also in the block.
+            Refusal: an error that may pass, like an answer that breaks off; also within the block.
+            PotstillError: as `json`; also within the block.
         """
         method = "GET" if body is None else "POST"
         request = self._client.build_request(method, path, params=params, content=body, headers=_ARROW_HEADERS)
@@ -274,6 +296,7 @@ class SyncConnection(_Service):
             if self._accepted(reply).headers.get("content-type", "").partition(";")[0] != wire.ARROW_MEDIA_TYPE:
                 raise TeacherFailed(f"{self.url}{path} did not answer Arrow; is it a Potstill service?")
             yield StreamReader(arriving)
+            # Read to the very end: httpx keeps a connection for the next request only when nothing is left in it.
             if arriving.read() and arriving.error is None:
                 raise TeacherFailed(f"{self.url}{path} goes on after its end")
         except CutShort as error:
@@ -297,13 +320,17 @@ class SyncConnection(_Service):
                 self._wait(tries, refusal)
 
     def _wait(self, tries: Tries, refusal: Refusal) -> None:
-        """Wait until the next try; raises as `Tries.wait_seconds`, and Unavailable when closed meanwhile."""
+        """Wait until the next try.
+
+        Raises:
+            Unavailable: closed meanwhile. PotstillError: as `Tries.wait_seconds`.
+        """
         if self._closed.is_set() or self._closed.wait(tries.wait_seconds(refusal)):
             raise self._closed_error() from refusal
 
 
 class _Arriving:
-    """A body as the file that pyarrow reads. What breaks it off is kept, and looks like its end."""
+    """The body of a reply as the file that pyarrow reads. An error that breaks it off is kept, and reads as its end."""
 
     def __init__(self, reply: httpx.Response) -> None:
         self.closed = False
@@ -339,5 +366,5 @@ def _seconds(retry_after: str | None) -> float | None:
 def _parsed(content: bytes) -> Any:
     try:
         return json.loads(content)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError):  # the latter of a body of a thousand brackets
         return None

@@ -1,4 +1,4 @@
-"""A job of a service over its whole life, also while the service does not answer."""
+"""A job that fills a corpus, watched over its whole life, also while its service does not answer."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from potstill.clients.retry import RetryPolicy
 
 
 class FillWatch:
-    """Starts, looks at and stops one job.
+    """Starts, watches and stops one job.
 
     Args:
-        job: its service should be asked once a call (`RetryPolicy(attempts=1)`): trying again is done here.
-        patience: seconds without an answer after which it is given up.
-        again: the command that starts the job, or goes on with it, for messages.
-        tell: is told, in a line, that the service does not answer for now, and that it does again.
-        retry: how long to wait between two tries.
+        job: the job, over a connection that asks once a call (`RetryPolicy(attempts=1)`): trying again is done here.
+        patience: seconds without an answer after which the job is given up.
+        again: the command that starts the job or goes on with it, for messages.
+        tell: gets a line when the service does not answer for now, and another when it does again.
+        retry: waits between two tries.
     """
 
     def __init__(
@@ -39,11 +39,11 @@ class FillWatch:
         self._retry = retry or RetryPolicy()
 
     def look(self) -> dict[str, Any]:
-        """Where the job stands, as `HttpFill.status` has it; tries until there is an answer.
+        """Fetch the job's state, as `HttpFill.status` has it; tries until there is an answer.
 
         Raises:
             Unavailable: there was no answer for as long as `patience`.
-            NotFound: the service was started anew, and with it the job ended. PotstillError: what else it refuses with.
+            NotFound: the service was started anew, which ended the job. PotstillError: any other refusal.
         """
         way_on = f"The job may go on there: `{self._again}` watches it, or goes on with the rest after a restart"
         try:
@@ -55,19 +55,19 @@ class FillWatch:
             ) from error
 
     def start(self, fields: Fields, encoding: str) -> dict[str, Any]:
-        """Start it, as `HttpFill.start` does; tries until there is an answer.
+        """Start the job, as `HttpFill.start` does; tries until there is an answer.
 
         Raises:
-            Unavailable: there was no answer for as long as `patience`. PotstillError: what else it refuses with.
+            Unavailable: there was no answer for as long as `patience`. PotstillError: any other refusal.
         """
         way_on = f"Whether it began is not known: `{self._again}` starts it, or watches it"
         return self._answer(lambda: self._job.start(fields, encoding), way_on)
 
     def stop(self) -> dict[str, Any]:
-        """Stop it, as `HttpFill.stop` does; tries until there is an answer.
+        """Stop the job, as `HttpFill.stop` does; tries until there is an answer.
 
         Raises:
-            Unavailable: there was no answer for as long as `patience`. PotstillError: what else it refuses with.
+            Unavailable: there was no answer for as long as `patience`. PotstillError: any other refusal.
         """
         return self._answer(self._job.stop, "The job may go on there: the same command tries to stop it again")
 
@@ -93,4 +93,5 @@ class FillWatch:
             raise Unavailable(f"no answer for {self._patience:g} s ({error.detail}). {way_on}") from error
         if failures == 1:
             self._tell(f"no answer for now ({error.detail}); trying again for up to {self._patience:g} s")
+        # At most what is left, so that one last try is made at the very end of the patience.
         time.sleep(min(left, self._retry.wait_seconds(failures, error.retry_after)))

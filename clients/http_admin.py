@@ -1,4 +1,4 @@
-"""What an admin asks of a running service: which teachers there are, and how many replicas of each."""
+"""Administration of a running service: its teachers, and how many replicas each has."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from potstill.cache.types import JSON
 from potstill.clients.connection import Connection
 from potstill.clients.retry import RetryPolicy
 
-_RETRY = RetryPolicy(attempts=3)  # a person waits for it
+_RETRY = RetryPolicy(attempts=3)  # a person waits at the terminal
 
 
 class HttpAdmin:
@@ -24,31 +24,31 @@ class HttpAdmin:
     @classmethod
     @asynccontextmanager
     async def open(cls, url: str, *, api_key: str | None = None) -> AsyncIterator[HttpAdmin]:
-        """Check the URL; nothing is sent yet. The key is that of `POTSTILL_API_KEY` when none is given."""
+        """Check the URL; nothing is sent yet. Without `api_key`, that of `POTSTILL_API_KEY` is used."""
         async with Connection(url, api_key=api_key, timeout=60.0, retry=_RETRY) as connection:
             yield cls(connection)
 
     async def teachers(self) -> list[dict[str, Any]]:
-        """Every teacher: name, state and, once it is up, identity, provenance and limits."""
+        """Fetch every teacher: name, state and, once it is up, identity, provenance and limits."""
         teachers = (await self._connection.json("/v1/teachers")).get("teachers")
         if not isinstance(teachers, list) or not all(isinstance(teacher, dict) for teacher in teachers):
             raise TeacherFailed(f"{self._connection.url} does not list its teachers; is it a Potstill service?")
         return teachers
 
     async def replicas(self, name: str) -> dict[str, Any]:
-        """`{"replicas", "target", "max"}` of a teacher, and `each` of them."""
+        """Fetch `{"replicas", "target", "max"}` of a teacher, and `each` of its replicas."""
         return await self._connection.json(f"{teacher_path(name)}/replicas")
 
     async def doctor(self) -> dict[str, Any]:
-        """What only the service itself can see: its memory, its store, what it keeps.
+        """Fetch facts that only the service itself can see: its memory, its store, the answers that it keeps.
 
         Raises:
-            NotFound: it is too old to say. Forbidden: the key is no admin's.
+            NotFound: the service is too old to say. Forbidden: the key has not the role admin.
         """
         return await self._connection.json("/v1/doctor")
 
     async def add(self, name: str, wanted: Mapping[str, JSON]) -> dict[str, Any]:
-        """Start a teacher; `wanted` has `model` and what else `[[teachers]]` of the settings may have.
+        """Start a teacher; `wanted` has `model` and any other key of `[[teachers]]` in the settings.
 
         Raises:
             SpecMismatch: another teacher has the name. InvalidInput: its model, options or replicas cannot be.
@@ -56,9 +56,7 @@ class HttpAdmin:
         return await self._connection.json(teacher_path(name), method="PUT", body=dict(wanted))
 
     async def remove(self, name: str) -> dict[str, Any]:
-        """Have a teacher end its calls and stop; returns at once.
-
-        One that is gone after a try whose answer was lost was removed by that try.
+        """Have a teacher end its calls and stop; return at once.
 
         Raises:
             UnknownTeacher: there is none.
@@ -69,6 +67,7 @@ class HttpAdmin:
         except NotFound:
             if not tries.may_be_done:
                 raise
+            # An earlier try removed it, and only the answer to that one was lost.
             return {"name": name, "state": "removed"}
 
     async def change_replicas(self, name: str, wanted: Mapping[str, JSON]) -> dict[str, Any]:

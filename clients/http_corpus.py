@@ -19,14 +19,13 @@ from potstill.cache.types import Tokens
 from potstill.cache.wire.stream import StreamHead, write_row_numbers
 from potstill.clients.connection import SyncConnection
 
+# Bounds of one request: a read that is broken off is asked for again from there, and a service serves many.
 _REQUEST_ELEMENTS = 1 << 22
 _REQUEST_ROWS = 1024
 _REQUEST_POSITIONS = 1 << 20
-# Row starts are asked for again and again, so they are fetched in pages and kept: 32 KiB each.
+# Row starts are asked for again and again, a few at a time, so they are fetched in pages and kept: 32 KiB each.
 _PAGE = 4096
 _PAGES = 256
-_ROUTES = {"tokens": "tokens", "row_starts": "rows", "row_keys": "row_keys", "shard_rows": "shard_rows"}
-_ROUTES["shard_starts"] = "shard_starts"
 
 
 def corpus_route(name: str) -> str:
@@ -35,10 +34,10 @@ def corpus_route(name: str) -> str:
 
 
 class HttpCorpus(Corpus):
-    """Reads a sealed corpus over HTTP, with the same methods; only looking rows up by key is not there."""
+    """Reads a sealed corpus over HTTP by the methods of `Corpus`; only rows cannot be looked up by their key."""
 
     def __init__(self, connection: SyncConnection, name: str) -> None:
-        """Fetch what the corpus' seal says.
+        """Fetch the corpus's seal.
 
         Raises:
             UnknownCorpus: the service has none of this name. TeacherFailed: it answers nonsense.
@@ -57,26 +56,26 @@ class HttpCorpus(Corpus):
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer the corpus was made with."""
+        """The tokenizer that the corpus was made with."""
         return Tokenizer.from_str(self._connection.text(f"{corpus_route(self.name)}/tokenizer"))
 
     def take(self, rows: Sequence[int]) -> list[Tokens]:
-        """The tokens of rows in any order; raises as `Corpus.take` and `SyncConnection.json` do."""
+        """Read the tokens of rows in any order; raises as `Corpus.take` and `SyncConnection.json` do."""
         most = max(1, min(_REQUEST_ROWS, _REQUEST_POSITIONS // self.spec.longest_row))
         read = self._connection.parts(lambda at: self._rows(rows[at : at + most]), len(rows))
         return list(read) if len(rows) else []
 
     def annotations(self) -> list[str]:
-        """Names of the annotations that lie beside the corpus right now."""
+        """Fetch the names of the annotations that lie beside the corpus right now."""
         return [str(name) for name in self._connection.json(corpus_route(self.name)).get("annotations", [])]
 
     def annotation(self, name: str) -> NDArray[Any]:
-        """[R] a value of each row; raises as `Corpus.annotation` and `SyncConnection.json` do."""
+        """Read an annotation, [R] one value of each row; raises as `Corpus.annotation` and `SyncConnection.json` do."""
         route = f"{corpus_route(self.name)}/annotations/{quote(name, safe='')}"
         return read_array(self._connection, route, 0, len(self), self.fingerprint)
 
     def corrupt_objects(self) -> list[str]:
-        """Refused: who serves the files looks after them."""
+        """Raise UnsupportedField: only the machine that has the files can check them."""
         raise UnsupportedField(f"corpus {self.name!r} is behind {self._connection.url}; run `potstill verify` there")
 
     def _rows(self, rows: Sequence[int]) -> Iterator[Tokens]:
@@ -124,10 +123,10 @@ class _HttpArrays:
         return next(iter(dtypes))
 
     def read(self, name: str, start: int, stop: int) -> NDArray[Any]:
-        # As of an array: what is beyond its end is not there.
+        # Like a slice of an array, a range may go over its end.
         stop = min(stop, self._lengths[name])
         if name != "row_starts":
-            return read_array(self._connection, f"{self._route}/{_ROUTES[name]}", start, stop, self._fingerprint)
+            return read_array(self._connection, f"{self._route}/{name}", start, stop, self._fingerprint)
         pages = [self._page(page) for page in range(start // _PAGE, -(-stop // _PAGE))]
         first = start // _PAGE * _PAGE
         starts: NDArray[Any] = np.concatenate(pages)[start - first : stop - first]
@@ -140,6 +139,7 @@ class _HttpArrays:
         return []
 
     def _page(self, page: int) -> NDArray[Any]:
+        # The lock is not held while a page is fetched: two threads may fetch one twice, but none waits for the network.
         with self._lock:
             found = self._pages.get(page)
         if found is None:
@@ -154,7 +154,7 @@ class _HttpArrays:
 
 
 def read_array(connection: SyncConnection, route: str, start: int, stop: int, fingerprint: str) -> NDArray[Any]:
-    """Elements `start` to `stop` of an array of a corpus.
+    """Read elements `start` to `stop` of one of a corpus's arrays, in several requests where there are many.
 
     Raises:
         SpecMismatch: the service has another corpus under the name now. PotstillError: as `SyncConnection.json`.
@@ -175,10 +175,10 @@ def read_array(connection: SyncConnection, route: str, start: int, stop: int, fi
 
 
 def require_corpus(head: StreamHead, fingerprint: str, url: str) -> None:
-    """Refuse what is of another corpus than the one that was opened.
+    """Check that an answer is of the corpus that was opened: a name may have been given to another one since.
 
     Raises:
-        SpecMismatch: it is.
+        SpecMismatch: it is of another corpus.
     """
     if head.corpus != fingerprint:
         raise SpecMismatch(

@@ -18,27 +18,27 @@ class HttpFill:
         self._route = f"{corpus_route(corpus)}/fill/{quote(teacher, safe='')}"
 
     def start(self, fields: Fields, encoding: str, **plan: JSON) -> dict[str, Any]:
-        """Start it; when the same one is there already, nothing happens. `plan` may hold batch_tokens and in_flight.
+        """Start the job, or find it there already; return its state. `plan` may hold batch_tokens and in_flight.
 
         Raises:
-            AlreadyExists: another one runs or waits. UnknownTeacher, UnknownCorpus, SpecMismatch, LimitExceeded,
-                Forbidden: as the service says; nothing was started.
+            AlreadyExists: another job for the two runs or waits.
+            UnknownTeacher, UnknownCorpus, SpecMismatch, LimitExceeded, Forbidden: refused; nothing was started.
         """
         body = {"fields": fields.to_json(), "encoding": encoding, **plan}
         return self._connection.json(self._route, method="PUT", body=body)
 
     def status(self) -> dict[str, Any]:
-        """`state` (waiting, running, done, failed, stopped), shards, positions, rate and error.
+        """Fetch `state` (waiting, running, done, failed, stopped), shards, positions, rate and error.
 
         Raises:
-            NotFound: none was started since the service was.
+            NotFound: no job was started since the service was.
         """
         return self._connection.json(self._route)
 
     def stop(self) -> dict[str, Any]:
-        """Stop it if it runs or waits; what is committed stays.
+        """Stop the job if it runs or waits; committed shards stay.
 
         Raises:
-            NotFound: none was started since the service was.
+            NotFound: no job was started since the service was.
         """
         return self._connection.json(self._route, method="DELETE")

@@ -1,7 +1,8 @@
-"""A teacher's committed targets behind a service, for a trainer that has no files.
+"""Committed targets behind a service, for a trainer that has no files.
 
 `HttpCache` is opened where a `Cache` would be; its `HttpTargets` and `HttpCorpus` are read like a `TargetSet` and a
-`Corpus`. All of it is for threads: reads block, and an answer that breaks off goes on where it stopped.
+`Corpus`. Everything here blocks, and may be shared between threads. A read whose answer breaks off goes on where it
+stopped.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ from potstill.clients.connection import SyncConnection
 from potstill.clients.http_corpus import HttpCorpus, corpus_route, require_corpus
 from potstill.clients.retry import RetryPolicy
 
+# Our bounds of one request; the service states its own, and the smaller one counts.
 _REQUEST_POSITIONS = 1 << 20
 _REQUEST_ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class _Set:
-    """One segment set of a target set: some of its fields."""
+    """One segment set of a target set: some of its fields, committed apart from the others."""
 
     fields: Fields
     encoding: Encoding
@@ -40,13 +42,13 @@ class _Set:
 
 
 class HttpTargets:
-    """One teacher's targets for one corpus over HTTP. Safe to share between threads."""
+    """One teacher's targets for one corpus over HTTP. May be shared between threads."""
 
     def __init__(self, connection: SyncConnection, teacher: str, corpus: HttpCorpus, *, top_k: bool = False) -> None:
-        """Fetch what the service says of them; `top_k` looks at the segment set of the top-k alone.
+        """Fetch identity, fields and encoding; with `top_k`, of the top-k alone.
 
         Raises:
-            UnknownTeacher: there are none. TeacherFailed: the service answers nonsense.
+            UnknownTeacher: there are no such targets. TeacherFailed: the service answers nonsense.
         """
         self.teacher = teacher
         self.corpus = corpus
@@ -66,17 +68,17 @@ class HttpTargets:
 
     @property
     def committed(self) -> NDArray[np.bool_]:
-        """[S] which shards have a commit of every field right now; a request."""
+        """[S] bool, true where a shard has a commit of every field. Sends a request."""
         sets = self._sets(self._connection.json(self._route))
         every: NDArray[np.bool_] = np.logical_and.reduce([each.committed for each in sets])
         return every
 
     def is_committed(self, shard: int) -> bool:
-        """Whether the shard has a commit of every field right now; a request."""
+        """Tell if the shard has a commit of every field. Sends a request."""
         return bool(self.committed[shard])
 
     def top_k_only(self) -> HttpTargets:
-        """The top-k alone: what other fields lack does not matter then.
+        """The targets without their other fields; a shard is committed then as soon as its top-k is.
 
         Raises:
             UnsupportedField: there is no top-k.
@@ -84,17 +86,17 @@ class HttpTargets:
         return HttpTargets(self._connection, self.teacher, self.corpus, top_k=True)
 
     def read(self, start: int, stop: int, *, k: int | None = None, fields: Fields | None = None) -> Targets:
-        """Targets of positions `start` to `stop`; arguments and errors as of `TargetSet.read`.
+        """Read the targets of positions `start` to `stop`; arguments and errors as of `TargetSet.read`.
 
         Raises:
             SpecMismatch: the service has another teacher or corpus under the name now.
             Unavailable, Overloaded, DeadlineExceeded: still so after all retries.
-            TeacherFailed: it answers nonsense. WireVersionError: of another version.
+            TeacherFailed: the service answers nonsense. WireVersionError: it speaks another version.
         """
         return Targets.concat(list(self.stream(start, stop, k=k, fields=fields)))
 
     def stream(self, start: int, stop: int, *, k: int | None = None, fields: Fields | None = None) -> Iterator[Targets]:
-        """The same block by block, a few MiB each, so that a range of any size is never held whole."""
+        """Read like `read`, but yield blocks of a few MiB, so that a range of any size is never held whole."""
         if not 0 <= start < stop <= self.corpus.num_positions:
             raise InvalidInput(
                 f"positions {start} to {stop} are outside corpus {self.corpus.name!r} "
@@ -108,7 +110,7 @@ class HttpTargets:
         )
 
     def read_rows(self, rows: Sequence[int], *, k: int | None = None, fields: Fields | None = None) -> list[Targets]:
-        """One `Targets` per row index, in order; arguments and errors as of `read`."""
+        """Read one `Targets` per row index, in order; arguments and errors as of `read`."""
         want = self._wanted(k, fields)
         most = self._most("max_stream_positions", _REQUEST_POSITIONS) // self.corpus.spec.longest_row
         most = max(1, min(self._most("max_rows", _REQUEST_ROWS), most))
@@ -116,7 +118,7 @@ class HttpTargets:
         return list(read) if len(rows) else []
 
     def read_column(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
-        """One of `potstill.cache.fields.COLUMNS` [P]; errors as of `TargetSet.read_column`."""
+        """Read one of `potstill.cache.fields.COLUMNS`, float32 [P]; errors as of `TargetSet.read_column`."""
         want = self.fields.only([COLUMNS[name]]) if name in COLUMNS else None
         if want is None:
             raise UnsupportedField(
@@ -128,7 +130,7 @@ class HttpTargets:
 
     def _range(self, start: int, stop: int, want: Fields) -> Iterator[Targets]:
         names = [each.name for each in want.beside_top_k]
-        # k says how much of the top-k, so it need not be named; of no field an empty list would mean none.
+        # `k` asks for the top-k by itself; it is named only where the list would be empty, which means no field at all.
         params = {"start": start, "stop": stop, "k": want.k, "fields": ",".join(names or ["top_k"])}
         with self._connection.stream(self._route, params=params) as reader:
             self._check_head(reader.head, want)
@@ -156,6 +158,7 @@ class HttpTargets:
 
     def _check_head(self, head: StreamHead, want: Fields) -> None:
         require_corpus(head, self.corpus.fingerprint, self._connection.url)
+        # A service may be restarted with another teacher of this name in the middle of a long read.
         differences = "no identity" if head.identity is None else self.identity.differences(head.identity)
         if differences:
             raise SpecMismatch(f"{self._who} was exchanged: {differences}")
@@ -198,7 +201,7 @@ class HttpTargets:
 
 
 class HttpCache:
-    """What a service has of corpora and targets, opened where a `Cache` would be. A context manager."""
+    """The corpora and committed targets of a service, opened where a `Cache` would be. A context manager."""
 
     def __init__(
         self, url: str, *, api_key: str | None = None, timeout: float = 600.0, retry: RetryPolicy | None = None
@@ -208,7 +211,7 @@ class HttpCache:
         self._corpora: dict[str, HttpCorpus] = {}
 
     def __enter__(self) -> Self:
-        """The same."""
+        """Return the cache; nothing is sent yet."""
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -216,34 +219,34 @@ class HttpCache:
         self.close()
 
     def close(self) -> None:
-        """Disconnect; who still reads sees `Unavailable`."""
+        """Disconnect; a thread that still reads raises `Unavailable`."""
         self._connection.close()
 
     def corpora(self) -> list[str]:
-        """Names of the corpora."""
+        """Fetch the names of the corpora."""
         found = self._connection.json("/v1/corpora").get("corpora")
         return [str(corpus.get("name")) for corpus in found or [] if isinstance(corpus, dict)]
 
     def corpus(self, name: str) -> HttpCorpus:
-        """A corpus by name; sealed ones never change, so it is opened once.
+        """Open a corpus by name, once: a sealed corpus never changes.
 
         Raises:
-            UnknownCorpus: there is none. PotstillError: as `SyncConnection.json`.
+            UnknownCorpus: there is none of this name. PotstillError: as `SyncConnection.json`.
         """
         if name not in self._corpora:
             self._corpora[name] = HttpCorpus(self._connection, name)
         return self._corpora[name]
 
     def teachers(self, corpus: str) -> list[str]:
-        """Names of the teachers that have targets for a corpus, complete or not."""
+        """Fetch the names of the teachers that have targets for a corpus, complete or not."""
         found = self._connection.json(corpus_route(corpus)).get("teachers")
         return list(found) if isinstance(found, dict) else []
 
     def targets(self, teacher: str, corpus: str) -> HttpTargets:
-        """A teacher's targets for a corpus.
+        """Open a teacher's targets for a corpus.
 
         Raises:
-            UnknownCorpus, UnknownTeacher: there are none. PotstillError: as `SyncConnection.json`.
+            UnknownCorpus, UnknownTeacher: there are none of this name. PotstillError: as `SyncConnection.json`.
         """
         return HttpTargets(self._connection, teacher, self.corpus(corpus))
 

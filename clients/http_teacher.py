@@ -1,7 +1,7 @@
-"""A teacher behind HTTP: the same `Teacher` protocol, spoken to a Potstill service.
+"""Teachers behind HTTP: the protocol `Teacher` on top of a Potstill service.
 
-`HttpTeacher` is for async code, `SyncHttpTeacher` the same for threads, `open_http_teacher` the factory
-behind `http://host:port#NAME` wherever a teacher can be named.
+`HttpTeacher` is for async code, `SyncHttpTeacher` for threads. `open_http_teacher` is the factory behind
+`http://host:port#NAME` wherever a teacher can be named.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ T = TypeVar("T")
 REQUEST_TOKENS = 8192
 """Tokens per request: enough to fill an engine's batch, little enough to retry."""
 _REQUEST_ROWS = 1024
-_ANSWER_BYTES = 64 * 2**20  # what one answer may hold before a request is split further
+_ANSWER_BYTES = 64 * 2**20
+"""Size of the largest answer that is asked for; wide fields, like a top-k of thousands, make requests smaller."""
 
 
 class HttpTeacher:
     """Scores rows on a service. Open it with `async with HttpTeacher.open(url, name) as teacher`.
 
-    Identity, provenance and limits are what the service said on opening; an answer of another identity raises
+    Identity, provenance and limits are those that the service stated on opening; an answer of another identity raises
     `SpecMismatch`.
     """
 
@@ -101,14 +102,14 @@ class HttpTeacher:
             yield cls(connection, name, description, request_tokens=request_tokens, store=store)
 
     async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
-        """One `Targets` per row, in order; see `potstill.cache.types.Teacher`.
+        """Score rows; return one `Targets` per row, in order (see `potstill.cache.types.Teacher`).
 
         Raises:
-            InvalidInput: a row that is not a list of token ids.
+            InvalidInput: a row is not a list of token ids.
             SpecMismatch: the service now has another teacher under this name.
             DeadlineExceeded: not within the timeout. Unavailable, Overloaded: still so after all retries.
-            TeacherFailed: an answer that does not fit the question. WireVersionError: of another version.
-            PotstillError: whatever else the service refused with, as the same class.
+            TeacherFailed: the answer does not fit the question. WireVersionError: the service speaks another version.
+            PotstillError: any other refusal, as the class that the service named.
         """
         for index, row in enumerate(rows):
             _check_row(index, row)
@@ -119,6 +120,7 @@ class HttpTeacher:
         try:
             return [targets for answer in await asyncio.gather(*requests) for targets in answer]
         finally:
+            # One that failed, or a cancelled caller, ends the others: no task outlives the call that made it.
             for request in requests:
                 request.cancel()
             await asyncio.gather(*requests, return_exceptions=True)
@@ -126,7 +128,7 @@ class HttpTeacher:
     async def _request(self, rows: Sequence[Tokens], want: Fields, deadline: float) -> list[Targets]:
         body = wire.request_to_arrow(wire.ScoreRequest(list(rows), want))
         headers = {"content-type": wire.ARROW_MEDIA_TYPE, "accept": wire.ARROW_MEDIA_TYPE}
-        if not self._store:
+        if not self._store:  # the service's cache then neither answers nor keeps
             headers["cache-control"] = "no-store"
         path = f"{teacher_path(self._name)}/score"
         tries = self._connection.tries(deadline - time.monotonic())
@@ -160,7 +162,7 @@ class HttpTeacher:
 
 
 def _check_row(index: int, row: Tokens) -> None:
-    """Refuse what would be turned into other ids on its way: 1.5 into 1, -1 into 4294967295."""
+    """Refuse values that would become other ids on their way as uint32: 1.5 would be 1, and -1 4294967295."""
     ids = np.asarray(row)
     if ids.ndim != 1 or (len(ids) and ids.dtype.kind not in "iu"):
         raise InvalidInput(f"row {index} is {ids.dtype} of {ids.ndim} dimensions; it must be a list of token ids")
@@ -174,14 +176,15 @@ def _table(description: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _count(value: Any) -> int | None:
+    # JSON's true is an int to Python.
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
 class SyncHttpTeacher:
-    """`HttpTeacher` for code without an event loop; any number of threads may call it at once.
+    """An `HttpTeacher` for code without an event loop; any number of threads may call it at once.
 
-    A context manager: `with SyncHttpTeacher(url, name) as teacher`. The arguments are those of
-    `HttpTeacher.open`. The loop runs in one background thread, from entering to leaving.
+    A context manager: `with SyncHttpTeacher(url, name) as teacher`. The arguments are those of `HttpTeacher.open`. An
+    event loop runs in one background thread from entering to leaving.
     """
 
     def __init__(self, url: str, name: str, **options: Any) -> None:
@@ -191,7 +194,7 @@ class SyncHttpTeacher:
         self._teacher: HttpTeacher | None = None
 
     def __enter__(self) -> Self:
-        """Connect. Raises what `HttpTeacher.open` does."""
+        """Connect; raises as `HttpTeacher.open` does."""
         self._thread.start()
         try:
             self._teacher = self._wait(self._opening.__aenter__())
@@ -201,7 +204,7 @@ class SyncHttpTeacher:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        """Give up what other threads still wait for (they see `Unavailable`) and disconnect."""
+        """Disconnect; calls that other threads still wait for raise `Unavailable`."""
         self._teacher = None
         try:
             self._wait(self._close())
@@ -210,21 +213,21 @@ class SyncHttpTeacher:
 
     @property
     def identity(self) -> TeacherIdentity:
-        """As it was on opening."""
+        """The identity that the service stated on opening."""
         return self._opened().identity
 
     @property
     def provenance(self) -> Provenance:
-        """What the service said on opening."""
+        """The provenance that the service stated on opening."""
         return self._opened().provenance
 
     @property
     def limits(self) -> TeacherLimits:
-        """What the service said on opening."""
+        """The limits that the service stated on opening."""
         return self._opened().limits
 
     def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
-        """What `HttpTeacher.score` returns and raises.
+        """Score rows; arguments, result and errors as of `HttpTeacher.score`.
 
         Raises:
             Unavailable: not opened, or closed while waiting.
@@ -260,10 +263,10 @@ class SyncHttpTeacher:
 
 @asynccontextmanager
 async def open_http_teacher(spec: str, *, options: Mapping[str, JSON] | None = None) -> AsyncIterator[HttpTeacher]:
-    """The teacher factory of `http://` and `https://`: `URL#NAME`, or `URL` when there is only one teacher.
+    """Open a teacher by `URL#NAME`, or by `URL` where there is only one; the factory of `http://` and `https://`.
 
-    Nothing is kept by the service: who opens a teacher by its spec keeps the targets itself. `options` may
-    hold api_key (else `POTSTILL_API_KEY` is used), timeout, max_in_flight, request_tokens and attempts.
+    The service is asked to keep nothing, because a caller that opens teachers by name keeps the targets itself.
+    `options` may hold api_key (else `POTSTILL_API_KEY` is used), timeout, max_in_flight, request_tokens and attempts.
 
     Raises:
         InvalidInput: several teachers and no name, or an unknown or bad option.
@@ -294,6 +297,7 @@ def _arguments(options: Mapping[str, JSON]) -> dict[str, Any]:
         if key not in kinds:
             raise InvalidInput(f"unknown option {key!r} of an HTTP teacher; known are {', '.join(kinds)}")
         if isinstance(value, bool) or not isinstance(value, kinds[key]):
+            # Errors are printed and logged; a key must not be.
             shown = "" if key == "api_key" else f" {value!r}"
             raise InvalidInput(f"option {key!r} of an HTTP teacher has a value{shown} of the wrong type")
     arguments: dict[str, Any] = {key: value for key, value in options.items() if key != "attempts"}

@@ -1,4 +1,4 @@
-"""When a call to a service is tried again, and how long to wait first."""
+"""Rules for calling a service again after an error: how often, and after which wait."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from potstill.cache.errors import DeadlineExceeded, InvalidInput, PotstillError
 
 
 class Refusal(Exception):
-    """An error in place of an answer, which the next try may bring.
+    """An error in place of an answer; the next try may bring the answer.
 
-    `may_be_done` says that the service may have done what was asked all the same, and only its answer was lost.
+    `may_be_done` is true where the service may have done its work all the same and only the answer was lost.
     """
 
     def __init__(self, error: PotstillError, *, may_be_done: bool) -> None:
@@ -30,8 +30,8 @@ class RetryPolicy:
     """
 
     attempts: int = 8
-    """Calls in total; 1 never tries again. While the service itself names a time to come back (Retry-After:
-    it is there, but starting or busy), only the deadline ends the tries."""
+    """Calls in total; 1 never tries again. While the service itself names a time to come back (`Retry-After`: it is
+    there, but starting or busy), only the deadline ends the tries."""
     base: float = 0.25
     """Seconds: the upper end of the first wait; each later one doubles it."""
     cap: float = 15.0
@@ -42,7 +42,8 @@ class RetryPolicy:
             raise InvalidInput(f"{self} needs at least one attempt and no negative seconds")
 
     def wait_seconds(self, failures: int, retry_after: float | None) -> float:
-        """How long to wait after that many failures; at least `retry_after`, plus jitter."""
+        """Seconds to wait after `failures` failures: `retry_after`, if the service named it, plus jitter."""
+        # The exponent is bounded: 2.0 ** 1024 raises OverflowError, and a patient caller may get there.
         jitter = random.uniform(0.0, min(self.cap, self.base * 2.0 ** min(failures - 1, 60)))  # noqa: S311
         return jitter if retry_after is None else retry_after + jitter
 
@@ -59,12 +60,12 @@ class Tries:
         self._policy = policy
         self._seconds = seconds
         self.may_be_done = False
-        """The service may have done what was asked in a try that was tried again."""
+        """True where an earlier try may have done the work, as only its answer was lost."""
         self.got_on()
 
     @property
     def seconds_left(self) -> float:
-        """Until the work is given up; negative after that."""
+        """Seconds until the work is given up; negative after that."""
         return self._ends - time.monotonic()
 
     def got_on(self) -> None:
@@ -75,12 +76,12 @@ class Tries:
         """The last failure, for messages."""
 
     def wait_seconds(self, refusal: Refusal) -> float:
-        """How long to wait before the next try.
+        """Count a failure; return the seconds to wait before the next try.
 
         Raises:
             DeadlineExceeded: no time is left for it.
-            PotstillError: the refusal's error, when it may not be tried again or names a time to come back (its
-                `retry_after`) that is not in what is left: who calls us may have that time.
+            PotstillError: the refusal's error, when it may not be tried again, or when the service asks for more time
+                (`retry_after`) than is left: the caller may have that time.
         """
         self._failures += 1
         error = refusal.error
@@ -94,6 +95,6 @@ class Tries:
         return wait
 
     def _tries_again(self, error: PotstillError) -> bool:
-        if error.retry_after is not None and self._policy.attempts > 1:  # it asks us to
+        if error.retry_after is not None and self._policy.attempts > 1:  # the service asks us to come back
             return error.retryable and error.retry_after < self.seconds_left
         return error.retryable and self._failures < self._policy.attempts

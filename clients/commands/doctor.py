@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status 1 when any check fails."""
+    """Make all checks and print the findings; returns 1 when any check fails, else 0."""
     from potstill.clients.doctor.examine import Patient, examine
     from potstill.clients.doctor.teacher_checks import Probing
 

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     if not 0 < args.patience < math.inf:
         raise InvalidInput(f"--patience is {args.patience:g}; it must be a positive number of seconds")
     silence = min(_SILENCE_SECONDS, args.patience)
-    once = RetryPolicy(attempts=1)
+    once = RetryPolicy(attempts=1)  # the watch itself tries again, and tells the person who waits
     with SyncConnection(args.url, api_key=key_of(args), timeout=silence, retry=once) as connection:
         watch = FillWatch(
             HttpFill(connection, args.corpus, args.teacher),
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
             at = _watched(watch, at, args)
     tells = _summary if args.stop or watches else _begun
     print(json.dumps(at, indent=2) if args.json else tells(at, args))
-    return _exit_status(at)
+    return 1 if at["state"] == "failed" else 0
 
 
 def _title(args: argparse.Namespace) -> str:
@@ -80,7 +80,7 @@ def _title(args: argparse.Namespace) -> str:
 def _watched(watch: FillWatch, at: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     from potstill.cache.commands.progress import progress
 
-    pause = 0.2
+    pause = 0.2  # at first short, as a small corpus is filled in a moment
     try:
         with progress(_title(args), "tokens") as show:
             while at["state"] in ("waiting", "running"):
@@ -105,9 +105,9 @@ def _waiting(at: dict[str, Any]) -> str:
 
 
 def _command(args: argparse.Namespace, *, stop: bool = False) -> str:
-    """The command line that watches the job, and starts it when it does not run; or the one that stops it.
+    """The command line that watches the job, or starts it when it does not run; with `stop`, the one that stops it.
 
-    Without a key that is in the URL: what is printed is copied and kept.
+    A key in the URL is left out, because printed commands are copied and kept.
     """
     words = ["potstill", "fill", "--url", without_login(args.url), "--corpus", args.corpus, "--teacher", args.teacher]
     if args.api_key_env is not None:
@@ -116,7 +116,7 @@ def _command(args: argparse.Namespace, *, stop: bool = False) -> str:
 
 
 def _begun(at: dict[str, Any], args: argparse.Namespace) -> str:
-    """Of a job that runs: all that is known this early for certain, and what to type next."""
+    """Tell all that is certain this early about a job, and what to type next."""
     from potstill.clients.address import login_of
 
     left_out = "" if login_of(args.url) is None else "\n(without the key of the URL: put it into POTSTILL_API_KEY)"
@@ -140,7 +140,3 @@ def _summary(at: dict[str, Any], args: argparse.Namespace) -> str:
         return line
     again = "`potstill fill` with its options" if args.stop else "the same command"
     return f"{line}; {again} goes on with the rest"
-
-
-def _exit_status(at: dict[str, Any]) -> int:
-    return 1 if at["state"] == "failed" else 0

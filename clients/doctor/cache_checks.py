@@ -1,4 +1,4 @@
-"""Checks of a cache: can it be written, is there room, do the corpora fit the teachers, does what is stored hold."""
+"""Checks of a cache: it can be written, has room, fits the teachers, and holds what they still say."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ if TYPE_CHECKING:
     from potstill.cache.cache import Cache, CorporaLook
 
 LOOK_AT_STORE = "look at its health, and at the rights of this process there"
-_LITTLE_ROOM = 1 << 30
+_LITTLE_ROOM = 1 << 30  # bytes; a fill writes that much in minutes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CorpusFacts:
-    """What of a corpus must fit a teacher."""
+    """The facts of a corpus that must fit a teacher."""
 
     name: str
     tokenizer_sha256: str
     vocab_size: int
     teachers: tuple[str, ...] = ()
-    """Those that have targets for it."""
+    """Names of the teachers that have targets for it."""
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> CorpusFacts:
-        """Of `GET /v1/doctor`."""
+        """Read one corpus of the answer of `GET /v1/doctor`."""
         return cls(
             name=str(value.get("name")),
             tokenizer_sha256=str(value.get("tokenizer_sha256")),
@@ -39,7 +39,7 @@ class CorpusFacts:
 
 
 def corpora_of(cache: Cache) -> CorporaLook[CorpusFacts]:
-    """Of every corpus of a cache."""
+    """Look at every corpus of a cache; one that cannot be read does not hide the others."""
 
     def facts(name: str) -> CorpusFacts:
         corpus = cache.corpus(name)
@@ -54,7 +54,7 @@ def corpora_of(cache: Cache) -> CorporaLook[CorpusFacts]:
 
 
 def unreadable_finding(name: str, where: str, *, kind: str, detail: str) -> Finding:
-    """Of a corpus that cannot be read, by the kind of the error that told it."""
+    """Report a corpus that cannot be read, by the kind and detail of the error."""
     way_out = "run `potstill verify` on the cache; it says what is damaged and how to mend it"
     if kind == StoreError.kind:
         way_out = f"the store did not give it: {LOOK_AT_STORE}"
@@ -62,7 +62,14 @@ def unreadable_finding(name: str, where: str, *, kind: str, detail: str) -> Find
 
 
 def store_findings(where: str, problem: str, free_bytes: int | None, quota_bytes: int | None) -> list[Finding]:
-    """Of `potstill.cache.store.probe`, wherever it was made; the quota is what the journals may still grow to."""
+    """Report the outcome of `potstill.cache.store.probe`, made here or by a service.
+
+    Args:
+        where: the cache, for people.
+        problem: why the probe object could not be written, read or removed; empty when it could.
+        free_bytes: room that is left; None where the store does not say.
+        quota_bytes: bytes that the journals may still grow by; None where there are none.
+    """
     written = Verdict("ok", "a probe object was written, read and removed")
     if problem:
         written = Verdict("fail", problem, "give the process write access, or name another cache")
@@ -81,7 +88,7 @@ def store_findings(where: str, problem: str, free_bytes: int | None, quota_bytes
 
 
 def vocabulary_findings(name: str, identity: TeacherIdentity, corpora: Sequence[CorpusFacts]) -> list[Finding]:
-    """Whether the ids of each corpus mean to the teacher what they mean to the corpus."""
+    """Check for each corpus that its token ids mean the same to the teacher."""
     if not corpora:
         return [finding("tokenizer", name, Verdict("not run", "there is no corpus to compare with"))]
     others = [corpus for corpus in corpora if corpus.tokenizer_sha256 != identity.tokenizer_sha256]
@@ -97,6 +104,8 @@ def _fit(name: str, identity: TeacherIdentity, corpus: CorpusFacts, *, alone: bo
     ours, theirs = identity.tokenizer_sha256, corpus.tokenizer_sha256
     if ours != theirs:
         told = f"the teacher's tokenizer is {ours[:12]}, the corpus' {theirs[:12]}: ids do not mean the same"
+        # A cache may well hold corpora of several tokenizers. It is a fault only where this teacher has none that fits,
+        # or has targets for one that does not.
         bad = alone or name in corpus.teachers
         way_out = "ingest the corpus with the teacher's tokenizer, under a name of its own"
         return Verdict("fail" if bad else "warn", told, way_out)
@@ -111,7 +120,7 @@ def _fit(name: str, identity: TeacherIdentity, corpus: CorpusFacts, *, alone: bo
 
 
 async def check_stored(cache: Cache, name: str, teacher: Teacher, tolerance: float) -> list[Finding]:
-    """Compare a few committed rows of each corpus with what the teacher says now."""
+    """Compare the stored targets of a few rows of each corpus with the teacher's answer of today."""
     corpora = [corpus for corpus in cache.corpora() if name in cache.teachers(corpus)]
     if not corpora:
         return [finding("stored = live", name, Verdict("not run", "the teacher has no targets in the cache"))]

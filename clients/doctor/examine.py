@@ -1,4 +1,4 @@
-"""All checks of what is named: a service, a cache, teachers of the command line."""
+"""All checks of a service, a cache and teachers, as `potstill doctor` makes them."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from potstill.clients.http_teacher import HttpTeacher
 if TYPE_CHECKING:
     from potstill.cache.cache import Cache
 
-_TIMEOUT = 300.0
+_TIMEOUT = 300.0  # seconds; a teacher may score its longest row, and others may be waiting before it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Patient:
-    """What is to be looked at."""
+    """The service, cache and teachers to look at; each of them may be left out."""
 
     url: str | None = None
     cache: str | None = None
     teachers: Sequence[tuple[str, str]] = ()
-    """Name and model, path or URL of each teacher that is opened by this process."""
+    """Name, and model, path or URL, of each teacher that this process opens."""
     api_key: str | None = None
-    """For the service and for teachers behind its URL, or for all behind one where no service is named. Whoever is
-    not shown it is shown that of `POTSTILL_API_KEY`, as by every client."""
+    """API key for the service and for teachers behind its URL; without a service, for all teachers behind a URL.
+    Others get that of `POTSTILL_API_KEY`, as from every client."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class _OpenedCache:
 
 
 async def examine(patient: Patient, probing: Probing) -> list[Finding]:
-    """Every finding, in the order in which things depend on each other."""
+    """Make every check; the findings come in the order in which things depend on each other."""
     findings: list[Finding] = []
     if patient.url is not None:
         findings += await _examine_service(patient.url, patient.api_key, probing)
@@ -70,7 +70,7 @@ async def examine(patient: Patient, probing: Probing) -> list[Finding]:
 
 
 def same_origin(url: str, other: str) -> bool:
-    """Whether two URLs mean the same scheme, host and port, as the client that connects to them reads them."""
+    """Tell if two URLs have the same scheme, host and port, as the client that connects to them reads them."""
     try:
         ours, theirs = httpx.URL(url), httpx.URL(other)
     except httpx.InvalidURL:
@@ -102,6 +102,7 @@ async def _examine_served(
         async with HttpTeacher.open(url, name, api_key=api_key, store=False, timeout=_TIMEOUT) as teacher:
             if facts.doctor:
                 findings += vocabulary_findings(name, teacher.identity, facts.corpora)
+            # A row goes to any replica: four scores for each make it unlikely that one is never heard.
             rounds = max(probing.rounds, 4 * await replica_count(url, name, api_key=api_key))
             findings += await check_teacher(teacher, name, replace(probing, rounds=rounds))
     except PotstillError as error:

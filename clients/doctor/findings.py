@@ -1,4 +1,4 @@
-"""What a check found, and how a check that cannot be made is told."""
+"""Findings of `potstill doctor`, and the rule for a check that raises an error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Level: TypeAlias = Literal["ok", "warn", "fail", "not run"]
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How a check ended, in one line, and what to do about it when that is not well."""
+    """The outcome of a check in one line, and the way out of it when it is not well."""
 
     level: Level
     detail: str
@@ -23,7 +23,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """A verdict with what was checked of whom."""
+    """A verdict with its check and its subject: a service, a teacher, a cache or a corpus."""
 
     check: str
     subject: str
@@ -37,7 +37,7 @@ class Finding:
 
 
 async def found(check: str, subject: str, look: Callable[[], Awaitable[Verdict]]) -> Finding:
-    """Make one check; what it raises of our own errors is a failure of that check, and the others go on."""
+    """Make one check. One of our own errors is a failure of that check alone, and the others go on."""
     try:
         verdict = await look()
     except PotstillError as error:
@@ -46,5 +46,5 @@ async def found(check: str, subject: str, look: Callable[[], Awaitable[Verdict]]
 
 
 def finding(check: str, subject: str, verdict: Verdict) -> Finding:
-    """A verdict that is there already."""
+    """A finding of a verdict that is there already."""
     return Finding(check=check, subject=subject, level=verdict.level, detail=verdict.detail, way_out=verdict.way_out)

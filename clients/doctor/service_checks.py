@@ -1,4 +1,4 @@
-"""Checks of a running service over HTTP: reached, of our wire version, in time, with memory and room, and closed."""
+"""Checks of a running service over HTTP: its wire version, clock, memory, room and access."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _ADMIN = "use a key with the role admin"
 
 @dataclass(frozen=True, slots=True)
 class ServiceFacts:
-    """What `/v1/teachers` and `/v1/doctor` said; empty where they did not."""
+    """The answers of `/v1/teachers` and `/v1/doctor`; empty where there was none."""
 
     teachers: Sequence[Mapping[str, Any]]
     doctor: Mapping[str, Any]
@@ -41,12 +41,12 @@ class ServiceFacts:
 
     @property
     def corpora(self) -> list[CorpusFacts]:
-        """Of the service's cache."""
+        """Facts of each corpus in the service's cache."""
         return [CorpusFacts.from_json(corpus) for corpus in (self.doctor.get("store") or {}).get("corpora", ())]
 
 
 async def check_service(url: str, *, api_key: str | None = None) -> tuple[ServiceFacts, list[Finding]]:
-    """Everything about the service that is not one teacher's."""
+    """Check the service itself; the teachers that it serves are checked one by one afterwards."""
     facts, findings = await _reach(url, api_key)
     has_key = bool(api_key or os.environ.get(API_KEY_VARIABLE) or login_of(url))
     url = checked_url(url)
@@ -63,7 +63,7 @@ async def check_service(url: str, *, api_key: str | None = None) -> tuple[Servic
 async def check_cached(
     url: str, name: str, facts: ServiceFacts, probing: Probing, *, api_key: str | None = None
 ) -> Verdict:
-    """Whether an answer through the cache, as kept and as a later hit, is what the teacher itself says."""
+    """Check that an answer through the cache is the teacher's own, both when it is kept and as a later hit."""
     if facts.forbidden:
         return Verdict("not run", f"only an admin's key may see what is kept: {facts.forbidden}", _ADMIN)
     if not facts.doctor:
@@ -92,7 +92,7 @@ async def check_cached(
 
 
 async def replica_count(url: str, name: str, *, api_key: str | None = None) -> int:
-    """Running replicas of a teacher."""
+    """Fetch the number of running replicas of a teacher."""
     async with HttpAdmin.open(url, api_key=api_key) as admin:
         replicas = (await admin.replicas(name)).get("replicas")
     return replicas if isinstance(replicas, int) else 1
@@ -114,7 +114,7 @@ async def _reach(url: str, api_key: str | None) -> tuple[ServiceFacts, list[Find
 
 
 async def _inside(admin: HttpAdmin) -> tuple[Mapping[str, Any], str, Verdict]:
-    """What the service says of itself, why it may not say it to this key, and whether it speaks our version."""
+    """Fetch `/v1/doctor`: its answer, why this key is forbidden to see it, and a verdict on the wire version."""
     try:
         doctor = await admin.doctor()
     except NotFound:
@@ -205,6 +205,7 @@ def _memory(doctor: Mapping[str, Any]) -> Verdict:
         "lower max_engine_bytes, max_answer_bytes_in_flight, max_miss_bytes_in_flight or max_fills_running, "
         "or give it more memory"
     )
+    # Requests that are let in rarely hold all they may: half of it is certain trouble, less than all of it a risk.
     if available < admitted // 2:
         return Verdict("fail", told, way_out)
     return Verdict("warn", told, way_out) if available < admitted else Verdict("ok", told)

@@ -1,4 +1,4 @@
-"""Checks of any teacher: in process, or behind HTTP and asked to keep nothing.
+"""Checks of any teacher by scoring rows: one in this process, or one behind HTTP that is asked to keep nothing.
 
 A few short rows are scored, at most `rounds` times each; nothing is written.
 
@@ -25,19 +25,19 @@ _K = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probing:
-    """How hard to look.
+    """Tolerance and effort of the checks.
 
     Raises:
-        InvalidInput: a number that makes no sense.
+        InvalidInput: the tolerance is not positive, or `rounds` or `row_tokens` is under 2.
     """
 
     tolerance: float = 0.05
     """Nats by which two scores of the same row may differ: batching alone moves a bfloat16 model by about 0.03."""
     rounds: int = 8
-    """How often one row is scored to hear every replica."""
+    """Scores of one row, so that every replica answers it."""
     row_tokens: int = 48
     max_probe_tokens: int = 4096
-    """A longer row is not scored just to see that it can be."""
+    """Longest row that is scored only to see that it can be."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -46,7 +46,7 @@ class Probing:
 
 
 async def check_teacher(teacher: Teacher, name: str, probing: Probing) -> list[Finding]:
-    """Everything that can be seen by scoring rows, one check after the other."""
+    """Make every check of a teacher, one after the other."""
     checks: dict[str, Callable[[Teacher, Probing], Awaitable[Verdict]]] = {
         "mass and order": _mass,
         "offsets": _offsets,
@@ -59,7 +59,7 @@ async def check_teacher(teacher: Teacher, name: str, probing: Probing) -> list[F
 
 
 def probe_row(teacher: Teacher, probing: Probing, num_tokens: int | None = None) -> Tokens:
-    """[T] random ids, always the same ones, of a length that leaves room for one more."""
+    """A row [T] uint32 of random ids, always the same ones, which can still be made one token longer."""
     longest = (teacher.limits.max_row_tokens or probing.row_tokens + 1) - 1
     length = min(num_tokens or probing.row_tokens, max(longest, 1))
     rng = np.random.default_rng(probing.seed)
@@ -67,9 +67,10 @@ def probe_row(teacher: Teacher, probing: Probing, num_tokens: int | None = None)
 
 
 def difference(ours: Targets, theirs: Targets) -> float:
-    """Nats by which two top-k of the same positions differ at most.
+    """The largest difference in nats between two top-k of the same positions.
 
-    Of an entry that one of them does not have, how far it is above the last one that it has.
+    An entry that one of them lacks counts by how far it is above the last entry that this one has: below it, the entry
+    may rightly have been cut off.
     """
     return max(_one_way(ours, theirs), _one_way(theirs, ours))
 
@@ -83,7 +84,7 @@ def _one_way(ours: Targets, theirs: Targets) -> float:
 
 
 def _distance(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> NDArray[np.float64]:
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore"):  # -inf - -inf is NaN; equal entries take the 0 instead
         return np.where(ours == theirs, 0.0, np.abs(ours.astype(np.float64) - theirs))
 
 
@@ -108,7 +109,7 @@ async def _mass(teacher: Teacher, probing: Probing) -> Verdict:
 
 
 async def _offsets(teacher: Teacher, probing: Probing) -> Verdict:
-    """Target t must be the distribution after `row[t]`: not of the token before, not of the one after."""
+    """Check that target t is the distribution after `row[t]`, and is not shifted by a position either way."""
     row, fields = probe_row(teacher, probing), _fields(teacher)
     end = len(row) - 1
     [whole] = await teacher.score([row], fields)
