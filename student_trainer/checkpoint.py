@@ -1,4 +1,4 @@
-"""Checkpoints: a folder each, complete or not there.
+"""Checkpoints of a run: a folder each, which is complete or counts as not there.
 
     <run>/checkpoints/step-00000500/
         model/            what `AutoModelForCausalLM.from_pretrained` loads
@@ -33,7 +33,7 @@ _COMPLETE = ".complete"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainState:
-    """Where a run is. The sample order follows from the first four values."""
+    """The progress of a run at a checkpoint. The next rows follow from seed, epoch, cursor and corpus."""
 
     step: int
     """Optimizer steps taken."""
@@ -49,7 +49,7 @@ class TrainState:
     teachers: dict[str, dict[str, JSON]]
     """Identity of each teacher, by name."""
     held: dict[str, str]
-    """What is read of each teacher's targets, by name."""
+    """K and encoding that are read of each teacher's targets, by name."""
 
     def check_same(self, fingerprint: str, teachers: Mapping[str, TeacherIdentity], held: Mapping[str, str]) -> None:
         """Check that a run resumes on the corpus and with the teachers it began with.
@@ -62,6 +62,7 @@ class TrainState:
                 f"data.corpus has fingerprint {fingerprint[:12]}, but the run was started on "
                 f"{self.corpus_fingerprint[:12]}; choose another train.out"
             )
+        # Another teacher under the same name would change the loss in the middle of a run, and nobody would see it.
         for name, identity in teachers.items():
             differences = identity.differences(TeacherIdentity.from_json(self.teachers.get(name)))
             if differences:
@@ -76,7 +77,7 @@ class TrainState:
 def save_checkpoint(
     folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, state: TrainState, *, keep: int
 ) -> Path:
-    """Write a checkpoint below `folder`, then remove all but the newest `keep`. For rank 0 only.
+    """Write a checkpoint below `folder`, then remove all but the newest `keep`; return its folder. For rank 0 only.
 
     Raises:
         StoreError: the disk does not take it.
@@ -86,6 +87,7 @@ def save_checkpoint(
         save_student(model, partial / "model")
         torch.save(optimizer.state_dict(), partial / "optimizer.pt")
         (partial / "state.json").write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
+    # Only now that the new one is safe: a crash at any line leaves at least one complete checkpoint.
     for old in _complete(folder)[:-keep]:
         (old / _COMPLETE).unlink()  # first no longer a checkpoint, then no longer there
         shutil.rmtree(old, ignore_errors=True)
@@ -105,10 +107,10 @@ def newest_step(folder: Path) -> int:
 
 
 def load_state(checkpoint: Path) -> TrainState:
-    """Read where the run was.
+    """Read the progress of the run at a checkpoint.
 
     Raises:
-        FormatError: written by another version.
+        FormatError: it was written by another version, or is damaged.
     """
     try:
         return TrainState(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
@@ -117,10 +119,10 @@ def load_state(checkpoint: Path) -> TrainState:
 
 
 def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Put the optimizer where it was.
+    """Give the optimizer its state of the checkpoint; nothing but tensors and plain values is read.
 
     Raises:
-        FormatError: the file holds anything but tensors and plain values, or another optimizer's.
+        FormatError: the file holds anything else, or the state of another optimizer.
     """
     file = checkpoint / "optimizer.pt"
     try:
@@ -136,7 +138,7 @@ def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
 
 
 def publish_model(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer) -> None:
-    """Save the final model with the corpus's tokenizer at `folder`, replacing one that is there.
+    """Save the final model with the corpus's tokenizer at `folder`, in place of one that is there.
 
     Raises:
         StoreError: the disk does not take it.
@@ -148,7 +150,7 @@ def publish_model(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer) ->
 
 @contextmanager
 def _replaced(folder: Path, *, mark: str | None = None) -> Iterator[Path]:
-    """A new folder to write, which takes the place of `folder` when the block ends; then a file `mark` is put into it.
+    """Give a new folder to write, which replaces `folder` when the block ends; a file `mark` is put into it last.
 
     Raises:
         StoreError: the disk does not take it.
@@ -164,6 +166,7 @@ def _replaced(folder: Path, *, mark: str | None = None) -> Iterator[Path]:
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
+        # Not every shared file system renames a folder in one step, so a mark that comes last says that it is whole.
         if mark is not None:
             (folder / mark).touch()
             flush_path(folder)
@@ -177,6 +180,7 @@ def _complete(folder: Path) -> list[Path]:
 
 
 def _flush(folder: Path) -> None:
+    # Files before the folders that list them.
     for path in sorted(folder.rglob("*"), reverse=True):
         flush_path(path)
     flush_path(folder)

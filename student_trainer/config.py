@@ -1,4 +1,4 @@
-"""What a training run is: one frozen value, read once from TOML or built in Python.
+"""The config of a training run: one frozen value, read once from TOML or built in Python.
 
 ```toml
 [data]
@@ -51,7 +51,7 @@ _FREE_ON_RESUME = frozenset(
         "train.out",
     }
 )
-"""What may change when a run goes on: where things are, how long it runs, how often it looks up."""
+"""Keys that may change when a run goes on: places of things, its length, and how often it evaluates and saves."""
 
 _Count = Annotated[int, Field(ge=1, strict=True)]
 _Share = Annotated[float, Field(ge=0, le=1)]
@@ -62,7 +62,7 @@ class _Frozen(BaseModel):
 
 
 class DataConfig(_Frozen):
-    """Which rows, and in what order."""
+    """The corpus to train on, its held-out rows, and the order of the others."""
 
     cache: str = Field(min_length=1)
     """Folder or URL of the cache; `http://host:port` is a service that has it."""
@@ -75,7 +75,7 @@ class DataConfig(_Frozen):
     held_out_seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
     """Chooses the held-out rows; apart from `train.seed`, so that runs of several seeds compare."""
     window_shards: _Count = 8
-    """Rows are shuffled within this many (shuffled) shards; more is more random and reads more objects."""
+    """Rows are shuffled within so many (shuffled) shards at a time; more is more random and reads more objects."""
     prefetch: _Count = 4
     """Micro-batches read ahead."""
 
@@ -92,13 +92,13 @@ class TeacherConfig(_Frozen):
     name: str = Field(min_length=1)
     """As `potstill inspect` lists it, or as the service calls it."""
     weight: Annotated[float, Field(gt=0)] = 1.0
-    """Relative: weights are divided by their sum."""
+    """Relative weight of this teacher's KL: all weights are divided by their sum."""
     k: _Count | None = None
-    """Use this many of the kept ids; by default all that the cache holds, 64 from a service."""
+    """Number of most likely ids to use; by default all that the cache holds, 64 from a service."""
     source: Literal["cache", "service"] = "cache"
     """`cache` reads committed targets; `service` asks a running one, row by row."""
     url: str | None = None
-    """Of the service; only with source = "service"."""
+    """URL of the service; only with source = "service"."""
     api_key_env: str | None = None
     """Name of the environment variable that holds the service's key."""
 
@@ -127,7 +127,7 @@ class StudentConfig(_Frozen):
 
 
 class LoopConfig(_Frozen):
-    """How the student is trained. Lengths are in steps, batches in rows."""
+    """Settings of the training loop. Lengths are in steps, batches in rows."""
 
     out: str = Field(min_length=1)
     """The run's folder; all workers must see the same one."""
@@ -136,7 +136,7 @@ class LoopConfig(_Frozen):
     batch_rows: _Count = 32
     """Rows of one optimizer step, over all workers."""
     micro_batch_rows: _Count = 8
-    """Rows of one forward pass of one worker; smaller saves memory, the result is the same but for rounding."""
+    """Rows of one forward pass of one worker; fewer need less memory, and change the result by rounding only."""
     lr: Annotated[float, Field(gt=0)] = 3e-4
     """The highest learning rate."""
     warmup: Annotated[int, Field(ge=0, strict=True)] = 0
@@ -144,11 +144,11 @@ class LoopConfig(_Frozen):
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """After warm-up: cosine to `min_lr`, constant, or constant with a linear fall over the last `decay` share."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
-    """Where cosine and wsd end."""
+    """Learning rate at which cosine and wsd end."""
     decay: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """Share of the steps that wsd falls over."""
+    """Share of all steps over which wsd falls."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """AdamW's, on matrices only."""
+    """Weight decay of AdamW, on matrices only."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     """AdamW's."""
     grad_clip: Annotated[float, Field(gt=0)] = 1.0
@@ -156,7 +156,7 @@ class LoopConfig(_Frozen):
     alpha: _Share = 0.5
     """(1 - alpha) * cross-entropy + alpha * distillation."""
     seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
-    """Of the initial weights, the sample order and dropout."""
+    """Seed of the initial weights, the sample order and dropout."""
     eval_every: _Count = 100
     """Steps between two looks at the held-out rows."""
     checkpoint_every: _Count = 500
@@ -164,11 +164,11 @@ class LoopConfig(_Frozen):
     keep_checkpoints: _Count = 2
     """The newest ones; older ones are removed."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the forward pass; weights and optimizer stay float32."""
+    """Precision of the forward pass; weights and optimizer stay float32."""
     workers: _Count = 1
     """Ray workers, one GPU each where there are GPUs."""
     max_failures: Annotated[int, Field(ge=0, strict=True)] = 3
-    """How often killed workers are started again from the newest checkpoint."""
+    """Number of times that killed workers are started again from the newest checkpoint."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -196,7 +196,7 @@ class TrainConfig(_Frozen):
 
     @classmethod
     def of(cls, value: Mapping[str, Any]) -> TrainConfig:
-        """Check a mapping of TOML's shape.
+        """Make a config of a mapping in TOML's shape.
 
         Raises:
             InvalidInput: naming the first bad key, its value and the limit.
@@ -208,7 +208,7 @@ class TrainConfig(_Frozen):
 
     @classmethod
     def from_toml(cls, path: str | Path, *, out: str | None = None) -> TrainConfig:
-        """Read a file; `out` replaces its `train.out`.
+        """Read a TOML file; `out` replaces its `train.out`.
 
         Raises:
             InvalidInput: no such file, not TOML, or a bad value.
@@ -230,7 +230,7 @@ class TrainConfig(_Frozen):
         return Path(self.train.out)
 
     def absolute(self) -> TrainConfig:
-        """The same run with its folders made absolute, for processes that start elsewhere."""
+        """A copy whose paths are absolute, for processes that start in another folder."""
         student = self.student
         paths = {name: _absolute(value) for name in ("config", "checkpoint") if (value := getattr(student, name))}
         return self.model_copy(
@@ -247,10 +247,10 @@ class TrainConfig(_Frozen):
         return value
 
     def check_continues(self, before: TrainConfig) -> None:
-        """Check that a run started under `before` may go on under this config.
+        """Check that a run that was started under `before` may go on under this config.
 
         Raises:
-            SpecMismatch: naming the first key whose change would make it another run.
+            SpecMismatch: a key differs whose change would make it another run; the first such key is named.
         """
         ours, theirs = _leaves(self.to_json()), _leaves(before.to_json())
         for key in sorted(ours.keys() | theirs.keys()):

@@ -23,7 +23,8 @@ from potstill.student_trainer.losses import NO_LABEL, TeacherTargets
 from potstill.student_trainer.sources import TargetSource
 
 _NO_ID = np.iinfo(np.int32).max
-"""Fills the id axis where a row has fewer ids: over any vocabulary, so no real id leaves the tail."""
+"""Pads the id axis where a row has fewer ids. It is over any vocabulary, so its mass of 0 joins the tail; a real id
+would be taken out of the student's tail."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,7 +51,7 @@ class Batch:
         return int((self.labels != NO_LABEL).sum())
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on a device."""
+        """Copy the batch to a device."""
         if device == self.tokens.device:
             return self
         teachers = tuple(teacher.each(lambda tensor: tensor.to(device)) for teacher in self.teachers)
@@ -69,11 +70,11 @@ class BatchReader:
     """Training reads ahead while evaluation reads: corpus and sources see one caller at a time."""
 
     def without_targets(self) -> BatchReader:
-        """The same rows without any source's targets."""
+        """A reader of the same rows that asks no source, for plain cross-entropy."""
         return replace(self, sources=(), weights=())
 
     def read(self, indexes: Sequence[int] | NDArray[np.int64]) -> Batch:
-        """The rows at `indexes`, in order.
+        """Read the rows at `indexes` as one batch, in that order.
 
         Raises:
             TeacherFailed: a source answers with another number of rows or positions than it was asked for.
@@ -109,7 +110,7 @@ def _pad_rows(rows: Sequence[Tokens]) -> tuple[Tensor, Tensor, Tensor]:
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = row
         mask[i, : len(row)] = True
-        labels[i, : len(row) - 1] = row[1:]
+        labels[i, : len(row) - 1] = row[1:]  # target t predicts the token after row[t]
     return torch.from_numpy(tokens), torch.from_numpy(mask), torch.from_numpy(labels)
 
 

@@ -1,7 +1,7 @@
-"""How good a student is on rows it never saw: cross-entropy, and how near it is to each teacher.
+"""Evaluation of a student on rows it never saw: its cross-entropy, and its distance from each teacher.
 
-Sums are float64 and reduced over the workers, so the numbers do not depend on how many there are, but for
-the rounding of the forward passes.
+Sums are float64 and reduced over the workers, so that the number of workers changes the result by the rounding of the
+forward passes only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from potstill.student_trainer.losses import NO_LABEL, kl_and_overlap
 from potstill.student_trainer.result import Evaluation, TeacherAgreement
 
 _CHUNK_POSITIONS = 512
-"""Positions whose [chunk, V] float32 logits are looked at together."""
+"""Positions at a time, as a float32 copy of a whole batch's [B * T, V] logits may not fit beside them."""
 
 
 def evaluate_student(
@@ -40,7 +40,7 @@ def evaluate_student(
         reader: rows and targets; a reader without sources gives the cross-entropy only.
         rows: row indexes, at least one.
         batch_rows: rows of one forward pass.
-        group: the workers that share the work; every one gets the result.
+        group: the workers that share the rows; every one gets the result. By default this process alone.
         dtype: of the forward pass, `float32` or `bfloat16`.
 
     Raises:
@@ -50,6 +50,7 @@ def evaluate_student(
     names = [source.name for source in reader.sources]
     sums = torch.zeros(3 + 3 * len(names), dtype=torch.float64, device=group.device)
     mine = np.asarray(rows)[group.rank :: group.world_size]
+    # No worker waits for another within the loop, so they need not have equally many batches.
     with _evaluating(model):
         for start in range(0, len(mine), batch_rows):
             batch = reader.read(mine[start : start + batch_rows]).to(group.device)
@@ -70,12 +71,12 @@ def evaluate_student(
 
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:
-    """The context of a forward pass in `float32` or `bfloat16`."""
+    """A context for forward passes in `float32` or `bfloat16`."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 def _sums(logits: Tensor, batch: Batch) -> Tensor:
-    """CE, labels, positions, then per teacher KL, agreement and mass, summed; float64."""
+    """Sums over a batch, float64 [3 + 3 M]: CE, labels, positions, then KL, agreement and mass of each teacher."""
     mask = batch.mask.reshape(-1)
     flat = logits.reshape(-1, logits.shape[-1])[mask]
     labels = batch.labels.reshape(-1)[mask]

@@ -15,7 +15,7 @@ def default_device() -> torch.device:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """This process alone; a subclass joins several workers. Every member makes the same calls in the same order."""
+    """A group of one worker, this process; a subclass joins several. All members make the same calls in one order."""
 
     device: torch.device = field(default_factory=default_device)
     """The device of this worker."""
@@ -28,7 +28,7 @@ class Group:
         return model.to(self.device)
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all workers, on each of them, in place."""
+        """Sum a tensor over all workers in place, on each of them, and return it."""
         return tensor
 
     def barrier(self) -> None:

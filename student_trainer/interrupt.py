@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish to stop: the run writes a checkpoint first."""
+"""Ctrl-C and SIGTERM as a request to stop, after which a run writes a checkpoint and returns."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from types import FrameType
 
 @dataclass(slots=True)
 class StopRequest:
-    """Whether somebody asked to stop."""
+    """A flag that is called to read it: true once somebody asked to stop."""
 
     signal_number: int = 0
-    """Of the first signal; 0 before."""
+    """Number of the first signal; 0 before it."""
 
     def __call__(self) -> bool:
-        """True once asked."""
+        """True once somebody asked to stop."""
         return self.signal_number != 0
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Within the block the first SIGINT or SIGTERM sets the request; a second one interrupts at once.
+    """Turn the first SIGINT or SIGTERM within the block into a request to stop; a second one interrupts at once.
 
     For the main thread only, like all signal handlers.
     """

@@ -62,7 +62,7 @@ def train(
     should_stop: Callable[[], bool] = lambda: False,
     on_record: Callable[[Record], None] = lambda _: None,
 ) -> TrainResult:
-    """Start, continue or find finished the run in `config.train.out`. Every worker of the group calls it.
+    """Start, continue or find finished the run in `config.train.out`; every worker of the group calls it.
 
     Args:
         config: the run.
@@ -85,7 +85,8 @@ def train(
         run = stack.enter_context(open_run(config))
         if group.rank == 0:
             stack.enter_context(only_trainer(config.run_dir))
-        group.barrier()
+        group.barrier()  # the folder is ours before anybody reads a checkpoint from it
+        # Dropout draws from torch's global stream, which is the caller's again afterwards.
         stack.enter_context(torch.random.fork_rng([group.device] if group.device.type == "cuda" else []))
         session = _begin(config, group, run, on_record)
         if session.writer is not None:
@@ -151,9 +152,10 @@ class _Session:
         return result
 
     def _step(self, batches: Iterator[Batch], should_stop: Callable[[], bool]) -> tuple[dict[str, Any], bool]:
-        """Take one optimizer step; what happened in it, over all workers, and whether to stop after it."""
+        """Take one optimizer step; return its record, over all workers, and True if one of them wants to stop."""
         loop, began = self.config.train, time.monotonic()
-        torch.manual_seed(int(hashed(np.array([self.step]), loop.seed, self.group.rank)[0]))  # dropout
+        # Dropout of a step depends on (seed, rank, step) only, so that a resumed run draws what a straight one does.
+        torch.manual_seed(int(hashed(np.array([self.step]), loop.seed, self.group.rank)[0]))
         num_labels, num_positions = self._global_counts()
         num_pieces = len(self._rank_pieces(self.step))
         num_teachers = len(self.config.teachers) if loop.alpha > 0 else 0
@@ -175,7 +177,7 @@ class _Session:
         return record, stop > 0
 
     def _means(self, ce: float, kls: list[float]) -> dict[str, Any]:
-        """The step's losses, nats per token of the global batch, before the update."""
+        """Losses of the step, before the update: nats per token of the global batch."""
         alpha = self.config.train.alpha
         weighted = sum(w * kl for w, kl in zip(self.config.weights, kls, strict=False))
         names = (teacher.name for teacher in self.config.teachers)
@@ -183,8 +185,9 @@ class _Session:
         return {"step": self.step + 1, "loss": loss, "ce": ce, "kl": dict(zip(names, kls, strict=False))}
 
     def _update(self, loss: float) -> dict[str, Any]:
-        """Clip, take the optimizer's step and count it."""
+        """Clip the gradient, take the optimizer's step and count it."""
         grad_norm = float(nn.utils.clip_grad_norm_(self.student.parameters(), self.config.train.grad_clip))
+        # Before the step: NaN in the weights would also be in the next checkpoint.
         if not math.isfinite(loss + grad_norm):
             raise InvalidInput(
                 f"at step {self.step + 1} the loss is {loss} and the gradient norm {grad_norm}; "
@@ -199,7 +202,7 @@ class _Session:
         return {"lr": rate, "grad_norm": grad_norm, "epoch": epoch}
 
     def _forward_backward(self, batch: Batch, num_labels: int, num_positions: int) -> Tensor:
-        """Add one micro-batch's gradient; [1 + M] float64, its undivided CE and KLs."""
+        """Add one micro-batch's gradient; return its undivided CE and KLs, float64 [1 + M]."""
         batch = batch.to(self.group.device)
         # Rows are padded on the right, where a causal model's real positions never look: no attention mask.
         with autocast(self.group.device, self.config.train.dtype):
@@ -218,13 +221,13 @@ class _Session:
         return torch.cat([loss.ce_sum[None], loss.kl_sums])
 
     def _sync_gradients(self, *, now: bool) -> AbstractContextManager[None]:
-        """Gradients go to the other workers once a step, with the last micro-batch."""
+        """Send gradients to the other workers once a step, with the last micro-batch."""
         if not now and isinstance(self.model, DistributedDataParallel):
             return self.model.no_sync()
         return nullcontext()
 
     def _global_counts(self) -> tuple[int, int]:
-        """Labels and positions of the global batch of this step, from the row lengths alone."""
+        """Count labels and positions of this step's global batch, from the row lengths alone."""
         rows = self.run.order.take(self.step * self.config.train.batch_rows, self.config.train.batch_rows)
         num_positions = int(np.diff(self.run.corpus.row_ranges(rows), axis=1).sum())
         return num_positions - len(rows), num_positions
@@ -262,6 +265,7 @@ class _Session:
         loop = self.config.train
         if self.group.rank == 0:
             cursor = self.step * loop.batch_rows
+            # All that the rest of the run depends on, beside the weights and the optimizer.
             state = TrainState(
                 step=self.step,
                 seed=loop.seed,

@@ -75,11 +75,11 @@ class TeacherTargets:
     """Weight of this teacher's KL; the loss does not normalise weights."""
 
     def each(self, change: Callable[[Tensor], Tensor]) -> TeacherTargets:
-        """The same with every tensor changed, as on its position axes or its device."""
+        """Apply `change` to every tensor, as to slice the position axes or to move it to a device."""
         return TeacherTargets(change(self.ids), change(self.logprobs), change(self.log_tail), self.weight)
 
     def flat(self) -> TeacherTargets:
-        """As [N, K] and [N], whatever the leading shape."""
+        """Flatten the position axes: ids and logprobs become [N, K], log_tail [N]."""
         k = self.ids.shape[-1]
         return TeacherTargets(
             self.ids.reshape(-1, k), self.logprobs.reshape(-1, k), self.log_tail.reshape(-1), self.weight
@@ -88,7 +88,7 @@ class TeacherTargets:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Loss:
-    """What one call computed. Only `total` carries a gradient."""
+    """The loss of one call and its parts. Only `total` carries a gradient."""
 
     total: Tensor
     """[] the mixed loss over the given counts, in the logits' compute dtype."""
@@ -145,14 +145,14 @@ def distillation_loss(
 
 
 def kl_and_overlap(logits: Tensor, teacher: TeacherTargets) -> tuple[Tensor, Tensor, Tensor]:
-    """Per position, without gradient: KL to the teacher, agreement and the student's mass on its top-k.
+    """Measure each position, without gradient: KL to the teacher, agreement and the student's mass on its top-k.
 
     Args:
         logits: [N, V] float.
         teacher: targets of N positions.
 
     Returns:
-        KL [N] float32 nats; whether both have the same most likely id, bool [N]; the student's mass on the
+        KL [N] float32 nats; bool [N], true where both have the same most likely id; the student's mass on the
         teacher's top-k, float32 [N].
     """
     with torch.no_grad():
@@ -196,7 +196,8 @@ class _Chunk:
     @classmethod
     def of(cls, teacher: TeacherTargets, part: slice, z: Tensor) -> _Chunk:
         vocab = z.shape[-1]
-        ids = teacher.ids[part].long()
+        ids = teacher.ids[part].long()  # gather and scatter take int64 only
+        # An id that the student does not have cannot be taught; its mass joins the tail, so that the sum stays 1.
         logprobs = teacher.logprobs[part].to(z.dtype)
         inside = ids < vocab
         outside = logprobs.masked_fill(inside, -math.inf)
@@ -213,6 +214,7 @@ class _Chunk:
         """[n] log-sum-exp of the logits outside K; -inf when K covers the vocabulary."""
         kept = log_p.exp().masked_fill(~self.inside, 0.0).sum(dim=-1)
         lse_tail = lse + torch.log1p(-kept.clamp(max=_PEAKED))
+        # There 1 - kept has lost its digits, so the logits outside K are summed again; only such rows pay for a copy.
         peaked = (kept > _PEAKED).nonzero().squeeze(-1)
         if len(peaked):
             outside = _fill(z[peaked], self.ids[peaked], -math.inf)
@@ -221,6 +223,7 @@ class _Chunk:
 
     def sub_tail(self, grad: Tensor, *, z: Tensor, p: Tensor, lse: Tensor, lse_tail: Tensor, scale: Tensor) -> None:
         """grad[n, V] -= scale * p_j / p_r outside K, given p = softmax(z)."""
+        # Where no id is outside K, `scale` is 0; the factor must be finite all the same, as 0 * inf is NaN.
         log_factor = lse - lse_tail.masked_fill(lse_tail == -math.inf, 0.0)
         tail = p * (scale * torch.exp(log_factor.clamp(max=_LOST)))[:, None]
         # Where p_r is so small that p_j has lost its digits, start from the logits again.
@@ -232,6 +235,7 @@ class _Chunk:
     def kl(self, z: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         """KL [n], and the tail's log-sum-exp [n]."""
         log_p = self.gather(z) - lse[:, None]
+        # A padded or absent id has t = 0 and logprob -inf, whose product is NaN.
         kept = torch.where(self.t > 0, self.t * (self.logprobs - log_p), 0.0).sum(dim=-1)
         lse_tail = self.tail_lse(z, lse, log_p)
         # Where K covers the whole vocabulary, a tail has nowhere to go and cannot be learnt: it is dropped.
@@ -268,9 +272,11 @@ class _SparseDistillation(torch.autograd.Function):
                 kl, lse_tails[m, part] = _Chunk.of(teacher, part, z).kl(z, lse[part])
                 kl_sums[m] += torch.where(flat.mask[part], kl, 0.0).sum(dtype=torch.float64)
         weights = kl_sums.new_tensor([teacher.weight for teacher in flat.teachers])
+        # A term of scale 0 is left out: an infinite KL or CE that is only measured must not make the loss NaN.
         total = flat.kl_scale * (weights * kl_sums).sum() if flat.kl_scale else kl_sums.new_zeros(())
         if flat.ce_scale:
             total = total + flat.ce_scale * ce_sum
+        # Two numbers a position are kept, and the [chunk, V] arrays are computed again from the logits in backward.
         ctx.save_for_backward(logits, lse, lse_tails)
         ctx.flat = flat
         ctx.mark_non_differentiable(ce_sum, kl_sums)
@@ -293,7 +299,7 @@ def _gradient(z: Tensor, lse: Tensor, lse_tails: Tensor, flat: _Flat, part: slic
     labels, mask = flat.labels[part], flat.mask[part].to(z.dtype)
     label_scale = flat.ce_scale * (labels != NO_LABEL).to(z.dtype)
     p_scale = label_scale.clone()
-    p = (z - lse[:, None]).exp_()
+    p = (z - lse[:, None]).exp_()  # in place, here and below: each [chunk, V] array saved is memory for a larger batch
     grad = torch.zeros_like(z)
     grad.scatter_(-1, labels.clamp(min=0)[:, None], -label_scale[:, None])
     for teacher, lse_tail in zip(flat.teachers if flat.kl_scale else (), lse_tails, strict=False):
@@ -302,6 +308,7 @@ def _gradient(z: Tensor, lse: Tensor, lse_tails: Tensor, flat: _Flat, part: slic
         scale = flat.kl_scale * teacher.weight * mask
         p_scale += scale * (target.t.sum(dim=-1) + r)
         target.sub_tail(grad, z=z, p=p, lse=lse, lse_tail=lse_tail, scale=scale * r)
+        # Ids outside the vocabulary have t = 0, and add nothing to the last id that they are clamped to.
         kept = -(scale[:, None] * target.t)
         grad.scatter_add_(-1, target.ids.clamp(max=z.shape[-1] - 1), kept)
     return grad.add_(p.mul_(p_scale[:, None]))
@@ -309,6 +316,7 @@ def _gradient(z: Tensor, lse: Tensor, lse_tails: Tensor, flat: _Flat, part: slic
 
 def _cross_entropy(z: Tensor, lse: Tensor, labels: Tensor) -> Tensor:
     """[n] nats; 0 where there is no label."""
+    # gather refuses an index of NO_LABEL, even where its result is not used.
     chosen = z.gather(-1, labels.clamp(min=0)[:, None]).squeeze(-1)
     return torch.where(labels != NO_LABEL, lse - chosen, 0.0)
 

@@ -1,4 +1,4 @@
-"""What a run writes while it goes: one JSON line per step and per evaluation, and the same for TensorBoard.
+"""Metrics of a run: one JSON line per step and per evaluation, and the numbers again for TensorBoard.
 
     {"step": 7, "loss": 6.1, "ce": 6.4, "kl": {"big": 1.2}, "lr": 3e-4, "grad_norm": 0.8, "epoch": 0,
      "tokens": 28672, "tokens_per_second": 3100.0, "seconds": 9.2}
@@ -24,10 +24,10 @@ Record = Mapping[str, Any]
 
 
 class MetricsWriter:
-    """Appends records to `metrics.jsonl` and `tensorboard/` of a run. Close it."""
+    """Appends records to `metrics.jsonl` and `tensorboard/` of a run. Its owner closes it."""
 
     def __init__(self, run_dir: Path, *, step: int) -> None:
-        """Start after `step`: records of later steps are from a session that was lost, and go."""
+        """Start after `step`; records of later steps are from a session that was lost, and are dropped."""
         self._file = run_dir / "metrics.jsonl"
         kept = [line for line, record in _lines(self._file) if record["step"] <= step]
         write_lines(self._file, kept)
@@ -35,9 +35,9 @@ class MetricsWriter:
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 
     def write(self, record: Record) -> None:
-        """Append one record; it has a `step`."""
+        """Append one record, which has a `step`."""
         self._out.write(json.dumps(record) + "\n")
-        self._out.flush()
+        self._out.flush()  # another process follows the file
         for name, value in _flat(record):
             if name != "step":
                 self._board.add_scalar(name, value, record["step"])
@@ -49,7 +49,7 @@ class MetricsWriter:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """All complete records of a run, in order."""
+    """Read all complete records of a run, in order."""
     return [record for _, record in _lines(run_dir / "metrics.jsonl")]
 
 
@@ -57,14 +57,14 @@ class MetricsFollower:
     """Reads the records that another process appends to a run's `metrics.jsonl`."""
 
     def __init__(self, run_dir: Path, *, after_step: int) -> None:
-        """Records of steps up to `after_step` are from an earlier session and are not handed out."""
+        """Begin after `after_step`; records up to that step are from an earlier session and are not returned."""
         self._file = run_dir / "metrics.jsonl"
         self._after_step = after_step
         self._inode = 0
         self._offset = 0
 
     def read(self) -> list[dict[str, Any]]:
-        """Complete records since the last call; what a restarted session writes again comes once."""
+        """Read the complete records since the last call; one that a restarted session writes again comes once."""
         if not self._file.exists():
             return []
         with self._file.open("rb") as file:
@@ -73,7 +73,7 @@ class MetricsFollower:
                 self._inode, self._offset = inode, 0
             file.seek(self._offset)
             text = file.read()
-        complete = text[: text.rfind(b"\n") + 1]
+        complete = text[: text.rfind(b"\n") + 1]  # the writer may be in the middle of a line
         self._offset += len(complete)
         return [record for line in complete.splitlines() if self._is_new(record := json.loads(line))]
 

@@ -19,7 +19,7 @@ from potstill.student_trainer.config import StudentConfig
 
 
 def build_student(student: StudentConfig, *, seed: int, vocab_size: int, row_tokens: int) -> PreTrainedModel:
-    """A float32 model on the CPU; random weights depend on the config and the seed only.
+    """Build a float32 model on the CPU; random weights depend on the config and the seed only.
 
     Args:
         student: what to build.
@@ -54,7 +54,7 @@ def build_student(student: StudentConfig, *, seed: int, vocab_size: int, row_tok
 
 
 def load_student(folder: Path) -> PreTrainedModel:
-    """A student saved by `save_student`, float32, bit for bit."""
+    """Load a student that `save_student` wrote: float32, bit for bit, on the CPU."""
     with quiet_transformers():
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
@@ -63,14 +63,14 @@ def load_student(folder: Path) -> PreTrainedModel:
 
 
 def save_student(model: PreTrainedModel, folder: Path) -> None:
-    """config.json and safetensors that `AutoModelForCausalLM.from_pretrained` loads."""
+    """Write the config.json and safetensors that `AutoModelForCausalLM.from_pretrained` loads."""
     with quiet_transformers():
         model.save_pretrained(folder)
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars of transformers' own within the block: ours shares the terminal."""
+    """Turn off transformers' own progress bars within the block: ours is on the same terminal."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -87,6 +87,7 @@ def _load(student: StudentConfig, seed: int, vocab_size: int) -> PreTrainedModel
         )
         return loaded
     config = _config(student, vocab_size)
+    # The caller's random stream stays as it was: building a student must not change the dropout of another.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -11,12 +11,12 @@ from potstill.student_trainer.config import LoopConfig
 
 
 def learning_rate(step: int, config: LoopConfig) -> float:
-    """The rate of the optimizer step that follows `step` steps.
+    """The learning rate of the optimizer step that follows `step` steps.
 
     Linear warm-up, then `cosine` to `min_lr`, or `constant`, or `wsd` (warm-up, stable, decay: constant with
     a linear fall to `min_lr` over the last `decay` share of all steps).
     """
-    if step < config.warmup:
+    if step < config.warmup:  # step + 1, as a first step at a rate of 0 would be wasted
         return config.lr * (step + 1) / config.warmup
     if config.schedule == "constant":
         return config.lr

@@ -1,4 +1,4 @@
-"""Which rows come when: a pure function of (seed, epoch, the corpus's shards), whatever the number of workers.
+"""The order of training rows: a pure function of (seed, epoch, the corpus's shards), whatever the number of workers.
 
 An epoch shuffles the shards, then the rows within each window of consecutive shuffled shards: fully random
 rows would read an object per row. Keys are a splitmix64 hash of (seed, epoch, index) sorted stably, not a
@@ -26,11 +26,12 @@ from potstill.cache.errors import InvalidInput
 from potstill.cache.plurals import counted
 
 _KEYS_AT_ONCE = 1 << 20
+# Salts, so that the three uses of one seed share no random numbers.
 _SHARDS, _ROWS, _HELD_OUT = np.uint64(1), np.uint64(2), np.uint64(3)
 
 
 def hashed(indexes: NDArray[np.int64], *salt: int | np.uint64) -> NDArray[np.uint64]:
-    """A uint64 hash of every index under the salts: splitmix64 (Steele et al. 2014), chained."""
+    """Hash every index under the salts to uint64: splitmix64 (Steele et al. 2014), chained."""
     state = np.zeros(indexes.shape, dtype=np.uint64)
     for part in (*salt, indexes.astype(np.uint64)):
         state = _mix((state ^ np.uint64(part)) + np.uint64(0x9E3779B97F4A7C15))
@@ -38,7 +39,7 @@ def hashed(indexes: NDArray[np.int64], *salt: int | np.uint64) -> NDArray[np.uin
 
 
 def choose_held_out(num_rows: int, held_out: float, seed: int) -> NDArray[np.int64]:
-    """[H] row indexes, rising. `held_out` is a count, or a share below 1 (rounded, at least one row).
+    """Draw the held-out rows, [H] indexes, rising. `held_out` is a count, or a share below 1 (at least one row).
 
     Raises:
         InvalidInput: no row would be left to train on.
@@ -56,7 +57,7 @@ def choose_held_out(num_rows: int, held_out: float, seed: int) -> NDArray[np.int
 
 
 def with_copies(corpus: Corpus, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The given rows and every other row with the same tokens, rising: what must not be trained on.
+    """Add every other row with the same tokens to the given rows; none of the result, rising, may be trained on.
 
     Where the corpus has repeated rows, their keys are read twice from end to end, 16 bytes a row.
     """
@@ -67,7 +68,7 @@ def with_copies(corpus: Corpus, rows: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _keys(corpus: Corpus) -> Iterator[tuple[int, NDArray[np.bytes_]]]:
-    """All row keys, as the first row of a block and the block's keys."""
+    """Read all row keys in blocks: the first row of a block, and the block's keys."""
     for start in range(0, len(corpus), _KEYS_AT_ONCE):
         block = corpus.row_keys(start, min(start + _KEYS_AT_ONCE, len(corpus)))
         yield start, np.ascontiguousarray(block).reshape(-1).view(f"S{KEY_BYTES}")
@@ -75,7 +76,7 @@ def _keys(corpus: Corpus) -> Iterator[tuple[int, NDArray[np.bytes_]]]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SampleOrder:
-    """The endless sequence of training rows."""
+    """The endless sequence of training rows, one epoch after the other."""
 
     shard_rows: NDArray[np.int64]
     """[S+1] first row of each shard, and the number of rows."""
@@ -85,7 +86,7 @@ class SampleOrder:
     window_shards: int = 8
     _plans: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = field(default_factory=dict, init=False, repr=False)
     _windows: dict[tuple[int, int], NDArray[np.int64]] = field(default_factory=dict, init=False, repr=False)
-    """The epoch and window that the last call ended in; computing them again is all that is lost without."""
+    """Epoch and window that the last call ended in, as the next one mostly begins there; without, they are computed."""
 
     @property
     def rows_per_epoch(self) -> int:
@@ -97,7 +98,7 @@ class SampleOrder:
         return cursor // self.rows_per_epoch
 
     def take(self, cursor: int, count: int) -> NDArray[np.int64]:
-        """[count] row indexes from the global cursor on; epochs follow each other without a gap."""
+        """Give [count] row indexes from the global cursor on; epochs follow each other without a gap."""
         parts: list[NDArray[np.int64]] = []
         while count > 0:
             epoch, offset = divmod(cursor, self.rows_per_epoch)

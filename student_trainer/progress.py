@@ -1,4 +1,4 @@
-"""Shows a run to a person: a live bar on a terminal, now and then a line elsewhere."""
+"""Progress of a run for a person: a live bar on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from potstill.student_trainer.metrics import Record
 
 _LINE_SECONDS = 10.0
-"""Between two lines where there is no terminal."""
+"""Seconds between two lines where there is no terminal."""
 
 
 @contextmanager
 def showing(total_steps: int, console: Console) -> Iterator[Callable[[Record], None]]:
-    """A function that takes every record of `metrics.jsonl` and shows it, until the block ends."""
+    """Give a function that shows a record of `metrics.jsonl`, for use until the block ends."""
     if not console.is_terminal:
         yield _lines(total_steps, console)
         return
@@ -59,7 +59,7 @@ def _lines(total_steps: int, console: Console) -> Callable[[Record], None]:
 
 
 def held_out_text(held_out: Record) -> str:
-    """`ce 5.912, big: kl 0.913, same top-1 41%` of an evaluation's JSON."""
+    """Put an evaluation's JSON into words: `ce 5.9120; big: kl 0.9130, same top-1 41%`."""
     parts = [f"ce {held_out['ce']:.4f}"]
     parts += [
         f"{name}: kl {found['kl']:.4f}, same top-1 {found['top1_agreement']:.0%}"

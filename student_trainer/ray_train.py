@@ -41,7 +41,7 @@ def train_with_ray(
     should_stop: Callable[[], bool] = lambda: False,
     on_record: Callable[[Record], None] = lambda _: None,
 ) -> TrainResult:
-    """What `loop.train` does, by `config.train.workers` Ray workers.
+    """Train like `loop.train`, by `config.train.workers` Ray workers.
 
     Args:
         config: the run.
@@ -60,6 +60,7 @@ def train_with_ray(
     with open_run(config):
         pass  # a missing corpus, teacher or shard is an error here, not three restarts later
     stop_file = config.run_dir / _STOP_FILE
+    # A file, as the only channel that surely reaches workers on other machines: they share the run's folder anyway.
     stop_file.unlink(missing_ok=True)
     follower = MetricsFollower(config.run_dir, after_step=newest_step(config.run_dir / "checkpoints"))
     with _ray(address, config.train.workers):
@@ -91,6 +92,7 @@ class _RayGroup(Group):
     """This worker and its peers, as Ray Train joined them."""
 
     def wrap(self, model: nn.Module) -> nn.Module:
+        # Buffers are a causal model's constants, like rotary frequencies: equal on all workers without being sent.
         wrapped: nn.Module = ray.train.torch.prepare_model(model, parallel_strategy_kwargs={"broadcast_buffers": False})
         return wrapped
 
@@ -103,7 +105,7 @@ class _RayGroup(Group):
 
 
 def _worker(arguments: Mapping[str, Any]) -> TrainResult:
-    """One worker's part, in its own process."""
+    """Train as one worker of a group; Ray calls it in the worker's own process."""
     config = TrainConfig.of(arguments["config"])
     context = ray.train.get_context()
     device, rank, size = ray.train.torch.get_device(), context.get_world_rank(), context.get_world_size()
@@ -133,7 +135,7 @@ def _trainer(config: TrainConfig) -> ray.train.torch.TorchTrainer:
 
 @contextmanager
 def _ray(address: str | None, workers: int) -> Iterator[None]:
-    """A connection to Ray; shut down at the end only if made here."""
+    """Connect to Ray for the block; shut it down at the end only if it was connected here."""
     if ray.is_initialized():
         yield
         return
@@ -154,7 +156,7 @@ def _ray(address: str | None, workers: int) -> Iterator[None]:
 
 
 def _cause(error: ray.train.WorkerGroupError) -> PotstillError:
-    """The workers' own error of ours, or one line about theirs."""
+    """Find the error of ours that a worker raised; any other becomes one line."""
     failures = list(error.worker_failures.values())
     for failure in failures:
         cause = getattr(failure, "cause", None) or failure.__cause__ or failure

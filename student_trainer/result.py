@@ -1,4 +1,4 @@
-"""How a run ended: what `train` returns and `summary.json` holds. Nothing here needs torch."""
+"""Results of a run, as `train` returns them and `summary.json` holds them. Nothing here needs torch."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.run_folder import check_run_dir
 
 SUMMARY = "summary.json"
-"""The file in a finished run's folder that says how it ended."""
+"""Name of the file in a finished run's folder that holds its result."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherAgreement:
-    """Means over the held-out positions."""
+    """Distance of a student from one teacher: means over the held-out positions."""
 
     kl: float
     """Top-k + tail forward KL to the teacher, nats per token."""
@@ -31,7 +31,7 @@ class TeacherAgreement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """A student on some rows."""
+    """Measures of a student on some rows."""
 
     rows: int
     tokens: int
@@ -53,7 +53,7 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainResult:
-    """How a call of `train` ended."""
+    """The result of a call of `train`."""
 
     run_dir: Path
     finished: bool
@@ -62,9 +62,9 @@ class TrainResult:
     tokens: int
     """Positions trained on since the start of the run."""
     seconds: float
-    """Spent since the start of the run, evaluations included."""
+    """Time since the start of the run, over all sessions, evaluations included."""
     held_out: Evaluation | None
-    """Of the final model; None without held-out rows, or when stopped."""
+    """Evaluation of the final model; None without held-out rows, or when stopped."""
 
     def to_json(self) -> dict[str, JSON]:
         """The object that `SUMMARY` holds."""
@@ -73,7 +73,7 @@ class TrainResult:
 
 
 def finished_result(config: TrainConfig) -> TrainResult | None:
-    """The result of the run in `config.train.out`, if it is finished under this config.
+    """Read the result of the run in `config.train.out`; None unless it is finished under this config.
 
     Raises:
         FormatError: a summary of another version.
@@ -92,7 +92,7 @@ def finished_result(config: TrainConfig) -> TrainResult | None:
 
 
 def finished_before(config: TrainConfig) -> TrainResult | None:
-    """The result of the run in `config.train.out`, if it is finished; checks that it is the run of this config.
+    """Read the result of the run in `config.train.out`, or None; check that it is the run of this config.
 
     Raises:
         SpecMismatch: the folder holds another run. FormatError: it was written by another version.

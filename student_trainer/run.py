@@ -1,4 +1,4 @@
-"""A run's folder and what a run reads.
+"""The folder of a run, and the corpus and targets that a run reads.
 
 <run>/config.json     as given, with absolute paths
 <run>/metrics.jsonl   tensorboard/   checkpoints/   ray/
@@ -32,7 +32,7 @@ from potstill.student_trainer.run_folder import read_config
 from potstill.student_trainer.sources import open_cache, open_sources
 
 _LOCK_SECONDS = 5.0
-"""Workers that Ray replaces may take this long to be gone."""
+"""Workers that Ray replaces may take so many seconds to be gone."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,12 +47,12 @@ class OpenRun:
 
     @property
     def teachers(self) -> dict[str, TeacherIdentity]:
-        """Identities by name."""
+        """Identity of each teacher, by name."""
         return {source.name: source.identity for source in self.reader.sources}
 
     @property
     def held(self) -> dict[str, str]:
-        """What is read of each teacher's targets, by name."""
+        """K and encoding that are read of each teacher's targets, by name."""
         return {source.name: source.held for source in self.reader.sources}
 
 
@@ -61,7 +61,8 @@ def open_run(config: TrainConfig) -> Iterator[OpenRun]:
     """Open the cache and the teachers, check that they fit, close them at the end.
 
     Raises:
-        UnknownCorpus, UnknownTeacher, NotCommitted, SpecMismatch, UnsupportedField: what does not fit.
+        UnknownCorpus, UnknownTeacher, NotCommitted, SpecMismatch, UnsupportedField: corpus or targets are not there,
+            not complete, or do not fit each other.
         InvalidInput: no training rows are left.
     """
     with open_cache(config.data) as cache:
@@ -77,7 +78,7 @@ def open_run(config: TrainConfig) -> Iterator[OpenRun]:
 
 @contextmanager
 def only_trainer(run_dir: Path) -> Iterator[None]:
-    """Hold the run's folder for this process; a killed holder lets go by itself.
+    """Keep other processes from training in the run's folder; the lock of a killed one is gone with it.
 
     Raises:
         Unavailable: another process trains there, and still does after some seconds.

@@ -14,7 +14,7 @@ from potstill.cache.errors import FormatError, InvalidInput, NotFound, StoreErro
 from potstill.student_trainer.config import TrainConfig
 
 PARTIAL = ".partial-"
-"""Begins the name of what is still being written."""
+"""Begins the name of a file or folder that is still being written."""
 
 
 def check_run_dir(config: TrainConfig) -> None:
@@ -28,7 +28,7 @@ def check_run_dir(config: TrainConfig) -> None:
 
 
 def read_config(run_dir: Path) -> TrainConfig:
-    """The config a run was started with.
+    """Read the config that a run was started with.
 
     Raises:
         NotFound: no run there. FormatError: not a config of this version.
@@ -62,14 +62,14 @@ def write_lines(file: Path, lines: Sequence[str]) -> None:
     partial = file.with_name(f"{PARTIAL}{file.name}")
     try:
         partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        flush_path(partial)
+        flush_path(partial)  # or a power cut could leave the name with an empty file
         partial.replace(file)
     except OSError as error:
         raise StoreError(f"{str(file)!r} could not be written: {error}") from error
 
 
 def flush_path(path: Path) -> None:
-    """Have the disk take what was written to a file, or to a folder's list of names."""
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""Where a student's targets come from: a cache, here or behind a service, or a teacher. Rows in, targets out."""
+"""Sources of a student's targets: a cache, here or behind a service, or a running teacher. Rows in, targets out."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def service_source(name: str, teacher: SyncHttpTeacher, k: int | None = None) ->
 
 @contextmanager
 def open_cache(data: DataConfig) -> Iterator[Cache | HttpCache]:
-    """The cache that the run names: a folder, an object store, or the URL of a service that has one.
+    """Open the cache that the run names: a folder, an object store, or the URL of a service that has one.
 
     Raises:
         InvalidInput: no such folder, an unknown URL scheme, or a variable for the key that is not set.
@@ -69,7 +69,7 @@ def open_cache(data: DataConfig) -> Iterator[Cache | HttpCache]:
 
 @contextmanager
 def open_sources(config: TrainConfig, cache: Cache | HttpCache, corpus: Corpus) -> Iterator[tuple[TargetSource, ...]]:
-    """The sources of all of the run's teachers, in the config's order, checked against the corpus.
+    """Open the sources of all of the run's teachers, in the config's order, and check them against the corpus.
 
     Raises:
         SpecMismatch: a teacher with another tokenizer than the corpus.

@@ -1,4 +1,4 @@
-"""What the demo does, in numbers, and where it keeps things."""
+"""The demo's numbers, and the places where it keeps things."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ class DemoPlan:
 
     @property
     def text(self) -> Path:
-        """The source files."""
+        """The folder of the text files that are ingested."""
         return self.out / "text"
 
     def run_dir(self, student: str) -> Path:
-        """A student's run."""
+        """The folder of a student's run."""
         return self.out / "runs" / student
 
     def train_config(self, student: str, alpha: float) -> TrainConfig:
-        """The two students differ in `alpha` only: same seed, same rows in the same order, same steps."""
+        """Config of one student. Two students differ in `alpha` only: same seed, rows, order and steps."""
         config: dict[str, Any] = {
             "data": {"cache": str(self.cache), "corpus": CORPUS, "held_out": self.held_out_rows},
             "teachers": [{"name": TEACHER}],

@@ -1,4 +1,4 @@
-"""The stages of the demo, in order. Interrupted, the same call goes on where it was; finished, it starts anew."""
+"""The stages of the demo, in order. After an interruption the same call goes on; after the end it starts anew."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _STUDENTS = ("cross-entropy", "distilled")
 
 @dataclass(slots=True)
 class _Stages:
-    """Says what happens while it happens, and how long each stage took, in seconds."""
+    """Prints each stage as it begins, and keeps the seconds that it took."""
 
     console: Console
     total: int
@@ -58,7 +58,7 @@ class _Stages:
 def run_demo(
     plan: DemoPlan, console: Console, train: Callable[[DemoPlan, str], TrainResult], *, page: bool = True
 ) -> dict[str, Any]:
-    """Run every stage; the report, which is also written to `plan.out`.
+    """Run every stage; return the report, which is also written to `plan.out`.
 
     Raises:
         PotstillError: whatever a stage raises; what was done so far is kept for the next call.
@@ -94,7 +94,7 @@ def run_demo(
 
 
 def _begin(plan: DemoPlan) -> None:
-    """A finished demo is cleared away; an unfinished one of the same plan goes on.
+    """Clear away a finished demo, or one of another plan; leave an unfinished one of this plan to go on.
 
     Raises:
         InvalidInput: the folder holds something else; nothing in it is touched.
@@ -171,7 +171,7 @@ def _report(plan: DemoPlan, cache: Cache, corpus: Corpus, results: dict[str, Tra
 
 
 def _saved(filled: FillReport | None, results: dict[str, TrainResult]) -> dict[str, JSON]:
-    """What the students read, and how fast the teacher was; null where an earlier call of the demo had it score."""
+    """Positions that the students read, and the teacher's speed; null if an earlier call of the demo had it score."""
     scored = filled is not None and filled.positions_scored > 0
     return {
         "positions_read": sum(result.tokens for result in results.values()),

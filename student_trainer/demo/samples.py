@@ -1,4 +1,4 @@
-"""For a few held-out positions: the text so far, and what teacher and students expect next."""
+"""Samples of a few held-out positions: the text so far, and the next tokens that teacher and students expect."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Guess:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One position."""
+    """One held-out position."""
 
     context: str
     next_text: str
     guesses: dict[str, list[Guess]]
-    """The likeliest next tokens, by who guesses."""
+    """The likeliest next tokens, by the name of the teacher or student."""
 
     def to_json(self) -> dict[str, JSON]:
         """A JSON object with one key per attribute."""
@@ -46,7 +46,7 @@ class Sample:
 def samples(
     corpus: Corpus, rows: Sequence[int], targets: Sequence[Targets], teacher: str, students: Mapping[str, Path]
 ) -> list[Sample]:
-    """Two positions of each row: after a half and after four fifths of it."""
+    """Sample two positions of each row: after a half and after four fifths of it."""
     logging.disable_progress_bar()
     models = {name: AutoModelForCausalLM.from_pretrained(path).eval() for name, path in students.items()}
     found = []

@@ -18,7 +18,7 @@ _READY = "ready: "
 
 @contextmanager
 def running_service(arguments: Sequence[str], log: Path) -> Iterator[str]:
-    """`potstill serve ARGUMENTS` until the block ends; the service's URL. What it prints goes to `log`.
+    """Run `potstill serve ARGUMENTS` until the block ends, and give its URL; its output goes to `log`.
 
     Raises:
         Unavailable: the service did not start; its last line says why.
@@ -44,11 +44,11 @@ def _wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> str:
             raise Unavailable(f"the service did not start: {last} (all of it in {log})")
         if time.monotonic() > deadline:
             raise Unavailable(f"the service was not ready after {_START_SECONDS:.0f} s; see {log}")
-        time.sleep(0.2)
+        time.sleep(0.2)  # a file cannot be waited for, and the engine takes half a minute to start
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
+    process.terminate()  # it answers what it has begun, and stops its engine
     try:
         process.wait(_STOP_SECONDS)
     except subprocess.TimeoutExpired:

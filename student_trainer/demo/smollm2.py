@@ -19,23 +19,23 @@ _NAME = "smollm2-135m-instruct"
 
 
 def default_models_folder() -> Path:
-    """Where materialised models are kept between runs: `$XDG_CACHE_HOME/potstill/models`."""
+    """The folder that keeps unpacked models between runs: `$XDG_CACHE_HOME/potstill/models`."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "potstill" / "models"
 
 
 def model_folder(models: Path) -> Path:
-    """Where `materialise` puts the model."""
+    """The folder that `materialise` puts the model into."""
     return models / _NAME
 
 
 def is_materialised(models: Path) -> bool:
-    """Whether `materialise` has nothing left to do."""
+    """True where `materialise` has nothing left to do."""
     return (model_folder(models) / "model.safetensors").is_file()
 
 
 def materialise(models: Path) -> Path:
-    """The model's folder, made on the first call (about a minute); complete or absent, never half written.
+    """Give the model's folder, made on the first call in about a minute; it is complete or absent, never half written.
 
     Raises:
         InvalidInput: the package that carries the model is not installed.
@@ -44,7 +44,7 @@ def materialise(models: Path) -> Path:
     if is_materialised(models):
         return folder
     source = _packaged_gguf()
-    temporary = models / f".{_NAME}-{os.getpid()}"
+    temporary = models / f".{_NAME}-{os.getpid()}"  # two demos may start at one time
     temporary.mkdir(parents=True)
     try:
         _convert(source, temporary)

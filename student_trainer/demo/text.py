@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 
 def write_text(folder: Path, tokenizer: Tokenizer, tokens: int) -> int:
-    """Write topics, one file each in order of name, until they hold about `tokens` tokens; how many they hold."""
+    """Write topics, one file each in order of name, up to about `tokens` tokens; return how many they hold."""
     folder.mkdir(parents=True, exist_ok=True)
     written = 0
     for name in sorted(topics):
