@@ -1,4 +1,4 @@
-"""What capture costs: tokens/s of one engine by every capture path, interleaved in one run, and of the frontend alone.
+"""Cost of capture: tokens/s of one engine by every capture path, interleaved in one run, and of the frontend alone.
 
 A random 19M Llama (V=32k, 4 layers, d=256) and, with `--smollm2`, SmolLM2-135M; rows of 512 tokens, K=64; the engine
 in this process and in one of its own. `prefill` scores nothing. `dicts` is vLLM's default, left as it comes; all others
@@ -163,7 +163,7 @@ def modes() -> dict[str, tuple[Any, Fields]]:
 
 
 def entries(positions: Iterable[tuple[int, dict[int, Any]]], k: int) -> FlatEntries:
-    """Of each token and its dict: the token's own entry, then the best `k`."""
+    """Flatten vLLM's dicts, one a token: the token's own entry first, then the best `k`."""
     ids: list[int] = []
     logprobs: list[float] = []
     for token, position in positions:

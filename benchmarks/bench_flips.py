@@ -54,7 +54,7 @@ _SECONDS = 30
 
 @dataclass(slots=True)
 class Verdict:
-    """What came of one fault."""
+    """Outcome of one fault."""
 
     fault: str
     kind: str
@@ -248,7 +248,7 @@ def main() -> int:
 
 
 def print_table(verdicts: Sequence[Verdict]) -> None:
-    """How many faults of each sort came to what."""
+    """Print how many faults of each sort were reported, refused, harmless or missed."""
     words = ("reported", "gone", "refused", "harmless", "MISSED")
     counted: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     raised: Counter[tuple[str, str]] = Counter()

@@ -44,7 +44,7 @@ from tests.support.processes.s3 import s3_server
 CONTEXT = multiprocessing.get_context("forkserver")
 
 Objects = dict[str, str]
-"""Of one shard, each object's sha256 by its path within the segment."""
+"""The sha256 of each object of one shard, by its path within the segment."""
 
 
 @dataclass

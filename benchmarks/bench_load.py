@@ -65,7 +65,7 @@ resources = {{ cpus = 0.5 }}
 
 @dataclass(frozen=True)
 class Resident:
-    """What the service's process holds in memory at one time, and how many misses it had kept by then."""
+    """Memory of the service's process at one time, and the number of misses that it had kept by then."""
 
     seconds: float
     mib: float
@@ -74,7 +74,7 @@ class Resident:
 
 @dataclass
 class Seen:
-    """What the clients saw."""
+    """Outcomes and seconds of the clients' requests."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, list[float]] = field(default_factory=lambda: {"hit": [], "miss": []})

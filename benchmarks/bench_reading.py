@@ -72,7 +72,7 @@ class Result:
     single: float
     """Positions a second, one random row a call."""
     share: float
-    """Of the time that passed, what the core worked for this process."""
+    """Share of the time that passed in which a core worked for this process."""
     peak_bytes: int
     sha256: str
 
@@ -193,7 +193,7 @@ def measure(task: Task) -> Result:
 
 
 def peak_bytes() -> int:
-    """Of this process alone; getrusage would count what the parent had when it started this one."""
+    """Peak memory of this process alone; getrusage would count what its parent held when it started it."""
     status = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 

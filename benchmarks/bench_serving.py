@@ -55,7 +55,7 @@ WIDTHS = (12, 16, 16, 12, 12)
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """What one part measured."""
+    """Measures of one part."""
 
     part: str
     positions: int
@@ -153,7 +153,7 @@ def child() -> psutil.Process:
 
 
 def processor_seconds(process: psutil.Process) -> float:
-    """Of the process and all it started."""
+    """Seconds of CPU time of a process and all that it started."""
     return sum(
         sum(times.cpu_times()[:2]) for times in [process, *process.children(recursive=True)] if times.is_running()
     )
@@ -242,7 +242,7 @@ def part_of(rows: Sequence[Tokens], number: int) -> list[Tokens]:
 
 
 def body_bytes(reply: httpx.Response, positions: int) -> float:
-    """Of one position."""
+    """Bytes of a reply's body for each position."""
     return len(reply.raise_for_status().content) / positions
 
 

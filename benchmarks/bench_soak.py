@@ -114,7 +114,7 @@ def random_range(end: int, rng: random.Random) -> list[int]:
 
 
 def differences(found: Targets, teacher: FakeTeacher, row: Tokens, targets: TargetSet) -> Iterator[str]:
-    """What of a read is not the teacher's, within the encoding's bound."""
+    """Name the fields of a read that differ from the teacher's by more than the encoding's bound."""
     fields = targets.fields
     exact = teacher.targets(row, fields)
     if (found.num_positions, found.k) != (exact.num_positions, exact.k):

@@ -60,7 +60,7 @@ async def run(cache: Cache, corpus: Corpus, model: Path) -> int:
 
 
 def parity(scored: Targets, corpus: Corpus, row: int, model: Path) -> bool:
-    """Whether vLLM is too far from transformers, which sees the row once more and knows nothing of our code."""
+    """Score the row by plain transformers, and tell if vLLM is too far from it."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -84,7 +84,7 @@ def parity(scored: Targets, corpus: Corpus, row: int, model: Path) -> bool:
 
 
 def report(cache: Cache, teacher: Teacher, name: str, exact: Targets) -> bool:
-    """Whether the encoding exceeds its bound; stores the exact targets and reads them back through a new cache."""
+    """Store the exact targets, read them back through a new cache, and tell if the encoding exceeds its bound."""
     targets = cache.plan_targets(f"smollm2-{name}", "topics", teacher.identity, fields=Fields(k=K), encoding=name)
     assert targets.write_shard(0, exact, teacher.provenance)
     (commit,) = targets.sets[0].commits.all()

@@ -114,9 +114,10 @@ def long_functions(source: Source) -> Iterator[str]:
 
 
 def circles(arrows: Mapping[str, set[str]]) -> set[str]:
-    """What is left when everything that imports only what was taken away already is taken away, again and again.
+    """Find the modules in circles of imports.
 
-    Then the other way round, so that what merely imports a circle is not counted.
+    Modules that import only modules already taken away are taken away, again and again; then the same is done with
+    importers, so that a module that merely imports a circle is not counted.
     """
     left = dict(arrows)
     for _ in range(2):

@@ -45,7 +45,7 @@ Probe = Callable[[View], bytes]
 _EVERYTHING = Fields(k=6, draws=5, seed=3, entropy=True, temperatures=(0.5, 2.0))
 JOURNAL_POLICY = JournalPolicy(encoding="u8")
 MISS = bytes(32)
-"""What a journal probe gives for a row that is not there; for one that is, 32 bytes too."""
+"""Answer of a journal probe for a row that is not there; a row that is there gives 32 bytes, too."""
 
 
 def build(root: Path, *, archive: bool = True) -> None:
@@ -134,7 +134,7 @@ def _each_alone(fields: Fields) -> Iterator[Fields]:
 
 def _journal_probe(teacher: str, identity: TeacherIdentity, keys: list[bytes]) -> Probe:
     def probe(view: View) -> bytes:
-        """Of each key the answer's digest, or nothing for a miss: a damaged row is scored again."""
+        """Digest the answer for each key; a miss is no fault, as a damaged row is scored again."""
         journal = Journal(view.cache.root, teacher, identity, JOURNAL_POLICY)
         found = journal.find(keys, 4)
         return b"".join(MISS if each is None else hashlib.sha256(_bytes(each)).digest() for each in found)

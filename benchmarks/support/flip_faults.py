@@ -34,17 +34,17 @@ class Fault:
 
     name: str
     kind: str
-    """Of the first object."""
+    """Kind of the first changed object."""
     changes: Mapping[str, bytes | None]
 
     @property
     def lies(self) -> bool:
-        """Whether all hashes fit."""
+        """True where all hashes fit all the same."""
         return self.name.startswith("lie")
 
 
 def kind_of(path: str) -> str:
-    """What an object is, by its path."""
+    """The kind of an object, by its path."""
     top, *middle, name = path.split("/")
     if name.endswith(".json") and name != "zarr.json":
         record = {"ranks.json": "ranks record", "manifest.json": "manifest record"}.get(name)
@@ -266,7 +266,7 @@ def _bombs(data: bytes) -> Iterator[tuple[str, bytes]]:
 
 
 def _index(data: bytes) -> tuple[int, list[tuple[int, int]]] | None:
-    """Where the index of a shard object begins, and its entries; the writer puts it last, the chunks before it."""
+    """Find the index of a shard object: its first byte, and its entries. It lies behind the chunks."""
     for chunks in range(1, len(data) // 16 + 1):
         start = len(data) - 4 - 16 * chunks
         if start < 0:
@@ -278,5 +278,5 @@ def _index(data: bytes) -> tuple[int, list[tuple[int, int]]] | None:
 
 
 def _word(at: tuple[str | int, ...]) -> str:
-    """Where in a record, without the places in lists."""
+    """The keys on the way to a place in a record, without indexes of lists."""
     return ".".join(str(part) for part in at[:-1] if not isinstance(part, int)) or "all"

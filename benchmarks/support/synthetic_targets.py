@@ -54,7 +54,7 @@ def load(vocab_size: int, positions: int) -> Sample:
 
 
 def make(vocab_size: int, positions: int) -> Sample:
-    """The same, kept nowhere."""
+    """Make a sample, and keep it nowhere."""
     return _sample(vocab_size, _make(vocab_size, max(positions // ROW_TOKENS, 1)))
 
 

@@ -1,4 +1,4 @@
-"""What every implementation of a protocol must do. Subclass, give the fixture, and the tests run."""
+"""Contracts that every implementation of a protocol must keep. Subclass, give the fixture, and the tests run."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def group_of(nodeid: str) -> str:
 
 
 def place_of(nodeid: str) -> int:
-    """Where a test's group stands in `LONG`; behind it, if it is not there."""
+    """The place of a test's group in `LONG`, or behind all of them if it is not there."""
     group = group_of(nodeid)
     return LONG.index(group) if group in LONG else len(LONG)
 

@@ -15,7 +15,7 @@ async def eventually(condition: Callable[[], bool], seconds: float = 300.0) -> N
 
 
 def until(condition: Callable[[], bool], seconds: float = 300.0) -> None:
-    """The same outside an event loop; an AssertionError if it does not become so."""
+    """Wait outside an event loop until the condition holds; raise AssertionError after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "did not come true in time"

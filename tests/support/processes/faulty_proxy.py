@@ -20,7 +20,7 @@ FAULTS: tuple[Fault, ...] = ("500", "503", "drop before", "drop after", "truncat
 DELAY_SECONDS = 0.3
 
 Choose = Callable[[str, str], Fault | None]
-"""Of a request's method and target, the fault it meets."""
+"""Chooses the fault that a request meets, by its method and target."""
 
 _SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"
 

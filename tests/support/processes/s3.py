@@ -17,7 +17,7 @@ REGION = "us-east-1"
 
 @dataclass(frozen=True, slots=True)
 class S3Server:
-    """Where it listens; what a client needs in its environment is `environment`."""
+    """Endpoint of a running server; a client needs the variables of `environment`."""
 
     endpoint: str
 
@@ -44,7 +44,7 @@ class S3Server:
         self._request("DELETE", "/" + url.removeprefix("s3://").split("/", 1)[0])
 
     def require_credentials(self, *, required: bool) -> None:
-        """Whether requests are authenticated from now on; no user exists, so all are refused then."""
+        """Authenticate requests from now on, or no longer; no user exists, so all are refused then."""
         self._request("POST", "/moto-api/reset-auth", b"0" if required else b"1000000000")
 
     def _request(self, method: str, path: str, data: bytes | None = None) -> None:
