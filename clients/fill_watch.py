@@ -13,7 +13,7 @@ from potstill.clients.retry import RetryPolicy
 
 
 class FillWatch:
-    """Starts, watches and stops one job.
+    """Starts, watches and stops one job; each call tries until there is an answer.
 
     Args:
         job: the job, over a connection that asks once a call (`RetryPolicy(attempts=1)`): trying again is done here.
@@ -21,6 +21,10 @@ class FillWatch:
         again: the command that starts the job or goes on with it, for messages.
         tell: gets a line when the service does not answer for now, and another when it does again.
         retry: waits between two tries.
+
+    Raises:
+        Unavailable: by any call, if there was no answer for as long as `patience`.
+        PotstillError: by any call, any other refusal.
     """
 
     def __init__(
@@ -39,11 +43,10 @@ class FillWatch:
         self._retry = retry or RetryPolicy()
 
     def look(self) -> dict[str, Any]:
-        """Fetch the job's state, as `HttpFill.status` has it; tries until there is an answer.
+        """Fetch the job's state, as `HttpFill.status` has it.
 
         Raises:
-            Unavailable: there was no answer for as long as `patience`.
-            NotFound: the service was started anew, which ended the job. PotstillError: any other refusal.
+            NotFound: the service was started anew, which ended the job.
         """
         way_on = f"The job may go on there: `{self._again}` watches it, or goes on with the rest after a restart"
         try:
@@ -55,20 +58,12 @@ class FillWatch:
             ) from error
 
     def start(self, fields: Fields, encoding: str) -> dict[str, Any]:
-        """Start the job, as `HttpFill.start` does; tries until there is an answer.
-
-        Raises:
-            Unavailable: there was no answer for as long as `patience`. PotstillError: any other refusal.
-        """
+        """Start the job, as `HttpFill.start` does."""
         way_on = f"Whether it began is not known: `{self._again}` starts it, or watches it"
         return self._answer(lambda: self._job.start(fields, encoding), way_on)
 
     def stop(self) -> dict[str, Any]:
-        """Stop the job, as `HttpFill.stop` does; tries until there is an answer.
-
-        Raises:
-            Unavailable: there was no answer for as long as `patience`. PotstillError: any other refusal.
-        """
+        """Stop the job, as `HttpFill.stop` does."""
         return self._answer(self._job.stop, "The job may go on there: the same command tries to stop it again")
 
     def _answer(self, ask: Callable[[], dict[str, Any]], way_on: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from potstill.cache.commands.root_option import add_root_argument
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     findings = asyncio.run(examine(patient, probing))
     failed = [finding for finding in findings if finding.level == "fail"]
     if args.json:
-        print(json.dumps({"ok": not failed, "findings": [finding.to_json() for finding in findings]}, indent=1))
+        print(json.dumps({"ok": not failed, "findings": [asdict(finding) for finding in findings]}, indent=1))
     else:
         _print_table(findings)
     return 1 if failed else 0

@@ -77,12 +77,12 @@ def store_findings(where: str, problem: str, free_bytes: int | None, quota_bytes
     if free_bytes is None:
         findings.append(finding("room", where, Verdict("not run", "an object store does not say how much is free")))
         return findings
-    room = Verdict("ok", f"{_gib(free_bytes)} are free")
+    room = Verdict("ok", f"{gib(free_bytes)} are free")
     if quota_bytes is not None and free_bytes < quota_bytes:
         way_out = "free some, or lower keep.journal_quota_gib"
-        room = Verdict("warn", f"{_gib(free_bytes)} are free, less than the journals' {_gib(quota_bytes)}", way_out)
+        room = Verdict("warn", f"{gib(free_bytes)} are free, less than the journals' {gib(quota_bytes)}", way_out)
     if free_bytes < _LITTLE_ROOM:
-        room = Verdict("fail", f"{_gib(free_bytes)} are free", "free some: a full disk stops every fill")
+        room = Verdict("fail", f"{gib(free_bytes)} are free", "free some: a full disk stops every fill")
     findings.append(finding("room", where, room))
     return findings
 
@@ -154,5 +154,6 @@ async def _stored(cache: Cache, name: str, teacher: Teacher, corpus: str, tolera
     return Verdict("fail", f"{told}, over {drift.encoding}'s {drift.bound:.2g} and {tolerance:g}", way_out)
 
 
-def _gib(num_bytes: int) -> str:
+def gib(num_bytes: int) -> str:
+    """Put a number of bytes into words, in GiB."""
     return f"{num_bytes / 2**30:.1f} GiB"

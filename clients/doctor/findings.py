@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from potstill.cache.errors import PotstillError
-from potstill.cache.types import JSON
 
 Level: TypeAlias = Literal["ok", "warn", "fail", "not run"]
 
@@ -31,10 +30,6 @@ class Finding:
     detail: str
     way_out: str = ""
 
-    def to_json(self) -> dict[str, JSON]:
-        """A JSON object with one key per attribute."""
-        return asdict(self)
-
 
 async def found(check: str, subject: str, look: Callable[[], Awaitable[Verdict]]) -> Finding:
     """Make one check. One of our own errors is a failure of that check alone, and the others go on."""
@@ -42,7 +37,7 @@ async def found(check: str, subject: str, look: Callable[[], Awaitable[Verdict]]
         verdict = await look()
     except PotstillError as error:
         verdict = Verdict("fail", f"{error.kind}: {error.detail}", "mend what the line names, then look again")
-    return Finding(check=check, subject=subject, level=verdict.level, detail=verdict.detail, way_out=verdict.way_out)
+    return finding(check, subject, verdict)
 
 
 def finding(check: str, subject: str, verdict: Verdict) -> Finding:

@@ -16,7 +16,7 @@ from potstill.cache.errors import Forbidden, NotFound, PotstillError, Unauthenti
 from potstill.cache.types import Fields
 from potstill.cache.wire.scores import WIRE_VERSION
 from potstill.clients.address import API_KEY_VARIABLE, checked_url, login_of
-from potstill.clients.doctor.cache_checks import CorpusFacts, store_findings, unreadable_finding
+from potstill.clients.doctor.cache_checks import CorpusFacts, gib, store_findings, unreadable_finding
 from potstill.clients.doctor.findings import Finding, Verdict, finding
 from potstill.clients.doctor.teacher_checks import Probing, difference, probe_row
 from potstill.clients.http_admin import HttpAdmin
@@ -150,19 +150,17 @@ def _version(doctor: Mapping[str, Any]) -> Verdict:
 
 
 async def _clock(url: str) -> Verdict:
-    try:
-        async with httpx.AsyncClient(timeout=10.0) as client:
-            before = datetime.now(UTC)
-            reply = await client.get(f"{url}/healthz")
-            after = datetime.now(UTC)
-    except httpx.TransportError as error:
-        return Verdict("not run", f"not reached: {error or type(error).__name__}")
+    reply = await _get(f"{url}/healthz")
+    ours = datetime.now(UTC)
+    if isinstance(reply, Verdict):
+        return reply
     try:
         said = parsedate_to_datetime(reply.headers["date"])
     except (KeyError, ValueError):
         return Verdict("warn", "the service sends no date", "a proxy takes it away; compare the clocks by hand")
-    # The header cuts off what is behind the second, so the service's clock is half a second ahead of it on average.
-    skew = (said - before - (after - before) / 2).total_seconds() + 0.5
+    # The header cuts off what is behind the second, so the service's clock is half a second ahead of it on average;
+    # and it was written about half way through the call.
+    skew = (said - ours + reply.elapsed / 2).total_seconds() + 0.5
     way_out = "set both clocks by NTP: leases of shards, ages of objects and logs go by them"
     told = f"the service's clock is {abs(skew):.1f} s {'ahead of' if skew > 0 else 'behind'} ours"
     if abs(skew) > _SKEW_FAIL:
@@ -174,18 +172,25 @@ async def _access(url: str, *, has_key: bool) -> Verdict:
     parsed = httpx.URL(url)
     if _is_loopback(parsed.host):
         return Verdict("ok", "on a loopback address")
-    try:
-        async with httpx.AsyncClient(timeout=10.0) as client:
-            is_open = (await client.get(f"{url}/v1/teachers")).status_code == httpx.codes.OK
-    except httpx.TransportError as error:
-        return Verdict("not run", f"not reached: {error or type(error).__name__}")
-    if is_open:
+    reply = await _get(f"{url}/v1/teachers")
+    if isinstance(reply, Verdict):
+        return reply
+    if reply.status_code == httpx.codes.OK:
         way_out = "give it keys: `potstill keys add`, and name the file in [access]"
         return Verdict("fail", "it answers others without a key", way_out)
     if parsed.scheme == "http":
         told = "keys and rows go over the network in the clear" if has_key else "no TLS"
         return Verdict("warn", told, "serve it with TLS ([tls] certfile, keyfile) or behind a proxy that has it")
     return Verdict("ok", "keys are asked for, and the connection is encrypted")
+
+
+async def _get(url: str) -> httpx.Response | Verdict:
+    """Fetch a page without a key, like anybody; a verdict if nobody answers."""
+    try:
+        async with httpx.AsyncClient(timeout=10.0) as client:
+            return await client.get(url)
+    except httpx.TransportError as error:
+        return Verdict("not run", f"not reached: {error or type(error).__name__}")
 
 
 def _is_loopback(host: str) -> bool:
@@ -200,7 +205,7 @@ def _memory(doctor: Mapping[str, Any]) -> Verdict:
     rss, available, admitted = (memory.get(key) for key in ("rss_bytes", "available_bytes", "admitted_bytes"))
     if available is None or admitted is None:
         return Verdict("not run", "the service's platform does not say how much memory is left")
-    told = f"{_gib(available)} are left, {_gib(admitted)} may be let in at one time; it holds {_gib(rss or 0)} now"
+    told = f"{gib(available)} are left, {gib(admitted)} may be let in at one time; it holds {gib(rss or 0)} now"
     way_out = (
         "lower max_engine_bytes, max_answer_bytes_in_flight, max_miss_bytes_in_flight or max_fills_running, "
         "or give it more memory"
@@ -225,7 +230,3 @@ def _store(url: str, doctor: Mapping[str, Any]) -> list[Finding]:
             for each in store.get("unreadable", ())
         ),
     ]
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.1f} GiB"

@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +166,7 @@ def _report(plan: DemoPlan, cache: Cache, corpus: Corpus, results: dict[str, Tra
         },
         "students": {name: _student(result) for name, result in results.items()},
         "plan": {n: str(v) if isinstance(v := getattr(plan, n), Path) else v for n in _PLAN_NUMBERS},
-        "samples": [sample.to_json() for sample in shown],
+        "samples": [asdict(sample) for sample in shown],
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from potstill.cache import Targets
 from potstill.cache.corpus.corpus import Corpus
-from potstill.cache.types import JSON, Tokens
+from potstill.cache.types import Tokens
 
 _CONTEXT_TOKENS = 40
 _SHOWN = 5
@@ -36,11 +36,6 @@ class Sample:
     next_text: str
     guesses: dict[str, list[Guess]]
     """The likeliest next tokens, by the name of the teacher or student."""
-
-    def to_json(self) -> dict[str, JSON]:
-        """A JSON object with one key per attribute."""
-        value: dict[str, JSON] = asdict(self)
-        return value
 
 
 def samples(
