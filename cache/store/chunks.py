@@ -59,13 +59,9 @@ class ChunkCache:
         self.hits = 0
         self.misses = 0
         self._chunks: OrderedDict[Hashable, NDArray[Any]] = OrderedDict()
-        self._num_bytes = 0
-        self._lock = threading.Lock()
-
-    @property
-    def num_bytes(self) -> int:
+        self.num_bytes = 0
         """Bytes held now."""
-        return self._num_bytes
+        self._lock = threading.Lock()
 
     def get(self, key: Hashable) -> NDArray[Any] | None:
         """The chunk under `key`, read-only, or None."""
@@ -87,9 +83,9 @@ class ChunkCache:
         with self._lock:
             replaced = self._chunks.pop(key, None)
             self._chunks[key] = chunk
-            self._num_bytes += chunk.nbytes - (0 if replaced is None else replaced.nbytes)
-            while self._num_bytes > self.max_bytes:
-                self._num_bytes -= self._chunks.popitem(last=False)[1].nbytes
+            self.num_bytes += chunk.nbytes - (0 if replaced is None else replaced.nbytes)
+            while self.num_bytes > self.max_bytes:
+                self.num_bytes -= self._chunks.popitem(last=False)[1].nbytes
 
 
 class TiledArray:

@@ -23,10 +23,10 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from potstill.cache.errors import InvalidInput, StoreError
 from potstill.cache.store.root import Root
@@ -176,7 +176,7 @@ class Claims:
                 return None
             # Only now: the newest generation has to exist before older ones go, or a third job finds the name free.
             for generation in older:
-                self._root.remove(f"{self._path}/{_object_name(name, generation)}")
+                self._root.remove(self._object(name, generation))
             return claim
 
     def check(self, claim: Claim) -> bool:
@@ -190,7 +190,7 @@ class Claims:
         """See `Claim.release`."""
         with self._lock, suppress(StoreError):
             self._held.pop(claim.name, None)
-            self._remove_own(self._object(claim))
+            self._remove_own(self._object(claim.name, claim.generation))
 
     def renew(self) -> None:
         """Renew every claim that is held and was not lost.
@@ -202,7 +202,7 @@ class Claims:
             held = [claim for claim in self._held.values() if not claim.lost]
             listing = self._list() if held else {}
             for claim in held:
-                old, generation = self._object(claim), self._own_generation(claim, listing)
+                old, generation = self._object(claim.name, claim.generation), self._own_generation(claim, listing)
                 if generation is None or not self._create(claim.name, generation + 1):
                     claim.lost = True
                 else:
@@ -215,7 +215,7 @@ class Claims:
             busy = self.busy()
             for name, generations in self._listing.items():
                 for generation in generations if name not in busy | self._held.keys() else ():
-                    self._root.remove(f"{self._path}/{_object_name(name, generation)}")
+                    self._root.remove(self._object(name, generation))
 
     def _beat(self) -> None:
         while not self._stop.wait(self.ttl / _BEATS):
@@ -228,7 +228,7 @@ class Claims:
         generation = max(listing.get(claim.name, {}), default=0)
         if not generation:
             return 0
-        found = self._root.get(f"{self._path}/{_object_name(claim.name, generation)}")
+        found = self._root.get(self._object(claim.name, generation))
         return generation if found in (None, self._record()) else None
 
     def _holds(self, sighting: _Sighting) -> bool:
@@ -248,7 +248,7 @@ class Claims:
             version = versions[generation]
             known = self._others.get(name)
             if known is None or (known.generation, known.version) != (generation, version):
-                data = self._root.get(f"{self._path}/{_object_name(name, generation)}")
+                data = self._root.get(self._object(name, generation))
                 owner, ttl = _parse(data, self.ttl)
                 known = _Sighting(generation, version, self._clock(), ttl, owner)
             others[name] = known
@@ -264,13 +264,13 @@ class Claims:
 
     def _create(self, name: str, generation: int) -> bool:
         # Not flushed to disk: after a power cut no owner is alive, and a lost claim costs nothing.
-        return self._root.create(f"{self._path}/{_object_name(name, generation)}", self._record(), durable=False)
+        return self._root.create(self._object(name, generation), self._record(), durable=False)
 
     def _record(self) -> bytes:
-        return json.dumps({"kind": "claim", "ttl": self.ttl, **_owner_json(self.owner)}, sort_keys=True).encode()
+        return json.dumps({"kind": "claim", "ttl": self.ttl, **asdict(self.owner)}, sort_keys=True).encode()
 
-    def _object(self, claim: Claim) -> str:
-        return f"{self._path}/{_object_name(claim.name, claim.generation)}"
+    def _object(self, name: str, generation: int) -> str:
+        return f"{self._path}/{name}-{generation:04d}.json"
 
     def _remove_own(self, path: str) -> None:
         # Another job's claim may have the same name by now.
@@ -281,14 +281,6 @@ class Claims:
 def time_to_live(data: bytes | None, otherwise: float) -> float:
     """Seconds after which a stored claim that nobody renews expires; `otherwise` where the record does not say."""
     return _parse(data, otherwise)[1]
-
-
-def _object_name(name: str, generation: int) -> str:
-    return f"{name}-{generation:04d}.json"
-
-
-def _owner_json(owner: Owner) -> dict[str, Any]:
-    return {name: getattr(owner, name) for name in Owner.__slots__}
 
 
 def _parse(data: bytes | None, ttl: float) -> tuple[Owner | None, float]:

@@ -38,12 +38,7 @@ def read_record(root: Root, path: str, kind: str) -> Record | None:
         FormatError: it is not JSON, of another kind, or of a newer format. CorruptSegment: it was changed.
     """
     data = root.get(path)
-    return None if data is None else parse_record(path, data, kind)
-
-
-def parse_record(path: str, data: bytes, kind: str) -> Record:
-    """Check the record in an object's bytes; raises as `read_record` does."""
-    return _checked(_parse(path, data), path, kind, data, _record_json)
+    return None if data is None else _checked(_parse(path, data), path, kind, data, _record_json)
 
 
 def read_group_metadata(root: Root, path: str, kind: str) -> Record | None:

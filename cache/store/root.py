@@ -58,7 +58,8 @@ class Root:
         self.url = url
         self.store = store
         """The obstore store, which zarr's `ObjectStore` wraps."""
-        self._folder = folder
+        self.folder = folder
+        """The local folder; None for an object store."""
         self._clock_ahead: float | None = None
 
     @classmethod
@@ -80,7 +81,7 @@ class Root:
         if parts.scheme == "file" and (parts.netloc not in ("", "localhost") or not parts.path):
             raise InvalidInput(f"{text!r} names no folder; write file:///absolute/path, or the path alone")
         folder = Path(unquote(parts.path) if parts.scheme == "file" else text).expanduser().absolute()
-        with _translated(text):
+        with store_errors(text):
             if folder.exists() and not folder.is_dir():
                 raise InvalidInput(f"no cache at {text!r}: it is a file, not a folder")
             if create:
@@ -88,11 +89,6 @@ class Root:
         if not folder.is_dir():
             raise InvalidInput(f"no cache at {text!r}: the folder does not exist; `potstill ingest` makes one")
         return cls(text, LocalStore(folder), folder)
-
-    @property
-    def folder(self) -> Path | None:
-        """The local folder; None for an object store."""
-        return self._folder
 
     def get(self, path: str) -> bytes | None:
         """Read an object; None when there is none."""
@@ -112,8 +108,8 @@ class Root:
         object in a power cut.
         """
         with self._errors(path):
-            if self._folder is not None:
-                created = _create_file(self._folder, self._folder / path, data, durable=durable)
+            if self.folder is not None:
+                created = _create_file(self.folder, self.folder / path, data, durable=durable)
             else:
                 created = self._put_new(path, data)
         return created or self.get(path) == data
@@ -171,8 +167,8 @@ class Root:
     def delete(self, prefix: str) -> None:
         """Remove every object below `prefix`, and in a local root the folders that this leaves empty."""
         with self._errors(prefix):
-            if self._folder is not None:
-                _remove_tree(self._folder / prefix)
+            if self.folder is not None:
+                _remove_tree(self.folder / prefix)
                 return
             for tries_left in reversed(range(_TRIES)):
                 paths = [f"{prefix}/{path}" for path in self.sizes(prefix)]
@@ -187,10 +183,10 @@ class Root:
 
     def prune(self, prefix: str) -> None:
         """Remove a folder of a local root if it is empty, then the folders above that became empty by it."""
-        if self._folder is not None:
-            for folder in [self._folder / prefix, *(self._folder / prefix).parents]:
+        if self.folder is not None:
+            for folder in [self.folder / prefix, *(self.folder / prefix).parents]:
                 try:
-                    if folder == self._folder:
+                    if folder == self.folder:
                         return
                     folder.rmdir()
                 except OSError:
@@ -198,24 +194,24 @@ class Root:
 
     def flush(self, prefix: str) -> None:
         """Return when everything below `prefix` is on stable storage."""
-        if self._folder is None:
+        if self.folder is None:
             return
         # The folders too: on a local file system a file's own fsync does not keep its name.
         with self._errors(prefix):
-            for parent, _, files in os.walk(self._folder / prefix):
+            for parent, _, files in os.walk(self.folder / prefix):
                 for name in files:
                     _fsync(Path(parent) / name)
                 _fsync(Path(parent))
-            _fsync_parents(self._folder / prefix, self._folder)
+            _fsync_parents(self.folder / prefix, self.folder)
 
     def _errors(self, path: str) -> Any:
-        return _translated(path if self._folder is not None else f"{self.url.rstrip('/')}/{path}")
+        return store_errors(path if self.folder is not None else f"{self.url.rstrip('/')}/{path}")
 
     def _objects_below(self, prefix: str) -> dict[str, tuple[int, float]]:
         """Size in bytes and time of the last write, in seconds since 1970, by path relative to `prefix`."""
         with self._errors(prefix):
-            if self._folder is not None:
-                return dict(_files_below(self._folder / prefix))
+            if self.folder is not None:
+                return dict(_files_below(self.folder / prefix))
             metas = _whole(lambda: obstore.list(self.store, prefix).collect())
             return {
                 meta["path"][len(prefix) + 1 :]: (int(meta["size"]), meta["last_modified"].timestamp())
@@ -245,7 +241,7 @@ class Root:
         # `gc` decides by age what no live writer can own: a machine whose clock is wrong must not delete a fresh group.
         if self._clock_ahead is None:
             self._clock_ahead = 0.0
-            if self._folder is None:
+            if self.folder is None:
                 path = f"{TEMPORARY}/{uuid.uuid4().hex}"
                 with self._errors(path):
                     obstore.put(self.store, path, b"", use_multipart=False)
@@ -278,12 +274,6 @@ def check_name(kind: str, name: str) -> str:
 @contextmanager
 def store_errors(what: str) -> Iterator[None]:
     """Turn errors of the store or the file system, also from below zarr, into `StoreError` with `what` in front."""
-    with _translated(what):
-        yield
-
-
-@contextmanager
-def _translated(what: str) -> Iterator[None]:
     try:
         yield
     except (BaseError, OSError) as error:

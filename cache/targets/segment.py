@@ -9,7 +9,8 @@ Shape legend:  p positions of the segment, K kept entries, V vocabulary size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -130,7 +131,7 @@ class SegmentReader:
             self._packed = PackedReader(group, fields, ranks, text, reading)
         elif fields.k:
             self._expect_top_k(fields.k)
-        with self._damage_named():
+        with _damage_named(self.group.path):
             self._expect_fields(self._plain_fields(fields))
 
     def top_k_names(self) -> tuple[str, ...]:
@@ -153,7 +154,7 @@ class SegmentReader:
         Raises:
             CorruptSegment: stored bytes are damaged, or decode to what no encoder writes.
         """
-        with self._damage_named():
+        with _damage_named(self.group.path):
             targets = decode_fields(
                 self.group.read,
                 range(start, stop),
@@ -196,9 +197,6 @@ class SegmentReader:
             shape = tuple(ragged if size == RAGGED else size for size in stored.shape)
             self.group.expect(name, shape, (stored.dtype,))
 
-    def _damage_named(self) -> _DamageNamed:
-        return _DamageNamed(self.group.path)
-
 
 def read_segment_ranges(ranges: Sequence[SegmentRange], want: Fields) -> list[Targets]:
     """One `Targets` per range; all ranges are of one segment set, which has what is wanted.
@@ -227,7 +225,7 @@ def _read_top_k(ranges: Sequence[SegmentRange], k: int) -> list[Targets | None]:
         name: np.concatenate([part[name] for part in stored]) if len(stored) > 1 else stored[0][name]
         for name in stored[0]
     }
-    with _DamageNamed(", ".join(dict.fromkeys(each.reader.group.path for each in ranges))):
+    with _damage_named(", ".join(dict.fromkeys(each.reader.group.path for each in ranges))):
         targets = decode(joined, reader.encoding, reader.ranks, k=k)
         if not (targets.log_tail <= 0).all():
             raise FormatError("log_tail holds NaN or a tail of more than all mass")
@@ -235,15 +233,10 @@ def _read_top_k(ranges: Sequence[SegmentRange], k: int) -> list[Targets | None]:
     return [targets[start:stop] for start, stop in zip([0, *ends[:-1]], ends, strict=True)]
 
 
-class _DamageNamed:
-    """Turns what decoding refuses into `CorruptSegment`, naming the segment."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if isinstance(error, FormatError):
-            raise CorruptSegment(f"{self._path}: {error}") from error
+@contextmanager
+def _damage_named(path: str) -> Iterator[None]:
+    """Turn what decoding refuses into `CorruptSegment`, with the segment's path in front."""
+    try:
+        yield
+    except FormatError as error:
+        raise CorruptSegment(f"{path}: {error}") from error
