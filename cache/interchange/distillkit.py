@@ -45,6 +45,7 @@ from potstill.cache.interchange.parquet import (
     implied_tail,
     labels_in_top_k,
     lists,
+    per_position,
     repeats,
     token_ids,
 )
@@ -142,11 +143,9 @@ class CompressedRows:
         bits = index_bits(self.config)
         ids = _in_parts(lambda part: unpack(packed[part], bits, self.config.k), len(packed)).astype(np.uint32)
         logprobs = _in_parts(lambda part: decompress(compressed[part], self.config), len(packed))
-        wrong = np.flatnonzero((np.isnan(logprobs) | np.isposinf(logprobs)).any(axis=1))
-        if len(wrong):
-            raise source.error_at(
-                int(wrong[0]), rows.lengths, f"{_LOGPROBS!r} decodes to NaN or inf; is this its compression config?"
-            )
+        wrong = (np.isnan(logprobs) | np.isposinf(logprobs)).any(axis=1)
+        what = f"{_LOGPROBS!r} decodes to NaN or inf; is this its compression config?"
+        source.refuse_positions(wrong, rows.lengths, lambda _: what)
         ids, logprobs = by_falling_logprob(ids, logprobs)
         ids = _without_absent(ids, logprobs)
         self._check_ids(ids, rows, source)
@@ -159,38 +158,30 @@ class CompressedRows:
         )
 
     def _bytes(self, batch: Any, name: str, width: int, rows: Rows, source: RowSource) -> NDArray[np.uint8]:
-        lengths, positions = lists(batch, name, source)
-        if not np.array_equal(lengths, rows.lengths):
-            row = int(np.flatnonzero(lengths != rows.lengths)[0])
-            raise source.error(row, f"{name!r} has {lengths[row]} positions, {_LOGPROBS!r} {rows.lengths[row]}")
+        positions = per_position(batch, name, rows, source, like=_LOGPROBS)
         if not pa.types.is_nested(positions.type):
             raise source.block_error(f"column {name!r} has {positions.type} at a position; it must be a list of bytes")
         widths = positions.value_lengths().to_numpy(zero_copy_only=False)
-        wrong = np.flatnonzero(widths != width)
-        if len(wrong):
-            raise source.error_at(
-                int(wrong[0]),
-                rows.lengths,
-                f"{name!r} has {widths[wrong[0]]} bytes at a position, its compression config means {width}",
-            )
+        source.refuse_positions(
+            widths != width,
+            rows.lengths,
+            lambda at: f"{name!r} has {widths[at]} bytes at a position, its compression config means {width}",
+        )
         values = token_ids(positions.flatten(), rows.lengths * width, source, 256)
         return values.astype(np.uint8).reshape(-1, width)
 
     def _check_ids(self, ids: NDArray[np.uint32], rows: Rows, source: RowSource) -> None:
-        wrong = np.flatnonzero((ids >= self.vocab_size).any(axis=1))
-        if len(wrong):
-            worst = int(ids[wrong[0]].max())
-            raise source.error_at(
-                int(wrong[0]),
-                rows.lengths,
-                f"id {worst} is outside the vocabulary of {self.vocab_size}; give the --vocab-size of the teacher and "
-                "the d of its compression config",
-            )
-        twice = repeats(ids)
-        if len(twice):
-            raise source.error_at(
-                int(twice[0]), rows.lengths, f"{_INDICES!r} has an id twice at a position; is d={self.config.d} right?"
-            )
+        outside = np.asarray((ids >= self.vocab_size).any(axis=1))
+        source.refuse_positions(
+            outside,
+            rows.lengths,
+            lambda at: (
+                f"id {ids[at].max()} is outside the vocabulary of {self.vocab_size}; give the --vocab-size of "
+                "the teacher and the d of its compression config"
+            ),
+        )
+        twice = f"{_INDICES!r} has an id twice at a position; is d={self.config.d} right?"
+        source.refuse_positions(repeats(ids), rows.lengths, lambda _: twice)
 
     def _within_one(self, logprobs: NDArray[np.float32]) -> NDArray[np.float32]:
         mass = np.exp(logprobs.astype(np.float64)).sum(axis=1)

@@ -60,9 +60,13 @@ class RowSource:
         """Make the error that says `what` is wrong with the block as a whole."""
         return InvalidInput(f"{self.path}, rows {self.first_row} on: {what}")
 
-    def error_at(self, position: int, lengths: NDArray[np.int64], what: str) -> InvalidInput:
-        """Make the error that says `what` is wrong at a position of the block; `lengths` [R] are its rows'."""
-        return self.error(int(np.searchsorted(np.cumsum(lengths), position, side="right")), what)
+    def refuse_positions(
+        self, wrong: NDArray[np.bool_], lengths: NDArray[np.int64], what: Callable[[int], str]
+    ) -> None:
+        """Raise the error of the first position [P] where `wrong` is true, if any; `lengths` [R] are the rows'."""
+        if wrong.any():
+            position = int(wrong.argmax())
+            raise self.error(int(np.searchsorted(np.cumsum(lengths), position, side="right")), what(position))
 
 
 class RowFormat(Protocol):

@@ -155,14 +155,9 @@ def _check_tokens(reader: RowReader, tokenizer: Tokenizer) -> int:
     vocab_size = num_ids(tokenizer)
     longest = 1
     for source, _, rows in reader.rows():
-        if int(rows.tokens.max()) >= vocab_size:
-            position = int(np.argmax(rows.tokens >= vocab_size))
-            raise source.error_at(
-                position,
-                rows.lengths,
-                f"token id {rows.tokens[position]} is outside the tokenizer's {vocab_size} ids; give the --tokenizer "
-                "that made these rows",
-            )
+        must = f"is outside the tokenizer's {vocab_size} ids; give the --tokenizer that made these rows"
+        tokens = rows.tokens
+        source.refuse_positions(tokens >= vocab_size, rows.lengths, lambda at: f"token id {tokens[at]} {must}")  # noqa: B023
         longest = max(longest, int(rows.lengths.max()))
     return longest
 

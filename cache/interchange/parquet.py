@@ -114,25 +114,23 @@ class ListColumns:
 
     def _matrix(self, batch: Any, name: str, width: int, rows: Rows, source: RowSource) -> NDArray[Any]:
         """Read a column of lists of lists as [P, width]."""
-        inner = _per_position(batch, name, rows, source)
+        inner = per_position(batch, name, rows, source)
         widths, values = _inner_lists(inner, name, source)
-        wrong = np.flatnonzero(widths != width)
-        if len(wrong):
-            raise source.error_at(
-                int(wrong[0]), rows.lengths, f"{name!r} has {widths[wrong[0]]} entries at a position, others {width}; "
-                "every position must have as many"
-            )  # fmt: skip
+        must = f"others {width}; every position must have as many"
+        source.refuse_positions(
+            widths != width, rows.lengths, lambda at: f"{name!r} has {widths[at]} entries at a position, {must}"
+        )
         if name == "ids":
             return token_ids(values, rows.lengths * width, source, self.vocab_size).reshape(-1, width)
         return _floats(values, name, source).reshape(-1, width)
 
     def _scalars(self, batch: Any, name: str, rows: Rows, source: RowSource) -> NDArray[np.float32]:
-        return _floats(_per_position(batch, name, rows, source), name, source)
+        return _floats(per_position(batch, name, rows, source), name, source)
 
     def _draws(self, batch: Any, rows: Rows, source: RowSource) -> Draws:
         parts = {}
         for name in _DRAWS:
-            widths, values = _inner_lists(_per_position(batch, name, rows, source), name, source)
+            widths, values = _inner_lists(per_position(batch, name, rows, source), name, source)
             parts[name] = (widths, token_ids(values, None, source, 2**16 if name == "draw_counts" else self.vocab_size))
         (widths, ids), (other, counts) = parts["draw_ids"], parts["draw_counts"]
         if not np.array_equal(widths, other):
@@ -142,27 +140,23 @@ class ListColumns:
 
     def _finished(self, columns: dict[str, Any], rows: Rows, source: RowSource) -> Targets:
         ids, logprobs = columns["ids"], columns["logprobs"]
-        wrong = np.flatnonzero(np.isnan(logprobs).any(axis=1))
-        if len(wrong):
-            raise source.error_at(
-                int(wrong[0]), rows.lengths, "'logprobs' has NaN; score the row again, or leave it out"
-            )
+        nan = np.isnan(logprobs).any(axis=1)
+        source.refuse_positions(nan, rows.lengths, lambda _: "'logprobs' has NaN; score the row again, or leave it out")
         if (logprobs[:, 1:] > logprobs[:, :-1]).any():
             ids, logprobs = by_falling_logprob(ids, logprobs)
-        repeated = repeats(ids)
-        if len(repeated):
-            raise source.error_at(
-                int(repeated[0]), rows.lengths, "'ids' has an id twice at a position; each may be once"
-            )
+        twice = "'ids' has an id twice at a position; each may be once"
+        source.refuse_positions(repeats(ids), rows.lengths, lambda _: twice)
         if "log_tail" not in columns:
             columns["log_tail"] = implied_tail(logprobs)
         mass = np.exp(logprobs.astype(np.float64)).sum(axis=1) + np.exp(columns["log_tail"].astype(np.float64))
-        wrong = np.flatnonzero(~(np.abs(mass - 1) <= MASS_TOLERANCE))
-        if len(wrong):
-            raise source.error_at(
-                int(wrong[0]), rows.lengths, f"'logprobs' and 'log_tail' hold {mass[wrong[0]]:.4f} of the mass, not 1; "
+        source.refuse_positions(
+            ~(np.abs(mass - 1) <= MASS_TOLERANCE),
+            rows.lengths,
+            lambda at: (
+                f"'logprobs' and 'log_tail' hold {mass[at]:.4f} of the mass, not 1; "
                 "they must be natural logs of the full softmax at temperature 1"
-            )  # fmt: skip
+            ),
+        )
         if "label_logprob" not in columns:
             columns["label_logprob"] = labels_in_top_k(ids, logprobs, rows)
         return Targets(**{**columns, "ids": ids, "logprobs": logprobs})
@@ -203,6 +197,20 @@ def lists(batch: Any, name: str, source: RowSource) -> tuple[NDArray[np.int64], 
     return lengths, column.flatten()
 
 
+def per_position(batch: Any, name: str, rows: Rows, source: RowSource, *, like: str = "input_ids") -> Any:
+    """Values of a column, one for each position as column `like` has them.
+
+    Raises:
+        InvalidInput: a row has another number of positions.
+    """
+    lengths, values = lists(batch, name, source)
+    wrong = lengths != rows.lengths
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise source.error(row, f"{name!r} has {lengths[row]} positions, {like!r} {rows.lengths[row]}; must be equal")
+    return values
+
+
 def token_ids(values: Any, lengths: NDArray[np.int64] | None, source: RowSource, vocab_size: int) -> NDArray[np.uint32]:
     """Convert to token ids below `vocab_size`; `lengths` says how many belong to each row, for the error.
 
@@ -231,10 +239,11 @@ def by_falling_logprob(
     return np.take_along_axis(ids, order, axis=1), np.take_along_axis(logprobs, order, axis=1)
 
 
-def repeats(ids: NDArray[np.uint32]) -> NDArray[np.int64]:
-    """Positions at which ids [P, K] have one twice."""
+def repeats(ids: NDArray[np.uint32]) -> NDArray[np.bool_]:
+    """Find the positions [P] of [P, K] ids that have an id twice."""
     ordered = np.sort(ids, axis=1)
-    return np.flatnonzero((ordered[:, 1:] == ordered[:, :-1]).any(axis=1))
+    found: NDArray[np.bool_] = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
+    return found
 
 
 def implied_tail(logprobs: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -285,18 +294,6 @@ def _position_values(name: str, targets: Targets) -> Any:
     array = getattr(targets, name)
     flat = pa.array(np.ascontiguousarray(array).reshape(-1))
     return flat if array.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, array.shape[1])
-
-
-def _per_position(batch: Any, name: str, rows: Rows, source: RowSource) -> Any:
-    """Values of a column, checked to be one for each position."""
-    lengths, values = lists(batch, name, source)
-    wrong = np.flatnonzero(lengths != rows.lengths)
-    if len(wrong):
-        row = int(wrong[0])
-        raise source.error(
-            row, f"{name!r} has {lengths[row]} positions, 'input_ids' {rows.lengths[row]}; must be equal"
-        )
-    return values
 
 
 def _inner_lists(values: Any, name: str, source: RowSource) -> tuple[NDArray[np.int64], Any]:

@@ -95,7 +95,10 @@ def request_from_arrow(body: bytes) -> ScoreRequest:
 
 def answer_to_arrow(answer: ScoreAnswer, fields: Fields) -> bytes:
     """Write an answer as an Arrow IPC stream, one record batch per row; `fields` gives K when there is no row."""
-    return _answer_stream(answer, fields.k)
+    metadata = {FORMAT_KEY: WIRE_VERSION.encode(), IDENTITY_KEY: json.dumps(answer.identity.to_json()).encode()}
+    columns = answer_columns(answer.targets[0]) if answer.targets else _top_k_columns(fields.k)
+    schema = pa.schema(columns, metadata=metadata)
+    return _stream(schema, [to_batch(targets, schema) for targets in answer.targets])
 
 
 def answer_from_arrow(body: bytes) -> ScoreAnswer:
@@ -148,11 +151,6 @@ def targets_to_json(targets: Targets) -> dict[str, JSON]:
     return row
 
 
-def targets_to_arrow(identity: TeacherIdentity, targets: Targets) -> bytes:
-    """Write the targets of a range of positions as an answer of one record batch."""
-    return _answer_stream(ScoreAnswer(identity, [targets]), targets.k)
-
-
 def _row_from_json(index: int, row: Any) -> Tokens:
     if not isinstance(row, list):
         raise InvalidInput(f"rows[{index}] must be a list of token ids")
@@ -160,14 +158,6 @@ def _row_from_json(index: int, row: Any) -> Tokens:
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < 2**32:
             raise InvalidInput(f"rows[{index}] has {token!r}; a token id is a whole number in [0, 2**32)")
     return np.array(row, dtype=np.uint32)
-
-
-def _answer_stream(answer: ScoreAnswer, k: int) -> bytes:
-    """Write an answer; `k` is used when there is no row, so that the columns have their width all the same."""
-    metadata = {FORMAT_KEY: WIRE_VERSION.encode(), IDENTITY_KEY: json.dumps(answer.identity.to_json()).encode()}
-    columns = answer_columns(answer.targets[0]) if answer.targets else _top_k_columns(k)
-    schema = pa.schema(columns, metadata=metadata)
-    return _stream(schema, [to_batch(targets, schema) for targets in answer.targets])
 
 
 def _top_k_columns(k: int) -> list[Any]:

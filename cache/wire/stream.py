@@ -160,17 +160,17 @@ def read_row_numbers(body: bytes) -> tuple[list[int], Fields | None]:
     """
     try:
         schema, batches = wire.open_stream(body)
-        fields = Fields.from_json(wire.metadata_json(schema, wire.FIELDS_KEY)) if _has_fields(schema) else None
+        fields = (
+            Fields.from_json(wire.metadata_json(schema, wire.FIELDS_KEY))
+            if wire.FIELDS_KEY in schema.metadata
+            else None
+        )
         columns = [wire.only_column(batch, _ROWS, pa.int64()) for batch in batches]
     except pa.ArrowException as error:
         raise InvalidInput(f"the body is not an Arrow stream of row numbers: {error}") from error
     if any(column.null_count for column in columns):
         raise InvalidInput("column 'rows' has nulls; every row has a number")
     return [row for column in columns for row in column.to_numpy().tolist()], fields
-
-
-def _has_fields(schema: Any) -> bool:
-    return wire.FIELDS_KEY in (schema.metadata or {})
 
 
 class Source(Protocol):

@@ -124,6 +124,7 @@ def test_columns_that_were_not_asked_for_are_not_sent() -> None:
 
 def test_a_range_without_a_top_k_survives_arrow() -> None:
     targets = FakeTeacher().targets(np.arange(5, dtype=np.uint32), NO_TOP_K)
-    (got,) = wire.answer_from_arrow(wire.targets_to_arrow(fake_identity(), targets)).targets
+    answer = wire.ScoreAnswer(fake_identity(), [targets])
+    (got,) = wire.answer_from_arrow(wire.answer_to_arrow(answer, NO_TOP_K)).targets
     assert_same(got, targets)
     assert got.k == 0
