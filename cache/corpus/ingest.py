@@ -228,7 +228,7 @@ def _write(
     _stream(writer, "row_starts", spool.start_blocks, (spool.num_rows + 1,), np.int64, digest)
     digest.update(shard_rows.astype("<i8").tobytes())
     _stream(writer, "row_keys", spool.key_blocks, (spool.num_rows, KEY_BYTES), np.uint8)
-    duplicates = write_key_index(writer, sort_file(spool.key_path), spool.num_rows)
+    duplicates = write_key_index(writer, sort_file(spool.key_path))
     objects = _write_small(writer, shard_rows, row_starts[shard_rows], tokenizer)
     return CorpusSpec(
         data=group.rsplit("/", 1)[-1],

@@ -1,4 +1,4 @@
-"""Row keys, by which a row is found again: hashing, sorting in bounded memory, and look-up on disk.
+"""Row keys, by which a row is found again: hashing, sorting on disk, and look-up on disk.
 
     sorted_keys [R, 16] uint8    the keys of all rows, rising; beside a group's `row_keys`
     key_order   [R] int64        the row of each sorted key; of equal keys the earliest row comes first
@@ -12,8 +12,7 @@ Shape legend:  R rows, W wanted keys.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +27,14 @@ KEY_BYTES = 16
 SORTED_KEYS = "sorted_keys"
 KEY_ORDER = "key_order"
 
-KEY_RECORD = np.dtype([("key", np.uint8, (KEY_BYTES,)), ("row", np.int64)])
-"""A key and its row, in the form in which temporary files are sorted."""
+KEY_RECORD = np.dtype([("key", np.uint8, (KEY_BYTES,)), ("row", ">i8")])
+"""A key and its row, in the form in which they are sorted: big-endian, so that as bytes they come in order."""
 
 _CHUNK = 8192
 # Half a chunk, because the chunk cache keeps only those that a read did not use whole (`store.chunks`).
 _PAGE = 4096
 # 32 MiB of keys to an object, so that the index of its chunks stays 4 KiB and few are held while writing.
 _OBJECT_KEYS = 1 << 21
-# Records of 24 bytes: 96 MiB are sorted in memory, 12 MiB are read at once.
-_SORTED_AT_ONCE = 1 << 22
-_BLOCK = 1 << 19
 _PAGES_AT_ONCE = 64
 # Interpolation needs one or two. Then bisection, which also ends for keys that are damaged or mostly equal.
 _GUESSES = 4
@@ -74,28 +70,30 @@ def sort_records(records: NDArray[np.void]) -> NDArray[np.void]:
     return records[np.argsort(_comparable(records["key"]), kind="stable")]
 
 
-def sort_file(path: Path, *, at_once: int = _SORTED_AT_ONCE) -> Iterator[NDArray[np.void]]:
-    """Sort the `KEY_RECORD`s of a file, in blocks; memory is bounded by a small multiple of `at_once` records.
+def sort_file(path: Path) -> NDArray[np.void]:
+    """Sort the `KEY_RECORD`s of a file where they lie, by key and then by row, and return them [R], mapped to memory.
 
-    A larger file is split by one byte of the key after the other, into files beside `path` that are then removed.
+    The kernel writes pages out when memory is short, so the file may be larger than memory.
     """
-    yield from _sorted_range(_RecordRange(path, 0, path.stat().st_size // KEY_RECORD.itemsize), 0, at_once)
+    records = np.memmap(path, KEY_RECORD, mode="r+")
+    records.view(f"S{KEY_RECORD.itemsize}").sort()
+    return records
 
 
-def write_key_index(writer: GroupWriter, blocks: Iterable[NDArray[np.void]], num_rows: int) -> int:
-    """Write `sorted_keys` and `key_order` from sorted blocks; returns how many rows have the key of an earlier one."""
+def write_key_index(writer: GroupWriter, records: NDArray[np.void]) -> int:
+    """Write `sorted_keys` and `key_order` of sorted records; returns how many rows have the key of an earlier one."""
+    num_rows = len(records)
     size = min(_OBJECT_KEYS, max(num_rows, 1))
     keys = writer.array(SORTED_KEYS, (num_rows, KEY_BYTES), np.uint8, Layout((_CHUNK, KEY_BYTES), size))
     order = writer.array(KEY_ORDER, (num_rows,), np.int64, Layout((_CHUNK,), size))
-    start, repeated, last = 0, 0, np.empty(0, dtype=f"S{KEY_BYTES}")
-    for block in _of_size(blocks, size):
+    repeated, last = 0, np.empty(0, dtype=f"S{KEY_BYTES}")
+    for start in range(0, num_rows, size):
+        block = records[start : start + size]
         ordered = np.concatenate([last, _comparable(block["key"])])
         repeated += int((ordered[1:] == ordered[:-1]).sum())
         last = ordered[-1:]
         writer.put(keys, start, np.ascontiguousarray(block["key"]))
-        writer.put(order, start, np.ascontiguousarray(block["row"]))
-        start += len(block)
-    assert start == num_rows, f"{start} keys for {num_rows} rows"
+        writer.put(order, start, block["row"].astype(np.int64))
     return repeated
 
 
@@ -218,70 +216,6 @@ class _Search:
         self._high[below], self._high_value[below] = first, _leading(keys[:1])[0]
         self._low[above], self._low_value[above] = first + len(keys), _leading(keys[-1:])[0]
         self._low[inside] = self._high[inside]
-
-
-@dataclass(frozen=True, slots=True)
-class _RecordRange:
-    """A range of the records of one file."""
-
-    path: Path
-    start: int
-    count: int
-
-    def blocks(self) -> Iterator[NDArray[np.void]]:
-        """Read the records, a bounded number at a time."""
-        for start in range(self.start, self.start + self.count, _BLOCK):
-            count = min(_BLOCK, self.start + self.count - start)
-            yield np.fromfile(self.path, KEY_RECORD, count, offset=start * KEY_RECORD.itemsize)
-
-
-def _sorted_range(records: _RecordRange, depth: int, at_once: int) -> Iterator[NDArray[np.void]]:
-    if records.count <= at_once:
-        yield sort_records(np.concatenate([np.empty(0, KEY_RECORD), *records.blocks()]))
-    elif depth == KEY_BYTES:
-        yield from records.blocks()  # all keys are equal, and rows rise
-    else:
-        counts = sum(np.bincount(block["key"][:, depth], minlength=256) for block in records.blocks())
-        target = records.path.with_name(f"{records.path.name}-{depth}")
-        try:
-            for part in _scattered(records, depth, np.asarray(counts), target):
-                yield from _sorted_range(part, depth + 1, at_once)
-        finally:
-            target.unlink(missing_ok=True)
-
-
-def _scattered(records: _RecordRange, depth: int, counts: NDArray[np.int64], target: Path) -> list[_RecordRange]:
-    """Write the records to `target`, grouped by the key's byte `depth`; within a group the order stays."""
-    if counts.max() == records.count:
-        return [records]
-    starts = np.cumsum(counts) - counts
-    places = starts.copy()
-    with target.open("wb") as file:
-        for block in records.blocks():
-            byte = block["key"][:, depth]
-            grouped = block[np.argsort(byte, kind="stable")]
-            taken = np.bincount(byte, minlength=256)
-            ends = np.cumsum(taken)
-            for value in np.flatnonzero(taken):
-                file.seek(int(places[value]) * KEY_RECORD.itemsize)
-                file.write(grouped[ends[value] - taken[value] : ends[value]].tobytes())
-            places += taken
-    return [_RecordRange(target, int(starts[v]), int(counts[v])) for v in np.flatnonzero(counts)]
-
-
-def _of_size(blocks: Iterable[NDArray[np.void]], size: int) -> Iterator[NDArray[np.void]]:
-    """Cut blocks of records anew into blocks of `size`, the last one shorter."""
-    held: list[NDArray[np.void]] = []
-    count = 0
-    for block in blocks:
-        held.append(block)
-        count += len(block)
-        while count >= size:
-            joined = np.concatenate(held)
-            yield joined[:size]
-            held, count = [joined[size:]], count - size
-    if count:
-        yield np.concatenate(held)
 
 
 def _comparable(keys: NDArray[np.uint8]) -> NDArray[np.bytes_]:

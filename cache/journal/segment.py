@@ -286,7 +286,7 @@ class JournalSegment:
             return KeyIndex(self._group, self.record.num_rows)
         keys = self._group.read_all(_ROW_KEYS)
         order = sort_records(key_records(keys))["row"]
-        return KeysInMemory(keys, np.ascontiguousarray(order))
+        return KeysInMemory(keys, order.astype(np.int64))
 
     def _require_there(self) -> None:
         """Fail if the segment is gone: without checksums (format 1) a missing object reads as zeros."""
@@ -333,7 +333,7 @@ def write_row_index(writer: GroupWriter, lengths: Iterable[int], keys: NDArray[n
     """Write the starts and sorted keys of rows with `lengths` [R] and `keys` [R, 16]."""
     starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.fromiter(lengths, np.int64), dtype=np.int64)])
     writer.write(ROW_STARTS, starts, STARTS_LAYOUT)
-    write_sorted_keys(writer, [sort_records(key_records(keys))], len(keys))
+    write_sorted_keys(writer, sort_records(key_records(keys)))
 
 
 def joined_arrays(parts: Sequence[StoredArrays]) -> StoredArrays:
