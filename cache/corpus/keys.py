@@ -70,6 +70,14 @@ def sort_records(records: NDArray[np.void]) -> NDArray[np.void]:
     return records[np.argsort(_comparable(records["key"]), kind="stable")]
 
 
+def first_of_each_key(keys: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.bool_]]:
+    """Mark in each part of keys [R, 16] the rows [R] whose key no row before them has."""
+    joined = _comparable(np.concatenate(keys))
+    first = np.zeros(len(joined), dtype=bool)
+    first[np.unique(joined, return_index=True)[1]] = True
+    return np.split(first, np.cumsum([len(part) for part in keys[:-1]], dtype=np.int64))
+
+
 def sort_file(path: Path) -> NDArray[np.void]:
     """Sort the `KEY_RECORD`s of a file where they lie, by key and then by row, and return them [R], mapped to memory.
 

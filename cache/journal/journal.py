@@ -26,11 +26,18 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from potstill.cache.encoding.logprobs import Encoding, RankTable, decode, encoding_by_name
+from potstill.cache.encoding.logprobs import RankTable, decode, encoding_by_name
 from potstill.cache.errors import InvalidInput, PotstillError
 from potstill.cache.journal.index import JournalIndex
 from potstill.cache.journal.merge import choose, merge
-from potstill.cache.journal.segment import JournalRow, SegmentRecord, measured_error, publish, write_rows
+from potstill.cache.journal.segment import (
+    JournalRow,
+    JournalSegment,
+    SegmentRecord,
+    measured_error,
+    publish,
+    write_rows,
+)
 from potstill.cache.store.claims import Claims
 from potstill.cache.store.root import Root, check_name
 from potstill.cache.types import Provenance, Targets, TeacherIdentity
@@ -87,9 +94,12 @@ class Journal:
         self._teacher = check_name("teacher", teacher)
         self._identity = identity
         self._policy = policy
-        self._encoding = encoding_by_name(policy.encoding)
-        self._ranks = RankTable.plain(identity.vocab_size)
-        self._index = JournalIndex(root, teacher, identity, self._ranks, on_trouble)
+        self.encoding = encoding_by_name(policy.encoding)
+        """Encoding in which rows are kept."""
+        self.ranks = RankTable.plain(identity.vocab_size)
+        """The rank table of journals, in which every id is its own rank."""
+        self.index = JournalIndex(root, teacher, identity, self.ranks, on_trouble)
+        """The stored segments of all processes."""
         # Three locks, so that look-ups wait neither for a write to the store nor for a join that takes minutes.
         self._lock = threading.Lock()
         self._writing = threading.Lock()
@@ -101,32 +111,12 @@ class Journal:
         self._next = 0
         host = "".join(c if c.isalnum() else "-" for c in socket.gethostname())[:24].strip("-") or "host"
         self._process = f"{host}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        self._index.refresh()
-
-    @property
-    def encoding(self) -> Encoding:
-        """Encoding in which rows are kept."""
-        return self._encoding
-
-    @property
-    def ranks(self) -> RankTable:
-        """The rank table of journals, in which every id is its own rank."""
-        return self._ranks
-
-    @property
-    def skipped(self) -> list[str]:
-        """One line for each journal segment or row that could not be used."""
-        return self._index.skipped
-
-    @property
-    def losses(self) -> int:
-        """A counter that rises when segments are found gone: evicted, joined, or moved into a corpus."""
-        return self._index.losses
+        self.index.refresh()
 
     @property
     def stored_bytes(self) -> int:
         """Stored bytes of all segments under the teacher's name, as of the last `tidy`."""
-        return sum(record.num_bytes for record in self._index.records)
+        return sum(record.num_bytes for record in self.index.records)
 
     def find(self, keys: Sequence[bytes], k: int) -> list[Targets | None]:
         """Find rows that are kept with at least `k` entries: their targets with all entries, or None.
@@ -136,10 +126,10 @@ class Journal:
         """
         with self._lock:
             held = [self._waiting.get(key, {}) for key in keys]
-            rows = [min((row for kept, row in of.items() if kept >= k), key=_k_of, default=None) for of in held]
-        stored = self._index.find(keys, k, [None if row is None else row.k for row in rows])
+            rows = [of.get(min((kept for kept in of if kept >= k), default=-1)) for of in held]
+        stored = self.index.find(keys, k, [None if row is None else row.k for row in rows])
         return [
-            stored[i] if i in stored else None if row is None else decode(row.stored, self._encoding, self._ranks)
+            stored[i] if i in stored else None if row is None else decode(row.stored, self.encoding, self.ranks)
             for i, row in enumerate(rows)
         ]
 
@@ -186,7 +176,7 @@ class Journal:
             StoreError: the store does not answer or is full; nothing is lost.
         """
         with self._tidying:
-            self._index.refresh()
+            self.index.refresh()
             self._evict()
             while not self._closed.is_set() and self._choose():
                 if not self._join():
@@ -205,7 +195,7 @@ class Journal:
             teacher=self._teacher,
             identity=self._identity,
             k=k,
-            encoding=self._encoding,
+            encoding=self.encoding,
             num_rows=len(rows),
             num_positions=sum(len(row.tokens) for row in rows),
             since=now,
@@ -216,7 +206,7 @@ class Journal:
         published = publish(self._root, record, lambda writer: write_rows(writer, rows))
         assert published is not None, "it is always wanted"
         # Into the index before the rows leave memory: in between, a look-up would miss them.
-        self._index.add(published)
+        self.index.add(published)
         with self._lock:
             for row in rows:
                 held = self._waiting[row.key]
@@ -232,17 +222,17 @@ class Journal:
             return f"journal/{self._process}/{self._teacher}-{self._next - 1:06d}"
 
     def _evict(self) -> None:
-        records = sorted(self._index.records, key=lambda record: (record.sealed, record.path))
+        records = sorted(self.index.records, key=lambda record: (record.sealed, record.path))
         total = sum(record.num_bytes for record in records)
         for record in records:
             if total <= self._policy.quota_bytes:
                 return
-            self._index.remove(record)
+            self.index.remove(record)
             total -= record.num_bytes
             _LOG.info("journal of teacher %s: evicted %s, over its quota", self._teacher, record.path)
 
-    def _choose(self) -> bool:
-        return bool(choose(self._index.segments(), self._policy.quota_bytes // _LEAST_SEGMENTS))
+    def _choose(self) -> list[JournalSegment]:
+        return choose(self.index.segments(), self._policy.quota_bytes // _LEAST_SEGMENTS)
 
     def _join(self) -> bool:
         """Join the next few segments, unless another process is at it; True when there may be more to join."""
@@ -251,18 +241,14 @@ class Journal:
             if name in claims.busy() or claims.take(name) is None:
                 return False
             # Choose again: another process may have joined them before the claim was ours.
-            self._index.refresh()
-            segments = choose(self._index.segments(), self._policy.quota_bytes // _LEAST_SEGMENTS)
+            self.index.refresh()
+            segments = self._choose()
             if not segments:
                 return False
             joined = merge(self._root, segments, self._new_path(), wanted=lambda: not self._closed.is_set())
             if joined is None:
                 return False
-            self._index.add(joined)
+            self.index.add(joined)
             for segment in segments:
-                self._index.remove(segment.record)
+                self.index.remove(segment.record)
             return True
-
-
-def _k_of(row: JournalRow) -> int:
-    return row.k

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from potstill.cache.corpus.keys import KEY_BYTES
+from potstill.cache.corpus.keys import first_of_each_key
 from potstill.cache.errors import CorruptSegment, FormatError, StoreError
 from potstill.cache.journal.segment import (
     TOKEN_LAYOUT,
@@ -155,14 +155,9 @@ def _tier(positions: int) -> int:
 def _first_rows(segments: Sequence[JournalSegment]) -> tuple[list[_JournalRange], NDArray[np.int64], NDArray[np.uint8]]:
     """Ranges to copy, with lengths [R] and keys [R, 16] of their rows; of rows with one key, the first."""
     all_keys = [segment.row_keys() for segment in segments]
-    joined = np.ascontiguousarray(np.concatenate(all_keys)).view(f"S{KEY_BYTES}").reshape(-1)
-    first = np.zeros(len(joined), dtype=bool)
-    first[np.unique(joined, return_index=True)[1]] = True
     ranges: list[_JournalRange] = []
-    lengths, keys, done = [], [], 0
-    for segment, own in zip(segments, all_keys, strict=True):
-        kept = first[done : done + len(own)]
-        done += len(own)
+    lengths, keys = [], []
+    for segment, own, kept in zip(segments, all_keys, first_of_each_key(all_keys), strict=True):
         starts = segment.starts()
         lengths.append(np.diff(starts)[kept])
         keys.append(own[kept])

@@ -13,11 +13,17 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from potstill.cache.corpus.keys import KEY_BYTES
+from potstill.cache.corpus.keys import first_of_each_key
 from potstill.cache.encoding.logprobs import ENCODINGS, Encoding, RankTable, encoding_by_name
 from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput, NotFound, StoreError
 from potstill.cache.journal.index import JournalIndex
-from potstill.cache.journal.segment import TOKENS, JournalSegment, SegmentRecord, journal_records, teacher_of
+from potstill.cache.journal.segment import (
+    TOKENS,
+    JournalSegment,
+    SegmentRecord,
+    journal_records,
+    teacher_of,
+)
 from potstill.cache.store.root import Root
 from potstill.cache.types import Provenance, Targets, TeacherIdentity, Tokens
 
@@ -65,7 +71,8 @@ class JournalRows:
                 f"the journal keeps no row of teacher {teacher!r} with {k} entries; the most is {most}: "
                 f"take --top-k {most}"
             )
-        index = JournalIndex(root, teacher, newest.identity, _plain(newest), _log)
+        plain = RankTable.plain(newest.identity.vocab_size)
+        index = JournalIndex(root, teacher, newest.identity, plain, lambda error: _LOG.warning("%s", error))
         index.refresh()
         return cls(index, newest.identity, k, _most_used(enough), newest.provenance)
 
@@ -127,29 +134,16 @@ def _most_used(records: Sequence[SegmentRecord]) -> Encoding:
     return encoding_by_name(max(positions, key=lambda name: positions[name]))
 
 
-def _plain(record: SegmentRecord) -> RankTable:
-    return RankTable.plain(record.identity.vocab_size)
-
-
-def _log(error: Exception) -> None:
-    _LOG.warning("%s", error)
-
-
 def first_rows(source: JournalRows) -> tuple[list[tuple[JournalSegment, NDArray[np.int64]]], int]:
     """Ranges [R, 2] of positions of the rows that no earlier segment has, by segment; and the longest row's tokens."""
     segments = source.segments()
-    all_keys = [segment.row_keys() for segment in segments]
-    joined = np.ascontiguousarray(np.concatenate(all_keys)).view(f"S{KEY_BYTES}").reshape(-1)
-    first = np.zeros(len(joined), dtype=bool)
-    first[np.unique(joined, return_index=True)[1]] = True
-    found, done, longest = [], 0, 1
-    for segment, keys in zip(segments, all_keys, strict=True):
+    found, longest = [], 1
+    for segment, first in zip(segments, first_of_each_key([segment.row_keys() for segment in segments]), strict=True):
         starts = segment.starts()
-        ranges = np.stack([starts[:-1], starts[1:]], axis=1)[first[done : done + len(keys)]]
+        ranges = np.stack([starts[:-1], starts[1:]], axis=1)[first]
         ranges = ranges[ranges[:, 1] > ranges[:, 0]]
         longest = max(longest, int(np.diff(ranges, axis=1).max(initial=1)))
         found.append((segment, ranges))
-        done += len(keys)
     return found, longest
 
 

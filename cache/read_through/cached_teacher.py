@@ -91,13 +91,6 @@ class _Batch:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Look:
-    """A lookup on its way, and the rows that came into the journal meanwhile."""
-
-    landed: set[bytes]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class Lookup:
     """Rows that were looked up, with what is kept of each."""
 
@@ -123,13 +116,15 @@ class CachedTeacher(WrappedTeacher):
         """Why rows could not be kept lately; empty when all is well."""
         self._name = name
         self._cache = cache
-        self._policy = policy
+        self.policy = policy
+        """What is kept, and when it is written."""
         self._in_flight: dict[bytes, list[_Batch]] = {}
-        self._looks: set[_Look] = set()
+        # By lookup on its way: keys of rows that came into the journal meanwhile.
+        self._landed: dict[object, set[bytes]] = {}
         self._closing = False
         self._journal = Journal(cache.root, name, inner.identity, policy, self._trouble)
         self._known = KnownTargets(cache, name, inner.identity, self._trouble)
-        self._losses = self._journal.losses
+        self._losses = self._journal.index.losses
         # A thread keeps the memory that it freed (glibc's arenas): in any of asyncio's, all would come to keep as much.
         self._flusher = ThreadPoolExecutor(1, f"flush-{name}")
         self._tidier = ThreadPoolExecutor(1, f"tidy-{name}")
@@ -156,11 +151,6 @@ class CachedTeacher(WrappedTeacher):
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await teacher._finish()  # noqa: SLF001 -- its own class
-
-    @property
-    def policy(self) -> KeepPolicy:
-        """What is kept, and when it is written."""
-        return self._policy
 
     @property
     def journal_bytes(self) -> int:
@@ -228,13 +218,13 @@ class CachedTeacher(WrappedTeacher):
     async def _look(self, keys: list[bytes], want: Fields) -> list[Targets | None]:
         """What is kept of each row. A score that ends while we look is seen: nothing comes between that and joining."""
         while True:
-            look = _Look(set())
-            self._looks.add(look)
+            look = object()
+            landed = self._landed[look] = set()
             try:
                 found = await asyncio.to_thread(self._find_all, keys, want)
             finally:
-                self._looks.remove(look)
-            if not any(kept is None and key in look.landed for key, kept in zip(keys, found, strict=True)):
+                del self._landed[look]
+            if not any(kept is None and key in landed for key, kept in zip(keys, found, strict=True)):
                 return found
 
     def _count(self, *, hits: int = 0, misses: int = 0, joined: int = 0) -> None:
@@ -246,7 +236,7 @@ class CachedTeacher(WrappedTeacher):
     ) -> tuple[dict[bytes, _Batch], _Batch | None]:
         """The batch that scores each missing row, and the one of them with the rows that nobody scored yet."""
         limit = min(self.identity.vocab_size, self.limits.max_top_k or self.identity.vocab_size)
-        keep = replace(want, k=max(want.k, min(self._policy.k, limit)))
+        keep = replace(want, k=max(want.k, min(self.policy.k, limit)))
         batches = {key: batch for key in missing if join and (batch := self._joinable(key, keep.k)) is not None}
         mine = {key: row for key, row in missing.items() if key not in batches}
         batch = None
@@ -294,8 +284,8 @@ class CachedTeacher(WrappedTeacher):
             rows, answers = await asyncio.to_thread(self._through_encoding, batch.rows, exact)
             # In the journal before it is answered: a row is never scored twice in between.
             self._journal.add(rows)
-            for look in self._looks:
-                look.landed.update(batch.rows)
+            for landed in self._landed.values():
+                landed.update(batch.rows)
             batch.answers.set_result(dict(zip(batch.rows, answers, strict=True)))
         except PotstillError as error:
             batch.fail(error)
@@ -322,9 +312,9 @@ class CachedTeacher(WrappedTeacher):
     def _find_all(self, keys: list[bytes], want: Fields) -> list[Targets | None]:
         """What is kept of rows; damaged targets count as a miss here and as an error in `verify`."""
         found = self._journal.find(keys, want.k)
-        if self._losses != self._journal.losses:
+        if self._losses != self._journal.index.losses:
             # Rows that left the journal may be in a corpus that was made of it just now.
-            self._losses = self._journal.losses
+            self._losses = self._journal.index.losses
             self._known.look_again()
         # Of all that is kept of a row the fewest entries answer: as before they moved into a corpus.
         held = [None if targets is None else targets.k for targets in found]
@@ -351,7 +341,7 @@ class CachedTeacher(WrappedTeacher):
 
     async def _tidy_forever(self) -> None:
         while True:
-            await asyncio.sleep(self._policy.tidy_seconds)
+            await asyncio.sleep(self.policy.tidy_seconds)
             try:
                 await asyncio.get_running_loop().run_in_executor(self._tidier, self._journal.tidy)
             except PotstillError as error:

@@ -254,9 +254,9 @@ def test_a_damaged_row_is_lost_alone_and_named(root: Root) -> None:
     answers = found(reader, rows)
     assert answers[0] is None
     assert all(same(a, expected(tokens)) for a, tokens in zip(answers[1:], rows[1:], strict=True))
-    assert [path in line for line in reader.skipped] == [True]
+    assert [path in line for line in reader.index.skipped] == [True]
     assert found(reader, rows)[0] is None
-    assert len(reader.skipped) == 1, "named once"
+    assert len(reader.index.skipped) == 1, "named once"
 
 
 def test_a_record_under_another_segments_name_is_refused(root: Root) -> None:
@@ -268,8 +268,8 @@ def test_a_record_under_another_segments_name_is_refused(root: Root) -> None:
     other.write_bytes(one_data)
     reader = journal(root)
     assert found(reader, [numbered(0), numbered(1)]) == [None, None]
-    assert len(reader.skipped) == 2
-    assert "is the record of journal/" in reader.skipped[0]
+    assert len(reader.index.skipped) == 2
+    assert "is the record of journal/" in reader.index.skipped[0]
     assert all(corrupt_journal_objects(root, path) for path in journal_records(root))
 
 
@@ -351,7 +351,7 @@ def test_processes_that_keep_join_and_evict_at_once_never_answer_wrong_or_fail(r
                 hits += answer is not None
             if numbers.random() < 0.1:
                 own.tidy()
-        assert own.skipped == []
+        assert own.index.skipped == []
         return hits
 
     with ThreadPoolExecutor(5) as pool:
