@@ -25,7 +25,6 @@ from potstill.cache.store.groups import (
     Layout,
     attempt_name,
     objects_from_json,
-    objects_to_json,
     removed_on_failure,
 )
 from potstill.cache.store.record import read_record, record_bytes
@@ -193,7 +192,7 @@ def _to_json(annotation: Annotation) -> dict[str, Any]:
         "corpus": {"fingerprint": annotation.corpus_fingerprint, "rows": annotation.num_rows},
         "dtype": annotation.dtype,
         "provenance": dict(annotation.provenance),
-        "objects": objects_to_json(annotation.objects),
+        "objects": annotation.objects,
     }
 
 

@@ -24,10 +24,10 @@ from potstill.cache.corpus.annotations import AnnotatedCorpus, corrupt_annotatio
 from potstill.cache.corpus.keys import KEY_BYTES, KEY_ORDER, SORTED_KEYS, KeyIndex, KeysInMemory, row_key
 from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput, StoreError, UnknownCorpus
 from potstill.cache.plurals import counted
-from potstill.cache.store.groups import GroupReader, Reading, objects_from_json, objects_to_json
+from potstill.cache.store.groups import GroupReader, Reading, objects_from_json
 from potstill.cache.store.record import group_metadata, read_group_metadata
 from potstill.cache.store.root import Root, StoredObject, check_name, is_name
-from potstill.cache.types import JSON, Tokens
+from potstill.cache.types import Tokens
 
 # Row starts are read in pages of this many: the chunk in which `ingest` writes them.
 _PAGE_ROWS = 4096
@@ -41,10 +41,6 @@ class Source:
     name: str
     sha256: str
     documents: int
-
-    def to_json(self) -> dict[str, JSON]:
-        """A JSON object with one key per attribute."""
-        return {"name": self.name, "sha256": self.sha256, "documents": self.documents}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -336,11 +332,7 @@ def list_corpora(root: Root) -> list[str]:
 
 def seal_corpus(root: Root, name: str, spec: CorpusSpec) -> bool:
     """Create the seal, which makes the corpus exist; False when another was sealed under the name meanwhile."""
-    record = {
-        **{n: getattr(spec, n) for n in spec.__dataclass_fields__ if n not in {"sources", "objects"}},
-        "sources": [source.to_json() for source in spec.sources],
-        "objects": objects_to_json(spec.objects),
-    }
+    record = {name: getattr(spec, name) for name in CorpusSpec.__dataclass_fields__}
     return root.create(f"{corpus_path(name)}/zarr.json", group_metadata("corpus", record))
 
 

@@ -48,7 +48,6 @@ from potstill.cache.store.groups import (
     Layout,
     Reading,
     objects_from_json,
-    objects_to_json,
     removed_on_failure,
 )
 from potstill.cache.store.record import Record, read_record, record_bytes
@@ -130,7 +129,7 @@ class SegmentRecord:
         record: Record = {
             "path": self.path,
             "teacher": self.teacher,
-            "identity": self.identity.to_json(),
+            "identity": self.identity,
             "k": self.k,
             "encoding": self.encoding.name,
             "rows": self.num_rows,
@@ -138,8 +137,8 @@ class SegmentRecord:
             "since": self.since,
             "sealed": self.sealed,
             "error": dict(self.error),
-            "provenance": self.provenance.to_json(),
-            "objects": objects_to_json(self.objects),
+            "provenance": self.provenance,
+            "objects": self.objects,
         }
         return record_bytes("journal", record)
 

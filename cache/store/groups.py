@@ -359,11 +359,6 @@ class _RecordingStore(WrapperStore[Store]):
         self.written[key] = (len(memoryview(data).cast("B")), hashlib.sha256(data).hexdigest())
 
 
-def objects_to_json(objects: Iterable[StoredObject]) -> list[dict[str, Any]]:
-    """List objects in the form that a record keeps."""
-    return [{"path": o.path, "size": o.size, "sha256": o.sha256} for o in objects]
-
-
 def objects_from_json(value: Iterable[Mapping[str, Any]]) -> tuple[StoredObject, ...]:
-    """Read what `objects_to_json` wrote."""
+    """Read the objects that a record lists."""
     return tuple(StoredObject(str(o["path"]), int(o["size"]), str(o["sha256"])) for o in value)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from potstill.cache.errors import CorruptSegment, FormatError
@@ -59,17 +60,23 @@ def _sealed(kind: str, record: Record) -> Record:
     return {**content, _HASH: _content_sha256(content)}
 
 
+def _plain(value: Any) -> Any:
+    """Spell a value that JSON does not know: by its own `to_json`, or a dataclass as an object of its attributes."""
+    return value.to_json() if hasattr(value, "to_json") else asdict(value)
+
+
 def _content_sha256(content: Record) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=_plain)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _record_json(record: Record) -> bytes:
-    return json.dumps(record, sort_keys=True, indent=1).encode()
+    return json.dumps(record, sort_keys=True, indent=1, default=_plain).encode()
 
 
 def _group_json(record: Record) -> bytes:
     metadata = {"zarr_format": 3, "node_type": "group", "attributes": {"potstill": record}}
-    return json.dumps(metadata, sort_keys=True, indent=1).encode()
+    return json.dumps(metadata, sort_keys=True, indent=1, default=_plain).encode()
 
 
 def _parse(path: str, data: bytes) -> Record:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput
-from potstill.cache.store.groups import objects_from_json, objects_to_json
+from potstill.cache.store.groups import objects_from_json
 from potstill.cache.store.record import Record, record_bytes
 from potstill.cache.store.root import StoredObject, check_name
 from potstill.cache.types import Provenance
@@ -46,16 +45,7 @@ def shard_of_commit(commit_name: str) -> int | None:
 
 def commit_bytes(commit: Commit) -> bytes:
     """The record as it is stored."""
-    record: dict[str, Any] = {
-        "shard": commit.shard,
-        "segment": commit.segment,
-        "spec_sha256": commit.spec_sha256,
-        "ranks_sha256": commit.ranks_sha256,
-        "objects": objects_to_json(commit.objects),
-        "provenance": commit.provenance.to_json(),
-        "error": commit.error,
-    }
-    return record_bytes("commit", record)
+    return record_bytes("commit", {name: getattr(commit, name) for name in Commit.__dataclass_fields__})
 
 
 def commit_from_json(path: str, shard: int, record: Record) -> Commit:

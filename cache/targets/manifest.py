@@ -26,7 +26,6 @@ from potstill.cache.store.groups import (
     Layout,
     attempt_name,
     objects_from_json,
-    objects_to_json,
     removed_on_failure,
 )
 from potstill.cache.store.record import Record, read_record, record_bytes
@@ -70,10 +69,10 @@ def fold(root: Root, set_path: str, commits: Sequence[Commit]) -> bool:
         "shards": len(commits),
         "spec_sha256": shared.spec_sha256,
         "ranks_sha256": shared.ranks_sha256,
-        "layouts": [list(layout) for layout in shared.layouts],
-        "provenances": [provenance.to_json() for provenance in shared.provenances],
-        "error_names": list(shared.error_names),
-        "objects": objects_to_json(objects),
+        "layouts": shared.layouts,
+        "provenances": shared.provenances,
+        "error_names": shared.error_names,
+        "objects": objects,
     }
     if root.create(f"{set_path}/manifest.json", record_bytes("manifest", record)):
         return True

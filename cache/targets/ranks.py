@@ -21,7 +21,6 @@ from potstill.cache.store.groups import (
     Layout,
     attempt_name,
     objects_from_json,
-    objects_to_json,
     removed_on_failure,
 )
 from potstill.cache.store.record import Record, read_record, record_bytes
@@ -105,7 +104,7 @@ class SetRanks:
         with removed_on_failure(root, path):
             writer = GroupWriter(root, path)
             writer.write("ids_by_rank", table.ids_by_rank, Layout((1 << 16,)))
-            record = {"group": group, "sha256": table.sha256, "objects": objects_to_json(writer.finish())}
+            record = {"group": group, "sha256": table.sha256, "objects": writer.finish()}
         if not root.create(f"{self._record.path}/ranks.json", record_bytes("ranks", record)):
             root.delete(path)
 

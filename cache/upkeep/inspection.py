@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -177,7 +177,7 @@ def _describe_corpus(root: Root, corpus: Corpus) -> dict[str, Any]:
         "shards": corpus.num_shards,
         "tokenizer_sha256": corpus.tokenizer_sha256,
         "duplicate_rows": corpus.spec.duplicate_rows,
-        "sources": [source.to_json() for source in corpus.spec.sources],
+        "sources": [asdict(source) for source in corpus.spec.sources],
         "bytes": sum(item.size for item in corpus.spec.objects),
         "annotations": {
             name: {

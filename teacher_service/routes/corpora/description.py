@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ def describe_corpus(opened: OpenedSets, name: str) -> dict[str, Any]:
     return {
         "format": wire.WIRE_VERSION,
         **_counts(corpus),
-        "spec": {**sealed, "sources": [source.to_json() for source in spec.sources]},
+        "spec": {**sealed, "sources": [asdict(source) for source in spec.sources]},
         "annotations": corpus.annotations(),
         "teachers": {teacher: _coverage(opened, teacher, name) for teacher in opened.teachers(name)},
     }
