@@ -1,1 +1,1 @@
-"""Who may do what: API keys and roles, quotas, the audit log, and the middleware that asks them."""
+"""Access to the service: API keys with roles, quotas, the audit log, and the middleware that applies them."""

@@ -1,4 +1,4 @@
-"""What admins did, and who tried to: JSON lines that are on the disk before the action is answered.
+"""The audit log: a JSON line for every admin action, done or refused, on the disk before the action is answered.
 
     {"time", "caller", "action", "target", "detail", "status", "request_id"}
 
@@ -28,10 +28,10 @@ _SECRETS = (
     (re.compile(r"\b(bearer|basic)\s+\S+", re.IGNORECASE), r"\1 ..."),
     (re.compile(r"potstill_\S+"), "potstill_..."),
 )
-"""What is taken out of every text: a URL's userinfo and secret parameters, credentials of a header, our API keys."""
-_LONGEST_TEXT = 500
+"""Patterns and their replacements: a URL's userinfo and secret parameters, credentials of a header, our API keys."""
+_LONGEST_TEXT = 500  # characters: a name or a message fits, and no caller can fill the disk with one request
 DETAIL_BYTES = 16 * 2**10
-"""Of a body that is longer only the length is told."""
+"""Longest request body that is kept; of a longer one the line tells only the length."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +48,7 @@ class AuditLine:
 
 
 class Audit:
-    """Keeps the lines in a file, or without one in the log `potstill.audit`.
+    """Writes the lines to a file, or without one to the log `potstill.audit`.
 
     The file is opened for every line, so that it may be moved away at any time.
 
@@ -59,7 +59,7 @@ class Audit:
     def __init__(self, path: Path | None = None) -> None:
         self._path = path
         if path is None:
-            # Whatever the rest of the log leaves out, who did what is told.
+            # A quieter level of the log's other parts must not silence the audit.
             _LOG.setLevel(logging.INFO)
             return
         try:
@@ -75,7 +75,7 @@ class Audit:
         try:
             await asyncio.to_thread(_append, self._path, json.dumps(asdict(line)).encode() + b"\n")
         except OSError as error:
-            # The action is done; what the file cannot keep must not be lost as well.
+            # The action is done and cannot be refused any more, so a full disk must not lose its line: the log gets it.
             _LOG.error("%s: cannot be written (%s): %s", self._path, error.strerror, json.dumps(asdict(line)))
 
 

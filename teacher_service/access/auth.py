@@ -1,6 +1,6 @@
-"""Who calls, and what they may do: API keys with roles.
+"""Callers and their roles.
 
-The caller of a request is known in its context, and in every task that is started from there.
+The caller of a request is in a context variable, which tasks started while it is served inherit.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from potstill.teacher_service.access.quotas import Quota
 
 
 class Role(Enum):
-    """What a key may do. Each role may do all that the ones before it may."""
+    """Rights of a key. Each role may also do all that the ones before it may."""
 
     TRAINER = "trainer"
     """Score rows and read what is there."""
@@ -24,14 +24,14 @@ class Role(Enum):
     """Everything: add, remove and scale teachers."""
 
     def includes(self, other: Role) -> bool:
-        """Whether this role may do what `other` may."""
+        """True where this role may do all that `other` may."""
         order = list(Role)
         return order.index(self) >= order.index(other)
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who sent a request; the empty name is everybody, where there are no keys."""
+    """The sender of a request, named like its key; the name is empty where the service has no keys."""
 
     name: str
     role: Role
@@ -39,29 +39,25 @@ class Caller:
 
 
 EVERYBODY = Caller("", Role.ADMIN)
-"""The caller where the service has no keys: it listens on loopback only then."""
+"""The caller where the service has no keys. It may do everything: such a service listens on loopback only."""
 
 caller: ContextVar[Caller] = ContextVar("caller", default=EVERYBODY)
 """Set for every request before any route sees it."""
 
 
 def current_caller() -> Caller:
-    """Who sent the request that is being served."""
+    """The caller of the request that is being served."""
     return caller.get()
 
 
 @dataclass(frozen=True, slots=True)
 class allow:  # noqa: N801 -- reads as a verb where routes use it: Depends(allow(Role.ADMIN))
-    """What a route declares: `dependencies=[Depends(allow(Role.BATCH))]`."""
+    """A route's declaration of the role it needs: `dependencies=[Depends(allow(Role.BATCH))]`."""
 
     role: Role
 
     async def __call__(self) -> None:
-        """Let the caller pass.
-
-        Raises:
-            Forbidden: the caller's role may not.
-        """
+        """Let the caller pass, or raise Forbidden where its role is too low."""
         who = current_caller()
         if not who.role.includes(self.role):
             raise Forbidden(

@@ -13,15 +13,15 @@ from potstill.teacher_service.access.auth import Caller
 from potstill.teacher_service.access.keys_file import KeyRecord, hash_key, is_readable_by_others, read_keys
 
 _LOG = logging.getLogger(__name__)
-_CHECK_SECONDS = 1.0
-_LONGEST_KEY = 256
+_CHECK_SECONDS = 1.0  # one look at the file a second, however many requests come
+_LONGEST_KEY = 256  # characters; the time to hash one must not grow with what a stranger sends
 
 
 class KeyRing:
-    """Finds the caller of a key. A file that is broken while the service runs changes nothing but the log.
+    """Finds the caller of a key. A file that breaks while the service runs is logged, and the old keys stay.
 
     Args:
-        path: what `potstill keys` wrote.
+        path: the TOML file that `potstill keys` wrote.
         clock: seconds, never running backwards.
 
     Raises:
@@ -38,7 +38,7 @@ class KeyRing:
             _LOG.warning("%s: others may read names, roles and hashes of the API keys; chmod 600", path)
 
     def find(self, key: str) -> Caller | None:
-        """Whose key it is, or None.
+        """Look up the caller that has the key, or None.
 
         Every hash is compared, each in constant time, so that the time tells nothing about what is in the file.
         """
@@ -53,6 +53,7 @@ class KeyRing:
     def reload(self) -> None:
         """Read the file again now. When it is broken, the keys stay as they were."""
         self._checked = self._clock()
+        # Before the content: a change in between is then seen as one at the next look, not missed.
         self._version = _version(self._path)
         try:
             self._keys = _callers(read_keys(self._path))

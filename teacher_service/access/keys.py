@@ -1,4 +1,4 @@
-"""`potstill keys`: who may use a service."""
+"""`potstill keys`: add, list and remove the API keys of a service."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""API keys in a TOML file: of each its name, role, quota and SHA-256, never the key itself.
+"""API keys in a TOML file: the name, role, quota and SHA-256 of each, never the key itself.
 
     [keys.trainer-1]
     role = "trainer"
@@ -37,7 +37,7 @@ _KNOWN = ("role", "sha256", "tokens_per_minute", "tokens_per_day")
 
 @dataclass(frozen=True, slots=True)
 class KeyRecord:
-    """What is kept of one key."""
+    """One key's entry in the file."""
 
     name: str
     role: Role
@@ -56,7 +56,7 @@ def hash_key(key: str) -> str:
 
 
 def read_keys(path: Path) -> dict[str, KeyRecord]:
-    """Every key of the file, by name.
+    """Read every key of the file, by name.
 
     Raises:
         InvalidInput: it cannot be read, is not what `potstill keys` writes, or others may write it.
@@ -81,7 +81,7 @@ def read_keys(path: Path) -> dict[str, KeyRecord]:
 
 
 def is_readable_by_others(path: Path) -> bool:
-    """Whether somebody but the owner may read the file: names and roles, though no keys."""
+    """True where others than the owner may read the file, which tells names and roles though no keys."""
     return bool(path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH))
 
 
@@ -115,17 +115,18 @@ def remove_key(path: Path, name: str) -> None:
 
 @contextmanager
 def _changing(path: Path) -> Iterator[dict[str, KeyRecord]]:
-    """The records, to be changed in place; written back at the end. Two who change the file do so one by one."""
+    """Lend the records to be changed in place, and write them back at the end. Two writers take turns."""
     try:
         folder = os.open(path.parent, os.O_RDONLY)
     except OSError as error:
         raise InvalidInput(f"{path.parent}: cannot be opened: {error.strerror}") from error
     try:
+        # The folder, because the file is not changed but replaced: a lock on the old one would keep nobody out.
         fcntl.flock(folder, fcntl.LOCK_EX)
         records = read_keys(path) if path.exists() else {}
         yield records
         _write(path, records)
-        os.fsync(folder)
+        os.fsync(folder)  # a rename outlives a power cut only once its folder is on the disk
     finally:
         os.close(folder)
 

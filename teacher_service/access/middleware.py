@@ -1,7 +1,7 @@
-"""ASGI middleware that knows every caller: no key, no answer. What admins do is written down.
+"""ASGI middleware that finds each request's caller, refuses unknown ones, and writes admin actions to the audit log.
 
-Which role a route needs it declares itself (`auth.allow`). Here a request without a known key ends before its body is
-read; only the paths in `OPEN_PATHS` are for everybody.
+A request without a known key ends before its body is read, except on the few open paths. The role that a route needs is
+declared by the route itself (`auth.allow`).
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 OPEN_PATHS = frozenset({"/", "/health", "/healthz", "/readyz"})
-"""Answered without a key, like everything under `/static/`: they tell how the service is, and hold the page that asks
-for a key."""
+"""Paths that are answered without a key, like everything under `/static/`: health checks, and the page that asks for a
+key."""
 
 _READS = frozenset({"GET", "HEAD", "OPTIONS"})
 _LONGEST_TARGET = 300
-_CLIENT_LEFT = 499
+_CLIENT_LEFT = 499  # nginx's status for a client that did not wait for its answer
 _UNKNOWN_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Who may come in, and where it is written down."""
+    """The keys, the audit log and the open paths of one service."""
 
     keys: KeyRing | None = None
     """None: everybody may do everything, as on a loopback address."""
@@ -52,7 +52,7 @@ class Access:
 
     @classmethod
     def of(cls, settings: AccessSettings) -> Access:
-        """What the settings say.
+        """Open the files that the settings name.
 
         Raises:
             InvalidInput: the keys cannot be read, or the audit file not be written.
@@ -62,11 +62,11 @@ class Access:
         return cls(keys, audit, OPEN_PATHS | {"/metrics"} if settings.open_metrics else OPEN_PATHS)
 
     def is_open(self, path: str) -> bool:
-        """Whether a path is answered without a key."""
+        """True where a path is answered without a key."""
         return path in self.open_paths or path.startswith("/static/")
 
     def identify(self, headers: Headers) -> Caller:
-        """Who sent a request with these headers.
+        """Find the caller of a request by its headers.
 
         Raises:
             Unauthenticated: no key, or an unknown one.
@@ -85,7 +85,7 @@ class Access:
 def _key_of(authorization: str) -> str:
     """The key of `Bearer KEY`, or the password of `Basic`; empty when there is none.
 
-    The second is all that a trainer can send that takes nothing but a URL: `http://any:KEY@host:port`.
+    Trainers that can be given only a URL send the second form: `http://any:KEY@host:port`.
     """
     scheme, _, value = authorization.partition(" ")
     if scheme.lower() == "bearer":
@@ -102,8 +102,8 @@ class AccessApp:
     """Puts the caller into the context of each request, or refuses it.
 
     Args:
-        app: what answers.
-        access: who may come in.
+        app: the application behind.
+        access: keys, audit log and open paths.
         answer_error: makes, and counts, the answer of a refusal.
     """
 
@@ -141,7 +141,7 @@ class AccessApp:
         await self._answer_error(Request(scope), error)(scope, receive, send)
 
     async def _record_unknown(self, error: Unauthenticated, scope: Scope) -> None:
-        """At most one line a second: who has no key must not be able to fill a disk."""
+        """Write at most one line a second: callers without a key must not be able to fill the disk."""
         if time.monotonic() - self._unknown_told < _UNKNOWN_SECONDS:
             self._unknown_left_out += 1
             return
@@ -153,7 +153,7 @@ class AccessApp:
 
 
 class _Audited:
-    """One action of an admin, or of who would be one: written down before the answer begins."""
+    """One admin action, allowed or refused, recorded before its answer begins."""
 
     def __init__(self, audit: Audit, scope: Scope, receive: Receive, send: Send, who: Caller) -> None:
         self._audit = audit
@@ -168,7 +168,7 @@ class _Audited:
         try:
             await app(self._scope, self._receiving, self._sending)
         except asyncio.CancelledError:
-            # By a shutdown that takes too long, for one: what was begun may be done.
+            # As by a shutdown that does not wait any longer. The action may have been done, so it is recorded.
             await self._record(_CLIENT_LEFT)
             raise
         except Exception:
@@ -190,7 +190,7 @@ class _Audited:
 
     async def _record(self, status: int) -> None:
         if not self._recorded:
-            self._recorded = True
+            self._recorded = True  # before the await: cancelled there, `serve` would record it again
             line = _line(self._scope, self._who, status)
             await self._audit.record(replace(line, detail=detail_of(self._body)))
 
@@ -208,13 +208,13 @@ def _line(scope: Scope, who: Caller, status: int) -> AuditLine:
 
 
 def _is_admin_action(scope: Scope) -> bool:
-    """Whether it would change something that only admins may change."""
+    """True where the request would change something that only admins may change."""
     route = None if scope["method"] in _READS else _route(scope)
     needed = [] if route is None else [declared.dependency for declared in route.dependencies]
     return any(isinstance(role, allow) and role.role is Role.ADMIN for role in needed)
 
 
 def _route(scope: Scope) -> APIRoute | None:
-    """The route that will answer; the router looks for it only after us."""
+    """The route that will answer. Looked up here because the router does so only after this middleware."""
     routes = (route for route in scope["app"].routes if isinstance(route, APIRoute))
     return next((route for route in routes if route.matches(scope)[0] is Match.FULL), None)

@@ -1,4 +1,4 @@
-"""How many tokens a key may have scored per minute and per day. What the cache answers costs nothing.
+"""Quotas: tokens that a key may have scored per minute and per day. Answers from the cache cost nothing.
 
 The counts live in this process: a restart begins anew, and each service process counts for itself.
 """
@@ -14,23 +14,23 @@ from potstill.cache.errors import InvalidInput, LimitExceeded, Overloaded
 
 _MINUTE = 60.0
 _DAY = 86_400.0
-# A call may wait over midnight: what it gives back then is of the old day, and the new one must not get it.
+# A call may wait past midnight: what it gives back then belongs to the old day and must not be added to the new one.
 _taken_on: ContextVar[int | None] = ContextVar("taken_on", default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quota:
-    """What one key may have scored; None is no limit.
+    """Tokens that one key may have scored; None is no limit.
 
     Raises:
         InvalidInput: a limit below 1.
     """
 
     tokens_per_minute: int | None = None
-    """A bucket that holds this many and refills evenly. One call may be larger: it needs a full bucket, and what it
-    takes beyond is waited for by the next."""
+    """A bucket that holds this many and refills evenly. A larger call needs a full bucket and leaves it in debt, which
+    the next call waits for."""
     tokens_per_day: int | None = None
-    """Of a calendar day, UTC."""
+    """Tokens per calendar day, UTC."""
 
     def __post_init__(self) -> None:
         for name in ("tokens_per_minute", "tokens_per_day"):
@@ -49,10 +49,10 @@ class _Spent:
 
 
 class QuotaMeter:
-    """What every key has spent. Used from one event loop only.
+    """Counts what every key has spent. Used from one event loop only.
 
     Args:
-        clock: seconds since the epoch.
+        clock: seconds since the epoch, because quotas of a day end at midnight.
     """
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
@@ -60,7 +60,7 @@ class QuotaMeter:
         self._spent: dict[str, _Spent] = {}
 
     def take(self, key: str, quota: Quota, tokens: int) -> None:
-        """Spend tokens.
+        """Charge tokens to a key.
 
         Raises:
             Overloaded: over the quota; `retry_after` is when there is enough again.
@@ -72,6 +72,7 @@ class QuotaMeter:
         now = self._clock()
         spent = self._spent.setdefault(key, _Spent(at=now, day=int(now // _DAY)))
         _pass_time(spent, now, quota)
+        # Both limits are checked before either is charged: a refused call costs nothing.
         _check_minute(spent, quota, tokens, key)
         _check_day(spent, quota, tokens, key, now)
         spent.owed += tokens
@@ -79,7 +80,7 @@ class QuotaMeter:
         _taken_on.set(spent.day)
 
     def give_back(self, key: str, tokens: int) -> None:
-        """Return what the same task took last and was then not scored."""
+        """Return tokens that the same task took last and that were not scored."""
         spent = self._spent.get(key)
         if spent is None:
             return
@@ -89,6 +90,7 @@ class QuotaMeter:
 
 
 def _pass_time(spent: _Spent, now: float, quota: Quota) -> None:
+    # The wall clock may be set back, which must not make anybody owe more.
     refilled = max(0.0, now - spent.at) * (quota.tokens_per_minute or 0) / _MINUTE
     spent.owed = max(0.0, spent.owed - refilled)
     spent.at = now

@@ -1,1 +1,1 @@
-"""Whose rows reach an engine when: bounds of one request and of all together, and a queue that is fair between keys."""
+"""Admission: bounds of one request and of all together, and the queue in front of each engine, fair between keys."""

@@ -1,7 +1,7 @@
-"""What is let in: how much may be in flight, and who of those that wait is next.
+"""Admission of score requests: the bounds of all together, and the wait for a teacher's engine.
 
-Tokens are the unit of a teacher's work and of its memory, so they are what is bounded. Only what the cache does not
-answer waits: `AdmittedTeacher` stands between the cache and the engine. What is over a bound is told when to come back.
+Tokens are the unit of a teacher's work and of its memory, so tokens are bounded. `AdmittedTeacher` stands between the
+cache and the engine, so that only rows that the cache misses wait. A call over a bound is told when to come back.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from potstill.teacher_service.telemetry.tracing import span
 
 T = TypeVar("T")
 BATCH_TOKENS = 2048
-"""A call enters the engine in batches of at most so many tokens (or one longer row), so that other keys get their turns
-in between; about one step of an engine."""
+"""Most tokens of one batch, or one longer row. A call enters the engine batch by batch, so that other keys get their
+turns in between; this is about one step of an engine."""
 
 REFUSAL_REASONS = ("requests", "bodies", "answers", "misses", "queue", "pushed_out", "deadline", "quota")
-"""What calls are not let in for, as metrics name it."""
+"""Reasons for which calls are refused, as metrics name them."""
 
 _deadline: ContextVar[float | None] = ContextVar("deadline", default=None)
 
 
 class Admission:
-    """What of the service's bounds is in use. Used from one event loop only."""
+    """Counts what is in use of the service's bounds. Used from one event loop only."""
 
     def __init__(self, limits: LimitSettings) -> None:
         self.limits = limits
         self.refusals: Counter[str] = Counter(dict.fromkeys(REFUSAL_REASONS, 0))
-        """By reason."""
+        """Refused calls, by reason."""
         self.queues: dict[str, EngineQueue] = {}
-        """In front of each teacher that is up."""
+        """The queue in front of each teacher that is up, by the teacher's name."""
         self.quotas = QuotaMeter()
         self._requests = self._bound(limits.max_requests_in_flight, "score requests", "requests")
         self._bodies = self._bound(limits.max_body_bytes_in_flight, "bytes of request bodies", "bodies")
@@ -54,12 +54,12 @@ class Admission:
         self._misses = self._bound(limits.max_miss_bytes_in_flight, "bytes of answers to misses", "misses")
 
     def _bound(self, limit: int, what: str, reason: str) -> SharedBound:
-        # A request's place is given back before its rows wait for an engine, so that no engine's speed tells when.
+        # A request's slot is given back before its rows wait for an engine, so no engine's speed says when it is free.
         after = (lambda: None) if reason == "requests" else self._retry_after
         return SharedBound(limit, what, reason=reason, refusals=self.refusals, retry_after=after)
 
     def _retry_after(self) -> float | None:
-        """Bodies and answers are held until their rows are scored: as long as the slowest queue takes."""
+        """Seconds that the slowest queue takes: bodies and answers are held until their rows are scored."""
         return max((queue.retry_after for queue in self.queues.values()), default=None)
 
     @property
@@ -69,27 +69,27 @@ class Admission:
 
     @property
     def tokens_in_flight(self) -> int:
-        """Inside the engines of all teachers."""
+        """Tokens inside the engines of all teachers."""
         return sum(queue.tokens_in_flight for queue in self.queues.values())
 
     @property
     def tokens_waiting(self) -> int:
-        """For the engines of all teachers."""
+        """Tokens that wait for the engines of all teachers."""
         return sum(queue.tokens_waiting for queue in self.queues.values())
 
     @property
     def bodies(self) -> SharedBound:
-        """Bytes of request bodies."""
+        """The bound of request bodies, in bytes."""
         return self._bodies
 
     @contextmanager
     def request(self) -> Iterator[Reservation]:
         """Hold one score request's slot, from before its body is read until it is answered, or its rows wait.
 
-        The slot is not taken again for the answer: what was scored is never refused, and answers have their own bound.
+        The slot is not taken again for the answer: scored rows are never refused, and answers have their own bound.
 
         Raises:
-            Overloaded: `max_requests_in_flight` are there already.
+            Overloaded: `max_requests_in_flight` are being served already.
         """
         reservation = Reservation(current_caller().name, self._requests, self._answers, self._misses)
         try:
@@ -106,10 +106,10 @@ class Admission:
         return self._answers.hold(current_caller().name, num_bytes)
 
     def spend(self, caller: Caller, tokens: int) -> None:
-        """Take tokens out of the caller's quota.
+        """Charge tokens to the caller's quota.
 
         Raises:
-            Overloaded: not enough is left. LimitExceeded: it can never be.
+            Overloaded: not enough is left. LimitExceeded: more than a whole day's quota.
         """
         try:
             self.quotas.take(caller.name, caller.quota, tokens)
@@ -119,10 +119,10 @@ class Admission:
 
 
 class Reservation:
-    """What one score request holds of the service's bounds: a slot among requests, then its answer's bytes.
+    """One score request's share of the service's bounds: a slot among requests, and its answer's bytes.
 
-    The bytes count among the answers that are read from the cache until `wait`, then among the misses. What is held of
-    answers is within `max_answer_bytes_in_flight` and `max_miss_bytes_in_flight` together, each answer as its arrays.
+    Until `wait` the bytes count against `max_answer_bytes_in_flight`, like answers from the cache; after it against
+    `max_miss_bytes_in_flight`. An answer counts with the size of its arrays.
     """
 
     def __init__(self, key: str, requests: SharedBound, answers: SharedBound, misses: SharedBound) -> None:
@@ -143,12 +143,13 @@ class Reservation:
         self._num_bytes = num_bytes
 
     def wait(self) -> None:
-        """Make room for hits before rows of the request wait for an engine: give back the slot, count as a miss.
+        """Give back the slot and count as a miss, so that hits find room while this request waits for an engine.
 
         Raises:
             Overloaded, LimitExceeded: the bytes are over `max_miss_bytes_in_flight`, with the others or alone.
         """
         self.release_slot()
+        # Taken first: where it is refused, `release_answer` still gives back what is counted among the answers.
         self._misses.take(self._key, self._num_bytes)
         self._answers.give_back(self._key, self._num_bytes)
         self._answers = self._misses
@@ -160,13 +161,13 @@ class Reservation:
             self._requests = None
 
     def release_answer(self) -> None:
-        """Give back the answer's bytes, wherever they count by now."""
+        """Give back the answer's bytes, to whichever bound they count against by now."""
         self._answers.give_back(self._key, self._num_bytes)
         self._num_bytes = 0
 
 
 class AdmittedTeacher(WrappedTeacher):
-    """A `Teacher` in front of a pool: calls wait their fair turn, in batches. Open with `open`."""
+    """A `Teacher` in front of a pool: each call waits for its fair turn, batch by batch. Open with `open`."""
 
     def __init__(self, pool: ReplicaPool, admission: Admission, queue: EngineQueue) -> None:
         super().__init__(pool)
@@ -176,7 +177,7 @@ class AdmittedTeacher(WrappedTeacher):
     @classmethod
     @asynccontextmanager
     async def open(cls, pool: ReplicaPool, admission: Admission, name: str) -> AsyncIterator[AdmittedTeacher]:
-        """The teacher's queue is among the admission's as long as this is open."""
+        """Put a queue in front of the pool, among the admission's as long as this is open."""
         clock = asyncio.get_running_loop().time
         queue = EngineQueue(
             admission.limits, replicas=lambda: pool.status.replicas, refusals=admission.refusals, clock=clock
@@ -185,11 +186,12 @@ class AdmittedTeacher(WrappedTeacher):
         try:
             yield cls(pool, admission, queue)
         finally:
+            # Another teacher of that name may have been added while this one closed.
             if admission.queues.get(name) is queue:
                 del admission.queues[name]
 
     async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
-        """One `Targets` per row, in order; a caller that leaves takes what has not begun out of the queue.
+        """Score rows: one `Targets` per row, in order. A cancelled call takes what has not begun out of the queue.
 
         Raises:
             Overloaded: the queue is full or the caller's quota is spent; `retry_after` says when to come back.
@@ -203,15 +205,17 @@ class AdmittedTeacher(WrappedTeacher):
         for start, stop in row_batches(starts, self._batch_tokens(rows, per_token)):
             size = int(starts[stop] - starts[start])
             call.batches.append(Batch(call, rows[start:stop], size, size * per_token))
+        # Before the queue: a call without quota must not push another key's calls out of it.
         self._admission.spend(caller, call.tokens)
         try:
             with self._queue.entered(call, _deadline.get()):
                 return await self._score_batches(call, want)
         finally:
+            # Batches that have begun stay charged even when the call failed: the engine has worked on them.
             self._admission.quotas.give_back(caller.name, call.tokens - call.tokens_begun)
 
     def _batch_tokens(self, rows: Sequence[Tokens], per_token: int) -> int:
-        """How long a batch may be, so that each fits into `max_engine_bytes`."""
+        """Most tokens of one batch, so that each fits into `max_engine_bytes`."""
         most = self._admission.limits.max_engine_bytes // per_token
         longest = max(map(len, rows), default=0)
         if longest > most:
@@ -226,6 +230,7 @@ class AdmittedTeacher(WrappedTeacher):
         try:
             return [targets for scored in await asyncio.gather(*tasks) for targets in scored]
         finally:
+            # Where one batch failed the others are of no use. They are awaited, so that none is left in the engine.
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -244,9 +249,9 @@ class AdmittedTeacher(WrappedTeacher):
 
 
 async def within(seconds: float | None, begin: float, scoring: Coroutine[Any, Any, T]) -> T:
-    """Await what the caller wants within so many seconds from `begin`, on the event loop's clock; None is no limit.
+    """Await `scoring` until `seconds` after `begin`, on the event loop's clock; None is no limit.
 
-    Work that would only begin later is refused without waiting.
+    Queues see the deadline, and refuse at once what could not begin before it.
 
     Raises:
         DeadlineExceeded: the time is over.
@@ -258,7 +263,7 @@ async def within(seconds: float | None, begin: float, scoring: Coroutine[Any, An
             return await scoring
     except TimeoutError as error:
         if not limit.expired():
-            raise
+            raise  # a timeout of something inside, which is not the caller's deadline
         raise DeadlineExceeded(f"not scored within the {seconds:g} seconds that the caller gave") from error
     finally:
         _deadline.reset(told)

@@ -12,20 +12,21 @@ from potstill.teacher_service.admission.fair_queue import Batch, Call, FairQueue
 from potstill.teacher_service.settings.service import LimitSettings
 
 _SHORTEST_RETRY_SECONDS = 1.0
+# The rate is measured over half a minute, and the queue may empty sooner: nobody is sent away for longer than this.
 _LONGEST_RETRY_SECONDS = 60.0
 _MEMORY_SECONDS = 30.0
-"""How far back the measured throughput looks."""
+"""Time constant of the measured throughput: older work counts by exp(-age / this)."""
 
 
 class EngineQueue:
-    """Who waits and who is in the engine. Used from one event loop only.
+    """Calls that wait for one engine, and batches that are inside it. Used from one event loop only.
 
-    At most `max_tokens_in_flight` tokens wait or are inside, at most `max_engine_tokens` a replica and
-    `max_engine_bytes` in all are inside; a single batch over the former goes in alone.
+    At most `max_tokens_in_flight` tokens wait or are inside. Inside are at most `max_engine_tokens` per replica and
+    `max_engine_bytes` in all, but a single larger batch goes in alone.
 
     Args:
-        limits: see above.
-        replicas: how many engines work right now.
+        limits: the three bounds above.
+        replicas: tells how many engines work right now.
         refusals: counted by reason: `queue` (full), `pushed_out` (for a key with less waiting), `deadline`.
         clock: the event loop's.
     """
@@ -39,9 +40,9 @@ class EngineQueue:
         clock: Callable[[], float],
     ) -> None:
         self.tokens_in_flight = 0
-        """Inside the engine."""
+        """Tokens inside the engine."""
         self.bytes_in_flight = 0
-        """What they may need."""
+        """Bytes that those tokens may need, by `engine_bytes_per_token`."""
         self._limits = limits
         self._replicas = replicas
         self._refusals = refusals
@@ -51,12 +52,12 @@ class EngineQueue:
 
     @property
     def tokens_waiting(self) -> int:
-        """Not inside the engine yet."""
+        """Tokens that are not inside the engine yet."""
         return self._waiting.tokens
 
     @property
     def tokens_per_second(self) -> float:
-        """Scored lately, while there was work; 0 before anything was."""
+        """Recent speed while there was work; 0 before anything was scored."""
         return self._throughput.tokens_per_second
 
     @property
@@ -68,15 +69,15 @@ class EngineQueue:
 
     @contextmanager
     def entered(self, call: Call, deadline: float | None) -> Iterator[None]:
-        """Have a call's batches wait until they are admitted; what is left of it leaves at the end.
+        """Put a call's batches into the queue, and take out what is left of them at the end of the block.
 
         Args:
-            call: each of its batches goes into the engine as a whole.
-            deadline: on the clock; None is none.
+            call: each of its batches goes into the engine as a whole; await `Batch.admitted` before scoring it.
+            deadline: on the queue's clock; None for none.
 
         Raises:
-            Overloaded: the queue is full, or they could not begin before the deadline. `retry_after` is set. Waiting
-                to be admitted raises it too: a call that has not begun gives way to keys with less waiting.
+            Overloaded: the queue is full, or the call could not begin before the deadline. `retry_after` is set.
+                `Batch.admitted` raises it too: a call that has not begun may be pushed out for a key with less waiting.
         """
         self._check_deadline(call, deadline)
         self._make_room(call)
@@ -86,12 +87,13 @@ class EngineQueue:
             yield
         finally:
             self._waiting.drop(call)
+            # A call may be cancelled between a batch's admission and its scoring, when nobody else ends the batch.
             for batch in call.batches:
                 self.end(batch, scored=False)
             self._pump()
 
     def end(self, batch: Batch, *, scored: bool) -> None:
-        """A batch has left the engine; nothing happens when it was never inside, or has left already."""
+        """Take a batch out of the engine's count, unless it was never inside or has left already."""
         if not batch.inside:
             return
         batch.inside = False
@@ -101,7 +103,7 @@ class EngineQueue:
         self._pump()
 
     def _pump(self) -> None:
-        """Admit batches as long as the next one fits. Nothing overtakes it: a large one would wait forever."""
+        """Admit batches as long as the next one fits. Nothing overtakes it, or a large one would wait for ever."""
         while (batch := self._waiting.head()) is not None:
             if batch.admitted.cancelled():
                 self._waiting.drop(batch.call)  # its caller left just now, and is about to leave the queue
@@ -112,7 +114,7 @@ class EngineQueue:
 
     def _fits(self, batch: Batch) -> bool:
         if not self.tokens_in_flight:
-            return True
+            return True  # a batch over the bounds would never go in otherwise
         return (
             self.tokens_in_flight + batch.tokens <= self._engine_tokens
             and self.bytes_in_flight + batch.num_bytes <= self._limits.max_engine_bytes
@@ -134,7 +136,7 @@ class EngineQueue:
     def _check_deadline(self, call: Call, deadline: float | None) -> None:
         rate = self.tokens_per_second
         if deadline is None or not rate or not call.batches:
-            return
+            return  # without a measured rate nobody is refused on a guess
         first = call.batches[0].tokens
         ahead = self._waiting.tokens_ahead(call.key, first) + self.tokens_in_flight
         wait = max(0, ahead + first - self._engine_tokens) / rate
@@ -148,7 +150,7 @@ class EngineQueue:
             )
 
     def _make_room(self, call: Call) -> None:
-        """Refuse a call that is too much, unless another key has more waiting and gives way."""
+        """Refuse a call that is over `max_tokens_in_flight`, unless a key with more waiting gives way."""
         bound = self._limits.max_tokens_in_flight
         missing = self.tokens_waiting + self.tokens_in_flight + call.tokens - bound
         if missing <= 0:
@@ -162,7 +164,10 @@ class EngineQueue:
             raise self._full(call, f"{self.tokens_waiting} wait and {self.tokens_in_flight} are in the engine")
 
     def _giving_way(self, call: Call, missing: int) -> list[Call]:
-        """The newest calls of the heaviest key that make room enough; none if they do not, or it is not heavier."""
+        """The newest calls of the heaviest key that free `missing` tokens; none where that is not enough.
+
+        A call never pushes out a key that would have less waiting than its own.
+        """
         heaviest = self._waiting.heaviest_key()
         own = self._waiting.tokens_of(call.key) + call.tokens
         if heaviest is None or heaviest == call.key or self._waiting.tokens_of(heaviest) <= own:
@@ -184,10 +189,9 @@ class EngineQueue:
 
 
 class Throughput:
-    """Tokens and busy seconds, both forgotten at the same exponential rate; their ratio is the speed.
+    """The speed of an engine: scored tokens per busy second, both forgotten at the same exponential rate.
 
-    Each sum alone would be an average of a few completions that arrive in bursts; the ratio of both does not depend
-    on when between two bursts it is asked for.
+    Completions arrive in bursts; the ratio of the two sums does not depend on when between two bursts it is read.
 
     Args:
         clock: seconds, never running backwards.
@@ -201,15 +205,15 @@ class Throughput:
 
     @property
     def tokens_per_second(self) -> float:
-        """While it has work; 0 as long as nothing was scored."""
+        """Speed while there is work; 0 as long as nothing was scored."""
         return self._tokens / self._seconds if self._seconds > 0 else 0.0
 
     def begin(self) -> None:
-        """It gets work after having none: the idle time before does not count."""
+        """Note that work begins after an idle time, which does not count."""
         self._counted_to = self._clock()
 
     def finish(self, tokens: int) -> None:
-        """So many tokens were scored; call `begin` before what comes after an idle time."""
+        """Count tokens that were scored; after an idle time call `begin` before."""
         now = self._clock()
         busy = now - self._counted_to
         keep = math.exp(-busy / _MEMORY_SECONDS)

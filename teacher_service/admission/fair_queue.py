@@ -18,27 +18,27 @@ from potstill.cache.types import Tokens
 
 @dataclass(slots=True, eq=False)
 class Batch:
-    """Rows of a call that are scored at once, and the promise that they may begin."""
+    """Rows of a call that are scored at once, and the future that tells that they may begin."""
 
     call: Call
     rows: Sequence[Tokens]
     tokens: int
     num_bytes: int
-    """What they may need in the engine."""
+    """Bytes that they may need in the engine."""
     admitted: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     inside: bool = False
-    """In the engine now."""
+    """True while the batch is in the engine."""
 
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """One caller's rows on their way to the engine, in batches; all wait, or some run already."""
+    """One caller's rows on their way to the engine, in batches of which some may run already."""
 
     key: str
     tokens: int
     batches: list[Batch] = field(default_factory=list)
     tokens_begun: int = 0
-    """Of the batches that were admitted."""
+    """Tokens of the batches that were admitted."""
 
 
 @dataclass(slots=True, eq=False)
@@ -55,7 +55,7 @@ class FairQueue:
 
     def __init__(self) -> None:
         self.tokens = 0
-        """Of all that waits."""
+        """Tokens that wait, of all keys."""
         self._queues: dict[str, _KeyQueue] = {}
         self._now = 0.0
 
@@ -67,12 +67,12 @@ class FairQueue:
         self.tokens += call.tokens
 
     def head(self) -> Batch | None:
-        """The batch that is next, or None."""
+        """The next batch, left in the queue; None where nothing waits."""
         queue = self._next_queue()
         return None if queue is None else queue.batches[0]
 
     def pop(self) -> Batch:
-        """Take the head out, and charge its key for it."""
+        """Take the next batch out, and charge its key for it in virtual time."""
         queue = self._next_queue()
         assert queue is not None, "head() said that there is one"
         batch = queue.batches.popleft()
@@ -84,9 +84,9 @@ class FairQueue:
         return batch
 
     def drop(self, call: Call, error: PotstillError | None = None) -> int:
-        """Take out what still waits of a call; returns its tokens, which nobody is charged for.
+        """Take out what still waits of a call; returns its tokens, which no key is charged for.
 
-        With an `error` those who wait for a batch get it, else their waits are cancelled.
+        Awaiting `Batch.admitted` then raises `error`, or is cancelled without one.
         """
         queue = self._queues.get(call.key)
         mine = [] if queue is None else [batch for batch in queue.batches if batch.call is call]
@@ -105,11 +105,11 @@ class FairQueue:
         return dropped
 
     def tokens_of(self, key: str) -> int:
-        """How much a key has waiting."""
+        """Tokens that a key has waiting."""
         return self._queues[key].tokens if key in self._queues else 0
 
     def tokens_ahead(self, key: str, tokens: int) -> int:
-        """What is served before the last of `tokens` more of a key: its own, and as much of every other."""
+        """Tokens served before the last of `tokens` more of a key: those it has, and as many of every other key."""
         own = self.tokens_of(key) + tokens
         others = (queue.tokens for name, queue in self._queues.items() if name != key)
         return own - tokens + sum(min(other, own) for other in others)
@@ -119,7 +119,7 @@ class FairQueue:
         return max(self._queues, key=self.tokens_of, default=None)
 
     def newest_unstarted(self, key: str) -> list[Call]:
-        """A key's calls of which nothing began, the newest first."""
+        """Calls of a key of which no batch was admitted, the newest first."""
         batches = self._queues[key].batches if key in self._queues else ()
         return list(dict.fromkeys(batch.call for batch in reversed(batches) if not batch.call.tokens_begun))
 

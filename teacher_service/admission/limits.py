@@ -1,4 +1,4 @@
-"""What one request may ask for, and how it is read: checked before anything is scored."""
+"""Limits of one request, checked before anything is scored, and the reading of its body and headers."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from potstill.cache.wire import scores as wire
 from potstill.teacher_service.settings.service import LimitSettings
 
 TIMEOUT_HEADER = "potstill-timeout"
-"""Seconds after which the caller does not want the answer any more."""
+"""Header with the seconds after which the caller does not want the answer any more."""
 
 _FLAT_CAPTURE = "public-flat"
 _FLAT_BYTES_PER_ENTRY = 90  # FlatLogprobs: four list slots, a float object and mostly an int object
 _PROMPT_BYTES_PER_TOKEN = 80  # a list slot and an int object, in this process and in the engine's
-_COPIES = 3
+_COPIES = 3  # see `engine_bytes_per_token`
 
 
 def check_request(rows: Sequence[Tokens], want: Fields, *, teacher: Teacher, limits: LimitSettings) -> int:
-    """Refuse what can never be scored; returns the number of tokens.
+    """Refuse rows that can never be scored; returns their number of tokens.
 
     Raises:
         InvalidInput: an empty row.
@@ -61,24 +61,24 @@ def check_request(rows: Sequence[Tokens], want: Fields, *, teacher: Teacher, lim
 
 
 def engine_bytes_per_token(want: Fields, vocab_size: int, capture_path: str) -> int:
-    """What one token inside the engine may need until its answer is handed on, in bytes.
+    """Bytes that one token inside the engine may need until its answer is handed on.
 
     `80 + 3 b + 90 (K + 1)`, the last term only on the capture path `public-flat`:
 
     - 80: the token itself, as a Python integer in this process and in the engine's.
-    - b: what an answer holds of a position at most (`Fields.bytes_per_position`). Three copies may live at once: the
+    - b: the most that an answer holds per position (`Fields.bytes_per_position`). Three copies may live at once: the
       engine's arrays, our `Targets`, and the encoded or sent bytes.
     - 90 (K + 1): vLLM's flat lists hold a Python object per entry.
 
-    What the engine needs for a step itself (activations, logits) does not grow with the tokens that wait in it: its
-    own `max_batch_tokens` and the chunks of the capture bound it.
+    Activations and logits of a step do not grow with the tokens that wait in the engine: `max_batch_tokens` and the
+    chunks of the capture bound them.
     """
     flat = _FLAT_BYTES_PER_ENTRY * (want.k + 1) if capture_path == _FLAT_CAPTURE else 0
     return _PROMPT_BYTES_PER_TOKEN + _COPIES * want.bytes_per_position(vocab_size) + flat
 
 
 async def read_body(request: Request) -> bytes:
-    """The whole body. Its size and time are bounded for every route, by `BoundedTransfers`.
+    """Read the whole body. `BoundedTransfers` bounds its size and time, for every route.
 
     Raises:
         MediaTypeError: a compressed body. BodyTooLarge, RequestTimeout, Overloaded: found while reading.
@@ -90,14 +90,14 @@ async def read_body(request: Request) -> bytes:
 
 
 def json_value(body: bytes) -> Any:
-    """What a JSON body says.
+    """Parse a JSON body.
 
     Raises:
         InvalidInput: it is not JSON.
     """
     try:
         return json.loads(body)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # the latter by brackets within brackets, thousands deep
         raise InvalidInput(f"the body is not JSON: {error}") from error
 
 
@@ -129,7 +129,7 @@ def answer_format(request: Request, default: str) -> str:
 
 
 def timeout_seconds(request: Request) -> float | None:
-    """What the caller put into the header `potstill-timeout`, or None.
+    """Seconds of the header `potstill-timeout`, or None without it.
 
     Raises:
         InvalidInput: not a positive number.

@@ -1,4 +1,4 @@
-"""An amount that all requests together may hold, of which one key cannot take everything."""
+"""A bound on what all requests hold together, of which no single key can take everything."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from potstill.cache.errors import LimitExceeded, Overloaded
 class SharedBound:
     """Counts what is held. The last eighth is kept for keys that hold less than half of what is in use.
 
-    Without keys (the empty key) there is nobody to keep it for. Used from one event loop only.
+    Where the service has no keys (the empty key) there is nobody to keep it for. Used from one event loop only.
 
     Args:
-        limit: the most that is held at once.
-        what: of which there is so much, in the words of the refusal.
-        reason: under which a refusal is counted in `refusals`.
-        retry_after: seconds until what is held is probably given back; None when that is not known.
+        limit: the most that may be held at once.
+        what: the unit, in the words of the refusal, like "bytes of answers".
+        reason: the name under which a refusal is counted in `refusals`.
+        refusals: the counts, by reason.
+        retry_after: tells in how many seconds some of it is probably free; None when that is not known.
     """
 
     def __init__(
@@ -42,9 +43,9 @@ class SharedBound:
         """Hold more, until `give_back`.
 
         Args:
-            key: whose it is.
-            amount: how much more.
-            own: of what the key holds already, how much is of the same request, which alone may have all.
+            key: the caller's.
+            amount: in the unit of the limit.
+            own: the part that this same request holds already; a single request may have everything.
 
         Raises:
             Overloaded: there is not enough left. LimitExceeded: it is more than the limit, and can never be held.
@@ -67,7 +68,7 @@ class SharedBound:
         self._of_key[key] += amount
 
     def give_back(self, key: str, amount: int) -> None:
-        """Hold that much less."""
+        """Hold `amount` less."""
         self.in_use -= amount
         self._of_key[key] -= amount
         if not self._of_key[key]:
@@ -75,7 +76,7 @@ class SharedBound:
 
     @contextmanager
     def hold(self, key: str, amount: int) -> Iterator[None]:
-        """`take` and `give_back`."""
+        """Take the amount, and give it back at the end of the block."""
         self.take(key, amount)
         try:
             yield
