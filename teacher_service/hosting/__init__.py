@@ -1,1 +1,1 @@
-"""The teachers that a service has: opened, added, removed, filled in the background, and measured."""
+"""The service's teachers: opened, added and removed; corpora filled by them in the background; metrics and coverage."""

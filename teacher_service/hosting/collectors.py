@@ -18,7 +18,7 @@ _LONGEST_LABEL = 64
 
 
 class AdmissionCollector(Collector):
-    """What is let in and what waits."""
+    """Admission's counts, and each teacher's queue."""
 
     def __init__(self, admission: Admission) -> None:
         self._admission = admission

@@ -1,4 +1,4 @@
-"""Which shards of which corpus each teacher's targets have, folded so that a page can draw 10^5 of them."""
+"""Coverage: the shards of each corpus that have committed targets, folded so that a page can draw 10^5 of them."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ MAX_CELLS = 200
 _PAUSE_SECONDS = 2.0
 # A store that takes long to list is asked seldom: 5% of its time at most.
 _PAUSE_PER_SECOND = 20.0
-_PATIENCE_SECONDS = 1.0
+_PATIENCE_SECONDS = 1.0  # a page is shown with the last coverage rather than later than this
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherCoverage:
-    """How much of a corpus has committed targets of one teacher."""
+    """One teacher's coverage of a corpus."""
 
     teacher: str
     committed: int
     """Shards with a commit."""
     cells: tuple[float, ...]
-    """Fraction committed of each of at most `MAX_CELLS` equal runs of shards, in order; see `fold`."""
+    """Fraction committed of each run of shards, in order; see `fold`."""
     error: str = ""
     """Why it could not be read; empty when it could."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CorpusCoverage:
-    """One corpus, and what each teacher has of it."""
+    """One corpus, and each teacher's coverage of it."""
 
     corpus: str
     rows: int
@@ -49,7 +49,7 @@ class CorpusCoverage:
 
 
 def fold(committed: NDArray[np.bool_], max_cells: int = MAX_CELLS) -> tuple[float, ...]:
-    """[S] commits as min(S, max_cells) fractions. Cell c is of shards [c S // C, (c + 1) S // C)."""
+    """Fold [S] commits into C = min(S, max_cells) fractions; cell c tells of shards [c S // C, (c + 1) S // C)."""
     cells = min(len(committed), max_cells)
     if not cells:
         return ()
@@ -59,7 +59,7 @@ def fold(committed: NDArray[np.bool_], max_cells: int = MAX_CELLS) -> tuple[floa
 
 
 def read_coverage(cache: Cache) -> tuple[CorpusCoverage, ...]:
-    """Of every corpus and teacher, in the order of their names; blocks.
+    """Read the coverage of every corpus by every teacher, in the order of their names. Blocks.
 
     Raises:
         StoreError: the store does not answer.
@@ -84,7 +84,7 @@ class Coverage:
         self._next = 0.0
 
     async def latest(self) -> tuple[CorpusCoverage, ...] | None:
-        """What was read last, waiting a moment for a fresher one; None before the first."""
+        """The newest coverage, after a moment's wait for one being read; None before the first."""
         if self._cache is not None and self._reading is None and time.monotonic() >= self._next:
             self._reading = asyncio.create_task(self._read(self._cache), name="coverage")
         if self._reading is not None:

@@ -1,10 +1,9 @@
 """Jobs that fill corpora with the targets of hosted teachers, in the background of the service.
 
-A job is `fill.loop.fill` on a hosted teacher, behind admission like any caller of it: its work waits in the turn of
-who asked for it. That caller is looked up before each call: a key may be removed or changed while its job runs. A job
-is stopped, or killed, at no cost but the shard in work. At most `max_fills_running` run at one time; the others wait in
-the order in which they were asked for. While a teacher tells jobs to come back later, others may begin:
-`fill_schedule`.
+A job runs the cache's `fill` on a hosted teacher, behind admission like any other caller, in the turn and at the quota
+of the key that asked for it. The key is looked up before each call, because it may be removed or changed while the job
+runs. A job may be stopped or killed: only the shard in work is lost. At most `max_fills_running` run at one time, the
+others wait in the order of asking; `fill_schedule` tells what happens while a teacher refuses a job's calls.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ JobState = Literal["waiting", "running", "done", "failed", "stopped"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FillOrder:
-    """What a caller asks for: it may be asked for again while it runs, and nothing happens then."""
+    """A caller's wishes for a job. An equal order for the same corpus and teacher joins the job that runs."""
 
     fields: Fields
     encoding: str
@@ -64,23 +63,23 @@ class FillJob:
     teacher: str
     order: FillOrder
     fitted: FillOrder
-    """The same in batches that fit into the service's memory."""
+    """The order with batches that fit into the service's memory."""
     progress: FillProgress | None = None
     report: FillReport | None = None
     shards_before: int = 0
     shards: int = 0
     error: PotstillError | None = None
     refusals: int = 0
-    """How often the teacher said to come back later."""
+    """Number of calls that the teacher told to come back later."""
     refusal: PotstillError | None = None
-    """The last of them."""
+    """The last such answer."""
     slot: FillSlot = field(default_factory=FillSlot)
     ended: float | None = None
     task: asyncio.Task[None] | None = None
 
     @property
     def state(self) -> JobState:
-        """Where it stands; it waits for its slot among the jobs, or until it may ask its teacher again."""
+        """State of the job; `waiting` is one without a slot, or one that rests until it may ask its teacher again."""
         if self.ended is None:
             return "running" if self.slot.given.is_set() and not self.slot.rests else "waiting"
         if self.report is not None:
@@ -89,12 +88,12 @@ class FillJob:
 
     @property
     def seconds(self) -> float:
-        """Since its slot came; 0 before that."""
+        """Seconds since the job got its slot, until its end; 0 before that."""
         return 0.0 if self.slot.began is None else (self.ended or time.monotonic()) - self.slot.began
 
     @property
     def told_to_wait(self) -> PotstillError | None:
-        """Why it waits, when its teacher told it to come back later."""
+        """The teacher's refusal, while the job rests because of it."""
         return self.refusal if self.ended is None and self.slot.rests else None
 
     def ended_by(self, task: asyncio.Task[None]) -> None:
@@ -106,7 +105,7 @@ class FillJob:
             _LOG.error("fill of %s by %s failed unexpectedly", self.corpus, self.teacher, exc_info=bug)
 
     def to_json(self) -> dict[str, JSON]:
-        """All of it in numbers."""
+        """The job as the routes answer it."""
         at = self.progress
         seconds = self.seconds
         scored = self.report.positions_scored if self.report else at.positions_scored if at else 0
@@ -148,11 +147,11 @@ class FillJobs:
         return self._schedule.num_begun
 
     def jobs(self) -> list[FillJob]:
-        """All that are remembered."""
+        """All remembered jobs, in the order of asking."""
         return list(self._jobs.values())
 
     def job(self, corpus: str, teacher: str) -> FillJob:
-        """The last one.
+        """The last job of a corpus and a teacher.
 
         Raises:
             NotFound: there was none since the service started.
@@ -176,11 +175,11 @@ class FillJobs:
         """Start a job, or return the one that runs or waits already for the same order.
 
         Args:
-            corpus: its name.
-            teacher: the name of its targets.
+            corpus: name of the corpus.
+            teacher: name of the targets.
             order: what to keep, and how.
-            open_teacher: called before each call of the teacher.
-            find_caller: for whom, called as often; what it raises ends the job.
+            open_teacher: finds the teacher anew before each of its calls.
+            find_caller: finds the caller anew, as often; what it raises ends the job.
 
         Raises:
             AlreadyExists: one with another order runs or waits. UnknownCorpus: there is no such corpus.
@@ -198,7 +197,8 @@ class FillJobs:
         who = current_caller()
         fitted = fitted_order(order, targets, self._limits, who.quota)
         before = await asyncio.to_thread(lambda: int(targets.committed.sum()))
-        running = self._running(corpus, teacher, order)  # another caller may have been faster
+        # Another caller may have started it during the waits above; from here to the job's registration there is none.
+        running = self._running(corpus, teacher, order)
         if running is not None:
             return running
         job = FillJob(corpus, teacher, order, fitted, shards_before=before, shards=targets.corpus.num_shards)
@@ -213,17 +213,17 @@ class FillJobs:
         return job
 
     async def stop(self, corpus: str, teacher: str) -> FillJob:
-        """Stop the job if it runs or waits; returns when it has, its last shard committed or given up.
+        """Stop the job if it runs or waits; returns once it has ended, its last shard committed or given up.
 
         Raises:
-            NotFound: there was none.
+            NotFound: there was no such job.
         """
         job = self.job(corpus, teacher)
         await _stopped(job)
         return job
 
     async def close(self) -> None:
-        """Stop all of them."""
+        """Stop all jobs."""
         await asyncio.gather(*(_stopped(job) for job in self._jobs.values()))
 
     def _running(self, corpus: str, teacher: str, order: FillOrder) -> FillJob | None:
@@ -259,9 +259,9 @@ def _plan(cache: Cache, corpus: str, name: str, teacher: Teacher, order: FillOrd
 
 
 def fitted_order(order: FillOrder, targets: TargetSet, limits: LimitSettings, quota: Quota) -> FillOrder:
-    """The order in batches of which each fits into `max_answer_bytes`, and all into `max_answer_bytes_in_flight`.
+    """Reduce an order so that each batch fits into `max_answer_bytes`, and all into `max_answer_bytes_in_flight`.
 
-    A batch is `batch_tokens` long, or one longer row. None is over what may ever be in flight, or scored in a day.
+    A batch is `batch_tokens` long, or one longer row, and never longer than admission or a day's quota can let in.
 
     Raises:
         LimitExceeded: the longest row alone does not fit.
@@ -281,7 +281,7 @@ def fitted_order(order: FillOrder, targets: TargetSet, limits: LimitSettings, qu
 
 
 def _most_tokens(targets: TargetSet, limits: LimitSettings, quota: Quota) -> int:
-    """Of one batch: a larger one would be told to come back later for ever, or be refused."""
+    """Most tokens of one batch: a larger one would be told to come back later for ever, or be refused."""
     most, what = limits.max_tokens_in_flight, f"max_tokens_in_flight={limits.max_tokens_in_flight}"
     if quota.tokens_per_day is not None and quota.tokens_per_day < most:
         most, what = quota.tokens_per_day, f"tokens_per_day={quota.tokens_per_day} of your key"
@@ -303,7 +303,8 @@ async def _run(job: FillJob, teacher: Teacher, targets: TargetSet) -> None:
     plan = FillPlan(batch_tokens=job.fitted.batch_tokens, in_flight=job.fitted.in_flight)
     try:
         await job.slot.given.wait()
-        job.shards_before = int((await asyncio.to_thread(lambda: targets.committed)).sum())  # it may have waited long
+        # Counted again: others may have committed shards while the job waited for its slot.
+        job.shards_before = int((await asyncio.to_thread(lambda: targets.committed)).sum())
         job.report = await fill(teacher, targets, plan, on_progress=on_progress)
     except PotstillError as error:
         job.error = error
@@ -320,6 +321,7 @@ async def _stopped(job: FillJob) -> None:
 
 @contextmanager
 def _acting_as(who: Caller) -> Iterator[None]:
+    # Admission and quotas find the caller in the context, where a request's middleware puts it.
     before = caller.set(who)
     try:
         yield
@@ -328,12 +330,12 @@ def _acting_as(who: Caller) -> Iterator[None]:
 
 
 def spread(seconds: float) -> float:
-    """At least so long and less than twice: batches that are turned away together do not come back together."""
+    """Draw a wait of once to twice `seconds`, so that batches refused together do not come back together."""
     return seconds * random.uniform(1.0, 2.0)  # noqa: S311
 
 
 class _RetryingTeacher(WrappedTeacher):
-    """A `Teacher` that comes back when it is told to: a job has time, and loses work when it gives up."""
+    """A `Teacher` that retries for as long as it is told to: a job has time, and giving up would lose its shard."""
 
     def __init__(
         self,
@@ -354,7 +356,7 @@ class _RetryingTeacher(WrappedTeacher):
         while True:
             try:
                 with self._schedule.asking(self._job.slot):
-                    # Asked for anew: a teacher that was removed and added again is another one under the name.
+                    # Found anew each time: the teacher may have been removed and added again, even as another model.
                     teacher = self._open()
                     self._require_same(teacher)
                     with _acting_as(self._find_caller()):

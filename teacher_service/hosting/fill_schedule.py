@@ -1,9 +1,9 @@
-"""When jobs that fill corpora begin.
+"""The schedule of jobs that fill corpora: at most so many at one time.
 
-A job that was told to come back later may be told so for a day. While it rests another one may begin, up to twice as
-many as run at one time, and beyond that the first one of each key: a spent quota of one key keeps no other key's jobs
-from beginning. What has begun never waits for others to end: it may hold claims on shards that a job of
-another service waits for, and that service may have begun no other.
+A job whose quota is spent is refused for up to a day. While it rests another one may begin: up to twice the limit of
+any key, and beyond that the first job of each further key, so that one key's spent quota blocks no other key. A job
+that has begun is never held back again: it may hold claims on shards that a job of another service waits for, and two
+services that held back such jobs could wait for each other for ever.
 """
 
 from __future__ import annotations
@@ -17,29 +17,26 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True, eq=False)
 class FillSlot:
-    """Of one job."""
+    """One job's place in the schedule."""
 
     key: str = ""
-    """Whose it is; empty where there are no keys."""
+    """Name of the caller's key; empty where there are no keys."""
     given: asyncio.Event = field(default_factory=asyncio.Event)
     began: float | None = None
-    """When it was given, on the monotonic clock."""
+    """Monotonic time at which the slot was given; None before."""
     asking: int = 0
     """Calls of the teacher under way."""
     pausing: int = 0
-    """Calls that were refused, and wait until they ask again."""
+    """Calls that were refused and wait before they are tried again."""
 
     @property
     def rests(self) -> bool:
-        """Whether it has begun and none of its calls gets on."""
+        """True where all of the job's calls were refused and wait."""
         return self.pausing > 0 and not self.asking
 
 
 class FillSchedule:
-    """At most `limit` jobs run at one time, but for those that rested; the others wait in the order of asking.
-
-    Used from one event loop only.
-    """
+    """Gives slots in the order of asking while fewer than `limit` jobs run. Used from one event loop only."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -48,16 +45,16 @@ class FillSchedule:
 
     @property
     def num_begun(self) -> int:
-        """Those that run or rest."""
+        """Jobs that run or rest."""
         return len(self._begun)
 
     def request(self, slot: FillSlot) -> None:
-        """Have it given now or later."""
+        """Queue a slot; `slot.given` is set now or later."""
         self._waiting.append(slot)
         self._give()
 
     def end(self, slot: FillSlot) -> None:
-        """Neither have nor want it any more."""
+        """Give a slot back, or withdraw its request."""
         for slots in (self._begun, self._waiting):
             if slot in slots:
                 slots.remove(slot)
@@ -65,7 +62,7 @@ class FillSchedule:
 
     @contextmanager
     def asking(self, slot: FillSlot) -> Iterator[None]:
-        """Around one call of the teacher."""
+        """Count one call of the teacher for the length of the block."""
         slot.asking += 1
         try:
             yield
@@ -74,10 +71,10 @@ class FillSchedule:
             self._give()
 
     async def pause(self, slot: FillSlot, seconds: float) -> None:
-        """Wait after a refusal."""
+        """Wait `seconds` after a refusal."""
         slot.pausing += 1
         try:
-            self._give()
+            self._give()  # this job may rest from now on, which lets another one begin
             await asyncio.sleep(seconds)
         finally:
             slot.pausing -= 1

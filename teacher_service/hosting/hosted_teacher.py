@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from potstill.cache.read_through.cached_teacher import CachedTeacher, KeepPolicy
 
 _LOG = logging.getLogger(__name__)
-_NO_ENGINE_SECONDS = 60.0
+_NO_ENGINE_SECONDS = 60.0  # an engine that restarts for longer is likely not to come back, so a removal goes on
 _LOOK_SECONDS = 1.0
 State: TypeAlias = Literal["starting", "ready", "draining", "stopped", "failed"]
 OpenPool: TypeAlias = Callable[[OpenTeacher], AbstractAsyncContextManager[ReplicaPool]]
@@ -30,27 +30,27 @@ OpenPool: TypeAlias = Callable[[OpenTeacher], AbstractAsyncContextManager[Replic
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """Where and how the answers of a teacher are kept."""
+    """The cache that keeps a teacher's answers, and how it keeps them."""
 
     cache: Cache
     policy: KeepPolicy
 
 
 class HostedTeacher:
-    """A named teacher that starts in the background and is there once its engine is up.
+    """A named teacher that starts in the background and can be called once its engine is up.
 
     One task opens everything, waits for the stop and closes everything in reverse order, so every
     resource is closed by the task that opened it.
 
     Args:
-        name: what it is served as.
+        name: the name that requests use.
         open_teacher: opens one engine.
-        keep: None keeps nothing of what is asked.
+        keep: where answers are kept; None keeps none.
         open_pool: opens the replicas that `open_teacher` makes; by default one in this process.
-        settings: what it was made of, to compare with.
+        settings: the settings it was made from, to compare with when it is added again.
 
     Attributes:
-        awaited: whether the service is not ready before this teacher was up; not so for one added later.
+        awaited: True where the service is not ready before this teacher is up; False for one added later.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class HostedTeacher:
 
     @property
     def state(self) -> State:
-        """Where in its life the teacher is; one whose engine is being replaced is starting again."""
+        """Stage of the teacher's life; one whose engine is being replaced is `starting` again."""
         if self._task is None or self._stopping.is_set():
             return "stopped" if self._stopping.is_set() else "starting"
         if self._task.done():
@@ -90,8 +90,8 @@ class HostedTeacher:
 
     @property
     def in_order(self) -> bool:
-        """Whether the service need not be called unready because of this teacher."""
-        # What was stopped was to go, and may take long to close while the others work.
+        """True where this teacher is no reason to call the service unready."""
+        # A teacher that is being removed may take long to close, while the others work.
         return self.state in ("ready", "draining", "stopped") or (self._pool is None and not self.awaited)
 
     @property
@@ -104,7 +104,7 @@ class HostedTeacher:
 
     @property
     def pool(self) -> ReplicaPool:
-        """The replicas, without the cache in front. It may be `starting` again, and calls then wait for it.
+        """The replicas, without the cache in front. A pool that is `starting` again has calls wait for it.
 
         Raises:
             Unavailable: not up yet, or not any more.
@@ -119,7 +119,7 @@ class HostedTeacher:
         return self._cached
 
     def front(self, *, store: bool) -> TeacherFront:
-        """What a request is scored by: through the cache and admission, or admission alone.
+        """The teacher that scores one request: the cache, admission and the pool, or without `store` the latter two.
 
         Raises:
             Unavailable: not up yet, or not any more.
@@ -130,7 +130,7 @@ class HostedTeacher:
         return TeacherFront(self._cached if store else None, self._admitted or pool, self._in_flight)
 
     def start(self, admission: Admission | None = None) -> None:
-        """Begin to open the teacher; `settled` tells when it is up. What the cache does not answer is then admitted."""
+        """Begin to open the teacher, behind `admission` if one is given; `settled` tells when it is up."""
         self._task = asyncio.create_task(self._run(admission), name=f"teacher {self.name}")
         self._task.add_done_callback(lambda _: self._settled.set())
 
@@ -138,7 +138,7 @@ class HostedTeacher:
         """Wait until the teacher is up.
 
         Raises:
-            TeacherFailed: it did not start. PotstillError: the same, of the class of its own failure.
+            PotstillError: it did not start; of the class of its failure, else `TeacherFailed`.
             Unavailable: it was stopped before it was up.
         """
         await self._settled.wait()
@@ -157,11 +157,12 @@ class HostedTeacher:
         """Take no more calls of `front`, and wait until none is in flight.
 
         Args:
-            no_engine_seconds: calls that wait so long for an engine that is started again are not waited for.
+            no_engine_seconds: wait no longer than this for calls that have no engine because it is being restarted.
         """
         self._draining = True
         ready_at = time.monotonic()
         while not self._in_flight.none.is_set() and time.monotonic() - ready_at < no_engine_seconds:
+            # Woken at times to look at the pool: an engine that comes back starts the patience anew.
             with suppress(TimeoutError):
                 async with asyncio.timeout(min(_LOOK_SECONDS, no_engine_seconds)):
                     await self._in_flight.none.wait()
@@ -174,10 +175,10 @@ class HostedTeacher:
         if self._task is None:
             return
         if self._pool is None:
-            self._task.cancel()
+            self._task.cancel()  # a start does not look at `_stopping`
         await asyncio.wait([self._task])
         failure = None if self._task.cancelled() else self._task.exception()
-        if failure is not None and self._pool is not None:
+        if failure is not None and self._pool is not None:  # a failed start was told by `settled`
             raise failure
 
     async def _run(self, admission: Admission | None) -> None:
@@ -194,13 +195,13 @@ class HostedTeacher:
                 self._cached = await stack.enter_async_context(
                     CachedTeacher.open(self._admitted, name=self.name, cache=self._keep.cache, policy=self._keep.policy)
                 )
-            self._pool = pool
+            self._pool = pool  # last: a request must find all that is in front of it open
             self._settled.set()
             await self._stopping.wait()
 
 
 class _InFlight:
-    """How many calls are in flight, and when there are none."""
+    """Counts the calls in flight, and wakes who waits for none."""
 
     def __init__(self) -> None:
         self._calls = 0
@@ -220,7 +221,7 @@ class _InFlight:
 
 
 class TeacherFront(WrappedTeacher):
-    """A `Teacher`: the cache, and admission for what it misses. A removal waits until its calls have ended."""
+    """A `Teacher` that asks the cache, then admission for the rows it misses. A removal waits for its calls."""
 
     def __init__(self, cached: CachedTeacher | None, admitted: Teacher, in_flight: _InFlight) -> None:
         super().__init__(admitted)
@@ -234,8 +235,8 @@ class TeacherFront(WrappedTeacher):
 
         Args:
             rows: each [T] token ids.
-            want: of every row.
-            before_waiting: called where any row is missing; what it raises ends the call before anything waits.
+            want: fields of every row.
+            before_waiting: called where any row is missing; if it raises, no row waits.
 
         Raises:
             What `before_waiting`, the cache, admission and the pool do.

@@ -1,7 +1,7 @@
-"""What the service counts, as Prometheus text. Every service has its own registry.
+"""Counters and histograms of one service, as Prometheus text, each service with its own registry.
 
-Labels are names that admins gave (teachers), that the service gave (replicas, routes) or of closed lists: never what
-a caller made up, because each lives as long as the process.
+Labels are names given by admins (teachers) or by the service (replicas, routes), or from closed lists. Nothing that a
+caller made up is one, because every label lives as long as the process.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ class Metrics:
 
     @contextmanager
     def scoring(self, teacher: str, *, rows: int, tokens: int) -> Iterator[None]:
-        """Around the scoring of one request: its span, and its time, rows and tokens once they are answered.
+        """Trace the scoring of one request in the block, and count its seconds, rows and tokens once it has succeeded.
 
-        What is refused in a moment, or given up, would make a service that answers nothing look fast.
+        Refused requests end in a moment; counted too, they would make a service that answers nothing look fast.
         """
         note_size(rows=rows, tokens=tokens)
         begin = time.perf_counter()
@@ -70,7 +70,7 @@ class Metrics:
         self.tokens.labels(teacher).inc(tokens)
 
     def value(self, name: str, **labels: str) -> float:
-        """One sample of what is counted now; 0 for what was never seen."""
+        """The present value of one sample; 0 where nothing was counted."""
         return self._registry.get_sample_value(name, labels) or 0.0
 
     @property
@@ -80,5 +80,5 @@ class Metrics:
         return sum(sample.value for sample in samples if sample.name == "potstill_refusals_total")
 
     def text(self) -> bytes:
-        """Everything in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)

@@ -1,4 +1,4 @@
-"""What one service process holds: teachers that come and go, the cache, what is let in and what is counted."""
+"""The state of one service process: teachers, cache, admission, access, fill jobs and metrics."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """What the API serves. Teachers start with the app's lifespan and stop with it."""
+    """Everything that the routes use. Teachers start and stop with `running`."""
 
     teachers: dict[str, HostedTeacher]
     cache: Cache | None
@@ -48,10 +48,10 @@ class Service:
 
         Args:
             teachers: started with the service.
-            cache: what the corpus routes read.
-            limits: what requests may ask for.
-            source: makes teachers that are added.
-            access: who may do what; everybody everything when not given.
+            cache: read by the corpus routes.
+            limits: bounds of requests.
+            source: makes teachers that are added later.
+            access: keys and roles; when not given everybody may do everything.
         """
         by_name = {teacher.name: teacher for teacher in teachers}
         admission = Admission(limits or LimitSettings())
@@ -68,14 +68,14 @@ class Service:
 
     @property
     def limits(self) -> LimitSettings:
-        """What requests may ask for."""
+        """Bounds of requests."""
         return self.admission.limits
 
     @property
     def ready(self) -> bool:
-        """Whether every teacher is up that the service was started with, and every one that was up since.
+        """True where every teacher is up that the service was started with, or that was up since.
 
-        Without teachers: whether there is a cache, whose committed targets are served all the same.
+        A service without teachers is ready where it has a cache, whose committed targets it serves all the same.
         """
         if not self.teachers:
             return self.cache is not None
@@ -103,6 +103,7 @@ class Service:
         try:
             yield
         finally:
+            # Fills first, as they call teachers; then removals, which wait for calls that the stop ends anyway.
             await self.fills.close()
             await self.admin.close()
             stops = await asyncio.gather(*(t.stop() for t in self.teachers.values()), return_exceptions=True)

@@ -12,16 +12,17 @@ from potstill.teacher_service.hosting.teacher_source import TeacherSource
 from potstill.teacher_service.settings.service import TeacherSettings
 
 _LOG = logging.getLogger(__name__)
+# Misspelt options fail within this time and are answered; the tens of seconds of an engine's start are not waited for.
 _EARLY_FAILURE_SECONDS = 3.0
 
 
 class TeacherAdmin:
-    """Changes a service's teachers. What is added is not kept over a restart: that is what settings are for.
+    """Adds and removes a service's teachers. A restart forgets them: teachers that are to stay belong in the settings.
 
     Args:
-        teachers: the service's, by name; changed in place.
-        source: makes new ones.
-        admission: in front of their engines.
+        teachers: the service's teachers by name, changed in place.
+        source: makes new teachers.
+        admission: stands in front of their engines.
     """
 
     def __init__(self, teachers: dict[str, HostedTeacher], source: TeacherSource, admission: Admission) -> None:
@@ -32,14 +33,14 @@ class TeacherAdmin:
         self._replaced: set[str] = set()
 
     async def add(self, settings: TeacherSettings) -> bool:
-        """Start a teacher; False when the very same is there already. One that failed is started anew.
+        """Start a teacher; False where an equal one is there already. One that has failed is started anew.
 
-        Returns while it starts, but not before what fails at once, like a misspelt option, has done so.
+        Waits some seconds for failures that come at once, like a misspelt option, and then returns while it starts.
 
         Raises:
             SpecMismatch: another teacher has the name.
-            Unavailable: one of that name is being removed, or this one was before it started.
-            PotstillError: what its start raises at once; then there is no teacher of that name.
+            Unavailable: a teacher of that name is being removed, or this one was removed before it started.
+            PotstillError: its start failed at once; then there is no teacher of that name.
         """
         name = settings.name
         there = self._teachers.get(name)
@@ -50,6 +51,7 @@ class TeacherAdmin:
             return False
         teacher = self._source.host(settings)
         teacher.awaited = False
+        # In place before the await below: a second caller then finds this one, and does not start another.
         self._teachers[name] = teacher
         if there is not None:
             await self._close_replaced(there)
@@ -60,10 +62,10 @@ class TeacherAdmin:
         return True
 
     def remove(self, name: str) -> None:
-        """Take no more calls for a teacher, let those in flight end, and stop it; returns at once.
+        """Begin to remove a teacher: it takes no more calls, ends those in flight, and stops. Returns at once.
 
         Raises:
-            UnknownTeacher: there is none.
+            UnknownTeacher: there is none of that name.
         """
         if name not in self._teachers:
             raise UnknownTeacher(f"there is no teacher {name[:64]!r}; known are {', '.join(self._teachers) or 'none'}")
@@ -71,7 +73,7 @@ class TeacherAdmin:
             self._removals[name] = asyncio.create_task(self._remove(name), name=f"remove teacher {name}")
 
     async def close(self) -> None:
-        """Give up removals that are under way: the service stops every teacher now."""
+        """Give up removals that are under way, because the service stops every teacher now."""
         for task in self._removals.values():
             task.cancel()
         await asyncio.gather(*self._removals.values(), return_exceptions=True)
@@ -86,7 +88,7 @@ class TeacherAdmin:
             del self._removals[name]
 
     async def _close_replaced(self, teacher: HostedTeacher) -> None:
-        """Close it before another one of its name starts: what is outside, as a Ray application, goes by that name."""
+        """Close a failed teacher before its successor starts: a Ray application goes by the teacher's name."""
         self._replaced.add(teacher.name)
         try:
             await self._close(teacher)
@@ -98,7 +100,7 @@ class TeacherAdmin:
             async with asyncio.timeout(_EARLY_FAILURE_SECONDS):
                 await teacher.settled()
         except TimeoutError:
-            pass  # it starts, as engines do: slowly
+            pass  # it starts, slowly as engines do
         except PotstillError:
             if self._teachers.get(teacher.name) is teacher:
                 del self._teachers[teacher.name]
@@ -116,7 +118,7 @@ class TeacherAdmin:
         if there.settings is None:
             raise SpecMismatch(f"teacher {settings.name!r} is there; remove it before you add another")
         have, want = there.settings.model_dump(), settings.model_dump()
-        # How many there are changes by itself, and by `PUT .../replicas`.
+        # The number of replicas changes by itself, and by `PUT .../replicas`.
         different = [key for key in want if want[key] != have[key] and key not in ("replicas", "autoscale")]
         if different:
             raise SpecMismatch(

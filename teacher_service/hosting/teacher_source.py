@@ -1,4 +1,4 @@
-"""From a teacher's settings to the teacher: an engine in this process, or replicas on Ray where `[ray]` is set."""
+"""The factory of hosted teachers: an engine in this process, or replicas on Ray where `[ray]` is set."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class TeacherSource:
     """Makes the teachers of one service, at its start and while it runs.
 
     Args:
-        keep: what the cache keeps of their answers; None keeps nothing.
-        ray: None has every engine in this process.
+        keep: where their answers are kept; None keeps none.
+        ray: the settings of Ray; with None every engine runs in this process.
     """
 
     def __init__(self, keep: Keep | None = None, ray: RaySettings | None = None) -> None:
@@ -29,10 +29,10 @@ class TeacherSource:
         self._connection: RayConnection | None = None
 
     def host(self, settings: TeacherSettings) -> HostedTeacher:
-        """The teacher, not started yet. Its model and options are checked when it starts, by its factory.
+        """Make a teacher that is not started yet. Its model and options are checked when it starts.
 
         Raises:
-            InvalidInput: several replicas of what cannot have them.
+            InvalidInput: several replicas of a teacher that cannot have them.
         """
         settings.check_replicas(ray=self._ray is not None)
         opens = partial(open_teacher, settings.model, options=settings.options)

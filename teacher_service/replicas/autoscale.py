@@ -1,4 +1,4 @@
-"""How many replicas the waiting tokens call for; pure, so that time is an argument."""
+"""The number of replicas that the waiting tokens call for. Pure: the time is an argument."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from potstill.teacher_service.settings.replicas import AutoscaleSettings
 
 
 class Autoscaler:
-    """Follows the tokens that wait, slower down than up.
+    """Follows the tokens that wait.
 
-    The need of a moment is ceil(tokens waiting / tokens_per_replica) between the limits. Replicas are added up to the
-    smallest need of the last `up_seconds`, and taken away down to the largest of the last `down_seconds`, so
+    The need at a moment is ceil(tokens waiting / tokens_per_replica), kept between the limits. Replicas are added up to
+    the smallest need of the last `up_seconds`, and removed down to the largest of the last `down_seconds`, so that
     neither a short burst nor a short pause changes anything.
     """
 
@@ -21,7 +21,13 @@ class Autoscaler:
         self._needs: deque[tuple[float, int]] = deque()
 
     def wanted(self, *, now: float, tokens_waiting: int, replicas: int) -> int:
-        """The number to run from `now`, a monotonic time in seconds, given how many are wanted so far."""
+        """The number of replicas to want from now on.
+
+        Args:
+            now: monotonic time in seconds.
+            tokens_waiting: at this moment.
+            replicas: the number wanted so far.
+        """
         limits = self.settings
         need = min(max(math.ceil(tokens_waiting / limits.tokens_per_replica), limits.min), limits.max)
         began = self._needs[0][0] if self._needs else now

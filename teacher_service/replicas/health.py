@@ -1,4 +1,4 @@
-"""Whether one engine is well: it has not ended, and where work waits for it, it moves."""
+"""The health of one engine: it has not ended, and it moves while work waits for it."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ class Watched(Protocol):
 class EngineHealth:
     """Counts the tokens that wait for one engine, and tells when it has to be replaced.
 
-    Only what the engine does is a move: a step, an answer, or a failure of its own. A caller that leaves or is refused
-    says nothing of the engine. The time without a move is added up while calls wait, also over those that gave up:
-    callers less patient than `wedged_seconds` do not hide a stuck engine, and a pause between them is no fault.
+    An engine moves by a step, an answer or a failure of its own; a caller that leaves or is refused tells nothing about
+    it. Time without a move adds up while calls wait, over all of them: callers that give up before `wedged_seconds` do
+    not hide a stuck engine, and a pause between two callers does not count against it.
 
-    A teacher that is not `Watched`, like one behind HTTP, has no engine of ours: it is never in trouble.
+    A teacher that is not `Watched`, like one behind HTTP, has no engine of ours and is never in trouble.
 
     Args:
-        teacher: whose engine it is.
-        wedged_seconds: an engine that has work, and finishes neither a step nor an answer for so long, is stuck.
+        teacher: the teacher that runs on the engine.
+        wedged_seconds: an engine that has work, and neither ends a step nor answers for so long, is stuck.
     """
 
     def __init__(self, teacher: Teacher, *, wedged_seconds: float) -> None:
@@ -53,7 +53,7 @@ class EngineHealth:
 
     @contextmanager
     def call(self, num_tokens: int) -> Iterator[None]:
-        """Hold `num_tokens` as waiting; they are scored when the block ends well."""
+        """Count `num_tokens` as waiting during the block, and as scored when it ends without an error."""
         self._look()
         self._calls += 1
         self.tokens_waiting += num_tokens
@@ -70,11 +70,11 @@ class EngineHealth:
 
     @property
     def ended(self) -> bool:
-        """Whether the engine ended by itself."""
+        """True where the engine ended by itself."""
         return self._watched is not None and bool(self._watched.failure)
 
     def trouble(self) -> str:
-        """Why the engine has to be replaced, in one line; empty when it is well. To be asked every few seconds."""
+        """Why the engine has to be replaced, in one line; empty when it is well. Call it every few seconds."""
         if self._watched is None:
             return ""
         if self._watched.failure:
@@ -86,7 +86,7 @@ class EngineHealth:
         return f"the engine is wedged: {self.tokens_waiting} tokens wait, and nothing moved for {stuck:.0f} seconds"
 
     def _look(self) -> None:
-        """Add the time since the last look if calls waited and nothing moved; to be called before `_calls` changes."""
+        """Add the time since the last look if calls waited and nothing moved; call it before `_calls` changes."""
         seen = (self._watched.progress if self._watched else 0, self.tokens_scored, self._failures)
         now = time.monotonic()
         if seen != self._seen:

@@ -1,4 +1,4 @@
-"""A teacher made of equal replicas: what every pool of them offers, and the pool of one inside this process."""
+"""Replica pools: a teacher made of equal replicas. Here the protocol, and the pool of one engine in this process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from potstill.teacher_service.replicas.health import EngineHealth
 from potstill.teacher_service.settings.replicas import AutoscaleSettings
 
 _LOG = logging.getLogger(__name__)
-_LONGEST_PAUSE_SECONDS = 300.0
+_LONGEST_PAUSE_SECONDS = 300.0  # between starts that fail: seldom enough to spare the log, often enough to recover
 
 OpenTeacher: TypeAlias = Callable[[], AbstractAsyncContextManager[Teacher]]
 PoolState: TypeAlias = Literal["starting", "ready", "failed"]
@@ -24,19 +24,19 @@ ReplicaState: TypeAlias = Literal["starting", "ready", "draining", "failed"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaInfo:
-    """One replica."""
+    """State and work of one replica."""
 
     name: str
     state: ReplicaState
     tokens_waiting: int
-    """Sent to it and not answered."""
+    """Tokens sent to it and not answered."""
     tokens_scored: int
-    """Answered by it since this service began."""
+    """Tokens answered by it since this service began."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaStatus:
-    """How many replicas are ready, how many are wanted, and how many there can be; the JSON of `.../replicas`."""
+    """Replicas ready (`replicas`), wanted (`target`) and possible (`min`, `max`): the JSON of `.../replicas`."""
 
     replicas: int
     target: int
@@ -60,11 +60,11 @@ class ReplicaPool(Teacher, Protocol):
 
     @property
     def status(self) -> ReplicaStatus:
-        """Ready, wanted and possible replicas."""
+        """Numbers of replicas, and each one's state."""
         ...
 
     async def scale(self, num_replicas: int) -> ReplicaStatus:
-        """Ask for another number of replicas; returns at once, the status tells how far it is.
+        """Ask for another number of replicas; returns before they are up, which the status tells.
 
         Raises:
             LimitExceeded: this pool cannot have that many. InvalidInput: the pool is autoscaled.
@@ -72,7 +72,7 @@ class ReplicaPool(Teacher, Protocol):
         ...
 
     async def autoscale(self, limits: AutoscaleSettings | None) -> ReplicaStatus:
-        """Follow the waiting tokens within `limits`; None ends that, and the number stays as it is.
+        """Let the number follow the waiting tokens within `limits`; None ends that and leaves the number as it is.
 
         Raises:
             LimitExceeded: this pool cannot have that many.
@@ -86,25 +86,25 @@ class ReplicaPool(Teacher, Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Watch:
-    """How a pool looks after its engine."""
+    """Times and counts by which a pool looks after its engine."""
 
     wedged_seconds: float = 120.0
     """An engine that has work and finishes no step (at most `max_batch_tokens` tokens) for so long is replaced."""
     check_seconds: float = 1.0
-    """How often it is looked at."""
+    """Time between two looks at the engine."""
     close_seconds: float = 60.0
-    """How long a broken engine may take to close, or a start to be given up, before it is left behind."""
+    """Time for a broken engine to close, or a given-up start to end, before it is left behind."""
     pause_seconds: float = 1.0
-    """After a failed start; doubled each time, up to five minutes."""
+    """Pause after a failed start; doubled each time, up to five minutes."""
     starts: int = 3
-    """Failed starts in a row until the teacher counts as failed; it is tried further, ever more seldom."""
+    """Failed starts in a row until the teacher counts as failed. Starts go on even then, ever more seldom."""
 
 
 class LocalPool:
-    """One engine inside this process; a dead or wedged one is replaced by a fresh one. Open with `open`.
+    """A pool of one engine inside this process; a dead or wedged one is replaced by a fresh one. Open with `open`.
 
     While it is replaced, calls wait, and those that were in flight are scored again. A call that loses two
-    engines fails: its rows may be what they died of.
+    engines fails, as its rows may have killed them.
     """
 
     def __init__(self, open_teacher: OpenTeacher, watch: Watch) -> None:
@@ -126,10 +126,10 @@ class LocalPool:
     @classmethod
     @asynccontextmanager
     async def open(cls, open_teacher: OpenTeacher, watch: Watch | None = None) -> AsyncIterator[LocalPool]:
-        """Start the engine; on leaving, it is closed.
+        """Start the engine, and close it at the end of the block.
 
         Raises:
-            What opening the teacher raises: only an engine that ran before is started again.
+            What opening the teacher raises: a first start that fails is not tried again.
         """
         pool = cls(open_teacher, watch or Watch())
         # One task opens and closes every engine, as what is opened may have to be closed by the same task.
@@ -153,25 +153,25 @@ class LocalPool:
 
     @property
     def identity(self) -> TeacherIdentity:
-        """Of every engine there was; they are equal."""
+        """Identity of every engine that there was: an engine with another one is not accepted."""
         assert self._identity is not None, "open"
         return self._identity
 
     @property
     def provenance(self) -> Provenance:
-        """What produces the numbers right now."""
+        """Provenance of the newest engine's numbers."""
         assert self._newest is not None, "open"
         return self._newest.provenance
 
     @property
     def limits(self) -> TeacherLimits:
-        """What the engine accepts."""
+        """Limits of the newest engine."""
         assert self._newest is not None, "open"
         return self._newest.limits
 
     @property
     def state(self) -> PoolState:
-        """`starting` while an engine is replaced, `failed` when several starts in a row went wrong."""
+        """`starting` while an engine is replaced, `failed` after several failed starts in a row."""
         if self._engine is not None:
             return "ready"
         return "failed" if self._failed_starts >= self._watch.starts else "starting"
@@ -183,7 +183,7 @@ class LocalPool:
 
     @property
     def status(self) -> ReplicaStatus:
-        """Of the one replica."""
+        """The status of the one replica."""
         health = self._engine.health if self._engine is not None else None
         info = ReplicaInfo(
             name="in-process",
@@ -194,10 +194,10 @@ class LocalPool:
         return ReplicaStatus(replicas=int(info.state == "ready"), target=1, max=1, each=(info,))
 
     async def scale(self, num_replicas: int) -> ReplicaStatus:
-        """There is exactly one.
+        """Accept the number 1 and nothing else.
 
         Raises:
-            LimitExceeded: another number.
+            LimitExceeded: any other number.
         """
         if num_replicas != 1:
             raise LimitExceeded(
@@ -207,28 +207,28 @@ class LocalPool:
         return self.status
 
     async def autoscale(self, limits: AutoscaleSettings | None) -> ReplicaStatus:
-        """There is exactly one.
+        """Accept None, or limits whose maximum is 1.
 
         Raises:
-            LimitExceeded: limits other than one.
+            LimitExceeded: any other limits.
         """
         return self.status if limits is None else await self.scale(limits.max)
 
     def follow_queue(self, tokens_queued: Callable[[], int]) -> None:
-        """Nothing: there is exactly one."""
+        """Do nothing: there is exactly one replica."""
 
     async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
         """Score on the engine; see `potstill.cache.types.Teacher`.
 
         Raises:
-            TeacherFailed: engines do not start any more, or two were lost with these rows, the second with them alone.
+            TeacherFailed: no engine starts any more, or these rows lost two engines, the second with no other call.
             Unavailable: the teacher is closed.
         """
         try:
             return await (await self._unsuspected()).score(rows, want)
         except _EngineLost as lost:
             _LOG.info("%s; its rows are scored again", lost)
-        # Any of the calls that the engine had may have killed it: each has the next one to itself.
+        # Any call that the lost engine had may have killed it, so each is tried again with an engine to itself.
         self._suspects += 1
         try:
             async with self._alone:
@@ -243,7 +243,7 @@ class LocalPool:
                 self._tell()
 
     async def _unsuspected(self) -> _Engine:
-        """The engine, for a call that was on none that was lost; those that were come first."""
+        """The engine, for a call that has lost none; waits while calls that have are tried again, each alone."""
         while True:
             engine = await self._running()
             if not self._suspects:
@@ -261,6 +261,7 @@ class LocalPool:
 
     def _tell(self) -> None:
         """Wake everybody who waits for an engine."""
+        # Exchanged and not cleared: who is woken holds the old event, and who comes next waits for further news.
         self._news.set()
         self._news = asyncio.Event()
 
@@ -279,7 +280,8 @@ class LocalPool:
                 await _wait(self._stopping, min(pause, _LONGEST_PAUSE_SECONDS))
 
     async def _run_engine(self) -> None:
-        """One engine from start to end."""
+        """Start one engine, watch it, and close it."""
+        # Entered by hand: a broken engine is closed in another way than a sound one.
         manager = self._open_teacher()
         self._starting = True
         try:
@@ -323,7 +325,7 @@ class LocalPool:
         self._tell()
 
     async def _watch_engine(self, engine: _Engine) -> None:
-        """Until it is lost or the pool stops."""
+        """Look after the engine until it is lost or the pool stops."""
         while not await _wait(self._stopping, self._watch.check_seconds, engine.lost):
             trouble = engine.health.trouble()
             if trouble:
@@ -333,7 +335,7 @@ class LocalPool:
             _LOG.error("the engine is replaced: %s", self._failure)
 
     async def _abandon(self, manager: AbstractAsyncContextManager[Teacher]) -> None:
-        """Close a broken engine as far as it can be closed."""
+        """Close a broken engine as far as it lets itself be closed."""
         seconds = self._watch.close_seconds
         try:
             async with asyncio.timeout(seconds):
@@ -343,7 +345,7 @@ class LocalPool:
 
 
 class _EngineLost(Exception):
-    """The engine ended or is wedged; nothing is wrong with the rows that are known of."""
+    """The engine ended or is wedged; the rows are not known to be at fault."""
 
 
 class _Engine:
@@ -355,7 +357,7 @@ class _Engine:
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     def lose(self, cause: str) -> None:
-        """Give it up; every call that waits for it ends."""
+        """Give the engine up, which ends every call that waits for it."""
         if not self.lost.done():
             self.lost.set_result(cause)
 
@@ -370,6 +372,7 @@ class _Engine:
                     raise _EngineLost(self.lost.result())
                 return call.result()
         except (TeacherFailed, Unavailable) as error:
+            # Looked at now: the next look of `_watch_engine` comes later than the error that a dead engine's calls get.
             trouble = self.health.trouble()
             if not trouble:
                 raise
@@ -380,7 +383,7 @@ class _Engine:
 
 
 async def _wait(stopping: asyncio.Event, seconds: float, *others: asyncio.Future[str]) -> bool:
-    """Sleep; True as soon as it is stopping or another future is done."""
+    """Sleep up to `seconds`; True as soon as `stopping` is set or another future is done."""
     told = asyncio.ensure_future(stopping.wait())
     try:
         any_of: set[asyncio.Future[Any]] = {told, *others}

@@ -1,4 +1,4 @@
-"""The calls that a pool has in flight on each of its replicas, by unique id, and which calls shared one."""
+"""The calls that a pool has in flight on each of its replicas, and which calls shared one."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ from collections import Counter
 
 
 class CallsInFlight:
-    """Of one pool, by replica. Used from one event loop only."""
+    """Counts a pool's calls by the replicas' unique ids. Used from one event loop only."""
 
     def __init__(self) -> None:
         self.waiting: Counter[str] = Counter()
-        """Tokens."""
+        """Tokens sent and not answered."""
         self.scored: Counter[str] = Counter()
-        """Tokens."""
+        """Tokens answered."""
         self.crashed: set[str] = set()
-        """Replicas that ended by themselves: they answer nothing more, though Serve may not know it yet."""
+        """Replicas that ended by themselves, though Serve may not know it yet."""
         self._calls: dict[str, set[CallInFlight]] = {}
 
     def begin(self, replica: str, num_tokens: int) -> CallInFlight:
-        """Count one call."""
+        """Count a call of `num_tokens` on a replica; end it with `CallInFlight.end`."""
         call = CallInFlight(self, num_tokens)
         call.move(replica)
         return call
 
     def calls(self, replica: str) -> set[CallInFlight]:
-        """Those that the replica has now."""
+        """The calls that a replica has now."""
         return self._calls.setdefault(replica, set())
 
     def forget(self, known: set[str]) -> None:
-        """Drop replicas that are gone and have nothing to answer."""
+        """Drop replicas that are not among the `known` and have no call left."""
         for gone in (set(self.waiting) | set(self.scored) | set(self._calls)) - known:
             if not self.calls(gone):
                 del self.waiting[gone], self.scored[gone], self._calls[gone]
@@ -40,13 +40,13 @@ class CallInFlight:
 
     def __init__(self, calls: CallsInFlight, num_tokens: int) -> None:
         self.alone = True
-        """Whether no other call was on its replica in all the time that it was."""
+        """True as long as no other call has shared the replica with it."""
         self._calls = calls
         self._num_tokens = num_tokens
         self._replica: str | None = None
 
     def move(self, replica: str) -> str:
-        """It went to this one."""
+        """Count the call on this replica, and no longer on the one before; returns the replica."""
         if replica != self._replica:
             self.end()
             self._replica = replica
@@ -59,7 +59,7 @@ class CallInFlight:
         return replica
 
     def end(self) -> None:
-        """It is no longer there."""
+        """Count the call no longer. May be repeated."""
         if self._replica is not None:
             self._calls.calls(self._replica).remove(self)
             self._calls.waiting[self._replica] -= self._num_tokens

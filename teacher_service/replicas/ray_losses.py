@@ -1,11 +1,12 @@
-"""The replicas that one call lost, and when that is enough: because no more are to be spent, or because its rows kill.
+"""The replicas that one call has lost, and when to give it up: it has cost enough of them, or its rows kill them.
 
-A replica counts as crashed by a call when it was well before, and its engine or its whole process then ended while it
-had the call, as far as Ray and Serve know by itself. One that they stopped (scaled away, drained, unwell, wedged), that
-Ray killed for its node's memory or that went with its node is only lost: that says nothing of the rows. A kill from
-outside of Ray, by hand or by the kernel for the memory of a container, looks like a crash. So does, to each call, what
-another call on the replica did. Hence a call that was on a crashed replica is suspect: it is tried again alone, and its
-rows are only blamed for several crashes, most of which nothing else can have caused that the pool knows of.
+A replica *crashed* when it was well before a call and its engine or its process then ended by itself, as far as Ray and
+Serve know, while it had the call. A replica that they stopped (scaled away, drained, unwell, wedged), that Ray killed
+for its node's memory or that went with its node is only *lost*, which says nothing about the rows.
+
+A kill from outside of Ray, by hand or by the kernel for a container's memory, looks like a crash, and so does, to each
+call, the harm that another call on the replica did. So a call that was on a crashed replica is only suspect: it is
+tried again alone, and its rows are blamed after several crashes, most of them with no other call on the replica.
 """
 
 from __future__ import annotations
@@ -20,31 +21,33 @@ from potstill.cache.plurals import counted
 from potstill.teacher_service.replicas.ray_replica import Refused, ScoreCall
 
 LOST = (RayActorError, ObjectLostError, TaskCancelledError, GetTimeoutError, RayServeException)
-"""What says that a replica, and not the call, is broken. Serve's own errors tell of replicas that were scaled away."""
-_LOSSES = 5
-_CRASHES = 3
-_CRASHES_ALONE = 2
-# Of Ray's `WorkerExitType`. It is in the message only; the others are INTENDED_*, USER_ERROR and NODE_OUT_OF_MEMORY.
+"""Errors that say that a replica, and not the call, is broken. Serve's own tell of replicas that were scaled away."""
+_LOSSES = 5  # a call that loses this many for whatever reason costs others too much
+_CRASHES = 3  # the first may be the fault of a call that shared the replica
+_CRASHES_ALONE = 2  # one of them may be a kill from outside
+# A member of Ray's `WorkerExitType`, which reaches us in the message only; the others are INTENDED_*, USER_ERROR and
+# NODE_OUT_OF_MEMORY.
 _ENDED_BY_ITSELF = "Worker exit type: SYSTEM_ERROR"
 
 
 class Losses:
-    """Of one call, by the replicas' unique ids."""
+    """The replicas that one call has lost."""
 
     def __init__(self) -> None:
         self.replicas: set[str] = set()
+        """Unique ids."""
         self.last = 0.0
-        """The monotonic time of the last new loss."""
+        """Monotonic time of the last new loss."""
         self._crashed: set[str] = set()
         self._crashed_alone: set[str] = set()
 
     def add(self, replica: str, how: Refused, *, alone: bool) -> bool:
-        """Note a replica that is not to be asked again as long as there is another; returns whether it is a new one.
+        """Note a lost replica, to be asked again only where there is no other; True where it was not noted before.
 
         Args:
             replica: its unique id.
-            how: it was lost.
-            alone: it had no other call meanwhile.
+            how: the answer that it was lost with.
+            alone: True where it had no other call meanwhile.
         """
         new = replica not in self.replicas
         self.replicas.add(replica)
@@ -58,21 +61,21 @@ class Losses:
 
     @property
     def suspect(self) -> bool:
-        """Whether a replica crashed that had the call: the next one must have it alone."""
+        """True where a replica crashed that had the call: the next one must have it alone."""
         return bool(self._crashed)
 
     @property
     def enough(self) -> bool:
-        """Whether the call is to be given up whoever is still there."""
+        """True where the call is to be given up even if there are other replicas."""
         return len(self.replicas) >= _LOSSES or self.by_its_rows
 
     @property
     def by_its_rows(self) -> bool:
-        """Whether so many replicas crashed, enough of them without other calls, that the rows are the likely cause."""
+        """True where so many replicas crashed, enough of them without other calls, that the rows are to blame."""
         return len(self._crashed) >= _CRASHES and len(self._crashed_alone) >= _CRASHES_ALONE
 
     def error(self, teacher: str, call: ScoreCall, last: Refused) -> PotstillError:
-        """What the caller is told: to retry, unless it would lose another replica by it."""
+        """The error for the caller: one to retry, unless the rows would then kill another replica."""
         cause = last.error()
         if isinstance(cause, SpecMismatch):
             return cause
@@ -90,7 +93,7 @@ class Losses:
 
 
 def lost(replica: str, error: Exception, *, had_call: bool) -> Refused:
-    """What one of `LOST` comes to; `had_call` says whether the replica was well enough to be given the call."""
+    """The refusal that one of the errors `LOST` comes to; `had_call` where the replica had been sent the call."""
     if isinstance(error, ReplicaUnavailableError):  # scaled away between being chosen and being sent the call
         return Refused("unavailable", f"replica {replica} left before it was sent the rows", elsewhere=True)
     detail = f"replica {replica} was lost: {first_line(error)}"
@@ -98,12 +101,12 @@ def lost(replica: str, error: Exception, *, had_call: bool) -> Refused:
 
 
 def has_crashed(error: Exception) -> bool:
-    """Whether a replica's process ended and neither Serve nor Ray stopped it; a kill from outside is no exception."""
+    """True where a replica's process ended and neither Serve nor Ray stopped it; a kill from outside is one too."""
     if not isinstance(error, ActorDiedError) or error.preempted or error.actor_init_failed:
         return False
     return _ENDED_BY_ITSELF in str(error)
 
 
 def first_line(error: BaseException) -> str:
-    """What Ray says before its details and tracebacks."""
+    """The first line of an error, in front of Ray's details and tracebacks."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,9 +1,9 @@
 """A teacher's replicas on Ray Serve, scaled while they work.
 
-A call goes to the replica with the fewest tokens in flight. One whose replica is lost is scored by another, and waits
-for the one that Serve starts in its place where there is no other, so a killed, wedged or drained replica is nothing
-that a caller sees. One whose replica crashed is tried again with a replica to itself, so that rows which kill engines
-are found out, and other calls that were with them are answered.
+A call goes to the replica with the fewest tokens in flight. If that replica is lost, another one scores the call, or
+where there is none the one that Serve starts in its place, so callers do not see killed, wedged or drained replicas. If
+it crashed, the call is tried again with a replica to itself: rows that kill engines are found out, and calls that only
+shared a replica with them are answered.
 
 Run on CPUs; replicas with GPUs, and tensor-parallel ones, were not run.
 """
@@ -59,14 +59,14 @@ class RayPool:
         self._target = settings.autoscale.min if settings.autoscale else settings.replicas
         self._autoscaler = Autoscaler(settings.autoscale) if settings.autoscale else None
         self._in_flight = CallsInFlight()
-        # Calls that a crash made suspect have a replica to themselves, one call at a time; other calls go elsewhere.
+        # Suspect calls have a replica to themselves, one call at a time; other calls go elsewhere meanwhile.
         self._suspects = asyncio.Lock()
         self._reserved = ""
         self._last_alone = 0.0
         self._queued: Callable[[], int] = lambda: 0
         # One change of the number at a time, or the slower of two would have the last word.
         self._scaling = asyncio.Lock()
-        # What Serve needs to find out that a replica is broken; two starts come on top, as the next may be slower.
+        # Serve's time to find out that a replica is broken. `_deploy` adds two starts, as the next may be slower.
         self._patience_seconds = 3 * ray.health_seconds + ray.health_timeout_seconds
         self._closed = False
 
@@ -81,14 +81,14 @@ class RayPool:
         settings: ReplicaSettings | None = None,
         gpus_per_engine: int = 1,
     ) -> AsyncIterator[RayPool]:
-        """Deploy the teacher and wait for its first replica; on leaving, the replicas are drained and stopped.
+        """Deploy the teacher and wait for its first replica; drain and stop the replicas at the end of the block.
 
         Args:
-            open_teacher: opens one engine, in the replica's process; it is pickled for our own processes.
-            name: of the teacher.
-            connection: to Ray.
-            settings: how many replicas, and what each needs.
-            gpus_per_engine: for a teacher that says nothing of its own, where there are GPUs.
+            open_teacher: opens one engine in a replica's process, to which it is sent pickled.
+            name: the teacher's name.
+            connection: the connection to Ray, shared by all teachers.
+            settings: number of replicas, and the resources of each.
+            gpus_per_engine: where the settings say nothing and the cluster has GPUs.
 
         Raises:
             Unavailable: Ray is not there.
@@ -117,34 +117,34 @@ class RayPool:
 
     @property
     def identity(self) -> TeacherIdentity:
-        """Of every replica; one that is another teacher refuses to score, and is replaced."""
+        """Identity of every replica; one with another identity refuses to score, and is replaced."""
         return self._known.identity
 
     @property
     def provenance(self) -> Provenance:
-        """Of the first replica."""
+        """Provenance of the first replica."""
         return self._known.provenance
 
     @property
     def limits(self) -> TeacherLimits:
-        """Of every replica."""
+        """Limits of the first replica."""
         return self._known.limits
 
     @property
     def state(self) -> PoolState:
-        """By Serve's last answer, at most about a second old."""
+        """State by Serve's last answer, about a second old at most."""
         if "ready" in self._view.replicas.values():
             return "ready"
         return "failed" if self._view.status in _FAILED else "starting"
 
     @property
     def failure(self) -> str:
-        """Serve's last word on why there is no replica."""
+        """Why no replica is ready, by Serve's last answer; empty when one is."""
         return "" if self.state == "ready" else self._view.cause.detail
 
     @property
     def status(self) -> ReplicaStatus:
-        """By Serve's last answer, at most about a second old."""
+        """Status by Serve's last answer, about a second old at most."""
         each = tuple(self._info(replica) for replica in sorted(self._view.replicas))
         limits = self._autoscaler.settings if self._autoscaler else None
         return ReplicaStatus(
@@ -182,7 +182,7 @@ class RayPool:
         return self.status
 
     async def autoscale(self, limits: AutoscaleSettings | None) -> ReplicaStatus:
-        """Follow the waiting tokens within `limits`; None ends that, and the number stays as it is.
+        """Let the number follow the waiting tokens within `limits`; None ends that and leaves the number as it is.
 
         Raises:
             LimitExceeded: over `max_replicas`.
@@ -202,7 +202,7 @@ class RayPool:
         """Score on the replicas; see `potstill.cache.types.Teacher`.
 
         Raises:
-            TeacherFailed: the engine fails at these rows, or several replicas crashed of them.
+            TeacherFailed: the engine fails at these rows, or several replicas crashed with them.
             SpecMismatch: the replicas are not the same teacher.
             Unavailable: the replicas were lost, and no other came in the time that Serve needs to replace one.
         """
@@ -225,7 +225,7 @@ class RayPool:
         return Unavailable(f"teacher {self._name!r} is closed")
 
     async def _try_again(self, call: ScoreCall, losses: Losses) -> Scored | Refused | None:
-        """Another replica's answer; None if none came in the time that Serve needs to replace one."""
+        """Another replica's answer; None where none was ready in the time that Serve needs to replace one."""
         if losses.suspect:
             async with self._suspects:
                 return await self._try_alone(call, losses)
@@ -234,8 +234,8 @@ class RayPool:
         return await self._try_once(call, losses, await self._unreserved(losses.replicas))
 
     async def _try_alone(self, call: ScoreCall, losses: Losses) -> Scored | Refused | None:
-        """The same of a replica that has no other call, as far as Serve's router follows our ranking."""
-        # Who waited here while others had what was ready is not to be blamed for the time.
+        """The answer of a replica that has no other call, as far as Serve's router follows our ranking."""
+        # Counted from the last suspect's end: a call that queued behind others has not used up its own patience.
         while await self._another(losses.replicas, max(losses.last, self._last_alone) + self._patience_seconds):
             self._reserved = replica = self._ranking(losses.replicas)[0]
             try:
@@ -255,7 +255,7 @@ class RayPool:
         return False
 
     async def _unreserved(self, avoid: set[str]) -> list[str]:
-        """The ranking without the reserved replica; waits while that is the only one that is not to be avoided."""
+        """The ranking without the reserved replica; waits while that is the only one not to be avoided."""
         while True:
             ranking = self._ranking(avoid)
             others = [name for name in ranking if name != self._reserved]
@@ -264,7 +264,7 @@ class RayPool:
             await asyncio.sleep(_PAUSE_SECONDS)
 
     async def _another(self, avoid: set[str], until: float) -> bool:
-        """Wait for a replica that is not to be avoided; False if by `until`, a monotonic time, there is none to ask."""
+        """Wait until the monotonic time `until` for a replica that is not to be avoided; False where none came."""
         again = time.monotonic() + _ASK_AGAIN_SECONDS
         while not self._closed:
             ready = set(self._ranking(avoid))
@@ -276,9 +276,9 @@ class RayPool:
         return False
 
     async def _try_once(self, call: ScoreCall, losses: Losses, ranking: list[str]) -> Scored | Refused:
-        """One replica's answer; one that is lost or broken is added to `losses`."""
+        """The answer of the best-ranked replica, which is added to `losses` where it is lost or broken."""
         replica = ranking[0] if ranking else ""
-        # Counted before the choice, which takes a round trip: calls that come meanwhile must see it.
+        # Counted before Serve's choice, which takes a round trip: the ranking of calls that come meanwhile must see it.
         in_flight = self._in_flight.begin(replica, len(call.tokens))
         sent = False
         try:
@@ -289,7 +289,7 @@ class RayPool:
                 try:
                     outcome: Scored | Refused = await response
                 except asyncio.CancelledError:
-                    response.cancel()
+                    response.cancel()  # or the replica would go on scoring for nobody
                     raise
         except LOST as error:
             outcome = lost(replica, error, had_call=sent)
@@ -308,7 +308,7 @@ class RayPool:
             _LOG.warning("teacher %s: %s; its rows go to another replica", self._name, outcome.detail)
 
     def _ranking(self, avoid: set[str]) -> list[str]:
-        """The replicas that are ready, by the tokens that wait for them; those to avoid come last."""
+        """Unique ids of the ready replicas, the fewest waiting tokens first; those to avoid come last."""
         ready = filter(self._is_ready, self._view.replicas)
         return sorted(ready, key=lambda name: (name in avoid, self._in_flight.waiting[name]))
 
@@ -333,7 +333,7 @@ class RayPool:
         gpus = resources.gpus
         if gpus is None:
             gpus = float(gpus_per_engine) if await asyncio.to_thread(cluster_has_gpus) else 0.0
-        # What a service that was killed left behind may be another teacher.
+        # A service that was killed may have left an application of this name with another teacher.
         await asyncio.to_thread(self._app.delete)
         handle = await asyncio.to_thread(
             self._app.deploy, open_teacher, replicas=self._target, resources=resources, gpus=gpus
@@ -361,7 +361,7 @@ class RayPool:
                 await self._follow_need()
                 silent = False
             except (RayError, RayServeException, OSError) as error:
-                # Calls go on without the controller, which Ray starts again.
+                # Calls go on without Serve's controller, which Ray restarts. One warning an outage, not one a second.
                 if not silent:
                     _LOG.warning("teacher %s: Ray Serve does not answer: %s", self._name, first_line(error))
                 silent = True
@@ -384,7 +384,7 @@ class RayPool:
 
 
 def _rows_of(targets: Targets, call: ScoreCall) -> list[Targets]:
-    """Views of what belongs to each row.
+    """Cut the targets of a call into views, one per row.
 
     Raises:
         TeacherFailed: the replica answered another number of positions.

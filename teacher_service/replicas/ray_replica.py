@@ -1,4 +1,4 @@
-"""What runs in a Ray Serve replica: one engine, and the answers to calls of the service's pool."""
+"""The code inside a Ray Serve replica: one engine, and the messages between it and the service's pool."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from potstill.teacher_service.replicas.pool import OpenTeacher
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """Who a replica's teacher is."""
+    """A replica's description of its teacher."""
 
     identity: TeacherIdentity
     provenance: Provenance
@@ -31,22 +31,22 @@ class ScoreCall:
     """Rows for one replica, as two arrays: they cross processes without a copy."""
 
     tokens: NDArray[np.uint32]
-    """[P] of all rows, one after the other."""
+    """[P] tokens of all rows, one row after the other."""
     lengths: NDArray[np.int64]
-    """[B]"""
+    """[B] tokens of each row."""
     want: Fields
     identity: TeacherIdentity
-    """Of the pool's teacher; a replica with another one refuses."""
+    """Identity of the pool's teacher; a replica with another one refuses."""
 
     @classmethod
     def of(cls, rows: Sequence[Tokens], want: Fields, identity: TeacherIdentity) -> ScoreCall:
-        """At least one row."""
+        """Pack the rows; at least one."""
         lengths = np.array([len(row) for row in rows], dtype=np.int64)
         return cls(np.concatenate(rows), lengths, want, identity)
 
     @property
     def rows(self) -> list[Tokens]:
-        """Views, one a row."""
+        """Views of `tokens`, one per row."""
         return np.split(self.tokens, np.cumsum(self.lengths)[:-1])
 
 
@@ -59,28 +59,28 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """An error of ours, as data: Ray would wrap an exception in another class and log its traceback."""
+    """An error of ours, sent as data: Ray would wrap an exception in another class and log its traceback."""
 
     kind: str
     detail: str
     elsewhere: bool
-    """Another replica may answer: it is this one that is broken, not the call."""
+    """True where this replica is broken and not the call, so that another one may answer."""
     crashed: bool = False
-    """It was well before the call, and ended by itself while it had it."""
+    """True where the replica was well before the call, and ended by itself while it had it."""
 
     def error(self) -> PotstillError:
-        """What to raise."""
+        """The error to raise in the service."""
         return error_class(self.kind)(self.detail)
 
 
 class Replica:
     """One engine, opened when the replica starts and closed when Serve has drained it.
 
-    A broken engine is not mended here: the replica says that it is unwell, and Serve replaces all of it.
+    A broken engine is not mended here: the replica says that it is unwell, and Serve replaces the whole replica.
     """
 
     async def __init__(self, open_teacher: OpenTeacher, wedged_seconds: float) -> None:  # type: ignore[misc]
-        # Serve awaits it; a deployment's engine is opened on the loop that will use it.
+        # Serve awaits this constructor, so the engine is opened on the event loop that will use it.
         self._stack = AsyncExitStack()
         self._teacher: Teacher = await self._stack.enter_async_context(open_teacher())
         self._health = EngineHealth(self._teacher, wedged_seconds=wedged_seconds)
@@ -89,11 +89,11 @@ class Replica:
         self._closing: asyncio.Task[None] | None = None
 
     def describe(self) -> Described:
-        """Who this is."""
+        """Tell the pool which teacher this is."""
         return Described(self._teacher.identity, self._teacher.provenance, self._teacher.limits)
 
     async def score(self, call: ScoreCall) -> Scored | Refused:
-        """Score the rows of one call."""
+        """Score the rows of one call; errors of ours come back as `Refused`."""
         self._foreign = call.identity.differences(self._teacher.identity)
         if self._foreign:
             return Refused("spec_mismatch", f"a replica is another teacher: {self._foreign}", elsewhere=True)
@@ -110,32 +110,33 @@ class Replica:
         return self._broken or self._health.trouble()
 
     async def check_health(self) -> None:
-        """Called by Serve every few seconds. A broken engine is closed: its own processes would outlive this one.
+        """Tell Serve, which asks every few seconds, that the replica is well.
 
         Raises:
             RuntimeError: the engine has ended or is wedged, or it is not the teacher that was asked for.
         """
         self._broken = self._trouble or self._foreign
         if self._broken:
+            # Closed already now: Serve may kill this process, which the engine's own processes would outlive.
             self._closing = self._closing or asyncio.create_task(self._stack.aclose())
             raise RuntimeError(self._broken)
 
     async def __del__(self) -> None:
-        # Serve awaits it after the drain, also when the start failed.
+        # Serve awaits this after the drain, and also where the constructor failed and there is nothing to close.
         if hasattr(self, "_health") and self._closing is None:
             await self._stack.aclose()
 
 
 class FewestTokensRouter(RequestRouter):  # type: ignore[misc]
-    """Prefers replicas as the service ranks them, which it does by the tokens that it sent to each.
+    """Chooses replicas as the service ranks them: Serve knows the calls of each replica, and only the pool its tokens.
 
-    The ranking comes with each choice, as its first argument: unique ids, the best first.
+    The ranking is the first argument of each call of `choose_replica`: unique ids, the best first.
     """
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """One rank a replica: the next is taken only if the one before is at its limit of calls."""
+        """Put each replica in a rank of its own: one is taken only where those before are at their limit of calls."""
         ranking: list[str] = pending_request.args[0] if pending_request and pending_request.args else []
         places = {name: place for place, name in enumerate(ranking)}
         ranked = sorted(candidate_replicas, key=lambda one: places.get(one.replica_id.unique_id, len(places)))

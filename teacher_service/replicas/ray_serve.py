@@ -1,9 +1,9 @@
 """One teacher as a Ray Serve application: deployed, looked at, scaled and deleted. Every call blocks.
 
 Serve has no public Python call that scales a running deployment without deploying it again, which restarts the
-replicas; its REST interface does it through the controller's `update_deployment_replicas`, and so does this module,
-without needing Ray's dashboard to run. The replicas' names and states come from the controller in the same way. Both
-are not public, hence the pinned version of Ray.
+replicas. Its REST interface, which needs Ray's dashboard, calls the controller's `update_deployment_replicas`; so does
+this module. The replicas' names and states come from the controller, too. Neither is public, so Ray's version is
+pinned.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ from potstill.teacher_service.settings.replicas import RaySettings, ResourceSett
 _LOG = logging.getLogger(__name__)
 _DEPLOYMENT = "teacher"
 _STATES: dict[str, ReplicaState] = {"RUNNING": "ready", "STOPPING": "draining"}
+# A replica's constructor reports its failure to Serve as text: the class and detail of our error are read out of that.
 _OUR_ERROR = re.compile(r"cache\.errors\.(\w+): (.+)")
 
 
 class RayConnection:
-    """This process's connection to Ray: made for the first teacher, and given up after the last."""
+    """This process's connection to Ray, made for the first teacher and closed after the last."""
 
     def __init__(self, settings: RaySettings) -> None:
         self.settings = settings
@@ -44,7 +45,7 @@ class RayConnection:
         self._made_here = False
 
     def join(self) -> None:
-        """Connect, unless that is done.
+        """Connect, unless another teacher has; call `leave` as often.
 
         Raises:
             Unavailable: there is no cluster at the address.
@@ -56,7 +57,7 @@ class RayConnection:
             self._users += 1
 
     def start_serve(self) -> None:
-        """Start Serve's controller on the cluster, unless it runs; calls come by handle, so there is no HTTP proxy."""
+        """Start Serve's controller on the cluster unless it runs; without its HTTP proxy, as calls come by handle."""
         with self._lock:
             logging.getLogger("ray.serve").setLevel(logging.WARNING)
             serve.start(proxy_location="Disabled", logging_config=_LOGGING)
@@ -72,7 +73,7 @@ class RayConnection:
     def _connect(self) -> None:
         address = self.settings.address
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # Without this Ray packs and uploads the current folder when this was started by `uv run`.
+        # Without this Ray packs and uploads the current folder when the service was started by `uv run`.
         os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
         started_here: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
         try:
@@ -86,25 +87,26 @@ _LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
 
 def take_signals_back() -> None:
-    """Undo what `ray.init` does: its own handler of SIGTERM, below Python's, aborts. Only the main thread can."""
+    """Put Python's handler of SIGTERM back, which `ray.init` replaces below Python by one that aborts the process."""
+    # Python lets no other thread set handlers.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
 @dataclass(frozen=True, slots=True)
 class ServeView:
-    """What Serve says about an application."""
+    """State of an application, as Serve tells it."""
 
     status: str
     """`RUNNING`, `DEPLOYING`, `DEPLOY_FAILED`, `UNHEALTHY`, ..., or `NOT_STARTED` when there is none."""
     message: str
     target: int
     replicas: dict[str, ReplicaState]
-    """By unique id; those that are stopping are `draining`."""
+    """State of each replica, by unique id; one that stops is `draining`."""
 
     @property
     def cause(self) -> PotstillError:
-        """What went wrong, as the error of ours that a replica raised, or one line about Serve's."""
+        """The failure, as the error of ours that a replica raised, or else Serve's in one line."""
         found = _OUR_ERROR.findall(self.message)
         if found:
             name, detail = found[-1]
@@ -114,14 +116,14 @@ class ServeView:
 
 
 class ServeApp:
-    """A Serve application with one deployment, whose replicas are the teacher's."""
+    """The Serve application of one teacher: a single deployment, whose replicas are the teacher's."""
 
     def __init__(self, name: str, settings: RaySettings) -> None:
         self.name = name
         self._settings = settings
 
     def deploy(self, open_teacher: OpenTeacher, *, replicas: int, resources: ResourceSettings, gpus: float) -> Any:
-        """Begin to start the replicas; the handle that scores."""
+        """Begin to start the replicas; returns Serve's handle, through which they are called."""
         deployment = serve.deployment(
             Replica,
             name=_DEPLOYMENT,
@@ -131,7 +133,7 @@ class ServeApp:
             graceful_shutdown_wait_loop_s=0.5,
             health_check_period_s=self._settings.health_seconds,
             health_check_timeout_s=self._settings.health_timeout_seconds,
-            max_constructor_retry_count=2,
+            max_constructor_retry_count=2,  # enough for a node that is lost meanwhile; a wrong model fails every time
             request_router_config=RequestRouterConfig(request_router_class=FewestTokensRouter),
             **_placement(resources, gpus),
         )
@@ -146,13 +148,13 @@ class ServeApp:
         return handle
 
     def scale(self, replicas: int) -> None:
-        """Ask for so many; those that stay are left alone, those that go finish what they were sent."""
+        """Ask for so many replicas; those that stay are left alone, those that go finish the calls they have."""
         controller = _get_global_client()._controller  # noqa: SLF001 -- see the module's docstring
         wanted = DeploymentID(name=_DEPLOYMENT, app_name=self.name)
         ray.get(controller.update_deployment_replicas.remote(wanted, replicas))
 
     def look(self) -> ServeView:
-        """How it is."""
+        """Ask Serve for the application's state."""
         details = _get_global_client().get_serve_details()["applications"].get(self.name)
         if details is None:
             return ServeView("NOT_STARTED", "", 0, {})
@@ -165,7 +167,7 @@ class ServeApp:
         return ServeView(status, message, deployment["target_num_replicas"], replicas)
 
     def delete(self) -> None:
-        """Drain and stop all replicas; Serve goes on by itself with what takes longer than a minute."""
+        """Drain and stop all replicas. After a minute this returns, and Serve goes on by itself."""
         try:
             serve.delete(self.name, _blocking=True)
         except TimeoutError:
@@ -173,12 +175,12 @@ class ServeApp:
 
 
 def cluster_has_gpus() -> bool:
-    """Whether any node has one now."""
+    """True where any node of the cluster has a GPU now."""
     return bool(ray.cluster_resources().get("GPU", 0))
 
 
 def _placement(resources: ResourceSettings, gpus: float) -> dict[str, Any]:
-    """One bundle a replica: all GPUs of a tensor-parallel engine are on one node. That was not run on GPUs."""
+    """Options of placement: one bundle per replica keeps all GPUs of an engine on one node. Not run on GPUs."""
     options: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": gpus, "resources": resources.custom}
     if gpus <= 1:
         return {"ray_actor_options": options}
