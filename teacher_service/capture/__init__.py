@@ -1,1 +1,1 @@
-"""Targets computed inside the engine's worker, where the logits are, and the self-check against vLLM's public path."""
+"""Capture: the ways from the engine's logits to targets, and the self-check of private ways against the public one."""

@@ -1,7 +1,7 @@
-"""Whether a private capture path gives what vLLM's public one gives, on a few tokens of the running engine.
+"""The self-check of a private capture path against vLLM's public one, on a few tokens of the running engine.
 
-What only the private path gives is held against plain float64 maths on its own full distributions, and these against
-the public path's largest entries and against their sum. Plain numpy.
+Fields that only the private path gives are compared with plain float64 maths on its own full distributions; these are
+compared with the public path's largest entries, and must sum to 1. Plain numpy.
 
 Shape legend:  T tokens of the row, K kept entries, V vocabulary size.
 """
@@ -15,20 +15,20 @@ from potstill.cache.encoding.draws import draw_rows
 from potstill.cache.types import Draws, Fields, Targets, Tokens
 
 MAX_PUBLIC_K = 2048
-"""Entries that the public path is asked for; the whole vocabulary where that is smaller."""
+"""Entries per position that the public path is asked for, or the whole vocabulary where that is smaller."""
 _TOLERANCE = 1e-4
-"""Nats: two orders of summation of one float32 distribution."""
+"""Largest difference in nats: the same float32 distribution may be summed in two orders."""
 _MOVED_DRAWS = 0.02
-"""Share of draws that may lie at the edge between two ids."""
+"""Share of draws that may fall on a neighbouring id, because they lie at the edge between two."""
 
 
 def checked_row(vocab_size: int, max_tokens: int) -> list[int]:
-    """The token ids to check with, low and high ones."""
+    """The row of token ids to check with, low and high ones."""
     return [token % vocab_size for token in (0, 1, 2, 3, vocab_size - 1, vocab_size // 2, 5, 7)][:max_tokens]
 
 
 def checked_fields(vocab_size: int, max_top_k: int, *, every_field: bool) -> Fields:
-    """What a private path is asked for."""
+    """The fields to ask a private path for."""
     k = min(64, max_top_k, vocab_size)
     if not every_field:
         return Fields(k=k)
@@ -36,7 +36,14 @@ def checked_fields(vocab_size: int, max_top_k: int, *, every_field: bool) -> Fie
 
 
 def disagreement(private: Targets, public: Targets, want: Fields, row: Tokens) -> str:
-    """What differs between `private`, of `want`, and `public`, of the same row with more entries; or nothing."""
+    """The first difference between two answers for one row, in one line; empty where they agree.
+
+    Args:
+        private: targets with the fields `want`.
+        public: the top-k of the same positions, with more entries.
+        want: the fields that the private path was asked for.
+        row: [T] token ids.
+    """
     found = _top_k_disagreement(private, public)
     if found or want.only_top_k:
         return found
@@ -80,18 +87,19 @@ def _extras_disagreement(private: Targets, dense: NDArray[np.float64], want: Fie
 
 
 def _looked_up(public: Targets, ids: NDArray[np.uint32]) -> NDArray[np.float32]:
-    """[T, K] the public path's logprobs of `ids`; of one that it does not have its lowest, as among ties at its end."""
+    """[T, K] the public path's logprobs of `ids`."""
     order = np.argsort(public.ids, axis=1)
     found = np.empty(ids.shape, np.float32)
     for position, at in enumerate(order):
         known, logprobs = public.ids[position, at], public.logprobs[position, at]
+        # An id that the public path does not have may be tied with its last one, whose logprob it gets.
         index = np.minimum(np.searchsorted(known, ids[position]), len(known) - 1)
         found[position] = np.where(known[index] == ids[position], logprobs[index], public.logprobs[position, -1])
     return found
 
 
 def _moved(ours: Draws, theirs: Draws, vocab_size: int) -> int:
-    """Draws that fell on another id."""
+    """Number of draws that fell on another id."""
     counts = np.zeros((len(ours.offsets) - 1) * vocab_size, np.int64)
     for draws, sign in ((ours, 1), (theirs, -1)):
         position = np.repeat(np.arange(len(draws.offsets) - 1), np.diff(draws.offsets))

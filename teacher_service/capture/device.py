@@ -1,4 +1,4 @@
-"""From logits to everything a target holds, and what does that for a device: torch here, compiled code for CPUs.
+"""The computation of targets from logits, by a device: a GPU through torch here, compiled code on CPUs (`capture.cpu`).
 
 Per position, of logits z over the whole vocabulary, t = z - max z, e = exp(t) and p = e / sum e:
 
@@ -8,7 +8,7 @@ Per position, of logits z over the whole vocabulary, t = z - max z, e = exp(t) a
     log_z      log sum p**(1/T) = log sum exp(t / T) - log(sum e) / T
     draws      inverse CDF: of u in [0, 1), the first id whose cumulative mass, in float64, is over u
 
-The draws are those of `encoding.draws.draw_rows` on the same logprobs, but for a u at the very edge between two ids.
+The draws are those of `encoding.draws.draw_rows` on the same logprobs, except where u is at the edge between two ids.
 
 Shape legend:  S rows of a block, V vocabulary size, K kept entries, N draws, U unique ids drawn.
 """
@@ -28,35 +28,36 @@ from potstill.cache.types import Fields
 from potstill.teacher_service.capture.layout import Drawn
 
 FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, MemoryError, PotstillError)
-"""What torch and numpy raise when they are out of memory or are handed what they do not take."""
+"""Exceptions of torch and numpy where memory is short or an argument is not accepted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaptureDevice:
-    """How targets are computed from logits where these are."""
+    """A device that computes targets from the logits in its memory."""
 
     head_bytes: int
-    """float32 logits that the head gives at once."""
+    """Bytes of float32 logits that the head gives at once."""
     block_bytes: int
-    """Of them, what is worked on at once; what is looked up for N draws counts as 16 N bytes a row if that is more."""
+    """Bytes of these logits that make a block. A row with N draws counts as at least 16 N bytes, for their look-up."""
     num_threads: int
-    """Blocks that are worked on at one time."""
+    """Blocks that are computed at one time."""
     capture_block: Callable[
         [torch.Tensor, torch.Tensor | None, Fields, NDArray[np.float64] | None, Mapping[str, torch.Tensor]],
         Drawn | None,
     ]
-    """Fills the arrays of one block of rows, and returns its draws; see `capture_with_torch`."""
+    """Function that fills the arrays of one block of rows and returns its draws; see `capture_with_torch`."""
     map: Callable[[Callable[[Any], None], Iterable[Any]], Iterable[None]]
-    """Does some work on every block."""
+    """Function like the built-in `map`, to work on every block."""
 
 
 def torch_device() -> CaptureDevice:
-    """A GPU, through torch.
+    """Set up capture on a GPU, through torch.
 
     Memory beside the logits and the answer: at most 8 times `head_bytes`, for t, e and a scratch copy in float32, and
     the float64 masses and their cumulative sum for draws.
     """
     size = 128 * 2**20
+    # One block at a time: a GPU is kept busy by the rows of one.
     return CaptureDevice(head_bytes=size, block_bytes=size, num_threads=1, capture_block=capture_with_torch, map=map)
 
 
@@ -73,12 +74,12 @@ def capture_with_torch(
     uniforms: NDArray[np.float64] | None,
     out: Mapping[str, torch.Tensor],
 ) -> Drawn | None:
-    """Fill `out` for one block of rows, on any device; the draws of the block, if any are wanted.
+    """Fill `out` for one block of rows, on any device, and return the block's draws if any are wanted.
 
     Not run on a GPU; tested on CPU tensors.
 
     Args:
-        logits: [S, V] float32; entries beside each other.
+        logits: [S, V] float32; entries contiguous.
         labels: [S] int64 ids whose logprob is wanted; None without a top-k.
         want: what to compute.
         uniforms: [S, N] in [0, 1), for draws.
@@ -100,12 +101,14 @@ def capture_with_torch(
         weighted = torch.linalg.vecdot(e, t.clamp(min=torch.finfo(torch.float32).min))
         out["entropy"].copy_(log_total - weighted / log_total.exp())
     for column, temperature in enumerate(want.temperatures):
+        # The quotient by a small temperature is large: float64 keeps the digits that its subtraction would cost.
         power = torch.mul(t, 1.0 / temperature).exp_().sum(dim=1)
         out["log_z"][:, column].copy_(power.double().log() - log_total.double() / temperature)
     if want.dense:
         out["dense"].copy_(t.sub_(log_total[:, None]))
     if uniforms is None:
         return None
+    # float64: a float32 sum over a large vocabulary would lose the ids of small mass.
     ends = e.double().cumsum_(dim=1)
     target = torch.from_numpy(uniforms).to(logits.device) * ends[:, -1:]
     # A product that rounds up to all of the mass would fall behind the last id that has any.
@@ -114,7 +117,8 @@ def capture_with_torch(
 
 
 def _logprobs(logits: torch.Tensor, top: torch.Tensor, log_total: torch.Tensor) -> torch.Tensor:
-    """Of [S, n] logits, in this order: the sum of the two that are taken off might swallow one of them."""
+    """Logprobs of [S, n] logits."""
+    # In this order: in `top + log_total` the larger one might swallow the smaller.
     return (logits.double() - top) - log_total[:, None]
 
 

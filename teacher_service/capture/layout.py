@@ -1,4 +1,4 @@
-"""What the engine's worker sends for one row on the capture path `sampler`, and where each part of it lies.
+"""The messages between the caller of the engine and its worker on the capture path `sampler`.
 
 The worker computes from the full distributions while they are still in its memory, and sends three flat arrays
 through the tensors that vLLM transports for prompt logprobs:
@@ -8,9 +8,9 @@ through the tensors that vLLM transports for prompt logprobs:
     ints    int32    [T] the row's tokens as the worker saw them; with draws also [T] unique ids a position, [U] ids,
                      [U] counts
 
-A failure inside the worker has no ids, and its message as UTF-8 bytes in `ints`, so that it fails one row and not
-the engine. Sections are contiguous, so that either side works on views. Plain numpy: the worker and the caller of
-the engine both import it.
+A failure inside the worker is sent without floats and with its message as UTF-8 bytes in `ints`, so that it fails one
+row and not the engine. Sections are contiguous, so that either side works on views. Plain numpy, because both import
+this module.
 
 Shape legend:  T tokens of a row without its prefix, K kept entries, V vocabulary size, U unique ids among the draws.
 """
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from potstill.cache.types import Fields
 
 WISH_KEY = "potstill"
-"""Of `SamplingParams.extra_args`: a request without it is vLLM's own affair."""
+"""Key of a `Wish` in `SamplingParams.extra_args`; a request without it is left to vLLM."""
 
 Sections = dict[str, tuple[int, ...]]
 
@@ -37,21 +37,21 @@ class Asked:
     """One row as the engine gets it."""
 
     tokens: list[int]
-    """[P] prefix and row."""
+    """[P] tokens of prefix and row."""
     num_prefix: int
     want: Fields
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wish:
-    """What one request asks of the worker; travels with the request."""
+    """The fields that one request asks of the worker; it travels with the request."""
 
     fields: Fields
     num_prefix: int
     """Tokens in front of the row, whose targets are not wanted."""
 
     def to_extra_args(self) -> dict[str, Any]:
-        """As `SamplingParams.extra_args`."""
+        """The wish as `SamplingParams.extra_args`."""
         return {WISH_KEY: {"fields": self.fields.to_json(), "num_prefix": self.num_prefix}}
 
     @classmethod
@@ -59,7 +59,7 @@ class Wish:
         """The wish of a request, or None when it is not one of ours.
 
         Raises:
-            InvalidInput: what `to_extra_args` does not write.
+            InvalidInput: a wish that `to_extra_args` would not write.
         """
         value = (extra_args or {}).get(WISH_KEY)
         if value is None:
@@ -69,7 +69,7 @@ class Wish:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Captured:
-    """What arrived for one request, as it was sent."""
+    """The worker's arrays for one request, as they arrived."""
 
     ids: NDArray[np.int32]
     floats: NDArray[np.float32]
@@ -82,9 +82,9 @@ class Drawn(NamedTuple):
     lengths: NDArray[np.int64]
     """[S] unique ids of each row."""
     ids: NDArray[np.int32]
-    """[U] rising within a row."""
+    """[U] ids, rising within a row."""
     counts: NDArray[np.int32]
-    """[U]"""
+    """[U] draws of each id."""
 
 
 def float_sections(want: Fields, num_positions: int, vocab_size: int) -> Sections:
@@ -99,12 +99,12 @@ def float_sections(want: Fields, num_positions: int, vocab_size: int) -> Section
 
 
 def num_floats(sections: Sections) -> int:
-    """Elements of all sections together."""
+    """Number of elements of all sections."""
     return sum(int(np.prod(shape)) for shape in sections.values())
 
 
 def split(flat: Any, sections: Sections) -> dict[str, Any]:
-    """Name -> view of a flat numpy array or torch tensor of `num_floats` elements."""
+    """Cut a flat numpy array or torch tensor of `num_floats` elements into views, by name."""
     parts: dict[str, Any] = {}
     start = 0
     for name, shape in sections.items():

@@ -1,12 +1,12 @@
-"""The ways from vLLM's engine to `Targets`, best first. Imported once vLLM is.
+"""The capture paths from vLLM's engine to `Targets`, best first. Imported once vLLM is.
 
     sampler      the worker computes every field from the full distributions (`capture.worker`); private
     arrays       the top-k as the tensors that vLLM's worker sends, before it makes an object of each entry; private
     public-flat  the top-k as vLLM's `FlatLogprobs`; public, and what the other two are checked against
 
-A private path changes the state of our own requests only: the receiving object of one request is exchanged after it was
-added, and the worker looks at requests that carry a `Wish`. Any other request of the same engine is answered by vLLM
-as ever. Verified with vLLM 0.32.0.
+A private path changes the state of our own requests only: the object that receives one request's logprobs is exchanged
+after the request was added, and the worker looks only at requests that carry a `Wish`. vLLM answers any other request
+of the same engine as usual. Verified with vLLM 0.32.0.
 """
 
 from __future__ import annotations
@@ -25,52 +25,52 @@ from potstill.teacher_service.capture.targets import FlatEntries, targets_from_c
 
 PathName: TypeAlias = Literal["sampler", "arrays", "public-flat"]
 PATH_NAMES: tuple[PathName, ...] = get_args(PathName)
-"""Best first."""
+"""Names of the paths, best first."""
 
 WORKER_EXTENSION = "potstill.teacher_service.capture.worker.CaptureExtension"
 
 
 class CapturePath(Protocol):
-    """How one engine's answers become targets."""
+    """A way in which one engine's answers become targets."""
 
     @property
     def name(self) -> PathName:
-        """As provenance has it."""
+        """The name, as provenance has it."""
         ...
 
     @property
     def gives_every_field(self) -> bool:
-        """Whether more than the top-k can be asked for."""
+        """True where more than the top-k can be asked for."""
         ...
 
     @property
     def private(self) -> bool:
-        """Whether it rests on what vLLM does not promise, and is checked first."""
+        """True where the path rests on internals of vLLM, and so is checked before it is used."""
         ...
 
     def install(self, engine: Any) -> str:
-        """Prepare vLLM's engine; why it cannot be, or an empty string."""
+        """Prepare vLLM's engine; returns the reason where that is impossible, else an empty string."""
         ...
 
     def sampling_params(self, asked: Asked) -> Any:
-        """What vLLM is asked for one row."""
+        """The `SamplingParams` that ask vLLM for one row."""
         ...
 
     def added(self, engine: Any, request_id: str) -> None:
-        """Called for each request after vLLM has taken it, by vLLM's own id."""
+        """Prepare one request after vLLM has accepted it under its own `request_id`."""
         ...
 
     def targets(self, output: Any, asked: Asked, vocab_size: int) -> Targets:
-        """From one finished `RequestOutput`.
+        """Make the targets of one finished `RequestOutput`.
 
         Raises:
-            TeacherFailed: it is not what was asked for.
+            TeacherFailed: the answer does not fit the request.
         """
         ...
 
 
 class PublicFlatPath:
-    """`FlatLogprobs`: two Python lists a row, of an object for each entry."""
+    """The public path: `FlatLogprobs`, which are two Python lists per row with an object for each entry."""
 
     name: PathName = "public-flat"
     gives_every_field = False
@@ -94,7 +94,7 @@ class PublicFlatPath:
 
 
 class ArraysPath(PublicFlatPath):
-    """The tensors of the prompt as they come from the worker, and one flat position for the last target."""
+    """The top-k as the worker's tensors, and one position of `FlatLogprobs` for the last target."""
 
     name: PathName = "arrays"
     private = True
@@ -105,6 +105,7 @@ class ArraysPath(PublicFlatPath):
 
     def targets(self, output: Any, asked: Asked, vocab_size: int) -> Targets:
         """See `CapturePath`."""
+        # A prompt of one token has no prompt logprobs, and so no tensors.
         prompt = FlatEntries(ids=[], logprobs=[])
         if len(asked.tokens) > 1:
             kept = _kept(output)
@@ -113,19 +114,19 @@ class ArraysPath(PublicFlatPath):
 
 
 class SamplerPath:
-    """All T targets of a row from the worker."""
+    """Every field of all T targets of a row, computed by the worker."""
 
     name: PathName = "sampler"
     gives_every_field = True
     private = True
 
     def install(self, engine: Any) -> str:
-        """Ask every worker to capture; the first reason that one of them gives."""
+        """Ask every worker to capture; returns the first reason against it that one of them gives."""
         reasons: list[str] = engine.collective_rpc("potstill_capture")
         return next(filter(None, reasons), "")
 
     def sampling_params(self, asked: Asked) -> Any:
-        """As little of vLLM's own as makes it call the worker's prompt logprobs step."""
+        """Ask vLLM for no entries of its own, but so that it calls the worker's prompt logprobs step."""
         wish = Wish(fields=asked.want, num_prefix=asked.num_prefix)
         return _sampling_params(prompt_logprobs=0, extra_args=wish.to_extra_args())
 
@@ -141,14 +142,14 @@ class SamplerPath:
 
 
 def paths_from(best: str) -> list[CapturePath]:
-    """The paths to try in turn: `best`, or the best there is for `auto`, and those behind it."""
+    """The paths to try in turn: `best` and those behind it; all of them for `auto`."""
     paths: list[CapturePath] = [SamplerPath(), ArraysPath(), PublicFlatPath()]
     names = [path.name for path in paths]
     return paths[0 if best == "auto" else names.index(best) :]  # type: ignore[arg-type]
 
 
 def _keep_tensors(engine: Any, request_id: str) -> None:
-    """Exchange the processor of one request for one that makes no object of an entry."""
+    """Exchange the logprobs processor of one request for one that keeps tensors and makes no objects of entries."""
     state = engine.output_processor.request_states[request_id]
     processor = state.logprobs_processor
     kind = _keeping(processor.__class__)
@@ -189,7 +190,8 @@ def _flat(logprobs: Any) -> FlatEntries:
 
 
 def _sampling_params(**more: Any) -> Any:
-    """One token is sampled, because vLLM takes no fewer; only the finished answer is wanted."""
+    """Parameters common to all paths, and `more`."""
+    # One token is sampled because vLLM takes no fewer; only the finished answer is wanted.
     return SamplingParams(
         max_tokens=1, temperature=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **more
     )

@@ -1,4 +1,4 @@
-"""From what the engine hands over to `Targets`. The position convention is decided here, once.
+"""The making of `Targets` from the engine's answers. The position convention is decided here, once.
 
 Target *t* of a row is the distribution of the token **after** `row[t]`. With n prefix tokens in front, the engine
 sees prefix + row and the first n targets are dropped.
@@ -7,7 +7,7 @@ vLLM's own prompt logprobs, on the paths `public-flat` and `arrays`, have one po
 scores token *i* given the tokens before it, so position 0 is empty. Each further position is `K + 1` entries: column
 0 is the token that really stands there, columns 1..K are the top-K by falling logprob. Columns 1..K may hold the token
 of column 0 once more; nothing is deduplicated. A row of T tokens takes targets 0..T-2 from prompt positions 1..T-1,
-their labels from column 0, and target T-1 from the one sampled token's logprobs, whose column 0 is what was sampled
+their labels from column 0, and target T-1 from the one sampled token's logprobs. Their column 0 is the sampled token
 and is not used: the last target has no label.
 
 On the path `sampler` the worker has computed all T targets itself (`capture.layout`).
@@ -30,11 +30,11 @@ from potstill.cache.types import Draws, Fields, Targets
 from potstill.teacher_service.capture.layout import Captured, float_sections, num_floats, split
 
 TAIL_FLOOR = 1e-6
-"""Tail mass under this is stored as none: float32 logprobs of a peaked row cannot resolve less, and
+"""Smallest tail mass that is kept; a smaller one becomes 0. float32 logprobs of a peaked row cannot resolve less, and
 their sum may even pass 1."""
 
 _TAIL_ROWS = 1024
-"""Rows whose masses are summed at once, in float64."""
+"""Positions whose masses are summed at once, which bounds the float64 copy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,13 +66,13 @@ def targets_from_flat(
     k: int,
     vocab_size: int,
 ) -> Targets:
-    """The targets of one row, from vLLM's prompt logprobs.
+    """Make the targets of one row from vLLM's prompt logprobs.
 
     Args:
         prompt: entries of prompt positions 1..P-1, empty when P is 1.
         sampled: entries of the one sampled token.
         tokens: [P] prefix and row, as the engine saw them.
-        num_prefix: how many of `tokens` are the prefix.
+        num_prefix: number of `tokens` that are the prefix.
         k: kept entries K, at most `vocab_size`.
         vocab_size: V; with K = V nothing is outside the top-k.
 
@@ -95,13 +95,13 @@ def targets_from_flat(
 def targets_from_captured(
     captured: Captured, want: Fields, *, tokens: Sequence[int], num_prefix: int, vocab_size: int
 ) -> Targets:
-    """The targets of one row, from what the worker computed; arrays are views of `captured` where they can be.
+    """Make the targets of one row from the worker's arrays, as views of them where possible.
 
     Args:
-        captured: of one request.
+        captured: the arrays of one request.
         want: the fields that were asked for.
         tokens: [P] prefix and row, as the engine saw them.
-        num_prefix: how many of `tokens` are the prefix.
+        num_prefix: number of `tokens` that are the prefix.
         vocab_size: V.
 
     Raises:
@@ -140,7 +140,8 @@ def targets_from_captured(
 
 
 def log_tail(logprobs: NDArray[np.float32]) -> NDArray[np.float32]:
-    """[T] log of the mass outside [T, K] float32 `logprobs`, summed in float64; -inf under `TAIL_FLOOR`."""
+    """The log of the tail mass, [T] float32: of what [T, K] `logprobs` leave of 1; -inf under `TAIL_FLOOR`."""
+    # float64: a tail of 1e-6 is 16 units in the last place of a float32 sum near 1.
     tail = np.empty(len(logprobs))
     ones = np.ones(logprobs.shape[1])
     for start in range(0, len(logprobs), _TAIL_ROWS):
@@ -168,7 +169,7 @@ def _top_k_targets(
 
 
 def _draws(ints: NDArray[np.generic], num_positions: int, num_draws: int) -> Draws:
-    """From [T] unique ids a position, [U] ids, [U] counts."""
+    """Make draws of the worker's [T] numbers of unique ids, [U] ids and [U] counts."""
     values = ints.astype(np.int64)
     offsets = np.zeros(num_positions + 1, np.int64)
     np.cumsum(values[:num_positions], out=offsets[1:])
@@ -194,7 +195,7 @@ def _columns(entries: FlatEntries, *, num_positions: int, k: int) -> _Columns:
 
 
 def _refuse_nonsense(logprobs: NDArray[np.float32], labels: NDArray[np.float32]) -> None:
-    """-inf is a masked token; NaN and +inf are no logprob at all."""
+    """Refuse NaN and +inf, which are no logprobs; -inf is a masked token."""
     for name, values in (("top-k", logprobs), ("label", labels)):
         if not np.all(values < np.inf):  # False for NaN too
             position = int(np.argwhere(~(values < np.inf))[0][0])
@@ -204,7 +205,7 @@ def _refuse_nonsense(logprobs: NDArray[np.float32], labels: NDArray[np.float32])
 def _by_falling_logprob(
     ids: NDArray[np.int32], logprobs: NDArray[np.float32]
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Both as they are when already sorted, as nearly always; else sorted, ties in the order given."""
+    """Sort both by falling logprob, ties in the order given. They nearly always are sorted already."""
     if np.all(logprobs[:, 1:] <= logprobs[:, :-1]):
         return np.ascontiguousarray(ids), np.ascontiguousarray(logprobs)
     order = np.argsort(-logprobs, axis=1, kind="stable")

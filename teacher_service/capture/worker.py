@@ -35,12 +35,12 @@ _NEEDED = (_STEP, "num_prompt_logprobs", "requests", "input_batch", "query_start
 
 
 class CaptureExtension:
-    """Mixed into vLLM's worker; a worker has `model_runner`."""
+    """Methods that vLLM mixes into its worker, which has a `model_runner`."""
 
     model_runner: Any
 
     def potstill_capture(self) -> str:
-        """Capture from now on; why not, or an empty string. May be repeated."""
+        """Capture from now on; returns the reason where that is impossible, else an empty string. May be repeated."""
         runner = self.model_runner
         missing = [name for name in _NEEDED if not hasattr(runner, name)]
         if missing:
@@ -68,7 +68,7 @@ def _device(kind: str) -> CaptureDevice:
 
 @dataclass(slots=True, eq=False)
 class _Answer:
-    """What one request gets, filled position by position."""
+    """The answer to one request, filled position by position."""
 
     tokens: NDArray[np.int32]
     """[T] the row."""
@@ -76,7 +76,7 @@ class _Answer:
     floats: torch.Tensor
     views: Mapping[str, torch.Tensor]
     drawn: dict[int, Drawn] = field(default_factory=dict)
-    """By the first position of each block."""
+    """Draws of each block, by its first position."""
     failure: str = ""
 
     @classmethod
@@ -88,7 +88,7 @@ class _Answer:
         return cls(tokens, ids, floats, {"ids": ids, **split(floats, sections)})
 
     def forget_from(self, position: int) -> None:
-        """Drop what blocks gave at or after a position; the tensors are overwritten there."""
+        """Drop draws at and after a position, which are to be computed again; the tensors are overwritten there."""
         for first, (lengths, ids, counts) in list(self.drawn.items()):
             if first >= position:
                 del self.drawn[first]
@@ -100,7 +100,7 @@ class _Answer:
             self.failure = ""
 
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Ids, floats and ints, as `layout` says."""
+        """Ids, floats and ints, laid out as `layout` says."""
         if self.failure:
             message = np.frombuffer(self.failure.encode(), np.uint8).copy()
             return torch.empty(0, dtype=torch.int32), torch.empty(0), torch.from_numpy(message)
@@ -113,24 +113,26 @@ class _Answer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PositionRange:
-    """Consecutive positions of one request, and where their hidden states are in this step."""
+    """Consecutive positions of one request that are in this step."""
 
     wish: Wish
     answer: _Answer
     hidden: int
+    """Row of the first position's hidden state, among those of the step."""
     position: int
+    """First position, counted in the row without its prefix."""
     count: int
 
     def within(self, start: int, stop: int) -> PositionRange | None:
-        """The part whose hidden states lie in a range."""
+        """The part whose hidden states are rows `start` to `stop` of the step; None where there is none."""
         first, last = max(start, self.hidden), min(stop, self.hidden + self.count)
         if first >= last:
             return None
         return PositionRange(self.wish, self.answer, first, self.position + first - self.hidden, last - first)
 
     def blocks(self, vocab_size: int, device: CaptureDevice) -> Iterator[PositionRange]:
-        """Cut into blocks of nearly equal size, as many for each thread of the device."""
-        # What is looked up for many draws counts as much as logits do.
+        """Cut into blocks of nearly equal size, the same number for each thread of the device."""
+        # Many draws take as much memory to look up as logits do.
         rows_at_once = max(1, device.block_bytes // (4 * max(vocab_size, 4 * self.wish.fields.draws)))
         num_blocks = -(-self.count // rows_at_once)
         num_blocks = min(self.count, -(-num_blocks // device.num_threads) * device.num_threads)
@@ -142,7 +144,7 @@ class PositionRange:
 
 
 class PromptCapture:
-    """Stands before the runner's own prompt logprobs step; called once after each forward pass."""
+    """Replaces the runner's own prompt logprobs step, which it calls for other requests. Runs once a forward pass."""
 
     def __init__(self, runner: Any, transport: Callable[..., Any], device: CaptureDevice) -> None:
         self._runner = runner
@@ -152,8 +154,9 @@ class PromptCapture:
         self._device = device
 
     def __call__(self, hidden_states: torch.Tensor, num_scheduled_tokens: dict[str, int]) -> dict[str, Any]:
-        """Request id -> tensors of the requests whose prompt is complete."""
+        """Capture this step; returns the tensors of requests whose prompt is complete, by request id."""
         wishes = self._wishes(self._runner.num_prompt_logprobs)
+        # vLLM's own step works on all that this table names: ours are taken out for it, and put back while incomplete.
         held = {request_id: self._runner.num_prompt_logprobs.pop(request_id) for request_id in wishes}
         answers: dict[str, Any] = self._others(hidden_states, num_scheduled_tokens)
         # A request that was preempted is not in this step.
@@ -185,8 +188,9 @@ class PromptCapture:
         return found
 
     def _range(self, request_id: str, wish: Wish, num_tokens: int) -> PositionRange:
-        """The wanted rows of this step; the row after the last prompt token is one of them."""
+        """The positions of one request in this step, up to that of the last prompt token."""
         request = self._runner.requests[request_id]
+        # The answer is kept where vLLM would keep its own, so that it goes when vLLM drops the request.
         answer = request.in_progress_prompt_logprobs_cpu
         if answer is None:
             answer = _Answer.empty(request.prompt_token_ids, wish, self._vocab_size)
@@ -196,7 +200,7 @@ class PromptCapture:
         offset = int(self._runner.query_start_loc.np[self._runner.input_batch.req_id_to_index[request_id]])
         stop = min(computed + num_tokens, len(request.prompt_token_ids))
         position = computed + skipped - wish.num_prefix
-        # A row that was preempted is prefilled once more, in other chunks.
+        # A preempted request is prefilled once more, perhaps in other chunks.
         answer.forget_from(position)
         return PositionRange(wish, answer, offset + skipped, position, stop - computed - skipped)
 
@@ -217,7 +221,7 @@ class PromptCapture:
             self._targets(logits, start, inside)
 
     def _targets(self, logits: torch.Tensor, start: int, ranges: list[PositionRange]) -> None:
-        """Compute the targets of some ranges; a failure is the request's, not the engine's."""
+        """Compute the targets of some ranges; a failure fails the request and not the engine."""
         logits = logits.float()  # at once: on a CPU by all of torch's threads
 
         def compute(block: PositionRange) -> None:

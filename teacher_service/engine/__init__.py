@@ -1,1 +1,1 @@
-"""One vLLM engine as a teacher: its options, its identity, its thread."""
+"""The vLLM teacher: its options and identity, the thread that steps the engine, and the engine itself."""

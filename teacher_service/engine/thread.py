@@ -28,11 +28,11 @@ from potstill.teacher_service.engine.vllm_engine import EngineFacts, VllmEngine,
 _LOG = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.002
-"""How often the answers of an engine in another process are looked for while nothing else happens."""
+"""Time between two looks for the answers of an engine in another process, while rows wait for it."""
 _IDLE_SECONDS = 1.0
-"""How often such a process is looked at while nothing waits."""
+"""Time between two looks at such a process while nothing waits."""
 _CLOSE_SECONDS = 60.0
-"""How long a step and the shutdown after it may take; a thread that is stuck in the engine never ends."""
+"""Time for a step and the shutdown after it. A thread that is stuck in the engine never ends, so it is not joined."""
 
 
 @dataclass(slots=True, eq=False)
@@ -44,7 +44,7 @@ class Job:
     answers: dict[int, Targets] = field(default_factory=dict)
 
     def finish(self, outcome: list[Targets] | Exception) -> None:
-        """Set the outcome once; a caller that has cancelled gets nothing."""
+        """Set the outcome, unless there is one or the caller has cancelled."""
         if self.done.done() or not self.done.set_running_or_notify_cancel():
             return
         if isinstance(outcome, Exception):
@@ -91,13 +91,13 @@ class EngineThread:
 
     @property
     def failure(self) -> str:
-        """Why the engine ended by itself, in one line; empty while it runs and after `stop`."""
+        """Reason for which the engine ended by itself, in one line; empty while it runs and after `stop`."""
         ended = self._ended
         return ended.detail if isinstance(ended, TeacherFailed) else ""
 
     @property
     def num_steps(self) -> int:
-        """Steps done so far, in whichever process: each scores at most `max_batch_tokens` tokens."""
+        """Steps done so far, of at most `max_batch_tokens` tokens each."""
         return self._num_steps
 
     def start(self) -> Future[EngineFacts]:
@@ -116,8 +116,10 @@ class EngineThread:
         """
         with self._end_lock:
             if self._ended is not None:
+                # A copy: one exception raised in several callers would collect all of their tracebacks.
                 raise type(self._ended)(str(self._ended))
             self._inbox.put(job)
+        # After the job: its cancellation must not reach the thread first.
         job.done.add_done_callback(lambda done: self._inbox.put(_Cancelled(job)) if done.cancelled() else None)
 
     def stop(self) -> None:
@@ -125,14 +127,14 @@ class EngineThread:
         self._inbox.put(_Stop())
 
     def join(self) -> None:
-        """Wait until the engine is shut down and the thread has ended; one that is stuck is left behind."""
+        """Wait until the engine is shut down and the thread has ended; a stuck thread is left behind."""
         self._thread.join(_CLOSE_SECONDS)
         if self._thread.is_alive():
             _LOG.error("the engine of %r did not stop within %g seconds and is left behind", self._name, _CLOSE_SECONDS)
         atexit.unregister(self.close)
 
     def close(self) -> None:
-        """`stop` and `join`."""
+        """Stop the engine, and wait until it is shut down."""
         self.stop()
         self.join()
 
@@ -156,9 +158,9 @@ class EngineThread:
             engine.close()
 
     def _close_first_at_exit(self) -> None:
-        """Have the interpreter's exit end the thread before vLLM's and torch's own exit hooks pull things away.
+        """End the thread at the interpreter's exit, before the exit hooks of vLLM and torch take away what it uses.
 
-        Hooks run in reverse order, so this is called again once those two have set up theirs.
+        Hooks run in reverse order, so this is called again once those two have registered theirs.
         """
         atexit.unregister(self.close)
         atexit.register(self.close)
@@ -191,7 +193,7 @@ class EngineThread:
                     self._deliver(engine, request_id, output)
 
     def _messages(self, engine: VllmEngine) -> Iterator[_Message]:
-        """What is in the inbox; waits for it when there is nothing else to do."""
+        """Take all messages out of the inbox; waits for one where the engine has nothing to do."""
         timeout = _IDLE_SECONDS
         if self._rows:
             timeout = 0.0 if engine.can_step() else _POLL_SECONDS
@@ -236,6 +238,7 @@ class EngineThread:
             job.finish([job.answers[i] for i in range(len(job.rows))])
 
     def _end(self, ended: PotstillError) -> None:
+        # From here on `submit` refuses, so that no job comes into the inbox after it is emptied below.
         with self._end_lock:
             self._ended = ended
         jobs = {id(job): job for job, _ in self._rows.values()}

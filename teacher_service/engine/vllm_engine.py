@@ -9,8 +9,8 @@ the usual `if __name__ == "__main__":`. So does one that starts where numba was 
 encoding, a large read or an engine that was closed: while it starts, vLLM looks into every module's attributes
 and stumbles over one of llvmlite. When numba is loaded while it starts, it starts again.
 
-What becomes of an answer is a capture path's (`capture.paths`). The best one is taken that gives what vLLM's public
-one gives on a few tokens of the running engine (`capture.check`); why another one was passed over is logged once.
+A capture path turns answers into targets (`capture.paths`). The engine takes the best path that agrees with vLLM's
+public one on a few tokens (`capture.check`), and logs once why a better one was passed over.
 
 torch compiles one small kernel on the first request, which takes up to half a minute the first time on a
 machine; a warm-up at the start takes that from the first caller. Without a C++ compiler it is not compiled.
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
-# vLLM's state is the process's, so these two are as well (see the module's docstring).
+# vLLM's state belongs to the process, so these two locks do as well (see the module's docstring).
 _INSIDE_THIS_PROCESS = threading.Lock()
 _ONE_START_AT_A_TIME = threading.Lock()
 
@@ -64,24 +64,24 @@ _ENVIRONMENT = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
 _POLL_SECONDS = 0.002
-_KILLED_SECONDS = 10.0
+_KILLED_SECONDS = 10.0  # vLLM kills an engine's process after five and does not wait for its end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineFacts:
-    """What the running engine says about itself."""
+    """Properties of the running engine."""
 
     vocab_size: int
     dtype: str
     head_dtype: str
     max_model_len: int
-    """Tokens, the one that is sampled included."""
+    """Longest prompt and the one sampled token, together."""
     device: str
     version: str
     capture_path: str
     gives_every_field: bool
     why_not_better: str
-    """Why the capture path is not the best one; empty where it is."""
+    """Reason for which the capture path is not the best one; empty where it is."""
 
 
 class VllmEngine:
@@ -115,7 +115,7 @@ class VllmEngine:
             raise
 
     def add(self, request_id: str, asked: Asked, *, path: CapturePath | None = None) -> None:
-        """Queue one row, for the path in use unless told otherwise; `ValueError` when vLLM refuses it."""
+        """Queue one row, for the path in use unless told otherwise. Raises ValueError when vLLM refuses it."""
         path = path or self._path
         prompt = self._vllm.inputs.tokens_input(asked.tokens)
         path.added(self._engine, self._engine.add_request(request_id, prompt, path.sampling_params(asked)))
@@ -124,22 +124,22 @@ class VllmEngine:
         """The targets of one finished request, by the path in use.
 
         Raises:
-            TeacherFailed: the engine answered what no model can mean.
+            TeacherFailed: the answer does not fit the request, or holds a NaN.
         """
         return self._path.targets(output, asked, self._vocab_size)
 
     def abort(self, request_ids: list[str]) -> None:
-        """Take requests out; unknown and finished ones are ignored."""
+        """Take requests out of the engine; unknown and finished ones are ignored."""
         self._engine.abort_request(request_ids)
 
     def can_step(self) -> bool:
-        """Whether `step` has something to do, and would not wait for another process.
+        """True where `step` has something to do and would not wait for another process.
 
-        Such a process tells of each of its steps, so of a long row that is scored in many steps there is news, too.
-        vLLM's own wait never ends when that process was killed, hence the look before the leap.
+        An engine in another process sends a message after each of its steps, also in the middle of a long row. vLLM's
+        own wait for it never ends when the process was killed, so `step` must not be called before one is there.
 
         Raises:
-            vllm.v1.engine.exceptions.EngineDeadError: that process is gone.
+            vllm.v1.engine.exceptions.EngineDeadError: the engine's process is gone.
         """
         if self._inside:
             return bool(self._engine.has_unfinished_requests())
@@ -150,7 +150,7 @@ class VllmEngine:
         return True
 
     def step(self) -> list[tuple[str, Any]]:
-        """One engine step; the rows that it finished, as request id and vLLM's `RequestOutput`."""
+        """Do one engine step; returns the rows that it finished, as request id and vLLM's `RequestOutput`."""
         return [(output.request_id, output) for output in self._engine.step() if output.finished]
 
     def close(self) -> None:
@@ -161,7 +161,7 @@ class VllmEngine:
             self._engine.renderer.shutdown()
             core.shutdown()
             for process in processes:
-                process.join(_KILLED_SECONDS)  # vLLM kills one that takes over five seconds, and does not wait for it
+                process.join(_KILLED_SECONDS)
                 if process.is_alive():
                     _LOG.warning("process %d of an engine lives on %g s after its end", process.pid, _KILLED_SECONDS)
         except Exception:  # noqa: BLE001 -- there is nothing left to do, and nobody to tell
@@ -173,7 +173,7 @@ class VllmEngine:
     def _start(self, arguments: dict[str, Any], *, cpu_kv_cache_bytes: int) -> Any:
         try:
             return self._build(arguments, cpu_kv_cache_bytes=cpu_kv_cache_bytes)
-        except AttributeError as error:
+        except AttributeError as error:  # vLLM looked into llvmlite's attributes, see the module's docstring
             if not (self._inside and error.name == "get" and type(error.obj).__module__.startswith("llvmlite")):
                 raise
         _LOG.warning("numba was loaded while an engine started, which gets a process of its own; see vllm_engine")
@@ -183,7 +183,7 @@ class VllmEngine:
     def _build(self, arguments: dict[str, Any], *, cpu_kv_cache_bytes: int) -> Any:
         arguments = {
             **arguments,
-            "max_logprobs": max(arguments["max_logprobs"], MAX_PUBLIC_K),
+            "max_logprobs": max(arguments["max_logprobs"], MAX_PUBLIC_K),  # the self-check asks for more than callers
             # With statistics another process sends a message after each step; without, only those with answers.
             "disable_log_stats": self._inside,
         }
@@ -200,11 +200,11 @@ class VllmEngine:
         return engine
 
     def _warm_up(self) -> None:
-        """One tiny request: torch compiles a kernel for it, and the first caller would wait for that."""
+        """Score one tiny request, for which torch compiles a kernel that the first caller would wait for."""
         self._score_alone(self._paths.PublicFlatPath(), Asked(tokens=[0, 0], num_prefix=0, want=Fields(k=1)))
 
     def _choose_path(self, best: str, *, max_top_k: int) -> tuple[CapturePath, str]:
-        """The first path from `best` on that can be used, and why not those before it."""
+        """The first path from `best` on that can be used, and the reasons against those before it."""
         reasons = []
         for path in self._paths.paths_from(best):
             reason = self._why_not(path, max_top_k)
@@ -264,13 +264,13 @@ class VllmEngine:
 
 
 def _processes_of(core: Any) -> list[Any]:
-    """Of vLLM's client of an engine; none where it is in this process."""
+    """Processes behind vLLM's client of an engine; none where the engine is in this process."""
     manager = getattr(getattr(core, "resources", None), "engine_manager", None)
     return list(getattr(manager, "processes", ()))
 
 
 def _import_vllm() -> Any:
-    """The module, imported with the settings it reads from the environment; takes seconds the first time."""
+    """Import vLLM with the settings that it reads from the environment; takes seconds the first time."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     compilers = filter(None, (os.environ.get("CXX"), "g++", "clang++"))
@@ -296,7 +296,7 @@ def _has_bfloat16_instructions() -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """What went wrong, short; of vLLM's settings classes the first complaint, without pydantic's frame."""
+    """The class and text of a failure in one line; of pydantic's errors the first complaint, without its frame."""
     text = str(error.errors()[0]["msg"]) if isinstance(error, ValidationError) else str(error)
     text = textwrap.shorten(text.removeprefix("Value error, "), 300, placeholder=" ...")
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -3,9 +3,9 @@
     async with open_vllm_teacher("path/to/model") as teacher:
         [targets] = await teacher.score([row], Fields(k=64))
 
-Rows go in as token ids and nothing adds BOS; what a model needs in front is `prefix_ids`. Prefix
-caching is off, logprobs are raw and the head computes in float32. `import teacher_service.vllm_teacher`
-is cheap: vLLM and torch are imported by the engine's thread when a teacher is opened.
+Rows go in as token ids and nothing adds BOS; tokens that a model needs in front are its `prefix_ids`. Prefix caching is
+off, logprobs are raw and the head computes in float32. Importing this module is cheap: the engine's thread imports vLLM
+and torch when a teacher is opened.
 
 Verified with vLLM 0.32.0 on CPUs against a plain float32 forward; it was not run on a GPU.
 """
@@ -33,11 +33,11 @@ from potstill.teacher_service.engine.thread import EngineThread, Job
 from potstill.teacher_service.engine.vllm_engine import EngineFacts
 
 MAX_TEMPERATURES = 16
-"""Each costs a pass over all logits."""
+"""Most temperatures of one request; each costs a pass over all logits."""
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 1e3
-"""1 / T times a logprob must stay a float32."""
+"""Bounds of a temperature T: a logprob times 1 / T must stay a finite, normal float32."""
 MAX_ROW_BYTES = 2**28
-"""What one row's draws or dense logprobs may take; the rows of a batch are held by the engine at once."""
+"""Most bytes of one row's draws and dense logprobs. The engine holds those of all rows of a batch at once."""
 
 _CAPTURES = ("auto", "sampler", "arrays", "public-flat")
 _WEIGHT_KINDS = ("*.safetensors", "*.bin", "*.gguf")
@@ -45,7 +45,7 @@ _WEIGHT_KINDS = ("*.safetensors", "*.bin", "*.gguf")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VllmOptions:
-    """How to run one teacher.
+    """Options of one teacher.
 
     Raises:
         InvalidInput: a value of the wrong type or under its minimum.
@@ -54,19 +54,19 @@ class VllmOptions:
     model: str
     """A model folder, or a name on the Hugging Face hub."""
     revision: str = ""
-    """Of a hub name; empty for its default branch."""
+    """Revision of a model on the hub; empty for its default branch."""
     dtype: str = "auto"
-    """`auto` is the checkpoint's own, never narrower; float32 on a CPU without bfloat16 instructions."""
+    """Type of the weights. `auto` is the checkpoint's own, and float32 on a CPU without bfloat16 instructions."""
     max_top_k: int = 256
     """The largest `Fields.k`; the vocabulary size where that is smaller."""
     max_row_tokens: int | None = None
-    """The longest row. None: the model's context, or what the KV cache holds, less the prefix and one."""
+    """The longest row, in tokens. None: the model's context, or the KV cache's size, less the prefix and one."""
     prefix_ids: tuple[int, ...] = ()
-    """Put in front of every row (BOS); their targets are dropped."""
+    """Token ids put in front of every row, like BOS; their targets are dropped."""
     max_batch_tokens: int = 2048
-    """Tokens of one engine step; a longer row is prefilled in chunks. The path `sampler` needs
-    the memory that `capture.worker` states beside it; the others, on a GPU, up to 10 bytes * V * this for a step's
-    logits, which vLLM does not plan for."""
+    """Tokens of one engine step; a longer row is prefilled in chunks. Beside the model, a step of the path `sampler`
+    needs the memory that `capture.worker` states. The other paths, on a GPU, need up to 10 bytes * V * this for a
+    step's logits, which vLLM does not plan for."""
     gpu_memory_utilization: float = 0.9
     """The share of each GPU's memory that vLLM plans with."""
     tensor_parallel: int = 1
@@ -96,7 +96,7 @@ class VllmOptions:
 
     @classmethod
     def from_json(cls, model: str, options: Mapping[str, JSON]) -> VllmOptions:
-        """The options other than `model`, by name.
+        """Make options of a model and a table of the other options by name.
 
         Raises:
             InvalidInput: an unknown name or a bad value.
@@ -165,7 +165,7 @@ class VllmTeacher:
 
     @property
     def failure(self) -> str:
-        """Why the engine ended by itself, in one line; empty while it runs."""
+        """Reason for which the engine ended by itself, in one line; empty while it runs."""
         return self._engine.failure
 
     @property
@@ -174,16 +174,16 @@ class VllmTeacher:
         return self._engine.num_steps
 
     async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
-        """One `Targets` per row [T], with T positions each; rows of all callers are batched together.
+        """Score rows [T]: one `Targets` of T positions each. The engine batches the rows of all callers together.
 
-        A caller that is cancelled takes its own rows out of the engine and nobody else's.
+        A cancelled call takes its own rows out of the engine and nobody else's.
 
         Raises:
             InvalidInput: an empty row, or one that is not a list of token ids.
-            LimitExceeded: a row, an id, K, the temperatures or what one row's targets take over its limit.
+            LimitExceeded: a row, an id, K, the temperatures or the bytes of one row's targets are over their limit.
             UnsupportedField: more than the top-k, where the capture path gives no more.
-            TeacherFailed: the engine failed, or answered what no model can mean.
-            Unavailable: the teacher is closed, or was while it scored.
+            TeacherFailed: the engine failed, or gave an answer that does not fit the request or holds a NaN.
+            Unavailable: the teacher was closed, before or during the call.
         """
         self._check(want)
         prefix = list(self.identity.prefix_ids)
@@ -245,7 +245,7 @@ class VllmTeacher:
 
 @asynccontextmanager
 async def open_vllm_teacher(spec: str, *, options: Mapping[str, JSON] | None = None) -> AsyncIterator[VllmTeacher]:
-    """A teacher for the length of a block; the entry point `vllm` of `potstill.teachers`.
+    """Open a teacher for the length of a block; the entry point `vllm` of `potstill.teachers`.
 
     Args:
         spec: a model folder or a name on the Hugging Face hub.
@@ -270,8 +270,8 @@ def _require(name: str, value: object, kind: Any, *, minimum: float | None = Non
 
 
 def _engine_arguments(options: VllmOptions, folder: Path) -> dict[str, Any]:
-    """Of `vllm.EngineArgs`. A prompt must leave room for one sampled token, hence the `+ 1`."""
-    room = len(options.prefix_ids) + 1
+    """Keyword arguments of `vllm.EngineArgs`."""
+    room = len(options.prefix_ids) + 1  # and the one token that vLLM samples, because it takes no request without
     return {
         "model": options.model,
         "revision": options.revision or None,
@@ -279,13 +279,13 @@ def _engine_arguments(options: VllmOptions, folder: Path) -> dict[str, Any]:
         "quantization": None if options.quantization == "none" else options.quantization,
         "max_model_len": -1 if options.max_row_tokens is None else options.max_row_tokens + room,
         "max_num_batched_tokens": options.max_batch_tokens,
-        "max_num_seqs": min(128, options.max_batch_tokens),
+        "max_num_seqs": min(128, options.max_batch_tokens),  # vLLM refuses more sequences than tokens in a step
         "gpu_memory_utilization": options.gpu_memory_utilization,
         "tensor_parallel_size": options.tensor_parallel,
         "max_logprobs": options.max_top_k,
-        "logprobs_mode": "raw_logprobs",
-        "hf_overrides": {"head_dtype": "float32"},
-        "enable_prefix_caching": False,
+        "logprobs_mode": "raw_logprobs",  # of the model, before temperature and penalties
+        "hf_overrides": {"head_dtype": "float32"},  # bfloat16 logits of neighbours in rank are often equal
+        "enable_prefix_caching": False,  # a cached prefix is not computed again, so it would have no logits
         "enforce_eager": True,
         "skip_tokenizer_init": True,
         "use_tqdm_on_load": False,
@@ -293,7 +293,8 @@ def _engine_arguments(options: VllmOptions, folder: Path) -> dict[str, Any]:
 
 
 def _dtype(options: VllmOptions, folder: Path) -> str:
-    """The checkpoint's own: vLLM's `auto` runs a float32 one in bfloat16, 0.04 nats off on SmolLM2-135M."""
+    """The checkpoint's own type for `auto`, else the one that is asked for."""
+    # vLLM's own `auto` would run a float32 checkpoint in bfloat16, which is 0.04 nats off on SmolLM2-135M.
     if options.dtype != "auto":
         return options.dtype
     try:
@@ -311,13 +312,13 @@ def _check_prefix(options: VllmOptions, facts: EngineFacts) -> None:
 
 
 def _model_name(options: VllmOptions) -> str:
-    """The last component of a folder, never a machine's path; a hub name as it is."""
+    """Name of the model in identities: of a folder its last component, never a machine's path; of the hub as it is."""
     path = Path(options.model)
     return path.resolve().name if path.exists() else options.model
 
 
 def _model_folder(options: VllmOptions) -> Path:
-    """The local folder, or the hub's snapshot once its config is there; vLLM puts the weights beside it."""
+    """The local folder, or that of the hub's snapshot with the config alone; vLLM puts the weights beside it."""
     path = Path(options.model)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -347,7 +348,7 @@ def _identity(options: VllmOptions, facts: EngineFacts, folder: Path) -> Teacher
 
 
 def _weights_sha256(folder: Path) -> str:
-    """sha256, in hex, over the hex sha256s of the weight files in name order."""
+    """SHA-256, in hex, over the hex SHA-256s of the weight files in name order."""
     digest = hashlib.sha256()
     for file in _weight_files(folder):
         digest.update(_file_sha256(file).encode())
@@ -355,7 +356,7 @@ def _weights_sha256(folder: Path) -> str:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """Of the first kind there is, as vLLM loads: safetensors, then bin, then gguf; in name order."""
+    """Weight files in name order, of the first kind there is in vLLM's order: safetensors, then bin, then gguf."""
     files = next(filter(None, (sorted(folder.glob(pattern)) for pattern in _WEIGHT_KINDS)), [])
     if not files:
         raise InvalidInput(f"the model folder {folder.name!r} has no weights ({', '.join(_WEIGHT_KINDS)})")

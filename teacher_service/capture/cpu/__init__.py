@@ -1,1 +1,1 @@
-"""Targets on CPUs: compiled sweeps of each row of logits, and the threads, cores and memory that they need."""
+"""Capture on CPUs: compiled sweeps of each row of logits, and the threads, cores and memory that they need."""

@@ -29,7 +29,7 @@ BLOCK_BYTES = 8 * 2**20
 
 
 def cpu_device() -> CaptureDevice:
-    """The cores of this process.
+    """Set up capture on the cores of this process.
 
     Memory beside the logits and the answer: 2 V float32 and the block's draws, 4 N float32 a row, for each thread.
 
@@ -51,7 +51,7 @@ def cpu_device() -> CaptureDevice:
 
 
 def _compile() -> None:
-    """Compile, or load from disk, what the first rows would wait for."""
+    """Compile the kernel, or load it from disk, so that the first rows do not wait for it."""
     want = Fields(k=1, draws=1, entropy=True, temperatures=(2.0,), dense=True)
     sections = float_sections(want, 1, 2)
     out = split(torch.empty(num_floats(sections)), sections)
@@ -73,7 +73,7 @@ def capture_on_cpu(
     uniforms: NDArray[np.float64] | None,
     out: Mapping[str, torch.Tensor],
 ) -> Drawn | None:
-    """See `capture_with_torch`; in this thread alone."""
+    """Compute one block as `capture_with_torch` does, in this thread alone."""
     num_rows, vocab_size = logits.shape
     nothing = np.empty(0, np.float32)
     top_k = TopK(
@@ -102,10 +102,8 @@ def _cores_of(thread: str) -> set[int]:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep 60 MiB of freed memory, where it would give logits back to the system and fault them in again.
-
-    It keeps twice the largest block below 32 MiB that was ever mapped alone and freed (M_TRIM_THRESHOLD in mallopt(3)).
-    """
+    """Let glibc keep 60 MiB of freed memory; it would give logits back to the system, and fault them in again."""
+    # It keeps twice the largest block under 32 MiB that was ever mapped alone and freed (M_TRIM_THRESHOLD, mallopt(3)).
     torch.empty(30 * 2**20, dtype=torch.uint8)
 
 

@@ -1,4 +1,4 @@
-"""From float32 logits on a CPU to everything a target holds, row by row, compiled by numba. See `capture.device`.
+"""The kernel that computes targets from float32 logits on a CPU, row by row, compiled by numba. See `capture.device`.
 
 A row of logits stays in the core's own cache while the vocabulary is swept
 
@@ -13,7 +13,8 @@ Sums inside a block are float32, those of blocks float64. The exponential is a m
 1.1e-7 and exact at 0; at and below 2**-126 it is 0. A row with a NaN, a +inf or nothing but -inf has NaN in all of its
 floats, ids 0, and no draws.
 
-Compiled code checks no bounds, `fill` does.
+Compiled code checks no bounds, so `fill` does.
+
 Shape legend:  S rows, V vocabulary size, K kept entries, N draws, U unique ids drawn.
 """
 
@@ -34,17 +35,18 @@ from potstill.teacher_service.capture.layout import Drawn
 
 _BLOCK = 64
 _RANKED = 512
-"""Candidates that are ranked by comparing each with all; more are sorted."""
-_HALVINGS = 24
+"""Most candidates that are ranked by comparing each with all, which vector instructions do; more are sorted."""
+_HALVINGS = 24  # the bits of a float32's significand: further ones would hardly move the bound
 _WIDTH = np.float32(16)
-"""Below the largest entry the k-th is looked for in so many nats, else in the square of it, and so on."""
+"""Nats below the largest entry within which the k-th is looked for first; then 16 times as many, and so on."""
 
 _ZERO, _ONE, _LOG2_E = np.float32(0), np.float32(1), np.float32(1.4426950408889634)
 _LOWEST = np.float32(-126)
-"""Powers of two from here on are 0: they are no normal float32."""
+"""Exponent at and below which a power of two counts as 0, because it is no normal float32."""
 _MAGIC = np.float32(1.5 * 2**23)
-"""Added to a small whole number it leaves that number in the lowest bits."""
-_ONE_BITS = np.int32(0x3F800000)
+"""Number whose sum with a small whole number has that number in its lowest bits."""
+_ONE_BITS = np.int32(0x3F800000)  # of 1.0
+# Coefficients of the minimax polynomial for 2**x - 1 on [-1/2, 1/2].
 _C1, _C2, _C3 = np.float32(0.693147), np.float32(0.24022242), np.float32(0.055507336)
 _C4, _C5 = np.float32(0.009671513), np.float32(0.0013264727)
 
@@ -53,13 +55,13 @@ _swept = partial(compiled, reordered=True)
 
 
 def _inlined(function: Function) -> Function:
-    """Part of its callers before these are compiled: only then do their loops become vector instructions."""
+    """Inline a function into its callers before they are compiled, or their loops do not become vector instructions."""
     return cast(Function, numba.njit(inline="always", error_model="numpy")(function))
 
 
 @intrinsic  # type: ignore[untyped-decorator]
 def _nearest(_: Any, value: Any) -> Any:  # noqa: ARG001 -- numba calls both by name
-    """The whole number nearest to a float32, as one instruction, which no reordering of sums can do away with."""
+    """The whole number nearest to a float32, by an instruction that reordered sums cannot optimise away."""
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         return builder.call(builder.module.declare_intrinsic("llvm.rint", [ir.FloatType()]), arguments)
@@ -69,7 +71,7 @@ def _nearest(_: Any, value: Any) -> Any:  # noqa: ARG001 -- numba calls both by 
 
 @intrinsic  # type: ignore[untyped-decorator]
 def _bits(_: Any, value: Any) -> Any:  # noqa: ARG001 -- the same
-    """Of a float32, as int32."""
+    """The bits of a float32, as int32."""
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], ir.IntType(32))
@@ -99,41 +101,41 @@ def _exp2(x: Any) -> Any:
 
 
 class TopK(NamedTuple):
-    """Filled for each row; arrays without elements where no top-k is wanted."""
+    """Arrays of the top-k, filled row by row; without elements where no top-k is wanted."""
 
     ids: NDArray[np.int32]
     """[S, K]"""
     logprobs: NDArray[np.float32]
     """[S, K]"""
     labels: NDArray[np.int64]
-    """[S] ids whose logprob is wanted; given."""
+    """[S] ids whose logprob is wanted; read only."""
     label_logprob: NDArray[np.float32]
     """[S]"""
 
 
 class Extras(NamedTuple):
-    """What may be wanted beside a top-k; an array without elements is not."""
+    """Arrays of the fields beside the top-k, filled row by row; without elements where one is not wanted."""
 
     entropy: NDArray[np.float32]
     """[S]"""
     temperatures: NDArray[np.float64]
-    """Given."""
+    """Temperatures; read only."""
     log_z: NDArray[np.float32]
     """[S, temperatures]"""
     dense: NDArray[np.float32]
     """[S, V]"""
     uniforms: NDArray[np.float64]
-    """[S, N] in [0, 1), rising in each row; given."""
+    """[S, N] in [0, 1), rising in each row; read only."""
 
 
 def fill(logits: NDArray[np.float32], top: NDArray[np.float32], top_k: TopK, extras: Extras) -> Drawn:
-    """Fill every array; what was drawn.
+    """Fill every array, and return the draws.
 
     Args:
-        logits: [S, V]; entries beside each other, rows any distance apart.
-        top: [S], for the largest logprobs.
-        top_k: of K <= V entries.
-        extras: what else is wanted.
+        logits: [S, V]; entries contiguous, rows any distance apart.
+        top: [S] for the largest logprobs.
+        top_k: arrays of K <= V entries.
+        extras: arrays of the other fields.
 
     Raises:
         ValueError: shapes that do not belong together, or labels that are no ids.
@@ -141,7 +143,7 @@ def fill(logits: NDArray[np.float32], top: NDArray[np.float32], top_k: TopK, ext
     _check(logits, top, top_k, extras)
     num_rows, vocab_size = logits.shape
     stride = logits.strides[0] // logits.itemsize
-    # One array of all rows without a copy, of which numba knows that entries are beside each other.
+    # A flat view of all rows: numba then knows that entries are contiguous, and makes vector instructions of the loops.
     flat = np.lib.stride_tricks.as_strided(logits, ((num_rows - 1) * stride + vocab_size,), (logits.itemsize,))
     most = extras.uniforms.size
     drawn = Drawn(np.zeros(num_rows, np.int64), np.empty(most, np.int32), np.empty(most, np.int32))
@@ -208,7 +210,7 @@ def _fill(flat: Any, stride: int, top: Any, top_k: Any, extras: Any, drawn: Any)
 
 @_swept
 def _maxima(z: Any, maxima: Any) -> Any:
-    """The largest entry; fills the largest one of each block."""
+    """The largest entry of the row; fills `maxima` with that of each block."""
     full = len(z) // _BLOCK
     for block in range(full):
         maxima[block] = _largest(z, block * _BLOCK, block * _BLOCK + _BLOCK)
@@ -227,7 +229,7 @@ def _largest(values: Any, start: int, stop: int) -> Any:
 
 @_swept
 def _sums(z: Any, highest: Any, masses: Any) -> Any:
-    """Sum e and sum e t; fills the sum of e of each block."""
+    """Sum e and sum e t of the row, in float64; fills `masses` with the sum of e of each block."""
     total = weighted = 0.0
     full = len(z) // _BLOCK
     for block in range(full):
@@ -240,12 +242,12 @@ def _sums(z: Any, highest: Any, masses: Any) -> Any:
         masses[full] = mass
         total += mass
         weighted += moment
-    return total, weighted * 0.6931471805599453
+    return total, weighted * 0.6931471805599453  # ln 2: from powers of two to nats
 
 
 @_inlined
 def _block_sums(z: Any, highest: Any, start: int, stop: int) -> Any:
-    """The second in powers of two."""
+    """Sum e and sum e t of one block, t in powers of two."""
     mass = moment = _ZERO
     for i in range(start, stop):
         x = (z[i] - highest) * _LOG2_E
@@ -257,7 +259,7 @@ def _block_sums(z: Any, highest: Any, start: int, stop: int) -> Any:
 
 @_swept
 def _power(z: Any, highest: Any, factor: Any) -> Any:
-    """Sum 2**((z - highest) factor)."""
+    """Sum 2**((z - highest) factor) of the row, in float64."""
     total = 0.0
     full = len(z) // _BLOCK
     for start in range(0, full * _BLOCK, _BLOCK):
@@ -275,13 +277,14 @@ def _block_power(z: Any, highest: Any, factor: Any, start: int, stop: int) -> An
 
 @compiled
 def _logprob(logit: Any, highest: Any, log_total: Any) -> Any:
-    """In this order: the sum of the two that are taken off might swallow one of them."""
+    """The logprob of one logit."""
+    # In this order: in `highest + log_total` the larger one might swallow the smaller.
     return (np.float64(logit) - np.float64(highest)) - log_total
 
 
 @_swept
 def _top_k(z: Any, highest: Any, log_total: float, maxima: Any, keys: Any, ids: Any, logprobs: Any) -> None:
-    """Fills ids and logprobs of one row."""
+    """Fill ids and logprobs of one row."""
     k = len(ids)
     if np.isnan(log_total):
         ids[:] = 0
@@ -308,7 +311,7 @@ def _top_k(z: Any, highest: Any, log_total: float, maxima: Any, keys: Any, ids: 
 
 @_swept
 def _bound(values: Any, k: int) -> Any:
-    """What k values or a few more are at or above: by halving a range below the largest that holds k."""
+    """A bound that k values, or a few more, are at or above: found by halving a range below the largest value."""
     high = values[0]
     for i in range(len(values)):
         high = values[i] if values[i] > high else high
@@ -340,7 +343,7 @@ def _count(values: Any, bound: Any) -> Any:
 
 @_swept
 def _at_least(z: Any, bound: Any, maxima: Any, keys: Any) -> int:
-    """How many entries are at or above the bound; fills the key of each."""
+    """Fill `keys` with the key of each entry at or above the bound; returns their number."""
     found = 0
     for block in range(len(maxima)):
         if maxima[block] >= bound:
@@ -353,7 +356,7 @@ def _at_least(z: Any, bound: Any, maxima: Any, keys: Any) -> int:
 
 @_inlined
 def _key(value: Any, i: int) -> Any:
-    """Rises as the entry falls, and with the id where entries are equal."""
+    """A sort key: it rises as the entry falls, and with the id where entries are equal."""
     bits = _bits(value) if value != 0 else np.int32(0)  # -0 equals 0
     falling = bits if bits < 0 else bits ^ np.int32(0x7FFFFFFF)
     return np.uint64(np.uint32(falling)) << np.uint64(32) | np.uint64(i)
@@ -361,10 +364,7 @@ def _key(value: Any, i: int) -> Any:
 
 @compiled
 def _draw(z: Any, highest: Any, masses: Any, uniforms: Any, inside: Any, drawn: Any, start: int) -> int:
-    """How many unique ids one row has; fills their ids and counts from `start` on.
-
-    The float32 sum of a block and the float64 one of its ids differ by rounding: the same share of both is meant.
-    """
+    """Fill ids and counts of one row's draws from `start` on; returns the number of unique ids."""
     total = 0.0
     for i in range(len(masses)):
         total += masses[i]
@@ -385,6 +385,7 @@ def _draw(z: Any, highest: Any, masses: Any, uniforms: Any, inside: Any, drawn: 
                 mass += _exp2((z[first + j] - highest) * _LOG2_E)
                 inside[j] = mass
             most = np.nextafter(mass, 0.0)
+        # The float32 sum of a block and the float64 one of its ids differ by rounding: the same share of both is meant.
         share = min((target - begin) / (end - begin) * mass, most)
         while inside[place] <= share:
             place += 1
