@@ -1,4 +1,4 @@
-"""The HTTP API: rows in, targets out. `create_app` makes it for one `Service`."""
+"""The ASGI app of one `Service`: routes, middleware, and the answers to errors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _DETAIL_CHARACTERS = 1000
 
 
 def create_app(service: Service, *, tracer: OtelTracer | None = None) -> FastAPI:
-    """The ASGI app. Its lifespan runs the service's teachers."""
+    """Build the ASGI app. Its lifespan starts and stops the service's teachers."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -46,7 +46,8 @@ def create_app(service: Service, *, tracer: OtelTracer | None = None) -> FastAPI
     app = FastAPI(title="potstill", lifespan=lifespan, openapi_url="/openapi.json", docs_url=None, redoc_url=None)
     answer_error = _add_error_answers(app, service.metrics)
     app.add_middleware(BoundedTransfers, admission=service.admission)
-    app.add_middleware(AccessApp, access=service.access, answer_error=answer_error)  # before a body is read
+    # Added last, so it comes first: callers are known before a byte of their bodies is read or counted.
+    app.add_middleware(AccessApp, access=service.access, answer_error=answer_error)
     add_status_routes(app, service)
     add_admin_routes(app, service)
     add_score_routes(app, service)
@@ -56,7 +57,7 @@ def create_app(service: Service, *, tracer: OtelTracer | None = None) -> FastAPI
     add_overview_routes(app, service)
     add_page_routes(app)
     openapi.describe(app, version=wire.WIRE_VERSION)
-    # Around everything, also the answer to bugs; what is added to the app after this is not seen.
+    # Around everything, even the answer to bugs. Routes and middleware added after this are not served.
     app.middleware_stack = WatchedApp(app.build_middleware_stack(), service.metrics, tracer)
     return app
 
@@ -94,7 +95,7 @@ def _add_error_answers(app: FastAPI, metrics: Metrics) -> Callable[[Request, Pot
 
     @app.exception_handler(ClientDisconnect)
     async def on_disconnect(_: Request, __: ClientDisconnect) -> Response:
-        return Response(status_code=499)  # nobody reads it; it is what the metrics count
+        return Response(status_code=499)  # for the metrics: nobody reads it
 
     @app.exception_handler(Exception)
     async def on_bug(request: Request, _: Exception) -> Response:

@@ -55,8 +55,8 @@ def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or Ctrl-C; returns the exit status.
 
     Raises:
-        InvalidInput: bad settings, an address that cannot be had.
-        PotstillError: a teacher did not start, or could not be closed cleanly.
+        InvalidInput: bad settings, or an address that cannot be bound.
+        PotstillError: a teacher did not start, or did not close cleanly.
     """
     named = None if args.teacher is None else [teacher_from_argument(text) for text in args.teacher]
     command_line = {"host": args.host, "port": args.port, "cache": args.cache, "teachers": named}
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     except PotstillError as error:
         if settings.logs.format == "text":
             raise
-        # The line that the command would print is none of the JSON that a log shipper reads.
+        # Raised, the error would become a line of plain text, which a log shipper cannot read as JSON.
         _LOG.critical("%s: %s", error.kind, error.detail)
         return 1
     return 0
@@ -86,7 +86,8 @@ def _run(settings: ServiceSettings) -> None:
 
 
 def check_tls(tls: TlsSettings) -> None:
-    """Raises InvalidInput when the certificate and its key cannot be used."""
+    """Check that the certificate and its key can be used; raises InvalidInput."""
+    # Checked before any engine starts; uvicorn would end with a traceback, and later.
     for path in (tls.certfile, tls.keyfile):
         if not Path(path).is_file():
             raise InvalidInput(f"tls: there is no file {path}")
@@ -100,7 +101,7 @@ def check_tls(tls: TlsSettings) -> None:
 
 
 def bind(host: str, port: int, *, has_keys: bool = False) -> socket.socket:
-    """A listening socket, on a loopback address unless there are API keys.
+    """Open a listening socket, on a loopback address unless there are API keys.
 
     Raises:
         InvalidInput: an unknown host, one that is open to others without keys, a port that is taken or not allowed.
@@ -126,7 +127,7 @@ def _is_loopback(address: str) -> bool:
 
 
 def service_of(settings: ServiceSettings, access: Access) -> Service:
-    """The service that the settings describe, with nothing started yet; `access` is what they say of it.
+    """Build the service that the settings describe, with nothing started yet.
 
     Raises:
         InvalidInput: a teacher that cannot have its replicas. PotstillError: the cache cannot be opened.
@@ -156,7 +157,7 @@ def _tracer(settings: ServiceSettings) -> Iterator[OtelTracer | None]:
 
 
 class _Server(uvicorn.Server):
-    """Stops on signals without raising them again: a service that was told to stop has succeeded."""
+    """Stops on signals without raising them again, as uvicorn does: a service that was told to stop has succeeded."""
 
     def __init__(self, config: uvicorn.Config, on_hangup: Callable[[], None] | None) -> None:
         super().__init__(config)
@@ -181,7 +182,7 @@ class _Server(uvicorn.Server):
 
 async def _serve(settings: ServiceSettings, access: Access, listener: socket.socket, tracer: OtelTracer | None) -> None:
     service = service_of(settings, access)
-    # The teachers are run here and not by the app's lifespan, whose failures uvicorn would swallow.
+    # The teachers are started here and not by the app's lifespan, whose failures uvicorn would swallow.
     config = uvicorn.Config(
         create_app(service, tracer=tracer),
         http=bounded_protocol(settings.limits),
@@ -198,6 +199,7 @@ async def _serve(settings: ServiceSettings, access: Access, listener: socket.soc
     async with service.running():
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         starting = asyncio.create_task(service.started())
+        # It serves while teachers start, so that health checks and other teachers are answered.
         try:
             await asyncio.wait({serving, starting}, return_when=asyncio.FIRST_COMPLETED)
             if starting.done() and starting.exception() is None:
@@ -213,7 +215,7 @@ async def _serve(settings: ServiceSettings, access: Access, listener: socket.soc
 
 
 def _tell_ready(settings: ServiceSettings, listener: socket.socket) -> None:
-    """The one line on stdout, which scripts wait for: as JSON where the log is, for who collects both streams."""
+    """Print the one line on stdout, which scripts wait for; as JSON where the log is, as both may be collected."""
     line = ready_line(settings, listener)
     if settings.logs.format == "json":
         record = logging.makeLogRecord({"name": __name__, "levelno": logging.INFO, "levelname": "INFO", "msg": line})
@@ -222,7 +224,7 @@ def _tell_ready(settings: ServiceSettings, listener: socket.socket) -> None:
 
 
 def ready_line(settings: ServiceSettings, listener: socket.socket) -> str:
-    """`ready: URL teachers NAME (MODEL), ...`."""
+    """The line `ready: URL teachers NAME (MODEL), ...`."""
     host, port = listener.getsockname()[:2]
     where = f"[{host}]" if ":" in host else host
     teachers = ", ".join(f"{teacher.name} ({without_login(teacher.model)})" for teacher in settings.teachers)

@@ -1,6 +1,6 @@
 """ASGI middleware around everything: request ids, the metrics of requests, access lines, the request's span.
 
-It stands outside of the answer to unexpected failures, so that those are counted and carry their id too.
+It wraps the answer to unexpected failures as well, so that those are counted and carry their id too.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 _ACCESS = logging.getLogger("potstill.teacher_service.access")
 _CLIENT_LEFT = 499
 _PROBES = frozenset({"/healthz", "/readyz", "/health", "/metrics"})
-"""What machines ask every few seconds: answered well, it is news to nobody."""
+"""Routes that machines ask every few seconds: their good answers are logged at level debug."""
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
 class WatchedApp:
-    """Serves each request under an id and records it, whatever becomes of it."""
+    """Serves each request under an id and records its outcome, even a failure or a client that left."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, tracer: OtelTracer | None = None) -> None:
         self._app = app
@@ -48,7 +48,7 @@ class WatchedApp:
             return
         headers = Headers(scope=scope)
         current = choose_request_id(headers.get(REQUEST_ID_HEADER))
-        # Not taken back at the end: the server's own line on a failure still belongs to the request.
+        # Not reset at the end: the server's own log line of a failure still belongs to the request.
         request_id.set(current)
         current_tracer.set(self._tracer)
         record = begin_record()
@@ -96,10 +96,10 @@ class WatchedApp:
 
 
 def _method(scope: Scope) -> str:
-    # What a caller makes up is not a label: labels live as long as the process.
+    # A method that a caller made up must not become a label: labels live as long as the process.
     return scope["method"] if scope["method"] in _METHODS else "other"
 
 
 def _route(scope: Scope) -> str:
-    """The pattern, not the path: paths hold names that callers choose."""
+    """The route's pattern and not the path, which holds names that callers choose."""
     return str(getattr(scope.get("route"), "path", "unmatched"))

@@ -1,4 +1,4 @@
-"""`/v1/teachers`: which there are, how many replicas of each; added, scaled and removed while the service runs."""
+"""`/v1/teachers`: list, describe, add, scale and remove teachers while the service runs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ReplicasWanted(BaseModel):
 
 
 class TeacherWanted(ReplicaSettings):
-    """The body of `PUT /v1/teachers/{name}`: what `[[teachers]]` has in the settings, but for the name."""
+    """The body of `PUT /v1/teachers/{name}`: the keys of `[[teachers]]` in the settings, without the name."""
 
     model: Annotated[str, Field(min_length=1)]
     options: dict[str, JsonValue] = Field(default_factory=dict)
@@ -77,7 +77,7 @@ def add_admin_routes(app: FastAPI, service: Service) -> None:
 
 
 async def _change_replicas(pool: ReplicaPool, wanted: ReplicasWanted) -> dict[str, Any]:
-    """Limits begin autoscaling, a null ends it, a number alone is refused while it is on: they exclude each other."""
+    """Scale, or begin or end autoscaling. While that is on, a number alone is refused; one with a null ends it."""
     if (wanted.replicas is None) == (wanted.autoscale is None):
         raise InvalidInput("send either replicas, a number, or autoscale, its limits")
     if wanted.replicas is None:
@@ -88,7 +88,8 @@ async def _change_replicas(pool: ReplicaPool, wanted: ReplicasWanted) -> dict[st
 
 
 async def _scale_instead(pool: ReplicaPool, replicas: int) -> ReplicaStatus:
-    """End autoscaling, if it is on and the pool can have that many: a refusal must change nothing."""
+    """Scale to a fixed number, ending autoscaling if it is on."""
+    # Tried first, so that a number that the pool cannot have changes nothing.
     try:
         return await pool.scale(replicas)
     except LimitExceeded:

@@ -1,4 +1,4 @@
-"""`GET /v1/doctor`: what of a service only its own process can see, for `potstill doctor`."""
+"""`GET /v1/doctor`: facts that only the service's own process can see, for `potstill doctor`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def add_doctor_routes(app: FastAPI, service: Service) -> None:
 
 
 def admitted_bytes(service: Service) -> int:
-    """What everything that is let in at one time may hold in this process, in bytes, beside models and their caches."""
+    """Bytes that all work let in at one time may hold in this process, beside models and their caches."""
     limits = service.limits
     engines = max(len(service.teachers), 1) * limits.max_engine_bytes
     answers = limits.max_answer_bytes_in_flight + limits.max_miss_bytes_in_flight
@@ -50,7 +50,7 @@ def admitted_bytes(service: Service) -> int:
 
 
 def memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> dict[str, JSON]:
-    """What the process holds, and what it can still get of the machine or its container; null where nobody says."""
+    """Memory of the process, and what it can still get of the machine or its container; null where nobody says."""
     status = _numbers(proc / "self" / "status")
     machine = _numbers(proc / "meminfo")
     available = None if "MemAvailable" not in machine else machine["MemAvailable"] * _KIB
@@ -91,7 +91,7 @@ def _facts(cache: Cache, name: str) -> dict[str, JSON]:
 
 
 def _kept(service: Service) -> dict[str, JSON]:
-    """Of each teacher whose answers are kept: how exact they are, and what its journals may take and do take."""
+    """Encoding, error and journal size of each teacher whose answers are kept."""
     from potstill.cache.encoding.logprobs import encoding_by_name  # noqa: PLC0415
 
     kept: dict[str, JSON] = {}
@@ -110,7 +110,7 @@ def _kept(service: Service) -> dict[str, JSON]:
 
 
 def _numbers(path: Path) -> Mapping[str, int]:
-    """The first number of each line, by the line's first word; nothing where the file is not."""
+    """The first number of each line, by the line's first word; empty where there is no such file."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -120,7 +120,7 @@ def _numbers(path: Path) -> Mapping[str, int]:
 
 
 def _number(path: Path) -> int | None:
-    """A file that holds one number, or None: `max` stands for no limit."""
+    """The one number that a file holds, or None: `max` stands for no limit."""
     try:
         text = path.read_text(encoding="utf-8").strip()
     except OSError:

@@ -26,9 +26,9 @@ class FillWanted(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     format: str | None = None
-    """The wire version, when the client says so; the header `potstill-format` says it too."""
+    """The client's wire version; the header `potstill-format` may name it instead."""
     fields: dict[str, Any] = Field(default_factory=dict)
-    """As in a request to score."""
+    """Fields to keep, as in a request to score."""
     encoding: Literal["u8", "archive", "f16", "f32"] = "u8"
     batch_tokens: Annotated[int, Field(ge=1, strict=True)] = 4096
     in_flight: Annotated[int, Field(ge=1, le=64, strict=True)] = 4
@@ -36,7 +36,7 @@ class FillWanted(BaseModel):
     @field_validator("format", mode="after")
     @classmethod
     def _of_this_version(cls, version: str | None) -> str | None:
-        # The first field, so that what another version knows more or otherwise is not refused for that.
+        # Checked as the first field: a client of another version is told so, and not that its other keys are wrong.
         if version is not None:
             wire.require_version(version)
         return version
@@ -69,7 +69,7 @@ def add_fill_routes(app: FastAPI, service: Service) -> None:
         )
 
         def front() -> Teacher:
-            # Without the cache in front: the targets go to the corpus, and would be kept in the journal too.
+            # Without the cache in front, which would keep the corpus's targets in the journal as well.
             return service.teacher(teacher).front(store=False)
 
         find_caller = _finding(service.access, request)
@@ -82,7 +82,7 @@ def add_fill_routes(app: FastAPI, service: Service) -> None:
 
 
 def _finding(access: Access, request: Request) -> Callable[[], Caller]:
-    """Finds who sent the request, as the keys are by then."""
+    """Make a function that finds the request's caller anew, by the keys at the time of its call."""
     name = current_caller().name
     headers = Headers({"authorization": request.headers.get("authorization", "")})
 

@@ -1,4 +1,4 @@
-"""The API's own description: what FastAPI finds, plus the bodies that routes read by themselves."""
+"""The OpenAPI document: FastAPI's, with the bodies that routes read by themselves and the shape of errors."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ _OPENAI_ERROR = {
 
 
 def describe(app: FastAPI, *, version: str) -> None:
-    """Have `app.openapi()` tell also of request bodies that are Arrow streams, and of what errors look like."""
+    """Add to `app.openapi()` the bodies that routes read by themselves, like Arrow streams, and the shape of errors."""
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:

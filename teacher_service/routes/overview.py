@@ -1,4 +1,4 @@
-"""`GET /v1/overview`: all that the page shows, in one answer."""
+"""`GET /v1/overview`: the data of the page at `/`, in one answer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def add_overview_routes(app: FastAPI, service: Service) -> None:
         """Give what the page at `/` shows: teachers, queues, rates and coverage."""
         found = await coverage.latest()
         return {
-            # Rates are differences of counters over this clock, in seconds; both begin anew with the process.
+            # The page computes rates as differences of counters over this clock; both begin anew with the process.
             "clock": time.monotonic(),
             "ready": service.ready,
             "queue": _queue(service.admission),

@@ -1,4 +1,4 @@
-"""The page at `/`: files that are served as they are. What they show comes from `/v1/overview`."""
+"""The page at `/`: static files, which get their data from `/v1/overview`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class _File:
 
 
 def add_page_routes(app: FastAPI) -> None:
-    """Add the routes to the app. They hold no data, so they need no key."""
+    """Add the routes to the app. The files hold no data, so they need no key."""
     files = _load()
 
     @app.get("/", include_in_schema=False)

@@ -35,13 +35,13 @@ _SMALL_BYTES = 64 * 2**10  # (de)serialised at once, on the event loop: less tha
 
 @dataclass(frozen=True, slots=True)
 class ScoreCall:
-    """A request body that was understood."""
+    """A parsed request to score."""
 
     teacher: HostedTeacher
     rows: list[Tokens]
     fields: Fields
     answer: Callable[[TeacherIdentity, list[Targets]], Response]
-    """The targets of `rows` as the caller wants them."""
+    """Function that makes the response in the form that the caller wants."""
 
 
 def add_score_routes(app: FastAPI, service: Service) -> None:
@@ -68,10 +68,10 @@ def add_score_routes(app: FastAPI, service: Service) -> None:
 
 
 async def answer_call(service: Service, request: Request, understand: Callable[[bytes], ScoreCall]) -> Response:
-    """Read a body, score what it asks for and answer: within every limit, the caller's deadline and while it is there.
+    """Read a body, score its rows and answer, within the limits and the caller's deadline.
 
     Raises:
-        PotstillError: whatever the body, the limits or the teacher give reason for.
+        PotstillError: raised by `understand`, a limit, or the teacher.
         ClientDisconnect: the client left; its rows were taken out of the engine.
     """
     with service.admission.request() as reservation:
@@ -83,6 +83,7 @@ async def answer_call(service: Service, request: Request, understand: Callable[[
         async def answered() -> Response:
             call = await _off_loop(len(body), lambda: understand(body))
             front = call.teacher.front(store=store)
+            # Refused for good before it is counted, and counted before any work: nothing scored is thrown away.
             num_tokens = check_request(call.rows, call.fields, teacher=front, limits=service.limits)
             size = num_tokens * call.fields.bytes_per_position(front.identity.vocab_size)
             reservation.hold_answer(size)
@@ -96,13 +97,13 @@ async def answer_call(service: Service, request: Request, understand: Callable[[
 
 
 def targets_response(answer: wire.ScoreAnswer, fields: Fields, writes: str) -> Response:
-    """The answer in the media type `writes`; `fields` gives K when there is no row."""
+    """Make the response in the media type `writes`; `fields` tells K where there is no row."""
     if writes != wire.JSON_MEDIA_TYPE:
         return Response(wire.answer_to_arrow(answer, fields), media_type=wire.ARROW_MEDIA_TYPE)
     num_positions = sum(targets.num_positions for targets in answer.targets)
     if num_positions * fields.bytes_per_position(answer.identity.vocab_size) <= _SMALL_BYTES:
         return JSONResponse(wire.answer_to_json(answer))
-    # Its text is several times the arrays; what is not written yet takes no memory.
+    # The text is several times the arrays; text that is not written yet takes no memory.
     pieces = json_pieces(answer.identity, lambda: answer.targets, says_format=False)
     return StreamingResponse(pieces, media_type=wire.JSON_MEDIA_TYPE)
 
@@ -112,7 +113,7 @@ async def _off_loop(num_bytes: int, call: Callable[[], T]) -> T:
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Do the work, or cancel it when the client leaves: nobody would read the answer."""
+    """Await the work, or cancel it when the client leaves and nobody would read the answer."""
     working = asyncio.create_task(work)
     # The body is read, so the next message says that the client left.
     leaving = asyncio.create_task(_disconnected(request))
@@ -124,6 +125,7 @@ async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
     finally:
         working.cancel()
         leaving.cancel()
+        # Awaited, so that the request's slots and rows are given back before it counts as over.
         await asyncio.gather(working, leaving, return_exceptions=True)
 
 

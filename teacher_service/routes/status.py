@@ -1,4 +1,4 @@
-"""How the service is: alive, ready, and its metrics."""
+"""Health of the service (`/healthz`, `/readyz`) and its metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the service's TOML file may say: each key with its unit, default and bounds.
+"""The service's settings: each key of the TOML file with its unit, default and bounds.
 
-Read once at the start and passed down as plain values.
+They are read once at the start and passed down as plain values.
 """

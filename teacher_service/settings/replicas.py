@@ -1,4 +1,4 @@
-"""Settings of replicas on Ray: how to reach it, what a replica needs, and how many of them there may be."""
+"""Settings of replicas on Ray: its address, the resources of a replica, and the number of replicas."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ class RaySettings(FrozenSettings):
     address: Annotated[str, StringConstraints(min_length=1)] = "auto"
     """`auto` joins the cluster of this machine, `local` starts one for this service, `HOST:PORT` names its head."""
     app_prefix: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,64}$")] = "potstill"
-    """Of the Serve applications; services that share a cluster need different ones."""
+    """Prefix of the Serve applications' names; services that share a cluster need different ones."""
     calls_per_replica: Count = 64
     """Calls that one replica works on at a time; more wait in the service."""
     wedged_seconds: _Seconds = 120.0
-    """A replica whose engine has work and finishes no step for so long is taken for wedged and replaced, and its rows
-    are scored again. A step scores at most `max_batch_tokens` tokens, an option of the teacher: where one may take
-    longer, raise this or lower that, or slow rows cost one replica after the other."""
+    """Seconds without a finished step after which an engine that has work counts as wedged: its replica is replaced,
+    and its rows are scored again. A step scores at most `max_batch_tokens` tokens, an option of the teacher. Where one
+    may take longer, raise this or lower that, or slow rows cost one replica after the other."""
     health_seconds: _Seconds = 5.0
-    """How often Serve asks a replica how it is; three bad answers in a row replace it."""
+    """Seconds between two questions of Serve after a replica's health; three bad answers in a row replace it."""
     health_timeout_seconds: _Seconds = 30.0
-    """No answer for so long counts as a bad one."""
+    """Seconds after which a missing answer counts as a bad one."""
     drain_seconds: _Seconds = 3600.0
-    """How long a replica that is scaled away may finish what it was sent."""
+    """Seconds that a replica that is scaled away has to finish the calls it was sent."""
 
 
 class AutoscaleSettings(FrozenSettings):
     """Limits between which a teacher is scaled by the tokens that wait for it."""
 
     min: Count = 1
-    """Replicas that are always there."""
+    """Least number of replicas."""
     max: Count
-    """The most there may be."""
+    """Largest number of replicas."""
     tokens_per_replica: Count
     """Waiting tokens that call for one more replica."""
     up_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5.0
-    """The need must last so long before replicas are added."""
+    """Seconds that a need must last before replicas are added."""
     down_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 120.0
-    """The need must have been lower for so long before replicas are taken away."""
+    """Seconds that the need must have been lower before replicas are removed."""
 
     @model_validator(mode="after")
     def _max_is_no_less_than_min(self) -> Self:
@@ -59,23 +59,23 @@ class AutoscaleSettings(FrozenSettings):
 
 
 class ResourceSettings(FrozenSettings):
-    """What Ray reserves for each replica."""
+    """Resources that Ray reserves for each replica."""
 
     cpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
-    """CPUs of each."""
+    """CPUs per replica."""
     gpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    """None: `tensor_parallel` of the teacher's options where the cluster has GPUs, else 0."""
+    """GPUs per replica. None: `tensor_parallel` of the teacher's options where the cluster has GPUs, else 0."""
     custom: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(default_factory=dict)
     """Ray's custom resources by name."""
 
 
 class ReplicaSettings(FrozenSettings):
-    """How many replicas of one teacher: a number that an admin changes, or limits for autoscaling."""
+    """Number of replicas of one teacher, which an admin may change, or limits for autoscaling."""
 
     replicas: Count = 1
-    """How many are started; more than one need the table `[ray]`."""
+    """Replicas at the start; more than one need the table `[ray]`."""
     max_replicas: Count = 8
-    """The most that an admin may ask for."""
+    """Most replicas that an admin may ask for."""
     autoscale: AutoscaleSettings | None = None
     resources: ResourceSettings = ResourceSettings()
 

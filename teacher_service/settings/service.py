@@ -35,30 +35,30 @@ _OF_ONE_AND_ALL = (
     ("max_answer_bytes", "max_answer_bytes_in_flight"),
     ("max_answer_bytes", "max_miss_bytes_in_flight"),
 )
-"""What one request may have, and the bound of all together that has to have room for it."""
+"""Bounds of one request, each with the bound of all together that must have room for it."""
 
 
 class KeepSettings(FrozenSettings):
-    """What the cache keeps of the rows that are asked for over HTTP."""
+    """The part of the answers to score requests that the cache keeps."""
 
     k: Count = 64
-    """Kept entries per position; a question for more goes to the teacher and is not kept."""
+    """Kept entries per position; a request for more goes to the teacher and is not kept."""
     encoding: Literal["u8", "f16", "f32"] = "u8"
-    """Of what is kept; answers have gone through it, too, so that a miss and a later hit are the same."""
+    """Encoding of the kept answers. Fresh answers go through it, too, so that a miss and a later hit are the same."""
     journal_quota_gib: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10.0
-    """GiB kept of each teacher's answers that belong to no corpus; over it the oldest are removed. 0 keeps none."""
+    """GiB of each teacher's answers that belong to no corpus; beyond it the oldest are removed. 0 keeps none."""
 
 
 class LimitSettings(FrozenSettings):
-    """What one request, and all requests together, may ask for. Over it: `LimitExceeded` or `Overloaded`.
+    """Bounds of one request, and of all requests together. Beyond them: `LimitExceeded` or `Overloaded`.
 
-    A bound of all together that is not given is raised to what one request may have, when that is more.
+    A bound of all together that is not given is raised to the bound of one request, when that is larger.
     """
 
     max_body_bytes: Count = 8 * 2**20
-    """Of one request; the default holds twice the default `max_tokens_in_flight` even as JSON."""
+    """Bytes of one request's body; the default holds twice the default `max_tokens_in_flight` even as JSON."""
     max_answer_bytes: Count = 512 * 2**20
-    """Of one answer's arrays, estimated from tokens, K and fields before any work is done."""
+    """Bytes of one answer's arrays, computed from tokens, K and fields before any work is done."""
     max_rows: Count = 4096
     """Rows per request."""
     max_range_positions: Count = 65_536
@@ -66,42 +66,42 @@ class LimitSettings(FrozenSettings):
     max_stream_positions: Count = 16_777_216
     """Positions per read of a corpus' targets as an Arrow stream, which neither end holds as a whole."""
     max_streams: Count = 64
-    """Answers of corpora that are being sent, JSON ones too. An Arrow stream holds about three blocks of 4 MiB; what a
-    JSON answer holds counts in `max_answer_bytes_in_flight`."""
+    """Answers of corpora that are being sent, JSON ones too. An Arrow stream holds about three blocks of 4 MiB; the
+    bytes of a JSON answer count in `max_answer_bytes_in_flight`."""
     stall_seconds: Annotated[float, Field(gt=0, le=3600)] = 60.0
-    """How long a client may take nothing of a stream before it is broken off."""
+    """Seconds that a client may take nothing of a stream before it is broken off."""
     max_tokens_in_flight: Count = 262_144
-    """Of one teacher, waiting for its engine or in it; also the most that one request can hold."""
+    """Tokens that wait for one teacher's engine or are in it; also the most of one request."""
     max_engine_tokens: Count = 16_384
-    """Inside one replica's engine; the rest waits in a queue that is fair between keys. A few of the engine's steps
-    keep it busy; more only takes the choice of who is next away from the queue."""
+    """Tokens inside one replica's engine; others wait in a queue that is fair between keys. A few steps' worth keeps an
+    engine busy; with more inside, fewer are left for the queue to be fair with."""
     max_engine_bytes: Count = 2 * 2**30
-    """What the tokens inside a teacher's engine may need until they are answered; see `engine_bytes_per_token`."""
+    """Bytes that the tokens inside a teacher's engine may need until answered, see `engine_bytes_per_token`."""
     max_requests_in_flight: Count = 256
-    """Score requests that are being read or looked up; what waits for an engine is bounded by its tokens instead."""
+    """Score requests that are being read or looked up; those that wait for an engine are bounded by tokens instead."""
     max_body_bytes_in_flight: Count = 256 * 2**20
-    """Of all request bodies that are held."""
+    """Bytes of all request bodies that are held."""
     max_answer_bytes_in_flight: Count = 2**30
-    """Of all score answers that are looked up, or answered from the cache, until they are sent, and of the JSON answers
-    of corpora; estimated as for `max_answer_bytes`. Each fill may hold as much, see `max_fills_running`."""
+    """Bytes of all score answers that are looked up or come from the cache, until they are sent, and of JSON answers of
+    corpora; computed as for `max_answer_bytes`. Each fill may hold as much, see `max_fills_running`."""
     max_miss_bytes_in_flight: Count = 2**30
-    """The same of answers with rows that have to wait for an engine, from then on until they are sent. Counted apart,
-    so that no hit is refused because misses queue; all score answers hold at most the two together."""
+    """Bytes of all score answers with rows that wait for an engine, from then on until they are sent. Counted apart, so
+    that no hit is refused because misses queue; all score answers hold at most the two bounds together."""
     body_seconds: Annotated[float, Field(gt=0, le=3600)] = 60.0
-    """Within which a request's head, then its body, has to arrive, and each 256 KiB of an answer has to be taken."""
+    """Seconds within which a request's head, then its body, must arrive, and each 256 KiB of an answer be taken."""
     max_connections: Count = 768
-    """Open at once, idle ones too; below the usual limit of 1024 open files."""
+    """Open connections, idle ones too; below the usual limit of 1024 open files."""
     max_connections_per_address: Annotated[int, Field(ge=0, strict=True)] = 512
-    """Of one client's address (of IPv6 its /64 network), so that one cannot take all; 0 is no bound. Behind a proxy all
-    clients come from the proxy's address: set 0 there, and bound them in the proxy."""
+    """Open connections of one client's address (of IPv6 its /64 network), so that one cannot take all; 0 is no bound.
+    Behind a proxy all clients come from the proxy's address: set 0 there, and bound them in the proxy."""
     max_fills_running: Count = 2
     """Jobs that fill corpora at one time; further ones wait in the order in which they came. Each holds the targets of
-    its batches, at most `max_answer_bytes_in_flight`, and of the shards that it gathers and writes. While a
-    teacher tells one to come back later another may begin, up to twice as many in all, and beyond that the first of
-    each key."""
+    its batches, at most `max_answer_bytes_in_flight`, and of the shards that it gathers and writes. While a teacher
+    tells one to come back later another may begin: up to twice as many in all, and beyond that the first of each
+    key."""
 
     def smallest(self, *names: str) -> tuple[str, int]:
-        """Name and value of the smallest of these bounds."""
+        """The name and value of the smallest of these bounds."""
         name = min(names, key=lambda each: int(getattr(self, each)))
         return name, int(getattr(self, name))
 
@@ -121,7 +121,7 @@ class LimitSettings(FrozenSettings):
     def _one_fits_among_all(self) -> Self:
         for one, together in _OF_ONE_AND_ALL:
             most, room = getattr(self, one), getattr(self, together)
-            # Who only lowers a bound of all has not promised anybody as much as the default of one.
+            # Only a bound of one that was set is a promise: its default simply shrinks with a lowered bound of all.
             if one in self.model_fields_set and most > room:
                 raise ValueError(
                     f"{one}={most} is over {together}={room}, which would refuse what is in between for ever; "
@@ -131,14 +131,14 @@ class LimitSettings(FrozenSettings):
 
 
 class AccessSettings(FrozenSettings):
-    """Who may do what. Without `keys_file` everybody may do everything, and the service listens on loopback only."""
+    """API keys and the audit log. Without keys everybody may do everything, and the service binds to loopback only."""
 
     keys_file: Annotated[str, StringConstraints(min_length=1)] | None = None
-    """API keys, as `potstill keys` writes them; read again when it changes and on SIGHUP."""
+    """File of API keys, as `potstill keys` writes it; read again when it changes and on SIGHUP."""
     audit_file: Annotated[str, StringConstraints(min_length=1)] | None = None
-    """JSON lines of what admins did are added to it; without it they go to the log `potstill.audit`."""
+    """File to which a JSON line is added for each admin action; without it they go to the log `potstill.audit`."""
     open_metrics: bool = False
-    """Whether `/metrics` is answered without a key."""
+    """True answers `/metrics` without a key."""
 
 
 class TlsSettings(FrozenSettings):
@@ -158,38 +158,38 @@ class LogSettings(FrozenSettings):
     """The log, which goes to stderr."""
 
     format: Literal["text", "json"] = "text"
-    """`json` is one object a line, for machines that collect logs."""
+    """Form of the lines; `json` is one object a line, for machines that collect logs."""
     level: Literal["debug", "info", "warning", "error"] = "warning"
-    """`info` has a line for every request, but for the probes that are answered well: these are in `debug`."""
+    """Least level that is logged. `info` has a line per request, but good answers to probes are only in `debug`."""
 
 
 class TracingSettings(FrozenSettings):
     """Spans for OpenTelemetry; needs the extra `otel`."""
 
     endpoint: Annotated[str, AfterValidator(_http_url)] | None = None
-    """OTLP over HTTP, like `http://collector:4318/v1/traces`; without it nothing is traced."""
+    """URL of OTLP over HTTP, like `http://collector:4318/v1/traces`; without it nothing is traced."""
 
 
 class TeacherSettings(ReplicaSettings):
     """One teacher: the name it is served under, where it comes from, and how many replicas it has."""
 
     name: Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
-    """1 to 64 letters, digits, '.', '_' or '-'; in the cache it stands for one model."""
+    """Name of 1 to 64 letters, digits, '.', '_' or '-'; in the cache it stands for one model."""
     model: Annotated[str, StringConstraints(min_length=1)]
     """A model name or path for vLLM, or the URL of another service."""
     options: dict[str, JsonValue] = Field(default_factory=dict)
-    """Handed to the teacher's factory as they are."""
+    """Options of the teacher, like `dtype`; its factory checks them."""
 
     @property
     def remote(self) -> bool:
-        """Whether another service runs it: such a teacher has no engine, and no replicas, of ours."""
+        """True where another service runs the teacher, so that it has no engine and no replicas of ours."""
         return self.model.startswith(("http://", "https://"))
 
     def check_replicas(self, *, ray: bool) -> None:
-        """Refuse several replicas where there can be one only.
+        """Refuse several replicas where there can be only one.
 
         Raises:
-            InvalidInput: without Ray, or of a teacher of another service.
+            InvalidInput: several without Ray, or of a teacher that another service runs.
         """
         if self.replicas == 1 and self.autoscale is None:
             return
@@ -200,16 +200,16 @@ class TeacherSettings(ReplicaSettings):
 
 
 class ServiceSettings(FrozenSettings):
-    """Everything `potstill serve` can be told."""
+    """All settings of `potstill serve`."""
 
     host: Annotated[str, StringConstraints(min_length=1)] = "127.0.0.1"
     """Address to listen on; others than loopback need API keys."""
     port: Annotated[int, Field(ge=0, le=65_535)] = 8700
-    """0 takes a free one, which the ready line names."""
+    """Port to listen on; 0 takes a free one, which the ready line names."""
     cache: Annotated[str, StringConstraints(min_length=1)] | None = None
     """Folder or URL of the cache root; without it nothing is kept."""
     grace_seconds: Annotated[int, Field(ge=0, le=3600)] = 30
-    """How long a stopping service waits for the requests in flight."""
+    """Seconds that a stopping service waits for the requests in flight."""
     keep: KeepSettings = KeepSettings()
     limits: LimitSettings = LimitSettings()
     access: AccessSettings = AccessSettings()
@@ -256,7 +256,7 @@ def load_settings(
 
 
 def teacher_from_argument(text: str) -> dict[str, str]:
-    """`NAME=MODEL` of the command line, as a `TeacherSettings` in the making.
+    """Parse `NAME=MODEL` of the command line into fields of `TeacherSettings`.
 
     Raises:
         InvalidInput: there is no `=`, or one side of it is empty.

@@ -29,12 +29,12 @@ _GOOD_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _ESCAPES = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))}
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
-"""Of the request that is being served; empty outside of one."""
+"""Id of the request that is being served; empty outside of one."""
 
 
 @dataclass(slots=True)
 class AccessRecord:
-    """What a request turned out to be, for its access line. Filled in while it is served."""
+    """A request's size and caller, for its access line. Filled in while it is served."""
 
     rows: int = 0
     tokens: int = 0
@@ -45,33 +45,33 @@ _access_record: ContextVar[AccessRecord | None] = ContextVar("access_record", de
 
 
 def begin_record() -> AccessRecord:
-    """The record of the request that begins in this context; tasks started from here share it."""
+    """Begin the record of a request; tasks started from this context share it."""
     record = AccessRecord()
     _access_record.set(record)
     return record
 
 
 def note_size(*, rows: int, tokens: int) -> None:
-    """Say how much the current request asked for; without a request nothing happens."""
+    """Note the size of the current request; without a request do nothing."""
     record = _access_record.get()
     if record is not None:
         record.rows, record.tokens = rows, tokens
 
 
 def note_caller(name: str) -> None:
-    """Say who sent the current request; without a request nothing happens."""
+    """Note the caller of the current request; without a request do nothing."""
     record = _access_record.get()
     if record is not None:
         record.caller = name
 
 
 def choose_request_id(given: str | None) -> str:
-    """What the caller sent if it is 1 to 64 of `A-Z a-z 0-9 . _ -`, else a fresh one."""
+    """Take the caller's id if it is 1 to 64 of `A-Z a-z 0-9 . _ -`, else make a fresh one."""
     return given if given is not None and _GOOD_ID.fullmatch(given) else secrets.token_hex(8)
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line: time (UTC), level, logger, message, and what is known of the request."""
+    """Formats records as JSON objects, one a line: time (UTC), level, logger, message and the request's fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line, without its line end."""
@@ -89,7 +89,7 @@ class JsonLines(logging.Formatter):
 
 
 class TextLines(logging.Formatter):
-    """For a console: one line a record, and a traceback below it."""
+    """Formats records for a console: one line a record, and a traceback below it."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The text, without its line end."""
@@ -102,15 +102,15 @@ class TextLines(logging.Formatter):
 
 
 def configure(settings: LogSettings, stream: TextIO) -> None:
-    """Send the log of the whole process to `stream`, in place of where it went before.
+    """Send the log of the whole process to `stream`, and nowhere else.
 
-    As JSON, what Python writes there by itself comes as lines of the log too: warnings, what ends the process or one of
-    its threads, and what fails where nobody can be told. vLLM is told to write such lines, in its own processes too.
+    With JSON, texts that Python itself writes become lines of the log, too: warnings, and exceptions that end the
+    process or a thread or that nobody can catch. vLLM is set to write such lines, also in processes of its own.
     """
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonLines() if settings.format == "json" else TextLines())
     logging.basicConfig(level=settings.level.upper(), handlers=[handler], force=True)
-    # httpx tells of every request that a teacher behind a URL gets; ours has an access line already.
+    # httpx logs every request to a teacher behind a URL, for which our own request has an access line already.
     logging.getLogger("httpx").setLevel(max(logging.WARNING, logging.getLogger().level))
     if settings.format == "json":
         logging.captureWarnings(capture=True)
@@ -121,8 +121,8 @@ def configure(settings: LogSettings, stream: TextIO) -> None:
 
 
 def _have_vllm_write_json() -> None:
-    # Each engine sets up vLLM's loggers anew when it starts, so what is set up here would not last. Switching that off
-    # would leave engines of their own process with bare text. Either way whoever set vLLM's variables knows better.
+    # By environment: each engine sets up vLLM's loggers anew when it starts, and some start in processes of their own.
+    # Variables of vLLM's that are set already are the user's choice.
     if not {_VLLM_LOGGING, "VLLM_CONFIGURE_LOGGING"} & os.environ.keys():
         os.environ[_VLLM_LOGGING] = str(Path(__file__).with_name("vllm_logging.json"))
 

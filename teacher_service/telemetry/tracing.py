@@ -1,7 +1,7 @@
-"""Spans of OpenTelemetry, when it is installed and asked for; otherwise nothing, at the price of one lookup.
+"""Spans of OpenTelemetry, if it is installed and configured; otherwise a span costs one lookup.
 
-The tracer of a request is in its context, so nothing here is global, and tasks that a request starts go on
-with its trace. Parents come and go as W3C `traceparent` headers.
+The tracer of a request is in a context variable, so that tasks that the request starts go on with its trace. Parents
+come as W3C `traceparent` headers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from potstill.cache.extras import missing_module
 
 
 class OtelTracer:
-    """Spans through an OpenTelemetry SDK `TracerProvider`."""
+    """Makes spans by a `TracerProvider` of the OpenTelemetry SDK."""
 
     def __init__(self, provider: Any) -> None:
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator  # noqa: PLC0415
@@ -26,7 +26,7 @@ class OtelTracer:
         self._propagator = TraceContextTextMapPropagator()
 
     def request(self, name: str, headers: Mapping[str, str]) -> AbstractContextManager[Any]:
-        """The span of a whole request, below the parent that its headers name."""
+        """Open the span of a whole request, below the parent that its headers name."""
         from opentelemetry.trace import SpanKind  # noqa: PLC0415
 
         parent = self._propagator.extract(dict(headers))
@@ -36,22 +36,22 @@ class OtelTracer:
         return current
 
     def span(self, name: str, attributes: Mapping[str, str | int]) -> AbstractContextManager[Any]:
-        """A span below the current one."""
+        """Open a span below the current one."""
         current: AbstractContextManager[Any] = self._tracer.start_as_current_span(name, attributes=attributes)
         return current
 
     def close(self) -> None:
-        """Send what is waiting and stop."""
+        """Send the spans that are waiting, and stop."""
         self._provider.shutdown()
 
 
 current_tracer: ContextVar[OtelTracer | None] = ContextVar("current_tracer", default=None)
-"""Of the request that is being served; None when nothing is traced."""
+"""Tracer of the request that is being served; None when nothing is traced."""
 
 
 @contextmanager
 def span(name: str, **attributes: str | int) -> Iterator[None]:
-    """Time what is inside as a span of the current request's trace."""
+    """Time the block as a span of the current request's trace."""
     tracer = current_tracer.get()
     if tracer is None:
         yield
@@ -61,7 +61,7 @@ def span(name: str, **attributes: str | int) -> Iterator[None]:
 
 
 def open_tracer(endpoint: str) -> OtelTracer:
-    """Spans that are sent in batches to an OTLP/HTTP endpoint like `http://collector:4318/v1/traces`.
+    """Open a tracer that sends spans in batches to an OTLP/HTTP endpoint like `http://collector:4318/v1/traces`.
 
     Raises:
         InvalidInput: OpenTelemetry is not installed.

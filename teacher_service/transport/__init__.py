@@ -1,1 +1,1 @@
-"""Bodies and answers on the wire: bounded, timed, streamed; connections counted."""
+"""Transport over HTTP: bounds of connections, bodies and answers in size and time; streamed answers; headers."""

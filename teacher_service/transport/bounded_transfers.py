@@ -1,4 +1,4 @@
-"""ASGI middleware that bounds what clients send and take, whichever route serves them: size, time, and all together."""
+"""ASGI middleware that bounds bodies and answers of every route: in size, in time, and all together."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _LOG = logging.getLogger(__name__)
-_SLICE_BYTES = 256 * 2**10
+_SLICE_BYTES = 256 * 2**10  # large enough that slicing costs nothing, small enough for a slow client's `body_seconds`
 _HELD = "held_until_answered"
 
 
 def held_until_answered(request: Request) -> ExitStack:
-    """What is closed once the request's answer is sent, or given up."""
+    """The stack that is closed once the request's answer is sent or given up; push releases of resources to it."""
     held: ExitStack = request.scope["state"][_HELD]
     return held
 
 
 class BoundedTransfers:
-    """Refuses a body, while it is read, that is too long, too slow or too much; gives up clients that take no answer.
+    """Refuses bodies that are too long, too slow or too many together; gives up clients that do not take their answers.
 
-    A body is held against `max_body_bytes_in_flight` until its request is answered. Its time begins with the first
-    read, so that a request that has to wait before that is not blamed. Answers go out in slices, each once the client
-    took most of the one before: what is not taken yet stays counted, and the server's buffers stay small. For a client
-    that is given up no more is made, and its connection is dropped.
+    A body counts against `max_body_bytes_in_flight` until its request is answered. Its time begins with the first read,
+    so that a request that has to wait before that is not blamed. Answers go out in slices, each once the client took
+    most of the one before: bytes that are not taken yet stay counted, and the server's buffers stay small. For a client
+    that is given up no more is computed, and its connection is dropped.
     """
 
     def __init__(self, app: ASGIApp, admission: Admission) -> None:
         self._app = app
         self._admission = admission
-        # What is over the bound of all together would be told to come back later for ever.
+        # A body over the bound of all together would be told to come back later for ever.
         self._most_body_bytes = admission.limits.smallest("max_body_bytes", "max_body_bytes_in_flight")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -58,7 +58,7 @@ class BoundedTransfers:
 
 
 class _Body:
-    """What was read of one body."""
+    """One request's body while it is read."""
 
     def __init__(self, admission: Admission, most: tuple[str, int], receive: Receive) -> None:
         self._limits = admission.limits
@@ -71,7 +71,7 @@ class _Body:
         self._complete = False
 
     async def receive(self) -> Message:
-        """The next message.
+        """Receive the next message.
 
         Raises:
             BodyTooLarge, RequestTimeout, Overloaded: see `BoundedTransfers`.
@@ -85,7 +85,7 @@ class _Body:
         return message
 
     def release(self) -> None:
-        """The request is over."""
+        """Give back the body's bytes at the end of its request."""
         self._bound.give_back(self._key, self._held)
         self._held = 0
 
@@ -112,14 +112,14 @@ class _Body:
 
 
 class _Answer:
-    """What goes out to one client."""
+    """One answer while it is sent."""
 
     def __init__(self, seconds: float, send: Send) -> None:
         self._seconds = seconds
         self._send = send
 
     async def send(self, message: Message) -> None:
-        """Pass it on, a long body in slices."""
+        """Send a message, a long body in slices."""
         body = message.get("body", b"")
         if message["type"] != "http.response.body" or len(body) <= _SLICE_BYTES:
             await self._in_time(message)
@@ -141,11 +141,12 @@ class _Answer:
 
 
 class _GivenUp(Exception):
-    """The client does not take its answer; no handler of the app knows it, so that it ends the answer."""
+    """The client does not take its answer. No handler of the app knows this class, so it passes through the app."""
 
 
 async def _drop(scope: Scope, receive: Receive) -> None:
-    """Drop the connection, and return once the server knows: until then an unfinished answer would be our bug to it."""
+    """Drop the connection, and return once the server knows."""
+    # Before that, returning with the answer unfinished would look like a bug of the app's to the server.
     abort = scope.get("extensions", {}).get(ABORT)
     if abort is None:
         return  # another server, which closes a connection whose answer is not complete

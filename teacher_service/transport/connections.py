@@ -1,4 +1,4 @@
-"""What the server bounds of every connection, before there is a request that could have a key: how many, how slow."""
+"""Bounds of connections, in number and slowness, before there is a request that could have a key."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 ABORT = "potstill.abort"
-"""ASGI extension: a callable that drops the connection at once, with all that its client has not taken."""
+"""Name of our ASGI extension: a callable that drops the connection at once, with all that its client has not taken."""
 # Which of uvicorn's two implementations it is depends on what is installed; both have what is used here.
 _Protocol: Any = AutoHTTPProtocol
 
 
 def bounded_protocol(limits: LimitSettings) -> type[asyncio.Protocol]:
-    """The `http` of a `uvicorn.Config`: HTTP connections within the bounds of all and of one address.
+    """Make the `http` protocol of a `uvicorn.Config`, which bounds connections in all and per address.
 
-    A whole request head has to arrive within `body_seconds`, counted from the connection's begin or from the first
-    byte of a later head (between requests uvicorn's own keep-alive timeout counts). A connection that is being closed
-    and whose client has not taken the rest for `body_seconds` is dropped.
+    A whole request head has to arrive within `body_seconds`, from the connection's begin or from the first byte of a
+    later head; between requests uvicorn's own keep-alive timeout counts. A closing connection is dropped when its
+    client has not taken the rest within about `body_seconds`.
     """
 
     class Connection(_BoundedConnection):
         max_connections = limits.max_connections
         max_per_origin = limits.max_connections_per_address
-        of_origin: ClassVar[Counter[str]] = Counter()
+        of_origin: ClassVar[Counter[str]] = Counter()  # of this server: uvicorn makes an object per connection
         seconds = limits.body_seconds
 
     return Connection
@@ -76,7 +76,7 @@ class _BoundedConnection(_Protocol):  # type: ignore[misc]
         super().connection_lost(exc)
 
     def _over(self) -> str:
-        """The bound that this connection is over; empty for none."""
+        """The bound that this connection exceeds, in words; empty for none."""
         if len(self.connections) > self.max_connections:
             return f"max_connections={self.max_connections} are open"
         if self._origin and 0 < self.max_per_origin < self.of_origin[self._origin]:
@@ -84,7 +84,7 @@ class _BoundedConnection(_Protocol):  # type: ignore[misc]
         return ""
 
     def _expect_head(self) -> None:
-        """Have the timer run while, and only while, there is a head to come."""
+        """Have the timer run exactly while a head is to come."""
         served = self.cycle is not None and not self.cycle.response_complete
         if self._lost or served:
             if self._head_timer is not None:
@@ -94,6 +94,7 @@ class _BoundedConnection(_Protocol):  # type: ignore[misc]
             self._head_timer = self.loop.call_later(self.seconds, self.transport.abort)
 
     def _check_closing(self) -> None:
+        # uvicorn closes politely and waits for the client. Seen closing at two looks in a row is long enough.
         if self._closing:
             self.transport.abort()
             return
@@ -110,7 +111,7 @@ def _with_abort(app: ASGIApp, transport: asyncio.Transport) -> ASGIApp:
 
 
 def _origin(peer: Any) -> str:
-    """Whose connection it is: the address, of IPv6 its /64 network, which is what one client has; empty without one."""
+    """The client's address, of IPv6 its /64 network, which one client usually has whole; empty for a Unix socket."""
     if not isinstance(peer, tuple):
         return ""  # a Unix socket
     address = ipaddress.ip_address(peer[0].partition("%")[0])
@@ -122,6 +123,7 @@ def _origin(peer: Any) -> str:
 
 
 def _refusal(bound: str) -> bytes:
+    # Written by hand, because there is no request yet that an app could answer.
     body = json.dumps({"kind": Unavailable.kind, "detail": f"{bound}; retry later"}).encode()
     head = (
         f"HTTP/1.1 {Unavailable.status} Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\n"

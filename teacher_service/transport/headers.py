@@ -1,4 +1,4 @@
-"""Headers of answers: ETags of what never changes, made of what names it, and what an error tells its caller to do."""
+"""Headers of answers: ETags of immutable content, and the instructions that go with errors, like `Retry-After`."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ IMMUTABLE = "private, immutable"
 
 
 def strong_etag(media_type: str, *parts: JSON) -> str:
-    """The ETag of what `parts` determine, as sent in this wire version and media type."""
+    """The ETag of content that `parts` determine, as sent in this wire version and media type."""
     named = json.dumps([wire.WIRE_VERSION, media_type, *parts], sort_keys=True, separators=(",", ":"))
     return f'"{hashlib.sha256(named.encode()).hexdigest()[:40]}"'
 
 
 def immutable_headers(etag: str) -> dict[str, str]:
-    """The headers of an answer that will never be another one."""
+    """Headers of an answer that will never change."""
     return {"etag": etag, "cache-control": IMMUTABLE, "vary": "accept"}
 
 
 def not_modified(request: Request, etag: str) -> Response | None:
-    """The 304 for a caller that says it has this already (RFC 9110, 13.1.2: a list of ETags, or `*`), else None."""
+    """The 304 for a caller that has this content already, else None (RFC 9110, 13.1.2: a list of ETags, or `*`)."""
     held = {part.strip().removeprefix("W/") for part in ",".join(request.headers.getlist("if-none-match")).split(",")}
     return Response(status_code=304, headers=immutable_headers(etag)) if held & {etag, "*"} else None
 
@@ -41,5 +41,5 @@ def error_headers(error: PotstillError) -> dict[str, str]:
     if isinstance(error, Unauthenticated):
         headers["www-authenticate"] = 'Bearer realm="potstill"'
     if isinstance(error, RequestTimeout):
-        headers["connection"] = "close"  # what still comes, however slowly, is not waited for
+        headers["connection"] = "close"  # the rest of the body, however slowly it comes, is not waited for
     return headers

@@ -1,8 +1,8 @@
 """Answers that are read while they are sent: bounded in memory, in threads and in time.
 
-Pieces of bytes come out of a blocking iterator, each read in a thread of a small pool while the one before is sent.
-What goes wrong before the first piece is answered as any error is; what goes wrong later breaks the connection, so
-that no client takes a part for the whole.
+Pieces of bytes come out of a blocking iterator, each read in a thread of a small pool while the one before is sent. A
+failure before the first piece is answered as any error is; a later one breaks the connection, so that no client takes a
+part for the whole.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _LOG = logging.getLogger(__name__)
 
 
 class ReadSlots:
-    """The threads that read the store, and how many answers may be streamed at one time, not all to one key."""
+    """The threads that read the store, and the bound of answers streamed at one time, not all to one key."""
 
     def __init__(self, *, threads: int, streams: int, stall_seconds: float) -> None:
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="corpus-read")
         self.stall_seconds = stall_seconds
-        """How long a client may take nothing of what is sent to it."""
+        """Seconds that a client may take nothing of what is sent to it."""
         self._streams = SharedBound(streams, "streamed answers (max_streams)", reason="streams", refusals=Counter())
 
     @property
@@ -45,7 +45,7 @@ class ReadSlots:
 
 
 class StreamedAnswer(Response):
-    """Sends the pieces of an iterator. Of a HEAD request only the status and the headers are sent, and nothing is read.
+    """Sends the pieces of an iterator; a HEAD request gets only status and headers, and nothing is read for it.
 
     When the client leaves, nothing more is read.
 
@@ -65,10 +65,10 @@ class StreamedAnswer(Response):
         self._slots = slots
         self._begun = False
         self.init_headers(headers)
-        del self.headers["content-length"]
+        del self.headers["content-length"]  # of the empty body; the real one is not known yet
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it all, or break off."""
+        """Send the whole answer, or break it off."""
         if scope["method"] == "HEAD":
             await send(self._start())
             await send(_body(b"", more=False))
@@ -94,7 +94,7 @@ class StreamedAnswer(Response):
         piece = await self._read()
         self._begun = True
         await send(self._start())
-        # To return before the last message is how an ASGI app breaks a connection off.
+        # An ASGI app breaks a connection off by returning before the last message.
         try:
             while piece is not None:
                 reading = asyncio.ensure_future(self._read())

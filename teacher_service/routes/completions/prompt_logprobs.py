@@ -23,17 +23,17 @@ from numpy.typing import NDArray
 from potstill.cache.types import Targets, Tokens
 
 LEAST_LOGPROB = -9999.0
-"""What vLLM writes for less, as JSON has no -inf (`clamp_prompt_logprobs` of vLLM 0.32)."""
+"""Least logprob that vLLM writes, as JSON has no -inf (`clamp_prompt_logprobs` of vLLM 0.32)."""
 
 _CHUNK_BYTES = 1 << 20
-"""Of records worked on at one time; they fit a core's cache."""
+"""Bytes of records worked on at one time; they fit a core's cache."""
 _DECIMALS = 8  # half a unit is 5e-9 nats, which float32 cannot tell apart from -0.06 on
-_GROUP = 10_000
+_GROUP = 10_000  # four digits at once come from a table of this size
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Template:
-    """One position of K entries and the label, with blanks where its values go."""
+    """The text of one position, K entries and the label, with blanks where its values go."""
 
     record: np.dtype[np.void]
     position: NDArray[np.uint8]
@@ -42,12 +42,12 @@ class _Template:
 
 
 def prompt_logprobs_text(row: Tokens, targets: Targets, k: int) -> Iterator[bytes]:
-    """The value of `prompt_logprobs`, in parts of about a megabyte.
+    """Write the value of `prompt_logprobs`, in parts of about a megabyte.
 
     Args:
-        row: [T] the prompt.
-        targets: its [T] targets, of K >= max(k, 1).
-        k: how many entries beside the prompt's own token; 0 for none.
+        row: [T] token ids of the prompt.
+        targets: its T targets, of K >= max(k, 1).
+        k: entries beside the prompt's own token; 0 for none.
 
     A token outside the top max(k, 1) gets the rank after it, the least that it can have: its true rank is not known.
     """
@@ -73,7 +73,7 @@ def ranked_labels(labels: Tokens, targets: Targets) -> tuple[NDArray[np.int64], 
 
 
 def _positions_text(labels: Tokens, targets: Targets, k: int, keys: NDArray[np.void], template: _Template) -> bytes:
-    """`,{...}` of each position."""
+    """The text `,{...}` of each position."""
     text = np.empty((len(labels), len(template.position)), np.uint8)
     text[:] = template.position
     width = template.record.itemsize
@@ -94,6 +94,7 @@ def _positions_text(labels: Tokens, targets: Targets, k: int, keys: NDArray[np.v
 
 
 def _fill_numbers(entries: NDArray[np.void], logprobs: NDArray[np.float32]) -> None:
+    # Fixed point in int64: float32 has too few digits for eight decimals.
     whole_table, group_table = _number_tables()
     fixed = np.rint(np.clip(-logprobs.astype(np.float64), 0.0, -LEAST_LOGPROB) * 10**_DECIMALS).astype(np.int64)
     high = fixed // _GROUP
@@ -105,13 +106,13 @@ def _fill_numbers(entries: NDArray[np.void], logprobs: NDArray[np.float32]) -> N
 
 @lru_cache(maxsize=8)
 def _key_table(size: int) -> NDArray[np.void]:
-    """[size] of `"ID":`, padded with blanks."""
+    """[size] texts `"ID":`, padded with blanks."""
     return _texts([f'"{number}":' for number in range(size)], width=len(str(size - 1)) + 3)
 
 
 @lru_cache(maxsize=1)
 def _number_tables() -> tuple[NDArray[np.void], NDArray[np.void]]:
-    """`-N` for whole nats, and four digits, each of 0 to 9999."""
+    """Texts of 0 to 9999, as `-N` for whole nats and as four digits."""
     return (
         _texts([f"-{number}" for number in range(_GROUP)], width=5),
         _texts([f"{number:04}" for number in range(_GROUP)], width=4),

@@ -37,19 +37,19 @@ _REFUSED: Mapping[str, tuple[Any, str]] = {
     "logprob_token_ids": (None, "ask for the top-k with prompt_logprobs"),
     "suffix": (None, "leave it out: nothing is generated here"),
 }
-"""Key -> the one value that is taken beside null, and the way out for another."""
+"""The one value, beside null, that is accepted for a key, and the way out for any other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionRequest:
-    """What a trainer wants of some prompts."""
+    """A trainer's request for the logprobs of some prompts."""
 
     model: str | None
     rows: list[Tokens]
     prompt_logprobs: int | None
     """Entries beside the prompt's own token, or None when they are not asked for."""
     logprobs: int | None
-    """The same of the token after the prompt, and with `echo` of the prompt's tokens."""
+    """Entries of the token after the prompt, and with `echo` of the prompt's tokens, or None."""
     max_tokens: int
     echo: bool
     return_token_ids: bool
@@ -60,7 +60,7 @@ class CompletionRequest:
         """Read a request.
 
         Raises:
-            InvalidInput: not JSON, a key of the wrong type, or a wish for something that is not done here.
+            InvalidInput: not JSON, a key of the wrong type, or a value that this service does not support.
         """
         value = _json_object(body)
         _refuse_what_is_not_here(value)
@@ -91,7 +91,7 @@ class CompletionRequest:
 
     @property
     def k(self) -> int:
-        """Entries to score: one at least, as without any there is no label and no token after the prompt."""
+        """Entries to score: at least one, as without any there is no label and no token after the prompt."""
         return max(self.prompt_logprobs or 0, self.logprobs or 0, 1)
 
 

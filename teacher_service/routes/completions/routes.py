@@ -1,8 +1,8 @@
-"""`/v1/completions` for trainers that talk to a vLLM teacher: pointed here, they read the same JSON.
+"""`/v1/completions` for trainers that are made for a vLLM server: pointed here, they read the same JSON.
 
 A prompt's logprobs come from the cache or the engine as those of `/v1/teachers/{name}/score` do, with the same
-admission, limits, deadlines and metrics. The shape is that of vLLM 0.32. What differs, because no text is generated
-and there is no tokenizer here:
+admission, limits, deadlines and metrics. The shape is that of vLLM 0.32, with these differences, because no text is
+generated and there is no tokenizer here:
 
 - `decoded_token` is null, `text` is empty, and `logprobs` names its tokens `token_id:N`, as vLLM itself does when
   it is asked for `return_tokens_as_token_ids`.
@@ -10,8 +10,8 @@ and there is no tokenizer here:
 - A prompt token outside the top K has rank K + 1, the least it can have; its logprob is exact.
 - `prompt_logprobs` are of temperature 1 whatever `temperature` says: so are those of a vLLM server.
 
-A trainer that asks `/v1/models` for the first model, or names none, gets the teacher that its URL names when
-`http://host:port/v1/teachers/NAME` is what it is given as the server.
+A trainer that asks `/v1/models` for the first model, or names none, can be given `http://host:port/v1/teachers/NAME`
+as its server and then gets that teacher.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from potstill.teacher_service.routes.completions.request import CompletionReques
 from potstill.teacher_service.routes.score import ScoreCall, answer_call
 
 _NAMED = "/v1/teachers/{name}"
-_BUFFERED_POSITIONS = 4096  # entries of answers that are sent whole; a longer one is written while it is sent
+_BUFFERED_POSITIONS = 4096  # entries up to which an answer is sent whole; a longer one is written while it is sent
 
 
 def add_completion_routes(app: FastAPI, service: Service) -> None:
@@ -82,12 +82,12 @@ def add_completion_routes(app: FastAPI, service: Service) -> None:
 
 
 def is_openai_path(path: str) -> bool:
-    """Whether who asks there expects errors of OpenAI's shape."""
+    """True where callers of a path expect errors in OpenAI's shape."""
     return path.endswith("/v1/completions")
 
 
 def error_response(status: int, detail: str, headers: Mapping[str, str] | None = None) -> Response:
-    """A refusal as vLLM words it, so that OpenAI clients show its line."""
+    """Make an error answer in vLLM's shape, so that OpenAI clients show its detail."""
     status = HTTPStatus.BAD_REQUEST.value if status == InvalidInput.status else status
     phrase = HTTPStatus(status).phrase.replace(" ", "")
     kind = phrase if phrase.endswith("Error") else f"{phrase}Error"
@@ -123,7 +123,7 @@ def _teacher(service: Service, model: str | None, named: HostedTeacher | None) -
 
 
 def _model(teacher: HostedTeacher) -> dict[str, Any]:
-    """A model card as vLLM has it; `max_model_len` is of the prompt and the one token after it."""
+    """Make a model card in vLLM's shape; `max_model_len` counts the prompt and the one token after it."""
     ready = teacher.state == "ready"
     longest = teacher.pool.limits.max_row_tokens if ready else None
     return {
@@ -142,7 +142,7 @@ def _answered(name: str, asked: CompletionRequest, answer_id: str, targets: list
     text = _text(name, asked, answer_id, targets, weights)
     if sum(map(len, asked.rows)) * (asked.k + 1) <= _BUFFERED_POSITIONS:
         return Response(b"".join(text), media_type=wire.JSON_MEDIA_TYPE)
-    # Its JSON is nine times the arrays; what is not written yet does not take memory.
+    # The JSON is nine times the arrays; text that is not written yet takes no memory.
     return StreamingResponse(text, media_type=wire.JSON_MEDIA_TYPE)
 
 
@@ -186,7 +186,7 @@ def _choice(index: int, row: Tokens, targets: Targets, asked: CompletionRequest)
 
 
 def _token_logprobs(row: Tokens, targets: Targets, asked: CompletionRequest) -> dict[str, Any] | None:
-    """The `CompletionLogProbs` of vLLM: of the token after the prompt; with `echo` the prompt's come before it."""
+    """The `CompletionLogProbs` of the token after the prompt; with `echo` those of the prompt come before it."""
     if asked.logprobs is None:
         return None
     tokens: list[int] = row.tolist() if asked.echo else []
@@ -209,7 +209,7 @@ def _token_logprobs(row: Tokens, targets: Targets, asked: CompletionRequest) -> 
 
 
 def _tops(labels: Tokens, targets: Targets, k: int, most: int) -> list[dict[int, float]]:
-    """Of each position the label's logprob, then those of the top `k`: `most` in all."""
+    """Logprobs by id for each position: the label's first, then those of the top `k`; `most` in all."""
     _, own = ranked_labels(labels, targets.prefix(max(k, 1)))
     width = min(k, most)
     ids = np.concatenate([labels[:, None], targets.ids[:, :width]], axis=1).tolist()

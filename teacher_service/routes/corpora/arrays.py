@@ -1,4 +1,4 @@
-"""`/v1/corpora/{corpus}/...`: the corpus itself, for a trainer that has no files."""
+"""`/v1/corpora/{corpus}/...`: a corpus's own arrays, for a trainer that has no access to the store."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from potstill.teacher_service.transport.headers import immutable_headers, not_mo
 from potstill.teacher_service.transport.streamed import ReadSlots, StreamedAnswer
 
 _PART = 1 << 19
-"""Elements a record batch: 2 to 8 MiB."""
+"""Elements of a record batch, which then holds 2 to 8 MiB."""
 _MOST_ELEMENTS = 1 << 40
 T = TypeVar("T")
 Start: TypeAlias = Annotated[int, Query(ge=0, lt=_MOST_ELEMENTS)]
@@ -34,7 +34,7 @@ Stop: TypeAlias = Annotated[int | None, Query(ge=0, lt=_MOST_ELEMENTS)]
 
 @dataclass(frozen=True, slots=True)
 class Array:
-    """An array of a corpus: its length, how a range of it is read, and what beside the corpus it depends on."""
+    """An array of a corpus: its length, a function that reads a range, and its version within the corpus."""
 
     length: int
     read: Callable[[int, int], NDArray[Any]]
@@ -42,7 +42,7 @@ class Array:
 
 
 def _row_starts(corpus: Corpus) -> Array:
-    # `starts` reads those of rows and the end of the last one: an element more than rows.
+    # `starts` reads the begins of rows and the end of the last one: one element more than rows.
     return Array(len(corpus) + 1, lambda start, stop: corpus.starts(start, stop - 1))
 
 
@@ -53,12 +53,12 @@ _ARRAYS: dict[str, Callable[[Corpus], Array]] = {
     "shard_rows": lambda corpus: Array(corpus.num_shards + 1, lambda start, stop: corpus.shard_rows[start:stop]),
     "shard_starts": lambda corpus: Array(corpus.num_shards + 1, lambda start, stop: corpus.shard_starts[start:stop]),
 }
-"""By the last part of the route."""
+"""Arrays by the last part of their route."""
 
 
 @dataclass(frozen=True, slots=True)
 class CorpusReading:
-    """What the routes share: what is open, the threads that read it, and the limits."""
+    """The parts that the corpus routes share: the open corpora, the threads that read them, and the limits."""
 
     opened: OpenedSets
     slots: ReadSlots
@@ -71,10 +71,10 @@ class CorpusReading:
     async def answer(
         self, request: Request, find: Callable[[], tuple[str, Array]], start: int, stop: int | None
     ) -> Response:
-        """A range of what `find` gives, with the corpus' fingerprint, as a stream.
+        """Stream a range of the array that `find` gives with the corpus's fingerprint.
 
         Raises:
-            InvalidInput: not a range of it. What `find` raises.
+            InvalidInput: not a range of the array. What `find` raises.
         """
 
         def planned() -> tuple[Iterator[bytes], str]:
@@ -169,7 +169,7 @@ def _pieces(fingerprint: str, array: Array, start: int, stop: int) -> Iterator[b
 
 
 def _row_pieces(corpus: Corpus, rows: Sequence[int], limits: LimitSettings) -> Iterator[bytes]:
-    """One record batch of tokens per row."""
+    """Stream one record batch of tokens per row."""
     if not rows:
         raise InvalidInput("rows is empty; ask for at least one")
     ranges = corpus.row_ranges(rows)

@@ -1,4 +1,4 @@
-"""What callers of the corpus routes send, checked."""
+"""Checks of the parameters and bodies that callers of the corpus routes send."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _KEYS = ("rows", "fields", "k")
 
 
 def get_and_head(app: FastAPI, path: str, dependencies: Sequence[Any]) -> Callable[[Endpoint], Endpoint]:
-    """Add a route for both methods; OpenAPI, which has one name per operation, is told of GET alone."""
+    """Add a route for both methods. The OpenAPI document has GET alone, as each operation needs a name of its own."""
 
     def add(endpoint: Endpoint) -> Endpoint:
         app.head(path, dependencies=dependencies, include_in_schema=False)(endpoint)

@@ -1,4 +1,4 @@
-"""Corpora and target sets as JSON, small at any number of shards: commits are told as runs."""
+"""Descriptions of corpora and target sets as JSON, small at any number of shards: commits are told as runs."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from potstill.teacher_service.settings.service import LimitSettings
 
 
 def runs(committed: NDArray[np.bool_]) -> list[JSON]:
-    """`[first, one past the last]` of each run of committed shards, in order."""
+    """The committed shards as runs `[first, one past the last]`, in order."""
     edges = np.flatnonzero(np.diff(committed.astype(np.int8), prepend=0, append=0))
     return [[first, stop] for first, stop in edges.reshape(-1, 2).tolist()]
 
 
 def describe_corpora(opened: OpenedSets) -> dict[str, Any]:
-    """All corpora in a few words each; those that cannot be read apart, so that they do not hide the others."""
+    """Describe all corpora in short; those that cannot be read are listed apart and do not hide the others."""
     seen = opened.look_at_corpora(lambda name: {**_counts(opened.corpus(name)), "teachers": opened.teachers(name)})
     unreadable = [{"name": name, "detail": error.detail} for name, error in seen.unreadable.items()]
     return {"format": wire.WIRE_VERSION, "corpora": list(seen.found.values()), "unreadable": unreadable}
 
 
 def describe_corpus(opened: OpenedSets, name: str) -> dict[str, Any]:
-    """One corpus: what its seal says, its annotations, and how much each teacher has of it."""
+    """Describe one corpus: its seal, its annotations, and each teacher's committed shards."""
     corpus = opened.corpus(name)
     spec = corpus.spec
     sealed = {key: getattr(spec, key) for key in spec.__dataclass_fields__ if key not in ("data", "sources", "objects")}
@@ -46,7 +46,7 @@ def describe_corpus(opened: OpenedSets, name: str) -> dict[str, Any]:
 
 
 def describe_targets(targets: TargetSet, limits: LimitSettings) -> dict[str, Any]:
-    """One target set: whose, what, how far."""
+    """Describe one target set: its teacher and corpus, its fields and encoding, and the committed shards."""
     return {
         "format": wire.WIRE_VERSION,
         "teacher": targets.teacher,

@@ -1,7 +1,7 @@
-"""Corpora and target sets that stay open between requests, for as long as they are what the store has.
+"""Corpora and target sets that stay open between requests, for as long as they agree with the store.
 
-Somebody may delete targets, or a whole corpus, while a service runs, and fill them again. What was opened remembers the
-old commits; so it is compared with the store again when it was not for some seconds.
+Targets, or a whole corpus, may be deleted while a service runs, and filled again. An open set remembers the old
+commits, so it is compared with the store again every few seconds.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from potstill.cache.targets.target_set import TargetSet, segment_set_paths, targ
 
 K = TypeVar("K")
 T = TypeVar("T")
-_OPEN = 64
-_TRUST_SECONDS = 2.0
+_OPEN = 64  # sets; an open one holds its spec and commits, and further ones cost the opening again
+_TRUST_SECONDS = 2.0  # a comparison lists folders, each a round trip to an object store
 
 
 @dataclass(slots=True)
 class _Seen:
-    """The records that something was opened from; another version, or another record, may mean other targets."""
+    """The records that a set was opened from; another version, or another record, may mean other targets."""
 
     root: Root
     folders: tuple[str, ...]
@@ -41,13 +41,13 @@ class _Seen:
         self.sets = self._sets()
 
     def still_there(self) -> bool:
-        """Whether the store has these very records and no others."""
+        """True where the store has these very records and no others."""
         if self._sets() != self.sets:
             return False
         return all(self.root.versions(folder) == before for folder, before in self.versions.items())
 
     def knows(self, targets: TargetSet) -> bool:
-        """Whether every commit that the targets remember was among the records: one may have come, and gone, since."""
+        """True where the records have every commit that the targets remember; one may have come, and gone, since."""
         return all(
             commit_name(shard) in listed
             for each in targets.sets
@@ -67,7 +67,7 @@ class _Opened(Generic[T]):
 
 
 def _is_current(opened: _Opened[Any]) -> bool:
-    """Whether it is what the store has, or had a moment ago."""
+    """True where the opened set agrees with the store, or did so a moment ago."""
     now = time.monotonic()
     if now - opened.checked_at < _TRUST_SECONDS:
         return True
@@ -88,7 +88,7 @@ class OpenedSets:
 
     @property
     def root(self) -> Root:
-        """Where all of it is stored.
+        """The root of the cache.
 
         Raises:
             UnknownCorpus: the service has no cache.
@@ -96,7 +96,7 @@ class OpenedSets:
         return self._require_cache().root
 
     def look_at_corpora(self, look: Callable[[str], T]) -> CorporaLook[T]:
-        """As `Cache.look_at_corpora`; without a cache there are none."""
+        """Look at each corpus, like `Cache.look_at_corpora`; without a cache there are none."""
         return CorporaLook({}, {}) if self._cache is None else self._cache.look_at_corpora(look)
 
     def teachers(self, corpus: str) -> list[str]:
@@ -112,6 +112,7 @@ class OpenedSets:
         cache = self._require_cache()
 
         def open_it() -> _Opened[Corpus]:
+            # The records first: a change during the opening is then seen at the next comparison.
             seen = _Seen(cache.root, (corpus_path(name),))
             return _Opened(cache.fresh().corpus(name), seen, time.monotonic())
 
@@ -137,9 +138,9 @@ class OpenedSets:
         return self._get(self._targets, (teacher, corpus), open_it)
 
     def watched(self, targets: TargetSet, pieces: Iterator[bytes]) -> Iterator[bytes]:
-        """The same pieces; when they end in damage, the next request opens the target set anew.
+        """Pass the pieces on; where they end in damage, the next request opens the target set anew.
 
-        What was deleted a moment ago looks like damage to who remembers its commit.
+        Targets that were deleted a moment ago look damaged to a set that remembers their commit.
         """
         try:
             yield from pieces
@@ -156,7 +157,8 @@ class OpenedSets:
         if found is not None and _is_current(found):
             return found.value
         with self._lock:
-            # Now, and by nobody put back: opening raises where all was deleted, and the next request must not find it.
+            # Before opening, which raises where all was deleted: the next request must not find the old set. Another
+            # thread may have put a newer one here meanwhile, which stays.
             if opened.get(key) is found:
                 opened.pop(key, None)
         found = open_it()

@@ -1,4 +1,4 @@
-"""What a request for committed targets comes to: which targets, in which blocks, under which ETag.
+"""Reads of committed targets: the part of a target set that a request asks for, in blocks, with its ETag.
 
 Shape legend:  P positions, K kept entries, V vocabulary.
 """
@@ -21,13 +21,13 @@ from potstill.teacher_service.settings.service import LimitSettings
 from potstill.teacher_service.transport.headers import strong_etag
 
 BLOCK_BYTES = 4 << 20
-"""A record batch holds about this much at most: what either end holds of a stream."""
-_GROUP_ROWS = 256
+"""Most bytes of a record batch, about, and so the unit of what either end holds of a stream."""
+_GROUP_ROWS = 256  # bounds the objects of one read where rows are short
 
 
 @dataclass(frozen=True, slots=True)
 class RangeRead:
-    """Positions `start` to `stop` of a target set, and what of them."""
+    """The fields `want` of positions `start` to `stop` of a target set."""
 
     targets: TargetSet
     start: int
@@ -35,7 +35,7 @@ class RangeRead:
     want: Fields
 
     def require_committed(self) -> list[Commit]:
-        """The commits that hold the range; nothing else is read.
+        """Look up the commits that hold the range, and read nothing else.
 
         Raises:
             InvalidInput: a range outside the corpus. NotCommitted: a shard that has no targets yet.
@@ -49,29 +49,29 @@ class RangeRead:
         return self.targets.commits_of(list(self._shards()), self.want)
 
     def etag(self, commits: Sequence[Commit], media_type: str) -> str:
-        """Of the stored objects' hashes, the range and the fields: equal wherever and whenever it is computed."""
+        """ETag of the stored objects' hashes, the range and the fields: the same from every service at any time."""
         held: list[JSON] = [
             [c.shard, c.segment, c.spec_sha256, c.ranks_sha256, *(o.sha256 for o in c.objects)] for c in commits
         ]
-        # What a segment set keeps of the identity is hashed into its commits; of format 1 it is not.
+        # Commits hold a hash of the spec and thus of the identity, except in format 1, so the identity is added.
         identity, corpus = self.targets.identity.to_json(), self.targets.corpus.fingerprint
         return strong_etag(media_type, corpus, identity, held, self.start, self.stop, self.want.to_json())
 
     def head(self) -> StreamHead:
-        """What the stream of the range says of itself."""
+        """The head of the range's stream."""
         return _head(self.targets, self.want, batches=self._num_blocks(), length=self.num_positions)
 
     @property
     def num_positions(self) -> int:
-        """Of the range."""
+        """Positions of the range."""
         return self.stop - self.start
 
     def read(self) -> list[Targets]:
-        """All of it at once."""
+        """Read the whole range at once."""
         return [self._read(self.start, self.stop)]
 
     def pieces(self) -> Iterator[bytes]:
-        """The stream: one record batch per block. Raises as `TargetSet.read` does, between two pieces."""
+        """Stream one record batch per block. Raises as `TargetSet.read` does, between two pieces."""
         return write_targets(self.head(), ([self._read(start, stop)] for start, stop in self._blocks()))
 
     def _read(self, start: int, stop: int) -> Targets:
@@ -83,7 +83,7 @@ class RangeRead:
         return range(first, int(np.searchsorted(starts, self.stop, side="left")))
 
     def _blocks(self) -> Iterator[tuple[int, int]]:
-        """Blocks begin where chunks of stored arrays do, so that no chunk is decoded for two of them."""
+        """Cut the range where chunks of stored arrays begin, so that no chunk is decoded for two blocks."""
         starts, step = self.targets.corpus.shard_starts, self._block_positions()
         for shard in self._shards():
             low, high = int(starts[shard]), min(int(starts[shard + 1]), self.stop)
@@ -109,7 +109,7 @@ class RangeRead:
 
 @dataclass(frozen=True, slots=True)
 class RowsRead:
-    """The targets of some rows, in the order they are asked for."""
+    """The fields `want` of some rows' targets, in the order they are asked for."""
 
     targets: TargetSet
     rows: Sequence[int]
@@ -118,7 +118,7 @@ class RowsRead:
 
     @classmethod
     def of(cls, targets: TargetSet, rows: Sequence[int], want: Fields) -> RowsRead:
-        """Look up where the rows are.
+        """Look up the rows' lengths, and that their targets are committed.
 
         Raises:
             InvalidInput: no rows, or one that is not in the corpus. NotCommitted: one that has no targets yet.
@@ -133,32 +133,32 @@ class RowsRead:
 
     @property
     def num_positions(self) -> int:
-        """Of all rows."""
+        """Positions of all rows."""
         return int(self.lengths.sum())
 
     def pieces(self) -> Iterator[bytes]:
-        """The stream: one record batch per row. Raises as `TargetSet.read_rows` does, between two pieces."""
+        """Stream one record batch per row. Raises as `TargetSet.read_rows` does, between two pieces."""
         head = _head(self.targets, self.want, batches=len(self.rows), length=self.num_positions)
         return write_targets(head, (self._read(start, stop) for start, stop in self._groups()))
 
     def read(self) -> list[Targets]:
-        """All of them at once."""
+        """Read all rows at once."""
         return self._read(0, len(self.rows))
 
     def _read(self, start: int, stop: int) -> list[Targets]:
         return self.targets.read_rows(self.rows[start:stop], fields=self.want)
 
     def _groups(self) -> Iterator[tuple[int, int]]:
-        """Rows that are read together: about `BLOCK_BYTES`, or one longer row."""
+        """Ranges of `rows` that are read together: about `BLOCK_BYTES`, or one longer row."""
         most = BLOCK_BYTES // self.want.bytes_per_position(self.targets.identity.vocab_size)
         return row_batches(row_starts(self.lengths), most, max_rows=_GROUP_ROWS)
 
 
 def require_at_most(count: int, limit: int, what: str, setting: str) -> None:
-    """Refuse more than a limit of the settings.
+    """Refuse a count over a limit of the settings.
 
     Raises:
-        LimitExceeded: naming both.
+        LimitExceeded: the message names both.
     """
     if count > limit:
         raise LimitExceeded(f"{count} {what} are over {setting}={limit}; read fewer at a time")
@@ -175,10 +175,10 @@ def _head(targets: TargetSet, want: Fields, *, batches: int, length: int) -> Str
 
 
 def require_within(read: RangeRead | RowsRead, limits: LimitSettings, *, as_json: bool) -> None:
-    """Refuse what is too much for one answer. JSON is bounded in bytes too: all that it tells is held until its end.
+    """Refuse a read that is too large for one answer. JSON is bounded in bytes too, as its arrays are held to its end.
 
     Raises:
-        LimitExceeded: naming the count and the limit.
+        LimitExceeded: the message names the count and the limit.
     """
     if not as_json:
         require_at_most(read.num_positions, limits.max_stream_positions, "positions", "max_stream_positions")
@@ -188,5 +188,5 @@ def require_within(read: RangeRead | RowsRead, limits: LimitSettings, *, as_json
 
 
 def num_bytes(read: RangeRead | RowsRead) -> int:
-    """What the targets hold as arrays."""
+    """Bytes of the targets as arrays."""
     return read.num_positions * read.want.bytes_per_position(read.targets.identity.vocab_size)

@@ -1,4 +1,4 @@
-"""`/v1/corpora`: what is committed, read over HTTP."""
+"""`/v1/corpora`: corpora and their committed targets, read over HTTP."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from potstill.teacher_service.transport.bounded_transfers import held_until_answ
 from potstill.teacher_service.transport.headers import immutable_headers, not_modified
 from potstill.teacher_service.transport.streamed import ReadSlots, StreamedAnswer
 
-_THREADS = 4
+_THREADS = 4  # a pool of their own: reads of a slow store must not keep threads from score requests
 _TARGETS = "/v1/corpora/{corpus}/targets/{teacher}"
 
 
@@ -131,7 +131,8 @@ def _streamed(
     headers: Mapping[str, str],
 ) -> Response:
     if writes == wire.JSON_MEDIA_TYPE:
-        held_until_answered(request).enter_context(admission.answer(num_bytes(read)))  # its arrays, until the end
+        # JSON is written from the arrays of the whole answer, which are held until it is sent.
+        held_until_answered(request).enter_context(admission.answer(num_bytes(read)))
         pieces = json_pieces(read.targets.identity, read.read)
     else:
         pieces = read.pieces()

@@ -2,7 +2,7 @@
 
 `json.dumps` keeps the interpreter's lock until it returns, so even in a thread a long list would stop every request.
 
-Shape legend:  P positions, D values a position (K, temperatures or V).
+Shape legend:  P positions, D values per position (K, temperatures or V).
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from potstill.cache.wire.stream import coalesced
 
 _DRAWS = {"draw_ids": "ids", "draw_counts": "counts"}
 _ELEMENTS = 1 << 14
-"""Numbers that are encoded at once: some milliseconds."""
+"""Numbers that are encoded at once, which takes some milliseconds."""
 
 
 def json_pieces(
     identity: TeacherIdentity, read: Callable[[], Sequence[Targets]], *, says_format: bool = True
 ) -> Iterator[bytes]:
-    """`{"format", "identity", "rows"}` as `wire.answer_to_json` has it, in pieces of about a MiB.
+    """Write `{"format", "identity", "rows"}` as `wire.answer_to_json` does, in pieces of about a MiB.
 
     Args:
-        identity: whose targets they are.
-        read: what belongs to each row.
-        says_format: answers to score do not; they follow a request that said it.
+        identity: the teacher's.
+        read: reads the targets of each row.
+        says_format: False leaves the format out, as in answers to score, whose requests have named it.
 
     Raises:
         What `read` does, before the first piece.
