@@ -26,7 +26,6 @@ from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.demo.service import running_service
 from potstill.student_trainer.demo.smollm2 import default_models_folder, materialise
 from potstill.student_trainer.demo.text import write_text
-from potstill.student_trainer.ray_train import train_with_ray
 from tests.support.paths import ROOT
 
 pytestmark = [
@@ -74,6 +73,8 @@ def make_docs(folder: Path, model: Path, *, tokens: int, row_tokens: int, shard_
 
 def test_two_teachers_through_one_service_and_one_cache_into_one_student(tmp_path: Path) -> None:
     """SmolLM2, and a small model that is trained here and now with SmolLM2's tokenizer."""
+    from potstill.student_trainer.ray_train import train_with_ray
+
     big = materialise(default_models_folder())
     root = make_docs(tmp_path, big, tokens=2000, row_tokens=128, shard_positions=512)
     # The small teacher: the trainer itself, on cross-entropy, saves what vLLM loads.

@@ -94,7 +94,8 @@ def test_train_then_evaluate(root: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert again.stdout.splitlines()[1:] == out.splitlines()[-3:]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+# One handler takes both.
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_writes_a_checkpoint_and_the_same_command_goes_on(
     root: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
