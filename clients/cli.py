@@ -32,6 +32,13 @@ _WORDS = """words:
   journal        targets of rows that a service was asked for and no corpus has"""
 
 
+class _Help(argparse.HelpFormatter):
+    """Argparse's own, with `--in-flight N` for a number and not `--in-flight IN_FLIGHT`."""
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return "N" if action.type in (int, float) else super()._get_default_metavar_for_optional(action)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit status; wrong usage raises SystemExit(2)."""
     for stream in (sys.stdout, sys.stderr):
@@ -85,6 +92,7 @@ def _dispatch(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog=f"potstill {argv[0]}",
         description=command.SUMMARY,
+        formatter_class=_Help,
         epilog="`potstill --help` says what a row, a shard or a segment is.",
         allow_abbrev=False,
     )

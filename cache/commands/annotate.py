@@ -21,7 +21,7 @@ SUMMARY = "annotate the rows of a corpus, or list its annotations"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     add_root_argument(parser)
-    parser.add_argument("--corpus", required=True, metavar="NAME")
+    parser.add_argument("--corpus", required=True, metavar="NAME", help="whose rows")
     parser.add_argument("--name", metavar="NAME", help="of the annotation, such as contaminated or held-out")
     parser.add_argument(
         "--values", metavar="FILE", help="a value of each row, in order: .npy, .txt (one a line) or .parquet"

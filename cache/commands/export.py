@@ -22,8 +22,8 @@ SUMMARY = "write a teacher's targets as Parquet files"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     add_root_argument(parser)
-    parser.add_argument("--corpus", required=True, metavar="NAME")
-    parser.add_argument("--teacher", required=True, metavar="NAME")
+    parser.add_argument("--corpus", required=True, metavar="NAME", help="whose rows")
+    parser.add_argument("--teacher", required=True, metavar="NAME", help="whose targets, as `inspect` lists it")
     parser.add_argument("--to", required=True, metavar="FOLDER", help="a local folder; one file a shard")
     parser.add_argument(
         "--format",

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="a Parquet file, or a folder of them")
     parser.add_argument("--cache", required=True, metavar="ROOT", help="folder or URL; a new folder is made")
     parser.add_argument("--corpus", required=True, metavar="NAME", help="made of the files' rows if it is not there")
-    parser.add_argument("--teacher", required=True, metavar="NAME")
+    parser.add_argument("--teacher", required=True, metavar="NAME", help="what to call the teacher here")
     parser.add_argument("--tokenizer", required=True, metavar="PATH_OR_NAME", help="the one that made the rows")
     parser.add_argument(
         "--format",
@@ -42,10 +42,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compression-config", metavar="FILE", help="default: compression_config.yaml beside the files"
     )
     teacher = parser.add_argument_group("whose targets they are, for files that `potstill export` did not write")
-    teacher.add_argument("--model", metavar="NAME")
-    teacher.add_argument("--vocab-size", type=int, metavar="V")
-    for name in ("revision", "weights_sha256", "dtype", "head_dtype", "quantization"):
-        teacher.add_argument(f"--{name.replace('_', '-')}", metavar="TEXT")
+    teacher.add_argument("--model", metavar="NAME", help="the model's name; needed for such files")
+    teacher.add_argument("--vocab-size", type=int, metavar="V", help="how many ids its logprobs range over")
+    for name, about in (
+        ("revision", "of the model, such as a commit of the hub"),
+        ("weights-sha256", "hash of the weights"),
+        ("dtype", "of the forward pass, such as bfloat16"),
+        ("head-dtype", "of the last layer and the softmax"),
+        ("quantization", "of the weights, where there is one"),
+    ):
+        teacher.add_argument(f"--{name}", metavar="TEXT", help=about)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="a file, or a folder of files")
     parser.add_argument("--cache", required=True, metavar="ROOT", help="folder or URL; a new folder is made")
-    parser.add_argument("--corpus", required=True, metavar="NAME")
+    parser.add_argument("--corpus", required=True, metavar="NAME", help="what to call the corpus")
     parser.add_argument(
         "--tokenizer",
         required=True,

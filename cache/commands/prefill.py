@@ -29,7 +29,7 @@ SUMMARY = "score a corpus with a teacher and keep its targets"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     add_root_argument(parser)
-    parser.add_argument("--corpus", required=True, metavar="NAME")
+    parser.add_argument("--corpus", required=True, metavar="NAME", help="the corpus to score, which `ingest` made")
     parser.add_argument(
         "--teacher",
         required=True,

@@ -26,7 +26,7 @@ _SILENCE_SECONDS = 60.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
     add_service_options(parser)
-    parser.add_argument("--corpus", required=True, metavar="NAME")
+    parser.add_argument("--corpus", required=True, metavar="NAME", help="a corpus of the service's cache")
     parser.add_argument("--teacher", required=True, metavar="NAME", help="the teacher's name on the service")
     add_field_options(parser)
     parser.add_argument("--stop", action="store_true", help="stop the job instead of starting one")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import resource
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from potstill.cache.entry_points import command_entry_points
 from potstill.clients import cli
 from tests.support.fakes import FakeTeacher
 from tests.support.processes.servers import hosted, serving_teachers
@@ -79,6 +81,22 @@ def test_help_says_what_its_words_mean_in_80_columns() -> None:
         assert word in told.partition("words:\n")[2], word
     assert max(map(len, told.splitlines())) <= 80
     assert "`potstill --help` says what a row" in potstill("estimate", "--help").stdout
+
+
+def arguments_of(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name in action.choices:
+                yield from arguments_of(action.choices[name])
+        else:
+            yield action
+
+
+@pytest.mark.parametrize("name", command_entry_points())
+def test_every_argument_is_explained(name: str) -> None:
+    parser = argparse.ArgumentParser()
+    command_entry_points()[name].load().add_arguments(parser)
+    assert [action.dest for action in arguments_of(parser) if not action.help] == []
 
 
 def test_a_command_gets_its_arguments_and_gives_its_status(commands: Path) -> None:

@@ -31,6 +31,19 @@ def test_importing_the_module_imports_no_engine() -> None:
     assert done.stdout == "set()\n"
 
 
+def test_an_engine_starts_and_ends_without_a_warning(tiny_llama: Path) -> None:
+    code = (
+        "import asyncio\n"
+        "from potstill.teacher_service.engine.vllm_teacher import open_vllm_teacher\n"
+        "async def main():\n"
+        f"    async with open_vllm_teacher({str(tiny_llama)!r}):\n"
+        "        pass\n"
+        "asyncio.run(main())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 128, 200, 255])
 async def test_every_position_equals_a_plain_forward(
     vllm_teacher: VllmTeacher, tiny_forward: Forward, length: int
