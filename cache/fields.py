@@ -207,8 +207,8 @@ class Fields:
             SpecMismatch: both have the top-k, the draws or the temperatures, but with different values.
         """
         for each in other.asked:
-            mine, there = (", ".join(map(str, each.values(fields).values())) for fields in (self, other))
-            if each.is_asked(self) and mine != there:
+            if each.is_asked(self) and each.values(self) != each.values(other):
+                mine, there = (", ".join(map(str, each.values(fields).values())) for fields in (self, other))
                 raise SpecMismatch(
                     f"{each.asked_by} {there} is kept already, {mine} was asked for; use another teacher name"
                 )

@@ -164,6 +164,8 @@ def test_a_range_of_draws_begins_at_zero_and_stays_inside() -> None:
         (Fields(k=8, draws=5, seed=2), Fields(k=0, draws=5, seed=2), Fields(k=8)),
         (Fields(k=0, entropy=True), Fields(k=8, entropy=True), None),
         (Fields(k=8, dense=True, temperatures=(2.0,)), Fields(k=0, dense=True), Fields(k=8, temperatures=(2.0,))),
+        # A command line has 2.0 of what a JSON request or a TOML file has as 2.
+        (Fields(k=8, temperatures=(2,)), Fields(k=8, temperatures=(2.0,)), None),
     ],
 )
 def test_what_is_held_already_is_not_asked_for_again(asked: Fields, held: Fields, left: Fields | None) -> None:
