@@ -8,12 +8,15 @@ first time at once: damaged or mixed-up code runs, or ends the process. Delete t
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import numba
 
 Function = TypeVar("Function", bound=Callable[..., object])
+
+_LOG = logging.getLogger(__name__)
 
 
 def compiled(function: Function, *, reordered: bool = False, **options: Any) -> Function:
@@ -30,4 +33,14 @@ def compiled(function: Function, *, reordered: bool = False, **options: Any) -> 
     # RuntimeError: neither the package's folder nor the user's can be written; it is compiled in each process.
     with contextlib.suppress(RuntimeError):
         dispatcher.enable_caching()
+    compile_and_keep = dispatcher.compile
+
+    def compile_anyway(signature: Any) -> Any:
+        try:
+            return compile_and_keep(signature)
+        except OSError as error:
+            _LOG.warning("the compiled code of %s is not kept for other processes: %s", function.__qualname__, error)
+            return compile_and_keep(signature)  # it is compiled: only keeping it, which comes last, had failed
+
+    dispatcher.compile = compile_anyway
     return cast(Function, dispatcher)

@@ -77,3 +77,19 @@ def test_each_signature_has_a_file_of_its_own(tmp_path: Path) -> None:
 def test_a_source_that_changed_is_compiled_again(tmp_path: Path) -> None:
     assert call(tmp_path) == ("[0.0, 2.0, 4.0, 6.0] 0", "")
     assert call(tmp_path, source=DOUBLE.replace("2 *", "3.0 *")) == ("[0.0, 3.0, 6.0, 9.0] 0", "")
+
+
+def test_on_a_full_disk_it_compiles_all_the_same_and_says_so(tmp_path: Path) -> None:
+    # What numba writes goes to a device that is always full.
+    full = f"""
+import builtins
+opened = builtins.open
+builtins.open = lambda path, *args, **kwargs: opened("/dev/full" if ".tmp." in str(path) else path, *args, **kwargs)
+{DOUBLE}
+"""
+    for _ in range(2):
+        printed, logged = call(tmp_path, source=full)
+        assert printed == "[0.0, 2.0, 4.0, 6.0] 0"
+        assert logged.count("\n") == 1
+        assert "the compiled code of double is not kept for other processes: [Errno 28]" in logged
+    assert kept(tmp_path / "kept") == []
