@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from potstill.cache.errors import AlreadyExists, CorruptSegment, FormatError, InvalidInput, NotFound, SpecMismatch
+from potstill.cache.errors import AlreadyExists, FormatError, InvalidInput, NotFound, SpecMismatch
 from potstill.cache.plurals import counted
 from potstill.cache.store.groups import (
     GroupReader,
@@ -140,17 +140,6 @@ def read_annotation(
 ) -> NDArray[Any]:
     """Read the values of all rows, or of rows `start` to `stop`; raises as `open_annotation` does."""
     return _reader(root, corpus, name).read("values", start, corpus.num_rows if stop is None else stop)
-
-
-def corrupt_annotations(root: Root, corpus: AnnotatedCorpus) -> list[str]:
-    """Read every object of a corpus' annotations; one line for each that is not what was sealed."""
-    found: list[str] = []
-    for name in list_annotations(root, corpus):
-        try:
-            found += _reader(root, corpus, name).corrupt_objects()
-        except (CorruptSegment, FormatError, SpecMismatch) as error:
-            found.append(error.detail)
-    return found
 
 
 def _reader(root: Root, corpus: AnnotatedCorpus, name: str) -> GroupReader:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from potstill.cache.corpus.annotations import AnnotatedCorpus, corrupt_annotations, list_annotations, read_annotation
+from potstill.cache.corpus.annotations import AnnotatedCorpus, list_annotations, read_annotation
 from potstill.cache.corpus.keys import KEY_BYTES, KEY_ORDER, SORTED_KEYS, KeyIndex, KeysInMemory, row_key
 from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput, StoreError, UnknownCorpus
 from potstill.cache.plurals import counted
@@ -279,8 +279,8 @@ class Corpus:
         return read_annotation(self._root, self.annotated, name)
 
     def corrupt_objects(self) -> list[str]:
-        """Read every object, annotations included; one line for each that is not what was sealed."""
-        return self._reader.corrupt_objects() + corrupt_annotations(self._root, self.annotated)
+        """Read every object but those of annotations; one line for each that is not what was sealed."""
+        return self._reader.corrupt_objects()
 
     @cached_property
     def _key_index(self) -> KeyIndex | KeysInMemory:

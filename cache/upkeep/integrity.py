@@ -27,7 +27,7 @@ from potstill.cache.errors import (
     SpecMismatch,
     StoreError,
 )
-from potstill.cache.journal.segment import corrupt_journal_objects, journal_records
+from potstill.cache.journal.segment import SegmentRecord, corrupt_journal_objects, journal_records
 from potstill.cache.store.groups import CHECKSUMS, GroupReader, Reading, objects_from_json
 from potstill.cache.store.record import read_record
 from potstill.cache.store.root import Root
@@ -245,13 +245,11 @@ def _check_annotation(root: Root, corpus: Corpus, name: str, *, decode: bool) ->
 
 def _check_journal(root: Root, path: str, *, decode: bool) -> list[str]:
     problems = corrupt_journal_objects(root, path)
-    if decode and not problems:
-        record = read_record(root, f"{path}.json", "journal")
-        if record is not None:
-            reader = GroupReader(root, path, objects_from_json(record["objects"]))
-            names = {str(item["path"]).split("/")[0] for item in record["objects"]} - {"zarr.json", CHECKSUMS}
-            for name in sorted(names):
-                reader.read_all(name)
+    record = SegmentRecord.read(root, path) if decode and not problems else None
+    if record is not None:
+        reader = GroupReader(root, path, record.objects)
+        for name in sorted({item.path.split("/")[0] for item in record.objects} - {"zarr.json", CHECKSUMS}):
+            reader.read_all(name)
     return problems
 
 

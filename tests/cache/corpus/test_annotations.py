@@ -18,6 +18,7 @@ from potstill.cache.corpus.corpus import Corpus
 from potstill.cache.corpus.row_values import read_row_values
 from potstill.cache.errors import AlreadyExists, CorruptSegment, FormatError, InvalidInput, NotFound, SpecMismatch
 from potstill.cache.store.root import Root
+from potstill.cache.upkeep.integrity import check_cache
 from tests.support.corpora import make_corpus
 
 SOURCE = {"source": "a list of test sets", "tool": "exact match"}
@@ -27,6 +28,10 @@ def run(*argv: str) -> int:
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     return command.run(parser.parse_args(argv))
+
+
+def problems(root: Path) -> list[str]:
+    return [problem for checked in check_cache(Root.open(root)) for problem in checked.problems]
 
 
 def some_rows(corpus: Corpus, seed: int = 0) -> NDArray[np.bool_]:
@@ -99,7 +104,7 @@ def test_the_annotation_of_another_corpus_or_name_is_refused(tmp_path: Path) -> 
     other = Corpus.open(Root.open(tmp_path / "other"), "docs")
     with pytest.raises(SpecMismatch, match="was made for a corpus of fingerprint"):
         other.annotation("held-out")
-    assert "was made for a corpus of fingerprint" in other.corrupt_objects()[0]
+    assert "was made for a corpus of fingerprint" in problems(tmp_path / "other")[0]
     shutil.copy(folder / "held-out.json", folder / "contaminated.json")
     with pytest.raises(SpecMismatch, match="is the record of annotation 'held-out'"):
         corpus.annotation("contaminated")
@@ -110,13 +115,13 @@ def test_the_annotation_of_another_corpus_or_name_is_refused(tmp_path: Path) -> 
 def test_damage_is_an_error_that_names_the_object(tmp_path: Path) -> None:
     cache, corpus = make_corpus(tmp_path / "c")
     annotate(cache.root, corpus.annotated, "held-out", some_rows(corpus), SOURCE)
-    assert corpus.corrupt_objects() == []
+    assert problems(tmp_path / "c") == []
     stored = next((tmp_path / "c").rglob("values/c/0"))
     whole = stored.read_bytes()
     stored.write_bytes(whole[:8] + bytes([whole[8] ^ 1]) + whole[9:])
     with pytest.raises(CorruptSegment, match="values"):
         corpus.annotation("held-out")
-    assert "values/c/0 has sha256" in corpus.corrupt_objects()[0]
+    assert "values/c/0 has sha256" in problems(tmp_path / "c")[0]
     stored.write_bytes(whole[:-1])
     with pytest.raises(CorruptSegment, match="values/c/0 has"):
         corpus.annotation("held-out")
