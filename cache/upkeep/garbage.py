@@ -8,6 +8,7 @@ may name is garbage.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from potstill.cache.errors import CorruptSegment, FormatError
@@ -20,7 +21,6 @@ from potstill.cache.targets.target_set import segment_set_paths, target_set_path
 
 # Characters that the count of a journal group adds to its teacher's name.
 _COUNTED = 20
-_UNREADABLE = (FormatError, CorruptSegment)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,34 +83,36 @@ def remove_garbage(root: Root, item: Garbage) -> bool:
     return True
 
 
+@contextmanager
+def _told(on_skip: OnSkip) -> Iterator[None]:
+    """Tell of a record that cannot be read, and go on behind the block: nothing that it may name is garbage."""
+    try:
+        yield
+    except (FormatError, CorruptSegment) as error:
+        on_skip(error.detail)
+
+
 def _of_corpora(root: Root, on_skip: OnSkip) -> Iterator[_Unnamed]:
     for name in root.folders("corpora"):
         path = f"corpora/{name}"
         folders = root.folders(path)
         if "annotations" in folders:
-            yield from _of_annotations(root, f"{path}/annotations", on_skip)
-        try:
+            with _told(on_skip):
+                yield from _of_annotations(root, f"{path}/annotations")
+        with _told(on_skip):
             seal = read_group_metadata(root, path, "corpus")
-        except _UNREADABLE as error:
-            on_skip(error.detail)
-            continue
-        if seal is None and (root.objects(f"{path}/annotations") or _has_targets(root, name)):
-            on_skip(f"{path}/zarr.json is missing, and targets or annotations of the corpus are there")
-            continue
-        yield from _unnamed_groups(path, folders, "data-", seal, "data", f"{path}/zarr.json", on_skip)
+            if seal is None and (root.objects(f"{path}/annotations") or _has_targets(root, name)):
+                raise FormatError(f"{path}/zarr.json is missing, and targets or annotations of the corpus are there")
+            yield from _unnamed_groups(path, folders, "data-", seal, "data", f"{path}/zarr.json")
 
 
 def _has_targets(root: Root, corpus: str) -> bool:
     return any(root.get(f"targets/{teacher}/{corpus}/zarr.json") is not None for teacher in root.folders("targets"))
 
 
-def _of_annotations(root: Root, path: str, on_skip: OnSkip) -> Iterator[_Unnamed]:
+def _of_annotations(root: Root, path: str) -> Iterator[_Unnamed]:
     groups = root.folders(path)
-    try:
-        records = [read_record(root, f"{path}/{name}", "annotation") for name in root.objects(path)]
-    except _UNREADABLE as error:
-        on_skip(error.detail)
-        return
+    records = [read_record(root, f"{path}/{name}", "annotation") for name in root.objects(path)]
     named = {record.get("group") for record in records if record is not None}
     for group in groups:
         if group not in named:
@@ -123,26 +125,19 @@ def _of_targets(root: Root, on_skip: OnSkip) -> Iterator[_Unnamed]:
             folders = root.folders(path)
             if "claims" in folders:
                 yield _Unnamed(f"{path}/claims")
-            try:
+            with _told(on_skip):
                 spec = read_group_metadata(root, path, "targets")
-            except _UNREADABLE as error:
-                on_skip(error.detail)
-                continue
-            # A deletion removes the commits first, so without them the record is not lost but deleted.
-            if spec is None and (root.objects(f"{path}/commits") or root.get(f"{path}/manifest.json") is not None):
-                on_skip(f"{path}/zarr.json is missing, and commits are there")
-            else:
+                # A deletion removes the commits first, so without them the record is not lost but deleted.
+                if spec is None and (root.objects(f"{path}/commits") or root.get(f"{path}/manifest.json") is not None):
+                    raise FormatError(f"{path}/zarr.json is missing, and commits are there")
                 yield from _of_segment_set(root, path, folders, on_skip)
 
 
 def _of_segment_set(root: Root, path: str, folders: list[str], on_skip: OnSkip) -> Iterator[_Unnamed]:
     for kind in ("ranks", "manifest"):
-        try:
+        with _told(on_skip):
             record = read_record(root, f"{path}/{kind}.json", kind)
-        except _UNREADABLE as error:
-            on_skip(error.detail)
-        else:
-            yield from _unnamed_groups(path, folders, f"{kind}-", record, "group", f"{path}/{kind}.json", on_skip)
+            yield from _unnamed_groups(path, folders, f"{kind}-", record, "group", f"{path}/{kind}.json")
     # Segments first: one that is committed in between has its commit in the later list.
     segments = _by_shard(root.folders(f"{path}/segments"))
     committed = {shard_of_commit(name) for name in root.objects(f"{path}/commits")}
@@ -150,15 +145,11 @@ def _of_segment_set(root: Root, path: str, folders: list[str], on_skip: OnSkip) 
         if shard in committed and len(names) == 1:
             continue
         record_path = f"{path}/commits/{commit_name(shard)}"
-        try:
+        with _told(on_skip):
             named = _committed_segment(root, path, shard)
-        except _UNREADABLE as error:
-            on_skip(error.detail)
-            continue
-        if named is not None and named not in names:
-            on_skip(f"{record_path} names {named!r}, which is not there")
-            continue
-        yield from (_Unnamed(f"{path}/segments/{name}", record_path) for name in names if name != named)
+            if named is not None and named not in names:
+                raise FormatError(f"{record_path} names {named!r}, which is not there")
+            yield from (_Unnamed(f"{path}/segments/{name}", record_path) for name in names if name != named)
 
 
 def _committed_segment(root: Root, path: str, shard: int) -> str | None:
@@ -188,13 +179,12 @@ def _by_shard(segments: list[str]) -> dict[int, list[str]]:
 
 
 def _unnamed_groups(
-    path: str, folders: list[str], prefix: str, record: Record | None, key: str, record_path: str, on_skip: OnSkip
+    path: str, folders: list[str], prefix: str, record: Record | None, key: str, record_path: str
 ) -> Iterator[_Unnamed]:
     named = None if record is None else record.get(key)
     if record is not None and named not in folders:
         # Format 1 does not notice a flip in its records: one of these may be what it meant.
-        on_skip(f"{record_path} names {named!r}, which is not there")
-        return
+        raise FormatError(f"{record_path} names {named!r}, which is not there")
     for name in folders:
         if name.startswith(prefix) and name != named:
             yield _Unnamed(f"{path}/{name}", record_path)
@@ -206,12 +196,9 @@ def _of_journals(root: Root, on_skip: OnSkip) -> Iterator[_Unnamed]:
         groups = root.folders(path, longest=LONGEST_NAME + _COUNTED)
         records = [name for name in root.objects(path) if name.endswith(".json")]
         unnamed = [name for name in groups if f"{name}.json" not in records]
-        try:
+        with _told(on_skip):
             # Another format may name its groups in another way.
             _ = [read_record(root, f"{path}/{name}", "journal") for name in records if unnamed]
-        except _UNREADABLE as error:
-            on_skip(error.detail)
-        else:
             yield from (_Unnamed(f"{path}/{name}", f"{path}/{name}.json") for name in unnamed)
 
 
