@@ -37,6 +37,18 @@ def command_entry_points() -> dict[str, EntryPoint]:
     return {point.name: point for point in sorted(entry_points(group="potstill.commands"), key=lambda p: p.name)}
 
 
+def name_and_model(text: str, option: str = "--teacher") -> tuple[str, str]:
+    """Part `NAME=MODEL`, the value of a command-line option.
+
+    Raises:
+        InvalidInput: there is no `=`, or one side of it is empty.
+    """
+    name, _, model = text.partition("=")
+    if not (name and model):
+        raise InvalidInput(f"{option} {text!r}: write NAME=MODEL_OR_URL, like smol=HuggingFaceTB/SmolLM2-135M")
+    return name, model
+
+
 def open_teacher(spec: str, *, options: Mapping[str, JSON] | None = None) -> AbstractAsyncContextManager[Teacher]:
     """Open the teacher that `spec` means: a running service (`http://...`), or a path or model name, with vLLM.
 

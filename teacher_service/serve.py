@@ -19,6 +19,7 @@ from pathlib import Path
 
 import uvicorn
 
+from potstill.cache.entry_points import name_and_model
 from potstill.cache.errors import InvalidInput, PotstillError
 from potstill.cache.logins import without_login
 from potstill.teacher_service.access.middleware import Access
@@ -26,7 +27,7 @@ from potstill.teacher_service.app import create_app
 from potstill.teacher_service.hosting.hosted_teacher import Keep
 from potstill.teacher_service.hosting.service import Service
 from potstill.teacher_service.hosting.teacher_source import TeacherSource
-from potstill.teacher_service.settings.service import ServiceSettings, TlsSettings, load_settings, teacher_from_argument
+from potstill.teacher_service.settings.service import ServiceSettings, TlsSettings, load_settings
 from potstill.teacher_service.telemetry import logs, tracing
 from potstill.teacher_service.telemetry.tracing import OtelTracer
 from potstill.teacher_service.transport.connections import bounded_protocol
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         InvalidInput: bad settings, or an address that cannot be bound.
         PotstillError: a teacher did not start, or did not close cleanly.
     """
-    named = None if args.teacher is None else [teacher_from_argument(text) for text in args.teacher]
+    named = args.teacher and [{"name": name, "model": model} for name, model in map(name_and_model, args.teacher)]
     command_line = {"host": args.host, "port": args.port, "cache": args.cache, "teachers": named}
     settings = load_settings(args.config, command_line=command_line, environment=os.environ)
     logs.configure(settings.logs, sys.stderr)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from potstill.cache.commands.field_options import add_field_options, fields_of
 from potstill.cache.commands.progress import progress
 from potstill.cache.commands.root_option import add_root_argument
-from potstill.cache.entry_points import open_teacher
+from potstill.cache.entry_points import name_and_model, open_teacher
 from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput, LimitExceeded, SpecMismatch, StoreError
 from potstill.cache.logins import without_login
 from potstill.cache.plurals import counted
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     fields = fields_of(args)
     encoding_by_name(args.encoding)
     plan = FillPlan(batch_tokens=args.batch_tokens, in_flight=args.in_flight, claim_seconds=args.claim_seconds)
-    teachers = [_name_and_spec(text) for text in args.teacher]
+    teachers = [name_and_model(text) for text in args.teacher]
     for name, _ in teachers:
         check_name("teacher", name)
     cache = Cache.open(args.cache)
@@ -187,13 +187,6 @@ def _summary(name: str, targets: TargetSet, report: FillReport) -> str:
         f"{counted(report.positions_scored, 'position')} in {report.seconds:.1f} s, "
         f"{report.positions_scored / max(report.seconds, 1e-9):,.0f} tokens/s"
     )
-
-
-def _name_and_spec(text: str) -> tuple[str, str]:
-    name, equals, spec = text.partition("=")
-    if not equals or not spec:
-        raise InvalidInput(f"--teacher {text!r} must be NAME=MODEL_OR_URL")
-    return name, spec
 
 
 def _run_until_signal(work: Coroutine[Any, Any, object]) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from potstill.cache.commands.progress import progress
 from potstill.cache.commands.root_option import add_root_argument
-from potstill.cache.entry_points import open_teacher
+from potstill.cache.entry_points import name_and_model, open_teacher
 from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput, UnknownTeacher
 from potstill.cache.logins import without_login
 from potstill.cache.plurals import counted
@@ -140,9 +140,7 @@ def _print_ways_out(root: str, found: _Summary) -> None:
 def _run_live(args: argparse.Namespace) -> int:
     from potstill.cache.cache import Cache
 
-    name, equals, spec = args.live.partition("=")
-    if not equals or not spec:
-        raise InvalidInput(f"--live {args.live!r} must be NAME=MODEL_OR_URL")
+    name, spec = name_and_model(args.live, "--live")
     if not args.tolerance >= 0:
         raise InvalidInput(f"--tolerance is {args.tolerance}; it must be at least 0 nats")
     cache = Cache.open(args.cache)

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from potstill.cache.commands.root_option import add_root_argument
-from potstill.cache.errors import InvalidInput
+from potstill.cache.entry_points import name_and_model
 from potstill.clients.commands.service_options import DEFAULT_URL, add_key_option, key_of
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     patient = Patient(
         url=DEFAULT_URL if nothing else args.url,
         cache=args.cache,
-        teachers=[_named(text) for text in args.teacher],
+        teachers=[name_and_model(text) for text in args.teacher],
         api_key=key_of(args),
     )
     probing = Probing(tolerance=args.tolerance, rounds=args.rounds, max_probe_tokens=args.max_probe_tokens)
@@ -70,13 +70,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print_table(findings)
     return 1 if failed else 0
-
-
-def _named(text: str) -> tuple[str, str]:
-    name, equals, spec = text.partition("=")
-    if not (name and equals and spec):
-        raise InvalidInput(f"--teacher {text!r}: write NAME=MODEL, like smol=HuggingFaceTB/SmolLM2-135M")
-    return name, spec
 
 
 def _print_table(findings: Sequence[Finding]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from potstill.cache.commands.tables import print_table
+from potstill.cache.entry_points import name_and_model
 from potstill.cache.errors import InvalidInput
 from potstill.cache.types import JSON
 from potstill.clients.commands.service_options import add_service_options, key_of
@@ -78,9 +79,7 @@ def _scale(args: argparse.Namespace) -> None:
 
 
 def _add(args: argparse.Namespace) -> None:
-    name, equals, model = args.teacher.partition("=")
-    if not (name and equals and model):
-        raise InvalidInput(f"{args.teacher!r} is no NAME=MODEL, like smol=HuggingFaceTB/SmolLM2-135M")
+    name, model = name_and_model(args.teacher, "the teacher")
     wanted: dict[str, JSON] = {"model": model}
     if args.option:
         wanted["options"] = dict(_option(text) for text in args.option)

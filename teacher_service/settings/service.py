@@ -255,18 +255,6 @@ def load_settings(
         raise InvalidInput(f"{source}: {_explain(error)}") from error
 
 
-def teacher_from_argument(text: str) -> dict[str, str]:
-    """Parse `NAME=MODEL` of the command line into fields of `TeacherSettings`.
-
-    Raises:
-        InvalidInput: there is no `=`, or one side of it is empty.
-    """
-    name, equals, model = text.partition("=")
-    if not (name and equals and model):
-        raise InvalidInput(f"--teacher {text!r}: write NAME=MODEL, like smol=HuggingFaceTB/SmolLM2-135M")
-    return {"name": name, "model": model}
-
-
 def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     ours = {name for name in environment if name.startswith("POTSTILL_")}
     unknown = sorted(ours - ENVIRONMENT.keys() - _OF_CLIENTS)

@@ -242,7 +242,7 @@ def test_a_teacher_is_scaled(url: str) -> None:
         (["scale", "smol"], "give either N, a number of replicas, or --autoscale MIN:MAX:TOKENS"),
         (["scale", "smol", "2", "--autoscale", "1:2:3"], "give either N"),
         (["scale", "smol", "--autoscale", "1:2"], "write MIN:MAX:TOKENS, like 1:4:20000"),
-        (["add", "smol"], "'smol' is no NAME=MODEL"),
+        (["add", "smol"], "the teacher 'smol': write NAME=MODEL"),
         (["add", "a=b", "--option", "k"], "write KEY=JSON"),
         (["list", "--api-key-env", "NO_SUCH_KEY"], "there is no such environment variable"),
     ],

@@ -69,7 +69,7 @@ def test_ingest_prefill_inspect_and_verify_in_a_row(
     ("arguments", "line"),
     [
         (["--corpus", "none", "--teacher", "t={url}#good"], "unknown_corpus: no corpus 'none'"),
-        (["--corpus", "docs", "--teacher", "t"], "invalid_input: --teacher 't' must be NAME=MODEL_OR_URL"),
+        (["--corpus", "docs", "--teacher", "t"], "invalid_input: --teacher 't': write NAME=MODEL_OR_URL"),
         (["--corpus", "docs", "--teacher", "../t={url}#good"], "invalid_input: teacher name '../t' cannot be used"),
         (["--corpus", "docs", "--teacher", "t=ftp://x"], "invalid_input: no teacher for 'ftp://x': scheme 'ftp'"),
         (["--corpus", "docs", "--teacher", "t=/no/model"], "invalid_input: there is no model folder '/no/model'"),

@@ -17,7 +17,6 @@ from potstill.teacher_service.settings.service import (
     TeacherSettings,
     TlsSettings,
     load_settings,
-    teacher_from_argument,
 )
 
 SMOL = [{"name": "smol", "model": "some/model"}]
@@ -291,10 +290,3 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InvalidInput, match=r"binary.toml: is not UTF-8"):
         load(tmp_path / "binary.toml")
-
-
-def test_a_teacher_argument() -> None:
-    assert teacher_from_argument("far=http://h:1#x=y") == {"name": "far", "model": "http://h:1#x=y"}
-    for bad in ("smol", "=m", "smol=", ""):
-        with pytest.raises(InvalidInput, match="NAME=MODEL"):
-            teacher_from_argument(bad)
