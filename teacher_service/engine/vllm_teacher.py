@@ -17,11 +17,13 @@ import hashlib
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
+from pydantic import Field, ValidationError
+from pydantic.dataclasses import dataclass
 
 from potstill.cache.corpus.tokenizer import fingerprint, load_tokenizer
 from potstill.cache.errors import InvalidInput, LimitExceeded, UnsupportedField
@@ -39,17 +41,13 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 1e3
 MAX_ROW_BYTES = 2**28
 """Most bytes of one row's draws and dense logprobs. The engine holds those of all rows of a batch at once."""
 
-_CAPTURES = ("auto", "sampler", "arrays", "public-flat")
 _WEIGHT_KINDS = ("*.safetensors", "*.bin", "*.gguf")
+_Count: TypeAlias = Annotated[int, Field(ge=1, strict=True)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VllmOptions:
-    """Options of one teacher.
-
-    Raises:
-        InvalidInput: a value of the wrong type or under its minimum.
-    """
+    """Options of one teacher."""
 
     model: str
     """A model folder, or a name on the Hugging Face hub."""
@@ -57,42 +55,26 @@ class VllmOptions:
     """Revision of a model on the hub; empty for its default branch."""
     dtype: str = "auto"
     """Type of the weights. `auto` is the checkpoint's own, and float32 on a CPU without bfloat16 instructions."""
-    max_top_k: int = 256
+    max_top_k: _Count = 256
     """The largest `Fields.k`; the vocabulary size where that is smaller."""
-    max_row_tokens: int | None = None
+    max_row_tokens: _Count | None = None
     """The longest row, in tokens. None: the model's context, or the KV cache's size, less the prefix and one."""
-    prefix_ids: tuple[int, ...] = ()
+    prefix_ids: tuple[Annotated[int, Field(ge=0, strict=True)], ...] = ()
     """Token ids put in front of every row, like BOS; their targets are dropped."""
-    max_batch_tokens: int = 2048
+    max_batch_tokens: _Count = 2048
     """Tokens of one engine step; a longer row is prefilled in chunks. Beside the model, a step of the path `sampler`
     needs the memory that `capture.worker` states. The other paths, on a GPU, need up to 10 bytes * V * this for a
     step's logits, which vLLM does not plan for."""
-    gpu_memory_utilization: float = 0.9
+    gpu_memory_utilization: Annotated[float, Field(ge=0, strict=True)] = 0.9
     """The share of each GPU's memory that vLLM plans with."""
-    tensor_parallel: int = 1
+    tensor_parallel: _Count = 1
     """GPUs that share one engine."""
     quantization: str = "none"
     """One of vLLM's quantisation methods."""
-    cpu_kv_cache_gib: int = 1
+    cpu_kv_cache_gib: _Count = 1
     """KV cache on a CPU platform, GiB."""
-    capture: str = "auto"
+    capture: Literal["auto", "sampler", "arrays", "public-flat"] = "auto"
     """The best capture path to take (`capture.paths`): `sampler`, `arrays` or `public-flat`; `auto` is the first."""
-
-    def __post_init__(self) -> None:
-        for name in ("model", "revision", "dtype", "quantization", "capture"):
-            _require(name, getattr(self, name), str)
-        for name in ("max_top_k", "max_batch_tokens", "tensor_parallel", "cpu_kv_cache_gib"):
-            _require(name, getattr(self, name), int, minimum=1)
-        _require("gpu_memory_utilization", self.gpu_memory_utilization, int | float, minimum=0)
-        if self.max_row_tokens is not None:
-            _require("max_row_tokens", self.max_row_tokens, int, minimum=1)
-        _require("prefix_ids", self.prefix_ids, tuple)
-        for token in self.prefix_ids:
-            _require("prefix_ids", token, int, minimum=0)
-        if self.capture not in _CAPTURES:
-            raise InvalidInput(f"capture is {self.capture!r}; it must be one of {', '.join(_CAPTURES)}")
-        if not self.model:
-            raise InvalidInput("model is empty; it must be a folder or a name on the Hugging Face hub")
 
     @classmethod
     def from_json(cls, model: str, options: Mapping[str, JSON]) -> VllmOptions:
@@ -105,10 +87,14 @@ class VllmOptions:
         for name in options:
             if name not in known:
                 raise InvalidInput(f"a vLLM teacher has no option {name!r}; known are {', '.join(known)}")
-        values: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in options.items()
-        }
-        return cls(model=model, **values)
+        if not model:
+            raise InvalidInput("model is empty; it must be a folder or a name on the Hugging Face hub")
+        values: dict[str, Any] = dict(options)
+        try:
+            return cls(model=model, **values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise InvalidInput(f"{first['loc'][0]} is {first['input']!r}: {first['msg']}") from error
 
 
 class VllmTeacher:
@@ -260,13 +246,6 @@ async def open_vllm_teacher(spec: str, *, options: Mapping[str, JSON] | None = N
         yield teacher
     finally:
         await teacher.close()
-
-
-def _require(name: str, value: object, kind: Any, *, minimum: float | None = None) -> None:
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise InvalidInput(f"{name} is {value!r}; it must be of type {getattr(kind, '__name__', kind)}")
-    if minimum is not None and isinstance(value, int | float) and value < minimum:
-        raise InvalidInput(f"{name} is {value!r}; it must be at least {minimum}")
 
 
 def _engine_arguments(options: VllmOptions, folder: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -170,7 +170,7 @@ async def test_an_engine_in_its_own_process_gives_every_field(
 @pytest.mark.slow
 @pytest.mark.parametrize("capture", ["arrays", "public-flat"])
 async def test_a_teacher_captures_by_the_path_it_is_told(
-    vllm_teacher: VllmTeacher, tiny_llama: Path, capture: str
+    vllm_teacher: VllmTeacher, tiny_llama: Path, capture: Literal["arrays", "public-flat"]
 ) -> None:
     """In its own process; each path must give what the session's `sampler` gives."""
     rows = [random_row(length) for length in (1, 2, 64, 200)]

@@ -200,10 +200,10 @@ async def test_a_killed_engine_fails_its_waiters_and_later_calls(vllm_teacher: V
         ("", {}, "model is empty"),
         ("m", {"dtpye": "float32"}, "no option 'dtpye'; known are revision, dtype, max_top_k"),
         ("m", {"model": "n"}, "no option 'model'"),
-        ("m", {"max_top_k": "64"}, "max_top_k is '64'; it must be of type int"),
-        ("m", {"max_top_k": 0}, "max_top_k is 0; it must be at least 1"),
-        ("m", {"prefix_ids": [1, -2]}, "prefix_ids is -2; it must be at least 0"),
-        ("m", {"prefix_ids": 1}, "prefix_ids is 1; it must be of type tuple"),
+        ("m", {"max_top_k": "64"}, "max_top_k is '64': Input should be a valid integer"),
+        ("m", {"max_top_k": 0}, "max_top_k is 0: Input should be greater than or equal to 1"),
+        ("m", {"prefix_ids": [1, -2]}, "prefix_ids is -2: Input should be greater than or equal to 0"),
+        ("m", {"prefix_ids": 1}, "prefix_ids is 1: Input should be a valid tuple"),
     ],
 )
 async def test_bad_options_are_refused_at_once(spec: str, options: dict[str, Any], message: str) -> None:
