@@ -53,18 +53,6 @@ class Job:
             self.done.set_result(outcome)
 
 
-@dataclass(frozen=True, slots=True)
-class _Cancelled:
-    job: Job
-
-
-class _Stop:
-    """Asks the thread to end."""
-
-
-_Message = Job | _Cancelled | _Stop
-
-
 class EngineThread:
     """Owns one vLLM engine. `submit` may be called from any thread.
 
@@ -80,7 +68,8 @@ class EngineThread:
         self._arguments = arguments
         self._cpu_kv_cache_bytes = cpu_kv_cache_bytes
         self._capture = capture
-        self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
+        # A job comes a second time when its caller cancels it; None asks the thread to end.
+        self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._started: Future[EngineFacts] = Future()
         self._ended: PotstillError | None = None
         self._end_lock = threading.Lock()
@@ -119,12 +108,11 @@ class EngineThread:
                 # A copy: one exception raised in several callers would collect all of their tracebacks.
                 raise type(self._ended)(str(self._ended))
             self._inbox.put(job)
-        # After the job: its cancellation must not reach the thread first.
-        job.done.add_done_callback(lambda done: self._inbox.put(_Cancelled(job)) if done.cancelled() else None)
+        job.done.add_done_callback(lambda done: self._inbox.put(job) if done.cancelled() else None)
 
     def stop(self) -> None:
         """Ask for the end, after the running step; rows in flight fail with `Unavailable`. Does not wait."""
-        self._inbox.put(_Stop())
+        self._inbox.put(None)
 
     def join(self) -> None:
         """Wait until the engine is shut down and the thread has ended; a stuck thread is left behind."""
@@ -179,20 +167,20 @@ class EngineThread:
 
     def _serve(self, engine: VllmEngine) -> None:
         while True:
-            for message in self._messages(engine):
-                if isinstance(message, _Stop):
+            for job in self._messages(engine):
+                if job is None:
                     return
-                if isinstance(message, Job):
-                    self._add(engine, message)
+                if job.done.cancelled():
+                    self._withdraw(engine, job)
                 else:
-                    self._withdraw(engine, message.job)
+                    self._add(engine, job)
             # Asked while nothing waits, too: it raises when the engine's own process is gone.
             if engine.can_step():
                 self._num_steps += 1
                 for request_id, output in engine.step():
                     self._deliver(engine, request_id, output)
 
-    def _messages(self, engine: VllmEngine) -> Iterator[_Message]:
+    def _messages(self, engine: VllmEngine) -> Iterator[Job | None]:
         """Take all messages out of the inbox; waits for one where the engine has nothing to do."""
         timeout = _IDLE_SECONDS
         if self._rows:
@@ -243,9 +231,9 @@ class EngineThread:
             self._ended = ended
         jobs = {id(job): job for job, _ in self._rows.values()}
         while not self._inbox.empty():
-            message = self._inbox.get_nowait()
-            if isinstance(message, Job):
-                jobs[id(message)] = message
+            job = self._inbox.get_nowait()
+            if job is not None:
+                jobs[id(job)] = job
         self._rows.clear()
         for job in jobs.values():
             job.finish(type(ended)(str(ended)))
