@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
 from potstill.cache.errors import LimitExceeded, PotstillError, SpecMismatch, TeacherFailed, Unavailable
-from potstill.cache.types import Fields, Provenance, Targets, Teacher, TeacherIdentity, TeacherLimits, Tokens
+from potstill.cache.types import Fields, Targets, Teacher, Tokens
+from potstill.cache.wrapped_teacher import WrappedTeacher
 from potstill.teacher_service.replicas.health import EngineHealth
 from potstill.teacher_service.settings.replicas import AutoscaleSettings
 
@@ -100,7 +101,7 @@ class Watch:
     """Failed starts in a row until the teacher counts as failed. Starts go on even then, ever more seldom."""
 
 
-class LocalPool:
+class LocalPool(WrappedTeacher):
     """A pool of one engine inside this process; a dead or wedged one is replaced by a fresh one. Open with `open`.
 
     While it is replaced, calls wait, and those that were in flight are scored again. A call that loses two
@@ -111,8 +112,6 @@ class LocalPool:
         self._open_teacher = open_teacher
         self._watch = watch
         self._engine: _Engine | None = None
-        self._newest: Teacher | None = None
-        self._identity: TeacherIdentity | None = None
         self._scored_before = 0
         self._failed_starts = 0
         self._failure = ""
@@ -150,24 +149,6 @@ class LocalPool:
             await pool._end(keeper)
         if keeper.done() and not keeper.cancelled():
             keeper.result()
-
-    @property
-    def identity(self) -> TeacherIdentity:
-        """Identity of every engine that there was: an engine with another one is not accepted."""
-        assert self._identity is not None, "open"
-        return self._identity
-
-    @property
-    def provenance(self) -> Provenance:
-        """Provenance of the newest engine's numbers."""
-        assert self._newest is not None, "open"
-        return self._newest.provenance
-
-    @property
-    def limits(self) -> TeacherLimits:
-        """Limits of the newest engine."""
-        assert self._newest is not None, "open"
-        return self._newest.limits
 
     @property
     def state(self) -> PoolState:
@@ -270,7 +251,7 @@ class LocalPool:
             try:
                 await self._run_engine()
             except Exception as error:
-                if self._identity is None or self._stopping.is_set():
+                if not self._opened.done() or self._stopping.is_set():
                     raise
                 self._failed_starts += 1
                 self._failure = error.detail if isinstance(error, PotstillError) else f"{type(error).__name__}: {error}"
@@ -315,10 +296,10 @@ class LocalPool:
             )
 
     def _accept(self, engine: _Engine) -> None:
-        identity = engine.teacher.identity
-        if self._identity is not None and self._identity != identity:
-            raise SpecMismatch(f"the restarted teacher is another one: {self._identity.differences(identity)}")
-        self._identity, self._newest, self._engine = identity, engine.teacher, engine
+        if self._opened.done() and self.identity != engine.teacher.identity:
+            differences = self.identity.differences(engine.teacher.identity)
+            raise SpecMismatch(f"the restarted teacher is another one: {differences}")
+        self.inner, self._engine = engine.teacher, engine
         self._failed_starts, self._failure = 0, ""
         if not self._opened.done():
             self._opened.set_result(None)

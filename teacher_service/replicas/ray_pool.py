@@ -20,13 +20,13 @@ from typing import Any
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from potstill.cache.errors import InvalidInput, LimitExceeded, PotstillError, TeacherFailed, Unavailable
+from potstill.cache.errors import InvalidInput, LimitExceeded, TeacherFailed, Unavailable
 from potstill.cache.types import Fields, Provenance, Targets, TeacherIdentity, TeacherLimits, Tokens
 from potstill.teacher_service.replicas.autoscale import Autoscaler
 from potstill.teacher_service.replicas.pool import OpenTeacher, PoolState, ReplicaInfo, ReplicaStatus
 from potstill.teacher_service.replicas.ray_in_flight import CallsInFlight
 from potstill.teacher_service.replicas.ray_losses import LOST, Losses, first_line, lost
-from potstill.teacher_service.replicas.ray_replica import Described, Refused, ScoreCall, Scored
+from potstill.teacher_service.replicas.ray_replica import Described, Refused, ScoreCall
 from potstill.teacher_service.replicas.ray_serve import (
     RayConnection,
     ServeApp,
@@ -55,7 +55,7 @@ class RayPool:
         self._settings = settings
         self._score: Any = None
         self._described: Described | None = None
-        self._view = ServeView("NOT_STARTED", "", 0, {})
+        self._view = ServeView("NOT_STARTED", "", {})
         self._target = settings.autoscale.min if settings.autoscale else settings.replicas
         self._autoscaler = Autoscaler(settings.autoscale) if settings.autoscale else None
         self._in_flight = CallsInFlight()
@@ -211,20 +211,18 @@ class RayPool:
         call = ScoreCall.of(rows, want, self.identity)
         losses = Losses()
         outcome = await self._try_once(call, losses, await self._unreserved(losses.replicas))
-        while not isinstance(outcome, Scored):
+        while isinstance(outcome, Refused):
             if not outcome.elsewhere:
                 raise outcome.error()
             again = None if losses.enough else await self._try_again(call, losses)
             if again is None:
-                raise self._closed_error if self._closed else losses.error(self._name, call, outcome)
+                if self._closed:
+                    raise Unavailable(f"teacher {self._name!r} is closed")
+                raise losses.error(self._name, call, outcome)
             outcome = again
-        return _rows_of(outcome.targets, call)
+        return _rows_of(outcome, call)
 
-    @property
-    def _closed_error(self) -> PotstillError:
-        return Unavailable(f"teacher {self._name!r} is closed")
-
-    async def _try_again(self, call: ScoreCall, losses: Losses) -> Scored | Refused | None:
+    async def _try_again(self, call: ScoreCall, losses: Losses) -> Targets | Refused | None:
         """Another replica's answer; None where none was ready in the time that Serve needs to replace one."""
         if losses.suspect:
             async with self._suspects:
@@ -233,7 +231,7 @@ class RayPool:
             return None
         return await self._try_once(call, losses, await self._unreserved(losses.replicas))
 
-    async def _try_alone(self, call: ScoreCall, losses: Losses) -> Scored | Refused | None:
+    async def _try_alone(self, call: ScoreCall, losses: Losses) -> Targets | Refused | None:
         """The answer of a replica that has no other call, as far as Serve's router follows our ranking."""
         # Counted from the last suspect's end: a call that queued behind others has not used up its own patience.
         while await self._another(losses.replicas, max(losses.last, self._last_alone) + self._patience_seconds):
@@ -275,7 +273,7 @@ class RayPool:
             await asyncio.sleep(_PAUSE_SECONDS)
         return False
 
-    async def _try_once(self, call: ScoreCall, losses: Losses, ranking: list[str]) -> Scored | Refused:
+    async def _try_once(self, call: ScoreCall, losses: Losses, ranking: list[str]) -> Targets | Refused:
         """The answer of the best-ranked replica, which is added to `losses` where it is lost or broken."""
         replica = ranking[0] if ranking else ""
         # Counted before Serve's choice, which takes a round trip: the ranking of calls that come meanwhile must see it.
@@ -287,7 +285,7 @@ class RayPool:
                 response = self._score.dispatch(chosen, call)
                 sent = True
                 try:
-                    outcome: Scored | Refused = await response
+                    outcome: Targets | Refused = await response
                 except asyncio.CancelledError:
                     response.cancel()  # or the replica would go on scoring for nobody
                     raise
@@ -295,7 +293,7 @@ class RayPool:
             outcome = lost(replica, error, had_call=sent)
         finally:
             in_flight.end()
-        if isinstance(outcome, Scored):
+        if isinstance(outcome, Targets):
             self._in_flight.scored[replica] += len(call.tokens)
         elif outcome.elsewhere:
             self._lose(replica, outcome, losses, alone=in_flight.alone)

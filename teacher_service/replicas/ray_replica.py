@@ -50,13 +50,6 @@ class ScoreCall:
         return np.split(self.tokens, np.cumsum(self.lengths)[:-1])
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Scored:
-    """The targets of all rows of a call, flat on the position axis."""
-
-    targets: Targets
-
-
 @dataclass(frozen=True, slots=True)
 class Refused:
     """An error of ours, sent as data: Ray would wrap an exception in another class and log its traceback."""
@@ -92,7 +85,7 @@ class Replica:
         """Tell the pool which teacher this is."""
         return Described(self._teacher.identity, self._teacher.provenance, self._teacher.limits)
 
-    async def score(self, call: ScoreCall) -> Scored | Refused:
+    async def score(self, call: ScoreCall) -> Targets | Refused:
         """Score the rows of one call; errors of ours come back as `Refused`."""
         self._foreign = call.identity.differences(self._teacher.identity)
         if self._foreign:
@@ -100,7 +93,7 @@ class Replica:
         well = not self._trouble
         try:
             with self._health.call(len(call.tokens)):
-                return Scored(Targets.concat(await self._teacher.score(call.rows, call.want)))
+                return Targets.concat(await self._teacher.score(call.rows, call.want))
         except PotstillError as error:
             elsewhere = bool(self._trouble)
             return Refused(error.kind, error.detail, elsewhere=elsewhere, crashed=well and self._health.ended)

@@ -23,6 +23,7 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 
+from potstill.cache import errors
 from potstill.cache.errors import PotstillError, TeacherFailed, Unavailable
 from potstill.teacher_service.replicas.pool import OpenTeacher, ReplicaState
 from potstill.teacher_service.replicas.ray_replica import FewestTokensRouter, Replica
@@ -100,7 +101,6 @@ class ServeView:
     status: str
     """`RUNNING`, `DEPLOYING`, `DEPLOY_FAILED`, `UNHEALTHY`, ..., or `NOT_STARTED` when there is none."""
     message: str
-    target: int
     replicas: dict[str, ReplicaState]
     """State of each replica, by unique id; one that stops is `draining`."""
 
@@ -110,7 +110,8 @@ class ServeView:
         found = _OUR_ERROR.findall(self.message)
         if found:
             name, detail = found[-1]
-            return next((cls(detail) for cls in _error_classes() if cls.__name__ == name), TeacherFailed(detail))
+            raised: type[PotstillError] = getattr(errors, name, TeacherFailed)
+            return raised(detail)
         lines = [line for line in self.message.strip().splitlines() if line.strip()]
         return TeacherFailed(lines[-1].strip() if lines else f"Ray Serve says {self.status}")
 
@@ -157,14 +158,14 @@ class ServeApp:
         """Ask Serve for the application's state."""
         details = _get_global_client().get_serve_details()["applications"].get(self.name)
         if details is None:
-            return ServeView("NOT_STARTED", "", 0, {})
+            return ServeView("NOT_STARTED", "", {})
         deployment = details["deployments"].get(_DEPLOYMENT)
         status = ApplicationStatus(details["status"]).value
         if deployment is None:
-            return ServeView(status, details["message"], 0, {})
+            return ServeView(status, details["message"], {})
         replicas = {one["replica_id"]: _STATES.get(one["state"], "starting") for one in deployment["replicas"]}
         message = "\n".join(filter(None, (details["message"], deployment["message"])))
-        return ServeView(status, message, deployment["target_num_replicas"], replicas)
+        return ServeView(status, message, replicas)
 
     def delete(self) -> None:
         """Drain and stop all replicas. After a minute this returns, and Serve goes on by itself."""
@@ -190,10 +191,3 @@ def _placement(resources: ResourceSettings, gpus: float) -> dict[str, Any]:
         "placement_group_bundles": [{name: amount for name, amount in bundle.items() if amount}],
         "placement_group_strategy": "STRICT_PACK",
     }
-
-
-def _error_classes() -> list[type[PotstillError]]:
-    found: list[type[PotstillError]] = [PotstillError]
-    for cls in found:
-        found.extend(cls.__subclasses__())
-    return found

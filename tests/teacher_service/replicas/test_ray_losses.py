@@ -23,7 +23,7 @@ from potstill.cache import Fields, Targets
 from potstill.cache.errors import InvalidInput, PotstillError, TeacherFailed, Unavailable
 from potstill.teacher_service.replicas.ray_losses import Losses, has_crashed, lost
 from potstill.teacher_service.replicas.ray_pool import RayPool
-from potstill.teacher_service.replicas.ray_replica import Described, Refused, Replica, ScoreCall, Scored
+from potstill.teacher_service.replicas.ray_replica import Described, Refused, Replica, ScoreCall
 from potstill.teacher_service.replicas.ray_serve import ServeApp, ServeView
 from potstill.teacher_service.settings.replicas import RaySettings, ReplicaSettings
 from tests.support.contracts import rows
@@ -53,13 +53,13 @@ class Handle:
     async def choose_replica(self, ranking: list[str]) -> AsyncIterator[Chosen]:
         yield Chosen(ranking[0])
 
-    def dispatch(self, chosen: Chosen, call: ScoreCall) -> Awaitable[Scored | Refused]:
+    def dispatch(self, chosen: Chosen, call: ScoreCall) -> Awaitable[Targets | Refused]:
         self.asked.append(chosen.replica_id)
         return asyncio.ensure_future(self._answer(chosen, call))
 
-    async def _answer(self, chosen: Chosen, call: ScoreCall) -> Scored | Refused:
+    async def _answer(self, chosen: Chosen, call: ScoreCall) -> Targets | Refused:
         refused = self._outcome(chosen.replica_id)
-        return refused or Scored(Targets.concat(await FakeTeacher().score(call.rows, call.want)))
+        return refused or Targets.concat(await FakeTeacher().score(call.rows, call.want))
 
 
 def pool_of(handle: Handle, *replicas: str, settings: RaySettings = QUICK) -> RayPool:
@@ -72,7 +72,7 @@ def pool_of(handle: Handle, *replicas: str, settings: RaySettings = QUICK) -> Ra
 
 def see(pool: RayPool, *replicas: str) -> None:
     """What Serve says is ready."""
-    pool._view = ServeView("RUNNING", "", len(replicas), dict.fromkeys(replicas, "ready"))
+    pool._view = ServeView("RUNNING", "", dict.fromkeys(replicas, "ready"))
 
 
 async def test_a_call_waits_for_the_replica_that_takes_the_place_of_the_only_one() -> None:
@@ -104,7 +104,7 @@ async def test_a_replica_that_is_not_replaced_in_time_is_an_error_to_retry(stays
 class SlowButWell(Handle):
     """Replica `a` crashes with all that it has; the others take a fifth of a second for each call."""
 
-    async def _answer(self, chosen: Chosen, call: ScoreCall) -> Scored | Refused:
+    async def _answer(self, chosen: Chosen, call: ScoreCall) -> Targets | Refused:
         if chosen.replica_id == "a":
             await asyncio.sleep(0.1)
             return CRASHED
@@ -181,7 +181,7 @@ class Poisoned(Handle):
         self._spares = spares
         self._unseen = unseen
 
-    async def _answer(self, chosen: Chosen, call: ScoreCall) -> Scored | Refused:
+    async def _answer(self, chosen: Chosen, call: ScoreCall) -> Targets | Refused:
         name, size = chosen.replica_id, len(call.tokens)
         self.calls.append((name, size))
         if name in self.gates:
@@ -313,7 +313,7 @@ async def test_a_replica_knows_whether_its_engine_died_of_the_call_or_was_dead_b
     async with replica_of([], wedged_seconds=60.0) as replica:
         identity = replica.describe().identity
         call = ScoreCall.of(rows(9), Fields(k=4), identity)
-        assert isinstance(await replica.score(call), Scored)
+        assert isinstance(await replica.score(call), Targets)
         deadly = ScoreCall.of([np.array([DEADLY, 1], np.uint32)], Fields(k=4), identity)
         died = await replica.score(deadly)
         assert isinstance(died, Refused)

@@ -36,7 +36,7 @@ class SetApp(ServeApp):
 
     def look(self) -> ServeView:
         names = [f"replica-{i}" for i in range(self.number)]
-        return ServeView("RUNNING", "", self.number, dict.fromkeys(names, "ready"))
+        return ServeView("RUNNING", "", dict.fromkeys(names, "ready"))
 
 
 @pytest.mark.parametrize("error", [RayActorError(), RayServeException("no controller\nand much more")])
@@ -83,7 +83,7 @@ class SlowApp(ServeApp):
         self.number = replicas
 
     def look(self) -> ServeView:
-        return ServeView("RUNNING", "", self.number, {f"r{i}": "ready" for i in range(self.number)})
+        return ServeView("RUNNING", "", {f"r{i}": "ready" for i in range(self.number)})
 
 
 async def test_the_number_that_an_admin_sets_outlives_a_step_of_autoscaling_under_way() -> None:
