@@ -17,14 +17,25 @@ from potstill.teacher_service.replicas.pool import ReplicaPool, ReplicaState
 _LONGEST_LABEL = 64
 
 
-class AdmissionCollector(Collector):
-    """Admission's counts, and each teacher's queue."""
+class ServiceCollector(Collector):
+    """Admission's counts and queues; the state, the replicas and the cache of every teacher."""
 
-    def __init__(self, admission: Admission) -> None:
+    def __init__(self, admission: Admission, teachers: Mapping[str, HostedTeacher]) -> None:
         self._admission = admission
+        self._teachers = teachers
 
     def collect(self) -> Iterator[Metric]:
         """See `prometheus_client`."""
+        teachers = list(self._teachers.values())
+        pools = {teacher.name: pool for teacher in teachers if (pool := pool_of(teacher)) is not None}
+        yield from self._admitted()
+        yield from self._queues()
+        yield _states(teachers)
+        yield _capture_paths(pools)
+        yield from _replicas(pools)
+        yield from _kept(teachers)
+
+    def _admitted(self) -> Iterator[Metric]:
         admission = self._admission
         yield GaugeMetricFamily(
             "potstill_requests_in_flight",
@@ -38,7 +49,6 @@ class AdmissionCollector(Collector):
         for reason, count in sorted(admission.refusals.items()):
             refusals.add_metric([reason], count)
         yield refusals
-        yield from self._queues()
 
     def _queues(self) -> Iterator[Metric]:
         waiting = GaugeMetricFamily(
@@ -55,22 +65,6 @@ class AdmissionCollector(Collector):
             inside.add_metric([name], queue.tokens_in_flight)
             rate.add_metric([name], queue.tokens_per_second)
         yield from (waiting, inside, rate)
-
-
-class TeacherCollector(Collector):
-    """The life, the replicas and the cache of every teacher that is there now."""
-
-    def __init__(self, teachers: Mapping[str, HostedTeacher]) -> None:
-        self._teachers = teachers
-
-    def collect(self) -> Iterator[Metric]:
-        """See `prometheus_client`."""
-        teachers = list(self._teachers.values())
-        pools = {teacher.name: pool for teacher in teachers if (pool := pool_of(teacher)) is not None}
-        yield _states(teachers)
-        yield _capture_paths(pools)
-        yield from _replicas(pools)
-        yield from _kept(teachers)
 
 
 def pool_of(teacher: HostedTeacher) -> ReplicaPool | None:

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 
 from potstill.cache.errors import error_kinds
 from potstill.teacher_service.admission.admission import Admission
-from potstill.teacher_service.hosting.collectors import AdmissionCollector, TeacherCollector
+from potstill.teacher_service.hosting.collectors import ServiceCollector
 from potstill.teacher_service.hosting.hosted_teacher import HostedTeacher
 from potstill.teacher_service.telemetry.logs import note_size
 from potstill.teacher_service.telemetry.tracing import span
@@ -51,8 +51,7 @@ class Metrics:
             self.refusals.labels(kind)
         self.rows = Counter("potstill_scored_rows", "Rows answered.", ["teacher"], registry=registry)
         self.tokens = Counter("potstill_scored_tokens", "Tokens answered.", ["teacher"], registry=registry)
-        registry.register(AdmissionCollector(admission))
-        registry.register(TeacherCollector(teachers))
+        registry.register(ServiceCollector(admission, teachers))
         ProcessCollector(registry=registry)
 
     @contextmanager

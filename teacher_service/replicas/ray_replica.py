@@ -86,7 +86,7 @@ class Replica:
         return Described(self._teacher.identity, self._teacher.provenance, self._teacher.limits)
 
     async def score(self, call: ScoreCall) -> Targets | Refused:
-        """Score the rows of one call; errors of ours come back as `Refused`."""
+        """Score all rows of one call, flat on the position axis; errors of ours come back as `Refused`."""
         self._foreign = call.identity.differences(self._teacher.identity)
         if self._foreign:
             return Refused("spec_mismatch", f"a replica is another teacher: {self._foreign}", elsewhere=True)
