@@ -13,7 +13,7 @@ import socket
 import ssl
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -80,7 +80,10 @@ def _run(settings: ServiceSettings) -> None:
         check_tls(settings.tls)
     has_keys = access.keys is not None
     # The port first: who has to choose another one should not wait for engines.
-    with bind(settings.host, settings.port, has_keys=has_keys) as listener, _tracer(settings) as tracer:
+    with ExitStack() as stack:
+        listener = stack.enter_context(bind(settings.host, settings.port, has_keys=has_keys))
+        endpoint = settings.tracing.endpoint
+        tracer = None if endpoint is None else stack.enter_context(closing(tracing.open_tracer(endpoint)))
         if settings.tls is None and not _is_loopback(listener.getsockname()[0]):
             _LOG.warning("API keys and tokens travel in the clear: set [tls], or put something with TLS in front")
         asyncio.run(_serve(settings, access, listener, tracer))
@@ -143,18 +146,6 @@ def service_of(settings: ServiceSettings, access: Access) -> Service:
     source = TeacherSource(keep, settings.ray)
     teachers = [source.host(teacher) for teacher in settings.teachers]
     return Service.of(teachers, cache=cache, limits=settings.limits, source=source, access=access)
-
-
-@contextmanager
-def _tracer(settings: ServiceSettings) -> Iterator[OtelTracer | None]:
-    if settings.tracing.endpoint is None:
-        yield None
-        return
-    tracer = tracing.open_tracer(settings.tracing.endpoint)
-    try:
-        yield tracer
-    finally:
-        tracer.close()
 
 
 class _Server(uvicorn.Server):

@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from potstill.cache.errors import InvalidInput
 from potstill.cache.extras import missing_module
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Tracer
 
 
 class OtelTracer:
@@ -21,8 +24,8 @@ class OtelTracer:
     def __init__(self, provider: Any) -> None:
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator  # noqa: PLC0415
 
+        self.tracer: Tracer = provider.get_tracer("potstill")
         self._provider = provider
-        self._tracer = provider.get_tracer("potstill")
         self._propagator = TraceContextTextMapPropagator()
 
     def request(self, name: str, headers: Mapping[str, str]) -> AbstractContextManager[Any]:
@@ -30,15 +33,7 @@ class OtelTracer:
         from opentelemetry.trace import SpanKind  # noqa: PLC0415
 
         parent = self._propagator.extract(dict(headers))
-        current: AbstractContextManager[Any] = self._tracer.start_as_current_span(
-            name, context=parent, kind=SpanKind.SERVER
-        )
-        return current
-
-    def span(self, name: str, attributes: Mapping[str, str | int]) -> AbstractContextManager[Any]:
-        """Open a span below the current one."""
-        current: AbstractContextManager[Any] = self._tracer.start_as_current_span(name, attributes=attributes)
-        return current
+        return self.tracer.start_as_current_span(name, context=parent, kind=SpanKind.SERVER)
 
     def close(self) -> None:
         """Send the spans that are waiting, and stop."""
@@ -56,7 +51,7 @@ def span(name: str, **attributes: str | int) -> Iterator[None]:
     if tracer is None:
         yield
         return
-    with tracer.span(name, attributes):
+    with tracer.tracer.start_as_current_span(name, attributes=attributes):
         yield
 
 
