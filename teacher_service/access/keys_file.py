@@ -18,7 +18,6 @@ import re
 import secrets
 import stat
 import tempfile
-import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from potstill.cache.errors import AlreadyExists, InvalidInput, NotFound
+from potstill.cache.named_files import read_toml
 from potstill.teacher_service.access.auth import Role
 from potstill.teacher_service.access.quotas import Quota
 from potstill.teacher_service.settings.service import NAME_PATTERN
@@ -63,12 +63,10 @@ def read_keys(path: Path) -> dict[str, KeyRecord]:
     """
     try:
         mode = path.stat().st_mode
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         way_out = f"make it with `potstill keys add NAME --role admin --file {path}`"
         raise InvalidInput(f"{path}: cannot be read: {error.strerror or error}; {way_out}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"{path}: not TOML: {error}") from error
+    table = read_toml(path)
     if mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise InvalidInput(f"{path}: others may write it (mode {mode & 0o777:o}) and make themselves admins; chmod 600")
     keys = table.get("keys", {})

@@ -10,7 +10,7 @@ import asyncio
 import base64
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -146,10 +146,9 @@ class AccessApp:
             self._unknown_left_out += 1
             return
         self._unknown_told = time.monotonic()
-        line = _line(scope, Caller("", Role.TRAINER), error.status)
         detail: JSON = {"error": error.detail, "left_out": self._unknown_left_out}
         self._unknown_left_out = 0
-        await self._access.audit.record(replace(line, detail=detail))
+        await self._access.audit.record(_line(scope, "", error.status, detail))
 
 
 class _Audited:
@@ -191,17 +190,16 @@ class _Audited:
     async def _record(self, status: int) -> None:
         if not self._recorded:
             self._recorded = True  # before the await: cancelled there, `serve` would record it again
-            line = _line(self._scope, self._who, status)
-            await self._audit.record(replace(line, detail=detail_of(self._body)))
+            await self._audit.record(_line(self._scope, self._who.name, status, detail_of(self._body)))
 
 
-def _line(scope: Scope, who: Caller, status: int) -> AuditLine:
+def _line(scope: Scope, caller: str, status: int, detail: JSON) -> AuditLine:
     route = _route(scope)
     return AuditLine(
-        caller=who.name,
+        caller=caller,
         action=f"{scope['method']} {route.path if route is not None else ''}",
         target=scope["path"][:_LONGEST_TARGET],
-        detail=None,
+        detail=detail,
         status=status,
         request_id=request_id.get(),
     )

@@ -49,7 +49,7 @@ class Admission:
         """The queue in front of each teacher that is up, by the teacher's name."""
         self.quotas = QuotaMeter()
         self._requests = self._bound(limits.max_requests_in_flight, "score requests", "requests")
-        self._bodies = self._bound(limits.max_body_bytes_in_flight, "bytes of request bodies", "bodies")
+        self.bodies = self._bound(limits.max_body_bytes_in_flight, "bytes of request bodies", "bodies")
         self._answers = self._bound(limits.max_answer_bytes_in_flight, "bytes of answers", "answers")
         self._misses = self._bound(limits.max_miss_bytes_in_flight, "bytes of answers to misses", "misses")
 
@@ -76,11 +76,6 @@ class Admission:
     def tokens_waiting(self) -> int:
         """Tokens that wait for the engines of all teachers."""
         return sum(queue.tokens_waiting for queue in self.queues.values())
-
-    @property
-    def bodies(self) -> SharedBound:
-        """The bound of request bodies, in bytes."""
-        return self._bodies
 
     @contextmanager
     def request(self) -> Iterator[Reservation]:
