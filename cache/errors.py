@@ -13,7 +13,7 @@ from potstill.cache.logins import without_login
 
 
 class PotstillError(Exception):
-    """Base class of all these errors; `str(error)` is for people, and has no login of any URL."""
+    """Base class of all errors that are raised on purpose; `str(error)` is for people, and has no login of any URL."""
 
     kind: ClassVar[str] = "internal"
     status: ClassVar[int] = 500

@@ -1,4 +1,4 @@
-"""`potstill annotate`: keep something about every row of a sealed corpus, or list what is kept."""
+"""`potstill annotate`: keep a value for each row of a sealed corpus, or list the annotations."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Seal an annotation, or list them without --values."""
+    """Seal an annotation, or without --values list those that there are."""
     from potstill.cache.cache import Cache
 
     if args.values is None:

@@ -1,4 +1,4 @@
-"""`potstill compact`: rows that were asked for over HTTP -> a corpus with their targets."""
+"""`potstill compact`: make a corpus with targets of the rows that a service has in its journal."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compact, and say what came of it; stopped anywhere, the same command goes on."""
+    """Compact, and print a summary. When it was stopped, the same command goes on."""
     from potstill.cache.cache import Cache
     from potstill.cache.corpus.tokenizer import load_tokenizer
     from potstill.cache.journal.compact import CompactPlan, compact

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Say what goes, ask, and remove it; exit status 1 when the answer is no."""
+    """Print what will be removed, ask, and remove it; exit status 1 when the answer is no."""
     from potstill.cache.store.root import Root
     from potstill.cache.upkeep.delete import remove
 

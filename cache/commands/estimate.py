@@ -1,4 +1,4 @@
-"""`potstill estimate`: what targets will take, before a teacher is started."""
+"""`potstill estimate`: print the bytes, objects and cost of targets before a teacher is started."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print it."""
+    """Print an estimate for each encoding."""
     from potstill.cache.cache import Cache
     from potstill.cache.encoding.fields import keeps
     from potstill.cache.encoding.logprobs import ENCODINGS

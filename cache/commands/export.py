@@ -1,4 +1,4 @@
-"""`potstill export`: committed targets -> Parquet files of one row per corpus row."""
+"""`potstill export`: write committed targets as Parquet files of one row per corpus row."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Export, and say what came of it; finished files are not written again."""
+    """Export, and print a summary; finished files are not written again."""
     from potstill.cache.cache import Cache
     from potstill.cache.interchange.formats import export_shards
 
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _format(args: argparse.Namespace, targets: TargetSet, fields: Fields, folder: Path) -> tuple[RowFormat, Fields]:
-    """The format, and the fields of them that it takes."""
+    """Choose the format, and those of the fields that it can hold."""
     from potstill.cache.interchange.distillkit import CompressedRows
     from potstill.cache.interchange.distillkit_config import preset, read_config, write_config
     from potstill.cache.interchange.parquet import ListColumns

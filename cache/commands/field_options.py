@@ -1,4 +1,4 @@
-"""The options by which commands say what to keep of each position, and how."""
+"""Options by which commands choose the fields to keep, and their encoding."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def add_field_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_wish_options(parser: argparse.ArgumentParser) -> None:
-    """Declare the options that say which fields: one for each attribute of `Fields`."""
+    """Declare the options that choose fields: one for each attribute of `Fields`."""
     for field in FIELDS:
         for name, told in field.attributes.items():
             default = getattr(Fields(), name)
@@ -29,10 +29,10 @@ def add_wish_options(parser: argparse.ArgumentParser) -> None:
 
 
 def fields_of(args: argparse.Namespace) -> Fields:
-    """The fields that the options ask for.
+    """Make `Fields` from the options.
 
     Raises:
-        InvalidInput: a number that no field can have.
+        InvalidInput: a number is out of range.
     """
     if args.k < 0:
         raise InvalidInput(f"--top-k is {args.k}; it must be at least 0")
@@ -41,7 +41,7 @@ def fields_of(args: argparse.Namespace) -> Fields:
 
 
 def field_arguments(args: argparse.Namespace) -> list[str]:
-    """The words of a command line that give the same options again; what has its default is left out."""
+    """Words of a command line that give the same options again; defaults are left out."""
     parser = argparse.ArgumentParser()
     add_field_options(parser)
     words: list[str] = []

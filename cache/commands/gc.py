@@ -24,10 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Show each group that no record names, and remove it unless --dry-run.
+    """Print each group that no record names, and remove it unless --dry-run.
 
     Raises:
-        FormatError: after all that, when something was left alone because a record there cannot be read.
+        FormatError: in the end, when something was left alone because a record cannot be read.
     """
     from potstill.cache.store.root import Root
     from potstill.cache.upkeep.garbage import find_garbage, remove_garbage

@@ -1,4 +1,4 @@
-"""`potstill import`: targets that were kept in Parquet files -> a target set of this cache."""
+"""`potstill import`: take targets from Parquet files into a cache."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Import, and say what came of it; committed shards are not read again."""
+    """Import, and print a summary; committed shards are not read again."""
     from potstill.cache.cache import Cache
     from potstill.cache.corpus.tokenizer import load_tokenizer
     from potstill.cache.encoding.logprobs import encoding_by_name
@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
     from potstill.cache.interchange.row_files import row_files
     from potstill.cache.store.root import check_name
 
+    # All arguments are checked before a cache folder is made.
     check_name("corpus", args.corpus)
     check_name("teacher", args.teacher)
     encoding_by_name(args.encoding)
@@ -126,7 +127,7 @@ def _format(
 def _identity(
     args: argparse.Namespace, files: list[RowFile], tokenizer: Tokenizer, vocab_size: int | None
 ) -> TeacherIdentity:
-    """The one the files name, or the one of the command line."""
+    """Identity of the teacher: the one that the files name, or the one of the command line."""
     from potstill.cache.corpus.tokenizer import fingerprint
 
     given = {name: getattr(args, name) for name in _IDENTITY if getattr(args, name) is not None}

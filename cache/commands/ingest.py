@@ -1,4 +1,4 @@
-"""`potstill ingest`: text -> sealed corpus."""
+"""`potstill ingest`: make a sealed corpus of text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Ingest, and say what came of it."""
+    """Ingest, and print a summary."""
     from potstill.cache.cache import Cache
     from potstill.cache.corpus.documents import source_files
     from potstill.cache.corpus.ingest import IngestPlan, IngestProgress, ingest
@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from potstill.cache.store.root import check_name
 
     plan = IngestPlan(row_tokens=args.row_tokens, shard_positions=args.shard_positions, text_field=args.text_field)
+    # All arguments are checked before a cache folder is made.
     check_name("corpus", args.corpus)
     source_files(args.sources)
     tokenizer = load_tokenizer(args.tokenizer)

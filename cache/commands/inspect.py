@@ -1,4 +1,4 @@
-"""`potstill inspect`: what is in a cache."""
+"""`potstill inspect`: show what is in a cache."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print it, records that cannot be read last on stderr; 1 when there are some."""
+    """Print the figures, then on stderr the records that cannot be read; exit status 1 when there are such."""
     from potstill.cache.cache import Cache
     from potstill.cache.upkeep.inspection import inspect_cache
 

@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Fill one teacher after the other; what is committed stays, the same command goes on from there."""
+    """Fill one teacher after the other; committed shards stay, and the same command goes on from there."""
     from potstill.cache.cache import Cache
     from potstill.cache.encoding.logprobs import encoding_by_name
     from potstill.cache.fill.loop import FillPlan
@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
     teachers = [name_and_model(text) for text in args.teacher]
     for name, _ in teachers:
         check_name("teacher", name)
+    # Opened to read first: a mistyped folder must not be made.
     cache = Cache.open(args.cache)
     cache.corpus(args.corpus)
     cache = Cache.open(args.cache, mode="r+")
@@ -75,13 +76,13 @@ def run(args: argparse.Namespace) -> int:
 async def prefill(
     cache: Cache, corpus_name: str, name: str, spec: str, *, fields: Fields, encoding: str, plan: FillPlan
 ) -> FillReport | None:
-    """Open the teacher that `spec` means and fill what is missing of its targets, with progress and a summary.
+    """Open the teacher `spec` and fill the shards that have no commit, with progress and a summary.
 
-    Gives the fill's report, or None where nothing was missing.
+    Returns the fill's report, or None when nothing was missing.
 
     Raises:
         LimitExceeded, SpecMismatch: the teacher does not fit the corpus or the targets; nothing was written.
-        PotstillError: whatever opening, scoring or writing raises; what is committed stays.
+        PotstillError: whatever opening, scoring or writing raises; committed shards stay.
     """
     corpus = cache.corpus(corpus_name)
     if _nothing_to_do(cache, corpus, name, spec, fields=fields, encoding=encoding):
@@ -104,10 +105,10 @@ async def prefill(
 
 
 def _nothing_to_do(cache: Cache, corpus: Corpus, name: str, spec: str, *, fields: Fields, encoding: str) -> bool:
-    """Whether all that is asked for is there, so that no engine has to be started; says so.
+    """Tell (and print) whether all shards are committed, so that no engine has to be started.
 
     Raises:
-        SpecMismatch: it is there with other parameters.
+        SpecMismatch: a field exists with other settings.
     """
     from potstill.cache.targets.target_set import has_targets
 
@@ -143,7 +144,7 @@ def _committed_so_far(targets: TargetSet) -> str:
 
 
 def _way_on(error: BaseException) -> str:
-    """What the same command does next time, which the error's own line, after this one, does not say."""
+    """Say what the same command will do next time; the error's own line, which follows, does not say it."""
     if isinstance(error, (InvalidInput, SpecMismatch)):
         return "the same command would be refused again"
     if isinstance(error, (CorruptSegment, FormatError, StoreError)):
@@ -164,7 +165,7 @@ async def _fill_with_progress(teacher: Teacher, targets: TargetSet, plan: FillPl
 
 
 def _check_limits(teacher: Teacher, corpus: Corpus, fields: Fields) -> None:
-    """Refuse before anything is written what the teacher would refuse in the middle."""
+    """Refuse, before anything is written, a corpus or K that the teacher would refuse in the middle."""
     limits, longest = teacher.limits, corpus.spec.longest_row
     if limits.max_row_tokens is not None and longest > limits.max_row_tokens:
         raise LimitExceeded(
@@ -190,7 +191,7 @@ def _summary(name: str, targets: TargetSet, report: FillReport) -> str:
 
 
 def _run_until_signal(work: Coroutine[Any, Any, object]) -> None:
-    """`asyncio.run`, with SIGTERM stopping as cleanly as Ctrl-C does."""
+    """Run to the end, as `asyncio.run`, but with SIGTERM stopping as cleanly as Ctrl-C does."""
 
     async def main() -> None:
         task = asyncio.ensure_future(work)

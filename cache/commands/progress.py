@@ -1,4 +1,4 @@
-"""Progress of long work on a terminal: a rich bar, or a plain line now and then where there is none."""
+"""Progress of long work: a bar on a terminal, and elsewhere a plain line now and then."""
 
 from __future__ import annotations
 
@@ -20,19 +20,21 @@ from rich.progress import (
 )
 from rich.text import Text
 
+# Between lines where there is no terminal, as in the log of a job that runs for days.
 _LINE_SECONDS = 10.0
 
 
 class Show(Protocol):
-    """Shows where the work stands."""
+    """Function that shows the progress of a piece of work."""
 
     def __call__(self, done: int, total: int | None, note: str = "") -> None:
-        """`done` of `total` (None when nobody knows) units, and a word beside it."""
+        """Show that `done` of `total` units (None when not known) are done, with a short note beside."""
 
 
 @contextmanager
 def progress(title: str, unit: str) -> Iterator[Show]:
-    """Show steps until the block ends; rate in units a second and time left come from the steps themselves."""
+    """Show progress until the block ends, with units a second and the time left."""
+    # On stderr, so that a command's output can be piped.
     console = Console(stderr=True)
     if console.is_terminal:
         with _bar(console, title, unit) as show:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "check every byte of a cache, or a sample against a live teacher"
 
+# The status by which a shell reports a process that SIGINT ended.
 _INTERRUPTED = 128 + 2
 
 
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status 1 when anything is not as committed, or has drifted; 130 when stopped."""
+    """Check, and print the findings; exit status 1 when anything is damaged or has drifted, 130 when stopped."""
     if args.live is not None:
         return _run_live(args)
     if args.corpus is not None:
@@ -61,13 +62,13 @@ class _Summary:
     shards: int = 0
     others: int = 0
     corrupt: dict[str, None] = field(default_factory=dict)
-    """Lines in the order they came, each once: a damaged rank table or manifest is met again at every shard."""
+    """Lines in the order of their finding, each once: a damaged rank table or manifest is met at every shard."""
     again: dict[tuple[str, str], list[int]] = field(default_factory=dict)
-    """Shards that have to be scored again, by segment set and the options of that prefill."""
+    """Shards that have to be scored again, by segment set and the options of the prefill that does it."""
 
     @property
     def nothing(self) -> bool:
-        """Whether there was nothing to look at, which is more likely a wrong name than a cache in order."""
+        """True when nothing was checked; that counts as a failure, as it is more likely a wrong path."""
         return not (self.shards or self.others)
 
     def add(self, checked: Checked) -> None:
@@ -166,7 +167,7 @@ def _run_live(args: argparse.Namespace) -> int:
 async def _measure(
     spec: str, targets: dict[str, TargetSet], args: argparse.Namespace
 ) -> tuple[dict[str, Drift], list[str]]:
-    """The drift of each corpus' sample, and one line for each corpus whose stored rows cannot be read."""
+    """Measure the drift of a sample of each corpus; also one line for each corpus that cannot be read."""
     import sys
 
     from potstill.cache.upkeep.drift import check_same_vocabulary, measure_drift, sample_rows

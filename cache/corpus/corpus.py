@@ -152,7 +152,7 @@ class Corpus:
 
     @cached_property
     def row_starts(self) -> NDArray[np.int64]:
-        """[R+1] int64: the position at which each row starts, then P.
+        """Positions [R+1] int64 at which each row starts, then P.
 
         It stays in memory, 8 bytes a row; `starts` and `row_ranges` read only what is asked for.
         """
@@ -160,12 +160,12 @@ class Corpus:
 
     @cached_property
     def shard_rows(self) -> NDArray[np.int64]:
-        """[S+1] int64: the row at which each shard starts, then R."""
+        """Rows [S+1] int64 at which each shard starts, then R."""
         return self._axis("shard_rows", self.spec.num_shards, self.spec.num_rows)
 
     @cached_property
     def shard_starts(self) -> NDArray[np.int64]:
-        """[S+1] int64: the position at which each shard starts, then P."""
+        """Positions [S+1] int64 at which each shard starts, then P."""
         if self._reader.has("shard_starts"):
             return self._axis("shard_starts", self.spec.num_shards, self.spec.num_positions)
         # Format 1 has no such array, and needs the starts of all rows for it.
@@ -194,7 +194,7 @@ class Corpus:
         return [self.tokens(start, stop) for start, stop in self.row_ranges(rows).tolist()]
 
     def starts(self, start: int, stop: int) -> NDArray[np.int64]:
-        """[stop - start + 1] int64: the positions at which rows `start` to `stop` start, then the end of the last one.
+        """Read the positions [stop - start + 1] int64 at which rows `start` to `stop` start, then the last one's end.
 
         Raises:
             InvalidInput: the range is not inside the corpus. CorruptSegment: stored bytes are damaged.
@@ -210,7 +210,7 @@ class Corpus:
         return starts
 
     def row_ranges(self, rows: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
-        """[N, 2] int64: the positions at which each of N rows starts and ends, in any order and with repeats.
+        """Read the positions [N, 2] int64 at which each of N rows starts and ends; rows may repeat, in any order.
 
         Raises:
             InvalidInput: a row is not in the corpus, or no whole number. CorruptSegment: stored bytes are damaged.

@@ -90,6 +90,7 @@ def ingest(
         AlreadyExists: the name is taken. InvalidInput: a source is bad, or there is no token in all of them.
         StoreError: the store is full or cannot be written; nothing is left behind.
     """
+    # Asked first to save hours of work; creating the seal is what decides.
     _require_free(root, name)
     files = source_files(sources)
     tokenizer = _plain_tokenizer(tokenizer)
@@ -138,7 +139,7 @@ def cut(tokens: Tokens, row_tokens: int) -> Iterator[Tokens]:
 
 
 def shard_bounds(row_starts: NDArray[np.int64], shard_positions: int) -> NDArray[np.int64]:
-    """[S+1] int64: the first row of each shard, then R. A shard has at most `shard_positions`, or one longer row."""
+    """First row [S+1] int64 of each shard, then R. A shard has at most `shard_positions`, or one longer row."""
     return np.array([0, *(stop for _, stop in row_batches(row_starts, shard_positions))], dtype=np.int64)
 
 

@@ -1,4 +1,4 @@
-"""Targets to stored arrays and back: top-k logprobs, the fields beside them, and the error that is measured on the way.
+"""Encoding of targets to stored arrays and back: top-k logprobs, the fields beside them, and the measured error.
 
 Pure functions of arrays; `archive` is the encoding for cold storage.
 """

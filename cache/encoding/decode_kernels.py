@@ -1,6 +1,6 @@
-"""Compiled loops of decoding: one pass over the codes where numpy makes five.
+"""Compiled loops for decoding, which pass over the codes once where numpy passes five times.
 
-Each writes into its last argument, and gives the bits of the numpy code beside which it is called.
+Each writes into its last argument, and gives the same bits as the numpy code that is used for few entries.
 
 Shape legend:  P positions, K kept entries.
 """
@@ -15,7 +15,7 @@ from potstill.cache.compiled import compiled
 
 @compiled
 def sum_weights(gaps: NDArray[np.uint8], weights: NDArray[np.int64], sums: NDArray[np.int64]) -> None:
-    """[P]: over the entries, the weight of the sum of the [P, K-1] gaps before each."""
+    """Sum [P] over the entries of `weights[s]`, s being the sum of the gaps [P, K-1] before an entry."""
     for position in range(gaps.shape[0]):
         step = 0
         total = weights[0]
@@ -27,7 +27,7 @@ def sum_weights(gaps: NDArray[np.uint8], weights: NDArray[np.int64], sums: NDArr
 
 @compiled
 def fall_by(gaps: NDArray[np.uint8], width: float, top: NDArray[np.float64], logprobs: NDArray[np.float32]) -> None:
-    """[P, K]: the first entry is the top [P], each next one a gap of so many widths lower."""
+    """Logprobs [P, K]: the first is `top` [P], each next one is lower by its gap times `width`."""
     for position in range(gaps.shape[0]):
         step = 0
         logprobs[position, 0] = top[position]
@@ -38,7 +38,7 @@ def fall_by(gaps: NDArray[np.uint8], width: float, top: NDArray[np.float64], log
 
 @compiled
 def gather(table: NDArray[np.uint32], codes: NDArray[np.generic], values: NDArray[np.uint32]) -> None:
-    """[P, K]: `table[codes]`. Codes were checked to be inside."""
+    """Look up `table[codes]`, [P, K]; the codes must have been checked to be inside."""
     for position in range(codes.shape[0]):
         for entry in range(codes.shape[1]):
             values[position, entry] = table[codes[position, entry]]

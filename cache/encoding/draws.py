@@ -1,8 +1,7 @@
 """Exact draws with replacement from full distributions: the reference that every capture path is held to.
 
-A row's draws depend on the seed, the row and its logprobs only, so that a row scored twice, in whatever batch and at
-whatever time, gives the same draws. Logprobs that differ by float noise move a draw to another id only where it falls
-on the edge between two.
+A row's draws depend only on the seed, the row and its logprobs: a row that is scored twice gives the same draws,
+whatever the batch and the time. Float noise in logprobs moves a draw to another id only at the edge between two ids.
 
 Shape legend:  T tokens of one row, V vocabulary size, N draws.
 """
@@ -18,26 +17,26 @@ from potstill.cache.errors import LimitExceeded, TeacherFailed
 from potstill.cache.types import Draws
 
 MAX_DRAWS = 2**16 - 1
-"""N is at most this: a count, which may be N, is kept as uint16."""
+"""Most draws at a position: a count can be N, and is kept as uint16."""
 
 # A distribution in float32 sums to 1 within about 1e-5; more means a broken teacher.
 _MASS_TOLERANCE = 1e-3
 
 
 def draw_rows(logprobs: NDArray[np.floating], n: int, seed: int, row_key: bytes) -> Draws:
-    """`n` draws with replacement at each position of one row.
+    """Draw `n` ids with replacement at each position of one row.
 
     Inverse-CDF sampling on a float64 cumulative sum; an id without mass is never drawn.
 
     Args:
         logprobs: [T, V] nats over the full vocabulary.
         n: draws a position.
-        seed: of the target set, in [0, 2**63).
-        row_key: what tells this row from others.
+        seed: the target set's seed, in [0, 2**63).
+        row_key: key of the row, so that rows have different draws.
 
     Raises:
         LimitExceeded: `n` is over 65,535 or below 1.
-        TeacherFailed: logprobs that are not a distribution.
+        TeacherFailed: the logprobs are no distribution.
     """
     check_num_draws(n)
     parts = [_unique(_draw(*at)) for at in zip(logprobs, uniforms(len(logprobs), n, seed, row_key), strict=True)]
@@ -49,11 +48,11 @@ def draw_rows(logprobs: NDArray[np.floating], n: int, seed: int, row_key: bytes)
 
 
 def uniforms(num_positions: int, n: int, seed: int, row_key: bytes, *, start: int = 0) -> NDArray[np.float64]:
-    """[T, N] numbers in [0, 1) of 53 bits, from Philox keyed by a hash of `seed` and `row_key`.
+    """Random numbers [T, N] in [0, 1) with 53 bits, from Philox keyed by a hash of `seed` and `row_key`.
 
-    Taken from the bit generator itself: its stream is fixed for ever, that of `Generator.random` is not. With `start`
-    they are those of the T positions from there on, as a row has them that is worked on in parts.
+    They are those of the T positions from `start` on, so that a row can be worked on in parts.
     """
+    # From the bit generator itself: numpy fixes its stream for ever, but not that of `Generator.random`.
     digest = hashlib.blake2b(seed.to_bytes(8, "little") + row_key, digest_size=16, person=b"potstill draws").digest()
     generator = np.random.Philox(key=int.from_bytes(digest, "little"))
     skipped = start * n
@@ -77,7 +76,7 @@ def _draw(logprobs: NDArray[np.floating], uniform: NDArray[np.float64]) -> NDArr
     mass = cumulative[-1]
     if not abs(mass - 1.0) <= _MASS_TOLERANCE:
         raise TeacherFailed(f"the teacher's distribution sums to {mass:.6g}, not to 1; nothing is drawn from it")
-    # A product that rounds up to all of the mass would fall behind the last id.
+    # A product that rounds up to the whole mass would land behind the last id.
     drawn: NDArray[np.intp] = np.searchsorted(
         cumulative, np.minimum(uniform * mass, np.nextafter(mass, 0.0)), side="right"
     )

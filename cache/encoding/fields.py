@@ -1,4 +1,4 @@
-"""What targets hold beside the top-k (draws, entropy, log_z, dense) <-> the arrays that are stored. Pure numpy.
+"""Encoding of the fields beside the top-k (draws, entropy, log_z, dense) to stored arrays, and back. Pure numpy.
 
     array        shape              dtype                                  largest error, after decoding
     draw_gaps    [U]                uint16; uint32 if V > 2**16            0
@@ -9,13 +9,13 @@
                                     temperature is below 0.5
     dense        [p, V]             float16; float32 in `f32`              0.016 nats down to -32 nats
 
-Draws are kept exactly. Within a position they are sorted by rising frequency rank; a gap is the number of ranks left
-out since the one before, and the first gap the first rank itself. Counts of a position sum to N, so where a position
-ends follows from the counts, and no lengths are stored. Decoding gives ids by rising token id.
+Draws are kept exactly. Within a position they are sorted by rising frequency rank; a gap is the number of ranks that
+are skipped since the one before, and the first gap is the first rank itself. The counts of a position sum to N, which
+shows where a position ends, so no lengths are stored. Decoding gives ids by rising token id.
 
-At temperature T, log_z lies between 0 (one id has all mass) and (1 - 1/T) log V (all ids have the same). So it is below
-16 for T >= 0.5, where float16 rounds by 2**-8 at most; it grows without bound as T falls, and is float32 then. Dense
-rows of float16 are scaled to a mass of 1 again, which moves all entries of a row together.
+At temperature T, log_z lies between 0 (one id has all mass) and (1 - 1/T) log V (all ids have the same mass). So it is
+below 16 for T >= 0.5, where float16 rounds by 2**-8 at most; it grows without bound as T falls, and is float32 then.
+Dense rows of float16 are scaled to a mass of 1 after decoding, which moves all entries of a row together.
 
 Shape legend:  p positions of a segment, P positions read, V vocabulary size, N draws, U unique ids among the draws.
 """
@@ -37,25 +37,25 @@ from potstill.cache.errors import FormatError, InvalidInput, TeacherFailed
 from potstill.cache.types import Draws, Fields, Targets
 
 BLOCK_POSITIONS = 2048
-"""Positions whose draws begin at one entry of `draw_starts`: a range read touches whole blocks."""
+"""Positions for each entry of `draw_starts`; the draws of a range are read in whole blocks of so many."""
 RAGGED = -1
-"""Stands in a shape for U, which `ragged_length` gives."""
+"""Placeholder in a shape for U, which `ragged_length` computes."""
 
 ReadRange: TypeAlias = "Callable[[str, int, int], NDArray[Any]]"
-"""`read(name, start, stop)`: that part of axis 0 of a stored array."""
+"""Function `read(name, start, stop)` that reads a range on axis 0 of a stored array."""
 
 # Draws are sorted as one integer each, in which a position has 16 bits.
 _SORTED_POSITIONS = 2**16
-# Numbers computed in float32 over a large vocabulary are off by about 1e-5, in float16 by 4e-3; more is nonsense.
+# Numbers computed in float32 over a large vocabulary are off by about 1e-5, float16 ones by 4e-3; more is an error.
 _ANSWER_SLACK = 1e-3
 _STORED_SLACK = 1e-2
-# Entries of dense that are worked on at once in float64.
+# Entries of `dense` that are converted to float64 at once: 32 MiB.
 _DENSE_ENTRIES = 2**22
 
 
 @dataclass(frozen=True, slots=True)
 class StoredShape:
-    """What an array's metadata must say."""
+    """Shape and dtype that a stored array must have."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -63,21 +63,21 @@ class StoredShape:
 
 @dataclass(frozen=True, slots=True)
 class FloatCodec:
-    """A field of plain floats [p, ...], rounded to float16 but in `f32`."""
+    """Codec of a field of floats [p, ...], which are rounded to float16 except in encoding `f32`."""
 
     problem: Callable[[NDArray[Any], Fields, int, float], str]
-    """Of values, the wish, V and some slack: what nobody can mean, or nothing."""
+    """Checks values, given the fields, V and a tolerance; describes what is impossible, or returns an empty string."""
     settled: Callable[[NDArray[Any], Fields, int], NDArray[np.float32]]
-    """Rounded values, the wish and V -> values inside what `problem` allows without slack."""
+    """Moves rounded values, given the fields and V, to where `problem` accepts them without tolerance."""
     is_wide: Callable[[Fields], bool] = lambda _: False
-    """Whether float16 is too narrow for what is wished."""
+    """Tells whether values can be too large for float16."""
 
 
 def stored_shapes(fields: Fields, encoding: Encoding, num_positions: int, vocab_size: int) -> dict[str, StoredShape]:
-    """The arrays that hold `fields` without their top-k; axis 0 of the ragged ones is `RAGGED`.
+    """Shapes of the arrays for `fields` without their top-k, by name; axis 0 of ragged arrays is `RAGGED`.
 
     Raises:
-        LimitExceeded: more draws than can be kept.
+        LimitExceeded: there are more draws than can be kept.
     """
     shapes: dict[str, StoredShape] = {}
     if fields.draws:
@@ -92,10 +92,10 @@ def stored_shapes(fields: Fields, encoding: Encoding, num_positions: int, vocab_
 
 
 def ragged_length(draw_starts: NDArray[Any], fields: Fields, num_positions: int) -> int:
-    """U, after checking all of `draw_starts`.
+    """Number U of unique draws, from `draw_starts`, all of which are checked.
 
     Raises:
-        FormatError: starts that no draws can have.
+        FormatError: no draws can have these starts.
     """
     ends = np.minimum(np.arange(1, len(draw_starts)) * BLOCK_POSITIONS, num_positions)
     positions, held = np.diff(ends, prepend=0), np.diff(draw_starts)
@@ -105,10 +105,10 @@ def ragged_length(draw_starts: NDArray[Any], fields: Fields, num_positions: int)
 
 
 def encode_fields(targets: Targets, fields: Fields, encoding: Encoding, ranks: RankTable) -> StoredArrays:
-    """The arrays of `stored_shapes` for all positions of a segment; what `fields` does not name is left out.
+    """Encode the arrays of `stored_shapes` for all positions of a segment; other fields are left out.
 
     Raises:
-        TeacherFailed: a field is missing or holds what no teacher can mean (`check_fields`).
+        TeacherFailed: a field is missing or impossible (`check_fields`).
     """
     check_fields(targets, fields, len(ranks.ids_by_rank))
     shapes = stored_shapes(fields, encoding, targets.num_positions, len(ranks.ids_by_rank))
@@ -125,10 +125,10 @@ def encode_fields(targets: Targets, fields: Fields, encoding: Encoding, ranks: R
 def decode_fields(
     read: ReadRange, positions: range, fields: Fields, encoding: Encoding, ranks: RankTable, num_positions: int
 ) -> Targets:
-    """Positions of a segment of `num_positions`, as targets without a top-k; only what they need is read.
+    """Read a range of a segment's `num_positions`, as targets without a top-k.
 
     Raises:
-        FormatError: what no encoder writes.
+        FormatError: the arrays hold what no encoder writes.
     """
     vocab_size = len(ranks.ids_by_rank)
     decoded: dict[str, Any] = {}
@@ -144,15 +144,15 @@ def decode_fields(
 
 
 def keeps(fields: Fields, encoding: Encoding) -> bool:
-    """Whether the encoding has room for so many entries and draws of a position."""
+    """Tell whether the encoding has room for so many entries and draws at a position."""
     return not encoding.packed or max(fields.k, fields.draws) <= MAX_K
 
 
 def check_kept(fields: Fields, encoding: Encoding) -> None:
-    """Refuse what the encoding does not keep.
+    """Refuse more entries or draws at a position than the encoding has room for.
 
     Raises:
-        InvalidInput: more entries or draws than there is room for.
+        InvalidInput: there are more.
     """
     if not keeps(fields, encoding):
         most = max(fields.k, fields.draws)
@@ -162,11 +162,11 @@ def check_kept(fields: Fields, encoding: Encoding) -> None:
 
 
 def check_fields(targets: Targets, fields: Fields, vocab_size: int) -> None:
-    """Refuse what no teacher can mean.
+    """Refuse fields that no distribution can have.
 
     Raises:
-        TeacherFailed: a field is missing; entropy outside [0, log V]; log_z outside what its temperature allows; dense
-            rows that do not sum to 1; draws that are not N with rising ids below V.
+        TeacherFailed: a field is missing; entropy is outside [0, log V]; log_z is outside what its temperature allows;
+            a dense row does not sum to 1; draws are not N with rising ids below V.
     """
     held = targets.beside_top_k
     missing = [each.name for each in fields.beside_top_k if each.name not in held]
@@ -185,7 +185,7 @@ def check_draws(draws: Draws, n: int, vocab_size: int) -> None:
     """Refuse draws that are not `n` at every position.
 
     Raises:
-        LimitExceeded: `n` is more than can be kept. TeacherFailed: anything else.
+        LimitExceeded: `n` is more than can be kept. TeacherFailed: the draws are wrong.
     """
     check_num_draws(n)
     lengths = np.diff(draws.offsets)
@@ -206,7 +206,7 @@ def check_draws(draws: Draws, n: int, vocab_size: int) -> None:
 
 
 def _bounded(name: str, temperatures: Callable[[Fields], Sequence[float]]) -> FloatCodec:
-    """Numbers between 0 and (1 - 1/T) log V of each temperature T."""
+    """Codec for numbers between 0 and (1 - 1/T) log V, for each temperature T."""
 
     def bounds(fields: Fields, vocab_size: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         ends = (1.0 - 1.0 / np.array(temperatures(fields))) * np.log(vocab_size)
@@ -234,7 +234,7 @@ def _dense_problem(values: NDArray[Any], _: Fields, __: int, slack: float) -> st
 
 
 def _within(values: NDArray[Any], low: float, high: float, slack: float) -> bool:
-    """Whether all are finite and in [low, high], give or take `slack`."""
+    """Tell whether all values are finite and in [low, high], give or take `slack`."""
     return bool(((values >= low - slack) & (values <= high + slack) & np.isfinite(values)).all())
 
 
@@ -245,7 +245,7 @@ def _dense_parts(dense: NDArray[Any]) -> Iterator[NDArray[np.float64]]:
 
 
 def _scaled(dense: NDArray[Any], _: Fields, __: int) -> NDArray[np.float32]:
-    """Rows scaled to a mass of 1."""
+    """Scale rows to a mass of 1."""
     parts = [part - np.log(np.exp(part).sum(axis=1, keepdims=True)) for part in _dense_parts(dense)]
     return np.concatenate([np.empty((0, dense.shape[1]), np.float32), *(part.astype(np.float32) for part in parts)])
 
@@ -256,7 +256,7 @@ CODECS: Mapping[str, FloatCodec] = {
     "log_z": _bounded("log_z", lambda fields: fields.temperatures),
     "dense": FloatCodec(_dense_problem, _scaled),
 }
-"""By the name of each field of plain floats; draws have their own arrays."""
+"""Codecs of the fields that are arrays of floats, by name."""
 
 
 def _parts(draws: Draws) -> Iterator[Draws]:
@@ -266,7 +266,7 @@ def _parts(draws: Draws) -> Iterator[Draws]:
 
 
 def _gaps_and_counts(draws: Draws, ranks: RankTable) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """[U] each of at most 2**16 positions, by rising rank within a position."""
+    """Gaps and counts [U] of at most 2**16 positions, by rising rank within a position."""
     codes, counts = _by_rising(draws.offsets, ranks.ranks_by_id[draws.ids], draws.counts)
     gaps = np.diff(codes, prepend=0) - 1
     first = draws.offsets[:-1]
@@ -275,7 +275,7 @@ def _gaps_and_counts(draws: Draws, ranks: RankTable) -> tuple[NDArray[np.int64],
 
 
 def _ranks_of_gaps(gaps: NDArray[Any], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
-    """[U] ranks: the running sum within each position."""
+    """Ranks [U]: the running sum of gaps within each position."""
     steps = np.zeros(len(gaps) + 1, np.int64)
     np.cumsum(gaps.astype(np.int64) + 1, out=steps[1:])
     return steps[1:] - np.repeat(steps[offsets[:-1]], np.diff(offsets)) - 1
@@ -284,7 +284,7 @@ def _ranks_of_gaps(gaps: NDArray[Any], offsets: NDArray[np.int64]) -> NDArray[np
 def _by_rising(
     offsets: NDArray[np.int64], numbers: NDArray[Any], counts: NDArray[Any]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Numbers below 2**32 sorted within each of at most 2**16 positions, and the counts that go with them."""
+    """Sort numbers below 2**32 within each of at most 2**16 positions, together with their counts."""
     # One integer of position, number and count: sorting those is several times faster than an argsort of two keys.
     packed = np.repeat(np.arange(len(offsets) - 1, dtype=np.uint64), np.diff(offsets)) << np.uint64(48)
     packed |= numbers.astype(np.uint64) << np.uint64(16)
@@ -296,7 +296,7 @@ def _by_rising(
 
 
 def _read_draws(read: ReadRange, positions: range, n: int, ranks: RankTable, num_positions: int) -> Draws:
-    """The draws of a range of positions, from the whole blocks that hold it."""
+    """Read the draws of a range of positions, from the whole blocks that hold it."""
     parts = [
         _read_blocks(read, range(start, min(start + _SORTED_POSITIONS, positions.stop)), n, ranks, num_positions)
         for start in range(positions.start, max(positions.stop, positions.start + 1), _SORTED_POSITIONS)
@@ -330,9 +330,10 @@ def _draws(gaps: NDArray[Any], counts: NDArray[Any], offsets: NDArray[np.int64],
 
 
 def _ends(counts: NDArray[Any], num_positions: int, n: int) -> NDArray[np.int64]:
-    """[P+1] offsets, from counts that sum to `n` at each position."""
+    """Offsets [P+1] of the positions, from counts that sum to `n` at each."""
     total = np.cumsum(counts, dtype=np.int64)
     offsets = np.zeros(num_positions + 1, np.int64)
+    # No sum within a position is a multiple of n, as the counts of each position sum to n.
     whole = np.flatnonzero(total % n == 0) + 1
     if len(whole) != num_positions or not counts.all() or (len(total) and int(total[-1]) != num_positions * n):
         raise FormatError(f"stored counts do not make {n} draws at each of {num_positions} positions")

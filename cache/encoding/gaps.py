@@ -1,4 +1,4 @@
-"""The gap codes of `u8`: falling logprobs <-> how many sixteenths of a nat each is below the one before it.
+"""The gap codes of `u8`: the difference between neighbouring logprobs, in sixteenths of a nat.
 
 Shape legend:  P positions, K kept entries.
 """
@@ -14,24 +14,22 @@ from numpy.typing import NDArray
 STEP = 1 / 16
 """Width of a gap code, in nats."""
 SATURATED = 255
-# More steps than any codes reach, in an int32.
+# More steps than codes of MAX_K entries can reach; fits into int32.
 _UNREACHABLE = 2.0**30
 BLOCK_ENTRIES = 1 << 16
 """Entries that are decoded together: their float64 stays in a core's L2 cache."""
 COMPILED_ENTRIES = 1 << 19
-"""From so many on, loading the compiled code pays for itself in a few reads."""
-# Weights are whole numbers, so that any order of summing gives the same bits; the sum of 2^18 fits in an int64.
+"""Least number of entries for which compiled code is loaded: it takes a few such reads to pay for itself."""
+# Weights are whole numbers, so that any order of summing gives the same bits; the sum of 2^18 fits into int64.
 _ONE = 2.0**44
 _Number = TypeVar("_Number", np.int32, np.float64)
 
 
 def encode_gaps(logprobs: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """[P, K-1] codes of [P, K] falling logprobs.
-
-    Where a gap saturates, the next ones make up for what it could not hold.
-    """
+    """Encode falling logprobs [P, K] as gaps [P, K-1]; after a gap that saturates, the next ones make up for it."""
     with np.errstate(invalid="ignore"):
         steps = logprobs[:, :1].astype(np.float64) - logprobs
+    # Distances to the top are rounded, not gaps, so that errors of rounding do not add up along a row.
     np.rint(np.multiply(steps, 1 / STEP, out=steps), out=steps)
     if not np.isfinite(steps).all():
         np.nan_to_num(steps, copy=False, nan=0.0, posinf=_UNREACHABLE)
@@ -44,10 +42,10 @@ def encode_gaps(logprobs: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 
 def beyond_codes(logprobs: NDArray[np.float64]) -> NDArray[np.bool_] | None:
-    """[P, K] entries whose distance to the top one exceeds what saturated gaps can reach; None when there are none."""
+    """Mask [P, K] of the entries too far below the top one for saturated gaps to reach; None when there are none."""
     with np.errstate(invalid="ignore"):
         drop = logprobs[:, :1] - logprobs
-        # Also true of the NaN between two entries without mass.
+        # Negated, so that it also holds for the NaN between two entries without mass.
         wide = ~(np.diff(drop, axis=1) <= SATURATED * STEP)
     if not wide.any():
         return None
@@ -61,9 +59,9 @@ def beyond_codes(logprobs: NDArray[np.float64]) -> NDArray[np.bool_] | None:
 
 
 def decode_gaps(gaps: NDArray[np.uint8], kept: NDArray[np.float64]) -> NDArray[np.float32]:
-    """[P, K] logprobs that fall by [P, K-1] gaps and whose exps sum to that of `kept` [P].
+    """Decode gaps [P, K-1] to logprobs [P, K], scaled so that their probabilities sum to exp(`kept`), [P].
 
-    However rows are batched, and whichever of the two ways below they take, the bits are the same.
+    Batching does not change a bit, and neither does the choice between compiled code and numpy.
     """
     if len(gaps) * (gaps.shape[1] + 1) >= COMPILED_ENTRIES:
         return _decode_compiled(gaps, kept)
@@ -76,7 +74,7 @@ def decode_gaps(gaps: NDArray[np.uint8], kept: NDArray[np.float64]) -> NDArray[n
 
 
 def log1mexp(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """log(1 - exp(x)) for x <= 0, accurate at both ends (Maechler 2012, "Accurately computing log(1-exp(-|a|))")."""
+    """Compute log(1 - exp(x)) for x <= 0, accurate at both ends (Maechler 2012, "Accurately computing log(1-exp)")."""
     with np.errstate(divide="ignore"):
         return np.where(x > -np.log(2.0), np.log(-np.expm1(x)), np.log1p(-np.exp(x)))
 
@@ -100,20 +98,20 @@ def _decode_block(gaps: NDArray[np.uint8], kept: NDArray[np.float64]) -> NDArray
 
 
 def _top(kept: NDArray[np.float64], sums: NDArray[np.int64]) -> NDArray[np.float64]:
-    """[P] logprobs of the first entries."""
+    """Logprobs [P] of the first entries."""
     top: NDArray[np.float64] = kept - np.log(sums / _ONE)
     return top
 
 
 @lru_cache(maxsize=8)
 def _weights(num_gaps: int) -> NDArray[np.int64]:
-    """exp(-i/16), in units of 1 / `_ONE`, for every sum of so many codes: faster than exp per entry."""
+    """Table of exp(-i/16) in units of 1 / `_ONE`, for every sum i of so many codes; faster than an exp per entry."""
     weights: NDArray[np.int64] = np.rint(_ONE * np.exp(-STEP * np.arange(SATURATED * num_gaps + 1))).astype(np.int64)
     return weights
 
 
 def _reached(drops: NDArray[_Number], most: float) -> NDArray[_Number]:
-    """How far below the top one each entry can be said to be, when a step down is at most `most`.
+    """Distances below the top entry that gaps of at most `most` can express, for the distances `drops`.
 
     Unrolls r[j] = min(d[j], r[j-1] + most), r[0] = d[0] = 0, to most * j + min(d[i] - most * i for i <= j).
     """

@@ -1,17 +1,17 @@
-"""Targets <-> the arrays that are stored. Pure: numpy in, numpy out.
+"""Encoding of top-k targets to stored arrays, and back. Pure functions of numpy arrays.
 
-Ids become frequency ranks (`RankTable`), which compress better. Logprobs are kept by one of:
+Ids become frequency ranks (`RankTable`), which compress better. Logprobs are kept in one of:
 
     name  stored                                               largest error in nats, after scaling
     u8    gaps between neighbours at 1/16 nat, [P, K-1] uint8   1/16 + 0.001; gaps over 15.9 nats saturate
     f16   the logprobs, [P, K] float16                          0.016 down to -32 nats
     f32   the logprobs, [P, K] float32                          0
 
-`u8` quantises the running sum of the gaps, so that rounding never adds up: each entry is within 1/32 nat
-of its distance to the top one. `u8` and `f16` then scale the decoded top-k to hold exactly 1 - tail, which
-moves all entries together by at most another 1/32 nat and gives the top logprob of `u8`, which is not stored.
-The extra 0.001 is the float16 tail. `log_tail` and `label_logprob` are float16 (relative error 2**-11) in `u8` and
-`f16`, float32 in `f32`. Everything is computed position by position, so how positions are batched changes no bit.
+`u8` quantises the running sum of the gaps, so that rounding never adds up: the distance of each entry to the top one
+is within 1/32 nat. `u8` and `f16` then scale the decoded top-k to hold exactly 1 - tail; that moves all entries
+together by at most another 1/32 nat, and gives the top logprob of `u8`, which is not stored. The extra 0.001 is the
+float16 tail. `log_tail` and `label_logprob` are float16 (relative error 2**-11) in `u8` and `f16`, float32 in `f32`.
+Everything is computed position by position, so batching changes no bit.
 
 Shape legend:  P positions, K kept entries, V vocabulary size.
 """
@@ -37,7 +37,7 @@ from potstill.cache.encoding.gaps import (
 from potstill.cache.errors import FormatError, InvalidInput, TeacherFailed
 from potstill.cache.types import JSON, Targets, folded_tail
 
-# float16 has no number between this and zero; a tail that is all of the mass but for less is kept as this.
+# The float16 number nearest to zero. A tail rounded to 0 would leave a top-k of no mass, which cannot be scaled.
 _LEAST_LOG_TAIL = np.float16(-6e-8)
 # Positions that are encoded and measured together: their float64 stays in a core's L2 cache.
 _BLOCK = 2048
@@ -49,18 +49,18 @@ StoredArrays = dict[str, NDArray[np.generic]]
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """One way to keep logprobs: its name and the largest |error| in nats it promises."""
+    """One way to keep logprobs: its name, and the largest absolute error in nats that it promises."""
 
     name: str
     max_abs_error: float
 
     @property
     def packed(self) -> bool:
-        """Whether its arrays are packed in blocks (`potstill.cache.encoding.archive.codec`) instead of one by one."""
+        """True when arrays are packed in blocks (`potstill.cache.encoding.archive.codec`), not stored one by one."""
         return self.name == "archive"
 
     def to_json(self) -> dict[str, JSON]:
-        """`{"name", "max_abs_error"}`."""
+        """Convert to `{"name", "max_abs_error"}`."""
         return {"name": self.name, "max_abs_error": self.max_abs_error}
 
 
@@ -73,10 +73,10 @@ ENCODINGS: Mapping[str, Encoding] = {
 
 
 def encoding_by_name(name: str) -> Encoding:
-    """The encoding with this name.
+    """Look up an encoding by its name.
 
     Raises:
-        InvalidInput: there is none.
+        InvalidInput: there is none of this name.
     """
     if name not in ENCODINGS:
         raise InvalidInput(f"encoding {name!r} is unknown; known are {', '.join(ENCODINGS)}")
@@ -91,37 +91,37 @@ class RankTable:
 
     @classmethod
     def plain(cls, vocab_size: int) -> RankTable:
-        """Ids stored as they are."""
+        """Make the table in which every id is its own rank."""
         return cls(np.arange(vocab_size, dtype=np.uint32))
 
     @classmethod
     def by_frequency(cls, top_ids: NDArray[np.uint32], tokens: NDArray[np.uint32], vocab_size: int) -> RankTable:
-        """Most frequent among `top_ids` first; ties by count in `tokens`, then by id."""
+        """Rank ids by falling frequency in `top_ids`, ties by frequency in `tokens`, then by id."""
         in_top = np.bincount(top_ids.reshape(-1), minlength=vocab_size)
         in_text = np.bincount(tokens, minlength=vocab_size)
         return cls(np.lexsort((np.arange(vocab_size), -in_text, -in_top)).astype(np.uint32))
 
     @cached_property
     def ranks_by_id(self) -> NDArray[np.uint32]:
-        """The inverse permutation, [V]."""
+        """Inverse permutation [V]: `ranks_by_id[i]` is the rank of id `i`."""
         inverse = np.empty_like(self.ids_by_rank)
         inverse[self.ids_by_rank] = np.arange(len(self.ids_by_rank), dtype=np.uint32)
         return inverse
 
     @cached_property
     def sha256(self) -> str:
-        """Of the permutation's little-endian bytes, in hex."""
+        """Hash of the permutation's little-endian bytes, in hex."""
         return hashlib.sha256(self.ids_by_rank.astype("<u4").tobytes()).hexdigest()
 
     @property
     def dtype(self) -> type[np.uint16 | np.uint32]:
-        """The narrowest type that holds a rank."""
+        """Narrowest dtype that holds a rank."""
         return np.uint16 if len(self.ids_by_rank) <= 2**16 else np.uint32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodingError:
-    """How far decoded targets are from the exact ones they were encoded from."""
+    """Error of decoded targets against the exact ones that were encoded."""
 
     max_abs: float
     """Largest |logprob difference| in nats over entries that did not saturate."""
@@ -132,27 +132,28 @@ class EncodingError:
     saturated: int
     """Entries further than 15.9 nats below their neighbour, or of no mass at all."""
     saturated_mass: float
-    """Their exact mass, averaged over positions."""
+    """Exact probability mass of the saturated entries, averaged over positions."""
 
     def to_json(self) -> dict[str, float]:
-        """A JSON object with one key per attribute."""
+        """Convert to a JSON object with one key per attribute."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
 def encode(targets: Targets, encoding: Encoding, ranks: RankTable) -> StoredArrays:
-    """The arrays to store: `ids`, `log_tail`, `label_logprob`, and `gaps` or `logprobs`.
+    """Encode the arrays to store: `ids` (as ranks), `log_tail`, `label_logprob`, and `gaps` or `logprobs`.
 
     Raises:
-        TeacherFailed: NaN, entries not sorted by falling logprob, mass that is not 1, an id over the vocabulary.
+        TeacherFailed: a number is NaN, entries are not sorted by falling logprob, the mass is not 1, or an id is over
+            the vocabulary.
     """
     check_targets(targets, len(ranks.ids_by_rank))
     stored: StoredArrays = {"ids": _gathered(ranks.ranks_by_id, targets.ids).astype(ranks.dtype)}
     if encoding.name in ("u8", "archive"):
         stored["gaps"] = encode_gaps(targets.logprobs)
     else:
-        with np.errstate(over="ignore"):  # no mass in float16: -inf
+        with np.errstate(over="ignore"):  # below the range of float16: -inf, no mass
             stored["logprobs"] = targets.logprobs.astype(np.float32 if encoding.name == "f32" else np.float16)
-    # A teacher's mass is 1 up to a tolerance; a reader takes no more than all of it.
+    # A teacher's mass may exceed 1 by the tolerance; a log over 0 would be refused when it is read.
     tail, label = (np.minimum(logprob, np.float32(0.0)) for logprob in (targets.log_tail, targets.label_logprob))
     if encoding.name == "f32":
         stored["log_tail"], stored["label_logprob"] = tail, label
@@ -165,12 +166,12 @@ def encode(targets: Targets, encoding: Encoding, ranks: RankTable) -> StoredArra
 def decode(
     stored: Mapping[str, NDArray[np.generic]], encoding: Encoding, ranks: RankTable, *, k: int | None = None
 ) -> Targets:
-    """The targets that `encode` stored, within the encoding's error; of each position the top `k`, by default all.
+    """Decode what `encode` stored, within the encoding's error; the top `k` of each position, by default all.
 
-    `ids` may have fewer columns than the logprobs, at least `k`.
+    `ids` may have fewer columns than the logprobs, but at least `k`.
 
     Raises:
-        FormatError: a rank over the vocabulary.
+        FormatError: a rank is over the vocabulary.
     """
     codes = stored["ids"][:, :k]
     if codes.size and int(codes.max()) >= len(ranks.ids_by_rank):
@@ -194,7 +195,7 @@ def decode(
 
 
 def encode_measured(targets: Targets, encoding: Encoding, ranks: RankTable) -> tuple[StoredArrays, EncodingError]:
-    """The arrays to store, and how far they decode from `targets`; in blocks, so that memory stays near the targets'.
+    """Encode the arrays to store, and measure their error; in blocks, so that memory stays near that of `targets`.
 
     Raises:
         TeacherFailed: as `encode`.
@@ -211,7 +212,7 @@ def encode_measured(targets: Targets, encoding: Encoding, ranks: RankTable) -> t
 
 @dataclass(slots=True)
 class Measured:
-    """The encoding error of positions that come block by block."""
+    """Sums for the encoding error of positions that come block by block."""
 
     positions: int = 0
     entries: int = 0
@@ -222,7 +223,7 @@ class Measured:
     kl: list[NDArray[np.float64]] = field(default_factory=list)
 
     def add(self, exact: Targets, decoded: Targets) -> None:
-        """Take up some positions."""
+        """Add some positions."""
         p, q = exact.logprobs.astype(np.float64), decoded.logprobs.astype(np.float64)
         lost = beyond_codes(p)
         with np.errstate(invalid="ignore"):
@@ -241,7 +242,7 @@ class Measured:
         self.kl.append(_kl_terms(p, q).sum(axis=1) + _kl_terms(*tails))
 
     def error(self) -> EncodingError:
-        """Over all positions so far."""
+        """Error over all positions so far."""
         kl = np.concatenate(self.kl) if self.kl else np.zeros(1)
         return EncodingError(
             max_abs=self.max_abs,
@@ -254,10 +255,11 @@ class Measured:
 
 
 def check_targets(targets: Targets, vocab_size: int) -> None:
-    """Refuse what no teacher can mean.
+    """Refuse targets that no distribution can have.
 
     Raises:
-        TeacherFailed: NaN, unsorted entries, mass that is not 1, a label over 0, an id over the vocabulary.
+        TeacherFailed: a number is NaN, entries are unsorted, the mass is not 1, a label's logprob is over 0, or an id
+            is over the vocabulary.
     """
     if np.isnan(targets.logprobs).any() or np.isnan(targets.log_tail).any():
         raise TeacherFailed("the teacher answered NaN logprobs; its targets are not kept")
@@ -273,13 +275,13 @@ def check_targets(targets: Targets, vocab_size: int) -> None:
 
 
 def check_ids(targets: Targets, vocab_size: int) -> None:
-    """The part of `check_targets` that is cheap on a whole shard; raises TeacherFailed for an id over V."""
+    """Raise TeacherFailed for an id over V: the part of `check_targets` that is cheap on a whole shard."""
     if targets.ids.size and int(targets.ids.max()) >= vocab_size:
         raise TeacherFailed(f"the teacher answered id {int(targets.ids.max())}, its vocabulary has {vocab_size}")
 
 
 def _gathered(table: NDArray[np.uint32], codes: NDArray[np.generic]) -> NDArray[np.uint32]:
-    """`table[codes]` for [P, K] codes that were checked to be inside."""
+    """Look up `table[codes]` for codes [P, K] that were checked to be inside."""
     out = np.empty(codes.shape, np.uint32)
     # A teacher's own arrays may have a sign or another byte order, of which the compiled code knows nothing.
     if codes.size >= COMPILED_ENTRIES and codes.dtype in (np.uint16, np.uint32) and table.dtype == np.uint32:
@@ -287,7 +289,7 @@ def _gathered(table: NDArray[np.uint32], codes: NDArray[np.generic]) -> NDArray[
 
         gather(table, np.ascontiguousarray(codes), out)
         return out
-    # In blocks, and so twice as fast.
+    # In blocks, which stay in a core's L2 cache: twice as fast.
     block = max(BLOCK_ENTRIES // max(codes.shape[1], 1), 1)
     for start in range(0, len(codes), block):
         np.take(table, codes[start : start + block].astype(np.intp), out=out[start : start + block], mode="clip")
@@ -302,14 +304,15 @@ def _from_float16(logprobs: NDArray[np.generic], log_tail: NDArray[np.float32]) 
         part = slice(start, start + block)
         values = logprobs[part].astype(np.float64)
         mass = np.exp(values).sum(axis=1)
-        # Entries without mass stay without: there is nothing to scale.
+        # A position whose entries all have no mass stays so: there is nothing to scale.
         scale = np.where(mass > 0, kept[part] - np.log(np.where(mass > 0, mass, 1.0)), 0.0)
         np.add(values, scale[:, None], out=scaled[part], casting="same_kind")
     return scaled
 
 
 def _kl_terms(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.float64]:
-    """exp(p) * (p - q), zero where p has no mass. Less than no mass in q where p has some counts as 1e-45."""
+    """Terms exp(p) * (p - q) of a KL divergence, zero where p has no mass."""
+    # No mass in q where p has some counts as 1e-45, which keeps the sum finite.
     none = np.isneginf(p)
     terms: NDArray[np.float64] = (np.where(none, 0.0, p) if none.any() else p) - np.maximum(q, -103.0)
     terms *= np.exp(p.astype(np.float32))

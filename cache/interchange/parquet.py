@@ -260,6 +260,7 @@ def labels_in_top_k(ids: NDArray[np.uint32], logprobs: NDArray[np.float32], rows
     following = np.roll(rows.tokens, -1)
     match = ids == following[:, None]
     found = match.any(axis=1)
+    # The last position of a row would take the first token of the next row for its label.
     found[np.cumsum(rows.lengths) - 1] = False
     label = np.full(len(ids), np.nan, np.float32)
     label[found] = logprobs[match & found[:, None]]

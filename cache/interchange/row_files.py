@@ -176,6 +176,7 @@ def _parquet_paths(sources: Sequence[str | Path]) -> list[Path]:
 
 
 def _by_numbers(path: Path) -> list[tuple[int, str]]:
+    # DistillKit does not pad numbers: data_10 comes after data_9.
     return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", str(path))]
 
 

@@ -141,6 +141,7 @@ def first_rows(source: JournalRows) -> tuple[list[tuple[JournalSegment, NDArray[
     for segment, first in zip(segments, first_of_each_key([segment.row_keys() for segment in segments]), strict=True):
         starts = segment.starts()
         ranges = np.stack([starts[:-1], starts[1:]], axis=1)[first]
+        # A corpus has no empty rows.
         ranges = ranges[ranges[:, 1] > ranges[:, 0]]
         longest = max(longest, int(np.diff(ranges, axis=1).max(initial=1)))
         found.append((segment, ranges))

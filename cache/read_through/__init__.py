@@ -1,1 +1,1 @@
-"""A teacher with the cache in front: known rows are answered from it, missed ones are scored once and kept."""
+"""A teacher with the cache in front of it: known rows are answered from the cache, others scored once and kept."""

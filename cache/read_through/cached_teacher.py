@@ -1,13 +1,13 @@
-"""CachedTeacher: a teacher behind what is already known of it.
+"""CachedTeacher: a teacher with the journal and the corpora of a cache in front of it.
 
-A row is looked for in the journal, then in every corpus that has committed targets of the same teacher and
-identity (`known_targets`); of those with enough entries the fewest answer. Only a miss reaches the teacher
-behind, once, however many callers wait for it. A miss is answered through the journal's encoding, so that the answer
-is what a later hit returns.
+A row is looked up in the journal, then in every corpus that has committed targets of the same teacher and identity
+(`known_targets`); of the places with enough entries, the one with the fewest answers. Only a miss reaches the inner
+teacher, once, however many callers wait for it. The answer to a miss goes through the journal's encoding, so that it
+equals what a later hit returns.
 
-Only the top-k is kept of what is asked for here. A wish for draws, entropy, temperatures or dense logprobs is answered
-by corpora that hold exactly these fields (the same draws, seed and temperatures); what they do not hold is passed on to
-the teacher behind, whose answer is exact, not kept and not shared between callers.
+Only the top-k is kept. Draws, entropy, log sums and dense logprobs are answered from corpora with exactly these fields
+(the same number of draws, seed and temperatures); other rows go to the inner teacher, whose answer is then exact, and
+neither kept nor shared between callers.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ _FLUSH_CHECK_SECONDS = 0.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeepPolicy(JournalPolicy):
-    """What is kept of a scored row, and when it is written.
+    """Limits of a journal, and the K with which rows are kept in it.
 
     Raises:
-        InvalidInput: k below 1, an encoding that journals do not use, or a negative quota.
+        InvalidInput: k is below 1, journals do not use the encoding, or the quota is negative.
     """
 
     k: int = 64
-    """Misses are scored with at least this K, so that a later, larger wish up to it is a hit."""
+    """Fewest entries with which misses are scored, so that a later request for up to this K is a hit."""
     tidy_seconds: float = 30.0
-    """How often the journals are kept within the quota and small segments joined."""
+    """Seconds between runs of `Journal.tidy`, which enforces the quota and joins small segments."""
 
     def __post_init__(self) -> None:
         JournalPolicy.__post_init__(self)  # `super()` does not know a class with slots
@@ -61,7 +61,7 @@ class KeepPolicy(JournalPolicy):
 
 @dataclass(frozen=True, slots=True)
 class CacheCounters:
-    """Rows answered since the start: from the cache, by the teacher, by another caller's score in flight."""
+    """Counts of rows answered since the start: from the cache, by the teacher, and by another caller's request."""
 
     hits: int = 0
     misses: int = 0
@@ -70,7 +70,7 @@ class CacheCounters:
 
 @dataclass(slots=True, eq=False)
 class _Batch:
-    """Rows of one caller's misses on their way through the teacher behind."""
+    """Rows that one caller missed, while the inner teacher scores them; other callers may wait for them too."""
 
     keep: Fields
     rows: dict[bytes, Tokens]
@@ -80,11 +80,11 @@ class _Batch:
 
     @property
     def dropped(self) -> bool:
-        """Whether it is being cancelled, because its last waiter left."""
+        """True while it is being cancelled, because its last waiter left."""
         return self.task is not None and self.task.cancelling() > 0
 
     def fail(self, error: PotstillError) -> None:
-        """Tell every waiter, unless there is an answer already."""
+        """Give every waiter the error, unless there is an answer already."""
         if not self.answers.done():
             self.answers.set_exception(error)
             self.answers.exception()  # retrieved: a caller that has left will not
@@ -92,7 +92,7 @@ class _Batch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Lookup:
-    """Rows that were looked up, with what is kept of each."""
+    """Rows that were looked up, with their kept targets or None."""
 
     rows: Sequence[Tokens]
     keys: Sequence[bytes]
@@ -101,23 +101,23 @@ class Lookup:
 
     @property
     def missing(self) -> dict[bytes, Tokens]:
-        """Row key -> row of what is not kept."""
+        """Rows that are not kept, by key; each once."""
         looked_up = zip(self.keys, self.rows, self.found, strict=True)
         return {key: row for key, row, targets in looked_up if targets is None}
 
 
 class CachedTeacher(WrappedTeacher):
-    """A `Teacher` in front of another one. Open with `open`, which also closes it."""
+    """A `Teacher` that answers from a cache what it can; opened and closed by the context manager `open`."""
 
     def __init__(self, inner: Teacher, name: str, cache: Cache, policy: KeepPolicy) -> None:
         super().__init__(inner)
         self.counters = CacheCounters()
         self.store_error = ""
-        """Why rows could not be kept lately; empty when all is well."""
+        """Last error of the store in one line; empty when all is well."""
         self._name = name
         self._cache = cache
         self.policy = policy
-        """What is kept, and when it is written."""
+        """Limits of the journal, and the K of kept rows."""
         self._in_flight: dict[bytes, list[_Batch]] = {}
         # By lookup on its way: keys of rows that came into the journal meanwhile.
         self._landed: dict[object, set[bytes]] = {}
@@ -125,7 +125,8 @@ class CachedTeacher(WrappedTeacher):
         self._journal = Journal(cache.root, name, inner.identity, policy, self._trouble)
         self._known = KnownTargets(cache, name, inner.identity, self._trouble)
         self._losses = self._journal.index.losses
-        # A thread keeps the memory that it freed (glibc's arenas): in any of asyncio's, all would come to keep as much.
+        # Threads of their own: a thread keeps memory that it freed (glibc's arenas), and in asyncio's pool every thread
+        # would come to keep that of a flush.
         self._flusher = ThreadPoolExecutor(1, f"flush-{name}")
         self._tidier = ThreadPoolExecutor(1, f"tidy-{name}")
 
@@ -134,7 +135,7 @@ class CachedTeacher(WrappedTeacher):
     async def open(
         cls, inner: Teacher, *, name: str, cache: Cache, policy: KeepPolicy | None = None
     ) -> AsyncIterator[CachedTeacher]:
-        """Open in front of `inner`; on leaving, waiting rows are stored. `inner` stays open.
+        """Open a cache in front of `inner`. On leaving, waiting rows are stored; `inner` stays open.
 
         Raises:
             InvalidInput: the cache was opened to read.
@@ -154,30 +155,30 @@ class CachedTeacher(WrappedTeacher):
 
     @property
     def journal_bytes(self) -> int:
-        """Stored in the journals of all processes for this teacher, as of the last tidying."""
+        """Stored bytes of this teacher in the journals of all processes, as of the last `tidy`."""
         return self._journal.stored_bytes
 
     async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
-        """One `Targets` per row, in order, with exactly `want.k` entries.
+        """Score rows: one `Targets` per row, in order, with exactly `want.k` entries.
 
         Raises:
-            What the teacher behind raises on a miss.
+            PotstillError: whatever the inner teacher raises on a miss.
         """
         return await self.complete(await self.look_up(rows, want))
 
     async def look_up(self, rows: Sequence[Tokens], want: Fields) -> Lookup:
-        """Look for each row in the journal and the corpora; nothing is scored."""
+        """Look each row up in the journal and the corpora; nothing is scored."""
         keys = [row_key(self.identity.tokenizer_sha256, row) for row in rows]
         kept = self._look(keys, want) if want.only_top_k else asyncio.to_thread(self._known.find, keys, want)
         return Lookup(rows, keys, want, await kept)
 
     async def complete(self, lookup: Lookup) -> list[Targets]:
-        """Answer all rows of a lookup, scoring those that are missing.
+        """Answer all rows of a look-up, scoring those that are missing.
 
-        To be awaited right after `look_up`: a score that ends in between is not seen, and its rows are scored again.
+        Await it right after `look_up`: rows that another caller's score adds in between are scored again.
 
         Raises:
-            What the teacher behind raises on a miss.
+            PotstillError: whatever the inner teacher raises on a miss.
         """
         keys, want, found, missing = lookup.keys, lookup.want, lookup.found, lookup.missing
         if not want.only_top_k:
@@ -185,7 +186,8 @@ class CachedTeacher(WrappedTeacher):
         repeated = found.count(None) - len(missing)
         self._count(hits=len(keys) - found.count(None), joined=repeated)
         answers = await self._score(missing, want)
-        # What was refused to another caller is asked for once more together with others, then alone.
+        # A row that was refused to the caller whose request we joined may be granted to us: try once more together with
+        # others, then alone, where a refusal is ours.
         for join in (True, False):
             refused = {key: row for key, row in missing.items() if key not in answers}
             if not refused:
@@ -194,13 +196,14 @@ class CachedTeacher(WrappedTeacher):
             answers |= {key: targets for key, targets in zip(refused, kept, strict=True) if targets is not None}
             left = {key: row for key, row in refused.items() if key not in answers}
             answers |= await self._score(left, want, join=join)
+        # More entries may be kept, or scored, than were asked for.
         return [
             (targets if targets is not None else answers[key]).prefix(want.k)
             for key, targets in zip(keys, found, strict=True)
         ]
 
     async def _score(self, rows: dict[bytes, Tokens], want: Fields, *, join: bool = True) -> dict[bytes, Targets]:
-        """Answers by key, but for rows that were refused to the caller whose score was joined."""
+        """Score rows or join other callers' requests; answers by key, without rows refused to those callers."""
         batches, mine = self._join_or_score(rows, want, join=join)
         num_mine = 0 if mine is None else len(mine.rows)
         self._count(misses=num_mine)
@@ -209,14 +212,16 @@ class CachedTeacher(WrappedTeacher):
         return answers
 
     async def _complete_beyond_top_k(self, lookup: Lookup) -> list[Targets]:
-        """Answer more than the top-k: what no corpus has comes from the teacher behind as it answers."""
+        """Answer more than the top-k: rows that no corpus has come unchanged from the inner teacher."""
         missing = [row for row, targets in zip(lookup.rows, lookup.found, strict=True) if targets is None]
         scored = iter(await self.inner.score(missing, lookup.want) if missing else [])
         self._count(hits=len(lookup.rows) - len(missing), misses=len(missing))
         return [targets if targets is not None else next(scored) for targets in lookup.found]
 
     async def _look(self, keys: list[bytes], want: Fields) -> list[Targets | None]:
-        """What is kept of each row. A score that ends while we look is seen: nothing comes between that and joining."""
+        """Find the kept targets of each row, or None."""
+        # The search runs in a thread, and a score that ends meanwhile may be missed by it: then search again. After
+        # the return nothing is awaited before a request is joined, so no score can end unseen.
         while True:
             look = object()
             landed = self._landed[look] = set()
@@ -234,7 +239,8 @@ class CachedTeacher(WrappedTeacher):
     def _join_or_score(
         self, missing: dict[bytes, Tokens], want: Fields, *, join: bool = True
     ) -> tuple[dict[bytes, _Batch], _Batch | None]:
-        """The batch that scores each missing row, and the one of them with the rows that nobody scored yet."""
+        """The batch that scores each missing row, and the new batch among them, with rows that none scored yet."""
+        # Our own K must not exceed what the teacher can answer: it would refuse a small request.
         limit = min(self.identity.vocab_size, self.limits.max_top_k or self.identity.vocab_size)
         keep = replace(want, k=max(want.k, min(self.policy.k, limit)))
         batches = {key: batch for key in missing if join and (batch := self._joinable(key, keep.k)) is not None}
@@ -249,14 +255,14 @@ class CachedTeacher(WrappedTeacher):
         return batches, batch
 
     def _joinable(self, key: bytes, k: int) -> _Batch | None:
-        """Of the batches that score this row with enough entries, the one with the fewest: as the journal will."""
+        """The batch in flight that scores a row with enough entries; of several the fewest, as the journal chooses."""
         enough = (batch for batch in self._in_flight.get(key, ()) if batch.keep.k >= k and not batch.dropped)
         return min(enough, key=lambda batch: batch.keep.k, default=None)
 
     async def _wait_for(self, batches: dict[bytes, _Batch], mine: _Batch | None = None) -> dict[bytes, Targets]:
-        """The answers by key. A caller that leaves fails nobody; a batch that nobody waits for is dropped.
+        """Wait for batches; answers by key. A caller that leaves fails nobody; a batch without waiters is cancelled.
 
-        Rows that were only joined are left out when they were refused for the sake of who asked first.
+        Rows of joined batches are left out when the refusal was meant for the caller that asked first.
         """
         different = list(dict.fromkeys(batches.values()))
         answers: dict[bytes, Targets] = {}
@@ -282,7 +288,7 @@ class CachedTeacher(WrappedTeacher):
         try:
             exact = await self.inner.score(list(batch.rows.values()), batch.keep)
             rows, answers = await asyncio.to_thread(self._through_encoding, batch.rows, exact)
-            # In the journal before it is answered: a row is never scored twice in between.
+            # Into the journal before the answer: otherwise the row could be scored a second time in between.
             self._journal.add(rows)
             for landed in self._landed.values():
                 landed.update(batch.rows)
@@ -294,7 +300,7 @@ class CachedTeacher(WrappedTeacher):
             raise
         finally:
             if not batch.answers.done():
-                # What else ended it is a bug, which the task reports; its callers must not hang.
+                # Another exception is a bug, which the task reports; the callers must not hang on it.
                 batch.fail(TeacherFailed("the teacher ended without an answer; the service's log says why"))
             for key in batch.rows:
                 self._in_flight[key].remove(batch)
@@ -310,13 +316,13 @@ class CachedTeacher(WrappedTeacher):
         return [row for row, _ in kept], [answer for _, answer in kept]
 
     def _find_all(self, keys: list[bytes], want: Fields) -> list[Targets | None]:
-        """What is kept of rows; damaged targets count as a miss here and as an error in `verify`."""
+        """Find rows in the journal, then in corpora; damaged targets count as a miss here, as an error in `verify`."""
         found = self._journal.find(keys, want.k)
         if self._losses != self._journal.index.losses:
             # Rows that left the journal may be in a corpus that was made of it just now.
             self._losses = self._journal.index.losses
             self._known.look_again()
-        # Of all that is kept of a row the fewest entries answer: as before they moved into a corpus.
+        # The fewest entries answer, in a corpus as in the journal: so an answer stays the same when its row moves.
         held = [None if targets is None else targets.k for targets in found]
         left = [i for i, k in enumerate(held) if k is None or k > want.k]
         if left:
@@ -336,7 +342,7 @@ class CachedTeacher(WrappedTeacher):
             await asyncio.get_running_loop().run_in_executor(self._flusher, self._journal.flush, self.provenance)
             self.store_error = ""
         except PotstillError as error:
-            # The answers were given; the rows wait for the next try.
+            # Callers have their answers already; the rows wait for the next try.
             self._trouble(error)
 
     async def _tidy_forever(self) -> None:
@@ -348,12 +354,13 @@ class CachedTeacher(WrappedTeacher):
                 self._trouble(error)
 
     def _trouble(self, error: PotstillError) -> None:
-        """Keep serving, and say once what is wrong with the store."""
+        """Log an error of the store, once, and keep serving."""
         if self.store_error != error.detail:
             self.store_error = error.detail
             _LOG.warning("teacher %s: %s", self._name, error.detail)
 
     async def _finish(self) -> None:
+        # Scores are stopped first, so that nothing comes into the journal after its last flush.
         self._closing = True
         batches = {batch for waiting in self._in_flight.values() for batch in waiting}
         tasks = [batch.task for batch in batches if batch.task is not None]
@@ -367,5 +374,5 @@ class CachedTeacher(WrappedTeacher):
 
 
 def _of_caller(error: PotstillError) -> bool:
-    """Whether another caller might not be refused: its place in the queue, quota and deadline are others."""
+    """Tell whether another caller may fare better: its place in the queue, its quota and its deadline differ."""
     return error.retryable or isinstance(error, DeadlineExceeded | LimitExceeded)

@@ -1,7 +1,7 @@
-"""One teacher's committed targets over all corpora of a cache, looked up by row key.
+"""Look-up by row key in one teacher's committed targets over all corpora of a cache.
 
-Corpora are asked by name; those whose targets began after the first look come behind, in the order they were found:
-so an answer does not change when another corpus is filled.
+Corpora are asked in the order of their names, and those whose targets began after the first look are asked last: so
+an answer does not change when another corpus is filled.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from potstill.cache.types import Fields, Targets, TeacherIdentity
 
 _LOG = logging.getLogger(__name__)
 
-# How often the store is asked for target sets that began since; a shard's commit is looked up at once.
+# Seconds between listings of target sets; a new commit in a known set is found at once.
 _REFRESH_SECONDS = 2.0
 
 
 class KnownTargets:
-    """What is committed of one teacher and identity. Thread-safe."""
+    """The committed targets of one teacher and identity; thread-safe."""
 
     def __init__(
         self, cache: Cache, teacher: str, identity: TeacherIdentity, on_trouble: Callable[[PotstillError], None]
@@ -40,16 +40,16 @@ class KnownTargets:
         self._read_at = float("-inf")
 
     def look_again(self) -> None:
-        """Ask the store for new target sets at the next `find`, however recent the last time was."""
+        """List target sets again at the next `find`, however recent the last listing is."""
         self._read_at = float("-inf")
 
     def find(
         self, keys: Sequence[bytes], want: Fields, below: Sequence[int | None] | None = None
     ) -> list[Targets | None]:
-        """The committed targets of each row, with exactly `want`; None where there are none.
+        """Find the committed targets of each row, with exactly the fields `want`; None where there are none.
 
-        Of a row for which `below` has a number, only target sets that keep fewer entries than that are asked.
-        What cannot be read is taken as not committed, and `on_trouble` is told.
+        Where `below` has a number for a row, only target sets that keep fewer entries are asked. Rows that cannot be
+        read count as not committed, and `on_trouble` gets the error.
         """
         found: dict[int, Targets] = {}
         limits = below or [None] * len(keys)
@@ -82,7 +82,7 @@ class KnownTargets:
             return self._one_by_one(targets, rows, want)
 
     def _one_by_one(self, targets: TargetSet, rows: dict[int, int], want: Fields) -> dict[int, Targets]:
-        """What can be read of rows of which some are damaged, or were deleted, and perhaps filled again, since."""
+        """Read the rows that can be read where some are damaged, or were deleted (and perhaps filled again) since."""
         self._reopen(targets.corpus.name)
         opened = self._sets.get(targets.corpus.name)
         fresh = None if opened is None else holding_only(opened, want)
@@ -99,7 +99,7 @@ class KnownTargets:
         return found
 
     def _reopen(self, corpus: str) -> None:
-        """Forget the commits that are remembered of it; a damaged corpus is not opened for every row."""
+        """Open a corpus' targets again, to forget remembered commits; not too often, as damage stays."""
         with self._lock:
             now = time.monotonic()
             if now - self._reopened_at.get(corpus, float("-inf")) >= _REFRESH_SECONDS:
@@ -139,9 +139,9 @@ class KnownTargets:
 
 
 def holding_only(targets: TargetSet, want: Fields) -> TargetSet | None:
-    """The segment sets that hold what is wanted, alone; None when they do not hold all of it.
+    """Reduce to the segment sets with the wanted fields; None when they do not have all of them.
 
-    What other segment sets have no commit of does not matter then.
+    Then uncommitted shards of other fields do not matter.
     """
     if not all(each.serves(targets.fields, want) for each in FIELDS):
         return None

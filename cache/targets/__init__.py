@@ -1,4 +1,4 @@
-"""Teachers' targets of a corpus: segments, the commits that publish them, rank tables, and reading by position or row.
+"""Teachers' targets for a corpus: segments, the commits that publish them, rank tables, reads by position or row.
 
 Built on `corpus`, `encoding` and `store`.
 """

@@ -18,13 +18,13 @@ class Commit:
     shard: int
     segment: str
     spec_sha256: str
-    """Of the stored record of the segment set, so that a commit of another set is refused; empty in format 1."""
+    """Hash of the set's stored spec, so that a commit of another set is refused; empty in format 1."""
     ranks_sha256: str
-    """Empty when the set stores no ids."""
+    """Hash of the rank table; empty when the set stores no ids."""
     objects: tuple[StoredObject, ...]
     provenance: Provenance
     error: dict[str, float]
-    """The encoding error measured when the segment was written (`potstill.cache.encoding.logprobs.EncodingError`)."""
+    """Encoding error measured when the segment was written (`potstill.cache.encoding.logprobs.EncodingError`)."""
 
     @property
     def num_bytes(self) -> int:
@@ -33,26 +33,26 @@ class Commit:
 
 
 def commit_name(shard: int) -> str:
-    """The record's name among a segment set's commits."""
+    """Name of a shard's record among a segment set's commits."""
     return f"{shard:06d}.json"
 
 
 def shard_of_commit(commit_name: str) -> int | None:
-    """The shard a record's name means, or None for another object's name."""
+    """Shard that a record's name means; None for the name of another object."""
     stem, dot, suffix = commit_name.partition(".")
     return int(stem) if dot and suffix == "json" and stem.isdecimal() else None
 
 
 def commit_bytes(commit: Commit) -> bytes:
-    """The record as it is stored."""
+    """Bytes of the record as it is stored."""
     return record_bytes("commit", {name: getattr(commit, name) for name in Commit.__dataclass_fields__})
 
 
 def commit_from_json(path: str, shard: int, record: Record) -> Commit:
-    """Read a shard's record.
+    """Read the commit of a shard.
 
     Raises:
-        FormatError: not a commit. CorruptSegment: the commit of another shard.
+        FormatError: it is no commit. CorruptSegment: it is the commit of another shard.
     """
     try:
         commit = Commit(

@@ -1,4 +1,4 @@
-"""The commits of one segment set: which shards have one, and what it says; one by one, or folded into a manifest."""
+"""The commits of one segment set, stored one by one, and folded into a manifest when the set is complete."""
 
 from __future__ import annotations
 
@@ -13,15 +13,12 @@ from potstill.cache.targets.commit import Commit, commit_bytes, commit_from_json
 from potstill.cache.targets.manifest import Manifest, fold
 from potstill.cache.targets.spec_record import SpecRecord
 
-# A commit is a small object: on an object store nearly all of the time is waiting.
+# Commits are small objects: reading one from an object store is nearly all waiting.
 _READ_AT_ONCE = 16
 
 
 class Commits:
-    """Read and create the commits of one segment set. Safe to share between threads.
-
-    Commits never change, so one that was found is remembered.
-    """
+    """Reads and creates the commits of one segment set; thread-safe. A commit never changes, so it is read once."""
 
     def __init__(self, record: SpecRecord) -> None:
         self._record = record
@@ -33,10 +30,10 @@ class Commits:
 
     @property
     def committed(self) -> NDArray[np.bool_]:
-        """[S] which shards have a commit right now; a query of the store unless all have.
+        """Mask [S], True for a shard with a commit right now. It asks the store, unless the set is folded.
 
         Raises:
-            SpecMismatch: another job made the set with another spec since it was planned; so does `of`.
+            SpecMismatch: another job made the set with another spec since it was planned; `of` raises it too.
         """
         done = np.zeros(self._num_shards, dtype=bool)
         if not self._record.is_begun():
@@ -51,11 +48,11 @@ class Commits:
 
     @property
     def remembered(self) -> list[int]:
-        """Shards whose commit is not asked for again, though somebody may have deleted it since."""
+        """Shards whose commit is remembered and not read again, though somebody may have deleted it since."""
         return list(self._known)
 
     def of(self, shard: int) -> Commit | None:
-        """The commit of a shard, or None."""
+        """Commit of a shard; None when there is none."""
         if shard not in self._known:
             if not self._record.is_begun():
                 return None
@@ -67,7 +64,7 @@ class Commits:
         return self._known[shard]
 
     def require(self, shard: int) -> Commit:
-        """The commit of a shard.
+        """Commit of a shard.
 
         Raises:
             NotCommitted: there is none.
@@ -81,7 +78,7 @@ class Commits:
         return commit
 
     def all(self) -> list[Commit]:
-        """Every commit there is, by shard."""
+        """All commits that there are, by shard."""
         manifest = self.manifest()
         if manifest is not None:
             return manifest.commits(0, self._num_shards)
@@ -90,19 +87,19 @@ class Commits:
         return [commit for commit in found if commit is not None]
 
     def stored(self, shard: int) -> Commit | None:
-        """A shard's commit as its own record has it right now, or None."""
+        """Read a shard's commit from its own record, not from memory or the manifest; None when there is none."""
         path = f"{self._path}/commits/{commit_name(shard)}"
         record = read_record(self._root, path, "commit")
         return None if record is None else commit_from_json(path, shard, record)
 
     def manifest(self) -> Manifest | None:
-        """The folded commits, once all are folded."""
+        """The manifest of all commits; None until they are folded."""
         if self._manifest is None:
             self._manifest = Manifest.open(self._root, self._path, self._num_shards)
         return self._manifest
 
     def create(self, commit: Commit) -> bool:
-        """Make a segment the shard's targets; False when the shard has another commit already.
+        """Create a commit, which makes its segment the shard's targets; False when the shard has another commit.
 
         Raises:
             StoreError: the store is full or cannot be written; the commit may have been created all the same.
@@ -113,16 +110,15 @@ class Commits:
         return won
 
     def fold(self) -> bool:
-        """Fold the commits of a complete set into a manifest; whether this call did.
-
-        The commits are read again, and looked at again when the manifest is there: one of them may be deleted and
-        its shard filled anew at any time, and a manifest of what was there before would bring it back.
+        """Fold the commits of a complete set into a manifest; True when this call did.
 
         Raises:
-            StoreError: the store is full or cannot be written. CorruptSegment, FormatError: a damaged commit.
+            StoreError: the store is full or cannot be written. CorruptSegment, FormatError: a commit is damaged.
         """
         if self.manifest() is not None or not self.committed.all():
             return False
+        # A commit may be deleted, and its shard filled anew, at any time; a manifest of the old commits would bring the
+        # old one back. So all are read from the store, and compared once more when the manifest exists.
         before = self._root.versions(f"{self._path}/commits")
         with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
             found = list(pool.map(self.stored, range(self._num_shards)))

@@ -3,7 +3,7 @@
     <set>/manifest.json        created if absent; names the group
     <set>/<manifest>/          arrays of S rows, a row for each shard
 
-The commits it was folded from stay where they are: a manifest is a faster way to the same records.
+The commits that it was folded from stay where they are: a manifest is a faster way to the same records.
 
 Shape legend:  S shards, N objects of the segment with the most.
 """
@@ -34,27 +34,28 @@ from potstill.cache.targets.commit import Commit
 from potstill.cache.types import Provenance
 
 _CHUNK_SHARDS = 512
+# The 12 hex digits of `attempt_name`, and room for more.
 _ATTEMPT_BYTES = 16
 _SHA256_BYTES = 32
 
 
 @dataclass(frozen=True, slots=True)
 class _Shared:
-    """What the commits of one set have in common, kept once in the manifest's record."""
+    """Values that commits of one set share, kept once in the manifest's record; its rows index the tuples."""
 
     spec_sha256: str
     ranks_sha256: str
     layouts: tuple[tuple[str, ...], ...]
-    """Paths of a segment's objects; nearly always the same for all."""
+    """Lists of object paths that segments have; nearly always just one."""
     provenances: tuple[Provenance, ...]
     error_names: tuple[str, ...]
 
 
 def fold(root: Root, set_path: str, commits: Sequence[Commit]) -> bool:
-    """Write the manifest of all commits, by shard; False when there is one already.
+    """Write the manifest of all commits, which are given by shard; False when there is one already.
 
     Raises:
-        StoreError: the store is full or cannot be written; the commits stay what they are.
+        StoreError: the store is full or cannot be written; the commits stay as they are.
     """
     group = attempt_name("manifest")
     path = f"{set_path}/{group}"
@@ -90,10 +91,11 @@ class Manifest:
 
     @classmethod
     def open(cls, root: Root, set_path: str, num_shards: int) -> Manifest | None:
-        """The set's manifest, or None when it was not folded.
+        """Open the set's manifest; None when the set was not folded.
 
         Raises:
-            FormatError: a record this version cannot read. CorruptSegment: damaged, or of another number of shards.
+            FormatError: this version cannot read the record.
+            CorruptSegment: it is damaged, or has another number of shards.
         """
         record = read_record(root, f"{set_path}/manifest.json", "manifest")
         if record is None:
@@ -108,7 +110,7 @@ class Manifest:
         return cls(reader, shared, num_shards)
 
     def commits(self, start: int, stop: int) -> list[Commit]:
-        """The commits of shards `start` to `stop`.
+        """Read the commits of shards `start` to `stop`.
 
         Raises:
             CorruptSegment: stored bytes are damaged.
@@ -122,7 +124,7 @@ class Manifest:
         ]
 
     def holds(self, shard: int, commit: Commit | None) -> bool:
-        """Whether the shard was folded from this commit.
+        """Tell whether the manifest's commit of a shard equals this one.
 
         Raises:
             CorruptSegment: stored bytes are damaged.
@@ -130,11 +132,11 @@ class Manifest:
         (folded,) = self.commits(shard, shard + 1)
         if commit is None:
             return False
-        # Of a set with commits of both formats the manifest has one name of the set's record for all.
+        # Commits of format 1 have no `spec_sha256`; when a set has commits of both formats the manifest has it for all.
         return replace(commit, spec_sha256=commit.spec_sha256 or folded.spec_sha256) == folded
 
     def corrupt_objects(self) -> list[str]:
-        """One line per object of the manifest that is not what its record says."""
+        """Read every object of the manifest; one line for each that is not what its record says."""
         return self._reader.corrupt_objects()
 
     def _commit(self, shard: int, row: dict[str, Any]) -> Commit:
@@ -177,7 +179,7 @@ def _shared(commits: Sequence[Commit]) -> _Shared:
     layouts = dict.fromkeys(tuple(item.path for item in commit.objects) for commit in commits)
     provenances = dict.fromkeys(replace(commit.provenance, captured_at="") for commit in commits)
     first = commits[0]
-    # Commits of format 1 do not name their set's record; those of one set that do name the same one.
+    # Empty for commits of format 1, and one value for all others of a set.
     spec = max(commit.spec_sha256 for commit in commits)
     return _Shared(spec, first.ranks_sha256, tuple(layouts), tuple(provenances), tuple(first.error))
 

@@ -1,6 +1,6 @@
 """The arrays of the `archive` encoding: blocks of positions packed by `encoding.archive.codec`, one after the other.
 
-    coded        [n] uint8   the blocks of the top-k       coded_starts        [blocks+1] int64   where each begins
+    coded        [n] uint8   the blocks of the top-k       coded_starts        [blocks+1] int64   start of each block
     draws_coded  [n] uint8   the blocks of the draws       draws_coded_starts  [blocks+1] int64
 
 A block is read and unpacked whole; unpacked blocks stay in the cache of decoded chunks.
@@ -36,17 +36,17 @@ _DRAW_ARRAYS = ("offsets", "ids", "counts")
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """The rows that a segment's targets are of: what packing looks at, and what unpacking needs again."""
+    """The rows of a segment, which the models of the encoding look at: packing and unpacking need the same."""
 
     num_positions: int
     tokens: Callable[[int, int], Tokens]
     """Token ids of a range of the segment's positions."""
     row_starts: Callable[[], NDArray[np.int64]]
-    """[rows+1] positions at which the segment's rows start, and its end."""
+    """Positions [rows+1] at which the segment's rows start, then its end."""
 
     def context(self, start: int, stop: int, ranks: RankTable) -> Context:
-        """What the rows say of a range of positions."""
-        # One more than the range: its last position's label.
+        """Tokens, labels and row starts of a range of positions, as ranks."""
+        # One token more than the range: the label of its last position.
         tokens = ranks.ranks_by_id[self.tokens(start, min(stop + 1, self.num_positions))]
         labels = np.full(stop - start, NO_LABEL, np.uint32)
         labels[: len(tokens) - 1] = tokens[1:]
@@ -60,10 +60,10 @@ class Text:
 def encode_packed(
     targets: Targets, fields: Fields, encoding: Encoding, ranks: RankTable, text: Text
 ) -> tuple[StoredArrays, dict[str, float]]:
-    """The arrays of a segment, and the error measured on the top-k.
+    """Encode a segment; returns its arrays, and the error measured on the top-k.
 
     Raises:
-        TeacherFailed: what no teacher can mean.
+        TeacherFailed: the targets are impossible.
     """
     from potstill.cache.encoding.archive import codec  # noqa: PLC0415 -- numba takes a second to import
 
@@ -79,12 +79,13 @@ def encode_packed(
     if fields.draws:
         drawn = _draw_blocks(targets, ranks, text)
         arrays |= _joined(DRAWS, _on_all_cores(lambda block: codec.pack_draws(*block, fields.draws, vocab_size), drawn))
+    # `Fields` refuses to be empty; `encode_fields` does not look at k.
     rest = replace(fields, k=max(fields.k, 1), draws=0)
     return {**arrays, **encode_fields(targets, rest, encoding, ranks)}, error
 
 
 class PackedReader:
-    """Unpacks blocks of one segment. Thread-safe."""
+    """Reads and unpacks the blocks of one segment; thread-safe."""
 
     def __init__(
         self,
@@ -102,7 +103,7 @@ class PackedReader:
         self._starts = {name: self._read_starts(name) for name in self._names(fields)}
 
     def top_k(self, start: int, stop: int) -> StoredArrays:
-        """The arrays of `u8` for a range of positions.
+        """Read the top-k of a range of positions, as the arrays of encoding `u8`.
 
         Raises:
             CorruptSegment: a block is not what was committed, or decodes to what no encoder writes.
@@ -110,7 +111,7 @@ class PackedReader:
         return self._range(TOP_K, start, stop, self._unpack_top_k)
 
     def draws(self, start: int, stop: int) -> Draws:
-        """The draws of a range of positions; raises as `top_k`."""
+        """Read the draws of a range of positions; raises as `top_k`."""
         parts = []
         for low, block in self._blocks(DRAWS, start, stop, self._unpack_draws):
             held = Draws(**cast("Any", block))
@@ -125,7 +126,7 @@ class PackedReader:
         return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
     def _blocks(self, name: str, start: int, stop: int, unpack: _Unpack) -> Iterator[tuple[int, StoredArrays]]:
-        """Each block of a range: its first position, and its arrays."""
+        """Read each block of a range: its first position, and its arrays."""
         blocks = range(start // BLOCK_POSITIONS, -(-stop // BLOCK_POSITIONS))
         for block, arrays in zip(
             blocks, _on_all_cores(lambda block: self._block(name, block, unpack), blocks), strict=True
@@ -162,6 +163,7 @@ class PackedReader:
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(codes.lengths, dtype=np.int64)])
         ids = self._ranks.ids_by_rank[codes.ids]
         positions = np.repeat(np.arange(len(codes.lengths)), codes.lengths)
+        # Packed draws are ordered by rank; `Draws` has the ids of a position rising.
         order = np.lexsort((ids, positions))
         return {"offsets": offsets, "ids": ids[order], "counts": codes.counts[order].astype(np.uint16)}
 
@@ -185,7 +187,7 @@ _Out = TypeVar("_Out")
 
 
 def _with_labels(codes: TopKCodes, ranks: RankTable) -> StoredArrays:
-    """The arrays of `u8`; where the label is one of the entries, its logprob is that entry's."""
+    """Convert to the arrays of `u8`; where the label is one of the entries, it takes that entry's logprob."""
     stored: dict[str, NDArray[Any]] = {name: getattr(codes, name) for name in _TOP_K_ARRAYS}
     logprobs = decode(stored, ENCODINGS["u8"], ranks).logprobs
     positions = np.flatnonzero(codes.label_entry >= 0)
@@ -195,7 +197,7 @@ def _with_labels(codes: TopKCodes, ranks: RankTable) -> StoredArrays:
 
 
 def _on_all_cores(work: Callable[[_In], _Out], blocks: Iterable[_In]) -> Iterator[_Out]:
-    """The work of each block, in order, a few blocks ahead: packing runs outside the interpreter's lock."""
+    """Apply `work` to each block in threads, as packing releases the GIL; results come in order, few blocks ahead."""
     cores = os.cpu_count() or 1
     with ThreadPoolExecutor(cores) as pool:
         ahead: deque[Future[_Out]] = deque()

@@ -1,10 +1,10 @@
-"""The rank table of a segment set: which id is stored as which frequency rank, made once.
+"""The rank table of a segment set, made once: token ids are stored as their frequency ranks.
 
     <set>/ranks.json       names the group and the table's sha256; created if absent
     <set>/<ranks>/         ids_by_rank [V] uint32
 
-The table comes from a pilot: rows spread over the corpus, the same ones whoever begins. So with a deterministic
-teacher the stored bytes do not depend on which writer was first.
+The table is made from the targets of pilot rows, which are spread over the corpus and the same for every job. So with
+a deterministic teacher the stored bytes do not depend on which writer was first.
 """
 
 from __future__ import annotations
@@ -28,25 +28,27 @@ from potstill.cache.store.root import check_name
 from potstill.cache.targets.spec_record import SpecRecord
 from potstill.cache.types import Fields, Targets
 
-# 4,096 positions cost 93 bytes a position of ids, all of a corpus 91 (SmolLM2, K=64).
+# More would gain little: with a table of 4,096 positions ids take 93 bytes a position, with one of all positions of the
+# corpus 91 (SmolLM2, K=64).
 _PILOT_POSITIONS = 32_768
-# Dense targets of a pilot are held in memory: 100 MB at V = 200k.
+# Fewer for dense targets, all of which are held in memory: 100 MB at V = 200k.
 _DENSE_PILOT_POSITIONS = 128
+# Tokens of the corpus by which ids that are equally frequent in the pilot are ordered.
 _TEXT_POSITIONS = 1 << 20
 
 
 class SetRanks:
-    """The rank table of one segment set, read once it is there. Safe to share between threads."""
+    """The rank table of one segment set, read when it exists; thread-safe."""
 
     def __init__(self, record: SpecRecord) -> None:
         self._record = record
         self._found: RankTable | None = None
 
     def read(self) -> RankTable | None:
-        """The stored table, or None when there is none yet.
+        """Read the stored table; None when there is none yet.
 
         Raises:
-            FormatError: a record this version cannot read. CorruptSegment: not the table that was recorded.
+            FormatError: this version cannot read the record. CorruptSegment: it is not the table that was recorded.
         """
         if self._found is None:
             record = read_record(self._record.root, f"{self._record.path}/ranks.json", "ranks")
@@ -54,10 +56,10 @@ class SetRanks:
         return self._found
 
     def table(self) -> RankTable:
-        """The table that segments are written with: the stored one, or the plain one of a set that stores no ids.
+        """The table that segments are written with: the stored one, or a plain one for a set that stores no ids.
 
         Raises:
-            CorruptSegment: it is missing. Others as `read`.
+            CorruptSegment: the stored table is missing. Others as `read`.
         """
         if not self._record.stores_ids:
             return RankTable.plain(self._record.spec.identity.vocab_size)
@@ -68,18 +70,18 @@ class SetRanks:
         return table
 
     def pilot_rows(self) -> list[int]:
-        """Rows to score before anything is written; none when the table exists or no ids are stored."""
+        """Rows to score before anything is written; empty when the table exists or the set stores no ids."""
         if not self._record.stores_ids or self.read() is not None:
             return []
         return pilot_rows(self._record.corpus, self._record.spec.fields)
 
     def make(self, pilot: Targets) -> None:
-        """Make the table of the pilot rows' targets, unless another writer was faster or no ids are stored.
+        """Make the table from the pilot rows' targets, unless another writer was faster or the set stores no ids.
 
-        Most frequent among the pilot's top-k ids (or draws) comes first; ties by the corpus's first tokens.
+        The id that is most frequent among the pilot's top-k ids and draws gets rank 0; ties go by the corpus' tokens.
 
         Raises:
-            TeacherFailed: an id over the vocabulary. StoreError: the store is full or cannot be written.
+            TeacherFailed: an id is over the vocabulary. StoreError: the store is full or cannot be written.
         """
         if not self._record.stores_ids:
             return
@@ -95,7 +97,7 @@ class SetRanks:
         self._create(RankTable.by_frequency(ids, tokens, vocab_size))
 
     def forget(self) -> None:
-        """Read the table again when it is needed next."""
+        """Forget the table, so that the next use reads it again."""
         self._found = None
 
     def _create(self, table: RankTable) -> None:
@@ -105,6 +107,7 @@ class SetRanks:
             writer = GroupWriter(root, path)
             writer.write("ids_by_rank", table.ids_by_rank, Layout((1 << 16,)))
             record = {"group": group, "sha256": table.sha256, "objects": writer.finish()}
+        # Whoever creates the record first decides: all segments of a set must have the same ranks.
         if not root.create(f"{self._record.path}/ranks.json", record_bytes("ranks", record)):
             root.delete(path)
 
@@ -125,7 +128,7 @@ class SetRanks:
 
 
 def pilot_rows(corpus: Corpus, fields: Fields) -> list[int]:
-    """Rows at even distances that hold about as many positions as a rank table needs, at least one row."""
+    """Choose rows at even distances with about as many positions as a rank table needs; at least one row."""
     wanted = _DENSE_PILOT_POSITIONS if fields.dense else _PILOT_POSITIONS
     count = max(1, min(len(corpus), wanted * len(corpus) // corpus.num_positions))
     rows = np.arange(count, dtype=np.int64) * len(corpus) // count

@@ -1,4 +1,4 @@
-"""The arrays of one segment: what they are for given fields, how they are cut into chunks, written and read.
+"""The arrays of one segment: which there are for given fields, their chunks and compression, writing and reading.
 
     u8, f16, f32   ids, gaps | logprobs, log_tail, label_logprob (`potstill.cache.encoding.logprobs`)
     archive        coded, coded_starts: the same in packed blocks (`potstill.cache.targets.packed`)
@@ -25,7 +25,8 @@ from potstill.cache.store.groups import ArrayRange, GroupReader, GroupWriter, La
 from potstill.cache.targets.packed import PackedReader, Text, encode_packed
 from potstill.cache.types import Fields, Targets
 
-# 128 KiB decoded for 64 one-byte gaps or 32 two-byte ranks: small enough to read one row, large enough for zarr.
+# 128 KiB decoded, for 64 one-byte gaps or 32 two-byte ranks: small enough to read a single row, and large enough that
+# zarr's cost per chunk does not show.
 _CHUNK_POSITIONS = 2048
 # Only ids are cut along K, so that reading the first 32 of 128 touches a quarter of their bytes. Up to 64 they are not:
 # whole chunks read a fifth faster and are 1.4 % smaller.
@@ -35,7 +36,8 @@ _SCALAR_CHUNK = 1 << 15
 _DENSE_CHUNK_ENTRIES = 1 << 18
 _PACKED_CHUNK = 1 << 17
 
-# Blosc's shuffle and zstd's level: what is smallest on SmolLM2's targets without slowing the writing of a segment much.
+# Blosc's shuffle and zstd's level: the smallest on SmolLM2's targets that do not slow the writing of a segment much.
+# Packed blocks are as good as random, so level 1.
 _COMPRESSION: Mapping[str, tuple[Literal["noshuffle", "shuffle", "bitshuffle"], int]] = {
     "ids": ("bitshuffle", 6),
     "gaps": ("noshuffle", 7),
@@ -55,7 +57,7 @@ _FLOAT_DTYPES = ("float16", "float32")
 
 @dataclass(frozen=True, slots=True)
 class EncodedSegment:
-    """The arrays to store, and the error that was measured on the top-k."""
+    """Arrays to store, and the error measured on the top-k."""
 
     arrays: StoredArrays
     error: dict[str, float]
@@ -73,10 +75,10 @@ class SegmentRange:
 def encode_segment(
     targets: Targets, fields: Fields, encoding: Encoding, ranks: RankTable, text: Text
 ) -> EncodedSegment:
-    """What a segment of `fields` stores; `text` is what its targets are of.
+    """Encode the targets of the rows `text` for a segment with `fields`.
 
     Raises:
-        TeacherFailed: what no teacher can mean (`check_targets`, `check_fields`).
+        TeacherFailed: the targets are impossible (`check_targets`, `check_fields`).
     """
     if encoding.packed:
         return EncodedSegment(*encode_packed(targets, fields, encoding, ranks, text))
@@ -89,13 +91,13 @@ def encode_segment(
 
 
 def write_arrays(writer: GroupWriter, arrays: StoredArrays) -> None:
-    """Write what `encode_segment` (or `potstill.cache.encoding.logprobs.encode`) made."""
+    """Write the arrays that `encode_segment` (or `potstill.cache.encoding.logprobs.encode`) made."""
     for name, array in arrays.items():
         writer.write(name, array, array_layout(name, array.shape))
 
 
 def array_layout(name: str, shape: tuple[int, ...], object_positions: int | None = None) -> Layout:
-    """How an array of a segment is cut and compressed; `object_positions` of axis 0 share an object, by default all."""
+    """Choose chunks and compression of an array; `object_positions` share an object, by default all."""
     shuffle, level = _COMPRESSION.get(name, ("bitshuffle", 5))
     return Layout(_chunk(name, shape), object_positions, shuffle, level)
 
@@ -109,7 +111,7 @@ def _chunk(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 class SegmentReader:
-    """Decoded targets of one segment, positions counted from its start. Thread-safe."""
+    """Reads and decodes the targets of one segment, positions counted from its start; thread-safe."""
 
     def __init__(
         self,
@@ -135,21 +137,22 @@ class SegmentReader:
             self._expect_fields(self._plain_fields(fields))
 
     def top_k_names(self) -> tuple[str, ...]:
-        """The arrays of a top-k that is not packed."""
+        """Names of the arrays of a top-k that is not packed."""
         return ("ids", "gaps" if self.encoding.name == "u8" else "logprobs", "log_tail", "label_logprob")
 
     def top_k_ranges(self, wanted: SegmentRange, k: int) -> list[ArrayRange]:
-        """What to read for the top `k` of a range: all values, but of the ids no more chunks than `k` needs."""
+        """Ranges to read for the top `k`: of ids only the chunks that `k` needs, of logprobs all K entries."""
+        # All gaps are needed, as a decoded top-k is scaled by the sum over its K entries.
         columns = {"ids": min(k, self._fields.k)}
         return [ArrayRange(name, wanted.start, wanted.stop, columns.get(name)) for name in self.top_k_names()]
 
     def read_packed_top_k(self, start: int, stop: int) -> StoredArrays:
-        """The arrays that `top_k_names` names, out of packed blocks, with all K ids."""
+        """Read the arrays of `top_k_names`, with all K ids, from packed blocks."""
         assert self._packed is not None, "asked of a packed segment only"
         return self._packed.top_k(start, stop)
 
     def read_fields(self, start: int, stop: int, want: Fields) -> Targets:
-        """What is wanted beside the top-k.
+        """Read the wanted fields beside the top-k.
 
         Raises:
             CorruptSegment: stored bytes are damaged, or decode to what no encoder writes.
@@ -168,13 +171,13 @@ class SegmentReader:
             return targets
 
     def read_column(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
-        """One of `COLUMNS` alone."""
+        """Read one of `COLUMNS` alone, [P]."""
         if self._packed is not None and COLUMNS[name] is TOP_K:
             return self._packed.top_k(start, stop)[name].astype(np.float32)
         return self.group.read(name, start, stop).astype(np.float32)
 
     def _plain_fields(self, fields: Fields) -> Fields:
-        """Those of the fields that `potstill.cache.encoding.fields` reads here; k does not matter to it."""
+        """The fields that `potstill.cache.encoding.fields` reads here; it ignores k, but `Fields` may not be empty."""
         return replace(fields, k=max(fields.k, 1), draws=0 if self._packed is not None else fields.draws)
 
     def _expect_top_k(self, k: int) -> None:
@@ -199,7 +202,7 @@ class SegmentReader:
 
 
 def read_segment_ranges(ranges: Sequence[SegmentRange], want: Fields) -> list[Targets]:
-    """One `Targets` per range; all ranges are of one segment set, which has what is wanted.
+    """Read one `Targets` per range; all ranges are of one segment set, which must have the wanted fields.
 
     Raises:
         CorruptSegment: stored bytes are damaged, or decode to what no encoder writes.
@@ -212,7 +215,7 @@ def read_segment_ranges(ranges: Sequence[SegmentRange], want: Fields) -> list[Ta
 
 
 def _read_top_k(ranges: Sequence[SegmentRange], k: int) -> list[Targets | None]:
-    """All ranges are read in one go and decoded as one array: most of a short row's cost is the calls."""
+    """Read all ranges together and decode them as one array: most of a short row's cost is the calls."""
     reader = ranges[0].reader
     if reader.encoding.packed:
         stored = [each.reader.read_packed_top_k(each.start, each.stop) for each in ranges]

@@ -4,11 +4,11 @@
     <set>/ranks.json         names the rank table's group and hash; created if absent
     <set>/segments/<name>/   one attempt at one shard, under a name used once
     <set>/commits/<s>.json   makes one segment the shard's targets; created if absent, last
-    <set>/claims/            who is at work on which shard; decides nothing
+    <set>/claims/            which job is at work on which shard; only saves work
     <set>/manifest.json      all commits of a complete set, folded; created if absent
 
-Nothing here is ever rewritten. A writer that stops anywhere, or loses the race for a commit, leaves
-only a segment that no commit names.
+Nothing here is ever rewritten. A writer that stops anywhere, or loses the race for a commit, leaves only a segment
+that no commit names.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from potstill.cache.types import Provenance, Targets
 
 
 class SegmentSet:
-    """Write one segment set, and read it by its parts. Safe to share between threads."""
+    """One segment set: it writes shards itself, and is read through its parts; thread-safe."""
 
     def __init__(self, record: SpecRecord, reading: Reading) -> None:
         self._record = record
@@ -49,32 +49,32 @@ class SegmentSet:
 
     @classmethod
     def open(cls, root: Root, path: str, corpus: Corpus, reading: Reading) -> SegmentSet | None:
-        """Open what is stored at `path`, or None when nothing is.
+        """Open the set at `path`; None when nothing is stored there.
 
         Raises:
-            SpecMismatch: it was made for another corpus of this name. FormatError, CorruptSegment: a damaged spec.
+            SpecMismatch: it was made for another corpus of this name. FormatError, CorruptSegment: its spec is damaged.
         """
         record = SpecRecord.open(root, path, corpus)
         return None if record is None else cls(record, reading)
 
     @classmethod
     def plan(cls, root: Root, path: str, corpus: Corpus, spec: SetSpec, reading: Reading) -> SegmentSet:
-        """A set to fill; nothing is stored before its rank table or a shard is."""
+        """Plan a set to fill; nothing is stored before its rank table or a shard is."""
         return cls(SpecRecord(root, path, corpus, spec), reading)
 
     @property
     def claims_path(self) -> str:
-        """Where the claims of jobs that fill this set live, below the root."""
+        """Path below the root for the claims of jobs that fill this set."""
         return f"{self.path}/claims"
 
     def write_shard(self, shard: int, targets: Targets, provenance: Provenance, still_mine: Callable[[], bool]) -> bool:
         """Store a shard's targets and commit them; False when the shard is another writer's.
 
-        `still_mine` is asked right before the commit: a writer that stalled past its claim loses there.
+        `still_mine` is called right before the commit: a writer that stalled past its claim gives up there.
 
         Raises:
             StoreError: the store is full or cannot be written; the shard stays uncommitted.
-            TeacherFailed: the targets are not a teacher's (NaN, unsorted, ids over the vocabulary) or of another k.
+            TeacherFailed: the targets are impossible (NaN, unsorted, ids over the vocabulary), or have another K.
             SpecMismatch: another job made the set with another spec meanwhile.
         """
         expected = int(np.diff(self.corpus.shard_starts[shard : shard + 2])[0])
@@ -98,7 +98,7 @@ class SegmentSet:
         provenance: Provenance,
         still_mine: Callable[[], bool] = lambda: True,
     ) -> bool:
-        """`write_shard` with arrays that `encode` gives, once the rank table is there (`SetRanks.make`).
+        """Store arrays made by `encode` as a shard's targets, as `write_shard` does; the rank table must exist.
 
         Raises:
             StoreError: the store is full or cannot be written; the shard stays uncommitted. What `encode` raises.
@@ -110,6 +110,7 @@ class SegmentSet:
         with removed_on_failure(self.root, path):
             commit = self._write_segment(shard, segment, encode, provenance)
             mine = still_mine()
+            # A set that was deleted while this shard was encoded must not get a commit.
             self._record.require_unchanged()
         # From here on a commit may name the segment, also when `create` raises: it is not ours to delete.
         if mine and self.commits.create(commit):

@@ -1,4 +1,4 @@
-"""The committed segments of one segment set, opened to be read; those in use stay open."""
+"""Readers of the committed segments of one segment set; those in use stay open."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ _OPEN_SEGMENTS = 512
 
 
 class Segments:
-    """Readers of the committed segments by shard, the least recently used closed first. Safe to share between threads.
+    """Readers of committed segments by shard, of which the least recently used are closed; thread-safe.
 
-    Raises:
-        NotCommitted: the shard has no commit. CorruptSegment, FormatError: stored bytes are not the committed ones.
-            So do all methods that take a shard.
+    Methods that take a shard raise NotCommitted when it has no commit, and CorruptSegment or FormatError when its
+    stored bytes are not the committed ones.
     """
 
     def __init__(self, record: SpecRecord, commits: Commits, ranks: SetRanks, reading: Reading) -> None:
@@ -36,13 +35,13 @@ class Segments:
         self._lock = threading.Lock()
 
     def reader(self, shard: int) -> SegmentReader:
-        """The reader of a shard, opened unless it is."""
+        """Reader of a shard, which stays open for the next call."""
         with self._lock:
             reader = self._readers.get(shard)
             if reader is not None:
                 self._readers.move_to_end(shard)
                 return reader
-        # Two threads may open the same segment; both readers are right.
+        # Not under the lock, as it reads the store. Two threads may open the same segment; both readers are right.
         reader = self.open(shard)
         with self._lock:
             self._readers[shard] = reader
@@ -51,7 +50,7 @@ class Segments:
         return reader
 
     def open(self, shard: int) -> SegmentReader:
-        """A new reader of a shard."""
+        """Open a new reader of a shard."""
         group, commit, table = self.group(shard), self._commits.require(shard), self._ranks.table()
         if self._record.stores_ids and table.sha256 != commit.ranks_sha256:
             path = self._record.path
@@ -63,7 +62,7 @@ class Segments:
         )
 
     def group(self, shard: int) -> GroupReader:
-        """The stored arrays of a shard; whether the rank table is theirs is not looked at."""
+        """Open the stored arrays of a shard, without a check that the rank table is theirs."""
         commit, path = self._commits.require(shard), self._record.path
         if commit.spec_sha256 and commit.spec_sha256 != self._record.sha256:
             raise CorruptSegment(f"{path}/commits/{commit_name(shard)} is the commit of another segment set")
@@ -71,12 +70,12 @@ class Segments:
 
 
 def segment_path(set_path: str, segment: str) -> str:
-    """The path of a segment below the root."""
+    """Path of a segment below the root."""
     return f"{set_path}/segments/{segment}"
 
 
 def shard_text(corpus: Corpus, shard: int) -> Text:
-    """The tokens of a shard, positions counted from its start."""
+    """Rows of a shard, positions counted from its start."""
     low, high = (int(position) for position in corpus.shard_starts[shard : shard + 2])
     first, last = (int(row) for row in corpus.shard_rows[shard : shard + 2])
     return Text(

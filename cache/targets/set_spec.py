@@ -1,4 +1,4 @@
-"""The spec of a segment set: whose targets, which fields, kept how; and the record it is stored in."""
+"""The spec of a segment set (teacher's identity, fields, encoding), and how its record is read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from potstill.cache.types import Fields, TeacherIdentity
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SetSpec:
-    """What one segment set holds; another spec under the same names is refused."""
+    """Content of one segment set; another spec under the same names is refused."""
 
     identity: TeacherIdentity
     fields: Fields
@@ -21,7 +21,7 @@ class SetSpec:
 
     @property
     def fill_options(self) -> str:
-        """The options of `potstill prefill` and `fill` that mean these fields and no others."""
+        """Options of `potstill prefill` and `fill` that mean exactly this spec's fields and encoding."""
         encoding = [] if self.encoding.name == "u8" else [f"--encoding {self.encoding.name}"]
         return " ".join([*self.fields.options, *encoding])
 
@@ -30,7 +30,7 @@ def require_same(path: str, wanted: SetSpec, found: SetSpec) -> None:
     """Refuse to write one spec's targets into a set of another.
 
     Raises:
-        SpecMismatch: identity, fields or encoding differ; the message names how.
+        SpecMismatch: identity, fields or encoding differ; the message lists the differences.
     """
     differences = found.identity.differences(wanted.identity)
     for name in ("fields", "encoding"):
@@ -43,10 +43,11 @@ def require_same(path: str, wanted: SetSpec, found: SetSpec) -> None:
 
 
 def parse_spec(path: str, data: bytes, corpus: Corpus) -> SetSpec:
-    """The spec in the bytes of a segment set's record.
+    """Read the spec from the bytes of a segment set's record.
 
     Raises:
-        FormatError: not such a record. CorruptSegment: damaged, or another set's. SpecMismatch: of another corpus.
+        FormatError: it is no such record. CorruptSegment: it is damaged, or another set's.
+        SpecMismatch: it was made for another corpus of this name.
     """
     record = parse_group_metadata(path, data, "targets")
     try:

@@ -20,14 +20,14 @@ class SpecRecord:
         self.corpus = corpus
         self.spec = spec
         self.sha256 = ""
-        """Empty until the record was seen."""
+        """Hash of the record's bytes; empty until the record was seen."""
 
     @classmethod
     def open(cls, root: Root, path: str, corpus: Corpus) -> SpecRecord | None:
         """Open the record of the set at `path`; None when there is none.
 
         Raises:
-            SpecMismatch: it was made for another corpus of this name. FormatError, CorruptSegment: a damaged spec.
+            SpecMismatch: it was made for another corpus of this name. FormatError, CorruptSegment: it is damaged.
         """
         data = root.get(f"{path}/zarr.json")
         if data is None:
@@ -38,14 +38,14 @@ class SpecRecord:
 
     @property
     def stores_ids(self) -> bool:
-        """Whether the set stores ids, and so needs a rank table."""
+        """True when the set stores ids, and so needs a rank table."""
         return bool(self.spec.fields.k or self.spec.fields.draws)
 
     def is_begun(self) -> bool:
-        """Whether the record is there.
+        """Tell whether the record exists.
 
         Raises:
-            SpecMismatch: another job made the set of another spec since this one was planned.
+            SpecMismatch: another job made the set with another spec since this one was planned.
         """
         if not self.sha256:
             data = self.root.get(f"{self.path}/zarr.json")
@@ -56,10 +56,10 @@ class SpecRecord:
         return True
 
     def publish(self) -> None:
-        """Create the record, unless the set is begun.
+        """Create the record, unless it exists.
 
         Raises:
-            SpecMismatch: as `is_begun`. StoreError: the store is full or cannot be written.
+            SpecMismatch: the set exists with another spec. StoreError: the store is full or cannot be written.
         """
         if self.is_begun():
             return
@@ -71,6 +71,7 @@ class SpecRecord:
             "encoding": self.spec.encoding.to_json(),
         }
         self.root.create(f"{self.path}/zarr.json", group_metadata("targets", record))
+        # Whoever won the race, the record that is there now decides.
         begun = self.is_begun()
         assert begun, "a created spec cannot vanish"
 
@@ -78,7 +79,7 @@ class SpecRecord:
         """Check that the set is still the one that was begun.
 
         Raises:
-            SpecMismatch: it was deleted meanwhile.
+            SpecMismatch: it was deleted meanwhile, and perhaps begun anew.
         """
         data = self.root.get(f"{self.path}/zarr.json")
         if data is None or hashlib.sha256(data).hexdigest() != self.sha256:

@@ -1,7 +1,6 @@
-"""Reading batches of rows ahead of whoever uses them.
+"""Read-ahead of batches: a trainer computes on one while the next ones are read and decoded in another thread.
 
-A trainer computes on one batch while the next ones are read and decoded in one other thread; zarr, zarrs and numpy
-give up the interpreter lock for most of that.
+zarr, zarrs and numpy release the GIL for most of that, so a thread is enough.
 """
 
 from __future__ import annotations
@@ -22,35 +21,36 @@ class ReadsRows(Protocol):
     """A target set, here or behind a service."""
 
     def read_rows(self, rows: Sequence[int], *, fields: Fields | None = None) -> list[Targets]:
-        """One `Targets` per row index, in order."""
+        """Read one `Targets` per row index, in order."""
         ...
 
 
 def stream_rows(
     targets: ReadsRows, batches: Iterable[Sequence[int]], *, fields: Fields | None = None, ahead: int = 2
 ) -> Generator[list[Targets]]:
-    """What `targets.read_rows` gives for each batch of row indices, in order; see `read_ahead`."""
+    """Read the targets of each batch of row indices, in order, ahead of use; see `read_ahead`."""
     return read_ahead(lambda rows: targets.read_rows(rows, fields=fields), batches, ahead)
 
 
 def read_ahead(
     read: Callable[[Wanted], Found], batches: Iterable[Wanted], ahead: int, *, close_seconds: float | None = None
 ) -> Generator[Found]:
-    """Yield `read(batch)` for each batch, in order, read up to `ahead` batches early by one other thread.
+    """Yield `read(batch)` for each batch, in order, read up to `ahead` batches early by another thread.
 
-    Reading begins with the first `next`. At most `ahead` batches wait beside the one in hand. `batches` is consumed in
-    the reading thread; an error of it or of a read is raised when its own batch is asked for, and ends the
-    stream. Closing the iterator, or dropping it, waits for the read that is under way and starts no other.
+    Reading begins with the first `next`. `batches` is consumed in the reading thread; its errors, and those of `read`,
+    are raised when their own batch is asked for, and end the stream. Closing or dropping the iterator waits for the
+    read that is under way, and starts no other.
 
     Args:
         read: reads one batch.
         batches: what to read.
-        ahead: batches to read early.
-        close_seconds: wait no longer than that on closing, as something else ends the read that is under way.
+        ahead: most batches that wait beside the one in use.
+        close_seconds: longest wait on closing, for a caller that ends the read under way by other means.
 
     Raises:
-        InvalidInput: `ahead` is less than 1. While iterating, what `read` raises.
+        InvalidInput: `ahead` is below 1. While iterating, what `read` raises.
     """
+    # Not a generator itself, so that a wrong `ahead` is refused here and not at the first `next`.
     if ahead < 1:
         raise InvalidInput(f"ahead is {ahead}; at least 1 batch must be read early")
     return _read_ahead(read, batches, ahead, close_seconds)

@@ -3,7 +3,7 @@
     targets/<teacher>/<corpus>/              the segment set that was made first
     targets/<teacher>/<corpus>/sets/<name>/  fields that were added later
 
-A reader sees their fields together; a writer fills the sets that lack a shard.
+A reader sees the fields of all sets together; a writer fills those sets that lack a shard.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ from potstill.cache.targets.set_spec import SetSpec, require_same
 from potstill.cache.types import Fields, Provenance, Targets, TeacherIdentity
 from potstill.cache.wanted import wanted_fields
 
+# Rows that are read and decoded together: enough to spread the cost per call, few enough to bound memory.
 _MANY_ROWS = 256
 
 
 class TargetSet:
-    """Read, and in mode `r+` write, one teacher's targets for one corpus. Safe to share between threads."""
+    """One teacher's targets for one corpus, for reading, and in mode `r+` for writing; thread-safe."""
 
     def __init__(self, teacher: str, corpus: Corpus, sets: Sequence[SegmentSet]) -> None:
         assert sets, "a target set has at least one segment set"
@@ -45,7 +46,7 @@ class TargetSet:
 
     @classmethod
     def open(cls, root: Root, teacher: str, corpus: Corpus, reading: Reading) -> TargetSet:
-        """Open all that is there.
+        """Open all segment sets that exist.
 
         Raises:
             UnknownTeacher: the teacher has no targets for this corpus.
@@ -62,15 +63,15 @@ class TargetSet:
 
     @classmethod
     def plan(cls, root: Root, teacher: str, corpus: Corpus, spec: SetSpec, reading: Reading) -> TargetSet:
-        """The segment sets to fill so that the fields of `spec` are there; nothing is stored before a shard is.
+        """Plan the segment sets to fill so that the fields of `spec` are there; nothing is stored before a shard is.
 
-        Fields that are there already are taken as they are; those that are not become a new segment set. When some
-        of the sets are complete, only the others are in what is returned.
+        Fields that exist keep their segment set, the others get a new one. The answer has the sets that are not
+        complete, or all of them when all are.
 
         Raises:
-            SpecMismatch: the teacher has another identity, or a field is there with other parameters or encoding, or
+            SpecMismatch: the teacher has another identity, a field exists with other settings or another encoding, or
                 the teacher's tokenizer or vocabulary does not fit the corpus.
-            InvalidInput: more entries or draws than the encoding keeps.
+            InvalidInput: the encoding has no room for so many entries or draws.
         """
         _check_fits(teacher, corpus, spec.identity)
         check_kept(spec.fields, spec.encoding)
@@ -79,12 +80,14 @@ class TargetSet:
         for found in _open_sets(root, teacher, corpus, reading):
             left = None if missing is None else missing.without(found.spec.fields)
             held = left != missing
+            # All sets must be of one teacher; encodings need to agree only where fields are shared.
             require_same(found.path, replace(found.spec, identity=spec.identity), found.spec)
             if held:
                 require_same(found.path, replace(found.spec, encoding=spec.encoding), found.spec)
                 sets.append(found)
             missing = left
         if missing is not None:
+            # The first set lies in the target set's own folder, as in format 1, which had no others.
             path = targets_path(teacher, corpus.name)
             if root.get(f"{path}/zarr.json") is not None:
                 path = f"{path}/sets/{missing.label}"
@@ -94,40 +97,40 @@ class TargetSet:
 
     @property
     def root(self) -> Root:
-        """Where it is stored."""
+        """Root of the cache that holds it."""
         return self.sets[0].root
 
     @property
     def identity(self) -> TeacherIdentity:
-        """Whose targets these are."""
+        """Identity of the teacher."""
         return self.sets[0].spec.identity
 
     @property
     def fields(self) -> Fields:
-        """What is kept of each position, over all segment sets."""
+        """Fields that are kept, over all segment sets."""
         return reduce(Fields.joined, (each.spec.fields for each in self.sets))
 
     @property
     def encoding(self) -> Encoding:
-        """How logprobs are kept; of a target set without a top-k, that of its first segment set."""
+        """Encoding of the top-k; without a top-k, that of the first segment set."""
         with_top_k = [each for each in self.sets if each.spec.fields.k]
         return (with_top_k or self.sets)[0].spec.encoding
 
     @property
     def committed(self) -> NDArray[np.bool_]:
-        """[S] which shards have a commit in every segment set right now."""
+        """Mask [S], True for a shard that has a commit in every segment set right now."""
         every: NDArray[np.bool_] = np.logical_and.reduce([each.commits.committed for each in self.sets])
         return every
 
     def is_committed(self, shard: int) -> bool:
-        """Whether every segment set has a commit of the shard right now."""
+        """Tell whether every segment set has a commit of the shard."""
         return all(each.commits.of(shard) is not None for each in self.sets)
 
     def top_k_only(self) -> TargetSet:
-        """The segment set that holds the top-k, alone: what other fields lack does not matter then.
+        """Reduce to the segment set with the top-k, so that uncommitted shards of other fields do not matter.
 
         Raises:
-            UnsupportedField: there is no top-k.
+            UnsupportedField: no top-k is kept.
         """
         sets = [each for each in self.sets if each.spec.fields.k]
         if not sets:
@@ -138,17 +141,17 @@ class TargetSet:
         return TargetSet(self.teacher, self.corpus, sets)
 
     def read(self, start: int, stop: int, *, k: int | None = None, fields: Fields | None = None) -> Targets:
-        """Targets of positions `start` to `stop`: what `fields` names, by default all that is kept.
+        """Read the targets of positions `start` to `stop`.
 
         Args:
             start: first position.
             stop: one past the last.
-            k: of each position the top `k`, whatever `fields` says; 0 for none.
-            fields: what to read; what it does not name is not touched.
+            k: entries of the top-k to read, whatever `fields` says; 0 for none.
+            fields: fields to read, by default all that are kept; others are not touched.
 
         Raises:
-            InvalidInput: a range outside the corpus. UnsupportedField: what is not kept.
-            NotCommitted: a position whose shard has no commit. CorruptSegment: stored bytes are damaged.
+            InvalidInput: the range is not inside the corpus. UnsupportedField: a field is not kept.
+            NotCommitted: a shard has no commit yet. CorruptSegment: stored bytes are damaged.
         """
         self._require_inside(start, stop)
         starts = self.corpus.shard_starts
@@ -161,7 +164,7 @@ class TargetSet:
         return Targets.concat(self._read_ranges(ranges, self._wanted(k, fields)))
 
     def read_rows(self, rows: Sequence[int], *, k: int | None = None, fields: Fields | None = None) -> list[Targets]:
-        """One `Targets` per row index, in order; arguments and errors as of `read`."""
+        """Read one `Targets` per row index, in order; arguments and errors are those of `read`."""
         want = self._wanted(k, fields)
         found: list[Targets] = []
         for first in range(0, len(rows), _MANY_ROWS):
@@ -170,20 +173,20 @@ class TargetSet:
         return found
 
     def commits_of(self, shards: Sequence[int], want: Fields) -> list[Commit]:
-        """The commits that hold what is wanted of each shard, by shard and segment set; no target is read.
+        """List the commits that hold the wanted fields of each shard, by shard and segment set; reads no target.
 
         Raises:
-            NotCommitted: a shard lacks one. UnsupportedField: what is not kept.
+            NotCommitted: a shard has no commit yet. UnsupportedField: a field is not kept.
         """
         holders = list(self._holders(self._wanted(None, want)))
         with self._way_out():
             return [each.commits.require(shard) for shard in shards for each, _ in holders]
 
     def read_column(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
-        """One of `COLUMNS` [P], without reading anything else.
+        """Read one of `COLUMNS`, [P], and nothing else.
 
         Raises:
-            UnsupportedField: it is not kept. Others as `read`.
+            UnsupportedField: the column is not kept. Others as `read`.
         """
         self._require_inside(start, stop)
         holders = [each for each in self.sets if name in COLUMNS and COLUMNS[name].is_asked(each.spec.fields)]
@@ -200,15 +203,15 @@ class TargetSet:
         return np.concatenate([np.empty(0, np.float32), *parts])
 
     def pilot_rows(self) -> list[int]:
-        """Rows to score before anything is written, for `make_ranks`; none when that was done."""
-        # All fields are scored of them, so those of all sets bound how many they are.
+        """Rows to score before anything is written, for `make_ranks`; empty when all rank tables exist."""
+        # A pilot is scored once with the fields of all sets, so these decide how many rows fit into memory.
         return pilot_rows(self.corpus, self.fields) if any(each.ranks.pilot_rows() for each in self.sets) else []
 
     def make_ranks(self, pilot: Targets) -> None:
-        """Make the rank tables of the pilot rows' targets, unless another writer was faster.
+        """Make the missing rank tables from the pilot rows' targets, unless another writer is faster.
 
         Raises:
-            TeacherFailed: an id over the vocabulary. StoreError: the store is full or cannot be written.
+            TeacherFailed: an id is over the vocabulary. StoreError: the store is full or cannot be written.
         """
         for each in self.sets:
             if each.ranks.pilot_rows():
@@ -216,7 +219,7 @@ class TargetSet:
 
     @property
     def claims_path(self) -> str:
-        """Where the claims of jobs that fill this live, below the root."""
+        """Path below the root for the claims of jobs that fill this target set."""
         return self.sets[0].claims_path
 
     def write_shard(
@@ -229,18 +232,18 @@ class TargetSet:
     ) -> bool:
         """Store a shard's targets and commit them; False when the shard is another writer's.
 
-        `still_mine` is asked right before each commit: a writer that stalled past its claim loses there.
+        `still_mine` is called right before each commit: a writer that stalled past its claim gives up there.
 
         Raises:
             StoreError: the store is full or cannot be written; the shard stays uncommitted.
-            TeacherFailed: the targets are not a teacher's (NaN, unsorted, ids over the vocabulary).
+            TeacherFailed: the targets are impossible (NaN, unsorted, ids over the vocabulary).
         """
         lacking = [each for each in self.sets if each.commits.of(shard) is None]
         won = [each.write_shard(shard, targets.only(each.spec.fields), provenance, still_mine) for each in lacking]
         return bool(won) and all(won)
 
     def fold(self) -> bool:
-        """Fold the commits of what is complete into manifests; whether this call did.
+        """Fold the commits of complete segment sets into manifests; True when this call folded any.
 
         Raises:
             StoreError: the store is full or cannot be written; the commits stand.
@@ -267,22 +270,22 @@ class TargetSet:
         return [targets for targets in found if targets is not None]
 
     def _holders(self, want: Fields) -> Iterator[tuple[SegmentSet, Fields]]:
-        """The segment sets that have some of what is wanted and kept, and what each is to give."""
+        """Segment sets that have some of the wanted fields, each with the fields to read from it."""
         left: Fields | None = want
         for each in self.sets:
             part = left and left.only(field for field in FIELDS if field.serves(each.spec.fields, left))
             if left and part:
                 yield each, part
-                # Jobs that add fields at the same moment may leave two sets with one field: the first has it.
+                # Jobs that add fields at the same moment may leave two sets with one field: it is read from the first.
                 left = left.without(part)
 
     @contextmanager
     def _way_out(self) -> Iterator[None]:
-        """Says of damage that a reader meets what to do about it; `verify` reads segment sets without this."""
+        """Add to an error of damaged bytes what to do about it; `verify` reads segment sets without this."""
         try:
             yield
         except CorruptSegment as error:
-            # Without the root, which a service's clients need not know.
+            # Without the root's URL, which a service's clients need not know.
             more = "`potstill verify` of its cache tells what else is damaged and how to mend it"
             raise CorruptSegment(f"{error.detail}; {more}") from error
 
@@ -295,12 +298,12 @@ class TargetSet:
 
 
 def targets_path(teacher: str, corpus: str) -> str:
-    """Where a target set lives below the root."""
+    """Path of a target set below the root."""
     return f"targets/{check_name('teacher', teacher)}/{check_name('corpus', corpus)}"
 
 
 def target_set_paths(root: Root) -> list[str]:
-    """Where every target set lives, complete or not."""
+    """Paths of all target sets below the root, complete or not."""
     return [
         f"targets/{teacher}/{corpus}"
         for teacher in root.folders("targets")
@@ -309,12 +312,12 @@ def target_set_paths(root: Root) -> list[str]:
 
 
 def segment_set_paths(root: Root, target_set: str) -> list[str]:
-    """Where every segment set of a target set lives, complete or not."""
+    """Paths of all segment sets of a target set, complete or not; the first is the target set's own."""
     return [target_set, *(f"{target_set}/sets/{name}" for name in root.folders(f"{target_set}/sets"))]
 
 
 def has_targets(root: Root, teacher: str, corpus: str) -> bool:
-    """Whether a teacher's target set for a corpus was begun."""
+    """Tell whether a teacher has a target set for a corpus, complete or not."""
     paths = segment_set_paths(root, targets_path(teacher, corpus))
     return any(root.get(f"{path}/zarr.json") is not None for path in paths)
 

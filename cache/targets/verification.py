@@ -8,7 +8,7 @@ from potstill.cache.targets.segment_set import SegmentSet
 
 
 def corrupt_shard_objects(segment_set: SegmentSet, shard: int) -> list[str]:
-    """One line per object of a committed shard that is not what was committed, its commit included.
+    """Read every object of a committed shard, and its commit; one line for each that is not what was committed.
 
     Raises:
         NotCommitted: the shard has no commit.
@@ -26,7 +26,7 @@ def corrupt_shard_objects(segment_set: SegmentSet, shard: int) -> list[str]:
 
 
 def corrupt_shared_objects(segment_set: SegmentSet) -> list[str]:
-    """One line per object of the rank table or the manifest that is not what was recorded."""
+    """Read every object of the rank table and the manifest; one line for each that is not what was recorded."""
     found = []
     try:
         segment_set.ranks.forget()

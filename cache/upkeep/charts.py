@@ -33,6 +33,7 @@ class Axis:
         found = np.asarray(values, dtype=np.float64)
         low, high = float(found.min()), float(found.max())
         step = _round_step((high - low) or abs(high) or 1.0)
+        # 1e-9: a value that rounding puts just beside a tick must not add another one.
         first, last = int(np.floor(low / step + 1e-9)), int(np.ceil(high / step - 1e-9))
         last = max(last, first + 1)
         # As many digits as tell neighbouring ticks apart.

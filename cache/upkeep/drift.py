@@ -156,6 +156,7 @@ class _Tally:
     def _add_labels(self, stored: NDArray[np.float64], live: NDArray[np.float64]) -> None:
         have = ~np.isnan(stored) & ~np.isnan(live)
         difference = _distance(stored[have], live[have])
+        # -inf is cut off: its relative error would allow any difference.
         bound = np.maximum(self._encoding.max_abs_error, np.abs(np.maximum(live[have], -1e4)) * _FLOAT16_ERROR)
         self._label_max = max(self._label_max, float(difference.max(initial=0.0)))
         self._label_over = max(self._label_over, float((difference - bound).max(initial=0.0)))

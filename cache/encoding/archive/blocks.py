@@ -1,4 +1,4 @@
-"""The frame of a block of the `archive` encoding, and what the corpus says of its positions.
+"""The header and checksum of a block of the `archive` encoding, and the rows' own tokens that it is coded with.
 
 A block starts with
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from potstill.cache.encoding.archive.model import Links
 
 NO_LABEL = 0xFFFFFFFF
-"""In `Context.labels`: the row's last position."""
+"""Value in `Context.labels` at a row's last position."""
 MAX_K = 2048
-"""Most kept entries, and most draws, of a position."""
+"""Most kept entries, and most draws, at a position."""
 TOP_K, DRAWS = 1, 2
 _VERSION = 1
 _HEADER = struct.Struct("<2sBBIIII")
@@ -36,18 +36,18 @@ _HEADER = struct.Struct("<2sBBIIII")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Context:
-    """What the corpus says of a block's positions, as ranks."""
+    """Tokens of a block's positions as ranks; the corpus gives them for coding and for decoding."""
 
     tokens: NDArray[np.uint32]
-    """[p] the rank of the position's own token."""
+    """[p] rank of the position's own token."""
     labels: NDArray[np.uint32]
-    """[p] the rank of the next token of its row; `NO_LABEL` at the row's end."""
+    """[p] rank of the next token of the row; `NO_LABEL` at the row's end."""
     begins_row: NDArray[np.bool_]
-    """[p] the first position of a row."""
+    """[p] True at the first position of a row."""
 
 
 def links(context: Context) -> Links:
-    """Where each position finds similar earlier ones by its tokens."""
+    """Links from each position to similar earlier ones, by their tokens."""
     from potstill.cache.encoding.archive.model import Links  # noqa: PLC0415 -- as in pack_top_k
 
     tokens = context.tokens.astype(np.int64)
@@ -66,7 +66,7 @@ def links(context: Context) -> Links:
 
 
 def _last_same(keys: NDArray[np.int64]) -> NDArray[np.int64]:
-    """[p] the last earlier position with an equal key, -1 for none."""
+    """Last earlier position [p] with an equal key, -1 for none."""
     order = np.argsort(keys, kind="stable")
     last = np.full(len(keys), -1, dtype=np.int64)
     equal = keys[order[1:]] == keys[order[:-1]]
@@ -75,16 +75,16 @@ def _last_same(keys: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def framed(kind: int, positions: int, k: int, vocab_size: int, context: Context, words: NDArray[np.uint32]) -> bytes:
-    """The bytes of a block."""
+    """Bytes of a block: header and words."""
     body = words.astype("<u4").tobytes()
     return _HEADER.pack(b"PA", _VERSION, kind, positions, k, vocab_size, checksum(context, body)) + body
 
 
 def unframed(data: bytes, kind: int, positions: int, k: int, vocab_size: int, context: Context) -> NDArray[np.uint32]:
-    """The words of a block.
+    """Check a block, and return its words.
 
     Raises:
-        FormatError: it is not the block that is expected here, or damaged.
+        FormatError: it is damaged, or not the block that is expected here.
     """
     if len(data) < _HEADER.size + 8 or (len(data) - _HEADER.size) % 4:
         raise FormatError(f"an archive block has {len(data)} bytes, which none can have")
@@ -105,7 +105,7 @@ def unframed(data: bytes, kind: int, positions: int, k: int, vocab_size: int, co
 
 
 def checksum(context: Context, body: bytes) -> int:
-    """crc32 of the context and of a block's words."""
+    """Crc32 of the context and of a block's words: decoding with other tokens would give wrong ids silently."""
     crc = 0
     for array in (context.tokens.astype("<u4"), context.labels.astype("<u4"), context.begins_row.astype("u1")):
         crc = zlib.crc32(array.tobytes(), crc)
@@ -113,10 +113,10 @@ def checksum(context: Context, body: bytes) -> int:
 
 
 def check_context(context: Context, positions: int, vocab_size: int) -> None:
-    """Refuse what is no context of a block.
+    """Refuse a context that does not fit a block.
 
     Raises:
-        InvalidInput: arrays of other lengths, a rank over the vocabulary.
+        InvalidInput: an array has another length, or a rank is over the vocabulary.
     """
     for name, array in (("tokens", context.tokens), ("labels", context.labels), ("begins_row", context.begins_row)):
         if array.shape != (positions,):

@@ -1,7 +1,7 @@
-"""The smallest encoding of targets: blocks of positions, each coded to bytes on its own.
+"""The codec of `archive`, the smallest encoding of targets: blocks of positions, each coded to bytes on its own.
 
 `archive` keeps what `u8` keeps (see `encoding.logprobs`) at the same error bound, coded with a range coder under models
-that learn as they go and look at the corpus: `archive_ids` for ranks, `archive_numbers` for the rest. It differs from
+that learn as they go and look at the corpus: `archive.ids` for ranks, `archive.numbers` for the rest. It differs from
 `u8` in
 
     ids             order within equal gaps, where `u8` has none to give, becomes rising rank
@@ -52,10 +52,10 @@ from potstill.cache.errors import FormatError, InvalidInput
 
 
 def pack_top_k(codes: TopKCodes, context: Context, vocab_size: int) -> bytes:
-    """The bytes of one block.
+    """Pack the top-k of one block to bytes.
 
     Raises:
-        InvalidInput: shapes that do not fit, a rank over the vocabulary or twice at a position, K over `MAX_K`, or as
+        InvalidInput: shapes do not fit, a rank is over the vocabulary or twice at a position, K is over `MAX_K`, or as
             `canonical`.
     """
     positions, k = codes.ids.shape
@@ -69,6 +69,7 @@ def pack_top_k(codes: TopKCodes, context: Context, vocab_size: int) -> bytes:
     model = numbers_coder.new_number_model(k)
     numbers_coder.code_gaps(coder, numbers, model)
     numbers_coder.code_tails(coder, numbers, model, len(tail_values()) - 1)
+    # Ids after the gaps, which tell the decoder which of them are tied; labels after the ids, among which they may be.
     lists = _top_k_lists(codes.ids.reshape(-1).astype(np.uint32), codes.gaps)
     ids_coder.code_lists(coder, lists, links(context), new_model(vocab_size, positions, k))
     contexts = _label_contexts(codes.ids, context)
@@ -77,11 +78,11 @@ def pack_top_k(codes: TopKCodes, context: Context, vocab_size: int) -> bytes:
 
 
 def unpack_top_k(data: bytes, context: Context, k: int, vocab_size: int) -> TopKCodes:
-    """The codes of one block, as `canonical` gives them.
+    """Unpack the top-k of one block, as `canonical` gives it.
 
     Raises:
-        FormatError: bytes that no block of these positions, k and vocabulary packs to, or another context.
-        InvalidInput: a context that is out of the vocabulary.
+        FormatError: no block with this context, k and vocabulary packs to these bytes.
+        InvalidInput: the context has a rank over the vocabulary.
     """
     positions = len(context.tokens)
     check_context(context, positions, vocab_size)
@@ -107,11 +108,11 @@ def unpack_top_k(data: bytes, context: Context, k: int, vocab_size: int) -> TopK
 
 
 def pack_draws(codes: DrawCodes, context: Context, draws: int, vocab_size: int) -> bytes:
-    """The bytes of one block of `draws` draws at each position; ranks may come in any order within a position.
+    """Pack one block of `draws` draws at each position to bytes; within a position ranks may have any order.
 
     Raises:
-        InvalidInput: counts that do not sum to `draws`, a rank over the vocabulary or twice at a position, or more than
-            `MAX_K` draws.
+        InvalidInput: counts do not sum to `draws`, a rank is over the vocabulary or twice at a position, or there are
+            more than `MAX_K` draws.
     """
     positions = len(codes.lengths)
     check_context(context, positions, vocab_size)
@@ -125,11 +126,11 @@ def pack_draws(codes: DrawCodes, context: Context, draws: int, vocab_size: int) 
 
 
 def unpack_draws(data: bytes, context: Context, draws: int, vocab_size: int) -> DrawCodes:
-    """The draws of one block, as `canonical_draws` gives them.
+    """Unpack the draws of one block, as `canonical_draws` gives them.
 
     Raises:
-        FormatError: bytes that no block of these positions, draws and vocabulary packs to, or another context.
-        InvalidInput: a context that is out of the vocabulary.
+        FormatError: no block with this context, draws and vocabulary packs to these bytes.
+        InvalidInput: the context has a rank over the vocabulary.
     """
     positions = len(context.tokens)
     check_context(context, positions, vocab_size)
@@ -178,7 +179,7 @@ def _top_k_codes(ids: NDArray[np.uint32], numbers: Numbers, context: Context) ->
 
 
 def _label_contexts(ids: NDArray[np.uint32], context: Context) -> NDArray[np.uint8]:
-    """[p] 0 at a row's end, 1 where the label is an entry, 2 elsewhere."""
+    """Context [p] of each label: 0 at a row's end, 1 where it is an entry, 2 elsewhere."""
     contexts = np.where(entries_of_labels(ids, context) >= 0, 1, 2)
     return np.where(context.labels == NO_LABEL, 0, contexts).astype(np.uint8)
 
@@ -196,7 +197,7 @@ def _top_k_lists(ids: NDArray[np.uint32], gaps: NDArray[np.uint8]) -> Lists:
         max_vote=3 * k,
         cells=np.tile((column * CELLS // k).astype(np.uint8), positions),
         tied=tied.reshape(-1),
-        # The first ids of a list are rarely deep in another.
+        # The first ids of a list are rarely deep in another: fewer votes are faster and sharper.
         depths=np.array([8, 20, k], dtype=np.int64),
         classes=classes.astype(np.uint8),
     )
@@ -208,7 +209,7 @@ def _draw_lists(codes: DrawCodes, draws: int) -> Lists:
     tied = np.zeros(len(counts), dtype=np.uint8)
     tied[1:] = counts[1:] == counts[:-1]
     tied[starts[:-1][codes.lengths > 0]] = 0
-    # A share of the votes falls by half in two classes.
+    # Two classes for each halving of the share of votes.
     edges = [RATIOS * 2 ** (-(c + 1) // 2) * (3 if c % 2 else 4) // 4 for c in range(CLASSES - 2)]
     classes = np.searchsorted(-np.array(edges), -np.arange(RATIOS), side="right")
     return Lists(

@@ -1,6 +1,6 @@
-"""Stored numbers of a block as the `archive` encoding keeps them: rounded and ordered, but not coded yet.
+"""The numbers of a block as the `archive` encoding keeps them: rounded and ordered, but not yet coded.
 
-Nothing here is compiled: `archive.codec`, which codes them, imports numba.
+Nothing here is compiled; `archive.codec`, which codes them, imports numba.
 
 Shape legend:  p positions of a block, K kept entries, U unique draws of all positions.
 """
@@ -18,28 +18,28 @@ from potstill.cache.encoding.gaps import STEP
 from potstill.cache.errors import InvalidInput
 
 BLOCK_POSITIONS = 16_384
-"""Positions that are best coded together: twice as many are 2% smaller, half as many 2% larger."""
+"""Positions that are coded together; twice as many would be 2% smaller, half as many 2% larger."""
 _LABEL_BOUND = 1 / 16
 MOST_LABEL = 65_504 * 16
-# By the exponent of a float16 from 1 to 32: the bits that a rounded tail does without.
+# Bits that rounding takes off a tail, by the exponent of its float16 (values from 1 to 32).
 _DROPPED = {15: 1, 16: 2, 17: 3, 18: 2, 19: 1}
 _INFINITE = 0x7C00
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TopKCodes:
-    """What `u8` stores of a block."""
+    """Top-k of a block, as in encoding `u8`."""
 
     ids: NDArray[np.uint32]
     """[p, K] ranks by falling logprob."""
     gaps: NDArray[np.uint8]
-    """[p, K-1]."""
+    """[p, K-1] gap codes (`encoding.gaps`)."""
     log_tail: NDArray[np.float16]
-    """[p]."""
+    """[p] log of the tail mass."""
     label_logprob: NDArray[np.float16]
-    """[p] NaN where there is none, or where `label_entry` says it all."""
+    """[p] NaN where there is no label, or where it is the entry `label_entry`."""
     label_entry: NDArray[np.int16]
-    """[p] the entry whose logprob is the label's, -1 where none is."""
+    """[p] index of the entry whose logprob is the label's too, -1 for none."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,20 +47,21 @@ class DrawCodes:
     """Draws of a block: at each position by falling count, then by rising rank."""
 
     lengths: NDArray[np.uint16]
-    """[p]."""
+    """[p] number of unique draws of each position."""
     ids: NDArray[np.uint32]
     """[U] ranks."""
     counts: NDArray[np.uint16]
-    """[U]."""
+    """[U] number of times each was drawn."""
 
 
 def canonical(codes: TopKCodes, context: Context) -> TopKCodes:
-    """What `unpack_top_k` gives of packed `codes`: `ids` in order, tails rounded, labels by entry where that is near.
+    """Round and order `codes` to what `unpack_top_k` will return.
 
-    Where `codes.label_entry` is not -1 it is kept.
+    Ids rise where gaps are 0, tails are rounded, and a label becomes the index of its entry where the entry's logprob
+    is near enough, or where `codes.label_entry` says so already.
 
     Raises:
-        InvalidInput: NaN or a positive number for a tail; a positive label.
+        InvalidInput: a tail is NaN or positive, or a label positive.
     """
     log_tail = tail_values()[tail_indices(codes.log_tail)]
     ids = _in_order(codes)
@@ -78,14 +79,14 @@ def canonical(codes: TopKCodes, context: Context) -> TopKCodes:
 
 
 def canonical_draws(codes: DrawCodes) -> DrawCodes:
-    """The same draws, at each position by falling count, then by rising rank."""
+    """Order draws at each position by falling count, then by rising rank."""
     position = np.repeat(np.arange(len(codes.lengths)), codes.lengths)
     order = np.lexsort((codes.ids, -codes.counts.astype(np.int64), position))
     return replace(codes, ids=codes.ids[order], counts=codes.counts[order])
 
 
 def _in_order(codes: TopKCodes) -> NDArray[np.uint32]:
-    """[p, K] ids, rising where the gap is zero."""
+    """Ids [p, K], rising where the gap is zero: entries that are equal in `u8` have no order to keep."""
     positions, k = codes.ids.shape
     group = np.zeros((positions, k), dtype=np.uint64)
     np.cumsum(codes.gaps > 0, axis=1, out=group[:, 1:])
@@ -95,13 +96,13 @@ def _in_order(codes: TopKCodes) -> NDArray[np.uint32]:
 
 
 def entries_of_labels(ids: NDArray[np.uint32], context: Context) -> NDArray[np.int64]:
-    """[p] the entry that is the label, -1 where none is."""
+    """Index [p] of the entry that is the label, -1 where none is."""
     found = ids == context.labels[:, None]
     return np.where(found.any(axis=1), found.argmax(axis=1), -1)
 
 
 def _near_entry(codes: TopKCodes, entry: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """[p] whether the label's logprob is within the bound of that entry's decoded one."""
+    """Mask [p] of labels whose logprob is within the bound of their entry's decoded one."""
     depth = np.zeros(codes.ids.shape, dtype=np.int64)
     np.cumsum(codes.gaps, axis=1, out=depth[:, 1:])
     label = codes.label_logprob.astype(np.float64)
@@ -116,7 +117,7 @@ def _near_entry(codes: TopKCodes, entry: NDArray[np.int64]) -> NDArray[np.bool_]
 
 @cache
 def _tail_grid() -> tuple[NDArray[np.int32], NDArray[np.float16]]:
-    """The index of every float16 bit pattern from 0 to infinity, sign left out, and the value of every index."""
+    """Index of every float16 bit pattern from 0 to infinity, without sign, and the rounded value of every index."""
     pattern = np.arange(_INFINITE + 1)
     rounded = pattern.copy()
     for exponent, bits in _DROPPED.items():
@@ -127,7 +128,7 @@ def _tail_grid() -> tuple[NDArray[np.int32], NDArray[np.float16]]:
 
 
 def tail_indices(log_tail: NDArray[np.float16]) -> NDArray[np.int32]:
-    """[p] where each tail stands in `tail_values`, after rounding."""
+    """Index [p] of each tail in `tail_values`, after rounding."""
     if not (log_tail <= 0).all():
         wrong = log_tail[~(log_tail <= 0)][0]
         raise InvalidInput(f"a log tail is {wrong}; logarithms of a mass are zero or below")
@@ -141,7 +142,7 @@ def tail_values() -> NDArray[np.float16]:
 
 
 def label_steps(label_logprob: NDArray[np.float16]) -> NDArray[np.int64]:
-    """[p] labels in 1/16 nat below zero; -1 for NaN, -2 for -inf."""
+    """Labels [p] in steps of 1/16 nat below zero; -1 for NaN, -2 for -inf."""
     if (label_logprob > 0).any():
         raise InvalidInput(f"a label's logprob is {label_logprob[label_logprob > 0][0]}; it must be zero or below")
     known = np.isfinite(label_logprob)
@@ -150,7 +151,7 @@ def label_steps(label_logprob: NDArray[np.float16]) -> NDArray[np.int64]:
 
 
 def label_values(steps: NDArray[np.int64]) -> NDArray[np.float16]:
-    """[p] float16 logprobs that `label_steps` stands for."""
+    """Logprobs [p], float16, of the steps that `label_steps` gives."""
     values = (-STEP * steps).astype(np.float16)
     return np.where(steps >= 0, values, np.where(steps == -1, np.nan, -np.inf)).astype(np.float16)
 

@@ -1,15 +1,15 @@
-"""Lists of ranks, one list per position, coded by what similar earlier positions hold; compiled.
+"""Coding of lists of ranks, one list per position, by the lists of similar earlier positions; compiled.
 
 A teacher's likely next tokens repeat. Earlier positions of the block count as similar when they have the same token
 (more so with the same token before or after it), when they are a few tokens back in the same row, and, once the first
 ranks of a list are coded, when their own first ranks are among these. The most similar ones vote for the ranks in
-their lists (`archive_votes`); the votes sort these candidates into classes, and a rank is coded as one of the
-remaining candidates of a class, each equally likely; what a class is worth is learned on the way. A rank that nobody
-voted for is coded by how often it was such, all candidates excluded (`archive_novel`). Candidates are collected anew
-at each of `STAGES`, when more of the list is known.
+their lists (`archive.votes`). The votes sort these candidates into classes, and a rank is coded as one of the
+remaining candidates of a class, each equally likely; the weight of a class is learned on the way. A novel rank, which
+has no vote, is coded by its frequency among novel ranks, without the candidates (`archive.novel`). Candidates are
+collected anew at each of `STAGES`, when more of the list is known.
 
-Entries that are tied have no order of their own: they come out rising, and are coded in the order of the classes, with
-only what follows the last one left to choose from.
+Tied entries have no order of their own: they are decoded in rising order, and coded in the order of the classes, each
+chosen only from the candidates after the one before.
 
 Shape legend:  p positions, U entries of all lists, V vocabulary size, C classes.
 """
@@ -54,7 +54,7 @@ def code_lists(coder: Coder, lists: Lists, links: Links, model: Model) -> None:
             if coder.state[FAILED]:
                 return
         _link(lists, model, position)
-        # Often at first, when little is known.
+        # Often at first, when each position teaches much.
         if position & (position - 1) == 0 or position & 255 == 0:
             learn(model)
 
@@ -68,6 +68,7 @@ def _code_stage(
     top, voters, weight = choose_voters(model, found)
     count = vote(lists, model, voters, lists.depths[stage])
     count = classify(lists, model, count, weight)
+    # Only what was touched is cleared: the array has a place for each position of the block.
     for i in range(found):
         model.similarity[model.voters[i]] = 0
     context = (stage * SIMILARITY + min(top // 3, SIMILARITY - 1)) * CELLS
@@ -127,7 +128,7 @@ def _code_group(
 
 @compiled
 def _tie_class(value: int) -> int:
-    """2 for 2 and 3, 3 for 4 to 7, 4 for more."""
+    """Class of a number of ties left: 2 for 2 and 3, 3 for 4 to 7, 4 for more."""
     if value < 4:
         return 2
     return 3 if value < 8 else 4
@@ -135,10 +136,11 @@ def _tie_class(value: int) -> int:
 
 @compiled
 def _order(lists: Lists, model: Model, start: int, stop: int) -> None:
-    """Fill `keys` with the group in the order of coding: by class and place in it, then novel ranks rising."""
+    """Fill `keys` with a group's ranks in the order of coding: by class and index in it, then novel ranks rising."""
     for entry in range(start, stop):
         rank = np.int64(lists.ids[entry])
         kind = np.int64(model.kind[rank])
+        # One number sorts by class (8 bits), index in the class (24) and rank (32).
         key = np.int64(NOVEL) << 56 | rank
         if kind != 0:
             key = (kind - 1) << 56 | _index_of(model, kind - 1, rank) << 32 | rank
@@ -149,7 +151,7 @@ def _order(lists: Lists, model: Model, start: int, stop: int) -> None:
 
 @compiled
 def _sort(values: NDArray[np.uint32] | NDArray[np.int64], start: int, stop: int) -> None:
-    """Heapsort of values[start:stop]: in place, and as quick on what a hostile stream holds."""
+    """Sort values[start:stop] by heapsort: in place, and no slower on values that a hostile stream chose."""
     size = stop - start
     for root in range(size // 2 - 1, -1, -1):
         _sift(values, start, root, size)
@@ -186,7 +188,7 @@ def _index_of(model: Model, c: Whole, rank: Whole) -> int:
 
 @compiled
 def _remove(model: Model, c: int, index: int) -> int:
-    """Take a member out of its class; the order of the others stays."""
+    """Remove a member from its class; the order of the others stays."""
     begin = model.begins[c]
     rank: int = model.members[begin + index]
     model.sizes[c] -= 1
@@ -197,7 +199,7 @@ def _remove(model: Model, c: int, index: int) -> int:
 
 @compiled
 def _code_class(coder: Coder, model: Model, row: Whole, low_class: int, low_index: int, rank: Whole) -> tuple[int, int]:
-    """Code the class of `rank` and its index in it, neither before the given ones."""
+    """Code the class of `rank` and its index in the class, which do not come before the given ones."""
     weights, offers = model.weights[row], model.offers[row]
     total = weights[NOVEL]
     for c in range(low_class, NOVEL):
@@ -233,7 +235,7 @@ def _code_class(coder: Coder, model: Model, row: Whole, low_class: int, low_inde
 
 @compiled
 def _close_stage(model: Model, count: int) -> None:
-    """Count what was novel, forget the candidates."""
+    """Count the novel ranks of a stage, and forget its candidates."""
     for i in range(model.novel[len(model.novel) - 2]):
         rank = model.novel[i]
         if model.total[0] < FREQUENCY_LIMIT:
@@ -248,7 +250,7 @@ def _close_stage(model: Model, count: int) -> None:
 
 @compiled
 def _link(lists: Lists, model: Model, position: int) -> None:
-    """Let later positions find this one by its leading ranks."""
+    """Enter a position under its leading ranks, by which later positions find it."""
     start, stop = lists.starts[position], lists.starts[position + 1]
     for entry in range(start, stop):
         model.kind[lists.ids[entry]] = 0

@@ -1,4 +1,4 @@
-"""What the coder of ranks knows, learns and works in; see `archive_ids`.
+"""Arrays of the coder of ranks (`archive.ids`): its input, what it has learned, and its working memory.
 
 Shape legend:  p positions, U entries of all lists, V vocabulary size, C classes.
 """
@@ -12,110 +12,119 @@ from numpy.typing import NDArray
 
 from potstill.cache.encoding.archive.range_coder import compiled
 
+# Entries of a list before which candidates are collected anew.
 STAGES = (0, 3, 8)
+# First ranks of a list by which later positions find it.
 LEADING = 8
 CELLS = 8
 """Kinds of entries whose statistics are kept apart."""
 CLASSES = 25
 RATIOS = 1024
 MAX_LENGTH = 2048
-"""Longest list; keeps the sums of frequencies within what the coder takes."""
+"""Longest list; keeps sums of frequencies within the coder's `MAX_TOTAL`."""
 NO_RANK = 0xFFFFFFFF
 NOVEL = CLASSES - 1
 TIES = 10
 SIMILARITY = 4
+# Links that are followed from a position, tokens back in the row that count as near, and positions whose lists vote:
+# these bound the time for a position.
 FOLLOWED = 8
 NEAR = 3
 VOTERS = 24
-# Once with the same token, before and after 2 each, near by, by the label, and by each leading rank.
+# Largest similarity: 1 for the same token, 2 each for the token before and after, 1 for being near, 1 by the label, and
+# 1 for each leading rank.
 _MOST_SIMILAR = 1 + 2 + 2 + 1 + 1 + LEADING
 USED = 255
 ONE = 1024
+# Bits of a rank within a group and a super-group: a sum over a large vocabulary is three short loops.
 GROUP, SUPER = 6, 12
+# Frequencies stop growing here, below the coder's `MAX_TOTAL`.
 FREQUENCY_LIMIT = 1 << 29
 
 
 class Lists(NamedTuple):
-    """What both sides know before the ranks, and the ranks themselves."""
+    """The lists of ranks of all positions, and what encoder and decoder both know of them before."""
 
     starts: NDArray[np.int64]
-    """[p+1] where each list begins."""
+    """[p+1] index at which each list begins, then U."""
     ids: NDArray[np.uint32]
     """[U] ranks: read when encoding, written when decoding."""
     votes: NDArray[np.int32]
-    """[U] what the entry weighs as a vote at later positions, 1 to `max_vote`."""
+    """[U] weight of the entry as a vote at later positions, 1 to `max_vote`."""
     max_vote: int
     cells: NDArray[np.uint8]
-    """[U] below `CELLS`."""
+    """[U] kind of the entry, below `CELLS`."""
     tied: NDArray[np.uint8]
     """[U] 1 where the entry has no order to the one before it in its list."""
     depths: NDArray[np.int64]
-    """[stages] how many entries of a voter's list vote."""
+    """[stages] number of entries of a voter's list that vote."""
     classes: NDArray[np.uint8]
-    """[RATIOS] the class of a share of the votes in 1/RATIOS; rising shares have falling classes, below C - 1."""
+    """[RATIOS] class of a share of the votes in 1/RATIOS; rising shares have falling classes, below C - 1."""
 
 
 class Links(NamedTuple):
-    """[p] each: the last earlier position of the block with the same token (and the same neighbour), -1 for none."""
+    """Last earlier position of the block with the same token (and the same neighbour), [p] each, -1 for none."""
 
     same: NDArray[np.int64]
     same_before: NDArray[np.int64]
     same_after: NDArray[np.int64]
     row_begins: NDArray[np.int64]
-    """The first position of the row, or of the block."""
+    """First position of the row, or of the block."""
     labels: NDArray[np.int64]
-    """The rank of the next token, -1 for none."""
+    """Rank of the next token, -1 for none."""
 
 
 class Model(NamedTuple):
-    """What is learned, and room to work in."""
+    """State that is learned, and working memory."""
 
     hits: NDArray[np.int64]
-    """[contexts, C] how often a class was right, in 1/32."""
+    """[contexts, C] times that a class was right, in 1/32."""
     offers: NDArray[np.int64]
-    """[contexts, C] how many candidates it had offered."""
+    """[contexts, C] candidates that a class had offered, in 1/32."""
     weights: NDArray[np.int64]
-    """[contexts, C] of one candidate of a class, in 2**-16."""
+    """[contexts, C] weight of one candidate of a class, in 2**-16."""
     frequency: NDArray[np.int32]
-    """[V] of ranks without a vote."""
+    """[V] frequency of each rank among novel ones (ranks without a vote)."""
     groups: NDArray[np.int32]
-    """Sums of `frequency` over 64 ranks."""
+    """Sums of `frequency` over 64 ranks each."""
     total: NDArray[np.int64]
-    """[1] their sum."""
+    """[1] sum of `frequency`."""
     open_groups: NDArray[np.int32]
-    """The same without what is excluded in this stage."""
+    """`groups` without the ranks that are excluded in this stage."""
     open_supers: NDArray[np.int64]
-    """Sums over 64 of these, and the sum of all last."""
+    """Sums over 64 of `open_groups` each, and last the sum of all."""
     heads: NDArray[np.int64]
-    """[V] the last leading entry with that rank."""
+    """[V] last leading entry with this rank."""
     chain: NDArray[np.int64]
-    """[p * LEADING] the leading entry before this one with the same rank."""
+    """[p * LEADING] previous leading entry with the same rank."""
     similarity: NDArray[np.int64]
-    """[p] zero between stages."""
+    """[p] similarity to the position in work; zero between stages."""
     score: NDArray[np.int32]
-    """[V] zero between stages."""
+    """[V] sum of votes for each rank; zero between stages."""
     kind: NDArray[np.uint8]
-    """[V] class + 1 of candidates, `USED` for what the list has already, 0 for others."""
+    """[V] class + 1 of candidates, `USED` for ranks that the list has already, 0 for others."""
     levels: NDArray[np.int64]
-    """How many positions are that similar."""
+    """Number of positions of each similarity."""
     voters: NDArray[np.int64]
     candidates: NDArray[np.int64]
     members: NDArray[np.int64]
-    """Candidates by class."""
+    """Candidates ordered by class."""
     member_classes: NDArray[np.uint8]
-    """The class of each of `candidates`."""
+    """Class of each of `candidates`."""
     begins: NDArray[np.int64]
-    """[C + 1] of each class in `members`."""
+    """[C + 1] index in `members` at which each class begins."""
     sizes: NDArray[np.int64]
-    """[C] how many of them remain."""
+    """[C] number of members of each class that remain."""
     novel: NDArray[np.int64]
-    """Ranks without a vote of this stage; how many, and whether the open sums are of this stage, come last."""
+    """Novel ranks of this stage; in the last two places, their number, and 1 once the open sums are made."""
     keys: NDArray[np.int64]
 
 
 def new_model(vocab_size: int, num_positions: int, longest: int) -> Model:
-    """A model that has learned nothing."""
+    """Make a model that has learned nothing."""
     contexts = len(STAGES) * SIMILARITY * CELLS * TIES
+    # What is assumed before anything is seen: candidates with a large share of the votes (low classes) are right more
+    # often, and few ranks are novel.
     hits = np.tile(np.maximum(16 >> (np.arange(CLASSES) // 4), 1), (contexts, 1)).astype(np.int64)
     hits[:, NOVEL] = 48
     offers = np.full((contexts, CLASSES), 512, dtype=np.int64)
@@ -150,7 +159,7 @@ def new_model(vocab_size: int, num_positions: int, longest: int) -> Model:
 
 @compiled
 def learn(model: Model) -> None:
-    """Weigh a candidate of a class by how often such were right."""
+    """Set the weight of a class' candidates to the share of them that were right."""
     for context in range(len(model.hits)):
         for c in range(CLASSES):
             model.weights[context, c] = max((model.hits[context, c] << 16) // model.offers[context, c], 1)

@@ -1,4 +1,4 @@
-"""Ranks without a vote, by how often each was such; see `archive_ids`."""
+"""Coding of novel ranks, which have no vote, by their frequency among novel ranks; see `archive.ids`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from potstill.cache.encoding.archive.range_coder import FAILED, Coder, compiled,
 
 @compiled
 def count_novel(model: Model, rank: int) -> None:
-    """Exclude it from now on; `_close_stage` makes it more frequent."""
+    """Exclude a novel rank for the rest of the stage; `_close_stage` then counts it."""
     frequency = model.frequency[rank]
     model.open_groups[rank >> GROUP] -= frequency
     model.open_supers[rank >> SUPER] -= frequency
@@ -22,7 +22,7 @@ def count_novel(model: Model, rank: int) -> None:
 
 @compiled
 def open_frequencies(lists: Lists, model: Model, first: int, begin: int, count: int) -> None:
-    """Once in a stage, sum the frequencies of all but its candidates and what the list held before."""
+    """Sum, once in a stage, the frequencies of all ranks but its candidates and those the list has already."""
     opened = len(model.novel) - 1
     if model.novel[opened]:
         return
@@ -46,7 +46,7 @@ def open_frequencies(lists: Lists, model: Model, first: int, begin: int, count: 
 
 @compiled
 def _mass_below(model: Model, rank: int) -> int:
-    """Frequency of what is not excluded and below `rank`."""
+    """Sum of the frequencies of ranks below `rank` that are not excluded."""
     mass = np.int64(0)
     for i in range(rank >> SUPER):
         mass += model.open_supers[i]
@@ -60,7 +60,7 @@ def _mass_below(model: Model, rank: int) -> int:
 
 @compiled
 def _find_mass(model: Model, mass: int) -> tuple[int, int]:
-    """The rank, not excluded, at which the frequencies reach beyond `mass`, and the frequency before it."""
+    """Rank, not excluded, at which the running sum of frequencies passes `mass`, and the sum before it."""
     before = np.int64(0)
     i = 0
     while i < len(model.open_supers) - 2 and before + model.open_supers[i] <= mass:

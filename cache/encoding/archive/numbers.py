@@ -1,8 +1,8 @@
-"""Gaps, tails, labels and counts, coded with adaptive tables; compiled.
+"""Coding of gaps, tails, labels and counts with adaptive tables; compiled.
 
-Gaps of a sorted softmax are close to independent, each column with its own distribution (as the spacings of
-exponential variables are, Renyi 1953), so each column has a table and nothing else is looked at. The tail is coded by
-how far it is from what was seen with a like last entry.
+The gaps of a sorted softmax are close to independent, each column with its own distribution (as the spacings of
+exponential variables are, Renyi 1953), so each column has a table and nothing else is looked at. A tail is coded as
+the difference from the mean of tails with a similar last entry.
 
 Shape legend:  p positions, K kept entries.
 """
@@ -25,6 +25,7 @@ from potstill.cache.encoding.archive.range_coder import (
     tables,
 )
 
+# Gaps below the last of these have a symbol in their column's table; larger ones are rare and share a second table.
 _NARROW = 32
 _WIDE = 256 - _NARROW + 1
 _LEVELS = 64
@@ -34,26 +35,26 @@ NO_LABEL, LABEL_IS_ENTRY, LABEL_APART, LABEL_WITHOUT_MASS = 0, 1, 2, 3
 
 
 class Numbers(NamedTuple):
-    """What is stored of a block beside ids."""
+    """Numbers of a block beside its ids."""
 
     gaps: NDArray[np.uint8]
-    """[p, K-1]."""
+    """[p, K-1] gap codes (`encoding.gaps`)."""
     tails: NDArray[np.int32]
-    """[p] indices of a grid of log tails, rising as the tail falls."""
+    """[p] indices into `codes.tail_values`, rising as the tail falls."""
     label_kinds: NDArray[np.uint8]
-    """[p]: none, that of an entry, apart."""
+    """[p] `NO_LABEL`, `LABEL_IS_ENTRY`, `LABEL_APART` or `LABEL_WITHOUT_MASS`."""
     labels: NDArray[np.int32]
-    """[p] steps below zero of labels apart, else 0."""
+    """[p] steps of 1/16 nat below zero for `LABEL_APART`, else 0."""
 
 
 class NumberModel(NamedTuple):
-    """What is learned of them."""
+    """Tables and means that are learned while numbers are coded."""
 
     narrow: NDArray[np.int32]
     wide: NDArray[np.int32]
     tail_lengths: NDArray[np.int32]
     tail_means: NDArray[np.int64]
-    """[levels] running means in 1/256."""
+    """[levels] running means, in 1/256."""
     label_lengths: NDArray[np.int32]
     label_means: NDArray[np.int64]
     label_kinds: NDArray[np.int32]
@@ -62,7 +63,7 @@ class NumberModel(NamedTuple):
 
 
 def new_number_model(k: int) -> NumberModel:
-    """A model that has learned nothing."""
+    """Make a model that has learned nothing."""
     return NumberModel(
         narrow=tables(max(k - 1, 1), _NARROW),
         wide=tables(2, _WIDE),
@@ -76,7 +77,7 @@ def new_number_model(k: int) -> NumberModel:
 
 
 def _weights() -> NDArray[np.int64]:
-    """By integers alone: floating-point exponentials differ between machines."""
+    """Table of exp(-depth / 16) in 2**-32, computed in integers: floating-point exp differs between machines."""
     # exp(-1/16) * 2**62, rounded.
     factor = 4332278087304955805
     weight, weights = 1 << 62, []
@@ -88,7 +89,7 @@ def _weights() -> NDArray[np.int64]:
 
 @compiled
 def code_gaps(coder: Coder, numbers: Numbers, model: NumberModel) -> None:
-    """Code [p, K-1] gaps."""
+    """Code the gaps [p, K-1]."""
     gaps = numbers.gaps
     for position in range(gaps.shape[0]):
         for column in range(gaps.shape[1]):
@@ -104,7 +105,7 @@ def code_gaps(coder: Coder, numbers: Numbers, model: NumberModel) -> None:
 
 @compiled
 def code_tails(coder: Coder, numbers: Numbers, model: NumberModel, most: int) -> None:
-    """Code [p] tails up to `most`."""
+    """Code the tails [p], each at most `most`."""
     for position in range(len(numbers.tails)):
         level = _last_level(numbers, model, position)
         value = _code_near(
@@ -117,7 +118,7 @@ def code_tails(coder: Coder, numbers: Numbers, model: NumberModel, most: int) ->
 
 @compiled
 def code_labels(coder: Coder, numbers: Numbers, model: NumberModel, contexts: NDArray[np.uint8], most: int) -> None:
-    """Code the kinds of [p] labels, by what the ids say of them in `contexts`, and those apart up to `most`."""
+    """Code the kind of each label [p], given what its ids tell (`contexts`), and the labels apart, at most `most`."""
     for position in range(len(contexts)):
         kind = code_symbol(coder, model.label_kinds[contexts[position]], np.int64(numbers.label_kinds[position]))
         numbers.label_kinds[position] = kind
@@ -132,7 +133,7 @@ def code_labels(coder: Coder, numbers: Numbers, model: NumberModel, contexts: ND
 
 @compiled
 def _last_level(numbers: Numbers, model: NumberModel, position: int) -> int:
-    """How small the last entry is within its top-k, in half powers of 2."""
+    """Ratio of the top-k's mass to its last entry, on a scale of half powers of 2."""
     depth = np.int64(0)
     total = model.weights[0]
     for column in range(numbers.gaps.shape[1]):
@@ -158,15 +159,15 @@ def _code_near(
 
 
 class CountModel(NamedTuple):
-    """What is learned of counts."""
+    """Tables that are learned while counts are coded."""
 
     narrow: NDArray[np.int32]
-    """By the largest the count can be, and by what is left to draw."""
+    """Tables by the largest value that the count can have, and by the number of draws that are left."""
     lengths: NDArray[np.int32]
 
 
 def new_count_model() -> CountModel:
-    """A model that has learned nothing."""
+    """Make a model that has learned nothing."""
     return CountModel(tables(_MOST * _LEFT, _NARROW), tables(1, SIGNED_SYMBOLS))
 
 

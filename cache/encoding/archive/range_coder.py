@@ -1,10 +1,10 @@
-"""A range coder with adaptive frequency tables, compiled: what `archive_numbers` and `archive_ids` code with.
+"""A range coder with adaptive frequency tables, compiled, which `archive.numbers` and `archive.ids` use.
 
-The coder is the carrying one of Martin 1979, "Range encoding", with a 64-bit range that gives out 32 bits at a time.
-One function codes in both directions, so that the encoder's and the decoder's models cannot drift apart: with
-`coder.decoding` it takes the value from the stream, else it writes the value it is given. Models use integers only,
-so that every machine decodes the same. Compiled code checks no bounds: each loop here is bounded by its arguments,
-and a stream that no encoder wrote sets `FAILED` and decodes to some value that is within its table.
+It is the carrying coder of Martin 1979, "Range encoding", with a 64-bit range that puts out 32 bits at a time. Each
+function codes in both directions, so that the encoder's and the decoder's models cannot drift apart: with
+`coder.decoding` it takes the value from the stream, else it writes the value that it is given. Models use integers
+only, so that every machine decodes the same. Compiled code checks no bounds: each loop here is bounded by its
+arguments, and a stream that no encoder wrote sets `FAILED` and decodes to some value within its table.
 """
 
 from __future__ import annotations
@@ -21,42 +21,44 @@ Whole: TypeAlias = "int | np.signedinteger[Any]"
 LOW, RANGE, CODE, UNIT = 0, 1, 2, 3
 PLACE, FAILED = 0, 1
 MAX_TOTAL = 1 << 31
-"""Frequencies of one coded symbol must not sum to more."""
+"""Largest sum of the frequencies by which a symbol is coded."""
+# A table adds this much for each symbol it meets, and halves all frequencies when their sum passes the limit: so recent
+# symbols count more.
 _STEP = 24
 _LIMIT = 1 << 15
 
 
 def compiled(function: Function) -> Function:
-    """The function as machine code that manages no memory."""
+    """Compile a function to machine code that manages no memory."""
     return compiled_with(function, _nrt=False)
 
 
 class Coder(NamedTuple):
-    """One stream being written or read."""
+    """A stream that is being written or read."""
 
     decoding: bool
     words: NDArray[np.uint32]
     registers: NDArray[np.uint64]
-    """[4]: `LOW`, `RANGE`, `CODE`, `UNIT`."""
+    """[4] `LOW`, `RANGE`, `CODE` and `UNIT`."""
     state: NDArray[np.int64]
-    """[2]: `PLACE`, the next word; `FAILED`, not zero when the stream cannot be right."""
+    """[2] `PLACE`, index of the next word; `FAILED`, not zero when the stream cannot be right."""
 
 
 def writer(capacity: int) -> Coder:
-    """A coder that writes up to `capacity` words of 32 bits."""
+    """Make a coder that writes up to `capacity` words of 32 bits."""
     registers = np.array([0, 2**64 - 1, 0, 0], dtype=np.uint64)
     return Coder(False, np.empty(capacity, dtype=np.uint32), registers, np.zeros(2, dtype=np.int64))  # noqa: FBT003
 
 
 def reader(words: NDArray[np.uint32]) -> Coder:
-    """A coder that reads `words`, of which there must be two or more."""
+    """Make a coder that reads `words`, of which there must be two or more."""
     code = int(words[0]) << 32 | int(words[1])
     registers = np.array([0, 2**64 - 1, code, 0], dtype=np.uint64)
     return Coder(True, words, registers, np.array([2, 0], dtype=np.int64))  # noqa: FBT003
 
 
 def finish(coder: Coder) -> NDArray[np.uint32]:
-    """What was written."""
+    """End the stream, and return its words."""
     place = int(coder.state[PLACE])
     assert not coder.state[FAILED]
     assert place + 2 <= len(coder.words), f"{len(coder.words)} words are too few"
@@ -67,11 +69,12 @@ def finish(coder: Coder) -> NDArray[np.uint32]:
 
 @compiled
 def write(coder: Coder, before: int, frequency: int, total: int) -> None:
-    """Narrow to the symbol that takes `frequency` of `total` after `before`."""
+    """Write the symbol that has `frequency` of `total`, behind symbols that have `before` of it."""
     registers, words = coder.registers, coder.words
     unit = registers[RANGE] // np.uint64(total)
     low = registers[LOW] + unit * np.uint64(before)
     place = coder.state[PLACE]
+    # The sum wrapped around: carry into the words that are written already.
     if low < registers[LOW]:
         i = place - 1
         while i > 0 and words[i] == np.uint32(0xFFFFFFFF):
@@ -93,8 +96,9 @@ def write(coder: Coder, before: int, frequency: int, total: int) -> None:
 
 @compiled
 def peek(coder: Coder, total: int) -> int:
-    """Where in [0, total) the next symbol lies."""
+    """Place of the next symbol in [0, total); `take` has to follow."""
     unit = coder.registers[RANGE] // np.uint64(total)
+    # Kept for `take`, which needs the same quotient.
     coder.registers[UNIT] = unit
     target = np.int64(coder.registers[CODE] // unit)
     if target >= total or target < 0:
@@ -105,7 +109,7 @@ def peek(coder: Coder, total: int) -> int:
 
 @compiled
 def take(coder: Coder, before: int, frequency: int) -> None:
-    """Step over the symbol that `peek` found."""
+    """Step over the symbol that was found by `peek`."""
     registers = coder.registers
     unit = registers[UNIT]
     code = registers[CODE] - unit * np.uint64(before)
@@ -126,7 +130,7 @@ def take(coder: Coder, before: int, frequency: int) -> None:
 
 @compiled
 def code_evenly(coder: Coder, value: int, total: int) -> int:
-    """A value in [0, total), each as likely; `total` up to `MAX_TOTAL`."""
+    """Code a value in [0, total) where all are equally likely; `total` is at most `MAX_TOTAL`."""
     if coder.decoding:
         value = peek(coder, total)
         take(coder, value, 1)
@@ -136,7 +140,7 @@ def code_evenly(coder: Coder, value: int, total: int) -> int:
 
 
 def tables(count: int, symbols: int) -> NDArray[np.int32]:
-    """[count, symbols + 1] frequencies, all one; the last column is their sum."""
+    """Make adaptive tables [count, symbols + 1]: frequencies, all one at first, and in the last column their sum."""
     frequencies = np.ones((count, symbols + 1), dtype=np.int32)
     frequencies[:, symbols] = symbols
     return frequencies
@@ -144,7 +148,7 @@ def tables(count: int, symbols: int) -> NDArray[np.int32]:
 
 @compiled
 def code_symbol(coder: Coder, table: NDArray[np.int32], symbol: int) -> int:
-    """A symbol by one row of `tables`, which adapts."""
+    """Code a symbol by one row of `tables`, which adapts."""
     symbols = len(table) - 1
     total = np.int64(table[symbols])
     before = np.int64(0)
@@ -177,7 +181,7 @@ def _adapt(table: NDArray[np.int32], symbol: int) -> None:
 
 @compiled
 def bit_length(value: int) -> int:
-    """Of a value from 0 to 2**62."""
+    """Number of bits of a value from 0 to 2**62."""
     length = 0
     while value >> length:
         length += 1
@@ -186,7 +190,7 @@ def bit_length(value: int) -> int:
 
 @compiled
 def code_signed(coder: Coder, lengths: NDArray[np.int32], value: int) -> int:
-    """A signed value below 2**30 in size: its length in bits and its sign by `lengths`, then its bits as they are.
+    """Code a signed value below 2**30 in size: its length in bits and its sign by `lengths`, then its bits.
 
     `lengths` is a row of `tables` for `SIGNED_SYMBOLS` symbols.
     """

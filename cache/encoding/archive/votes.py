@@ -1,4 +1,4 @@
-"""Candidates for a position's ranks from the lists of similar earlier positions; see `archive_ids`."""
+"""Candidates for a position's ranks, from the lists of similar earlier positions; see `archive.ids`."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _follow_rank(model: Model, rank: int, found: int) -> int:
 
 @compiled
 def find_voters(lists: Lists, links: Links, model: Model, position: int, known: int) -> int:
-    """Collect similar positions in `voters`; returns how many."""
+    """Collect similar positions in `voters`; returns their number."""
     found = _follow(model, links.same, position, 0, 1)
     found = _follow(model, links.same_before, position, found, 2)
     found = _follow(model, links.same_after, position, found, 2)
@@ -71,7 +71,7 @@ def find_voters(lists: Lists, links: Links, model: Model, position: int, known: 
 
 @compiled
 def choose_voters(model: Model, found: int) -> tuple[int, int, int]:
-    """Move the most similar to the front of `voters`: the highest similarity, how many, the sum of their weights."""
+    """Move the most similar voters to the front; returns the highest similarity, their number, and sum of weights."""
     levels = model.levels
     levels[:] = 0
     for i in range(found):
@@ -118,7 +118,7 @@ def vote(lists: Lists, model: Model, voters: int, depth: int) -> int:
 
 @compiled
 def classify(lists: Lists, model: Model, count: int, weight: int) -> int:
-    """Sort candidates that are not used into `members`, drop the others, clear `score`; returns how many are left."""
+    """Sort candidates that are not used into `members`, drop the others, clear `score`; returns the number left."""
     scale = ((RATIOS - 1) << 40) // max(weight * lists.max_vote, 1)
     candidates, sizes, begins = model.candidates, model.sizes, model.begins
     sizes[:] = 0
