@@ -49,9 +49,12 @@ class ProcessTeacher(WrappedTeacher):
         self._waiting[number] = future
         assert self._process.stdin is not None
         message = pickle.dumps((number, list(rows), want))
-        self._process.stdin.write(_LENGTH.pack(len(message)) + message)
         try:
+            self._process.stdin.write(_LENGTH.pack(len(message)) + message)
             return await future
+        except (OSError, RuntimeError) as error:  # uvloop's word for a closed pipe; its end is read a moment later
+            self.failure = self.failure or f"the engine's process {self.pid} ended"
+            raise TeacherFailed(self.failure) from error
         finally:
             del self._waiting[number]
 
@@ -69,6 +72,7 @@ class ProcessTeacher(WrappedTeacher):
                     _settle(future, outcome)
         except asyncio.IncompleteReadError:
             self.failure = "" if self._closed else f"the engine's process {self.pid} ended"
+            self.started.set()
             for future in self._waiting.values():
                 if not future.done():
                     future.set_exception(TeacherFailed(self.failure or "closed"))
@@ -98,6 +102,8 @@ async def open_process_teacher(
     reading = asyncio.create_task(teacher.read_answers())
     try:
         await teacher.started.wait()
+        if teacher.failure:
+            raise TeacherFailed(teacher.failure)
         opened(teacher)
         yield teacher
     finally:
