@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Literal, Self, TypeVar
 
-from potstill.cache.corpus.corpus import Corpus, list_corpora
+from potstill.cache.corpus import Corpus
+from potstill.cache.corpus.corpus import list_corpora
 from potstill.cache.encoding.logprobs import encoding_by_name
 from potstill.cache.errors import InvalidInput, PotstillError, UnknownCorpus
-from potstill.cache.store.groups import Reading
-from potstill.cache.store.root import Root
-from potstill.cache.targets.set_spec import SetSpec
-from potstill.cache.targets.target_set import TargetSet, teachers_with_targets
+from potstill.cache.store import Reading, Root
+from potstill.cache.targets import SetSpec, TargetSet
+from potstill.cache.targets.target_set import teachers_with_targets
 from potstill.cache.types import Fields, TeacherIdentity
 
 Mode = Literal["r", "r+"]

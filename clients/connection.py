@@ -27,8 +27,8 @@ from potstill.cache.errors import (
     error_class,
 )
 from potstill.cache.types import JSON
-from potstill.cache.wire import scores as wire
-from potstill.cache.wire.stream import CutShort, StreamReader
+from potstill.cache.wire import StreamReader, scores as wire
+from potstill.cache.wire.stream import CutShort
 from potstill.clients.address import checked_url, key_header, login_of
 from potstill.clients.retry import Refusal, RetryPolicy, Tries
 

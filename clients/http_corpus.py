@@ -13,10 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from potstill.cache.corpus.corpus import Corpus, CorpusSpec, Source
+from potstill.cache.corpus import Corpus, Source
+from potstill.cache.corpus.corpus import CorpusSpec
 from potstill.cache.errors import FormatError, InvalidInput, SpecMismatch, TeacherFailed, UnsupportedField
 from potstill.cache.types import Tokens
-from potstill.cache.wire.stream import StreamHead, write_row_numbers
+from potstill.cache.wire import StreamHead
+from potstill.cache.wire.stream import write_row_numbers
 from potstill.clients.connection import SyncConnection
 
 # Bounds of one request: a read that is broken off is asked for again from there, and a service serves many.

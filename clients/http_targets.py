@@ -16,13 +16,15 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import NDArray
 
+from potstill.cache.encoding import Encoding
 from potstill.cache.encoding.fields import check_fields
-from potstill.cache.encoding.logprobs import Encoding, encoding_by_name
+from potstill.cache.encoding.logprobs import encoding_by_name
 from potstill.cache.errors import FormatError, InvalidInput, SpecMismatch, TeacherFailed, UnsupportedField
 from potstill.cache.fields import COLUMNS
 from potstill.cache.types import Fields, Targets, TeacherIdentity
 from potstill.cache.wanted import wanted_fields
-from potstill.cache.wire.stream import StreamHead, write_row_numbers
+from potstill.cache.wire import StreamHead
+from potstill.cache.wire.stream import write_row_numbers
 from potstill.clients.connection import SyncConnection
 from potstill.clients.http_corpus import HttpCorpus, corpus_route, require_corpus
 from potstill.clients.retry import RetryPolicy

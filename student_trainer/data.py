@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from potstill.cache.corpus.corpus import Corpus
+from potstill.cache.corpus import Corpus
 from potstill.cache.errors import TeacherFailed
 from potstill.cache.types import Targets, Tokens
 from potstill.student_trainer.losses import NO_LABEL, TeacherTargets

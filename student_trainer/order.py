@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from potstill.cache.corpus.corpus import Corpus
+from potstill.cache.corpus import Corpus
 from potstill.cache.corpus.keys import KEY_BYTES
 from potstill.cache.errors import InvalidInput
 from potstill.cache.plurals import counted

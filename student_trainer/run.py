@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from potstill.cache.corpus.corpus import Corpus
+from potstill.cache.corpus import Corpus
 from potstill.cache.errors import InvalidInput, NotFound, StoreError, Unavailable
 from potstill.cache.types import TeacherIdentity
 from potstill.student_trainer.checkpoint import newest_checkpoint

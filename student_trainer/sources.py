@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from potstill.cache.cache import Cache
-from potstill.cache.corpus.corpus import Corpus
+from potstill.cache.corpus import Corpus
 from potstill.cache.errors import NotCommitted, SpecMismatch, UnsupportedField
 from potstill.cache.plurals import counted
-from potstill.cache.targets.target_set import TargetSet
+from potstill.cache.targets import TargetSet
 from potstill.cache.types import Fields, Targets, TeacherIdentity, Tokens
 from potstill.clients.address import key_in
 from potstill.clients.http_targets import HttpCache, HttpTargets

@@ -14,9 +14,8 @@ from starlette.requests import ClientDisconnect
 
 from potstill.cache.errors import InvalidInput, NotFound, PotstillError
 from potstill.cache.wire import scores as wire
-from potstill.teacher_service.access.middleware import AccessApp
-from potstill.teacher_service.hosting.metrics import Metrics
-from potstill.teacher_service.hosting.service import Service
+from potstill.teacher_service.access import AccessApp
+from potstill.teacher_service.hosting import Metrics, Service
 from potstill.teacher_service.routes import openapi
 from potstill.teacher_service.routes.admin import add_admin_routes
 from potstill.teacher_service.routes.completions.routes import add_completion_routes, error_response, is_openai_path
@@ -27,7 +26,7 @@ from potstill.teacher_service.routes.page import add_page_routes
 from potstill.teacher_service.routes.score import add_score_routes
 from potstill.teacher_service.routes.status import add_status_routes
 from potstill.teacher_service.telemetry.tracing import OtelTracer
-from potstill.teacher_service.transport.bounded_transfers import BoundedTransfers
+from potstill.teacher_service.transport import BoundedTransfers
 from potstill.teacher_service.transport.headers import error_headers
 from potstill.teacher_service.watched_app import WatchedApp
 

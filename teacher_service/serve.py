@@ -22,15 +22,13 @@ import uvicorn
 from potstill.cache.entry_points import name_and_model
 from potstill.cache.errors import InvalidInput, PotstillError
 from potstill.cache.logins import without_login
-from potstill.teacher_service.access.middleware import Access
+from potstill.teacher_service.access import Access
 from potstill.teacher_service.app import create_app
-from potstill.teacher_service.hosting.hosted_teacher import Keep
-from potstill.teacher_service.hosting.service import Service
-from potstill.teacher_service.hosting.teacher_source import TeacherSource
-from potstill.teacher_service.settings.service import ServiceSettings, TlsSettings, load_settings
+from potstill.teacher_service.hosting import Keep, Service, TeacherSource
+from potstill.teacher_service.settings import ServiceSettings, TlsSettings, load_settings
 from potstill.teacher_service.telemetry import logs, tracing
 from potstill.teacher_service.telemetry.tracing import OtelTracer
-from potstill.teacher_service.transport.connections import bounded_protocol
+from potstill.teacher_service.transport import bounded_protocol
 
 _LOG = logging.getLogger(__name__)
 # Longer than clients hold an idle connection: closing first, we might do so while the next request is on its way.
@@ -137,7 +135,7 @@ def service_of(settings: ServiceSettings, access: Access) -> Service:
         InvalidInput: a teacher that cannot have its replicas. PotstillError: the cache cannot be opened.
     """
     from potstill.cache.cache import Cache  # noqa: PLC0415  zarr, only when a service runs
-    from potstill.cache.read_through.cached_teacher import KeepPolicy  # noqa: PLC0415
+    from potstill.cache.read_through import KeepPolicy  # noqa: PLC0415
 
     cache = None if settings.cache is None else Cache.open(settings.cache, mode="r+")
     quota_bytes = int(settings.keep.journal_quota_gib * 2**30)

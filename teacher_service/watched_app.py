@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
 
-from potstill.teacher_service.hosting.metrics import Metrics
+from potstill.teacher_service.hosting import Metrics
 from potstill.teacher_service.telemetry.logs import (
     REQUEST_ID_HEADER,
     AccessRecord,

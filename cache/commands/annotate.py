@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from potstill.cache.cache import Cache
-    from potstill.cache.corpus.corpus import Corpus
+    from potstill.cache.corpus import Corpus
 
 SUMMARY = "annotate the rows of a corpus, or list its annotations"
 
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 def _annotate(cache: Cache, args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from potstill.cache.corpus.annotations import annotate
+    from potstill.cache.corpus import annotate
     from potstill.cache.corpus.documents import file_sha256
     from potstill.cache.corpus.row_values import read_row_values
 

@@ -11,7 +11,7 @@ from potstill.cache.errors import InvalidInput
 from potstill.cache.plurals import counted
 
 if TYPE_CHECKING:
-    from potstill.cache.store.root import Root
+    from potstill.cache.store import Root
     from potstill.cache.upkeep.delete import Removal
 
 SUMMARY = "remove a teacher's targets, single shards, a corpus or a journal"
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print what will be removed, ask, and remove it; exit status 1 when the answer is no."""
-    from potstill.cache.store.root import Root
+    from potstill.cache.store import Root
     from potstill.cache.upkeep.delete import remove
 
     root = Root.open(args.cache)

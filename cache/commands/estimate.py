@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print an estimate for each encoding."""
     from potstill.cache.cache import Cache
+    from potstill.cache.encoding import ENCODINGS
     from potstill.cache.encoding.fields import keeps
-    from potstill.cache.encoding.logprobs import ENCODINGS
     from potstill.cache.upkeep.estimate import TABLE, Prices, Workload, estimate, measure
 
     fields = fields_of(args)

@@ -13,8 +13,8 @@ from potstill.cache.plurals import counted
 from potstill.cache.types import Fields
 
 if TYPE_CHECKING:
-    from potstill.cache.interchange.formats import RowFormat
-    from potstill.cache.targets.target_set import TargetSet
+    from potstill.cache.interchange import RowFormat
+    from potstill.cache.targets import TargetSet
 
 SUMMARY = "write a teacher's targets as Parquet files"
 
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Export, and print a summary; finished files are not written again."""
     from potstill.cache.cache import Cache
-    from potstill.cache.interchange.formats import export_shards
+    from potstill.cache.interchange import export_shards
 
     if "://" in args.to:
         raise InvalidInput(f"--to {args.to!r} must be a local folder; copy the files from there")

@@ -29,8 +29,9 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         FormatError: in the end, when something was left alone because a record cannot be read.
     """
-    from potstill.cache.store.root import Root
-    from potstill.cache.upkeep.garbage import find_garbage, remove_garbage
+    from potstill.cache.store import Root
+    from potstill.cache.upkeep import find_garbage
+    from potstill.cache.upkeep.garbage import remove_garbage
 
     if not args.min_age_hours >= 0:
         raise InvalidInput(f"--min-age-hours is {args.min_age_hours}; it must be at least 0")

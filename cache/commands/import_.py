@@ -13,8 +13,7 @@ from potstill.cache.types import Fields, TeacherIdentity
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from potstill.cache.interchange.formats import RowFormat
-    from potstill.cache.interchange.importing import ImportReport
+    from potstill.cache.interchange import ImportReport, RowFormat
     from potstill.cache.interchange.row_files import RowFile
 
 SUMMARY = "take over targets kept as Parquet or by DistillKit"
@@ -59,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     from potstill.cache.cache import Cache
     from potstill.cache.corpus.tokenizer import load_tokenizer
     from potstill.cache.encoding.logprobs import encoding_by_name
-    from potstill.cache.interchange.importing import ImportPlan, import_targets
+    from potstill.cache.interchange import ImportPlan, import_targets
     from potstill.cache.interchange.row_files import row_files
     from potstill.cache.store.root import check_name
 

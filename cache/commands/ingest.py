@@ -29,8 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Ingest, and print a summary."""
     from potstill.cache.cache import Cache
+    from potstill.cache.corpus import IngestPlan
     from potstill.cache.corpus.documents import source_files
-    from potstill.cache.corpus.ingest import IngestPlan, IngestProgress, ingest
+    from potstill.cache.corpus.ingest import IngestProgress, ingest
     from potstill.cache.corpus.tokenizer import load_tokenizer
     from potstill.cache.store.root import check_name
 

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the figures, then on stderr the records that cannot be read; exit status 1 when there are such."""
     from potstill.cache.cache import Cache
-    from potstill.cache.upkeep.inspection import inspect_cache
+    from potstill.cache.upkeep import inspect_cache
 
     cache = Cache.open(args.cache)
     inspection = inspect_cache(cache)

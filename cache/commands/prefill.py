@@ -19,9 +19,9 @@ from potstill.cache.types import Fields, Teacher
 
 if TYPE_CHECKING:
     from potstill.cache.cache import Cache
-    from potstill.cache.corpus.corpus import Corpus
-    from potstill.cache.fill.loop import FillPlan, FillReport
-    from potstill.cache.targets.target_set import TargetSet
+    from potstill.cache.corpus import Corpus
+    from potstill.cache.fill import FillPlan, FillReport
+    from potstill.cache.targets import TargetSet
 
 SUMMARY = "score a corpus with a teacher and keep its targets"
 
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     """Fill one teacher after the other; committed shards stay, and the same command goes on from there."""
     from potstill.cache.cache import Cache
     from potstill.cache.encoding.logprobs import encoding_by_name
-    from potstill.cache.fill.loop import FillPlan
+    from potstill.cache.fill import FillPlan
     from potstill.cache.store.root import check_name
 
     fields = fields_of(args)
@@ -153,7 +153,7 @@ def _way_on(error: BaseException) -> str:
 
 
 async def _fill_with_progress(teacher: Teacher, targets: TargetSet, plan: FillPlan) -> FillReport:
-    from potstill.cache.fill.loop import FillProgress, fill
+    from potstill.cache.fill import FillProgress, fill
 
     with progress(f"prefill {targets.teacher}", "tokens") as show:
 

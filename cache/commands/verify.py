@@ -18,7 +18,7 @@ from potstill.cache.logins import without_login
 from potstill.cache.plurals import counted
 
 if TYPE_CHECKING:
-    from potstill.cache.targets.target_set import TargetSet
+    from potstill.cache.targets import TargetSet
     from potstill.cache.upkeep.drift import Drift
     from potstill.cache.upkeep.integrity import Checked
 
@@ -83,8 +83,9 @@ class _Summary:
 
 
 def _run_checks(args: argparse.Namespace) -> int:
-    from potstill.cache.store.root import Root
-    from potstill.cache.upkeep.integrity import check_cache, count_checks
+    from potstill.cache.store import Root
+    from potstill.cache.upkeep import check_cache
+    from potstill.cache.upkeep.integrity import count_checks
 
     root = Root.open(args.cache)
     found = _Summary()
@@ -170,7 +171,8 @@ async def _measure(
     """Measure the drift of a sample of each corpus; also one line for each corpus that cannot be read."""
     import sys
 
-    from potstill.cache.upkeep.drift import check_same_vocabulary, measure_drift, sample_rows
+    from potstill.cache.upkeep import measure_drift
+    from potstill.cache.upkeep.drift import check_same_vocabulary, sample_rows
 
     drifts: dict[str, Drift] = {}
     corrupt: list[str] = []

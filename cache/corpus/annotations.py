@@ -19,16 +19,10 @@ from numpy.typing import NDArray
 
 from potstill.cache.errors import AlreadyExists, FormatError, InvalidInput, NotFound, SpecMismatch
 from potstill.cache.plurals import counted
-from potstill.cache.store.groups import (
-    GroupReader,
-    GroupWriter,
-    Layout,
-    attempt_name,
-    objects_from_json,
-    removed_on_failure,
-)
+from potstill.cache.store import GroupReader, GroupWriter, Root, StoredObject
+from potstill.cache.store.groups import Layout, attempt_name, objects_from_json, removed_on_failure
 from potstill.cache.store.record import read_record, record_bytes
-from potstill.cache.store.root import Root, StoredObject, check_name, is_name
+from potstill.cache.store.root import check_name, is_name
 
 _KIND = "annotation"
 _DTYPES = frozenset(

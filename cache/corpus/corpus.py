@@ -24,9 +24,10 @@ from potstill.cache.corpus.annotations import AnnotatedCorpus, list_annotations,
 from potstill.cache.corpus.keys import KEY_BYTES, KEY_ORDER, SORTED_KEYS, KeyIndex, KeysInMemory, row_key
 from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput, StoreError, UnknownCorpus
 from potstill.cache.plurals import counted
-from potstill.cache.store.groups import GroupReader, Reading, objects_from_json
+from potstill.cache.store import GroupReader, Reading, Root, StoredObject
+from potstill.cache.store.groups import objects_from_json
 from potstill.cache.store.record import group_metadata, read_group_metadata
-from potstill.cache.store.root import Root, StoredObject, check_name, is_name
+from potstill.cache.store.root import check_name, is_name
 from potstill.cache.types import Tokens
 
 # Row starts are read in pages of this many: the chunk in which `ingest` writes them.

@@ -25,8 +25,8 @@ from potstill.cache.corpus.spool import RowSpool
 from potstill.cache.corpus.tokenizer import fingerprint, num_ids
 from potstill.cache.errors import AlreadyExists, InvalidInput, LimitExceeded
 from potstill.cache.row_batches import row_batches
-from potstill.cache.store.groups import GroupWriter, Layout, attempt_name, removed_on_failure
-from potstill.cache.store.root import Root, StoredObject
+from potstill.cache.store import GroupWriter, Root, StoredObject
+from potstill.cache.store.groups import Layout, attempt_name, removed_on_failure
 from potstill.cache.types import Tokens
 
 # Tokenized in one call, which uses all cores; the limit in characters bounds memory when documents are long.

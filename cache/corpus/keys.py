@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potstill.cache.errors import CorruptSegment, InvalidInput
-from potstill.cache.store.groups import ArrayRange, GroupReader, GroupWriter, Layout
+from potstill.cache.store import GroupReader, GroupWriter
+from potstill.cache.store.groups import ArrayRange, Layout
 from potstill.cache.types import Tokens
 
 KEY_BYTES = 16

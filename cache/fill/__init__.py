@@ -2,3 +2,9 @@
 
 A fill that is stopped at any moment goes on from the shards that are committed.
 """
+
+from __future__ import annotations
+
+from potstill.cache.fill.loop import FillPlan, FillProgress, FillReport, fill
+
+__all__ = ["FillPlan", "FillProgress", "FillReport", "fill"]

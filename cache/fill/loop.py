@@ -19,8 +19,9 @@ from potstill.cache.errors import InvalidInput, StoreError
 from potstill.cache.fill.scoring import ScoringWindow, with_store_retries
 from potstill.cache.fill.shard_queue import PILOT, ShardQueue
 from potstill.cache.row_batches import row_batches, row_starts
-from potstill.cache.store.claims import Claim, Claims
-from potstill.cache.targets.target_set import TargetSet
+from potstill.cache.store import Claims
+from potstill.cache.store.claims import Claim
+from potstill.cache.targets import TargetSet
 from potstill.cache.types import Targets, Teacher, Tokens
 
 # Targets of pilot rows that are kept until their shard comes; those over it are scored a second time.

@@ -7,8 +7,9 @@ import random
 import numpy as np
 from numpy.typing import NDArray
 
-from potstill.cache.store.claims import Claim, Claims
-from potstill.cache.targets.target_set import TargetSet
+from potstill.cache.store import Claims
+from potstill.cache.store.claims import Claim
+from potstill.cache.targets import TargetSet
 
 PILOT = "pilot"
 """Name of the claim on scoring the pilot rows, from which the rank table is made."""

@@ -26,7 +26,7 @@ from potstill.cache.errors import FormatError, InvalidInput, NotCommitted, SpecM
 from potstill.cache.plurals import counted
 from potstill.cache.row_batches import row_batches
 from potstill.cache.store.root import store_errors
-from potstill.cache.targets.target_set import TargetSet
+from potstill.cache.targets import TargetSet
 from potstill.cache.types import JSON, Fields, Provenance, Targets, TeacherIdentity
 
 BLOCK_POSITIONS = 32_768

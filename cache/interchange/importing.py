@@ -10,9 +10,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from potstill.cache.cache import Cache
-from potstill.cache.corpus.corpus import Corpus, Source
+from potstill.cache.corpus import Corpus, IngestPlan, Source
 from potstill.cache.corpus.documents import file_sha256
-from potstill.cache.corpus.ingest import IngestPlan, ingest_rows
+from potstill.cache.corpus.ingest import ingest_rows
 from potstill.cache.corpus.tokenizer import fingerprint, num_ids
 from potstill.cache.errors import SpecMismatch, UnknownCorpus
 from potstill.cache.interchange.formats import Origin, RowFormat
@@ -21,7 +21,7 @@ from potstill.cache.interchange.row_files import RowFile, RowReader, came_from, 
 from potstill.cache.lineage import Handed, Step
 from potstill.cache.plurals import counted
 from potstill.cache.store.root import check_name
-from potstill.cache.targets.target_set import TargetSet
+from potstill.cache.targets import TargetSet
 from potstill.cache.types import Fields, Provenance, Targets, TeacherIdentity, Tokens
 
 

@@ -2,3 +2,10 @@
 
 `compact` makes a corpus of them.
 """
+
+from __future__ import annotations
+
+from potstill.cache.journal.journal import Journal, JournalPolicy
+from potstill.cache.journal.segment import SegmentRecord
+
+__all__ = ["Journal", "JournalPolicy", "SegmentRecord"]

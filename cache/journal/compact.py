@@ -21,20 +21,19 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from potstill.cache.cache import Cache
-from potstill.cache.corpus.corpus import Corpus, Source
-from potstill.cache.corpus.ingest import IngestPlan, ingest_rows
+from potstill.cache.corpus import Corpus, IngestPlan, Source
+from potstill.cache.corpus.ingest import ingest_rows
 from potstill.cache.corpus.tokenizer import fingerprint, num_ids
-from potstill.cache.encoding.logprobs import RankTable
+from potstill.cache.encoding import RankTable
 from potstill.cache.errors import AlreadyExists, CorruptSegment, FormatError, InvalidInput, SpecMismatch, StoreError
 from potstill.cache.journal.copy import copy_rows
 from potstill.cache.journal.journal import CLAIMS
 from potstill.cache.journal.rows import JournalRows, first_rows, tokens_of
 from potstill.cache.journal.segment import JournalSegment, SegmentRecord, journal_records
-from potstill.cache.store.claims import Claims
+from potstill.cache.store import Claims
 from potstill.cache.store.root import check_name
+from potstill.cache.targets import SegmentSet, TargetSet
 from potstill.cache.targets.segment import EncodedSegment
-from potstill.cache.targets.segment_set import SegmentSet
-from potstill.cache.targets.target_set import TargetSet
 from potstill.cache.types import Fields, TeacherIdentity
 
 _ROWS_AT_ONCE = 1 << 14

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from potstill.cache.encoding.logprobs import Encoding, RankTable, StoredArrays, encode_measured
+from potstill.cache.encoding import Encoding, RankTable
+from potstill.cache.encoding.logprobs import StoredArrays, encode_measured
 from potstill.cache.errors import SpecMismatch
 from potstill.cache.journal.rows import JournalRows
 from potstill.cache.journal.segment import JournalSegment, SegmentRecord, joined_arrays, joined_error

@@ -10,11 +10,10 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 
-from potstill.cache.encoding.logprobs import RankTable
+from potstill.cache.encoding import RankTable
 from potstill.cache.errors import CorruptSegment, FormatError, PotstillError, StoreError
 from potstill.cache.journal.segment import JournalSegment, SegmentRecord, journal_records, remove_segment
-from potstill.cache.store.groups import Reading
-from potstill.cache.store.root import Root
+from potstill.cache.store import Reading, Root
 from potstill.cache.types import Targets, TeacherIdentity
 
 _LOG = logging.getLogger(__name__)

@@ -26,7 +26,8 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from potstill.cache.encoding.logprobs import RankTable, decode, encoding_by_name
+from potstill.cache.encoding import RankTable, decode
+from potstill.cache.encoding.logprobs import encoding_by_name
 from potstill.cache.errors import InvalidInput, PotstillError
 from potstill.cache.journal.index import JournalIndex
 from potstill.cache.journal.merge import choose, merge
@@ -38,8 +39,8 @@ from potstill.cache.journal.segment import (
     publish,
     write_rows,
 )
-from potstill.cache.store.claims import Claims
-from potstill.cache.store.root import Root, check_name
+from potstill.cache.store import Claims, Root
+from potstill.cache.store.root import check_name
 from potstill.cache.types import Provenance, Targets, TeacherIdentity
 
 _LOG = logging.getLogger(__name__)

@@ -29,8 +29,8 @@ from potstill.cache.journal.segment import (
     publish,
     write_row_index,
 )
-from potstill.cache.store.groups import GroupWriter, Layout
-from potstill.cache.store.root import Root
+from potstill.cache.store import GroupWriter, Root
+from potstill.cache.store.groups import Layout
 from potstill.cache.targets.segment import array_layout
 
 MANY = 16

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potstill.cache.corpus.keys import first_of_each_key
-from potstill.cache.encoding.logprobs import ENCODINGS, Encoding, RankTable, encoding_by_name
+from potstill.cache.encoding import ENCODINGS, Encoding, RankTable
+from potstill.cache.encoding.logprobs import encoding_by_name
 from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput, NotFound, StoreError
 from potstill.cache.journal.index import JournalIndex
 from potstill.cache.journal.segment import (
@@ -24,7 +25,7 @@ from potstill.cache.journal.segment import (
     journal_records,
     teacher_of,
 )
-from potstill.cache.store.root import Root
+from potstill.cache.store import Root
 from potstill.cache.types import Provenance, Targets, TeacherIdentity, Tokens
 
 _LOG = logging.getLogger(__name__)

@@ -20,38 +20,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from potstill.cache.corpus import KeyIndex
 from potstill.cache.corpus.keys import (
     KEY_BYTES,
     KEY_ORDER,
     SORTED_KEYS,
-    KeyIndex,
     KeysInMemory,
     key_records,
     sort_records,
     write_key_index as write_sorted_keys,
 )
-from potstill.cache.encoding.logprobs import (
-    Encoding,
-    Measured,
-    RankTable,
-    StoredArrays,
-    decode,
-    encode,
-    encoding_by_name,
-)
+from potstill.cache.encoding import Encoding, RankTable, decode, encode
+from potstill.cache.encoding.logprobs import Measured, StoredArrays, encoding_by_name
 from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput
-from potstill.cache.store.groups import (
-    CHECKSUMS,
-    ArrayRange,
-    GroupReader,
-    GroupWriter,
-    Layout,
-    Reading,
-    objects_from_json,
-    removed_on_failure,
-)
+from potstill.cache.store import GroupReader, GroupWriter, Reading, Root, StoredObject
+from potstill.cache.store.groups import CHECKSUMS, ArrayRange, Layout, objects_from_json, removed_on_failure
 from potstill.cache.store.record import Record, read_record, record_bytes
-from potstill.cache.store.root import Root, StoredObject
 from potstill.cache.targets.packed import Text
 from potstill.cache.targets.segment import SegmentRange, SegmentReader, read_segment_ranges, write_arrays
 from potstill.cache.types import Fields, Provenance, Targets, TeacherIdentity, Tokens

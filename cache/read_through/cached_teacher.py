@@ -29,7 +29,7 @@ from potstill.cache.errors import (
     TeacherFailed,
     Unavailable,
 )
-from potstill.cache.journal.journal import Journal, JournalPolicy
+from potstill.cache.journal import Journal, JournalPolicy
 from potstill.cache.journal.segment import JournalRow
 from potstill.cache.read_through.known_targets import KnownTargets
 from potstill.cache.types import Fields, Targets, Teacher, Tokens

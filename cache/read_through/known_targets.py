@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from potstill.cache.cache import Cache
 from potstill.cache.errors import CorruptSegment, FormatError, NotCommitted, PotstillError, StoreError
 from potstill.cache.fields import FIELDS
-from potstill.cache.targets.target_set import TargetSet, has_targets
+from potstill.cache.targets import TargetSet
+from potstill.cache.targets.target_set import has_targets
 from potstill.cache.types import Fields, Targets, TeacherIdentity
 
 _LOG = logging.getLogger(__name__)

@@ -2,3 +2,11 @@
 
 Claims share work between jobs. Nothing here knows of corpora or targets.
 """
+
+from __future__ import annotations
+
+from potstill.cache.store.claims import Claims
+from potstill.cache.store.groups import GroupReader, GroupWriter, Reading
+from potstill.cache.store.root import Root, StoredObject
+
+__all__ = ["Claims", "GroupReader", "GroupWriter", "Reading", "Root", "StoredObject"]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput
+from potstill.cache.store import StoredObject
 from potstill.cache.store.groups import objects_from_json
 from potstill.cache.store.record import Record, record_bytes
-from potstill.cache.store.root import StoredObject, check_name
+from potstill.cache.store.root import check_name
 from potstill.cache.types import Provenance
 
 

@@ -19,17 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput
-from potstill.cache.store.groups import (
-    ArrayRange,
-    GroupReader,
-    GroupWriter,
-    Layout,
-    attempt_name,
-    objects_from_json,
-    removed_on_failure,
-)
+from potstill.cache.store import GroupReader, GroupWriter, Root, StoredObject
+from potstill.cache.store.groups import ArrayRange, Layout, attempt_name, objects_from_json, removed_on_failure
 from potstill.cache.store.record import Record, read_record, record_bytes
-from potstill.cache.store.root import Root, StoredObject, check_name
+from potstill.cache.store.root import check_name
 from potstill.cache.targets.commit import Commit
 from potstill.cache.types import Provenance
 

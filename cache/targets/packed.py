@@ -20,12 +20,13 @@ from typing import Any, TypeAlias, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from potstill.cache.encoding import ENCODINGS, Encoding, RankTable, decode, encode
 from potstill.cache.encoding.archive.blocks import NO_LABEL, Context
 from potstill.cache.encoding.archive.codes import BLOCK_POSITIONS, DrawCodes, TopKCodes, canonical
 from potstill.cache.encoding.fields import check_fields, encode_fields
-from potstill.cache.encoding.logprobs import ENCODINGS, Encoding, Measured, RankTable, StoredArrays, decode, encode
+from potstill.cache.encoding.logprobs import Measured, StoredArrays
 from potstill.cache.errors import CorruptSegment, FormatError
-from potstill.cache.store.groups import GroupReader, Reading
+from potstill.cache.store import GroupReader, Reading
 from potstill.cache.types import Draws, Fields, Targets, Tokens
 
 TOP_K = "coded"

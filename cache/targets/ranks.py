@@ -12,17 +12,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from potstill.cache.corpus.corpus import Corpus
-from potstill.cache.encoding.logprobs import RankTable
+from potstill.cache.corpus import Corpus
+from potstill.cache.encoding import RankTable
 from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput, TeacherFailed
-from potstill.cache.store.groups import (
-    GroupReader,
-    GroupWriter,
-    Layout,
-    attempt_name,
-    objects_from_json,
-    removed_on_failure,
-)
+from potstill.cache.store import GroupReader, GroupWriter
+from potstill.cache.store.groups import Layout, attempt_name, objects_from_json, removed_on_failure
 from potstill.cache.store.record import Record, read_record, record_bytes
 from potstill.cache.store.root import check_name
 from potstill.cache.targets.spec_record import SpecRecord

@@ -17,11 +17,13 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from potstill.cache.encoding import Encoding, RankTable, decode
 from potstill.cache.encoding.fields import RAGGED, decode_fields, encode_fields, ragged_length, stored_shapes
-from potstill.cache.encoding.logprobs import Encoding, RankTable, StoredArrays, decode, encode_measured
+from potstill.cache.encoding.logprobs import StoredArrays, encode_measured
 from potstill.cache.errors import CorruptSegment, FormatError
 from potstill.cache.fields import COLUMNS, TOP_K
-from potstill.cache.store.groups import ArrayRange, GroupReader, GroupWriter, Layout, Reading, read_ranges
+from potstill.cache.store import GroupReader, GroupWriter, Reading
+from potstill.cache.store.groups import ArrayRange, Layout, read_ranges
 from potstill.cache.targets.packed import PackedReader, Text, encode_packed
 from potstill.cache.types import Fields, Targets
 

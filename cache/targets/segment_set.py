@@ -19,11 +19,12 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from potstill.cache.corpus.corpus import Corpus
-from potstill.cache.encoding.logprobs import RankTable, check_ids
+from potstill.cache.corpus import Corpus
+from potstill.cache.encoding import RankTable
+from potstill.cache.encoding.logprobs import check_ids
 from potstill.cache.errors import TeacherFailed
-from potstill.cache.store.groups import GroupWriter, Reading, attempt_name, removed_on_failure
-from potstill.cache.store.root import Root
+from potstill.cache.store import GroupWriter, Reading, Root
+from potstill.cache.store.groups import attempt_name, removed_on_failure
 from potstill.cache.targets.commit import Commit
 from potstill.cache.targets.commits import Commits
 from potstill.cache.targets.ranks import SetRanks

@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 
-from potstill.cache.corpus.corpus import Corpus
+from potstill.cache.corpus import Corpus
 from potstill.cache.errors import CorruptSegment
-from potstill.cache.store.groups import GroupReader, Reading
+from potstill.cache.store import GroupReader, Reading
 from potstill.cache.targets.commit import commit_name
 from potstill.cache.targets.commits import Commits
 from potstill.cache.targets.packed import Text

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from potstill.cache.corpus.corpus import Corpus
-from potstill.cache.encoding.logprobs import Encoding, encoding_by_name
+from potstill.cache.corpus import Corpus
+from potstill.cache.encoding import Encoding
+from potstill.cache.encoding.logprobs import encoding_by_name
 from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput, SpecMismatch
 from potstill.cache.store.record import parse_group_metadata
 from potstill.cache.types import Fields, TeacherIdentity

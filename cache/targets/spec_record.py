@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 
-from potstill.cache.corpus.corpus import Corpus
+from potstill.cache.corpus import Corpus
 from potstill.cache.errors import SpecMismatch
+from potstill.cache.store import Root
 from potstill.cache.store.record import group_metadata
-from potstill.cache.store.root import Root
 from potstill.cache.targets.set_spec import SetSpec, parse_spec, require_same
 
 

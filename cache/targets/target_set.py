@@ -16,13 +16,13 @@ from functools import reduce
 import numpy as np
 from numpy.typing import NDArray
 
-from potstill.cache.corpus.corpus import Corpus
+from potstill.cache.corpus import Corpus
+from potstill.cache.encoding import Encoding
 from potstill.cache.encoding.fields import check_kept
-from potstill.cache.encoding.logprobs import Encoding
 from potstill.cache.errors import CorruptSegment, InvalidInput, SpecMismatch, UnknownTeacher, UnsupportedField
 from potstill.cache.fields import COLUMNS, FIELDS
-from potstill.cache.store.groups import Reading
-from potstill.cache.store.root import Root, check_name
+from potstill.cache.store import Reading, Root
+from potstill.cache.store.root import check_name
 from potstill.cache.targets.commit import Commit
 from potstill.cache.targets.ranks import pilot_rows
 from potstill.cache.targets.segment import SegmentRange, read_segment_ranges

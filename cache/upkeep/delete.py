@@ -12,14 +12,16 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from potstill.cache.corpus.corpus import Corpus, corpus_path
+from potstill.cache.corpus import Corpus
+from potstill.cache.corpus.corpus import corpus_path
 from potstill.cache.errors import NotFound, PotstillError, UnknownCorpus, UnknownTeacher
 from potstill.cache.fill.shard_queue import claim_name
 from potstill.cache.journal.rows import journal_teachers
 from potstill.cache.journal.segment import journal_records
 from potstill.cache.plurals import counted
+from potstill.cache.store import Root
 from potstill.cache.store.claims import time_to_live
-from potstill.cache.store.root import Root, check_name, is_name
+from potstill.cache.store.root import check_name, is_name
 from potstill.cache.targets.commit import commit_name
 from potstill.cache.targets.target_set import segment_set_paths, target_set_paths, targets_path
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from potstill.cache.encoding.logprobs import Encoding
+from potstill.cache.encoding import Encoding
 from potstill.cache.errors import InvalidInput, NotCommitted, SpecMismatch
-from potstill.cache.targets.target_set import TargetSet
+from potstill.cache.targets import TargetSet
 from potstill.cache.types import Fields, Targets, Teacher, TeacherIdentity
 
 # Rows at the teacher at one time.

@@ -16,10 +16,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from potstill.cache.cache import Cache
+from potstill.cache.encoding import Encoding
 from potstill.cache.encoding.fields import check_kept, stored_shapes
-from potstill.cache.encoding.logprobs import Encoding, encoding_by_name
+from potstill.cache.encoding.logprobs import encoding_by_name
 from potstill.cache.errors import InvalidInput
-from potstill.cache.targets.target_set import TargetSet
+from potstill.cache.targets import TargetSet
 from potstill.cache.types import JSON, Fields
 
 SPREAD: Mapping[str, float] = {"u8": 0.25, "archive": 0.4, "f16": 0.25, "f32": 0.25}

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 from potstill.cache.errors import CorruptSegment, FormatError
 from potstill.cache.journal.journal import CLAIMS as JOURNAL_CLAIMS
+from potstill.cache.store import Root
 from potstill.cache.store.record import Record, read_group_metadata, read_record
-from potstill.cache.store.root import LONGEST_NAME, TEMPORARY, Root
+from potstill.cache.store.root import LONGEST_NAME, TEMPORARY
 from potstill.cache.targets.commit import commit_from_json, commit_name, shard_of_commit
 from potstill.cache.targets.manifest import Manifest
 from potstill.cache.targets.target_set import segment_set_paths, target_set_paths

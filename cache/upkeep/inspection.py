@@ -15,18 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potstill.cache.cache import Cache
+from potstill.cache.corpus import Corpus
 from potstill.cache.corpus.annotations import open_annotation
-from potstill.cache.corpus.corpus import Corpus
 from potstill.cache.errors import CorruptSegment, FormatError, SpecMismatch
-from potstill.cache.journal.segment import SegmentRecord, journal_records
+from potstill.cache.journal import SegmentRecord
+from potstill.cache.journal.segment import journal_records
 from potstill.cache.lineage import ONLY_BOUNDED, Handed, measured_against
 from potstill.cache.plurals import counted
-from potstill.cache.store.groups import Reading
-from potstill.cache.store.root import Root, StoredObject
-from potstill.cache.targets.commit import Commit
+from potstill.cache.store import Reading, Root, StoredObject
+from potstill.cache.targets import Commit, SegmentSet, TargetSet
 from potstill.cache.targets.manifest import Manifest
-from potstill.cache.targets.segment_set import SegmentSet
-from potstill.cache.targets.target_set import TargetSet
 
 # Figures to which even old versions of `compact` added no bound.
 _COUNTED = ("saturated", "saturated_mass")

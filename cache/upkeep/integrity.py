@@ -16,8 +16,9 @@ from functools import partial
 
 import numpy as np
 
+from potstill.cache.corpus import Corpus
 from potstill.cache.corpus.annotations import list_annotations, open_annotation
-from potstill.cache.corpus.corpus import Corpus, corpus_path
+from potstill.cache.corpus.corpus import corpus_path
 from potstill.cache.errors import (
     CorruptSegment,
     FormatError,
@@ -27,13 +28,14 @@ from potstill.cache.errors import (
     SpecMismatch,
     StoreError,
 )
-from potstill.cache.journal.segment import SegmentRecord, corrupt_journal_objects, journal_records
-from potstill.cache.store.groups import CHECKSUMS, GroupReader, Reading, objects_from_json
+from potstill.cache.journal import SegmentRecord
+from potstill.cache.journal.segment import corrupt_journal_objects, journal_records
+from potstill.cache.store import GroupReader, Reading, Root
+from potstill.cache.store.groups import CHECKSUMS, objects_from_json
 from potstill.cache.store.record import read_record
-from potstill.cache.store.root import Root
+from potstill.cache.targets import SegmentSet
 from potstill.cache.targets.commit import commit_name
 from potstill.cache.targets.segment import SegmentRange, read_segment_ranges
-from potstill.cache.targets.segment_set import SegmentSet
 from potstill.cache.targets.target_set import segment_set_paths, target_set_paths
 from potstill.cache.targets.verification import corrupt_shard_objects, corrupt_shared_objects
 

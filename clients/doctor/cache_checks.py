@@ -135,7 +135,8 @@ async def check_stored(cache: Cache, name: str, teacher: Teacher, tolerance: flo
 
 
 async def _stored(cache: Cache, name: str, teacher: Teacher, corpus: str, tolerance: float) -> Verdict:
-    from potstill.cache.upkeep.drift import check_same_vocabulary, measure_drift, sample_rows  # noqa: PLC0415 -- heavy
+    from potstill.cache.upkeep import measure_drift  # noqa: PLC0415 -- heavy
+    from potstill.cache.upkeep.drift import check_same_vocabulary, sample_rows  # noqa: PLC0415 -- heavy
 
     targets = cache.targets(name, corpus).top_k_only()
     differences = check_same_vocabulary(targets.identity, teacher.identity)

@@ -16,11 +16,11 @@ from rich.console import Console
 
 from potstill.cache.cache import Cache
 from potstill.cache.commands.prefill import prefill
-from potstill.cache.corpus.corpus import Corpus
-from potstill.cache.corpus.ingest import IngestPlan, ingest
+from potstill.cache.corpus import Corpus, IngestPlan
+from potstill.cache.corpus.ingest import ingest
 from potstill.cache.corpus.tokenizer import load_tokenizer
 from potstill.cache.errors import InvalidInput
-from potstill.cache.fill.loop import FillPlan, FillReport
+from potstill.cache.fill import FillPlan, FillReport
 from potstill.cache.plurals import counted
 from potstill.cache.types import JSON, Fields
 from potstill.clients.http_teacher import HttpTeacher

@@ -25,7 +25,7 @@ from potstill.cache.types import JSON
 from potstill.teacher_service.access.audit import DETAIL_BYTES, Audit, AuditLine, detail_of
 from potstill.teacher_service.access.auth import EVERYBODY, Caller, Role, allow, caller
 from potstill.teacher_service.access.key_ring import KeyRing
-from potstill.teacher_service.settings.service import AccessSettings
+from potstill.teacher_service.settings import AccessSettings
 from potstill.teacher_service.telemetry.logs import note_caller, request_id
 
 if TYPE_CHECKING:

@@ -17,15 +17,15 @@ from potstill.cache.errors import DeadlineExceeded, LimitExceeded, PotstillError
 from potstill.cache.row_batches import row_batches, row_starts
 from potstill.cache.types import Fields, Targets, Tokens
 from potstill.cache.wrapped_teacher import WrappedTeacher
-from potstill.teacher_service.access.auth import Caller, current_caller
-from potstill.teacher_service.access.quotas import QuotaMeter
+from potstill.teacher_service.access import Caller, QuotaMeter
+from potstill.teacher_service.access.auth import current_caller
 from potstill.teacher_service.admission.engine_queue import EngineQueue
 from potstill.teacher_service.admission.fair_queue import Batch, Call
 from potstill.teacher_service.admission.limits import engine_bytes_per_token
 from potstill.teacher_service.admission.shared_bound import SharedBound
-from potstill.teacher_service.replicas.pool import ReplicaPool
-from potstill.teacher_service.settings.service import LimitSettings
-from potstill.teacher_service.telemetry.tracing import span
+from potstill.teacher_service.replicas import ReplicaPool
+from potstill.teacher_service.settings import LimitSettings
+from potstill.teacher_service.telemetry import span
 
 T = TypeVar("T")
 BATCH_TOKENS = 2048

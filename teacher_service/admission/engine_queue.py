@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from potstill.cache.errors import Overloaded
 from potstill.teacher_service.admission.fair_queue import Batch, Call, FairQueue
-from potstill.teacher_service.settings.service import LimitSettings
+from potstill.teacher_service.settings import LimitSettings
 
 _SHORTEST_RETRY_SECONDS = 1.0
 # The rate is measured over half a minute, and the queue may empty sooner: nobody is sent away for longer than this.

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from potstill.cache.errors import InvalidInput, LimitExceeded, MediaTypeError
 from potstill.cache.types import Fields, Teacher, Tokens
 from potstill.cache.wire import scores as wire
-from potstill.teacher_service.settings.service import LimitSettings
+from potstill.teacher_service.settings import LimitSettings
 
 TIMEOUT_HEADER = "potstill-timeout"
 """Header with the seconds after which the caller does not want the answer any more."""

@@ -10,9 +10,9 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from potstill.cache.errors import Unavailable
-from potstill.teacher_service.admission.admission import Admission
+from potstill.teacher_service.admission import Admission
 from potstill.teacher_service.hosting.hosted_teacher import HostedTeacher, State
-from potstill.teacher_service.replicas.pool import ReplicaPool, ReplicaState
+from potstill.teacher_service.replicas import ReplicaPool, ReplicaState
 
 _LONGEST_LABEL = 64
 

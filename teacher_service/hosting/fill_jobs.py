@@ -29,15 +29,15 @@ from potstill.cache.errors import (
 from potstill.cache.plurals import counted
 from potstill.cache.types import JSON, Fields, Targets, Teacher, Tokens
 from potstill.cache.wrapped_teacher import WrappedTeacher
-from potstill.teacher_service.access.auth import Caller, caller, current_caller
-from potstill.teacher_service.access.quotas import Quota
+from potstill.teacher_service.access import Caller, Quota, caller
+from potstill.teacher_service.access.auth import current_caller
 from potstill.teacher_service.hosting.fill_schedule import FillSchedule, FillSlot
-from potstill.teacher_service.settings.service import LimitSettings
+from potstill.teacher_service.settings import LimitSettings
 
 if TYPE_CHECKING:
     from potstill.cache.cache import Cache
-    from potstill.cache.fill.loop import FillProgress, FillReport
-    from potstill.cache.targets.target_set import TargetSet
+    from potstill.cache.fill import FillProgress, FillReport
+    from potstill.cache.targets import TargetSet
 
 _LOG = logging.getLogger(__name__)
 _PAUSE_SECONDS = 1.0
@@ -295,7 +295,7 @@ def _most_tokens(targets: TargetSet, limits: LimitSettings, quota: Quota) -> int
 
 
 async def _run(job: FillJob, teacher: Teacher, targets: TargetSet) -> None:
-    from potstill.cache.fill.loop import FillPlan, fill  # noqa: PLC0415  zarr, only when a job runs
+    from potstill.cache.fill import FillPlan, fill  # noqa: PLC0415  zarr, only when a job runs
 
     def on_progress(at: FillProgress) -> None:
         job.progress = at

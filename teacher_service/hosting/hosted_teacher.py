@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from potstill.cache.errors import PotstillError, TeacherFailed, Unavailable
 from potstill.cache.types import Fields, Targets, Teacher, Tokens
 from potstill.cache.wrapped_teacher import WrappedTeacher
-from potstill.teacher_service.admission.admission import Admission, AdmittedTeacher
-from potstill.teacher_service.replicas.pool import LocalPool, OpenTeacher, ReplicaPool
-from potstill.teacher_service.settings.service import TeacherSettings
+from potstill.teacher_service.admission import Admission, AdmittedTeacher
+from potstill.teacher_service.replicas import LocalPool, OpenTeacher, ReplicaPool
+from potstill.teacher_service.settings import TeacherSettings
 
 if TYPE_CHECKING:
     from potstill.cache.cache import Cache
-    from potstill.cache.read_through.cached_teacher import CachedTeacher, KeepPolicy
+    from potstill.cache.read_through import CachedTeacher, KeepPolicy
 
 _LOG = logging.getLogger(__name__)
 _NO_ENGINE_SECONDS = 60.0  # an engine that restarts for longer is likely not to come back, so a removal goes on
@@ -190,7 +190,7 @@ class HostedTeacher:
                 queue = admission.queues[self.name]
                 pool.follow_queue(lambda: queue.tokens_waiting)
             if self._keep is not None:
-                from potstill.cache.read_through.cached_teacher import CachedTeacher  # noqa: PLC0415  zarr and obstore, only when used
+                from potstill.cache.read_through import CachedTeacher  # noqa: PLC0415  zarr and obstore, only when used
 
                 self._cached = await stack.enter_async_context(
                     CachedTeacher.open(self._admitted, name=self.name, cache=self._keep.cache, policy=self._keep.policy)

@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 
 from potstill.cache.errors import error_kinds
-from potstill.teacher_service.admission.admission import Admission
+from potstill.teacher_service.admission import Admission
 from potstill.teacher_service.hosting.collectors import ServiceCollector
 from potstill.teacher_service.hosting.hosted_teacher import HostedTeacher
+from potstill.teacher_service.telemetry import span
 from potstill.teacher_service.telemetry.logs import note_size
-from potstill.teacher_service.telemetry.tracing import span
 
 # Seconds: from a hit in the page cache to a long prefill batch.
 _LATENCY_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from potstill.cache.errors import UnknownTeacher
-from potstill.teacher_service.access.middleware import Access
-from potstill.teacher_service.admission.admission import Admission
+from potstill.teacher_service.access import Access
+from potstill.teacher_service.admission import Admission
 from potstill.teacher_service.hosting.fill_jobs import FillJobs
 from potstill.teacher_service.hosting.hosted_teacher import HostedTeacher
 from potstill.teacher_service.hosting.metrics import Metrics
 from potstill.teacher_service.hosting.teacher_admin import TeacherAdmin
 from potstill.teacher_service.hosting.teacher_source import TeacherSource
-from potstill.teacher_service.settings.service import LimitSettings
+from potstill.teacher_service.settings import LimitSettings
 
 if TYPE_CHECKING:
     from potstill.cache.cache import Cache

@@ -6,10 +6,10 @@ import asyncio
 import logging
 
 from potstill.cache.errors import PotstillError, SpecMismatch, Unavailable, UnknownTeacher
-from potstill.teacher_service.admission.admission import Admission
+from potstill.teacher_service.admission import Admission
 from potstill.teacher_service.hosting.hosted_teacher import HostedTeacher
 from potstill.teacher_service.hosting.teacher_source import TeacherSource
-from potstill.teacher_service.settings.service import TeacherSettings
+from potstill.teacher_service.settings import TeacherSettings
 
 _LOG = logging.getLogger(__name__)
 # Misspelt options fail within this time and are answered; the tens of seconds of an engine's start are not waited for.

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 
 from potstill.cache.entry_points import open_teacher
 from potstill.teacher_service.hosting.hosted_teacher import HostedTeacher, Keep, OpenPool
-from potstill.teacher_service.replicas.pool import LocalPool
-from potstill.teacher_service.settings.replicas import RaySettings
-from potstill.teacher_service.settings.service import TeacherSettings
+from potstill.teacher_service.replicas import LocalPool
+from potstill.teacher_service.settings import RaySettings, TeacherSettings
 
 if TYPE_CHECKING:
     from potstill.teacher_service.replicas.ray_serve import RayConnection

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 
-from potstill.teacher_service.settings.replicas import AutoscaleSettings
+from potstill.teacher_service.settings import AutoscaleSettings
 
 
 class Autoscaler:

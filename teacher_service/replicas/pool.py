@@ -13,7 +13,7 @@ from potstill.cache.errors import LimitExceeded, PotstillError, SpecMismatch, Te
 from potstill.cache.types import Fields, Targets, Teacher, Tokens
 from potstill.cache.wrapped_teacher import WrappedTeacher
 from potstill.teacher_service.replicas.health import EngineHealth
-from potstill.teacher_service.settings.replicas import AutoscaleSettings
+from potstill.teacher_service.settings import AutoscaleSettings
 
 _LOG = logging.getLogger(__name__)
 _LONGEST_PAUSE_SECONDS = 300.0  # between starts that fail: seldom enough to spare the log, often enough to recover

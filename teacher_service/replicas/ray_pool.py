@@ -34,7 +34,7 @@ from potstill.teacher_service.replicas.ray_serve import (
     cluster_has_gpus,
     take_signals_back,
 )
-from potstill.teacher_service.settings.replicas import AutoscaleSettings, RaySettings, ReplicaSettings
+from potstill.teacher_service.settings import AutoscaleSettings, RaySettings, ReplicaSettings
 
 _LOG = logging.getLogger(__name__)
 

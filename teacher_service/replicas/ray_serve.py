@@ -27,7 +27,8 @@ from potstill.cache import errors
 from potstill.cache.errors import PotstillError, TeacherFailed, Unavailable
 from potstill.teacher_service.replicas.pool import OpenTeacher, ReplicaState
 from potstill.teacher_service.replicas.ray_replica import FewestTokensRouter, Replica
-from potstill.teacher_service.settings.replicas import RaySettings, ResourceSettings
+from potstill.teacher_service.settings import RaySettings
+from potstill.teacher_service.settings.replicas import ResourceSettings
 
 _LOG = logging.getLogger(__name__)
 _DEPLOYMENT = "teacher"

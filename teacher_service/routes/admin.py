@@ -10,12 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from potstill.cache.errors import InvalidInput, LimitExceeded
 from potstill.cache.types import JSON
-from potstill.teacher_service.access.auth import Role, allow
-from potstill.teacher_service.hosting.hosted_teacher import HostedTeacher
-from potstill.teacher_service.hosting.service import Service
-from potstill.teacher_service.replicas.pool import ReplicaPool, ReplicaStatus
-from potstill.teacher_service.settings.replicas import AutoscaleSettings, ReplicaSettings
-from potstill.teacher_service.settings.service import NAME_PATTERN, TeacherSettings
+from potstill.teacher_service.access import Role, allow
+from potstill.teacher_service.hosting import HostedTeacher, Service
+from potstill.teacher_service.replicas import ReplicaPool, ReplicaStatus
+from potstill.teacher_service.settings import AutoscaleSettings, ReplicaSettings, TeacherSettings
+from potstill.teacher_service.settings.service import NAME_PATTERN
 
 _Name = Annotated[str, Path(pattern=NAME_PATTERN)]
 

@@ -14,8 +14,8 @@ from fastapi import Depends, FastAPI
 from potstill.cache.errors import StoreError
 from potstill.cache.types import JSON
 from potstill.cache.wire import scores as wire
-from potstill.teacher_service.access.auth import Role, allow
-from potstill.teacher_service.hosting.service import Service
+from potstill.teacher_service.access import Role, allow
+from potstill.teacher_service.hosting import Service
 
 if TYPE_CHECKING:
     from potstill.cache.cache import Cache

@@ -12,11 +12,11 @@ from starlette.datastructures import Headers
 from potstill.cache.errors import Forbidden, Unauthenticated
 from potstill.cache.types import JSON, Fields, Teacher
 from potstill.cache.wire import scores as wire
-from potstill.teacher_service.access.auth import Caller, Role, allow, current_caller
-from potstill.teacher_service.access.middleware import Access
+from potstill.teacher_service.access import Access, Caller, Role, allow
+from potstill.teacher_service.access.auth import current_caller
 from potstill.teacher_service.admission.limits import same_wire
-from potstill.teacher_service.hosting.fill_jobs import FillJob, FillOrder
-from potstill.teacher_service.hosting.service import Service
+from potstill.teacher_service.hosting import FillOrder, Service
+from potstill.teacher_service.hosting.fill_jobs import FillJob
 
 _PATH = "/v1/corpora/{corpus}/fill/{teacher}"
 

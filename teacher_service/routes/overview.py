@@ -9,12 +9,11 @@ from typing import Any
 from fastapi import Depends, FastAPI
 
 from potstill.cache.types import JSON
-from potstill.teacher_service.access.auth import Role, allow
-from potstill.teacher_service.admission.admission import Admission
+from potstill.teacher_service.access import Role, allow
+from potstill.teacher_service.admission import Admission
+from potstill.teacher_service.hosting import HostedTeacher, Service
 from potstill.teacher_service.hosting.collectors import pool_of
 from potstill.teacher_service.hosting.coverage import Coverage
-from potstill.teacher_service.hosting.hosted_teacher import HostedTeacher
-from potstill.teacher_service.hosting.service import Service
 
 
 def add_overview_routes(app: FastAPI, service: Service) -> None:

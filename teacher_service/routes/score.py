@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect
 
 from potstill.cache.types import Fields, Targets, TeacherIdentity, Tokens
 from potstill.cache.wire import scores as wire
-from potstill.teacher_service.access.auth import Role, allow
+from potstill.teacher_service.access import Role, allow
 from potstill.teacher_service.admission.admission import within
 from potstill.teacher_service.admission.limits import (
     answer_format,
@@ -24,8 +24,7 @@ from potstill.teacher_service.admission.limits import (
     same_wire,
     timeout_seconds,
 )
-from potstill.teacher_service.hosting.hosted_teacher import HostedTeacher
-from potstill.teacher_service.hosting.service import Service
+from potstill.teacher_service.hosting import HostedTeacher, Service
 from potstill.teacher_service.routes.corpora.targets_json import json_pieces
 from potstill.teacher_service.transport.bounded_transfers import held_until_answered
 

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
 
-from potstill.teacher_service.hosting.service import Service
+from potstill.teacher_service.hosting import Service
 
 _NO_TEACHER = "there is no teacher; what the cache has committed is served"
 _NOTHING = "there is no teacher and no cache; add a teacher with `potstill teachers add NAME=MODEL`"

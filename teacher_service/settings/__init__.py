@@ -2,3 +2,29 @@
 
 They are read once at the start and passed down as plain values.
 """
+
+from __future__ import annotations
+
+from potstill.teacher_service.settings.replicas import AutoscaleSettings, RaySettings, ReplicaSettings
+from potstill.teacher_service.settings.service import (
+    AccessSettings,
+    LimitSettings,
+    LogSettings,
+    ServiceSettings,
+    TeacherSettings,
+    TlsSettings,
+    load_settings,
+)
+
+__all__ = [
+    "AccessSettings",
+    "AutoscaleSettings",
+    "LimitSettings",
+    "LogSettings",
+    "RaySettings",
+    "ReplicaSettings",
+    "ServiceSettings",
+    "TeacherSettings",
+    "TlsSettings",
+    "load_settings",
+]

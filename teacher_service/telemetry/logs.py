@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import TextIO
 
 from potstill.cache.types import JSON
-from potstill.teacher_service.settings.service import LogSettings
+from potstill.teacher_service.settings import LogSettings
 
 _LOG = logging.getLogger(__name__)
 REQUEST_ID_HEADER = "x-request-id"

@@ -1,1 +1,9 @@
 """Transport over HTTP: bounds of connections, bodies and answers in size and time; streamed answers; headers."""
+
+from __future__ import annotations
+
+from potstill.teacher_service.transport.bounded_transfers import BoundedTransfers
+from potstill.teacher_service.transport.connections import bounded_protocol
+from potstill.teacher_service.transport.streamed import StreamedAnswer
+
+__all__ = ["BoundedTransfers", "StreamedAnswer", "bounded_protocol"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from potstill.cache.errors import BodyTooLarge, RequestTimeout
 from potstill.teacher_service.access.auth import current_caller
-from potstill.teacher_service.admission.admission import Admission
+from potstill.teacher_service.admission import Admission
 from potstill.teacher_service.transport.connections import ABORT
 
 if TYPE_CHECKING:

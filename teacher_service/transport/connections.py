@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from potstill.cache.errors import Unavailable
-from potstill.teacher_service.settings.service import LimitSettings
+from potstill.teacher_service.settings import LimitSettings
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send

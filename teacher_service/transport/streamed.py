@@ -20,7 +20,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from potstill.cache.errors import PotstillError
 from potstill.teacher_service.access.auth import current_caller
-from potstill.teacher_service.admission.shared_bound import SharedBound
+from potstill.teacher_service.admission import SharedBound
 
 _LOG = logging.getLogger(__name__)
 

@@ -30,10 +30,9 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from potstill.cache.errors import InvalidInput, UnknownTeacher
 from potstill.cache.types import Fields, Targets, TeacherIdentity, Tokens
 from potstill.cache.wire import scores as wire
-from potstill.teacher_service.access.auth import Role, allow
+from potstill.teacher_service.access import Role, allow
 from potstill.teacher_service.admission.limits import request_format
-from potstill.teacher_service.hosting.hosted_teacher import HostedTeacher
-from potstill.teacher_service.hosting.service import Service
+from potstill.teacher_service.hosting import HostedTeacher, Service
 from potstill.teacher_service.routes.completions.prompt_logprobs import (
     LEAST_LOGPROB,
     prompt_logprobs_text,

@@ -10,19 +10,20 @@ from typing import Annotated, Any, TypeAlias, TypeVar
 from fastapi import FastAPI, Query, Request, Response
 from numpy.typing import NDArray
 
+from potstill.cache.corpus import Corpus
 from potstill.cache.corpus.annotations import open_annotation, read_annotation
-from potstill.cache.corpus.corpus import Corpus
 from potstill.cache.errors import InvalidInput
 from potstill.cache.types import JSON
-from potstill.cache.wire import scores as wire
-from potstill.cache.wire.stream import StreamHead, coalesced, read_row_numbers, write_array
+from potstill.cache.wire import StreamHead, scores as wire
+from potstill.cache.wire.stream import coalesced, read_row_numbers, write_array
 from potstill.teacher_service.admission.limits import read_body, request_format
 from potstill.teacher_service.routes.corpora.bodies import get_and_head, rows_from_json
 from potstill.teacher_service.routes.corpora.opened_sets import OpenedSets
 from potstill.teacher_service.routes.corpora.reads import require_at_most
-from potstill.teacher_service.settings.service import LimitSettings
+from potstill.teacher_service.settings import LimitSettings
+from potstill.teacher_service.transport import StreamedAnswer
 from potstill.teacher_service.transport.headers import immutable_headers, not_modified, strong_etag
-from potstill.teacher_service.transport.streamed import ReadSlots, StreamedAnswer
+from potstill.teacher_service.transport.streamed import ReadSlots
 
 _PART = 1 << 19
 """Elements of a record batch, which then holds 2 to 8 MiB."""

@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from potstill.cache.corpus.corpus import Corpus
+from potstill.cache.corpus import Corpus
 from potstill.cache.errors import PotstillError
-from potstill.cache.targets.segment_set import SegmentSet
-from potstill.cache.targets.target_set import TargetSet
+from potstill.cache.targets import SegmentSet, TargetSet
 from potstill.cache.types import JSON
 from potstill.cache.wire import scores as wire
 from potstill.teacher_service.routes.corpora.opened_sets import OpenedSets
-from potstill.teacher_service.settings.service import LimitSettings
+from potstill.teacher_service.settings import LimitSettings
 
 
 def runs(committed: NDArray[np.bool_]) -> list[JSON]:

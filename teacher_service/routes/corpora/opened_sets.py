@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from potstill.cache.cache import Cache, CorporaLook
-from potstill.cache.corpus.corpus import Corpus, corpus_path
+from potstill.cache.corpus import Corpus
+from potstill.cache.corpus.corpus import corpus_path
 from potstill.cache.errors import CorruptSegment, UnknownCorpus
-from potstill.cache.store.root import Root
+from potstill.cache.store import Root
+from potstill.cache.targets import TargetSet
 from potstill.cache.targets.commit import commit_name
-from potstill.cache.targets.target_set import TargetSet, segment_set_paths, targets_path
+from potstill.cache.targets.target_set import segment_set_paths, targets_path
 
 K = TypeVar("K")
 T = TypeVar("T")

@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 
 from potstill.cache.errors import InvalidInput, LimitExceeded
 from potstill.cache.row_batches import row_batches, row_starts
-from potstill.cache.targets.commit import Commit
-from potstill.cache.targets.target_set import TargetSet
+from potstill.cache.targets import Commit, TargetSet
 from potstill.cache.types import JSON, Fields, Targets
-from potstill.cache.wire.stream import StreamHead, write_targets
-from potstill.teacher_service.settings.service import LimitSettings
+from potstill.cache.wire import StreamHead, write_targets
+from potstill.teacher_service.settings import LimitSettings
 from potstill.teacher_service.transport.headers import strong_etag
 
 BLOCK_BYTES = 4 << 20

@@ -12,10 +12,10 @@ from potstill.cache.errors import InvalidInput
 from potstill.cache.wanted import named_fields, wanted_fields
 from potstill.cache.wire import scores as wire
 from potstill.cache.wire.stream import read_row_numbers
-from potstill.teacher_service.access.auth import Role, allow
-from potstill.teacher_service.admission.admission import Admission
+from potstill.teacher_service.access import Role, allow
+from potstill.teacher_service.admission import Admission
 from potstill.teacher_service.admission.limits import answer_format, read_body, request_format, same_wire
-from potstill.teacher_service.hosting.service import Service
+from potstill.teacher_service.hosting import Service
 from potstill.teacher_service.routes.corpora.arrays import CorpusReading, add_array_routes
 from potstill.teacher_service.routes.corpora.bodies import get_and_head, known_parameters, rows_from_json
 from potstill.teacher_service.routes.corpora.description import describe_corpora, describe_corpus, describe_targets
@@ -29,10 +29,11 @@ from potstill.teacher_service.routes.corpora.reads import (
 )
 from potstill.teacher_service.routes.corpora.targets_json import json_pieces
 from potstill.teacher_service.routes.fills import add_fill_routes
-from potstill.teacher_service.settings.service import LimitSettings
+from potstill.teacher_service.settings import LimitSettings
+from potstill.teacher_service.transport import StreamedAnswer
 from potstill.teacher_service.transport.bounded_transfers import held_until_answered
 from potstill.teacher_service.transport.headers import immutable_headers, not_modified
-from potstill.teacher_service.transport.streamed import ReadSlots, StreamedAnswer
+from potstill.teacher_service.transport.streamed import ReadSlots
 
 _THREADS = 4  # a pool of their own: reads of a slow store must not keep threads from score requests
 _TARGETS = "/v1/corpora/{corpus}/targets/{teacher}"
