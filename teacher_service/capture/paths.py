@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from functools import cache
-from typing import Any, Literal, Protocol, TypeAlias, get_args
+from typing import Any, Literal, Protocol, TypeAlias
 
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
@@ -24,29 +24,18 @@ from potstill.teacher_service.capture.layout import Asked, Captured, Wish
 from potstill.teacher_service.capture.targets import FlatEntries, targets_from_captured, targets_from_flat
 
 PathName: TypeAlias = Literal["sampler", "arrays", "public-flat"]
-PATH_NAMES: tuple[PathName, ...] = get_args(PathName)
-"""Names of the paths, best first."""
-
 WORKER_EXTENSION = "potstill.teacher_service.capture.worker.CaptureExtension"
 
 
 class CapturePath(Protocol):
     """A way in which one engine's answers become targets."""
 
-    @property
-    def name(self) -> PathName:
-        """The name, as provenance has it."""
-        ...
-
-    @property
-    def gives_every_field(self) -> bool:
-        """True where more than the top-k can be asked for."""
-        ...
-
-    @property
-    def private(self) -> bool:
-        """True where the path rests on internals of vLLM, and so is checked before it is used."""
-        ...
+    name: PathName
+    """The name, as provenance has it."""
+    gives_every_field: bool
+    """True where more than the top-k can be asked for."""
+    private: bool
+    """True where the path rests on internals of vLLM, and so is checked before it is used."""
 
     def install(self, engine: Any) -> str:
         """Prepare vLLM's engine; returns the reason where that is impossible, else an empty string."""
