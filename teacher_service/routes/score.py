@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from starlette.requests import ClientDisconnect
 
 from potstill.cache.types import Fields, Targets, TeacherIdentity, Tokens
 from potstill.cache.wire import scores as wire
@@ -27,6 +26,7 @@ from potstill.teacher_service.admission.limits import (
 from potstill.teacher_service.hosting import HostedTeacher, Service
 from potstill.teacher_service.routes.corpora.targets_json import json_pieces
 from potstill.teacher_service.transport.bounded_transfers import held_until_answered
+from potstill.teacher_service.transport.streamed import while_connected
 
 T = TypeVar("T")
 _SMALL_BYTES = 64 * 2**10  # (de)serialised at once, on the event loop: less than a millisecond
@@ -92,7 +92,7 @@ async def answer_call(service: Service, request: Request, understand: Callable[[
                 targets = await within(seconds, begin, scoring)
             return await _off_loop(size, lambda: call.answer(front.identity, targets))
 
-        return await _while_connected(request, answered())
+        return await while_connected(request.receive, answered())
 
 
 def targets_response(answer: wire.ScoreAnswer, fields: Fields, writes: str) -> Response:
@@ -109,25 +109,3 @@ def targets_response(answer: wire.ScoreAnswer, fields: Fields, writes: str) -> R
 
 async def _off_loop(num_bytes: int, call: Callable[[], T]) -> T:
     return call() if num_bytes < _SMALL_BYTES else await asyncio.to_thread(call)
-
-
-async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Await the work, or cancel it when the client leaves and nobody would read the answer."""
-    working = asyncio.create_task(work)
-    # The body is read, so the next message says that the client left.
-    leaving = asyncio.create_task(_disconnected(request))
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
-    finally:
-        working.cancel()
-        leaving.cancel()
-        # Awaited, so that the request's slots and rows are given back before it counts as over.
-        await asyncio.gather(working, leaving, return_exceptions=True)
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

@@ -11,6 +11,7 @@ from potstill.cache.errors import BodyTooLarge, RequestTimeout
 from potstill.teacher_service.access.auth import current_caller
 from potstill.teacher_service.admission import Admission
 from potstill.teacher_service.transport.connections import ABORT
+from potstill.teacher_service.transport.streamed import disconnected
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -151,5 +152,4 @@ async def _drop(scope: Scope, receive: Receive) -> None:
     if abort is None:
         return  # another server, which closes a connection whose answer is not complete
     abort()
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    await disconnected(receive)

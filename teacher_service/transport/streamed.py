@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -23,6 +24,7 @@ from potstill.teacher_service.access.auth import current_caller
 from potstill.teacher_service.admission import SharedBound
 
 _LOG = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class ReadSlots:
@@ -74,21 +76,11 @@ class StreamedAnswer(Response):
             await send(_body(b"", more=False))
             return
         with self._slots.stream():
-            await self._send_while_there(receive, send)
-
-    async def _send_while_there(self, receive: Receive, send: Send) -> None:
-        sending = asyncio.create_task(self._send(send))
-        leaving = asyncio.create_task(_left(receive))
-        try:
-            await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if sending.done():
-                sending.result()
-            elif not self._begun:
-                raise ClientDisconnect  # later nobody could answer it any more, and it would count as our failure
-        finally:
-            sending.cancel()
-            leaving.cancel()
-            await asyncio.gather(sending, leaving, return_exceptions=True)
+            try:
+                await while_connected(receive, self._send(send))
+            except ClientDisconnect:
+                if not self._begun:  # later nobody could answer it any more, and it would count as our failure
+                    raise
 
     async def _send(self, send: Send) -> None:
         piece = await self._read()
@@ -123,6 +115,27 @@ def _body(piece: bytes, *, more: bool) -> Message:
     return {"type": "http.response.body", "body": piece, "more_body": more}
 
 
-async def _left(receive: Receive) -> None:
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Await the work, or cancel it when the client leaves and nobody would read the answer. The body must be read.
+
+    Raises:
+        ClientDisconnect: the client left. What the work raises.
+    """
+    working = asyncio.create_task(work)
+    leaving = asyncio.create_task(disconnected(receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+        # Awaited, so that the request's slots and rows are given back before it counts as over.
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def disconnected(receive: Receive) -> None:
+    """Wait until the client has left."""
     while (await receive())["type"] != "http.disconnect":
         pass
