@@ -58,7 +58,7 @@ class RangeRead:
 
     def head(self) -> StreamHead:
         """The head of the range's stream."""
-        return _head(self.targets, self.want, batches=self._num_blocks(), length=self.num_positions)
+        return _head(self.targets, self.want, batches=sum(1 for _ in self._blocks()), length=self.num_positions)
 
     @property
     def num_positions(self) -> int:
@@ -91,14 +91,6 @@ class RangeRead:
                 end = min(high, at + step - (at - low) % step)
                 yield at, end
                 at = end
-
-    def _num_blocks(self) -> int:
-        starts, step = self.targets.corpus.shard_starts, self._block_positions()
-        shards = self._shards()
-        low = starts[shards.start : shards.stop]
-        ends = np.minimum(starts[shards.start + 1 : shards.stop + 1], self.stop) - low
-        begins = np.maximum(low, self.start) - low
-        return int((-(-ends // step) - begins // step).sum())
 
     def _block_positions(self) -> int:
         # Chunks are cut at multiples of powers of two too.

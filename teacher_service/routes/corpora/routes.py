@@ -88,7 +88,9 @@ def _add_target_routes(app: FastAPI, admission: Admission, reading: CorpusReadin
         names = None if fields is None else fields.split(",")
 
         def plan() -> RangeRead:
-            return _range(opened, (corpus, teacher), (start, stop), names, k)
+            targets = opened.targets(teacher, corpus)
+            want = named_fields(targets.fields, names, k, f"teacher {teacher!r} on corpus {corpus!r}")
+            return RangeRead(targets, start, stop, want)
 
         return await _answer_range(request, reading, admission, plan)
 
@@ -139,15 +141,6 @@ def _streamed(
         pieces = read.pieces()
     pieces = reading.opened.watched(read.targets, pieces)
     return StreamedAnswer(pieces, reading.slots, headers=headers, media_type=writes)
-
-
-def _range(
-    opened: OpenedSets, names: tuple[str, str], positions: tuple[int, int], fields: list[str] | None, k: int | None
-) -> RangeRead:
-    corpus, teacher = names
-    targets = opened.targets(teacher, corpus)
-    want = named_fields(targets.fields, fields, k, f"teacher {teacher!r} on corpus {corpus!r}")
-    return RangeRead(targets, *positions, want)
 
 
 def _rows(opened: OpenedSets, names: tuple[str, str], body: bytes, reads: str, limits: LimitSettings) -> RowsRead:
