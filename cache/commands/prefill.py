@@ -12,7 +12,7 @@ from potstill.cache.commands.field_options import add_field_options, fields_of
 from potstill.cache.commands.progress import progress
 from potstill.cache.commands.root_option import add_root_argument
 from potstill.cache.entry_points import name_and_model, open_teacher
-from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput, LimitExceeded, SpecMismatch, StoreError
+from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput, SpecMismatch, StoreError
 from potstill.cache.logins import without_login
 from potstill.cache.plurals import counted
 from potstill.cache.types import Fields, Teacher
@@ -84,13 +84,15 @@ async def prefill(
         LimitExceeded, SpecMismatch: the teacher does not fit the corpus or the targets; nothing was written.
         PotstillError: whatever opening, scoring or writing raises; committed shards stay.
     """
+    from potstill.cache.fill.loop import require_within_limits
+
     corpus = cache.corpus(corpus_name)
     if _nothing_to_do(cache, corpus, name, spec, fields=fields, encoding=encoding):
         return None
     print(f"{name}: opening the teacher {without_login(spec)}", flush=True)
     async with open_teacher(spec) as teacher:
         targets = cache.plan_targets(name, corpus_name, teacher.identity, fields=fields, encoding=encoding)
-        _check_limits(teacher, corpus, targets.fields)
+        require_within_limits(teacher, targets)
         if targets.fields != fields:
             print(f"{name}: {_difference(fields, targets.fields)}", flush=True)
         try:
@@ -162,20 +164,6 @@ async def _fill_with_progress(teacher: Teacher, targets: TargetSet, plan: FillPl
             show(at.positions_scored, at.positions, f"{at.shards_committed}/{counted(at.shards, 'shard')}{waiting}")
 
         return await fill(teacher, targets, plan, on_progress=on_progress)
-
-
-def _check_limits(teacher: Teacher, corpus: Corpus, fields: Fields) -> None:
-    """Refuse, before anything is written, a corpus or K that the teacher would refuse in the middle."""
-    limits, longest = teacher.limits, corpus.spec.longest_row
-    if limits.max_row_tokens is not None and longest > limits.max_row_tokens:
-        raise LimitExceeded(
-            f"corpus {corpus.name!r} has a row of {counted(longest, 'token')}, the teacher reads "
-            f"{limits.max_row_tokens}; ingest it again with --row-tokens {limits.max_row_tokens}"
-        )
-    if limits.max_top_k is not None and fields.k > limits.max_top_k:
-        raise LimitExceeded(
-            f"--top-k {fields.k} is over the teacher's limit of {limits.max_top_k}; ask for at most that"
-        )
 
 
 def _summary(name: str, targets: TargetSet, report: FillReport) -> str:

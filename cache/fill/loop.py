@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from potstill.cache.errors import InvalidInput, StoreError
+from potstill.cache.errors import InvalidInput, LimitExceeded, StoreError
 from potstill.cache.fill.scoring import ScoringWindow, with_store_retries
 from potstill.cache.fill.shard_queue import PILOT, ShardQueue
+from potstill.cache.plurals import counted
 from potstill.cache.row_batches import row_batches, row_starts
 from potstill.cache.store import Claims
 from potstill.cache.store.claims import Claim
@@ -101,6 +102,23 @@ class _Batch:
     """Targets of those rows that were scored with the pilot already."""
     last: bool
     """True for the batch that completes its shard."""
+
+
+def require_within_limits(teacher: Teacher, targets: TargetSet) -> None:
+    """Refuse before anything is written what the teacher would refuse in the middle.
+
+    Raises:
+        LimitExceeded: a row is longer than the teacher reads, or K is over its limit.
+    """
+    limits, longest, k = teacher.limits, targets.corpus.spec.longest_row, targets.fields.k
+    if limits.max_row_tokens is not None and longest > limits.max_row_tokens:
+        raise LimitExceeded(
+            f"corpus {targets.corpus.name!r} has a row of {counted(longest, 'token')}, the teacher reads "
+            f"{limits.max_row_tokens}; ingest it again with --row-tokens {limits.max_row_tokens}"
+        )
+    most = min(limits.max_top_k or teacher.identity.vocab_size, teacher.identity.vocab_size)
+    if k > most:
+        raise LimitExceeded(f"k={k} is over the teacher's limit of {most}; ask for at most that")
 
 
 async def fill(

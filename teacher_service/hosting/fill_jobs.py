@@ -12,8 +12,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -26,7 +25,6 @@ from potstill.cache.errors import (
     SpecMismatch,
     TeacherFailed,
 )
-from potstill.cache.plurals import counted
 from potstill.cache.types import JSON, Fields, Targets, Teacher, Tokens
 from potstill.cache.wrapped_teacher import WrappedTeacher
 from potstill.teacher_service.access import Caller, Quota, caller
@@ -244,17 +242,10 @@ def _told(error: PotstillError | None) -> JSON:
 
 
 def _plan(cache: Cache, corpus: str, name: str, teacher: Teacher, order: FillOrder) -> TargetSet:
-    identity = teacher.identity
-    targets = cache.plan_targets(name, corpus, identity, fields=order.fields, encoding=order.encoding)
-    limits, longest, k = teacher.limits, targets.corpus.spec.longest_row, targets.fields.k
-    if limits.max_row_tokens is not None and longest > limits.max_row_tokens:
-        raise LimitExceeded(
-            f"corpus {corpus!r} has a row of {counted(longest, 'token')}, the teacher reads {limits.max_row_tokens}; "
-            f"ingest it again with --row-tokens {limits.max_row_tokens}"
-        )
-    most = min(limits.max_top_k or identity.vocab_size, identity.vocab_size)
-    if k > most:
-        raise LimitExceeded(f"k={k} is over the teacher's limit of {most}; ask for at most that")
+    from potstill.cache.fill.loop import require_within_limits  # noqa: PLC0415  zarr, only when a job runs
+
+    targets = cache.plan_targets(name, corpus, teacher.identity, fields=order.fields, encoding=order.encoding)
+    require_within_limits(teacher, targets)
     return targets
 
 
@@ -319,16 +310,6 @@ async def _stopped(job: FillJob) -> None:
         await asyncio.wait([job.task])
 
 
-@contextmanager
-def _acting_as(who: Caller) -> Iterator[None]:
-    # Admission and quotas find the caller in the context, where a request's middleware puts it.
-    before = caller.set(who)
-    try:
-        yield
-    finally:
-        caller.reset(before)
-
-
 def spread(seconds: float) -> float:
     """Draw a wait of once to twice `seconds`, so that batches refused together do not come back together."""
     return seconds * random.uniform(1.0, 2.0)  # noqa: S311
@@ -359,8 +340,9 @@ class _RetryingTeacher(WrappedTeacher):
                     # Found anew each time: the teacher may have been removed and added again, even as another model.
                     teacher = self._open()
                     self._require_same(teacher)
-                    with _acting_as(self._find_caller()):
-                        return await teacher.score(rows, want)
+                    # Admission and quotas find the caller in the context, where a request's middleware puts it.
+                    caller.set(self._find_caller())
+                    return await teacher.score(rows, want)
             except PotstillError as error:
                 if not error.retryable:
                     raise

@@ -76,7 +76,7 @@ def test_ingest_prefill_inspect_and_verify_in_a_row(
         (["--corpus", "docs", "--teacher", "t={url}#who"], "unknown_teacher: "),
         (["--corpus", "docs", "--teacher", "t={url}#stranger"], "spec_mismatch: teacher 't' has tokenizer 0000000"),
         (["--corpus", "docs", "--teacher", "t={url}#small", "--top-k", "8"], "spec_mismatch: corpus 'docs' has token"),
-        (["--corpus", "docs", "--teacher", "t={url}#good", "--top-k", "300"], "limit_exceeded: --top-k 300 is over"),
+        (["--corpus", "docs", "--teacher", "t={url}#good", "--top-k", "300"], "limit_exceeded: k=300 is over"),
         (["--corpus", "docs", "--teacher", "t={url}#good", "--top-k", "0"], "invalid_input: fields ask for nothing"),
         (["--corpus", "docs", "--teacher", "t={url}#good", "--encoding", "u4"], "invalid_input: encoding 'u4'"),
         (["--corpus", "docs", "--teacher", "t={url}#good", "--batch-tokens", "0"], "invalid_input: --batch-tokens"),
