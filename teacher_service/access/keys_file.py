@@ -168,15 +168,8 @@ def _record(path: Path, name: str, value: Any) -> KeyRecord:
         raise InvalidInput(f"{where}: role is {value.get('role')!r}; it is one of {', '.join(roles)}")
     if not isinstance(value.get("sha256"), str) or not _HASH.fullmatch(value["sha256"]):
         raise InvalidInput(f"{where}: sha256 must be 64 hex digits; let `potstill keys add` write it")
-    quota = Quota(
-        tokens_per_minute=_tokens(where, value, "tokens_per_minute"),
-        tokens_per_day=_tokens(where, value, "tokens_per_day"),
-    )
+    try:
+        quota = Quota(tokens_per_minute=value.get("tokens_per_minute"), tokens_per_day=value.get("tokens_per_day"))
+    except InvalidInput as error:
+        raise InvalidInput(f"{where}: {error.detail}") from error
     return KeyRecord(name, Role(value["role"]), value["sha256"], quota)
-
-
-def _tokens(where: str, value: Mapping[str, Any], name: str) -> int | None:
-    tokens = value.get(name)
-    if tokens is not None and (not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1):
-        raise InvalidInput(f"{where}: {name} is {tokens!r}; it must be a whole number from 1")
-    return tokens

@@ -35,8 +35,8 @@ class Quota:
     def __post_init__(self) -> None:
         for name in ("tokens_per_minute", "tokens_per_day"):
             tokens = getattr(self, name)
-            if tokens is not None and tokens < 1:
-                raise InvalidInput(f"{name} is {tokens}; it must be at least 1, or left out for no limit")
+            if tokens is not None and (type(tokens) is not int or tokens < 1):
+                raise InvalidInput(f"{name} is {tokens!r}; it must be a whole number from 1, or left out for no limit")
 
 
 @dataclass(slots=True)

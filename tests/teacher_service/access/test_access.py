@@ -383,5 +383,5 @@ def test_keys_are_added_listed_and_removed_by_the_command(tmp_path: Path, capsys
     assert run("keys", "list", "--file", file) == 0
     assert capsys.readouterr().out == ""
     line = refused_command(capsys, "keys", "add", "bob", "--role", "admin", "--tokens-per-day", "0", "--file", file)
-    assert line == "invalid_input: tokens_per_day is 0; it must be at least 1, or left out for no limit"
+    assert line == "invalid_input: tokens_per_day is 0; it must be a whole number from 1, or left out for no limit"
     assert run("keys", "list", "--file", file) == 0
