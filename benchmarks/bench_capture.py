@@ -115,8 +115,9 @@ def open_engine(folder: Path) -> VllmEngine:
         "enforce_eager": True,
         "skip_tokenizer_init": True,
         "disable_log_stats": True,
+        "kv_cache_memory_bytes": 1 << 30,
     }
-    return VllmEngine(arguments, cpu_kv_cache_bytes=1 << 30)
+    return VllmEngine(arguments)
 
 
 def modes() -> dict[str, tuple[Any, Fields]]:

@@ -14,7 +14,7 @@ import itertools
 import logging
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,16 +58,12 @@ class EngineThread:
 
     Args:
         name: the model, for messages.
-        arguments: keyword arguments of `vllm.EngineArgs`.
-        cpu_kv_cache_bytes: KV cache size on a CPU platform; a GPU's follows `gpu_memory_utilization`.
-        capture: the best capture path to take, by name, or `auto`.
+        build: makes the engine; called in the thread.
     """
 
-    def __init__(self, name: str, arguments: dict[str, Any], *, cpu_kv_cache_bytes: int, capture: str = "auto") -> None:
+    def __init__(self, name: str, build: Callable[[], VllmEngine]) -> None:
         self._name = name
-        self._arguments = arguments
-        self._cpu_kv_cache_bytes = cpu_kv_cache_bytes
-        self._capture = capture
+        self._build = build
         # A job comes a second time when its caller cancels it; None asks the thread to end.
         self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._started: Future[EngineFacts] = Future()
@@ -155,7 +151,7 @@ class EngineThread:
 
     def _open_engine(self) -> VllmEngine:
         try:
-            return VllmEngine(self._arguments, cpu_kv_cache_bytes=self._cpu_kv_cache_bytes, capture=self._capture)
+            return self._build()
         except ModuleNotFoundError as error:
             raise InvalidInput(f"the teacher {self._name!r} {missing_module(error)}") from error
         except ImportError as error:

@@ -88,12 +88,12 @@ class VllmEngine:
     """vLLM's `LLMEngine` behind the few calls that scoring needs. Used by one thread only.
 
     Args:
-        arguments: keyword arguments of `vllm.EngineArgs`; `max_logprobs` is the largest top-k of any caller.
-        cpu_kv_cache_bytes: KV cache size on a CPU platform; a GPU's follows `gpu_memory_utilization`.
+        arguments: keyword arguments of `vllm.EngineArgs`; `max_logprobs` is the largest top-k of any caller, and
+            `kv_cache_memory_bytes` is of a CPU platform.
         capture: the best capture path to take, by name, or `auto`.
     """
 
-    def __init__(self, arguments: dict[str, Any], *, cpu_kv_cache_bytes: int, capture: str = "auto") -> None:
+    def __init__(self, arguments: dict[str, Any], *, capture: str = "auto") -> None:
         self._inside = "llvmlite" not in sys.modules and _INSIDE_THIS_PROCESS.acquire(blocking=False)
         try:
             with _ONE_START_AT_A_TIME:
@@ -101,7 +101,7 @@ class VllmEngine:
                 from potstill.teacher_service.capture import paths as capture_paths  # noqa: PLC0415 -- vLLM is set up only now
 
                 self._paths = capture_paths
-                self._engine = self._start(arguments, cpu_kv_cache_bytes=cpu_kv_cache_bytes)
+                self._engine = self._start(arguments)
         except BaseException:
             self._free_process()
             raise
@@ -170,17 +170,17 @@ class VllmEngine:
             del self._engine
             self._free_process()
 
-    def _start(self, arguments: dict[str, Any], *, cpu_kv_cache_bytes: int) -> Any:
+    def _start(self, arguments: dict[str, Any]) -> Any:
         try:
-            return self._build(arguments, cpu_kv_cache_bytes=cpu_kv_cache_bytes)
+            return self._build(arguments)
         except AttributeError as error:  # vLLM looked into llvmlite's attributes, see the module's docstring
             if not (self._inside and error.name == "get" and type(error.obj).__module__.startswith("llvmlite")):
                 raise
         _LOG.warning("numba was loaded while an engine started, which gets a process of its own; see vllm_engine")
         self._free_process()
-        return self._build(arguments, cpu_kv_cache_bytes=cpu_kv_cache_bytes)
+        return self._build(arguments)
 
-    def _build(self, arguments: dict[str, Any], *, cpu_kv_cache_bytes: int) -> Any:
+    def _build(self, arguments: dict[str, Any]) -> Any:
         arguments = {
             **arguments,
             "max_logprobs": max(arguments["max_logprobs"], MAX_PUBLIC_K),  # the self-check asks for more than callers
@@ -189,10 +189,10 @@ class VllmEngine:
         }
         if "worker_extension_cls" in self._vllm.EngineArgs.__dataclass_fields__:
             arguments["worker_extension_cls"] = self._paths.WORKER_EXTENSION
-        if self._vllm.platforms.current_platform.is_cpu():
-            arguments["kv_cache_memory_bytes"] = cpu_kv_cache_bytes
-            if arguments["dtype"] == "auto" and not _has_bfloat16_instructions():
-                arguments["dtype"] = "float32"  # bfloat16 is emulated there, and five times slower
+        if not self._vllm.platforms.current_platform.is_cpu():
+            del arguments["kv_cache_memory_bytes"]  # a GPU's follows `gpu_memory_utilization`
+        elif arguments["dtype"] == "auto" and not _has_bfloat16_instructions():
+            arguments["dtype"] = "float32"  # bfloat16 is emulated there, and five times slower
         engine = self._vllm.LLMEngine.from_engine_args(
             self._vllm.EngineArgs(**arguments), enable_multiprocessing=not self._inside
         )

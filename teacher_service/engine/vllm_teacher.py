@@ -18,6 +18,7 @@ import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -32,7 +33,7 @@ from potstill.cache.plurals import counted
 from potstill.cache.types import JSON, Fields, Provenance, Targets, TeacherIdentity, TeacherLimits, Tokens
 from potstill.teacher_service.capture.layout import Asked
 from potstill.teacher_service.engine.thread import EngineThread, Job
-from potstill.teacher_service.engine.vllm_engine import EngineFacts
+from potstill.teacher_service.engine.vllm_engine import EngineFacts, VllmEngine
 
 MAX_TEMPERATURES = 16
 """Most temperatures of one request; each costs a pass over all logits."""
@@ -130,12 +131,8 @@ class VllmTeacher:
             TeacherFailed: the engine did not start.
         """
         folder = await asyncio.to_thread(_model_folder, options)
-        engine = EngineThread(
-            _model_name(options),
-            _engine_arguments(options, folder),
-            cpu_kv_cache_bytes=options.cpu_kv_cache_gib << 30,
-            capture=options.capture,
-        )
+        arguments = _engine_arguments(options, folder)
+        engine = EngineThread(_model_name(options), partial(VllmEngine, arguments, capture=options.capture))
         try:
             facts = await asyncio.wrap_future(engine.start())
             _check_prefix(options, facts)
@@ -260,6 +257,7 @@ def _engine_arguments(options: VllmOptions, folder: Path) -> dict[str, Any]:
         "max_num_batched_tokens": options.max_batch_tokens,
         "max_num_seqs": min(128, options.max_batch_tokens),  # vLLM refuses more sequences than tokens in a step
         "gpu_memory_utilization": options.gpu_memory_utilization,
+        "kv_cache_memory_bytes": options.cpu_kv_cache_gib << 30,
         "tensor_parallel_size": options.tensor_parallel,
         "max_logprobs": options.max_top_k,
         "logprobs_mode": "raw_logprobs",  # of the model, before temperature and penalties
@@ -330,7 +328,8 @@ def _weights_sha256(folder: Path) -> str:
     """SHA-256, in hex, over the hex SHA-256s of the weight files in name order."""
     digest = hashlib.sha256()
     for file in _weight_files(folder):
-        digest.update(_file_sha256(file).encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").hexdigest().encode())
     return digest.hexdigest()
 
 
@@ -340,11 +339,6 @@ def _weight_files(folder: Path) -> list[Path]:
     if not files:
         raise InvalidInput(f"the model folder {folder.name!r} has no weights ({', '.join(_WEIGHT_KINDS)})")
     return files
-
-
-def _file_sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _tokenizer_sha256(folder: Path) -> str:
