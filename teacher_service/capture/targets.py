@@ -45,18 +45,6 @@ class FlatEntries:
     logprobs: Sequence[float] | NDArray[np.floating]
 
 
-@dataclass(frozen=True, slots=True)
-class _Columns:
-    first_ids: NDArray[np.int32]
-    """[n] column 0."""
-    first_logprobs: NDArray[np.float32]
-    """[n] column 0, nats."""
-    ids: NDArray[np.int32]
-    """[n, K] columns 1..K."""
-    logprobs: NDArray[np.float32]
-    """[n, K] nats."""
-
-
 def targets_from_flat(
     prompt: FlatEntries,
     sampled: FlatEntries,
@@ -82,13 +70,13 @@ def targets_from_flat(
     Raises:
         TeacherFailed: the engine answered another number of entries, other tokens or a NaN.
     """
-    prompt_columns = _columns(prompt, num_positions=len(tokens) - 1, k=k)
-    sampled_columns = _columns(sampled, num_positions=1, k=k)
-    if not np.array_equal(prompt_columns.first_ids, np.asarray(tokens[1:], dtype=np.int64)):
+    prompt_ids, prompt_logprobs = _arrays(prompt, num_positions=len(tokens) - 1, k=k)
+    last_ids, last_logprobs = _arrays(sampled, num_positions=1, k=k)
+    if not np.array_equal(prompt_ids[:, 0], np.asarray(tokens[1:], dtype=np.int64)):
         raise TeacherFailed("the engine's prompt logprobs are not those of the tokens it was given")
-    ids = np.concatenate([prompt_columns.ids[num_prefix:], sampled_columns.ids])
-    logprobs = np.concatenate([prompt_columns.logprobs[num_prefix:], sampled_columns.logprobs])
-    label_logprob = np.append(prompt_columns.first_logprobs[num_prefix:], np.float32(np.nan))
+    ids = np.concatenate([prompt_ids[num_prefix:, 1:], last_ids[:, 1:]])
+    logprobs = np.concatenate([prompt_logprobs[num_prefix:, 1:], last_logprobs[:, 1:]])
+    label_logprob = np.append(prompt_logprobs[num_prefix:, 0], np.float32(np.nan))
     return _top_k_targets(ids, logprobs, label_logprob, vocab_size)
 
 
@@ -182,7 +170,8 @@ def _draws(ints: NDArray[np.generic], num_positions: int, num_draws: int) -> Dra
     return Draws(offsets, ids.astype(np.uint32), counts.astype(np.uint16))
 
 
-def _columns(entries: FlatEntries, *, num_positions: int, k: int) -> _Columns:
+def _arrays(entries: FlatEntries, *, num_positions: int, k: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Ids and logprobs as [n, K + 1]."""
     ids, logprobs = np.asarray(entries.ids, dtype=np.int32), np.asarray(entries.logprobs, dtype=np.float32)
     expected = num_positions * (k + 1)
     if ids.size != expected or logprobs.size != expected:
@@ -190,8 +179,7 @@ def _columns(entries: FlatEntries, *, num_positions: int, k: int) -> _Columns:
             f"the engine answered {ids.size} ids and {logprobs.size} logprobs"
             f" where {num_positions} positions of {k + 1} were due"
         )
-    ids, logprobs = ids.reshape(num_positions, k + 1), logprobs.reshape(num_positions, k + 1)
-    return _Columns(ids[:, 0], logprobs[:, 0], ids[:, 1:], logprobs[:, 1:])
+    return ids.reshape(num_positions, k + 1), logprobs.reshape(num_positions, k + 1)
 
 
 def _refuse_nonsense(logprobs: NDArray[np.float32], labels: NDArray[np.float32]) -> None:
