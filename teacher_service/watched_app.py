@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import nullcontext
+from dataclasses import asdict
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
@@ -87,9 +88,7 @@ class WatchedApp:
             "route": route,
             "status": status,
             "ms": round(seconds * 1000, 2),
-            "rows": record.rows,
-            "tokens": record.tokens,
-            "caller": record.caller,
+            **asdict(record),
         }
         well = route in _PROBES and HTTPStatus.OK <= status < HTTPStatus.BAD_REQUEST
         _ACCESS.log(logging.DEBUG if well else logging.INFO, "request", extra={"fields": fields})

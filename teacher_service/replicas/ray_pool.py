@@ -145,7 +145,11 @@ class RayPool:
     @property
     def status(self) -> ReplicaStatus:
         """Status by Serve's last answer, about a second old at most."""
-        each = tuple(self._info(replica) for replica in sorted(self._view.replicas))
+        calls = self._in_flight
+        each = tuple(
+            ReplicaInfo(name=name, state=state, tokens_waiting=calls.waiting[name], tokens_scored=calls.scored[name])
+            for name, state in sorted(self._view.replicas.items())
+        )
         limits = self._autoscaler.settings if self._autoscaler else None
         return ReplicaStatus(
             replicas=sum(info.state == "ready" for info in each),
@@ -312,14 +316,6 @@ class RayPool:
 
     def _is_ready(self, replica: str) -> bool:
         return self._view.replicas.get(replica) == "ready" and replica not in self._in_flight.crashed
-
-    def _info(self, replica: str) -> ReplicaInfo:
-        return ReplicaInfo(
-            name=replica,
-            state=self._view.replicas[replica],
-            tokens_waiting=self._in_flight.waiting[replica],
-            tokens_scored=self._in_flight.scored[replica],
-        )
 
     @property
     def _known(self) -> Described:
