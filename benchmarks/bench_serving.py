@@ -105,7 +105,7 @@ def serve(root: str, port: int) -> None:
     cache = Cache.open(root, "r+")
     keep = Keep(cache, KeepPolicy(k=64))
     teacher = hosted("fake", teacher_for(cache.corpus("docs")), keep)
-    app = create_app(Service.of([teacher], cache=cache))
+    app = create_app(Service([teacher], cache=cache))
 
     @app.get("/health")
     async def health() -> dict[str, str]:

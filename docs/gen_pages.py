@@ -49,7 +49,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def http_page() -> str:
     """Every route of the OpenAPI document, as a service without teachers gives it."""
-    document = create_app(Service.of([])).openapi()
+    document = create_app(Service([])).openapi()
     lines = ["# HTTP", "", _HTTP_HEAD]
     for path, operations in document["paths"].items():
         for method, about in operations.items():

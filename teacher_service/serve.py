@@ -143,7 +143,7 @@ def service_of(settings: ServiceSettings, access: Access) -> Service:
     keep = None if cache is None else Keep(cache, policy)
     source = TeacherSource(keep, settings.ray)
     teachers = [source.host(teacher) for teacher in settings.teachers]
-    return Service.of(teachers, cache=cache, limits=settings.limits, source=source, access=access)
+    return Service(teachers, cache=cache, limits=settings.limits, source=source, access=access)
 
 
 class _Server(uvicorn.Server):

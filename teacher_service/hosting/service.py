@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from potstill.cache.errors import UnknownTeacher
@@ -22,49 +21,33 @@ if TYPE_CHECKING:
     from potstill.cache.cache import Cache
 
 
-@dataclass(frozen=True, slots=True)
 class Service:
-    """Everything that the routes use. Teachers start and stop with `running`."""
+    """Everything that the routes use. Teachers start and stop with `running`.
 
-    teachers: dict[str, HostedTeacher]
-    cache: Cache | None
-    admission: Admission
-    metrics: Metrics
-    admin: TeacherAdmin
-    access: Access
-    fills: FillJobs
+    Args:
+        teachers: started with the service.
+        cache: read by the corpus routes.
+        limits: bounds of requests.
+        source: makes teachers that are added later.
+        access: keys and roles; when not given everybody may do everything.
+    """
 
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         teachers: Iterable[HostedTeacher],
         *,
         cache: Cache | None = None,
         limits: LimitSettings | None = None,
         source: TeacherSource | None = None,
         access: Access | None = None,
-    ) -> Service:
-        """Put a service together.
-
-        Args:
-            teachers: started with the service.
-            cache: read by the corpus routes.
-            limits: bounds of requests.
-            source: makes teachers that are added later.
-            access: keys and roles; when not given everybody may do everything.
-        """
-        by_name = {teacher.name: teacher for teacher in teachers}
-        admission = Admission(limits or LimitSettings())
-        admin = TeacherAdmin(by_name, source or TeacherSource(), admission)
-        return cls(
-            by_name,
-            cache,
-            admission,
-            Metrics(admission, by_name),
-            admin,
-            access or Access(),
-            FillJobs(cache, admission.limits),
-        )
+    ) -> None:
+        self.teachers = {teacher.name: teacher for teacher in teachers}
+        self.cache = cache
+        self.admission = Admission(limits or LimitSettings())
+        self.metrics = Metrics(self.admission, self.teachers)
+        self.admin = TeacherAdmin(self.teachers, source or TeacherSource(), self.admission)
+        self.access = access or Access()
+        self.fills = FillJobs(cache, self.limits)
 
     @property
     def limits(self) -> LimitSettings:

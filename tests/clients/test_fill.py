@@ -49,7 +49,7 @@ def shut(cache: Cache) -> Iterator[MoodyTeacher]:
 
 @contextmanager
 def served(cache: Cache, teacher: FakeTeacher, port: int = 0) -> Iterator[str]:
-    with serving(create_app(Service.of([hosted("fake", teacher)], cache=cache)), port=port) as url:
+    with serving(create_app(Service([hosted("fake", teacher)], cache=cache)), port=port) as url:
         wait_ready(url)
         yield url
 

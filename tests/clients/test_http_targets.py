@@ -276,7 +276,7 @@ def test_another_corpus_under_the_name_is_not_mixed_in(tmp_path: Path) -> None:
 @contextmanager
 def answering(filled: Cache, call: str, *parts: NDArray[Any]) -> Iterator[HttpCorpus]:
     """A corpus behind a service that answers one call, method and route, with these arrays, one a record batch."""
-    service = create_app(Service.of([hosted("other", FakeTeacher())], cache=filled))
+    service = create_app(Service([hosted("other", FakeTeacher())], cache=filled))
     head = StreamHead(batches=len(parts), length=sum(map(len, parts)), corpus=filled.corpus("docs").fingerprint)
     empty = head.schema([pa.field("values", pa.uint32())]).serialize().to_pybytes() + END
     body = b"".join(write_array(head, parts)) if parts else empty

@@ -181,7 +181,7 @@ async def test_a_starting_teacher_is_waited_for() -> None:
         async with HttpTeacher.open(url, "smol") as remote:
             return await remote.score(rows_of(3), WANT)
 
-    with serving(create_app(Service.of([HostedTeacher("smol", slowly)]))) as url:
+    with serving(create_app(Service([HostedTeacher("smol", slowly)]))) as url:
         opening = asyncio.create_task(open_and_score(url))
         await asyncio.sleep(0.3)
         assert not opening.done()

@@ -64,7 +64,7 @@ def wait_ready(url: str) -> None:
 @contextmanager
 def serving_teachers(*teachers: HostedTeacher, **options: Any) -> Iterator[str]:
     """Run a service on these teachers until they are up; yields its URL."""
-    with serving(create_app(Service.of(teachers, **options)), limits=options.get("limits")) as url:
+    with serving(create_app(Service(teachers, **options)), limits=options.get("limits")) as url:
         wait_ready(url)
         yield url
 

@@ -122,7 +122,7 @@ def test_each_role_may_do_what_the_ones_before_it_may(guarded: Guarded) -> None:
 
 
 def test_every_route_declares_the_role_it_needs() -> None:
-    app = create_app(Service.of([hosted("smol", FakeTeacher())]))
+    app = create_app(Service([hosted("smol", FakeTeacher())]))
     routes = [route for route in app.routes if isinstance(route, APIRoute)]
     assert len(routes) > 10
     silent = set()

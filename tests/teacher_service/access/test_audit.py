@@ -58,7 +58,7 @@ class Slow(TeacherSource):
 
 async def test_an_action_that_is_cancelled_is_written_down(tmp_path: Path) -> None:
     file = tmp_path / "audit.jsonl"
-    service = Service.of([], access=Access.of(AccessSettings(audit_file=str(file))), source=Slow())
+    service = Service([], access=Access.of(AccessSettings(audit_file=str(file))), source=Slow())
     transport = httpx.ASGITransport(create_app(service))
     async with (
         service.running(),

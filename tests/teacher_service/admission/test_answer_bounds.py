@@ -39,7 +39,7 @@ class Served:
     def __init__(self, folder: Path, limits: LimitSettings) -> None:
         self.teacher = GatedTeacher()
         keep = Keep(Cache.open(folder, mode="r+"), KeepPolicy(k=K))
-        self.service = Service.of([hosted("smol", self.teacher, keep)], limits=limits)
+        self.service = Service([hosted("smol", self.teacher, keep)], limits=limits)
         self.pool = ThreadPoolExecutor(8)
         self.url = ""
 
@@ -145,7 +145,7 @@ class WatchingTeacher(FakeTeacher):
 
     def __init__(self) -> None:
         super().__init__()
-        self.service = Service.of([hosted("smol", self)])
+        self.service = Service([hosted("smol", self)])
         self.held: list[tuple[int, int, int]] = []
 
     async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:

@@ -41,7 +41,7 @@ class Guarded:
     @contextmanager
     def served(self, limits: LimitSettings | None = None) -> Iterator[Guarded]:
         access = Access.of(AccessSettings(keys_file=str(self.file)))
-        self.service = Service.of(
+        self.service = Service(
             [hosted("fake", self.teacher)], cache=self.cache, access=access, limits=limits or LimitSettings()
         )
         with serving(create_app(self.service)) as self.url:

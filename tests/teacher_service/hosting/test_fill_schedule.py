@@ -279,7 +279,7 @@ def test_the_command_tells_why_a_job_waits(
 
 def test_what_fills_may_hold_is_among_what_the_service_lets_in() -> None:
     def admitted(**limits: int) -> int:
-        return admitted_bytes(Service.of([], limits=LimitSettings(max_answer_bytes_in_flight=1000, **limits)))
+        return admitted_bytes(Service([], limits=LimitSettings(max_answer_bytes_in_flight=1000, **limits)))
 
     assert admitted(max_fills_running=5) - admitted(max_fills_running=2) == 3000
     limits = LimitSettings(max_answer_bytes_in_flight=1000)

@@ -74,7 +74,7 @@ async def test_what_goes_wrong_while_closing_is_raised_after_all_are_closed() ->
 
         return open_it
 
-    service = Service.of([HostedTeacher(name, opening(name)) for name in ("a", "b")])
+    service = Service([HostedTeacher(name, opening(name)) for name in ("a", "b")])
     with pytest.raises(TeacherFailed, match="a does not close"):
         async with service.running():
             await service.started()
@@ -89,7 +89,7 @@ async def test_a_service_is_ready_while_a_teacher_that_was_removed_closes() -> N
         yield FakeTeacher()
         await closing.wait()
 
-    service = Service.of([HostedTeacher("own", opens(FakeTeacher())), HostedTeacher("going", slow_to_close)])
+    service = Service([HostedTeacher("own", opens(FakeTeacher())), HostedTeacher("going", slow_to_close)])
     async with service.running():
         await service.started()
         service.admin.remove("going")

@@ -79,7 +79,7 @@ def test_a_teacher_is_in_one_state_and_a_failed_one_breaks_nothing() -> None:
         raise RuntimeError("no memory")
         yield
 
-    with serving(create_app(Service.of([HostedTeacher("bad", failing), hosted("good", FakeTeacher())]))) as url:
+    with serving(create_app(Service([HostedTeacher("bad", failing), hosted("good", FakeTeacher())]))) as url:
         until(lambda: samples(url)["potstill_teacher_state{state=failed,teacher=bad}"] == 1)
         until(lambda: samples(url)["potstill_teacher_state{state=ready,teacher=good}"] == 1)
         found = {name: value for name, value in samples(url).items() if name.startswith("potstill_teacher_state")}

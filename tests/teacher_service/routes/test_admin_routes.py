@@ -147,7 +147,7 @@ async def never_opens() -> AsyncIterator[Teacher]:
 
 
 def test_a_failed_teacher_tells_why_and_can_be_put_in_its_place(origin: str) -> None:
-    with serving(create_app(Service.of([HostedTeacher("broken", never_opens), hosted("own", FakeTeacher())]))) as url:
+    with serving(create_app(Service([HostedTeacher("broken", never_opens), hosted("own", FakeTeacher())]))) as url:
         deadline = time.monotonic() + 300
         while http.get(f"{url}/readyz").json()["teachers"] != {"broken": "failed", "own": "ready"}:
             assert time.monotonic() < deadline

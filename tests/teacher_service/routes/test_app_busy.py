@@ -127,7 +127,7 @@ def test_the_service_listens_while_its_teachers_start() -> None:
             await asyncio.sleep(0.01)
         yield FakeTeacher()
 
-    app = create_app(Service.of([HostedTeacher("slow", slowly), hosted("smol", FakeTeacher())]))
+    app = create_app(Service([HostedTeacher("slow", slowly), hosted("smol", FakeTeacher())]))
     with serving(app) as url:
         until(lambda: http.get(f"{url}/readyz").json()["teachers"]["smol"] == "ready")
         assert http.get(f"{url}/healthz").status_code == 200

@@ -266,7 +266,7 @@ def test_a_trainer_that_takes_only_a_url_sends_its_key_in_it(tmp_path: Path, tea
     keys_file = tmp_path / "keys.toml"
     key = add_key(keys_file, "trl", Role.TRAINER, Quota())
     asked = {"prompt": ROW, "prompt_logprobs": 1}
-    with serving(create_app(Service.of([hosted("smol", teacher)], access=Access(KeyRing(keys_file))))) as url:
+    with serving(create_app(Service([hosted("smol", teacher)], access=Access(KeyRing(keys_file))))) as url:
         wait_ready(url)
         reply = http.post(f"{url}/v1/completions", json=asked)
         assert reply.status_code == 401

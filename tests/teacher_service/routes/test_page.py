@@ -139,7 +139,7 @@ def test_rates_and_hits_are_drawn_while_rows_are_scored(page: Page) -> None:
 
 
 def test_it_says_when_the_service_is_gone_and_when_it_is_back(page: Page) -> None:
-    app = create_app(Service.of([hosted("smol", FakeTeacher())]))
+    app = create_app(Service([hosted("smol", FakeTeacher())]))
     state = "document.querySelector('#connection').dataset.state"
     with serving(app) as url:
         wait_ready(url)
@@ -149,7 +149,7 @@ def test_it_says_when_the_service_is_gone_and_when_it_is_back(page: Page) -> Non
     page.until(state, lambda value: value == "failed")
     assert "does not answer" in page.run("document.querySelector('#connection').textContent")
     assert page.run("document.querySelectorAll('#teachers tr').length") == 1
-    with serving(create_app(Service.of([hosted("other", FakeTeacher())])), port=port):
+    with serving(create_app(Service([hosted("other", FakeTeacher())])), port=port):
         page.until(state, lambda value: value == "live", seconds=60)
         page.until(text_of("other", ".badge"), lambda text: text == "ready")
 

@@ -312,7 +312,7 @@ def test_probes_that_are_answered_well_are_told_at_debug_only(
 ) -> None:
     teacher = hosted("smol", FakeTeacher()) if ready else HostedTeacher("smol", never_up)
     told: dict[str, str] = {}
-    with serving(create_app(Service.of([teacher]))) as url:
+    with serving(create_app(Service([teacher]))) as url:
         until(lambda: http.get(f"{url}/readyz").status_code == (200 if ready else 503))
         with caplog.at_level(logging.DEBUG, logger=ACCESS):
             caplog.clear()

@@ -44,7 +44,7 @@ def tracer(spans: Any) -> Iterator[OtelTracer]:
 @pytest.fixture
 def traced_url(tracer: OtelTracer, spans: Any, tmp_path: Path) -> Iterator[str]:
     keep = Keep(Cache.open(tmp_path / "cache", mode="r+"), KeepPolicy())
-    service = Service.of([hosted("smol", FakeTeacher(), keep)], cache=keep.cache)
+    service = Service([hosted("smol", FakeTeacher(), keep)], cache=keep.cache)
     with serving(create_app(service, tracer=tracer)) as url:
         wait_ready(url)
         yield url
@@ -100,7 +100,7 @@ def test_spans_are_sent_to_the_endpoint(tmp_path: Path) -> None:
 
     with serving(collector) as collector_url:
         tracer = open_tracer(f"{collector_url}/v1/traces")
-        with serving(create_app(Service.of([hosted("smol", FakeTeacher())]), tracer=tracer)) as url:
+        with serving(create_app(Service([hosted("smol", FakeTeacher())]), tracer=tracer)) as url:
             wait_ready(url)
         tracer.close()
     assert b"GET /readyz" in b"".join(got)

@@ -52,7 +52,7 @@ def engine() -> FakeTeacher:
 
 @pytest.fixture
 def service(engine: FakeTeacher) -> Service:
-    return Service.of([hosted("smol", engine)], limits=LIMITS)
+    return Service([hosted("smol", engine)], limits=LIMITS)
 
 
 @pytest.fixture
@@ -165,7 +165,7 @@ def test_a_connection_that_is_half_closed_while_it_sends_leaves_nothing_behind(u
 
 def test_a_connection_that_is_half_closed_while_it_waits_leaves_the_engine() -> None:
     gated = GatedTeacher()
-    service = Service.of([hosted("smol", gated)])
+    service = Service([hosted("smol", gated)])
     with serving(create_app(service)) as url:
         wait_ready(url)
         body = json.dumps({"rows": [[1, 2]]}).encode()
@@ -182,7 +182,7 @@ def test_a_connection_that_is_half_closed_while_it_waits_leaves_the_engine() -> 
 
 def test_an_answer_that_is_not_taken_is_given_up() -> None:
     limits = LimitSettings(body_seconds=1.0, max_miss_bytes_in_flight=30_000_000)
-    service = Service.of([hosted("smol", FakeTeacher())], limits=limits)
+    service = Service([hosted("smol", FakeTeacher())], limits=limits)
     asked = {"rows": [[1, 2, 3, 4] * 1000] * 8, "fields": {"k": 64}}
     body = json.dumps(asked).encode()
     with serving(create_app(service)) as url:
@@ -249,7 +249,7 @@ def test_one_request_of_one_key_may_have_all_that_nobody_else_has() -> None:
 
 def test_a_body_over_the_bound_of_all_together_is_not_told_to_come_again() -> None:
     limits = LimitSettings(max_body_bytes_in_flight=50_000)
-    with serving(create_app(Service.of([hosted("smol", FakeTeacher())], limits=limits))) as url:
+    with serving(create_app(Service([hosted("smol", FakeTeacher())], limits=limits))) as url:
         reply = http.post(url + PATH, content=b" " * 60_000, headers={"content-type": "application/json"})
     assert reply.status_code == 413
     assert "max_body_bytes_in_flight=50000" in reply.json()["detail"]

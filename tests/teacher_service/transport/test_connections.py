@@ -153,7 +153,7 @@ def test_of_an_answer_that_is_not_taken_no_more_is_made_and_its_connection_ends(
         return text_of(*positions)  # type: ignore[arg-type]
 
     monkeypatch.setattr(prompt_logprobs, "_positions_text", counted)
-    service = Service.of([hosted("x", FakeTeacher(fake_identity(vocab_size=256)))], limits=LIMITS)
+    service = Service([hosted("x", FakeTeacher(fake_identity(vocab_size=256)))], limits=LIMITS)
     asked = {"prompt": [list(range(250))] * 40, "prompt_logprobs": 128, "max_tokens": 1}
     body = json.dumps(asked).encode()
     with serving(create_app(service), limits=LIMITS) as url:

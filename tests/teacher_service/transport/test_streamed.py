@@ -162,7 +162,7 @@ async def test_a_client_that_leaves_before_the_first_piece_gets_no_answer() -> N
 
 def test_a_service_counts_no_refusal_of_a_client_that_leaves_in_the_middle() -> None:
     slots, pieces = ReadSlots(threads=1, streams=1, stall_seconds=600.0), CountedPieces()
-    service = Service.of([hosted("fake", FakeTeacher())])
+    service = Service([hosted("fake", FakeTeacher())])
     app = create_app(service)
 
     @app.get("/endless")
