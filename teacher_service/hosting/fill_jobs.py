@@ -257,32 +257,24 @@ def fitted_order(order: FillOrder, targets: TargetSet, limits: LimitSettings, qu
     Raises:
         LimitExceeded: the longest row alone does not fit.
     """
-    most_tokens = _most_tokens(targets, limits, quota)
     per_token = targets.fields.bytes_per_position(targets.identity.vocab_size)
     name, num_bytes = limits.smallest("max_answer_bytes", "max_answer_bytes_in_flight")
-    most, longest = num_bytes // per_token, targets.corpus.spec.longest_row
+    # More would be told to come back later for ever, or be refused.
+    bounds = [
+        (limits.max_tokens_in_flight, f"max_tokens_in_flight={limits.max_tokens_in_flight}"),
+        (num_bytes // per_token, f"{name}={num_bytes} at {per_token} bytes a token"),
+    ]
+    if quota.tokens_per_day is not None:
+        bounds.append((quota.tokens_per_day, f"tokens_per_day={quota.tokens_per_day} of your key"))
+    (most, what), longest = min(bounds), targets.corpus.spec.longest_row
     if longest > most:
         raise LimitExceeded(
-            f"corpus {targets.corpus.name!r} has a row of {longest} tokens, whose targets hold {longest * per_token} "
-            f"bytes, over {name}={num_bytes}; ask for less, or ingest it again with --row-tokens {most}"
+            f"corpus {targets.corpus.name!r} has a row of {longest} tokens, over {what}; ask for less, ingest it again "
+            f"with --row-tokens {most}, or have that raised"
         )
-    batch_tokens = min(order.batch_tokens, most, most_tokens)
+    batch_tokens = min(order.batch_tokens, most)
     fitting = limits.max_answer_bytes_in_flight // (max(batch_tokens, longest) * per_token)
     return replace(order, batch_tokens=batch_tokens, in_flight=min(order.in_flight, fitting))
-
-
-def _most_tokens(targets: TargetSet, limits: LimitSettings, quota: Quota) -> int:
-    """Most tokens of one batch: a larger one would be told to come back later for ever, or be refused."""
-    most, what = limits.max_tokens_in_flight, f"max_tokens_in_flight={limits.max_tokens_in_flight}"
-    if quota.tokens_per_day is not None and quota.tokens_per_day < most:
-        most, what = quota.tokens_per_day, f"tokens_per_day={quota.tokens_per_day} of your key"
-    longest = targets.corpus.spec.longest_row
-    if longest > most:
-        raise LimitExceeded(
-            f"corpus {targets.corpus.name!r} has a row of {longest} tokens, over {what}; ingest it again with "
-            f"--row-tokens {most}, or have that raised"
-        )
-    return most
 
 
 async def _run(job: FillJob, teacher: Teacher, targets: TargetSet) -> None:
