@@ -48,13 +48,18 @@ _FAILED = ("DEPLOY_FAILED", "DELETING", "NOT_STARTED")
 class RayPool:
     """A `potstill.cache.types.Teacher` made of Ray Serve replicas. Open with `open`."""
 
+    identity: TeacherIdentity
+    """Identity of every replica; one with another identity refuses to score, and is replaced."""
+    provenance: Provenance
+    """Provenance of the first replica's numbers."""
+    limits: TeacherLimits
+
     def __init__(self, name: str, app: ServeApp, settings: ReplicaSettings, ray: RaySettings | None = None) -> None:
         ray = ray or RaySettings()
         self._name = name
         self._app = app
         self._settings = settings
         self._score: Any = None
-        self._described: Described | None = None
         self._view = ServeView("NOT_STARTED", "", {})
         self._target = settings.autoscale.min if settings.autoscale else settings.replicas
         self._autoscaler = Autoscaler(settings.autoscale) if settings.autoscale else None
@@ -114,21 +119,6 @@ class RayPool:
                 await asyncio.to_thread(app.delete)
         finally:
             await asyncio.to_thread(connection.leave)
-
-    @property
-    def identity(self) -> TeacherIdentity:
-        """Identity of every replica; one with another identity refuses to score, and is replaced."""
-        return self._known.identity
-
-    @property
-    def provenance(self) -> Provenance:
-        """Provenance of the first replica."""
-        return self._known.provenance
-
-    @property
-    def limits(self) -> TeacherLimits:
-        """Limits of the first replica."""
-        return self._known.limits
 
     @property
     def state(self) -> PoolState:
@@ -317,11 +307,6 @@ class RayPool:
     def _is_ready(self, replica: str) -> bool:
         return self._view.replicas.get(replica) == "ready" and replica not in self._in_flight.crashed
 
-    @property
-    def _known(self) -> Described:
-        assert self._described is not None, "open"
-        return self._described
-
     async def _deploy(self, open_teacher: OpenTeacher, gpus_per_engine: int) -> None:
         resources = self._settings.resources
         gpus = resources.gpus
@@ -341,10 +326,11 @@ class RayPool:
             await asyncio.sleep(_LOOK_SECONDS / 4)
         self._patience_seconds += 2 * (time.monotonic() - begin)
         try:
-            self._described = await handle.describe.remote()
+            known: Described = await handle.describe.remote()
         except (RayError, RayServeException) as error:
             cause = first_line(error)
             raise Unavailable(f"the first replica of {self._name!r} was lost at once: {cause}") from error
+        self.identity, self.provenance, self.limits = known.identity, known.provenance, known.limits
 
     async def _look_forever(self) -> None:
         silent = False

@@ -23,7 +23,7 @@ from potstill.cache import Fields, Targets
 from potstill.cache.errors import InvalidInput, PotstillError, TeacherFailed, Unavailable
 from potstill.teacher_service.replicas.ray_losses import Losses, has_crashed, lost
 from potstill.teacher_service.replicas.ray_pool import RayPool
-from potstill.teacher_service.replicas.ray_replica import Described, Refused, Replica, ScoreCall
+from potstill.teacher_service.replicas.ray_replica import Refused, Replica, ScoreCall
 from potstill.teacher_service.replicas.ray_serve import ServeApp, ServeView
 from potstill.teacher_service.settings.replicas import RaySettings, ReplicaSettings
 from tests.support.contracts import rows
@@ -65,7 +65,8 @@ class Handle:
 def pool_of(handle: Handle, *replicas: str, settings: RaySettings = QUICK) -> RayPool:
     pool = RayPool("smol", ServeApp("smol", settings), ReplicaSettings(), settings)
     fake = FakeTeacher()
-    pool._score, pool._described = handle, Described(fake.identity, fake.provenance, fake.limits)
+    pool._score = handle
+    pool.identity, pool.provenance, pool.limits = fake.identity, fake.provenance, fake.limits
     see(pool, *replicas)
     return pool
 
