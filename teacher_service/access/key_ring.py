@@ -10,7 +10,7 @@ from pathlib import Path
 
 from potstill.cache.errors import InvalidInput
 from potstill.teacher_service.access.auth import Caller
-from potstill.teacher_service.access.keys_file import KeyRecord, hash_key, is_readable_by_others, read_keys
+from potstill.teacher_service.access.keys_file import hash_key, is_readable_by_others, read_keys
 
 _LOG = logging.getLogger(__name__)
 _CHECK_SECONDS = 1.0  # one look at the file a second, however many requests come
@@ -33,7 +33,7 @@ class KeyRing:
         self._clock = clock
         self._version = _version(path)
         self._checked = clock()
-        self._keys: tuple[tuple[str, Caller], ...] = _callers(read_keys(path))
+        self._records = tuple(read_keys(path).values())
         if is_readable_by_others(path):
             _LOG.warning("%s: others may read names, roles and hashes of the API keys; chmod 600", path)
 
@@ -45,9 +45,9 @@ class KeyRing:
         self._refresh()
         given = hash_key(key[:_LONGEST_KEY])
         found: Caller | None = None
-        for sha256, caller in self._keys:
-            if hmac.compare_digest(sha256, given):
-                found = caller
+        for record in self._records:
+            if hmac.compare_digest(record.sha256, given):
+                found = Caller(record.name, record.role, record.quota)
         return found
 
     def reload(self) -> None:
@@ -56,21 +56,17 @@ class KeyRing:
         # Before the content: a change in between is then seen as one at the next look, not missed.
         self._version = _version(self._path)
         try:
-            self._keys = _callers(read_keys(self._path))
+            self._records = tuple(read_keys(self._path).values())
         except InvalidInput as error:
             _LOG.error("the API keys stay as they were: %s", error.detail)
         else:
-            _LOG.info("%s: %d API keys", self._path, len(self._keys))
+            _LOG.info("%s: %d API keys", self._path, len(self._records))
 
     def _refresh(self) -> None:
         if self._clock() - self._checked >= _CHECK_SECONDS:
             self._checked = self._clock()
             if _version(self._path) != self._version:
                 self.reload()
-
-
-def _callers(records: dict[str, KeyRecord]) -> tuple[tuple[str, Caller], ...]:
-    return tuple((record.sha256, Caller(record.name, record.role, record.quota)) for record in records.values())
 
 
 def _version(path: Path) -> tuple[int, ...]:

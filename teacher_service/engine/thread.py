@@ -70,7 +70,8 @@ class EngineThread:
         self._ended: PotstillError | None = None
         self._end_lock = threading.Lock()
         self._rows: dict[str, tuple[Job, int]] = {}
-        self._num_steps = 0
+        self.num_steps = 0
+        """Steps done so far, in whichever process: each scores at most `max_batch_tokens` tokens."""
         self._request_ids = itertools.count()
         self._thread = threading.Thread(target=self._run, name=f"vllm {name}", daemon=True)
 
@@ -79,11 +80,6 @@ class EngineThread:
         """Reason for which the engine ended by itself, in one line; empty while it runs and after `stop`."""
         ended = self._ended
         return ended.detail if isinstance(ended, TeacherFailed) else ""
-
-    @property
-    def num_steps(self) -> int:
-        """Steps done so far, of at most `max_batch_tokens` tokens each."""
-        return self._num_steps
 
     def start(self) -> Future[EngineFacts]:
         """Start the thread; the future fails with `InvalidInput` or `TeacherFailed`."""
@@ -172,7 +168,7 @@ class EngineThread:
                     self._add(engine, job)
             # Asked while nothing waits, too: it raises when the engine's own process is gone.
             if engine.can_step():
-                self._num_steps += 1
+                self.num_steps += 1
                 for request_id, output in engine.step():
                     self._deliver(engine, request_id, output)
 

@@ -70,7 +70,8 @@ class HostedTeacher:
         self._keep = keep
         self._pool: ReplicaPool | None = None
         self._admitted: Teacher | None = None
-        self._cached: CachedTeacher | None = None
+        self.cached: CachedTeacher | None = None
+        """The cache in front of the pool, or None when nothing is kept or the teacher is not up."""
         self._task: asyncio.Task[None] | None = None
         self._settled = asyncio.Event()
         self._stopping = asyncio.Event()
@@ -113,11 +114,6 @@ class HostedTeacher:
             raise Unavailable(f"teacher {self.name!r} is {self.state}; retry later")
         return self._pool
 
-    @property
-    def cached(self) -> CachedTeacher | None:
-        """The cache in front of the pool, or None when nothing is kept or the teacher is not up."""
-        return self._cached
-
     def front(self, *, store: bool) -> TeacherFront:
         """The teacher that scores one request: the cache, admission and the pool, or without `store` the latter two.
 
@@ -127,7 +123,7 @@ class HostedTeacher:
         pool = self.pool
         if self._draining:
             raise Unavailable(f"teacher {self.name!r} is being removed")
-        return TeacherFront(self._cached if store else None, self._admitted or pool, self._in_flight)
+        return TeacherFront(self.cached if store else None, self._admitted or pool, self._in_flight)
 
     def start(self, admission: Admission | None = None) -> None:
         """Begin to open the teacher, behind `admission` if one is given; `settled` tells when it is up."""
@@ -192,7 +188,7 @@ class HostedTeacher:
             if self._keep is not None:
                 from potstill.cache.read_through import CachedTeacher  # noqa: PLC0415  zarr and obstore, only when used
 
-                self._cached = await stack.enter_async_context(
+                self.cached = await stack.enter_async_context(
                     CachedTeacher.open(self._admitted, name=self.name, cache=self._keep.cache, policy=self._keep.policy)
                 )
             self._pool = pool  # last: a request must find all that is in front of it open

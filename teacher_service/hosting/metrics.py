@@ -75,8 +75,7 @@ class Metrics:
     @property
     def num_refusals(self) -> float:
         """Refusals of every kind."""
-        samples = (sample for family in self.refusals.collect() for sample in family.samples)
-        return sum(sample.value for sample in samples if sample.name == "potstill_refusals_total")
+        return sum(self.value("potstill_refusals_total", kind=kind) for kind in error_kinds())
 
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""

@@ -28,20 +28,16 @@ def add_overview_routes(app: FastAPI, service: Service) -> None:
             # The page computes rates as differences of counters over this clock; both begin anew with the process.
             "clock": time.monotonic(),
             "ready": service.ready,
-            "queue": _queue(service.admission),
+            "queue": {
+                "requests_in_flight": service.admission.requests_in_flight,
+                "tokens_in_flight": service.admission.tokens_in_flight,
+                "tokens_waiting": service.admission.tokens_waiting,
+            },
             "refusals": service.metrics.num_refusals,
             "teachers": [_describe(service, teacher) for teacher in list(service.teachers.values())],
             "coverage": None if found is None else [asdict(corpus) for corpus in found],
             "coverage_error": coverage.error,
         }
-
-
-def _queue(admission: Admission) -> dict[str, JSON]:
-    return {
-        "requests_in_flight": admission.requests_in_flight,
-        "tokens_in_flight": admission.tokens_in_flight,
-        "tokens_waiting": admission.tokens_waiting,
-    }
 
 
 def _queue_of(admission: Admission, teacher: str) -> dict[str, JSON] | None:

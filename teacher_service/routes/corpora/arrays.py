@@ -42,14 +42,10 @@ class Array:
     version: JSON = None
 
 
-def _row_starts(corpus: Corpus) -> Array:
-    # `starts` reads the begins of rows and the end of the last one: one element more than rows.
-    return Array(len(corpus) + 1, lambda start, stop: corpus.starts(start, stop - 1))
-
-
 _ARRAYS: dict[str, Callable[[Corpus], Array]] = {
     "tokens": lambda corpus: Array(corpus.num_positions, corpus.tokens),
-    "rows": _row_starts,
+    # `starts` reads those of rows and the end of the last one: an element more than rows.
+    "rows": lambda corpus: Array(len(corpus) + 1, lambda start, stop: corpus.starts(start, stop - 1)),
     "row_keys": lambda corpus: Array(len(corpus), corpus.row_keys),
     "shard_rows": lambda corpus: Array(corpus.num_shards + 1, lambda start, stop: corpus.shard_rows[start:stop]),
     "shard_starts": lambda corpus: Array(corpus.num_shards + 1, lambda start, stop: corpus.shard_starts[start:stop]),
