@@ -93,7 +93,7 @@ def measure_model(name: str, folder: Path, rounds: int, num_rows: int, *, has_ai
     engines = {where: open_engine(folder) for where in ("in process", "own process")}  # the second gets its own
     try:
         for where, engine in engines.items():
-            print(f"{name}, {where}: path {engine.facts.capture_path}", flush=True)
+            print(f"{name}, {where}: path {engine.facts.provenance.capture_path}", flush=True)
         seconds = interleaved(engines, rounds, num_rows)
         missed = report(name, seconds, num_rows, has_aims=has_aims)
         return report_frontend(engines["in process"]) or missed

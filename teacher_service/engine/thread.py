@@ -77,7 +77,7 @@ class EngineThread:
 
     @property
     def failure(self) -> str:
-        """Reason for which the engine ended by itself, in one line; empty while it runs and after `stop`."""
+        """Reason for which the engine ended by itself, in one line; empty while it runs and after `close`."""
         ended = self._ended
         return ended.detail if isinstance(ended, TeacherFailed) else ""
 
@@ -102,21 +102,16 @@ class EngineThread:
             self._inbox.put(job)
         job.done.add_done_callback(lambda done: self._inbox.put(job) if done.cancelled() else None)
 
-    def stop(self) -> None:
-        """Ask for the end, after the running step; rows in flight fail with `Unavailable`. Does not wait."""
-        self._inbox.put(None)
+    def close(self) -> None:
+        """Stop the engine after the running step, and wait until it is shut down; a stuck thread is left behind.
 
-    def join(self) -> None:
-        """Wait until the engine is shut down and the thread has ended; a stuck thread is left behind."""
+        Rows in flight fail with `Unavailable`.
+        """
+        self._inbox.put(None)
         self._thread.join(_CLOSE_SECONDS)
         if self._thread.is_alive():
             _LOG.error("the engine of %r did not stop within %g seconds and is left behind", self._name, _CLOSE_SECONDS)
         atexit.unregister(self.close)
-
-    def close(self) -> None:
-        """Stop the engine, and wait until it is shut down."""
-        self.stop()
-        self.join()
 
     def _run(self) -> None:
         try:

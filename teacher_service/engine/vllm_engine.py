@@ -36,7 +36,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from potstill.cache.errors import TeacherFailed
-from potstill.cache.types import Fields, Targets
+from potstill.cache.types import Fields, Provenance, Targets
 from potstill.teacher_service.capture.check import MAX_PUBLIC_K, checked_fields, checked_row, disagreement
 from potstill.teacher_service.capture.layout import Asked
 
@@ -76,9 +76,7 @@ class EngineFacts:
     head_dtype: str
     max_model_len: int
     """Longest prompt and the one sampled token, together."""
-    device: str
-    version: str
-    capture_path: str
+    provenance: Provenance
     gives_every_field: bool
     why_not_better: str
     """Reason for which the capture path is not the best one; empty where it is."""
@@ -250,9 +248,12 @@ class VllmEngine:
             dtype=str(config.dtype).removeprefix("torch."),
             head_dtype=str(config.head_dtype).removeprefix("torch."),
             max_model_len=int(config.max_model_len),
-            device=device,
-            version=str(self._vllm.__version__),
-            capture_path=self._path.name,
+            provenance=Provenance(
+                engine="vllm",
+                engine_version=str(self._vllm.__version__),
+                device=device,
+                capture_path=self._path.name,
+            ),
             gives_every_field=self._path.gives_every_field,
             why_not_better=why_not_better,
         )

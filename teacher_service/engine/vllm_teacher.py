@@ -30,7 +30,7 @@ from potstill.cache.corpus.tokenizer import fingerprint, load_tokenizer
 from potstill.cache.errors import InvalidInput, LimitExceeded, UnsupportedField
 from potstill.cache.hub import hub_file, may_be_hub_name
 from potstill.cache.plurals import counted
-from potstill.cache.types import JSON, Fields, Provenance, Targets, TeacherIdentity, TeacherLimits, Tokens
+from potstill.cache.types import JSON, Fields, Targets, TeacherIdentity, TeacherLimits, Tokens
 from potstill.teacher_service.capture.layout import Asked
 from potstill.teacher_service.engine.thread import EngineThread, Job
 from potstill.teacher_service.engine.vllm_engine import EngineFacts, VllmEngine
@@ -109,12 +109,7 @@ class VllmTeacher:
     ) -> None:
         self._engine = engine
         self.identity = identity
-        self.provenance = Provenance(
-            engine="vllm",
-            engine_version=facts.version,
-            device=facts.device,
-            capture_path=facts.capture_path,
-        )
+        self.provenance = facts.provenance
         self._facts = facts
         self._max_top_k = min(options.max_top_k, facts.vocab_size)
         self._max_row_tokens = facts.max_model_len - len(options.prefix_ids) - 1  # without the prefix
@@ -185,7 +180,7 @@ class VllmTeacher:
             names = ", ".join(each.asked_by for each in want.beside_top_k)
             reason = self._facts.why_not_better or "as its option `capture` says"
             raise UnsupportedField(
-                f"this teacher captures by {self._facts.capture_path!r}, which gives the top-k only ({reason});"
+                f"this teacher captures by {self.provenance.capture_path!r}, which gives the top-k only ({reason});"
                 f" {names} is not there: ask without it"
             )
         if want.k > self._max_top_k:
