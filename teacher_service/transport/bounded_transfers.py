@@ -53,7 +53,7 @@ class BoundedTransfers:
             body = _Body(self._admission, self._most_body_bytes, receive)
             held.callback(body.release)
             try:
-                await self._app(scope, body.receive, _Answer(self._admission.limits.body_seconds, send).send)
+                await self._app(scope, body.receive, _in_slices(send, self._admission.limits.body_seconds))
             except _GivenUp:
                 await _drop(scope, receive)
 
@@ -112,33 +112,30 @@ class _Body:
         self._held += num_bytes
 
 
-class _Answer:
-    """One answer while it is sent."""
+def _in_slices(send: Send, seconds: float) -> Send:
+    """A `send` that passes a long body on in slices, each of which the client has to take in time."""
 
-    def __init__(self, seconds: float, send: Send) -> None:
-        self._seconds = seconds
-        self._send = send
+    async def in_time(message: Message) -> None:
+        try:
+            async with asyncio.timeout(seconds) as limit:
+                await send(message)
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            _LOG.warning("a client took nothing of its answer for %g seconds and is given up", seconds)
+            raise _GivenUp from error
 
-    async def send(self, message: Message) -> None:
-        """Send a message, a long body in slices."""
+    async def sending(message: Message) -> None:
         body = message.get("body", b"")
         if message["type"] != "http.response.body" or len(body) <= _SLICE_BYTES:
-            await self._in_time(message)
+            await in_time(message)
             return
         for start in range(0, len(body), _SLICE_BYTES):
             last = start + _SLICE_BYTES >= len(body)
             more = not last or message.get("more_body", False)
-            await self._in_time({**message, "body": body[start : start + _SLICE_BYTES], "more_body": more})
+            await in_time({**message, "body": body[start : start + _SLICE_BYTES], "more_body": more})
 
-    async def _in_time(self, message: Message) -> None:
-        try:
-            async with asyncio.timeout(self._seconds) as limit:
-                await self._send(message)
-        except TimeoutError as error:
-            if not limit.expired():
-                raise
-            _LOG.warning("a client took nothing of its answer for %g seconds and is given up", self._seconds)
-            raise _GivenUp from error
+    return sending
 
 
 class _GivenUp(Exception):

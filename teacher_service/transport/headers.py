@@ -13,8 +13,6 @@ from potstill.cache.errors import PotstillError, RequestTimeout, Unauthenticated
 from potstill.cache.types import JSON
 from potstill.cache.wire import scores as wire
 
-IMMUTABLE = "private, immutable"
-
 
 def strong_etag(media_type: str, *parts: JSON) -> str:
     """The ETag of content that `parts` determine, as sent in this wire version and media type."""
@@ -24,7 +22,7 @@ def strong_etag(media_type: str, *parts: JSON) -> str:
 
 def immutable_headers(etag: str) -> dict[str, str]:
     """Headers of an answer that will never change."""
-    return {"etag": etag, "cache-control": IMMUTABLE, "vary": "accept"}
+    return {"etag": etag, "cache-control": "private, immutable", "vary": "accept"}
 
 
 def not_modified(request: Request, etag: str) -> Response | None:

@@ -34,16 +34,11 @@ class ReadSlots:
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="corpus-read")
         self.stall_seconds = stall_seconds
         """Seconds that a client may take nothing of what is sent to it."""
-        self._streams = SharedBound(streams, "streamed answers (max_streams)", reason="streams", refusals=Counter())
-
-    @property
-    def in_use(self) -> int:
-        """Answers that are being streamed."""
-        return self._streams.in_use
+        self.streams = SharedBound(streams, "streamed answers (max_streams)", reason="streams", refusals=Counter())
 
     def stream(self) -> AbstractContextManager[None]:
         """Hold one of the current caller's streams; entering raises Overloaded when that key has none left."""
-        return self._streams.hold(current_caller().name, 1)
+        return self.streams.hold(current_caller().name, 1)
 
 
 class StreamedAnswer(Response):

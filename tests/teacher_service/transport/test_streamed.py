@@ -57,7 +57,7 @@ def test_a_client_that_takes_nothing_is_dropped() -> None:
     slots = ReadSlots(threads=1, streams=1, stall_seconds=1.0)
     pieces = CountedPieces()
     with serving(streaming(pieces, slots)) as url, http.stream("GET", url):
-        until(lambda: pieces.read > 2 and slots.in_use == 0)
+        until(lambda: pieces.read > 2 and slots.streams.in_use == 0)
         assert pieces.read < 50
 
 
@@ -68,7 +68,7 @@ def test_a_client_that_takes_nothing_holds_no_thread_meanwhile() -> None:
         until(lambda: pieces.read > 2)
         # The one thread is free, though the answer is still under way.
         assert slots.pool.submit(lambda: 7).result(timeout=300) == 7
-        assert slots.in_use == 1
+        assert slots.streams.in_use == 1
 
 
 def test_a_client_that_leaves_stops_the_reading() -> None:
@@ -77,7 +77,7 @@ def test_a_client_that_leaves_stops_the_reading() -> None:
     with serving(streaming(pieces, slots)) as url:
         with http.stream("GET", url):
             until(lambda: pieces.read > 2)
-        until(lambda: slots.in_use == 0)
+        until(lambda: slots.streams.in_use == 0)
         read = pieces.read
         time.sleep(0.2)
         assert pieces.read == read
@@ -111,7 +111,7 @@ async def test_more_streams_than_there_are_places_are_turned_away() -> None:
     assert connection.sent == []
     await connection.take(iter([b"x"]), slots)
     assert b"".join(message.get("body", b"") for message in connection.sent) == b"x"
-    assert slots.in_use == 0
+    assert slots.streams.in_use == 0
 
 
 async def test_a_key_leaves_a_share_of_the_places_to_others() -> None:
@@ -127,8 +127,8 @@ async def test_a_key_leaves_a_share_of_the_places_to_others() -> None:
         other = Connection()
         await other.take(iter([b"x"]), slots)
         assert (greedy.sent, other.sent[0]["status"]) == ([], 200)
-        assert slots.in_use == 14
-    assert slots.in_use == 0
+        assert slots.streams.in_use == 14
+    assert slots.streams.in_use == 0
 
 
 async def test_a_client_that_leaves_in_the_middle_is_no_failure() -> None:
@@ -139,7 +139,7 @@ async def test_a_client_that_leaves_in_the_middle_is_no_failure() -> None:
     connection.left.set()
     await taking
     assert connection.sent[-1]["more_body"]
-    assert slots.in_use == 0
+    assert slots.streams.in_use == 0
 
 
 async def test_a_client_that_leaves_before_the_first_piece_gets_no_answer() -> None:
@@ -151,13 +151,13 @@ async def test_a_client_that_leaves_before_the_first_piece_gets_no_answer() -> N
 
     connection = Connection()
     taking = asyncio.create_task(connection.take(held_up(), slots))
-    await eventually(lambda: slots.in_use == 1)
+    await eventually(lambda: slots.streams.in_use == 1)
     connection.left.set()
     with pytest.raises(ClientDisconnect):
         await taking
     reading.set()
     assert connection.sent == []
-    assert slots.in_use == 0
+    assert slots.streams.in_use == 0
 
 
 def test_a_service_counts_no_refusal_of_a_client_that_leaves_in_the_middle() -> None:
@@ -172,7 +172,7 @@ def test_a_service_counts_no_refusal_of_a_client_that_leaves_in_the_middle() -> 
     with serving(app) as url:
         with http.stream("GET", f"{url}/endless"):
             until(lambda: pieces.read > 2)
-        until(lambda: slots.in_use == 0)
+        until(lambda: slots.streams.in_use == 0)
         until(
             lambda: service.metrics.value("potstill_requests_total", method="GET", route="/endless", status="200") == 1
         )
