@@ -83,15 +83,15 @@ class FairQueue:
         self._forget_idle()
         return batch
 
-    def drop(self, call: Call, error: PotstillError | None = None) -> int:
-        """Take out what still waits of a call; returns its tokens, which no key is charged for.
+    def drop(self, call: Call, error: PotstillError | None = None) -> None:
+        """Take out what still waits of a call; no key is charged for it.
 
         Awaiting `Batch.admitted` then raises `error`, or is cancelled without one.
         """
         queue = self._queues.get(call.key)
         mine = [] if queue is None else [batch for batch in queue.batches if batch.call is call]
         if queue is None or not mine:
-            return 0
+            return
         queue.batches = deque(batch for batch in queue.batches if batch.call is not call)
         dropped = sum(batch.tokens for batch in mine)
         queue.tokens -= dropped
@@ -102,7 +102,6 @@ class FairQueue:
                 batch.admitted.cancel()
             elif not batch.admitted.done():
                 batch.admitted.set_exception(error)
-        return dropped
 
     def tokens_of(self, key: str) -> int:
         """Tokens that a key has waiting."""

@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+import ray
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
@@ -31,7 +32,6 @@ from potstill.teacher_service.replicas.ray_serve import (
     RayConnection,
     ServeApp,
     ServeView,
-    cluster_has_gpus,
     take_signals_back,
 )
 from potstill.teacher_service.settings import AutoscaleSettings, RaySettings, ReplicaSettings
@@ -311,7 +311,8 @@ class RayPool:
         resources = self._settings.resources
         gpus = resources.gpus
         if gpus is None:
-            gpus = float(gpus_per_engine) if await asyncio.to_thread(cluster_has_gpus) else 0.0
+            cluster = await asyncio.to_thread(ray.cluster_resources)
+            gpus = float(gpus_per_engine) if cluster.get("GPU") else 0.0
         # A service that was killed may have left an application of this name with another teacher.
         await asyncio.to_thread(self._app.delete)
         handle = await asyncio.to_thread(

@@ -176,11 +176,6 @@ class ServeApp:
             _LOG.warning("the Serve application %r still drains", self.name)
 
 
-def cluster_has_gpus() -> bool:
-    """True where any node of the cluster has a GPU now."""
-    return bool(ray.cluster_resources().get("GPU", 0))
-
-
 def _placement(resources: ResourceSettings, gpus: float) -> dict[str, Any]:
     """Options of placement: one bundle per replica keeps all GPUs of an engine on one node. Not run on GPUs."""
     options: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": gpus, "resources": resources.custom}

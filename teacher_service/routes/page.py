@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import mimetypes
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import PurePath
 
 from fastapi import FastAPI, Request, Response
 
@@ -30,7 +30,8 @@ class _File:
 
 def add_page_routes(app: FastAPI) -> None:
     """Add the routes to the app. The files hold no data, so they need no key."""
-    files = _load()
+    folder = resources.files("potstill.teacher_service") / "static"
+    files = {entry.name: _file(entry.name, entry.read_bytes()) for entry in folder.iterdir() if entry.is_file()}
 
     @app.get("/", include_in_schema=False)
     async def page(request: Request) -> Response:
@@ -50,14 +51,7 @@ def _answer(file: _File, request: Request) -> Response:
     return Response(file.content, media_type=file.media_type, headers=headers)
 
 
-def _load() -> dict[str, _File]:
-    folder = resources.files("potstill.teacher_service") / "static"
-    return {entry.name: _file(entry.name, entry.read_bytes()) for entry in folder.iterdir() if entry.is_file()}
-
-
 def _file(name: str, content: bytes) -> _File:
     # The system's own table may name any type for .js; a wrong one would stop a browser that must not sniff.
     known = {".js": "text/javascript", ".css": "text/css", ".html": "text/html", ".svg": "image/svg+xml"}
-    suffix = "." + name.rpartition(".")[2]
-    media_type = known.get(suffix) or mimetypes.guess_type(name)[0] or "application/octet-stream"
-    return _File(content, media_type, f'"{hashlib.sha256(content).hexdigest()[:32]}"')
+    return _File(content, known[PurePath(name).suffix], f'"{hashlib.sha256(content).hexdigest()[:32]}"')

@@ -60,10 +60,10 @@ async def test_an_idle_key_saves_nothing_up() -> None:
 async def test_what_is_dropped_is_not_charged() -> None:
     gone = call_of("a", *[100] * 50)
     queue = filled(gone, call_of("a", 10), *(call_of("b", 10) for _ in range(5)))
-    assert queue.drop(gone) == 5000
-    assert queue.drop(gone) == 0
+    for _ in range(2):
+        queue.drop(gone)
+        assert queue.tokens == 60
     assert all(batch.admitted.cancelled() for batch in gone.batches)
-    assert queue.tokens == 60
     assert "a" in served(queue, 2)
 
 
