@@ -257,16 +257,16 @@ def fitted_order(order: FillOrder, targets: TargetSet, limits: LimitSettings, qu
     Raises:
         LimitExceeded: the longest row alone does not fit.
     """
-    per_token = targets.fields.bytes_per_position(targets.identity.vocab_size)
+    longest, per_token = targets.corpus.spec.longest_row, targets.fields.bytes_per_position(targets.identity.vocab_size)
     name, num_bytes = limits.smallest("max_answer_bytes", "max_answer_bytes_in_flight")
     # More would be told to come back later for ever, or be refused.
     bounds = [
         (limits.max_tokens_in_flight, f"max_tokens_in_flight={limits.max_tokens_in_flight}"),
-        (num_bytes // per_token, f"{name}={num_bytes} at {per_token} bytes a token"),
+        (num_bytes // per_token, f"{name}={num_bytes}, as its targets hold {longest * per_token} bytes"),
     ]
     if quota.tokens_per_day is not None:
         bounds.append((quota.tokens_per_day, f"tokens_per_day={quota.tokens_per_day} of your key"))
-    (most, what), longest = min(bounds), targets.corpus.spec.longest_row
+    most, what = min(bounds)
     if longest > most:
         raise LimitExceeded(
             f"corpus {targets.corpus.name!r} has a row of {longest} tokens, over {what}; ask for less, ingest it again "
