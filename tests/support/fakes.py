@@ -59,7 +59,8 @@ class FakeTeacher:
 
     async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
         if self._top_k_only and not want.only_top_k:
-            raise UnsupportedField("this teacher holds the top-k only; ask for nothing beside it")
+            asked = ", ".join(each.asked_by for each in want.beside_top_k)
+            raise UnsupportedField(f"this teacher holds the top-k only; {asked} is not there: ask without it")
         if want.draws:
             check_num_draws(want.draws)
         if want.k > self._identity.vocab_size:
