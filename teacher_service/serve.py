@@ -93,6 +93,7 @@ def check_tls(tls: TlsSettings) -> None:
     for path in (tls.certfile, tls.keyfile):
         if not Path(path).is_file():
             raise InvalidInput(f"tls: there is no file {path}")
+    # The empty password makes an encrypted key fail at once; without one OpenSSL asks for it on the terminal.
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.certfile, tls.keyfile, password="")
     except (OSError, ValueError) as error:

@@ -72,6 +72,7 @@ class Audit:
         if self._path is None:
             _LOG.info("%s", json.dumps(asdict(line)))
             return
+        # In a thread: a disk takes milliseconds for an fsync, in which no other request would be served.
         try:
             await asyncio.to_thread(_append, self._path, json.dumps(asdict(line)).encode() + b"\n")
         except OSError as error:

@@ -52,6 +52,7 @@ def new_key() -> str:
 
 def hash_key(key: str) -> str:
     """The SHA-256 of a key, in hex."""
+    # Bytes of a header that are no text must not raise here: they are just no key.
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
 
 
@@ -133,6 +134,7 @@ def _write(path: Path, records: Mapping[str, KeyRecord]) -> None:
     """Put a whole file in place of the old one, readable by the owner only."""
     text = "".join(_table(record) for record in records.values())
     try:
+        # In the same folder, as only a rename within a file system replaces the old file at once.
         number, fresh = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)  # with mode 600
         try:
             with os.fdopen(number, "w", encoding="utf-8") as file:

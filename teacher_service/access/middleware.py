@@ -46,7 +46,7 @@ class Access:
     """The keys, the audit log and the open paths of one service."""
 
     keys: KeyRing | None = None
-    """None: everybody may do everything, as on a loopback address."""
+    """The API keys; with None everybody may do everything, which only a loopback address allows."""
     audit: Audit = field(default_factory=Audit)
     open_paths: frozenset[str] = OPEN_PATHS
 
@@ -171,6 +171,7 @@ class _Audited:
             await self._record(_CLIENT_LEFT)
             raise
         except Exception:
+            # Answered outside of this middleware, so that `_sending` does not see the 500.
             await self._record(500)
             raise
         if not self._recorded:
@@ -178,6 +179,7 @@ class _Audited:
 
     async def _receiving(self) -> Message:
         message = await self._receive()
+        # Kept until it is too long to be told: no more is needed to know that it is.
         if message["type"] == "http.request" and len(self._body) <= DETAIL_BYTES:
             self._body += message.get("body", b"")
         return message

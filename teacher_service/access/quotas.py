@@ -101,7 +101,7 @@ def _pass_time(spent: _Spent, now: float, quota: Quota) -> None:
 def _check_minute(spent: _Spent, quota: Quota, tokens: int, key: str) -> None:
     size = quota.tokens_per_minute
     if size is None:
-        spent.owed = 0.0
+        spent.owed = 0.0  # debts under a limit that an admin has lifted are forgotten
         return
     missing = min(tokens, size) - (size - spent.owed)
     if missing > 0:

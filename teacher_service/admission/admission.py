@@ -50,6 +50,7 @@ class Admission:
         self.quotas = QuotaMeter()
         self._requests = self._bound(limits.max_requests_in_flight, "score requests", "requests")
         self.bodies = self._bound(limits.max_body_bytes_in_flight, "bytes of request bodies", "bodies")
+        """The bound of request bodies, in bytes."""
         self._answers = self._bound(limits.max_answer_bytes_in_flight, "bytes of answers", "answers")
         self._misses = self._bound(limits.max_miss_bytes_in_flight, "bytes of answers to misses", "misses")
 
@@ -221,6 +222,7 @@ class AdmittedTeacher(WrappedTeacher):
         return min(BATCH_TOKENS, most)
 
     async def _score_batches(self, call: Call, want: Fields) -> list[Targets]:
+        # A task for each, as batches are admitted one by one and then run in the engine side by side.
         tasks = [asyncio.create_task(self._score_batch(batch, want)) for batch in call.batches]
         try:
             return [targets for scored in await asyncio.gather(*tasks) for targets in scored]

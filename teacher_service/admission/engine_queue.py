@@ -99,6 +99,7 @@ class EngineQueue:
         batch.inside = False
         self.tokens_in_flight -= batch.tokens
         self.bytes_in_flight -= batch.num_bytes
+        # A failed batch has kept the engine busy, too: its time counts, and its tokens do not.
         self._throughput.finish(batch.tokens if scored else 0)
         self._pump()
 
@@ -139,6 +140,7 @@ class EngineQueue:
             return  # without a measured rate nobody is refused on a guess
         first = call.batches[0].tokens
         ahead = self._waiting.tokens_ahead(call.key, first) + self.tokens_in_flight
+        # So many tokens have to be scored before the first batch fits into the engine.
         wait = max(0, ahead + first - self._engine_tokens) / rate
         left = deadline - self._clock()
         if wait > left:

@@ -51,6 +51,7 @@ def check_request(rows: Sequence[Tokens], want: Fields, *, teacher: Teacher, lim
     highest = max((int(row.max()) for row in rows if len(row)), default=0)
     if highest >= vocab_size:
         raise LimitExceeded(f"token id {highest} is over a vocabulary of {vocab_size}: another tokenizer?")
+    # Known before any work, as every field has a largest size per position.
     num_bytes = num_tokens * want.bytes_per_position(vocab_size)
     if num_bytes > limits.max_answer_bytes:
         raise LimitExceeded(

@@ -55,6 +55,7 @@ class SharedBound:
             raise LimitExceeded(
                 f"{amount} {self._what} are over the {self._limit} that all together may have; ask for less at one time"
             )
+        # A key with nothing but this request is not greedy, however large that is: it could never be served else.
         greedy = key != "" and 2 * self._of_key[key] >= self.in_use and self._of_key[key] > own
         limit = self._limit - self._limit // 8 if greedy else self._limit
         if self.in_use + amount > limit:

@@ -64,6 +64,7 @@ def _top_k_disagreement(private: Targets, public: Targets) -> str:
         return f"the top-{k} logprobs differ from the public path's"
     if not _close(private.logprobs, _looked_up(public, private.ids)):
         return f"the top-{k} ids differ from the public path's"
+    # The last position has no label.
     if not _close(private.label_logprob[:-1], public.label_logprob[:-1]):
         return "the labels' logprobs differ from the public path's"
     return ""
@@ -73,6 +74,7 @@ def _extras_disagreement(private: Targets, dense: NDArray[np.float64], want: Fie
     assert private.entropy is not None, "checked_fields asks for it"
     assert private.log_z is not None, "checked_fields asks for it"
     assert private.draws is not None, "checked_fields asks for it"
+    # 0 * -inf of a masked id would be a NaN; it counts as 0.
     masked = np.where(np.isneginf(dense), 0.0, dense)
     if not _close(private.entropy, -(np.exp(dense) * masked).sum(axis=1)):
         return "the entropy is not that of the full distributions"
@@ -81,6 +83,7 @@ def _extras_disagreement(private: Targets, dense: NDArray[np.float64], want: Fie
         return "log_z is not that of the full distributions"
     theirs = draw_rows(dense, want.draws, want.seed, row.tobytes())
     moved = _moved(private.draws, theirs, dense.shape[1])
+    # Two draws are allowed in any case, as the share of a short row rounds to less than one.
     if moved > max(2.0, _MOVED_DRAWS * want.draws * len(row)):
         return f"{moved} of {want.draws * len(row)} draws are not those of the full distributions"
     return ""

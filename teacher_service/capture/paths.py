@@ -66,7 +66,7 @@ class PublicFlatPath:
     private = False
 
     def install(self, engine: Any) -> str:  # noqa: ARG002 -- the protocol's
-        """Nothing to do."""
+        """Do nothing."""
         return ""
 
     def sampling_params(self, asked: Asked) -> Any:
@@ -75,7 +75,7 @@ class PublicFlatPath:
         return _sampling_params(prompt_logprobs=k, logprobs=k, flat_logprobs=True)
 
     def added(self, engine: Any, request_id: str) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def targets(self, output: Any, asked: Asked, vocab_size: int) -> Targets:
         """See `CapturePath`."""
@@ -139,6 +139,7 @@ def paths_from(best: str) -> list[CapturePath]:
 
 def _keep_tensors(engine: Any, request_id: str) -> None:
     """Exchange the logprobs processor of one request for one that keeps tensors and makes no objects of entries."""
+    # The output processor is in this process even where the engine's core is in another one.
     state = engine.output_processor.request_states[request_id]
     processor = state.logprobs_processor
     kind = _keeping(processor.__class__)
@@ -151,6 +152,7 @@ def _keeping(kind: type) -> type:
 
 
 def _keep(processor: Any, tensors: Any) -> None:
+    # The worker sends them once, when the prompt is complete, so that there is nothing to append to.
     ids, floats, ints, *_ = tensors
     processor.prompt_logprobs = Captured(ids.numpy(), floats.numpy(), ints.numpy())
 

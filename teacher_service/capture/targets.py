@@ -119,7 +119,7 @@ def targets_from_captured(
             raise TeacherFailed(f"the engine answered {name} {parts[name][position]} at position {position}, no number")
     if want.k:
         label_logprob = parts.pop("label_logprob")
-        label_logprob[-1] = np.nan
+        label_logprob[-1] = np.nan  # the worker took some id there, for want of a label
         targets = _top_k_targets(captured.ids, parts.pop("logprobs"), label_logprob, vocab_size)
     else:
         targets = Targets.of_other_fields(len(row))
@@ -145,8 +145,10 @@ def log_tail(logprobs: NDArray[np.float32]) -> NDArray[np.float32]:
 def _top_k_targets(
     ids: NDArray[np.int32], logprobs: NDArray[np.float32], label_logprob: NDArray[np.float32], vocab_size: int
 ) -> Targets:
+    # First, as a NaN compares false with everything: what is below would neither sort nor sum it rightly.
     _refuse_nonsense(logprobs, label_logprob[:-1])
     ids, logprobs = _by_falling_logprob(ids, logprobs)
+    # Nothing is outside a top-k of the whole vocabulary, whatever the rounding of its sum leaves.
     whole = logprobs.shape[1] >= vocab_size
     return Targets(
         ids=ids.view(np.uint32),

@@ -31,6 +31,7 @@ from potstill.teacher_service.capture.device import FAILURES, CaptureDevice, one
 from potstill.teacher_service.capture.layout import Drawn, Wish, float_sections, num_floats, split
 
 _STEP = "_get_prompt_logprobs_dict"
+# Internals of vLLM's runner: where another version lacks one, the next capture path is taken.
 _NEEDED = (_STEP, "num_prompt_logprobs", "requests", "input_batch", "query_start_loc", "model", "model_config")
 
 

@@ -73,6 +73,7 @@ class EngineThread:
         self.num_steps = 0
         """Steps done so far, in whichever process: each scores at most `max_batch_tokens` tokens."""
         self._request_ids = itertools.count()
+        # A daemon, because a thread that is stuck in the engine must not keep the interpreter from ending.
         self._thread = threading.Thread(target=self._run, name=f"vllm {name}", daemon=True)
 
     @property

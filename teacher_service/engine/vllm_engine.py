@@ -155,7 +155,7 @@ class VllmEngine:
         """Free what the engine holds; a failed engine may not manage, which is logged."""
         try:
             core = self._engine.engine_core
-            processes = _processes_of(core)
+            processes = _processes_of(core)  # now, as the shutdown forgets them
             self._engine.renderer.shutdown()
             core.shutdown()
             for process in processes:

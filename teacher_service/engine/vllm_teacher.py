@@ -133,6 +133,7 @@ class VllmTeacher:
             _check_prefix(options, facts)
             identity = await asyncio.to_thread(_identity, options, facts, folder)
         except BaseException:
+            # Also where the caller is cancelled: nobody else knows of the engine.
             await asyncio.to_thread(engine.close)
             raise
         return cls(engine, options=options, facts=facts, identity=identity)
@@ -211,6 +212,7 @@ class VllmTeacher:
             raise LimitExceeded(
                 f"row {index} has the token id {strange[0]}, outside the teacher's vocabulary of {vocab_size}"
             )
+        # float32 of the whole vocabulary, and an int32 id with an int32 count for each draw.
         size = len(ids) * (4 * vocab_size * want.dense + 8 * min(want.draws, vocab_size))
         if size > MAX_ROW_BYTES:
             raise LimitExceeded(
@@ -248,6 +250,7 @@ def _engine_arguments(options: VllmOptions, folder: Path) -> dict[str, Any]:
         "revision": options.revision or None,
         "dtype": _dtype(options, folder),
         "quantization": None if options.quantization == "none" else options.quantization,
+        # With -1 vLLM takes the longest that the model and the KV cache allow.
         "max_model_len": -1 if options.max_row_tokens is None else options.max_row_tokens + room,
         "max_num_batched_tokens": options.max_batch_tokens,
         "max_num_seqs": min(128, options.max_batch_tokens),  # vLLM refuses more sequences than tokens in a step

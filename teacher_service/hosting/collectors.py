@@ -71,7 +71,7 @@ def pool_of(teacher: HostedTeacher) -> ReplicaPool | None:
     """The teacher's replicas, or None while it has none."""
     try:
         return teacher.pool
-    except Unavailable:
+    except Unavailable:  # it starts, or is being removed, while metrics are asked for
         return None
 
 

@@ -32,7 +32,7 @@ class TeacherCoverage:
     cells: tuple[float, ...]
     """Fraction committed of each run of shards, in order; see `fold`."""
     error: str = ""
-    """Why it could not be read; empty when it could."""
+    """Reason for which it could not be read; empty when it could."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +45,7 @@ class CorpusCoverage:
     shards: int
     teachers: tuple[TeacherCoverage, ...]
     error: str = ""
-    """Why it could not be read; empty when it could."""
+    """Reason for which it could not be read; empty when it could."""
 
 
 def fold(committed: NDArray[np.bool_], max_cells: int = MAX_CELLS) -> tuple[float, ...]:
@@ -77,7 +77,7 @@ class Coverage:
 
     def __init__(self, cache: Cache | None) -> None:
         self.error = ""
-        """Why the last reading failed; empty when it did not."""
+        """Failure of the last reading; empty when it succeeded."""
         self._cache = cache
         self._found: tuple[CorpusCoverage, ...] | None = None if cache else ()
         self._reading: asyncio.Task[None] | None = None
@@ -88,6 +88,7 @@ class Coverage:
         if self._cache is not None and self._reading is None and time.monotonic() >= self._next:
             self._reading = asyncio.create_task(self._read(self._cache), name="coverage")
         if self._reading is not None:
+            # A wait that is over leaves the reading alone, for the next caller.
             await asyncio.wait({self._reading}, timeout=_PATIENCE_SECONDS)
         return self._found
 

@@ -131,7 +131,7 @@ class FillJob:
 
 
 class FillJobs:
-    """At most one job per corpus and teacher; the last one of each is remembered. Used from one event loop only."""
+    """Runs at most one job per corpus and teacher, and remembers the last of each. Used from one event loop only."""
 
     def __init__(self, cache: Cache | None, limits: LimitSettings) -> None:
         self._cache = cache
@@ -191,6 +191,7 @@ class FillJobs:
         if running is not None:
             return running
         inner = open_teacher()
+        # Opened anew: targets may have been deleted since the service opened its cache.
         targets = await asyncio.to_thread(_plan, cache.fresh(), corpus, teacher, inner, order)
         who = current_caller()
         fitted = fitted_order(order, targets, self._limits, who.quota)
@@ -201,7 +202,7 @@ class FillJobs:
             return running
         job = FillJob(corpus, teacher, order, fitted, shards_before=before, shards=targets.corpus.num_shards)
         job.slot.key = who.name
-        self._jobs.pop((corpus, teacher), None)  # so that the order is that of asking
+        self._jobs.pop((corpus, teacher), None)  # an older job's place: the order is that of asking
         self._jobs[corpus, teacher] = job
         self._schedule.request(job.slot)
         retrying = _RetryingTeacher(open_teacher, inner, find_caller, job, self._schedule)
@@ -299,7 +300,7 @@ async def _run(job: FillJob, teacher: Teacher, targets: TargetSet) -> None:
 async def _stopped(job: FillJob) -> None:
     if job.task is not None and not job.task.done():
         job.task.cancel()
-        await asyncio.wait([job.task])
+        await asyncio.wait([job.task])  # which does not raise what the job ended by: `ended_by` has noted that
 
 
 def spread(seconds: float) -> float:
@@ -341,6 +342,7 @@ class _RetryingTeacher(WrappedTeacher):
                 self._job.refusals += 1
                 self._job.refusal = error
                 wait = pause if error.retry_after is None else error.retry_after
+            # Outside of `asking`: a job all of whose calls are here rests, and another one may begin.
             await self._schedule.pause(self._job.slot, spread(min(wait, _LONGEST_PAUSE_SECONDS)))
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 

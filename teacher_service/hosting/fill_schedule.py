@@ -68,7 +68,7 @@ class FillSchedule:
             yield
         finally:
             slot.asking -= 1
-            self._give()
+            self._give()  # the job may rest now, if its other calls all pause
 
     async def pause(self, slot: FillSlot, seconds: float) -> None:
         """Wait `seconds` after a refusal."""
@@ -92,5 +92,6 @@ class FillSchedule:
     def _next(self) -> FillSlot | None:
         if len(self._begun) < 2 * self._limit:
             return next(iter(self._waiting), None)
+        # Beyond twice the limit each further key gets its first job, whatever the others' quotas.
         keys = {slot.key for slot in self._begun}
         return next((slot for slot in self._waiting if slot.key not in keys), None)

@@ -97,7 +97,7 @@ class HostedTeacher:
 
     @property
     def failure(self) -> str:
-        """Why the teacher is in the state `failed`, in one line; else empty."""
+        """Failure of a teacher in the state `failed`, in one line; else empty."""
         if self._task is not None and self._task.done() and not self._task.cancelled():
             error = self._task.exception()
             return "" if error is None else _one_line(error)

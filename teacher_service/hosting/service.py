@@ -89,6 +89,7 @@ class Service:
             # Fills first, as they call teachers; then removals, which wait for calls that the stop ends anyway.
             await self.fills.close()
             await self.admin.close()
+            # Every teacher is stopped, whichever fails: an engine that is left running holds its GPU.
             stops = await asyncio.gather(*(t.stop() for t in self.teachers.values()), return_exceptions=True)
         for failure in stops:
             if failure is not None:

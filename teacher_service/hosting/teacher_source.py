@@ -44,6 +44,7 @@ class TeacherSource:
         from potstill.teacher_service.replicas.ray_serve import RayConnection  # noqa: PLC0415
 
         self._connection = self._connection or RayConnection(self._ray)
+        # Needed before the engine's own check of its options, which refuses other types.
         gpus = settings.options.get("tensor_parallel", 1)
         return partial(
             RayPool.open,

@@ -37,6 +37,7 @@ class Autoscaler:
         while len(self._needs) > 1 and self._needs[1][0] <= horizon:
             self._needs.popleft()
         if replicas < limits.min or replicas > limits.max:
+            # The limits were changed by an admin, who does not mean to wait for a window.
             return min(max(replicas, limits.min), limits.max)
         if now - began >= limits.up_seconds and (lasting := min(self._since(now - limits.up_seconds))) > replicas:
             return lasting

@@ -17,7 +17,7 @@ class Watched(Protocol):
 
     @property
     def failure(self) -> str:
-        """Why the engine ended, in one line; empty while it runs."""
+        """Reason for which the engine ended, in one line; empty while it runs."""
         ...
 
     @property
@@ -74,7 +74,7 @@ class EngineHealth:
         return self._watched is not None and bool(self._watched.failure)
 
     def trouble(self) -> str:
-        """Why the engine has to be replaced, in one line; empty when it is well. Call it every few seconds."""
+        """Tell why the engine has to be replaced, in one line; empty when it is well. Call it every few seconds."""
         if self._watched is None:
             return ""
         if self._watched.failure:

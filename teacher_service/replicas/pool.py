@@ -56,7 +56,7 @@ class ReplicaPool(Teacher, Protocol):
 
     @property
     def failure(self) -> str:
-        """Why it is not `ready`, in one line; else empty."""
+        """Reason for which it is not `ready`, in one line; else empty."""
         ...
 
     @property
@@ -140,7 +140,7 @@ class LocalPool(WrappedTeacher):
             await pool._end(keeper)
             raise
         if keeper.done():
-            keeper.result()
+            keeper.result()  # raises the failure of the first start
         try:
             yield pool
         finally:
@@ -159,7 +159,7 @@ class LocalPool(WrappedTeacher):
 
     @property
     def failure(self) -> str:
-        """Why there is no engine right now; empty when there is one."""
+        """Reason for which there is no engine right now; empty when there is one."""
         return "" if self._engine is not None else self._failure
 
     @property
@@ -257,6 +257,7 @@ class LocalPool(WrappedTeacher):
                 self._failure = error.detail if isinstance(error, PotstillError) else f"{type(error).__name__}: {error}"
                 _LOG.exception("the engine did not start again (%d in a row)", self._failed_starts)
                 self._tell()
+                # The exponent is bounded because the power overflows after a thousand failed starts.
                 pause = self._watch.pause_seconds * 2.0 ** min(self._failed_starts - 1, 30)
                 await _wait(self._stopping, min(pause, _LONGEST_PAUSE_SECONDS))
 
@@ -360,7 +361,7 @@ class _Engine:
             self.lose(trouble)
             raise _EngineLost(trouble) from error
         finally:
-            call.cancel()
+            call.cancel()  # and not awaited: in a wedged engine it may never end
 
 
 async def _wait(stopping: asyncio.Event, seconds: float, *others: asyncio.Future[str]) -> bool:

@@ -102,7 +102,7 @@ class RayPool:
         settings = settings or ReplicaSettings()
         app = ServeApp(f"{connection.settings.app_prefix}-{name}", connection.settings)
         await asyncio.to_thread(connection.join)
-        take_signals_back()
+        take_signals_back()  # here and not in `join`, which is in a thread
         try:
             await asyncio.to_thread(connection.start_serve)
             pool = cls(name, app, settings, connection.settings)
@@ -129,7 +129,7 @@ class RayPool:
 
     @property
     def failure(self) -> str:
-        """Why no replica is ready, by Serve's last answer; empty when one is."""
+        """Reason for which no replica is ready, by Serve's last answer; empty when one is."""
         return "" if self.state == "ready" else self._view.cause.detail
 
     @property
@@ -207,7 +207,7 @@ class RayPool:
         outcome = await self._try_once(call, losses, await self._unreserved(losses.replicas))
         while isinstance(outcome, Refused):
             if not outcome.elsewhere:
-                raise outcome.error()
+                raise outcome.error()  # of a sound replica: another one would say the same
             again = None if losses.enough else await self._try_again(call, losses)
             if again is None:
                 if self._closed:
@@ -256,7 +256,7 @@ class RayPool:
             await asyncio.sleep(_PAUSE_SECONDS)
 
     async def _another(self, avoid: set[str], until: float) -> bool:
-        """Wait until the monotonic time `until` for a replica that is not to be avoided; False where none came."""
+        """Wait for a replica: one not to be avoided, or after some seconds any; False where none is ready in time."""
         again = time.monotonic() + _ASK_AGAIN_SECONDS
         while not self._closed:
             ready = set(self._ranking(avoid))

@@ -87,6 +87,7 @@ class Replica:
 
     async def score(self, call: ScoreCall) -> Targets | Refused:
         """Score all rows of one call, flat on the position axis; errors of ours come back as `Refused`."""
+        # Kept for Serve's next question after the health, whose answer has this replica replaced.
         self._foreign = call.identity.differences(self._teacher.identity)
         if self._foreign:
             return Refused("spec_mismatch", f"a replica is another teacher: {self._foreign}", elsewhere=True)
@@ -132,5 +133,6 @@ class FewestTokensRouter(RequestRouter):  # type: ignore[misc]
         """Put each replica in a rank of its own: one is taken only where those before are at their limit of calls."""
         ranking: list[str] = pending_request.args[0] if pending_request and pending_request.args else []
         places = {name: place for place, name in enumerate(ranking)}
+        # A replica that the service has not heard of yet comes last.
         ranked = sorted(candidate_replicas, key=lambda one: places.get(one.replica_id.unique_id, len(places)))
         return [[replica] for replica in ranked]

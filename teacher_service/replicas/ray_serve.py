@@ -42,7 +42,7 @@ class RayConnection:
 
     def __init__(self, settings: RaySettings) -> None:
         self.settings = settings
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # teachers start at the same time, each in a thread of its own
         self._users = 0
         self._made_here = False
 
@@ -132,7 +132,7 @@ class ServeApp:
             num_replicas=replicas,
             max_ongoing_requests=self._settings.calls_per_replica,
             graceful_shutdown_timeout_s=self._settings.drain_seconds,
-            graceful_shutdown_wait_loop_s=0.5,
+            graceful_shutdown_wait_loop_s=0.5,  # between two looks for calls that still run
             health_check_period_s=self._settings.health_seconds,
             health_check_timeout_s=self._settings.health_timeout_seconds,
             max_constructor_retry_count=2,  # enough for a node that is lost meanwhile; a wrong model fails every time
@@ -142,10 +142,11 @@ class ServeApp:
         target = serve.RunTarget(
             target=deployment.bind(open_teacher, self._settings.wedged_seconds),
             name=self.name,
-            route_prefix=None,
+            route_prefix=None,  # no HTTP: the service calls by handle
             logging_config=_LOGGING,
-            external_scaler_enabled=True,
+            external_scaler_enabled=True,  # or the controller refuses `update_deployment_replicas`
         )
+        # Not waited for: the pool looks on by itself, and tells a failed start from a slow one.
         (handle,) = serve.run_many([target], wait_for_applications_running=False)
         return handle
 

@@ -91,7 +91,7 @@ async def _scale_instead(pool: ReplicaPool, replicas: int) -> ReplicaStatus:
     # Tried first, so that a number that the pool cannot have changes nothing.
     try:
         return await pool.scale(replicas)
-    except LimitExceeded:
+    except LimitExceeded:  # of the class below, too
         raise
     except InvalidInput:  # the number is right, and the pool is autoscaled
         await pool.autoscale(None)

@@ -84,6 +84,7 @@ def add_fill_routes(app: FastAPI, service: Service) -> None:
 def _finding(access: Access, request: Request) -> Callable[[], Caller]:
     """Make a function that finds the request's caller anew, by the keys at the time of its call."""
     name = current_caller().name
+    # Of the request only the key is kept, for as long as the job runs.
     headers = Headers({"authorization": request.headers.get("authorization", "")})
 
     def find() -> Caller:

@@ -55,6 +55,7 @@ _ROWS = {
         "k": {"type": ["integer", "null"], "minimum": 0},
     },
 }
+# Routes that read their bodies by themselves, so as to bound and decode them, which hides the bodies from FastAPI.
 _BODIES: dict[tuple[str, str], dict[str, Any]] = {
     ("/v1/teachers/{name}/score", "post"): {
         wire.JSON_MEDIA_TYPE: {"schema": _SCORE},
@@ -108,6 +109,6 @@ def _document(app: FastAPI, version: str) -> dict[str, Any]:
         schema = _OPENAI_ERROR if is_openai_path(path) else _ERROR
         error = {"description": "An error of one line.", "content": {wire.JSON_MEDIA_TYPE: {"schema": schema}}}
         for operation in operations.values():
-            operation["responses"].pop("422", None)
+            operation["responses"].pop("422", None)  # FastAPI's own shape, which our handlers never answer
             operation["responses"]["default"] = error
     return found

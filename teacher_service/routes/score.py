@@ -76,6 +76,7 @@ async def answer_call(service: Service, request: Request, understand: Callable[[
     with service.admission.request() as reservation:
         begin = asyncio.get_running_loop().time()
         seconds = timeout_seconds(request)
+        # HTTP's own word for it: neither looked up in the cache, nor kept.
         store = "no-store" not in request.headers.get("cache-control", "").lower()
         body = await read_body(request)
 

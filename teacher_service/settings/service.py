@@ -113,7 +113,7 @@ class LimitSettings(FrozenSettings):
         made = dict(given)
         for one, together in _OF_ONE_AND_ALL:
             most = given.get(one)
-            if isinstance(most, int) and together not in given:
+            if isinstance(most, int) and together not in given:  # other types are refused by the field itself
                 made[together] = max(most, cls.model_fields[together].default)
         return made
 
@@ -217,7 +217,7 @@ class ServiceSettings(FrozenSettings):
     logs: LogSettings = LogSettings()
     tracing: TracingSettings = TracingSettings()
     ray: RaySettings | None = None
-    """With this table teachers are Ray Serve deployments; without it each is an engine in this process."""
+    """Settings of Ray. With this table teachers are Ray Serve deployments; without it each is an engine in process."""
     teachers: Annotated[tuple[TeacherSettings, ...], Field(min_length=1)]
 
     @model_validator(mode="after")

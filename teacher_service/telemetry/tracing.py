@@ -22,6 +22,7 @@ class OtelTracer:
     """Makes spans by a `TracerProvider` of the OpenTelemetry SDK."""
 
     def __init__(self, provider: Any) -> None:
+        # Imported here, as everywhere below, because it is an extra that most services do without.
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator  # noqa: PLC0415
 
         self.tracer: Tracer = provider.get_tracer("potstill")

@@ -98,7 +98,7 @@ class _Body:
                 return await self._receive()
         except TimeoutError as error:
             if not limit.expired():
-                raise
+                raise  # a timeout from further inside, which is none of ours
             raise RequestTimeout(
                 f"{self._held} bytes of the body came within body_seconds={seconds:g}, and not its end; "
                 "send fewer rows per request"

@@ -90,6 +90,7 @@ class StreamedAnswer(Response):
                         await send(_body(piece, more=True))
                     piece = await reading
                 finally:
+                    # A thread cannot be interrupted: its read ends by itself, and the piece is dropped.
                     reading.cancel()
         except PotstillError as error:
             _LOG.warning("an answer was broken off in the middle: %s: %s", error.kind, error.detail)

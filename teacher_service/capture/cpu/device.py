@@ -25,7 +25,7 @@ from potstill.teacher_service.capture.device import FAILURES, CaptureDevice, one
 from potstill.teacher_service.capture.layout import Drawn, float_sections, num_floats, split
 
 BLOCK_BYTES = 8 * 2**20
-"""float32 logits that a thread works on at once."""
+"""Bytes of float32 logits that a thread works on at once."""
 
 
 def cpu_device() -> CaptureDevice:

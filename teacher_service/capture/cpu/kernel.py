@@ -181,7 +181,7 @@ def _fill(flat: Any, stride: int, top: Any, top_k: Any, extras: Any, drawn: Any)
     k = top_k.ids.shape[1]
     num_blocks = (vocab_size + _BLOCK - 1) // _BLOCK
     maxima, masses = np.empty(num_blocks, np.float32), np.empty(num_blocks, np.float32)
-    keys = np.empty(vocab_size if k else 0, np.uint64)
+    keys = np.empty(vocab_size if k else 0, np.uint64)  # all entries may be equal, and then all are candidates
     inside = np.empty(_BLOCK, np.float64)
     num_ids = 0
     for row in range(len(top)):
@@ -221,7 +221,7 @@ def _maxima(z: Any, maxima: Any) -> Any:
 
 @_inlined
 def _largest(values: Any, start: int, stop: int) -> Any:
-    largest = values[start]
+    largest = values[start]  # a NaN that is passed over here makes the sums NaN
     for i in range(start, stop):
         largest = values[i] if values[i] > largest else largest
     return largest
@@ -316,6 +316,7 @@ def _bound(values: Any, k: int) -> Any:
     for i in range(len(values)):
         high = values[i] if values[i] > high else high
     width = _WIDTH
+    # Ends at the latest at an infinite width: every value is at or above -inf, as rows with a NaN do not come here.
     while _count(values, high - width) < k:
         width *= _WIDTH
     low = high - width
@@ -327,7 +328,7 @@ def _bound(values: Any, k: int) -> Any:
         if count >= k:
             low = middle
             if count <= k + k // 16:
-                break
+                break  # ranking a few entries more is cheaper than sweeping all values once more
         else:
             high = middle
     return low
@@ -372,7 +373,7 @@ def _draw(z: Any, highest: Any, masses: Any, uniforms: Any, inside: Any, drawn: 
     summed, place, first = -1, 0, 0
     mass = most = 0.0
     found = start
-    for i in range(len(uniforms)):
+    for i in range(len(uniforms)):  # they rise, so that `block` and `place` only ever move on
         # A product that rounds up to all of the mass would fall behind the last id that has any.
         target = min(uniforms[i] * total, np.nextafter(total, 0.0))
         while end <= target:

@@ -87,6 +87,7 @@ def is_openai_path(path: str) -> bool:
 
 def error_response(status: int, detail: str, headers: Mapping[str, str] | None = None) -> Response:
     """Make an error answer in vLLM's shape, so that OpenAI clients show its detail."""
+    # vLLM answers 400 to bad input, and OpenAI clients make another exception of each status.
     status = HTTPStatus.BAD_REQUEST.value if status == InvalidInput.status else status
     phrase = HTTPStatus(status).phrase.replace(" ", "")
     kind = phrase if phrase.endswith("Error") else f"{phrase}Error"
@@ -96,7 +97,7 @@ def error_response(status: int, detail: str, headers: Mapping[str, str] | None =
 
 async def _complete(service: Service, request: Request, teacher: HostedTeacher | None) -> Response:
     request_format(request, (wire.JSON_MEDIA_TYPE,))
-    header_id = request.headers.get("x-request-id", "")[:200]
+    header_id = request.headers.get("x-request-id", "")[:200]  # vLLM puts it into the answer's id
 
     def understand(body: bytes) -> ScoreCall:
         asked = CompletionRequest.from_body(body)
@@ -214,6 +215,7 @@ def _tops(labels: Tokens, targets: Targets, k: int, most: int) -> list[dict[int,
     ids = np.concatenate([labels[:, None], targets.ids[:, :width]], axis=1).tolist()
     logprobs = np.concatenate([own[:, None], targets.logprobs[:, :width]], axis=1).clip(LEAST_LOGPROB).tolist()
     both = [dict(zip(*position, strict=True)) for position in zip(ids, logprobs, strict=True)]
+    # A label among the top k is there once, in front, as the keys of a dict are unique and keep their order.
     return [dict(list(top.items())[:most]) for top in both]
 
 

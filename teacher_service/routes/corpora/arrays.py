@@ -27,7 +27,7 @@ from potstill.teacher_service.transport.streamed import ReadSlots
 
 _PART = 1 << 19
 """Elements of a record batch, which then holds 2 to 8 MiB."""
-_MOST_ELEMENTS = 1 << 40
+_MOST_ELEMENTS = 1 << 40  # beyond any corpus, and far enough from the end of int64 for every product
 T = TypeVar("T")
 Start: TypeAlias = Annotated[int, Query(ge=0, lt=_MOST_ELEMENTS)]
 Stop: TypeAlias = Annotated[int | None, Query(ge=0, lt=_MOST_ELEMENTS)]
@@ -79,6 +79,7 @@ class CorpusReading:
             end = array.length if stop is None else stop
             if not 0 <= start < end <= array.length:
                 raise InvalidInput(f"start={start} and stop={end} are not a range of {array.length}; give start < stop")
+            # A deleted annotation may be made again under its name: its version tells the two apart.
             etag = strong_etag(wire.ARROW_MEDIA_TYPE, fingerprint, request.url.path, array.version, start, end)
             return _pieces(fingerprint, array, start, end), etag
 

@@ -34,6 +34,7 @@ def describe_corpus(opened: OpenedSets, name: str) -> dict[str, Any]:
     """Describe one corpus: its seal, its annotations, and each teacher's committed shards."""
     corpus = opened.corpus(name)
     spec = corpus.spec
+    # `data` and `objects` name what only the store's readers use, and grow with the corpus.
     sealed = {key: getattr(spec, key) for key in spec.__dataclass_fields__ if key not in ("data", "sources", "objects")}
     return {
         "format": wire.WIRE_VERSION,

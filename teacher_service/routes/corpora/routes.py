@@ -82,7 +82,7 @@ def _add_target_routes(app: FastAPI, admission: Admission, reading: CorpusReadin
         """
         if start is None and stop is None:
             described = await reading.in_thread(lambda: describe_targets(opened.targets(teacher, corpus), limits))
-            return JSONResponse(described, headers={"cache-control": "no-cache"})
+            return JSONResponse(described, headers={"cache-control": "no-cache"})  # commits are added all the time
         if start is None or stop is None or stop <= start:
             raise InvalidInput(f"start={start} and stop={stop} are not a range; give start < stop, or neither")
         names = None if fields is None else fields.split(",")
@@ -99,6 +99,7 @@ def _add_target_routes(app: FastAPI, admission: Admission, reading: CorpusReadin
         """Read the targets of any rows, by their numbers."""
         reads = request_format(request)
         writes = answer_format(request, wire.ARROW_MEDIA_TYPE)
+        # A POST may not be cached, and any rows in any order make too many answers for an ETag to be of use.
         body = await read_body(request)
         read = await reading.in_thread(lambda: _rows(opened, (corpus, teacher), body, reads, limits))
         require_within(read, limits, as_json=writes == wire.JSON_MEDIA_TYPE)
@@ -120,6 +121,7 @@ async def _answer_range(
     if unchanged is not None:
         return unchanged
     headers = immutable_headers(etag)
+    # Answered after all checks, so that HEAD tells whether the range is committed, and its ETag.
     if request.method == "HEAD":
         return StreamedAnswer(iter(()), reading.slots, headers=headers, media_type=writes)
     return _streamed(request, read, writes, reading, admission, headers)

@@ -45,6 +45,7 @@ def json_pieces(
 def _texts(head: Mapping[str, JSON], read: Callable[[], Sequence[Targets]]) -> Iterator[str]:
     parts = read()
     yield f'{_text(head)[:-1]},"rows":['
+    # The wire format decides which columns there are; no positions are enough to ask it.
     names = list(wire.targets_to_json(parts[0][:0])) if parts else []
     for index, targets in enumerate(parts):
         if index:
@@ -102,6 +103,7 @@ def _array_items(array: NDArray[Any]) -> Iterator[str]:
         if block.size <= _ELEMENTS:
             yield _text(_values(block))[1:-1]
         else:
+            # One position over the bound, which is a dense one: `step` is 1 here.
             cuts = range(0, width, _ELEMENTS)
             yield f"[{','.join(_text(_values(block[0, at : at + _ELEMENTS]))[1:-1] for at in cuts)}]"
 
