@@ -113,7 +113,7 @@ class HttpTeacher:
         """
         for index, row in enumerate(rows):
             _check_row(index, row)
-        deadline = asyncio.get_running_loop().time() + self._connection.timeout
+        deadline = time.monotonic() + self._connection.timeout
         budget = min(self._request_tokens, max(1, _ANSWER_BYTES // want.bytes_per_position(self.identity.vocab_size)))
         batches = row_batches(row_starts([len(row) for row in rows]), budget, max_rows=_REQUEST_ROWS)
         requests = [asyncio.create_task(self._request(rows[start:stop], want, deadline)) for start, stop in batches]
