@@ -86,7 +86,8 @@ def finished_result(config: TrainConfig) -> TrainResult | None:
         if value["step"] != config.train.steps:
             return None
         held_out = None if value["held_out"] is None else Evaluation.from_json(value["held_out"])
-        return TrainResult(run_dir=config.run_dir, finished=True, **{**value, "held_out": held_out})
+        told = {name: value[name] for name in ("step", "tokens", "seconds")}
+        return TrainResult(run_dir=config.run_dir, finished=True, **told, held_out=held_out)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(f"{str(file)!r} cannot be read: {error!r}") from error
 
