@@ -190,6 +190,9 @@ async def _serve(settings: ServiceSettings, access: Access, listener: socket.soc
     async with service.running():
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         starting = asyncio.create_task(service.started())
+        if sys.stderr.isatty() and settings.teachers:
+            # An engine takes its time, and somebody who looks on would take silence for a hang.
+            print("opening the teachers; an engine may take a minute", file=sys.stderr)  # noqa: T201
         # It serves while teachers start, so that health checks and other teachers are answered.
         try:
             await asyncio.wait({serving, starting}, return_when=asyncio.FIRST_COMPLETED)

@@ -149,7 +149,9 @@ def _require_free(root: Root, name: str) -> None:
 
 
 def _taken(root: Root, name: str) -> AlreadyExists:
-    return AlreadyExists(f"corpus {name!r} is sealed in {root.url}; ingest under another name")
+    return AlreadyExists(
+        f"corpus {name!r} is sealed in {root.url}; use it if it is of the same text, else take another name"
+    )
 
 
 def _make_corpus(

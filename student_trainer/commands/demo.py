@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from potstill.student_trainer.demo.plan import DemoPlan
     from potstill.student_trainer.result import TrainResult
 
-SUMMARY = "distil a real small teacher, from text to report, in ten minutes"
+SUMMARY = "distil a real small teacher, from text to report"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -35,7 +35,8 @@ from potstill.student_trainer.result import TrainResult
 _STAMP = ".potstill-demo.json"
 """Says that a folder is a demo's, and of which plan."""
 
-_STUDENTS = ("cross-entropy", "distilled")
+_DISTILLED = "distilled"
+_STUDENTS = ("cross-entropy", _DISTILLED)
 
 
 @dataclass(slots=True)
@@ -171,10 +172,10 @@ def _report(plan: DemoPlan, cache: Cache, corpus: Corpus, results: dict[str, Tra
 
 
 def _saved(filled: FillReport | None, results: dict[str, TrainResult]) -> dict[str, JSON]:
-    """Positions that the students read, and the teacher's speed; null if an earlier call of the demo had it score."""
+    """Positions that the distilled student read, and the teacher's speed; null if an earlier call had it score."""
     scored = filled is not None and filled.positions_scored > 0
     return {
-        "positions_read": sum(result.tokens for result in results.values()),
+        "positions_read": results[_DISTILLED].tokens,
         "tokens_per_second": filled.positions_scored / filled.seconds if filled and scored else None,
     }
 
