@@ -1,5 +1,5 @@
 # Every target sets up what it needs, from Python 3.11 and nothing else.
-.PHONY: setup demo test test-slow test-stress lint docs format bench clean
+.PHONY: setup demo test suite test-slow test-stress lint docs format bench clean
 
 BIN := .venv/bin
 
@@ -10,8 +10,12 @@ setup:
 demo: setup
 	$(BIN)/potstill demo
 
-# Lint, types, the documentation site and tests: what CI runs. On two cores three processes, as those of Ray's tests wait.
-test: lint docs
+# Lint, types, the documentation site and tests, beside each other: what CI runs.
+test: setup
+	@$(MAKE) --no-print-directory -j3 --output-sync=line lint docs suite
+
+# Three processes on two cores, as those of Ray's tests wait.
+suite: setup
 	$(BIN)/pytest -q -n 3
 
 test-slow: setup
