@@ -12,7 +12,7 @@ demo: setup
 
 # Lint, types, the documentation site and tests, beside each other: what CI runs.
 test: setup
-	@$(MAKE) --no-print-directory -j3 --output-sync=line lint docs suite
+	@$(MAKE) --no-print-directory -j3 lint docs suite
 
 # Three processes on two cores, as those of Ray's tests wait.
 suite: setup
