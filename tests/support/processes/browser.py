@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,6 +23,10 @@ _NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 def find_chromium() -> str | None:
     return next((path for name in _NAMES if (path := shutil.which(name))), None)
+
+
+class Navigated(Exception):
+    """The page went before it had answered."""
 
 
 class Page:
@@ -41,6 +45,8 @@ class Page:
         while True:
             message = json.loads(self._socket.recv(timeout=300))
             if message.get("id") == number:
+                if "navigated" in message.get("error", {}).get("message", ""):
+                    raise Navigated(method)
                 assert "error" not in message, (method, message)
                 result: dict[str, Any] = message["result"]
                 return result
@@ -68,10 +74,14 @@ class Page:
     def until(self, expression: str, is_right: Callable[[Any], bool] = bool, seconds: float = 60.0) -> Any:
         """Ask again until the value is right; returns it."""
         deadline = time.monotonic() + seconds
-        while not is_right(value := self.run(expression)):
+        while True:
+            value = None
+            # A question to a page that another one replaces meanwhile has no answer; the next page is asked then.
+            with suppress(Navigated):
+                if is_right(value := self.run(expression)):
+                    return value
             assert time.monotonic() < deadline, f"{expression} stayed {value!r}; {self.trouble}"
             time.sleep(0.05)
-        return value
 
     def press(self, text: str) -> None:
         """Type into what has the focus, replacing what is selected."""
