@@ -183,7 +183,7 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
 
 
 def _notes(cls: type) -> dict[str, str]:
-    """What stands below each attribute of a class and of its bases, on one line."""
+    """Docstrings below the attributes of a class and of its bases, each on one line."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if base.__module__.startswith("potstill."):
@@ -221,7 +221,7 @@ _WORDS = {"integer": "whole number", "string": "text", "object": "table", "array
 
 
 def _type(schema: dict[str, Any]) -> str:
-    """What a JSON schema allows, in words."""
+    """Values that a JSON schema allows, in words."""
     if "anyOf" in schema or "oneOf" in schema:
         parts = [_type(one) for one in schema.get("anyOf", schema.get("oneOf")) if one.get("type") != "null"]
         return " or ".join(dict.fromkeys(parts))

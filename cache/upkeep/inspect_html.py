@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from potstill.cache.cache import Cache
 from potstill.cache.errors import CorruptSegment, FormatError
+from potstill.cache.plurals import counted
 from potstill.cache.types import Fields
 from potstill.cache.upkeep.charts import Axis, Chart, histogram, line_chart, pages_of
 from potstill.cache.upkeep.drift import sample_rows
@@ -74,6 +75,7 @@ def page(cache: Cache, inspection: Inspection) -> str:
         mass=list(_mass(cache, inspection)),
         sample_rows=_SAMPLE_ROWS,
         size=_bytes,
+        counted=counted,
     )
 
 
