@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
-import ipaddress
 import re
 import signal
 import ssl
@@ -13,10 +11,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from potstill.cache.errors import InvalidInput
 from potstill.clients.http_teacher import SyncHttpTeacher
@@ -27,6 +21,7 @@ from potstill.teacher_service.serve import check_tls
 from potstill.teacher_service.settings.service import TlsSettings
 from tests.support import http
 from tests.support.fakes import FakeTeacher
+from tests.support.processes.certificate import make_certificate
 from tests.support.processes.serve_process import COMMAND, environment, refused
 from tests.support.processes.servers import hosted, serving_teachers
 from tests.support.waiting import until
@@ -36,33 +31,6 @@ from tests.support.waiting import until
 def behind_url() -> Iterator[str]:
     with serving_teachers(hosted("deep", FakeTeacher())) as url:
         yield url
-
-
-def make_certificate(folder: Path) -> tuple[Path, Path]:
-    """A self-made certificate of 127.0.0.1, and its key."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "potstill test")])
-    now = dt.datetime.now(dt.UTC)
-    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - dt.timedelta(hours=1))
-        .not_valid_after(now + dt.timedelta(days=1))
-        .add_extension(address, critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    certfile, keyfile = folder / "cert.pem", folder / "key.pem"
-    certfile.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    plain = serialization.NoEncryption()
-    keyfile.write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.TraditionalOpenSSL, plain)
-    )
-    return certfile, keyfile
 
 
 class Served:
