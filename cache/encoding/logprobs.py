@@ -143,8 +143,7 @@ def encode(targets: Targets, encoding: Encoding, ranks: RankTable) -> StoredArra
     """Encode the arrays to store: `ids` (as ranks), `log_tail`, `label_logprob`, and `gaps` or `logprobs`.
 
     Raises:
-        TeacherFailed: a number is NaN, entries are not sorted by falling logprob, the mass is not 1, or an id is over
-            the vocabulary.
+        TeacherFailed: the targets are impossible (`check_targets`).
     """
     check_targets(targets, len(ranks.ids_by_rank))
     stored: StoredArrays = {"ids": _gathered(ranks.ranks_by_id, targets.ids).astype(ranks.dtype)}
@@ -259,7 +258,7 @@ def check_targets(targets: Targets, vocab_size: int) -> None:
 
     Raises:
         TeacherFailed: a number is NaN, entries are unsorted, the mass is not 1, a label's logprob is over 0, or an id
-            is over the vocabulary.
+            is over the vocabulary or twice at a position.
     """
     if np.isnan(targets.logprobs).any() or np.isnan(targets.log_tail).any():
         raise TeacherFailed("the teacher answered NaN logprobs; its targets are not kept")
@@ -272,6 +271,11 @@ def check_targets(targets: Targets, vocab_size: int) -> None:
     if (targets.label_logprob > _MASS_TOLERANCE).any():
         raise TeacherFailed("the teacher answered a label's logprob over 0; its targets are not kept")
     check_ids(targets, vocab_size)
+    ordered = np.sort(targets.ids, axis=1)
+    twice = ordered[:, 1:] == ordered[:, :-1]
+    if twice.any():
+        repeated = int(ordered[:, 1:][twice][0])
+        raise TeacherFailed(f"the teacher answered id {repeated} twice at a position; its targets are not kept")
 
 
 def check_ids(targets: Targets, vocab_size: int) -> None:

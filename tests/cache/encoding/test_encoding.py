@@ -122,6 +122,15 @@ def test_rank_tables_are_permutations_by_frequency() -> None:
     assert np.array_equal(ranks.ids_by_rank[ranks.ranks_by_id], np.arange(9))
 
 
+@pytest.mark.parametrize("name", sorted(ENCODINGS))
+def test_an_id_twice_at_a_position_is_not_kept(name: str) -> None:
+    good = targets_from_dense(np.random.default_rng(4).normal(size=(3, 9)), 5)
+    ids = good.ids.copy()
+    ids[2, 4] = ids[2, 1]
+    with pytest.raises(TeacherFailed, match=f"id {ids[2, 1]} twice at a position"):
+        round_trip(replace(good, ids=ids), ENCODINGS[name], RankTable.plain(9))
+
+
 def test_what_no_teacher_can_mean_is_not_kept() -> None:
     good = targets_from_dense(np.random.default_rng(3).normal(size=(2, 9)), 4)
     ranks = RankTable.plain(9)
