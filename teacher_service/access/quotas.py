@@ -1,6 +1,8 @@
 """Quotas: tokens that a key may have scored per minute and per day. Answers from the cache cost nothing.
 
-The counts live in this process: a restart begins anew, and each service process counts for itself.
+The counts live in this process: a restart begins anew, and each service process counts for itself. Time is the wall
+clock's at the start plus what has passed since: a clock that is set while the service runs neither refills a bucket nor
+begins another day.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ class Quota:
     """A bucket that holds this many and refills evenly. A larger call needs a full bucket and leaves it in debt, which
     the next call waits for."""
     tokens_per_day: int | None = None
-    """Tokens per calendar day, UTC."""
+    """Tokens per calendar day, UTC, by the machine's clock when the service started."""
 
     def __post_init__(self) -> None:
         for name in ("tokens_per_minute", "tokens_per_day"):
@@ -52,10 +54,12 @@ class QuotaMeter:
     """Counts what every key has spent. Used from one event loop only.
 
     Args:
-        clock: seconds since the epoch, because quotas of a day end at midnight.
+        wall: seconds since the epoch, read once, because quotas of a day end at midnight.
+        clock: seconds that never go back, since any moment.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, wall: Callable[[], float] = time.time, clock: Callable[[], float] = time.monotonic) -> None:
+        self._began = wall() - clock()
         self._clock = clock
         self._spent: dict[str, _Spent] = {}
 
@@ -69,7 +73,7 @@ class QuotaMeter:
         _taken_on.set(None)
         if quota.tokens_per_minute is None and quota.tokens_per_day is None:
             return
-        now = self._clock()
+        now = self._began + self._clock()
         spent = self._spent.setdefault(key, _Spent(at=now, day=int(now // _DAY)))
         _pass_time(spent, now, quota)
         # Both limits are checked before either is charged: a refused call costs nothing.
@@ -90,8 +94,7 @@ class QuotaMeter:
 
 
 def _pass_time(spent: _Spent, now: float, quota: Quota) -> None:
-    # The wall clock may be set back, which must not make anybody owe more.
-    refilled = max(0.0, now - spent.at) * (quota.tokens_per_minute or 0) / _MINUTE
+    refilled = (now - spent.at) * (quota.tokens_per_minute or 0) / _MINUTE
     spent.owed = max(0.0, spent.owed - refilled)
     spent.at = now
     if spent.day != int(now // _DAY):
