@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,19 @@ class Door:
     def trainer(self) -> dict[str, str]:
         """Headers of a trainer's request."""
         return {"Authorization": f"Bearer {self.trainer_key}"} if self.trainer_key else {}
+
+    def connect(self, timeout: float = 60.0) -> socket.socket:
+        """Open a connection that bytes can be sent over as they are, in TLS where the service speaks it."""
+        plain = socket.create_connection((self.host, self.port), timeout=timeout)
+        return trusting().wrap_socket(plain) if self.tls else plain
+
+
+def trusting() -> ssl.SSLContext:
+    """TLS with a server of any certificate: it is ours, and made a moment ago."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
 
 
 @dataclass(frozen=True, slots=True)

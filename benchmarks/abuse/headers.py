@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 
 from benchmarks.abuse.attack import Attack, Door
 
@@ -24,7 +23,7 @@ def endless_trailers(door: Door) -> None:
 
 
 def _send(door: Door, head: bytes, num_bytes: int) -> None:
-    with socket.create_connection((door.host, door.port), timeout=60) as connection, contextlib.suppress(OSError):
+    with contextlib.suppress(OSError), door.connect() as connection:
         connection.sendall(head)
         for _ in range(num_bytes // len(_BLOCK)):
             connection.sendall(_BLOCK)

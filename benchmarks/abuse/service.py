@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import ssl
 import subprocess
 import sys
 import tempfile
@@ -18,14 +17,17 @@ from pathlib import Path
 import httpx
 import psutil
 
-from benchmarks.abuse.attack import CORPUS, TEACHER, VOCAB, Attack, Door
+from benchmarks.abuse.attack import CORPUS, TEACHER, VOCAB, Attack, Door, trusting
 from potstill.cache import Fields, Targets
 from tests.support.corpora import make_corpus, topics
 from tests.support.fakes import FakeTeacher, fake_identity
 from tests.support.processes.certificate import make_certificate
 
+STUDENT = "student"
+"""Name of the key of callers who behave."""
 HERE = Path(__file__).parents[2]
-ROLES = ("trainer", "batch", "admin")
+KEYS = {"trainer": "trainer", "batch": "batch", "admin": "admin", STUDENT: "trainer"}
+"""Names of the keys, and their roles."""
 MAX_ADDRESS_SPACE = 12 * 2**30
 """Bytes of address space that the attacked process may map, so that an attack cannot take the machine."""
 PROBE_SECONDS = 0.05
@@ -64,9 +66,10 @@ def code_of(revision: str) -> Iterator[Path]:
 class Service:
     """A running service with one fake teacher and a corpus that is half filled."""
 
-    def __init__(self, process: subprocess.Popen[str], door: Door, log: Path) -> None:
+    def __init__(self, process: subprocess.Popen[str], door: Door, student_key: str, log: Path) -> None:
         self.door = door
-        self.log = log
+        self.student_key = student_key
+        self._log = log
         self._process = process
         self._watched = psutil.Process(process.pid)
 
@@ -79,6 +82,11 @@ class Service:
     def died(self) -> bool:
         """True once the process has ended."""
         return self._process.poll() is not None
+
+    @property
+    def log_bytes(self) -> int:
+        """Size of what it has written to its log."""
+        return self._log.stat().st_size
 
     def reset_peak(self) -> None:
         """Begin to count the peak of memory anew."""
@@ -122,19 +130,11 @@ class Probes:
         """Ask once."""
         begin = time.monotonic()
         try:
-            httpx.get(f"{door.url}/healthz", timeout=LONGEST_PROBE, verify=trusting() if door.tls else True)
+            httpx.get(f"{door.url}/healthz", timeout=LONGEST_PROBE, verify=trusting())
         except httpx.HTTPError:
             self.failed += 1
             begin = min(begin, time.monotonic() - 10)
         self.seconds.append(time.monotonic() - begin)
-
-
-def trusting() -> ssl.SSLContext:
-    """TLS with a server of any certificate: it is ours, and made a moment ago."""
-    context = ssl.create_default_context()
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    return context
 
 
 @contextlib.contextmanager
@@ -159,7 +159,7 @@ def probing(door: Door) -> Iterator[Probes]:
 def serving(attack: Attack, tree: Path, folder: Path) -> Iterator[Service]:
     """Serve by the code of `tree`, with the cache, keys and certificate in `folder`."""
     prepare(attack, folder / "cache")
-    keys = make_keys(folder / "keys.toml") if attack.keys else dict.fromkeys(ROLES, "")
+    keys = make_keys(folder / "keys.toml") if attack.keys else dict.fromkeys(KEYS, "")
     config = folder / "serve.toml"
     config.write_text(settings(attack, folder))
     log = folder / "service.log"
@@ -175,7 +175,7 @@ def serving(attack: Attack, tree: Path, folder: Path) -> Iterator[Service]:
         found = re.search(r"ready: https?://([^:/]+):(\d+) ", ready)
         assert found is not None, f"not ready: {ready!r} {log.read_text()}"
         door = Door(found[1], int(found[2]), attack.tls, keys["trainer"], keys["batch"], keys["admin"])
-        yield Service(process, door, log)
+        yield Service(process, door, keys[STUDENT], log)
     finally:
         process.kill()
         process.communicate()
@@ -195,12 +195,12 @@ def prepare(attack: Attack, root: Path) -> None:
 
 
 def make_keys(path: Path) -> dict[str, str]:
-    """A key for each role, by the command that users have."""
+    """Keys by their names, made by the command that users have."""
     command = [sys.executable, "-m", "potstill.clients.cli", "keys", "add", "--file", str(path)]
     made = {}
-    for role in ROLES:
-        done = subprocess.run([*command, "--role", role, role], check=True, capture_output=True, text=True)
-        made[role] = done.stdout.split()[-1]
+    for name, role in KEYS.items():
+        done = subprocess.run([*command, "--role", role, name], check=True, capture_output=True, text=True)
+        made[name] = done.stdout.split()[-1]
     return made
 
 
