@@ -28,7 +28,7 @@ from potstill.cache.errors import (
 )
 from potstill.cache.types import JSON
 from potstill.cache.wire import StreamReader, scores as wire
-from potstill.cache.wire.stream import CutShort
+from potstill.cache.wire.messages import CutShort
 from potstill.clients.address import checked_url, key_header, login_of
 from potstill.clients.retry import Refusal, RetryPolicy, Tries
 

@@ -2,8 +2,8 @@
 
 A request is one record batch with the column `row` (list of uint32). An answer has one record batch per row. Both
 carry the wire version in their schema metadata, so that a client and a service of different versions refuse each other
-in one clear line instead of misreading. Record batches are not compressed: HTTP can do that, and a small compressed
-body could unpack to any size.
+in one clear line instead of misreading. Record batches are not compressed, as a small one could unpack to any size;
+`wire.messages` says what is read at all.
 
     column                          Arrow type                      there when
     ids, logprobs                   fixed-size lists of K           k > 0
@@ -19,7 +19,6 @@ JSON has the same names, every column a list of positions. It has no infinities:
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -32,6 +31,7 @@ from numpy.typing import NDArray
 from potstill.cache.errors import FormatError, InvalidInput, WireVersionError
 from potstill.cache.fields import COLUMNS, FIELDS
 from potstill.cache.types import JSON, Draws, Fields, Targets, TeacherIdentity, Tokens
+from potstill.cache.wire.messages import CheckedStream, CutShort
 
 ARROW_MEDIA_TYPE = "application/vnd.apache.arrow.stream"
 JSON_MEDIA_TYPE = "application/json"
@@ -42,7 +42,6 @@ FORMAT_HEADER = "potstill-format"
 FORMAT_KEY = b"potstill.format"
 FIELDS_KEY = b"potstill.fields"
 IDENTITY_KEY = b"potstill.identity"
-_RECORD_BATCH = 3  # in MessageHeader of Arrow's Message.fbs
 
 _FLOAT_COLUMNS = [each.name for each in FIELDS if each.shape is not None]
 _DRAW_COLUMNS = {"draw_ids": pa.list_(pa.uint32()), "draw_counts": pa.list_(pa.uint16())}
@@ -278,52 +277,14 @@ def open_stream(body: bytes) -> tuple[Any, list[Any]]:
     """Read a whole stream: its schema, and its record batches, checked.
 
     Raises:
-        WireVersionError: it has another wire version. InvalidInput: it is no Arrow stream, or a compressed one.
+        WireVersionError: it has another wire version. InvalidInput: it is no Arrow stream of ours, see `wire.messages`.
     """
     try:
-        with pa.ipc.open_stream(body) as reader:
-            schema = reader.schema
-            check_version(schema)
-            _ = schema.names  # a name that is not UTF-8 is found when it is asked for
-            _refuse_compression(body)
-            batches = list(reader)
-        for batch in batches:
-            batch.validate(full=True)
-    except (pa.ArrowException, OSError, ValueError, struct.error) as error:
-        raise InvalidInput(f"the body is not an Arrow IPC stream of this format: {error}") from error
-    return schema, batches
-
-
-def _refuse_compression(body: bytes) -> None:
-    # 13 kB of zstd unpack to 400 MB, and pyarrow has no bound for that: only plain batches have a known size.
-    for message in pa.ipc.MessageReader.open_stream(body):
-        if message.type == "dictionary" or is_compressed(message.metadata.to_pybytes()):
-            raise InvalidInput("the body has compressed or dictionary batches; write plain, uncompressed ones")
-
-
-def is_compressed(metadata: bytes) -> bool:
-    """Tell whether an IPC message is a compressed record batch."""
-    # pyarrow does not tell before unpacking, so the Flatbuffers are read here: Message has the fields version, kind,
-    # header; RecordBatch has length, nodes, buffers, compression.
-    (message,) = struct.unpack_from("<I", metadata, 0)
-    kind = _flatbuffer_field(metadata, message, 1)
-    if kind is None or metadata[kind] != _RECORD_BATCH:
-        return False
-    header = _flatbuffer_field(metadata, message, 2)
-    if header is None:
-        return False
-    (batch,) = struct.unpack_from("<I", metadata, header)
-    return _flatbuffer_field(metadata, header + batch, 3) is not None
-
-
-def _flatbuffer_field(data: bytes, table: int, number: int) -> int | None:
-    """Offset of a field of a Flatbuffers table, by its number; None when it is absent."""
-    (back,) = struct.unpack_from("<i", data, table)
-    vtable = table - back
-    (size,) = struct.unpack_from("<H", data, vtable)
-    entry = 4 + 2 * number
-    (offset,) = struct.unpack_from("<H", data, vtable + entry) if entry < size else (0,)
-    return table + offset if offset else None
+        stream = CheckedStream(body)
+        check_version(stream.schema)
+        return stream.schema, list(stream.batches())
+    except CutShort as error:
+        raise InvalidInput(f"the body is not a whole Arrow IPC stream: {error}") from error
 
 
 def check_version(schema: Any) -> None:

@@ -17,10 +17,9 @@ Targets have the columns of `wire.scores`, one record batch per block of positio
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,16 +28,13 @@ from numpy.typing import NDArray
 from potstill.cache.errors import FormatError, InvalidInput
 from potstill.cache.types import Fields, Targets, TeacherIdentity
 from potstill.cache.wire import scores as wire
+from potstill.cache.wire.messages import CheckedStream, CutShort, Source
 
 END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 """End-of-stream marker of Arrow IPC."""
 
 _BATCHES, _LENGTH, _CORPUS = b"potstill.batches", b"potstill.length", b"potstill.corpus"
 _VALUES, _ROWS = "values", "rows"
-
-
-class CutShort(Exception):
-    """Raised when a stream ends or breaks before all that its head announced has arrived."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,19 +169,6 @@ def read_row_numbers(body: bytes) -> tuple[list[int], Fields | None]:
     return [row for column in columns for row in column.to_numpy().tolist()], fields
 
 
-class Source(Protocol):
-    """The body of an HTTP answer while it arrives, as the file that pyarrow reads."""
-
-    @property
-    def closed(self) -> bool:
-        """True once it can be read no more."""
-        ...
-
-    def read(self, size: int = -1, /) -> bytes:
-        """Read the next `size` bytes, fewer only at the end."""
-        ...
-
-
 class StreamReader:
     """Reads a stream while it arrives: iterate over `targets()`, or over the parts of its `array()`.
 
@@ -195,16 +178,8 @@ class StreamReader:
     """
 
     def __init__(self, source: Source) -> None:
-        self._messages = pa.ipc.MessageReader.open_stream(source)
-        message = self._next()
-        if message is None or message.type != "schema":
-            raise CutShort("there is no schema") if message is None else InvalidInput("a stream begins with a schema")
-        try:
-            self._schema = pa.ipc.read_schema(message)
-            _ = self._schema.names  # a name that is not UTF-8 is found when it is asked for
-        except (pa.ArrowException, ValueError) as error:
-            raise InvalidInput(f"the stream's schema cannot be read: {error}") from error
-        self.head = StreamHead.of(self._schema)
+        self._stream = CheckedStream(source)
+        self.head = StreamHead.of(self._stream.schema)
 
     def targets(self) -> Iterator[Targets]:
         """Read one `Targets` per record batch; raises as the class does."""
@@ -223,30 +198,10 @@ class StreamReader:
 
     def _batches(self) -> Iterator[Any]:
         batches = length = 0
-        while (message := self._next()) is not None:
-            batch = self._batch(message)
+        for batch in self._stream.batches():
             batches, length = batches + 1, length + batch.num_rows
             if batches > self.head.batches or length > self.head.length:
                 raise InvalidInput(f"the stream is longer than the {self.head.length} it promised")
             yield batch
         if (batches, length) != (self.head.batches, self.head.length):
             raise CutShort(f"{length} of {self.head.length} arrived")
-
-    def _batch(self, message: Any) -> Any:
-        try:
-            # A small compressed batch could unpack to any size.
-            if message.type != "record batch" or wire.is_compressed(message.metadata.to_pybytes()):
-                raise InvalidInput("the stream has something else than plain, uncompressed record batches")
-            batch = pa.ipc.read_record_batch(message, self._schema)
-            batch.validate(full=True)
-        except (pa.ArrowException, ValueError, struct.error) as error:
-            raise InvalidInput(f"a record batch cannot be read: {error}") from error
-        return batch
-
-    def _next(self) -> Any:
-        try:
-            return self._messages.read_next_message()
-        except StopIteration:
-            return None
-        except (pa.ArrowException, OSError, EOFError) as error:
-            raise CutShort(f"the stream breaks off: {error}") from error

@@ -9,9 +9,9 @@ import pytest
 
 from potstill.cache import Fields, Targets
 from potstill.cache.errors import InvalidInput, WireVersionError
+from potstill.cache.wire.messages import CutShort
 from potstill.cache.wire.stream import (
     END,
-    CutShort,
     StreamHead,
     StreamReader,
     coalesced,
