@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from potstill.cache.errors import InvalidInput
+from potstill.cache.errors import InvalidInput, Unavailable
 from potstill.teacher_service.access.auth import Caller
-from potstill.teacher_service.access.keys_file import hash_key, is_readable_by_others, read_keys
+from potstill.teacher_service.access.keys_file import hash_key, read_keys
 
 _LOG = logging.getLogger(__name__)
 _CHECK_SECONDS = 1.0  # one look at the file a second, however many requests come
@@ -18,7 +18,10 @@ _LONGEST_KEY = 256  # characters; the time to hash one must not grow with what a
 
 
 class KeyRing:
-    """Finds the caller of a key. A file that breaks while the service runs is logged, and the old keys stay.
+    """Finds the caller of a key.
+
+    While the file cannot be read, no key is good: a key that was taken away must not live on by a file whose owner or
+    text went wrong. The log says why, `/readyz` and a metric say that it is so, and callers are told to come back.
 
     Args:
         path: the TOML file that `potstill keys` wrote.
@@ -34,15 +37,24 @@ class KeyRing:
         self._version = _version(path)
         self._checked = clock()
         self._records = tuple(read_keys(path).values())
-        if is_readable_by_others(path):
-            _LOG.warning("%s: others may read names, roles and hashes of the API keys; chmod 600", path)
+        self._failed = False
+
+    @property
+    def failed(self) -> bool:
+        """True while the file cannot be read, so that no key is good."""
+        self._refresh()
+        return self._failed
 
     def find(self, key: str) -> Caller | None:
         """Look up the caller that has the key, or None.
 
         Every hash is compared, each in constant time, so that the time tells nothing about what is in the file.
+
+        Raises:
+            Unavailable: the file cannot be read now.
         """
-        self._refresh()
+        if self.failed:
+            raise Unavailable("the service cannot read its API keys; its log says why")
         given = hash_key(key[:_LONGEST_KEY])
         found: Caller | None = None
         for record in self._records:
@@ -51,15 +63,17 @@ class KeyRing:
         return found
 
     def reload(self) -> None:
-        """Read the file again now. When it is broken, the keys stay as they were."""
+        """Read the file again now."""
         self._checked = self._clock()
         # Before the content: a change in between is then seen as one at the next look, not missed.
         self._version = _version(self._path)
         try:
             self._records = tuple(read_keys(self._path).values())
         except InvalidInput as error:
-            _LOG.error("the API keys stay as they were: %s", error.detail)
+            self._records, self._failed = (), True
+            _LOG.error("no API key is good until this is mended: %s", error.detail)
         else:
+            self._failed = False
             _LOG.info("%s: %d API keys", self._path, len(self._records))
 
     def _refresh(self) -> None:

@@ -67,9 +67,13 @@ def read_keys(path: Path) -> dict[str, KeyRecord]:
     except OSError as error:
         way_out = f"make it with `potstill keys add NAME --role admin --file {path}`"
         raise InvalidInput(f"{path}: cannot be read: {error.strerror or error}; {way_out}") from error
+    if not os.access(path, os.R_OK):
+        way_out = "chown it to the user that serves, or chmod 644: it holds names, roles and hashes, no keys"
+        raise InvalidInput(f"{path}: user {os.geteuid()} may not read it (mode {mode & 0o777:o}); {way_out}")
     table = read_toml(path)
     if mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise InvalidInput(f"{path}: others may write it (mode {mode & 0o777:o}) and make themselves admins; chmod 600")
+        what = f"others may write it (mode {mode & 0o777:o}) and make themselves admins"
+        raise InvalidInput(f"{path}: {what}; chmod go-w")
     keys = table.get("keys", {})
     if set(table) - {"keys"} or not isinstance(keys, dict):
         raise InvalidInput(f"{path}: only tables [keys.NAME] belong here")
@@ -77,11 +81,6 @@ def read_keys(path: Path) -> dict[str, KeyRecord]:
     if len({record.sha256 for record in records.values()}) < len(records):
         raise InvalidInput(f"{path}: two names have the same sha256; every name needs its own key")
     return records
-
-
-def is_readable_by_others(path: Path) -> bool:
-    """True where others than the owner may read the file, which tells names and roles though no keys."""
-    return bool(path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH))
 
 
 def add_key(path: Path, name: str, role: Role, quota: Quota) -> str:
@@ -131,13 +130,14 @@ def _changing(path: Path) -> Iterator[dict[str, KeyRecord]]:
 
 
 def _write(path: Path, records: Mapping[str, KeyRecord]) -> None:
-    """Put a whole file in place of the old one, readable by the owner only."""
+    """Put a whole file in place of the old one, with its owner and mode; a new one is readable by the owner only."""
     text = "".join(_table(record) for record in records.values())
     try:
         # In the same folder, as only a rename within a file system replaces the old file at once.
         number, fresh = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)  # with mode 600
         try:
             with os.fdopen(number, "w", encoding="utf-8") as file:
+                _own_like(path, number)
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
@@ -147,6 +147,25 @@ def _write(path: Path, records: Mapping[str, KeyRecord]) -> None:
             raise
     except OSError as error:
         raise InvalidInput(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def _own_like(path: Path, number: int) -> None:
+    """Give an open file the owner, group and mode of `path`, if that is there.
+
+    The user who changes keys, often root, need not be the one who serves, and who has to read them on.
+    """
+    try:
+        old = path.stat()
+    except FileNotFoundError:
+        return
+    mine = os.fstat(number)
+    if (mine.st_uid, mine.st_gid) != (old.st_uid, old.st_gid):
+        try:
+            os.fchown(number, old.st_uid, old.st_gid)
+        except PermissionError as error:
+            who = f"user {old.st_uid} and group {old.st_gid}"
+            raise InvalidInput(f"{path}: belongs to {who}; change keys as that user, or as root") from error
+    os.fchmod(number, stat.S_IMODE(old.st_mode))
 
 
 def _table(record: KeyRecord) -> str:

@@ -61,6 +61,11 @@ class Access:
         audit = Audit(None if settings.audit_file is None else Path(settings.audit_file))
         return cls(keys, audit, OPEN_PATHS | {"/metrics"} if settings.open_metrics else OPEN_PATHS)
 
+    @property
+    def failed(self) -> bool:
+        """True while there are keys that cannot be read, so that no caller is known."""
+        return self.keys is not None and self.keys.failed
+
     def is_open(self, path: str) -> bool:
         """True where a path is answered without a key."""
         return path in self.open_paths or path.startswith("/static/")
@@ -69,7 +74,7 @@ class Access:
         """Find the caller of a request by its headers.
 
         Raises:
-            Unauthenticated: no key, or an unknown one.
+            Unauthenticated: no key, or an unknown one. Unavailable: the keys cannot be read now.
         """
         if self.keys is None:
             return EVERYBODY
@@ -123,7 +128,7 @@ class AccessApp:
             return
         try:
             who = self._access.identify(Headers(scope=scope))
-        except Unauthenticated as error:
+        except PotstillError as error:
             if not self._access.is_open(scope["path"]):
                 await self._refuse(error, scope, receive, send)
                 return
@@ -135,12 +140,12 @@ class AccessApp:
         else:
             await self._app(scope, receive, send)
 
-    async def _refuse(self, error: Unauthenticated, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _refuse(self, error: PotstillError, scope: Scope, receive: Receive, send: Send) -> None:
         if _is_admin_action(scope):
             await self._record_unknown(error, scope)
         await self._answer_error(Request(scope), error)(scope, receive, send)
 
-    async def _record_unknown(self, error: Unauthenticated, scope: Scope) -> None:
+    async def _record_unknown(self, error: PotstillError, scope: Scope) -> None:
         """Write at most one line a second: callers without a key must not be able to fill the disk."""
         if time.monotonic() - self._unknown_told < _UNKNOWN_SECONDS:
             self._unknown_left_out += 1

@@ -10,6 +10,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from potstill.cache.errors import Unavailable
+from potstill.teacher_service.access import Access
 from potstill.teacher_service.admission import Admission
 from potstill.teacher_service.hosting.hosted_teacher import HostedTeacher, State
 from potstill.teacher_service.replicas import ReplicaPool, ReplicaState
@@ -20,14 +21,17 @@ _LONGEST_LABEL = 64
 class ServiceCollector(Collector):
     """Admission's counts and queues; the state, the replicas and the cache of every teacher."""
 
-    def __init__(self, admission: Admission, teachers: Mapping[str, HostedTeacher]) -> None:
+    def __init__(self, admission: Admission, teachers: Mapping[str, HostedTeacher], access: Access) -> None:
         self._admission = admission
         self._teachers = teachers
+        self._access = access
 
     def collect(self) -> Iterator[Metric]:
         """See `prometheus_client`."""
         teachers = list(self._teachers.values())
         pools = {teacher.name: pool for teacher in teachers if (pool := pool_of(teacher)) is not None}
+        unreadable = "1 while the file of API keys cannot be read, so that no key is good."
+        yield GaugeMetricFamily("potstill_keys_unreadable", unreadable, value=float(self._access.failed))
         yield from self._admitted()
         yield from self._queues()
         yield _states(teachers)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 
 from potstill.cache.errors import error_kinds
+from potstill.teacher_service.access import Access
 from potstill.teacher_service.admission import Admission
 from potstill.teacher_service.hosting.collectors import ServiceCollector
 from potstill.teacher_service.hosting.hosted_teacher import HostedTeacher
@@ -26,7 +27,7 @@ _LATENCY_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 10
 class Metrics:
     """The counters of one service."""
 
-    def __init__(self, admission: Admission, teachers: Mapping[str, HostedTeacher]) -> None:
+    def __init__(self, admission: Admission, teachers: Mapping[str, HostedTeacher], access: Access) -> None:
         self._registry = registry = CollectorRegistry()
         self.requests = Counter(
             "potstill_requests", "Requests answered.", ["method", "route", "status"], registry=registry
@@ -51,7 +52,7 @@ class Metrics:
             self.refusals.labels(kind)
         self.rows = Counter("potstill_scored_rows", "Rows answered.", ["teacher"], registry=registry)
         self.tokens = Counter("potstill_scored_tokens", "Tokens answered.", ["teacher"], registry=registry)
-        registry.register(ServiceCollector(admission, teachers))
+        registry.register(ServiceCollector(admission, teachers, access))
         ProcessCollector(registry=registry)
 
     @contextmanager

@@ -44,9 +44,9 @@ class Service:
         self.teachers = {teacher.name: teacher for teacher in teachers}
         self.cache = cache
         self.admission = Admission(limits or LimitSettings())
-        self.metrics = Metrics(self.admission, self.teachers)
-        self.admin = TeacherAdmin(self.teachers, source or TeacherSource(), self.admission)
         self.access = access or Access()
+        self.metrics = Metrics(self.admission, self.teachers, self.access)
+        self.admin = TeacherAdmin(self.teachers, source or TeacherSource(), self.admission)
         self.fills = FillJobs(cache, self.limits)
 
     @property
@@ -58,8 +58,11 @@ class Service:
     def ready(self) -> bool:
         """True where every teacher is up that the service was started with, or that was up since.
 
-        A service without teachers is ready where it has a cache, whose committed targets it serves all the same.
+        A service without teachers is ready where it has a cache, whose committed targets it serves all the same. One
+        that cannot read its keys answers nobody.
         """
+        if self.access.failed:
+            return False
         if not self.teachers:
             return self.cache is not None
         return all(teacher.in_order for teacher in self.teachers.values())

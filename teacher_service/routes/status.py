@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse
 
 from potstill.teacher_service.hosting import Service
 
+_NO_KEYS = "the API keys cannot be read, so nobody is let in; the log says why"
 _NO_TEACHER = "there is no teacher; what the cache has committed is served"
 _NOTHING = "there is no teacher and no cache; add a teacher with `potstill teachers add NAME=MODEL`"
 
@@ -32,7 +33,9 @@ def add_status_routes(app: FastAPI, service: Service) -> None:
         failures = {name: teacher.failure for name, teacher in service.teachers.items() if teacher.failure}
         if failures:
             content["failures"] = failures
-        if not states:
+        if service.access.failed:
+            content["detail"] = _NO_KEYS
+        elif not states:
             content["detail"] = _NO_TEACHER if service.ready else _NOTHING
         return JSONResponse(content, status_code=200 if service.ready else 503)
 
