@@ -11,9 +11,15 @@ from typing import ClassVar
 
 from potstill.cache.logins import without_login
 
+_BEGIN_CHARACTERS = 700
+_END_CHARACTERS = 300
+
 
 class PotstillError(Exception):
-    """Base class of all errors that are raised on purpose; `str(error)` is for people, and has no login of any URL."""
+    """Base class of all errors that are raised on purpose.
+
+    `str(error)` is for people: it has no login of any URL, and of a text over 1,000 characters only begin and end.
+    """
 
     kind: ClassVar[str] = "internal"
     status: ClassVar[int] = 500
@@ -26,7 +32,7 @@ class PotstillError(Exception):
         cls.retryable = retryable or cls.retryable
 
     def __init__(self, *args: object, retry_after: float | None = None) -> None:
-        super().__init__(*(without_login(arg) if isinstance(arg, str) else arg for arg in args))
+        super().__init__(*(_shown(arg) if isinstance(arg, str) else arg for arg in args))
         self.retry_after = retry_after
         """Seconds after which the same call may succeed; None when that is not known."""
 
@@ -122,6 +128,15 @@ class RequestTimeout(PotstillError, kind="request_timeout", status=408, retryabl
 
 class DeadlineExceeded(PotstillError, kind="deadline_exceeded", status=504):
     """The caller's deadline passed before there was an answer."""
+
+
+def _shown(text: str) -> str:
+    text = without_login(text)
+    left_out = len(text) - _BEGIN_CHARACTERS - _END_CHARACTERS
+    if left_out <= 0:
+        return text
+    # A caller's value that is quoted may be megabytes. What is wrong stands before it, and the way out behind.
+    return f"{text[:_BEGIN_CHARACTERS]}...({left_out} characters left out)...{text[-_END_CHARACTERS:]}"
 
 
 def _tree(root: type[PotstillError]) -> Iterator[type[PotstillError]]:

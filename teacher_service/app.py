@@ -31,7 +31,6 @@ from potstill.teacher_service.transport.headers import error_headers
 from potstill.teacher_service.watched_app import WatchedApp
 
 _LOG = logging.getLogger(__name__)
-_DETAIL_CHARACTERS = 1000
 
 
 def create_app(service: Service, *, tracer: OtelTracer | None = None) -> FastAPI:
@@ -66,8 +65,7 @@ def _add_error_answers(app: FastAPI, metrics: Metrics) -> Callable[[Request, Pot
         request: Request, status: int, kind: str, detail: str, headers: Mapping[str, str] | None = None
     ) -> Response:
         metrics.refusals.labels(kind).inc()
-        detail = detail[:_DETAIL_CHARACTERS]  # a message may quote what the caller sent
-        if is_openai_path(request.url.path):
+        if is_openai_path(request.scope["path"]):
             return error_response(status, detail, headers)
         return JSONResponse({"kind": kind, "detail": detail}, status_code=status, headers=headers)
 
@@ -82,14 +80,14 @@ def _add_error_answers(app: FastAPI, metrics: Metrics) -> Callable[[Request, Pot
     async def on_validation(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        return answer(request, InvalidInput.status, InvalidInput.kind, f"{where}: {first['msg']}")
+        return answer_error(request, InvalidInput(f"{where}: {first['msg']}"))
 
     @app.exception_handler(HTTPException)
     async def on_http(request: Request, error: HTTPException) -> Response:
         if isinstance(error.__cause__, PotstillError):
             return answer_error(request, error.__cause__)  # FastAPI hides what went wrong while it read a body
         kind = NotFound.kind if error.status_code == NotFound.status else InvalidInput.kind
-        detail = f"{request.method} {request.url.path[:200]}: {error.detail}"
+        detail = f"{request.method} {_path(request)}: {error.detail}"
         return answer(request, error.status_code, kind, detail, error.headers)
 
     @app.exception_handler(ClientDisconnect)
@@ -99,7 +97,12 @@ def _add_error_answers(app: FastAPI, metrics: Metrics) -> Callable[[Request, Pot
     @app.exception_handler(Exception)
     async def on_bug(request: Request, _: Exception) -> Response:
         # The server logs the traceback when this exception reaches it; the caller learns no insides.
-        _LOG.error("%s %s failed unexpectedly; the traceback follows", request.method, request.url.path)
+        _LOG.error("%s %s failed unexpectedly; the traceback follows", request.method, _path(request))
         return answer(request, 500, PotstillError.kind, "the service failed unexpectedly; its log has the cause")
 
     return answer_error
+
+
+def _path(request: Request) -> str:
+    """The path, as far as a message or log line tells it."""
+    return str(request.scope["path"][:200])

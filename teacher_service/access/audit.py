@@ -24,11 +24,16 @@ _LOG = logging.getLogger("potstill.audit")
 _SECRET_WORDS = ("key", "token", "secret", "password", "authorization")
 _SECRETS = (
     (re.compile(r"://[^/?#\s]*@"), "://...@"),
-    (re.compile(rf"([?&;][^=&;\s]*(?:{'|'.join(_SECRET_WORDS)})[^=&;\s]*=)[^&;#\s]*", re.IGNORECASE), r"\1..."),
+    (
+        re.compile(rf"([?&;](?=[^?=&;\s]*?(?:{'|'.join(_SECRET_WORDS)}))[^?=&;\s]*+=)[^&;#\s]*+", re.IGNORECASE),
+        r"\1...",
+    ),
     (re.compile(r"\b(bearer|basic)\s+\S+", re.IGNORECASE), r"\1 ..."),
     (re.compile(r"potstill_\S+"), "potstill_..."),
 )
-"""Patterns and their replacements: a URL's userinfo and secret parameters, credentials of a header, our API keys."""
+"""Patterns and their replacements: a URL's userinfo and secret parameters, credentials of a header, our API keys.
+No two places where one may begin look at the same characters, so that each takes time linear in a caller's text."""
+_DEEPEST = 32  # levels of a body; no settings have so many
 _LONGEST_TEXT = 500  # characters: a name or a message fits, and no caller can fill the disk with one request
 DETAIL_BYTES = 16 * 2**10
 """Longest request body that is kept; of a longer one the line tells only the length."""
@@ -90,11 +95,14 @@ def detail_of(body: bytes) -> JSON:
         return f"{len(body)} bytes that are not JSON"
 
 
-def _without_secrets(value: JSON) -> JSON:
+def _without_secrets(value: JSON, levels: int = _DEEPEST) -> JSON:
+    if not levels:
+        return "..."
     if isinstance(value, dict):
-        return {_text(key): "..." if _is_secret(key, item) else _without_secrets(item) for key, item in value.items()}
+        hidden = {key: "..." if _is_secret(key, item) else item for key, item in value.items()}
+        return {_text(key): _without_secrets(item, levels - 1) for key, item in hidden.items()}
     if isinstance(value, list):
-        return [_without_secrets(item) for item in value]
+        return [_without_secrets(item, levels - 1) for item in value]
     return _text(value) if isinstance(value, str) else value
 
 

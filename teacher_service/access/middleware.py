@@ -35,7 +35,8 @@ OPEN_PATHS = frozenset({"/", "/health", "/healthz", "/readyz"})
 """Paths that are answered without a key, like everything under `/static/`: health checks, and the page that asks for a
 key."""
 
-_READS = frozenset({"GET", "HEAD", "OPTIONS"})
+READS = frozenset({"GET", "HEAD", "OPTIONS"})
+"""Methods that change nothing."""
 _LONGEST_TARGET = 300
 _CLIENT_LEFT = 499  # nginx's status for a client that did not wait for its answer
 _UNKNOWN_SECONDS = 1.0
@@ -201,7 +202,7 @@ class _Audited:
 
 
 def _line(scope: Scope, caller: str, status: int, detail: JSON) -> AuditLine:
-    route = _route(scope)
+    route = route_of(scope)
     return AuditLine(
         caller=caller,
         action=f"{scope['method']} {route.path if route is not None else ''}",
@@ -214,12 +215,12 @@ def _line(scope: Scope, caller: str, status: int, detail: JSON) -> AuditLine:
 
 def _is_admin_action(scope: Scope) -> bool:
     """True where the request would change something that only admins may change."""
-    route = None if scope["method"] in _READS else _route(scope)
+    route = None if scope["method"] in READS else route_of(scope)
     needed = [] if route is None else [declared.dependency for declared in route.dependencies]
     return any(isinstance(role, allow) and role.role is Role.ADMIN for role in needed)
 
 
-def _route(scope: Scope) -> APIRoute | None:
+def route_of(scope: Scope) -> APIRoute | None:
     """The route that will answer. Looked up here because the router does so only after this middleware."""
     routes = (route for route in scope["app"].routes if isinstance(route, APIRoute))
     return next((route for route in routes if route.matches(scope)[0] is Match.FULL), None)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from potstill.cache.errors import BodyTooLarge, RequestTimeout
 from potstill.teacher_service.access.auth import current_caller
+from potstill.teacher_service.access.middleware import READS, route_of
 from potstill.teacher_service.admission import Admission
 from potstill.teacher_service.transport.connections import ABORT
 from potstill.teacher_service.transport.streamed import disconnected
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 _SLICE_BYTES = 256 * 2**10  # large enough that slicing costs nothing, small enough for a slow client's `body_seconds`
+# A body of settings becomes Python objects before any of them is checked, and an error for each that is wrong.
+_MOST_SETTINGS = ("the 64 KiB that settings may have", 64 * 2**10)
 _HELD = "held_until_answered"
 
 
@@ -41,7 +44,8 @@ class BoundedTransfers:
         self._app = app
         self._admission = admission
         # A body over the bound of all together would be told to come back later for ever.
-        self._most_body_bytes = admission.limits.smallest("max_body_bytes", "max_body_bytes_in_flight")
+        name, most = admission.limits.smallest("max_body_bytes", "max_body_bytes_in_flight")
+        self._most = (f"{name}={most}; send fewer rows per request", most)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -50,12 +54,19 @@ class BoundedTransfers:
             return
         with ExitStack() as held:
             scope.setdefault("state", {})[_HELD] = held
-            body = _Body(self._admission, self._most_body_bytes, receive)
+            most = _MOST_SETTINGS if _takes_settings(scope) else self._most
+            body = _Body(self._admission, most, receive)
             held.callback(body.release)
             try:
                 await self._app(scope, body.receive, _in_slices(send, self._admission.limits.body_seconds))
             except _GivenUp:
                 await _drop(scope, receive)
+
+
+def _takes_settings(scope: Scope) -> bool:
+    """True where FastAPI reads the body into a model; other routes read theirs by themselves."""
+    route = None if scope["method"] in READS else route_of(scope)
+    return route is not None and route.body_field is not None
 
 
 class _Body:
@@ -105,9 +116,9 @@ class _Body:
             ) from error
 
     def _hold(self, num_bytes: int) -> None:
-        name, most = self._most
+        limit, most = self._most
         if self._held + num_bytes > most:
-            raise BodyTooLarge(f"the body is over {name}={most}; send fewer rows per request")
+            raise BodyTooLarge(f"the body is over {limit}")
         self._bound.take(self._key, num_bytes, own=self._held)
         self._held += num_bytes
 

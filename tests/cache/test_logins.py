@@ -20,6 +20,10 @@ from potstill.cache.logins import without_login
         ("//u:SECRET@h", "//h"),
         ("http:/u:SECRET@h", "h"),
         ("far=any:SECRET@up", "far=up"),
+        ("any:SE//CRET@up", "up"),
+        ("a=any:SECRET@up//b:SECRET@c", "a=up//c"),
+        ("http://any:SE=CR:ET@up", "http://up"),
+        ("any:SECRET@", ""),
     ],
 )
 def test_no_login_is_left(text: str, shown: str) -> None:
@@ -39,6 +43,14 @@ def test_no_login_is_left(text: str, shown: str) -> None:
 )
 def test_what_is_no_login_stays(text: str) -> None:
     assert without_login(text) == text
+
+
+def test_of_a_long_message_begin_and_end_are_left() -> None:
+    error = InvalidInput(f"the name {'//any:SECRET@h/' * 10_000!r} is not a name; choose another")
+    assert len(error.detail) < 1100
+    assert error.detail.startswith("the name '//h/")
+    assert error.detail.endswith("' is not a name; choose another")
+    assert "SECRET" not in error.detail
 
 
 def test_an_errors_line_has_none() -> None:

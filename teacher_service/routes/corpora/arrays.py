@@ -80,7 +80,7 @@ class CorpusReading:
             if not 0 <= start < end <= array.length:
                 raise InvalidInput(f"start={start} and stop={end} are not a range of {array.length}; give start < stop")
             # A deleted annotation may be made again under its name: its version tells the two apart.
-            etag = strong_etag(wire.ARROW_MEDIA_TYPE, fingerprint, request.url.path, array.version, start, end)
+            etag = strong_etag(wire.ARROW_MEDIA_TYPE, fingerprint, request.scope["path"], array.version, start, end)
             return _pieces(fingerprint, array, start, end), etag
 
         pieces, etag = await self.in_thread(planned)

@@ -37,10 +37,17 @@ from tests.support.waiting import eventually
         ({"note": "mine is potstill_abc-DEF_1"}, {"note": "mine is potstill_..."}),
         ({"potstill_abc": 1}, {"potstill_...": 1}),
         ({"batch_tokens": 4096, "tokens": ["hush"]}, {"batch_tokens": 4096, "tokens": "..."}),
+        ({"model": "http://host/?next=a?my_key=hush;sort=key"}, {"model": "http://host/?next=a?my_key=...;sort=key"}),
     ],
 )
 def test_the_audit_keeps_no_secret_wherever_it_stands(sent: JSON, kept: JSON) -> None:
     assert detail_of(json.dumps(sent).encode()) == kept
+
+
+def test_the_audit_keeps_no_more_levels_than_any_line_can_be_made_of() -> None:
+    kept = json.dumps(detail_of(b'{"options": %s}' % (b"[" * 470 + b"]" * 470)))
+    assert kept.count("[") < 40
+    assert '"..."' in kept
 
 
 @asynccontextmanager

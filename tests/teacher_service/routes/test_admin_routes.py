@@ -168,3 +168,12 @@ def test_replicas_and_limits_for_autoscaling_are_not_mixed(url: str) -> None:
         assert "either replicas" in refused(http.put(address, json=body), 422, "invalid_input")
     assert "Ray" in refused(http.put(address, json={"autoscale": limits}), 422, "limit_exceeded")
     assert http.put(address, json={"replicas": 1, "autoscale": None}).json()["target"] == 1
+
+
+def test_settings_are_small(url: str) -> None:
+    path = f"{url}/v1/teachers/mirror"
+    many = {"model": "m", **dict.fromkeys(map(str, range(20_000)), 1)}
+    assert "64 KiB" in refused(http.put(path, json=many), 413, "body_too_large")
+    unknown = refused(http.put(path, json={"model": "m", "u:SECRET@h" + "x" * 5000: 1}), 422, "invalid_input")
+    assert len(unknown) < 1100
+    assert "SECRET" not in unknown
