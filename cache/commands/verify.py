@@ -31,7 +31,9 @@ _INTERRUPTED = 128 + 2
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     add_root_argument(parser)
-    parser.add_argument("--json", action="store_true", help='print {"ok", "shards_checked", "corrupt"}')
+    parser.add_argument(
+        "--json", action="store_true", help='print {"ok", "shards_checked", "corrupt"}, and "unreachable" if any'
+    )
     parser.add_argument("--decode", action="store_true", help="also decode all values, as a reader does (slower)")
     parser.add_argument("--jobs", type=int, default=4, help="groups read at one time (default %(default)s)")
     live = parser.add_argument_group("against a live teacher (reads and scores the sample only)")
@@ -47,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check, and print the findings; exit status 1 when anything is damaged or has drifted, 130 when stopped."""
+    """Check, and print the findings; exit status 1 when anything is not as committed or drifted, 130 when stopped."""
     if args.live is not None:
         return _run_live(args)
     if args.corpus is not None:
@@ -63,15 +65,25 @@ class _Summary:
     others: int = 0
     corrupt: dict[str, None] = field(default_factory=dict)
     """Lines in the order of their finding, each once: a damaged rank table or manifest is met at every shard."""
+    unreachable: dict[str, None] = field(default_factory=dict)
+    """One line for each group that the store did not give; they count as not checked."""
     again: dict[tuple[str, str], list[int]] = field(default_factory=dict)
     """Shards that have to be scored again, by segment set and the options of the prefill that does it."""
 
     @property
     def nothing(self) -> bool:
         """True when nothing was checked; that counts as a failure, as it is more likely a wrong path."""
-        return not (self.shards or self.others)
+        return not (self.shards or self.others or self.unreachable)
+
+    @property
+    def looked_at(self) -> int:
+        """Number of groups that were checked or tried."""
+        return self.shards + self.others + len(self.unreachable)
 
     def add(self, checked: Checked) -> None:
+        if checked.unreachable:
+            self.unreachable[checked.unreachable] = None
+            return
         self.corrupt.update(dict.fromkeys(checked.problems))
         if checked.refill:
             path, _, commit = checked.path.rpartition("/commits/")
@@ -97,12 +109,15 @@ def _run_checks(args: argparse.Namespace) -> int:
                 for checked in checks:
                     found.add(checked)
                     note = f"{len(found.corrupt):,} corrupt" if found.corrupt else ""
-                    show(found.shards + found.others, total, note)
+                    show(found.looked_at, total, note)
         except KeyboardInterrupt:
             stopped = True
-    ok = not found.corrupt and not stopped and not found.nothing
+    ok = not (found.corrupt or found.unreachable or stopped or found.nothing)
     if args.json:
-        print(json.dumps({"ok": ok, "shards_checked": found.shards, "corrupt": list(found.corrupt)}, indent=1))
+        answer: dict[str, Any] = {"ok": ok, "shards_checked": found.shards, "corrupt": list(found.corrupt)}
+        if found.unreachable:
+            answer["unreachable"] = list(found.unreachable)
+        print(json.dumps(answer, indent=1))
     else:
         _print_findings(args.cache, found, stopped=stopped, total=total)
     if stopped:
@@ -113,14 +128,18 @@ def _run_checks(args: argparse.Namespace) -> int:
 def _print_findings(root: str, found: _Summary, *, stopped: bool, total: int) -> None:
     for line in found.corrupt:
         print(f"corrupt: {line}")
+    for line in found.unreachable:
+        print(f"unreachable: {line}")
     _print_ways_out(root, found)
     if found.nothing and not stopped:
         print(f"there is nothing to check in {without_login(root)}; `potstill ingest` makes a cache")
         return
     checked = f"{counted(found.shards, 'shard')} and {counted(found.others, 'other group')} checked"
     corrupt = counted(len(found.corrupt), "corrupt object")
+    if found.unreachable:
+        corrupt += f", {counted(len(found.unreachable), 'group')} not checked, as the store did not give it"
     if stopped:
-        left = max(total - found.shards - found.others, 0)
+        left = max(total - found.looked_at, 0)
         print(f"stopped: {checked}, {corrupt}; about {counted(left, 'group')} not looked at")
     else:
         print(f"{checked}, {corrupt}")

@@ -39,7 +39,7 @@ from potstill.cache.targets.segment import SegmentRange, read_segment_ranges
 from potstill.cache.targets.target_set import segment_set_paths, target_set_paths
 from potstill.cache.targets.verification import corrupt_shard_objects, corrupt_shared_objects
 
-# Errors that damage can raise. A store that fails for one object is a finding too: the others are still worth checking.
+# Errors that end the check of one group: the others are still worth checking. All but StoreError mean damage.
 _FINDINGS = (CorruptSegment, FormatError, SpecMismatch, NotFound, InvalidInput, StoreError)
 # A segment set remembers the commits it read, about 5 KB each; it is opened anew after so many shards.
 _SHARDS_AT_ONCE = 1024
@@ -57,6 +57,8 @@ class Checked:
     """One line for each object that is not what was committed; none when the group is intact."""
     refill: str = ""
     """Options for the `potstill prefill` that scores the shard again; empty when it need not be deleted."""
+    unreachable: str = ""
+    """One line that says why the store did not give the group, whose bytes may be intact; empty when it did."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,8 @@ class _Check:
 def check_cache(root: Root, *, decode: bool = False, jobs: int = 1) -> Generator[Checked, None, None]:
     """Check what is published, `jobs` groups at a time; results come in the store's order.
 
-    Closing the iterator waits for the groups that are being read, and starts no others.
+    Closing the iterator waits for the groups that are being read, and starts no others. Where a listing fails, the last
+    result says so, and what it would have listed is not checked.
     """
     checks = _checks(root, decode=decode)
     if jobs == 1:
@@ -103,10 +106,11 @@ def _run(check: _Check) -> Checked:
     try:
         problems = check.run()
         own = any(_is_of_shard(check.path, problem) for problem in problems)
+    except StoreError as error:
+        return Checked(check.path, check.is_shard, (), unreachable=_line(check.path, error))
     except _FINDINGS as error:
         problems = [_line(check.path, error)]
-        # Bytes that the store does not give now may be intact: never advise to delete them.
-        own = not isinstance(error, StoreError) and _is_of_shard(check.path, error.detail)
+        own = _is_of_shard(check.path, error.detail)
     return Checked(check.path, check.is_shard, tuple(problems), check.refill if own else "")
 
 
@@ -121,6 +125,13 @@ def _line(path: str, error: PotstillError) -> str:
 
 
 def _checks(root: Root, *, decode: bool) -> Iterator[_Check]:
+    try:
+        yield from _listed_checks(root, decode=decode)
+    except StoreError as error:
+        yield _refused(root.url, error)
+
+
+def _listed_checks(root: Root, *, decode: bool) -> Iterator[_Check]:
     for name in root.folders("corpora"):
         yield from _corpus_checks(root, name, decode=decode)
     for target_set in target_set_paths(root):
@@ -139,7 +150,7 @@ def _corpus_checks(root: Root, name: str, *, decode: bool) -> Iterator[_Check]:
             yield _finding(path, f"{path}/zarr.json is missing, and the corpus has annotations")
         return  # without annotations it was never sealed, or its targets tell
     except _FINDINGS as error:
-        yield _finding(path, _line(path, error))
+        yield _refused(path, error)
         return
     yield _Check(path, partial(_check_corpus, corpus, decode=decode))
     for annotation in list_annotations(root, corpus.annotated):
@@ -162,7 +173,7 @@ def _set_checks(root: Root, path: str, *, decode: bool) -> Iterator[_Check]:
             return
     except _FINDINGS as error:
         if published or not isinstance(error, NotFound):
-            yield _finding(path, _line(path, error))
+            yield _refused(path, error)
         return
     strangers = sorted(set(commits) - {commit_name(shard) for shard in range(corpus.num_shards)})
     if strangers:
@@ -170,6 +181,8 @@ def _set_checks(root: Root, path: str, *, decode: bool) -> Iterator[_Check]:
     yield _Check(path, partial(_check_shared, root, opened))
     try:
         shards = np.flatnonzero(opened.commits.committed)
+    except StoreError:
+        raise
     except _FINDINGS:
         return  # the manifest; no shard can be read, and `corrupt_shared_objects` says why
     for start in range(0, len(shards), _SHARDS_AT_ONCE):
@@ -180,7 +193,7 @@ def _shard_checks(root: Root, path: str, corpus: Corpus, shards: list[int], *, d
     try:
         segments = SegmentSet.open(root, path, corpus, Reading.open())
     except _FINDINGS as error:
-        yield _finding(path, _line(path, error))
+        yield _refused(path, error)
         return
     if segments is None:
         return  # deleted meanwhile
@@ -257,3 +270,12 @@ def _check_journal(root: Root, path: str, *, decode: bool) -> list[str]:
 
 def _finding(path: str, *problems: str) -> _Check:
     return _Check(path, lambda: list(problems))
+
+
+def _refused(path: str, error: PotstillError) -> _Check:
+    """A check that ends with the error that its group could not even be opened with."""
+
+    def fail() -> list[str]:
+        raise error
+
+    return _Check(path, fail)

@@ -8,6 +8,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ import pytest
 
 from benchmarks.bench_flips import Patient, all_faults
 from potstill.cache import Cache, Fields
-from potstill.cache.errors import CorruptSegment, InvalidInput, SpecMismatch
+from potstill.cache.errors import CorruptSegment, InvalidInput, SpecMismatch, StoreError
 from potstill.cache.store.root import Root
 from potstill.cache.targets.target_set import TargetSet
 from potstill.cache.types import Targets, Tokens
@@ -76,6 +77,56 @@ def test_the_command_names_what_is_damaged_and_the_way_out(
     assert set(found) == {"ok", "shards_checked", "corrupt"}
     assert not found["ok"]
     assert len(found["corrupt"]) == 1
+
+
+class Outage(Root):
+    """A store that does not answer for paths with `hidden` in them."""
+
+    hidden = ""
+
+    def get(self, path: str) -> bytes | None:
+        self._answer(path)
+        return super().get(path)
+
+    def sha256(self, path: str) -> str:
+        self._answer(path)
+        return super().sha256(path)
+
+    def _answer(self, path: str) -> None:
+        if self.hidden in path:
+            raise StoreError(f"{path}: the store does not answer")
+
+
+@pytest.mark.parametrize("hidden", ["targets/one/b/manifest.json", "/ids/c/", "corpora/a/zarr.json", "journal/"])
+def test_what_the_store_does_not_give_is_unreachable_and_not_corrupt(flip_cache: Path, hidden: str) -> None:
+    root = Outage.open(flip_cache)
+    root.hidden = hidden
+    checked = list(check_cache(root))
+    told = [each.unreachable for each in checked if each.unreachable]
+    assert told
+    assert all(hidden in line and line.endswith("the store does not answer") for line in told)
+    assert not any(each.problems or each.refill for each in checked)
+
+
+def test_the_command_tells_unreachable_from_corrupt(
+    flip_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A socket in place of a seal cannot be opened, as a file on a failing disk."""
+    copytree(flip_cache, tmp_path / "c")
+    monkeypatch.chdir(tmp_path / "c/corpora/b")
+    Path("zarr.json").unlink()
+    with socket.socket(socket.AF_UNIX) as taken:
+        taken.bind("zarr.json")
+    assert main(["verify", str(tmp_path / "c")]) == 1
+    told = capsys.readouterr().out
+    assert "unreachable: corpora/b: corpora/b/zarr.json: " in told or "unreachable: corpora/b/zarr.json: " in told
+    assert "corrupt: " not in told
+    assert ", 0 corrupt objects, " in told
+    assert "not checked, as the store did not give it" in told
+    assert main(["verify", str(tmp_path / "c"), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (found["ok"], found["corrupt"]) == (False, [])
+    assert any("corpora/b/zarr.json" in line for line in found["unreachable"])
 
 
 def test_a_commit_that_the_manifest_has_otherwise_is_told(flip_cache: Path, tmp_path: Path) -> None:
