@@ -3,7 +3,7 @@
 #   docker build --target cpu -t potstill:cpu .
 #   docker build --target gpu -t potstill:gpu .
 
-FROM python:3.11-slim-bookworm AS base
+FROM python:3.11-slim-bookworm@sha256:528257d48c1da0dcecc2e725d1ae34498d60c965f1241e39cd6a85a8859bdf84 AS base
 ENV PATH=/opt/potstill/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1

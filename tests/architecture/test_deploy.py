@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+import json
 import os
 import re
 import shutil
@@ -16,15 +16,14 @@ from typing import Any
 import pytest
 import yaml
 
-from potstill.cache.entry_points import command_entry_points
 from potstill.student_trainer.config import TrainConfig
-from potstill.teacher_service.settings.service import ServiceSettings, load_settings
+from potstill.teacher_service.settings.service import ServiceSettings
+from tests.architecture.deploy_files import DEPLOY, parsed, settings_of
 from tests.support import http
 from tests.support.fakes import FakeTeacher
 from tests.support.paths import ROOT
 from tests.support.processes.servers import hosted, serving_teachers
 
-DEPLOY = ROOT / "deploy"
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 JOBS = {name for name, service in SERVICES.items() if "profiles" in service}
@@ -33,6 +32,8 @@ DOCS = (ROOT / "docs" / "operations" / "deploying.md").read_text()
 FILLED_IN = {
     "S3_ACCESS_KEY": "potstill",
     "S3_SECRET_KEY": "s3-secret",
+    "S3_READER_ACCESS_KEY": "reader",
+    "S3_READER_SECRET_KEY": "reader-secret",
     "RAY_AUTH_TOKEN": "ray-token",
     "GRAFANA_PASSWORD": "grafana-password",
 }
@@ -60,36 +61,53 @@ def sources_of(service: Mapping[str, Any]) -> Iterator[str]:
         yield volume.split(":")[0]
 
 
-def parsed(argv: list[str]) -> argparse.Namespace:
-    """What our own command makes of a command line; wrong usage leaves by SystemExit."""
-    command = command_entry_points()[argv[0]].load()
-    parser = argparse.ArgumentParser(prog=argv[0], allow_abbrev=False)
-    command.add_arguments(parser)
-    return parser.parse_args(argv[1:])
-
-
-def settings_of(path: Path) -> ServiceSettings:
-    return load_settings(path, command_line={}, environment={})
-
-
-def yaml_documents(name: str) -> list[dict[str, Any]]:
-    return list(yaml.safe_load_all((DEPLOY / "kuberay" / name).read_text()))
-
-
-def containers(document: Any) -> Iterator[dict[str, Any]]:
-    if isinstance(document, dict):
-        yield from document.get("containers", ())
-        document = list(document.values())
-    if isinstance(document, list):
-        for part in document:
-            yield from containers(part)
+@each_service
+def test_every_image_of_others_is_named_by_version_and_digest(name: str) -> None:
+    image, _, tag = SERVICES[name]["image"].partition(":")
+    assert image
+    wanted = r"v?\d+\.\d+\S*@sha256:[0-9a-f]{64}"
+    assert tag == "${POTSTILL_TARGET:-cpu}" if image == "potstill" else re.fullmatch(wanted, tag)
 
 
 @each_service
-def test_every_image_has_a_tag_that_names_a_version(name: str) -> None:
-    image, _, tag = SERVICES[name]["image"].partition(":")
-    assert image
-    assert tag == "${POTSTILL_TARGET:-cpu}" if image == "potstill" else re.match(r"v?\d+\.\d+", tag)
+def test_no_container_can_gain_rights_or_change_its_image(name: str) -> None:
+    service = SERVICES[name]
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["pids_limit"] <= 4096
+    assert service["networks"]
+
+
+def test_a_trainer_meets_the_store_only_and_grafana_only_what_is_measured() -> None:
+    assert SERVICES["train"]["networks"] == SERVICES["ingest"]["networks"] == ["store"]
+    assert SERVICES["grafana"]["networks"] == SERVICES["prometheus"]["networks"] == ["metrics"]
+    used = {network for service in SERVICES.values() for network in service["networks"]}
+    assert used == set(COMPOSE["networks"])
+
+
+def test_only_what_needs_a_secret_has_it() -> None:
+    having = {
+        variable: {name for name, service in SERVICES.items() if variable in str(service.get("environment"))}
+        for variable in ("HF_TOKEN", "S3_SECRET_KEY", "RAY_AUTH_TOKEN")
+    }
+    assert having == {
+        "HF_TOKEN": {"potstill", "ray-worker"},
+        "S3_SECRET_KEY": {"potstill", "objects", "ingest", "prefill"},
+        "RAY_AUTH_TOKEN": {"potstill", "ray-head", "ray-worker"},
+    }
+
+
+def test_the_store_reads_its_identities_as_json(tmp_path: Path) -> None:
+    (script,) = SERVICES["objects"]["command"]
+    path = tmp_path / "identities.json"
+    script = script.replace("$$", "$").replace("/tmp/identities.json", str(path)).replace("exec weed", "true weed")
+    keys = {"WRITER": "w", "WRITER_SECRET": "ws", "READER": "r", "READER_SECRET": "rs"}
+    subprocess.run(["sh", "-c", script], check=True, env={"PATH": os.environ["PATH"], **keys})
+    identities = {each["name"]: each for each in json.loads(path.read_text())["identities"]}
+    assert identities["reader"]["credentials"] == [{"accessKey": "r", "secretKey": "rs"}]
+    assert identities["reader"]["actions"] == ["Read:potstill", "List:potstill"]
+    assert path.stat().st_mode & 0o77 == 0
 
 
 @each_service
@@ -245,7 +263,9 @@ def test_the_images_are_pinned_run_as_nobody_special_and_stop_on_a_signal() -> N
     stages = re.findall(r"^FROM (\S+) AS (\S+)", DOCKERFILE, re.MULTILINE)
     names = {name for _, name in stages}
     assert {"cpu", "gpu"} <= names
-    assert {image for image, _ in stages} - names == {"python:3.11-slim-bookworm"}
+    assert {image for image, _ in stages} - names == {
+        "python:3.11-slim-bookworm@sha256:528257d48c1da0dcecc2e725d1ae34498d60c965f1241e39cd6a85a8859bdf84"
+    }
     assert re.findall(r"^USER (.*)", DOCKERFILE, re.MULTILINE)[-1] == "10001:10001"
     assert "STOPSIGNAL SIGTERM" in DOCKERFILE
     assert re.findall(r"^ENTRYPOINT (.*)", DOCKERFILE, re.MULTILINE) == ['["potstill"]']
@@ -302,41 +322,12 @@ def test_prometheus_scrapes_ports_that_are_there() -> None:
     assert {tuple(target.split(":")) for target in targets} <= documented("Ports")
 
 
-def test_the_service_on_kubernetes_has_settings_that_load_and_a_command_that_parses(tmp_path: Path) -> None:
-    documents = {document["kind"]: document for document in yaml_documents("service.yaml")}
-    path = tmp_path / "potstill.toml"
-    path.write_text(documents["ConfigMap"]["data"]["potstill.toml"])
-    settings = settings_of(path)
-    (container,) = containers(documents["Deployment"])
-    parsed(container["args"])
-    assert container["ports"][0]["containerPort"] == settings.port == documents["Service"]["spec"]["ports"][0]["port"]
-    assert settings.ray is not None
-    assert settings.access.keys_file is not None
-    assert settings.limits.max_connections_per_address == 0  # an ingress is one address
-    assert documents["Deployment"]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] > settings.grace_seconds
-
-
 def test_the_settings_of_compose_bound_each_client_and_say_how_not_to_behind_a_proxy(tmp_path: Path) -> None:
     text = (DEPLOY / "potstill.toml").read_text()
     assert settings_of(DEPLOY / "potstill.toml").limits.max_connections_per_address > 0
     behind = tmp_path / "potstill.toml"
     behind.write_text(re.sub(r"^# (\[limits\]|max_connections_per_address\b)", r"\1", text, flags=re.MULTILINE))
     assert settings_of(behind).limits.max_connections_per_address == 0
-
-
-def test_every_secret_on_kubernetes_stands_in_the_docs() -> None:
-    guide = (ROOT / "docs" / "operations" / "kuberay.md").read_text()
-    both = [*yaml_documents("service.yaml"), *yaml_documents("raycluster.yaml")]
-    keys = set(re.findall(r"'key': '([\w-]+)'", str(both)))
-    assert keys == set(re.findall(r"--from-(?:literal|file)=([\w-]+)=", guide))
-
-
-def test_ray_on_kubernetes_is_the_ray_that_we_test() -> None:
-    (cluster,) = yaml_documents("raycluster.yaml")
-    assert f"ray=={cluster['spec']['rayVersion']}" in (ROOT / "requirements" / "cpu.txt").read_text().splitlines()
-    (deployment,) = (document for document in yaml_documents("service.yaml") if document["kind"] == "Deployment")
-    images = {container["image"] for container in (*containers(cluster), *containers(deployment))}
-    assert len(images) == 1
 
 
 def test_the_unit_starts_a_command_that_parses() -> None:
