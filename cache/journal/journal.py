@@ -18,6 +18,7 @@ process answers with its own score.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import threading
@@ -190,7 +191,7 @@ class Journal:
             pass
 
     def _write(self, rows: list[JournalRow], k: int, provenance: Provenance) -> None:
-        now = time.time()
+        now = self._seal_time()
         record = SegmentRecord(
             path=self._new_path(),
             teacher=self._teacher,
@@ -216,6 +217,11 @@ class Journal:
                     del self._waiting[row.key]
                 self._waiting_positions -= len(row.tokens)
             self._oldest = time.monotonic()
+
+    def _seal_time(self) -> float:
+        """The store's time, and later than that of every segment known: a clock that was wrong must not order them."""
+        newest = max((record.sealed for record in self.index.records), default=0.0)
+        return max(self._root.now(), math.nextafter(newest, math.inf))
 
     def _new_path(self) -> str:
         with self._lock:

@@ -88,7 +88,9 @@ class SegmentRecord:
     num_rows: int
     num_positions: int
     since: float
-    """Time at which its oldest row was sealed, in seconds since 1970 by the writer's clock; 0 in format 1.
+    """Time at which its oldest row was sealed, in seconds since 1970 by the store's clock; 0 in format 1.
+
+    It is later than that of every segment that its writer knew, whatever a clock said.
 
     Where several segments hold a row with the same K, the lowest `since` is used, also after they are joined."""
     sealed: float

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -60,7 +60,7 @@ class Root:
         """The obstore store, which zarr's `ObjectStore` wraps."""
         self.folder = folder
         """The local folder; None for an object store."""
-        self._clock_ahead: float | None = None
+        self._clock_began: float | None = None
 
     @classmethod
     def open(cls, url: str | Path, *, create: bool = False) -> Self:
@@ -125,8 +125,28 @@ class Root:
     def ages(self, prefix: str) -> dict[str, float]:
         """Seconds since each object below `prefix` was written, by the store's clock; keys are relative paths."""
         below = self._objects_below(prefix)
-        now = datetime.now(UTC).timestamp() + self._store_clock_ahead() if below else 0.0
+        now = self.now() if below else 0.0
         return {path: now - written for path, (_, written) in below.items()}
+
+    def now(self) -> float:
+        """Seconds since 1970 by the store's clock, which also dates its objects; this machine's may be wrong.
+
+        Raises:
+            StoreError: the store does not answer or cannot be written.
+        """
+        if self.folder is not None:
+            # A file system that many machines share has a clock of its own. One that cannot be written has no writer.
+            with suppress(OSError), tempfile.TemporaryFile(dir=self.folder) as file:
+                return os.fstat(file.fileno()).st_mtime
+            return time.time()
+        if self._clock_began is None:
+            path = f"{TEMPORARY}/{uuid.uuid4().hex}"
+            with self._errors(path):
+                obstore.put(self.store, path, b"", use_multipart=False)
+                written = obstore.head(self.store, path)["last_modified"].timestamp()
+            self.remove(path)
+            self._clock_began = written - time.monotonic()
+        return self._clock_began + time.monotonic()
 
     def folders(self, prefix: str, *, longest: int = LONGEST_NAME) -> list[str]:
         """Names of the folders directly below `prefix`, sorted; those that `is_name` refuses are left out."""
@@ -235,20 +255,6 @@ class Root:
             else:
                 return True
         raise AssertionError("the last try returns or raises")
-
-    def _store_clock_ahead(self) -> float:
-        """Seconds by which the store's clock is ahead of this machine's."""
-        # `gc` decides by age what no live writer can own: a machine whose clock is wrong must not delete a fresh group.
-        if self._clock_ahead is None:
-            self._clock_ahead = 0.0
-            if self.folder is None:
-                path = f"{TEMPORARY}/{uuid.uuid4().hex}"
-                with self._errors(path):
-                    obstore.put(self.store, path, b"", use_multipart=False)
-                    written = obstore.head(self.store, path)["last_modified"].timestamp()
-                self.remove(path)
-                self._clock_ahead = written - datetime.now(UTC).timestamp()
-        return self._clock_ahead
 
 
 def is_name(name: str, *, longest: int = LONGEST_NAME) -> bool:

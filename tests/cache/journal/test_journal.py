@@ -205,6 +205,25 @@ def test_over_the_quota_the_oldest_segments_go_whoever_wrote_them(root: Root) ->
     assert find_garbage(root, min_age_seconds=0.0) == []
 
 
+def test_fresh_rows_are_evicted_last_also_by_a_host_whose_clock_is_a_year_behind(root: Root) -> None:
+    """The others' clock, as far as this host can see: their records are of next year."""
+    others = journal(root)
+    for number in range(3):
+        store(others, [numbered(number, 40)])
+    for path in journal_records(root):
+        record = SegmentRecord.read(root, path)
+        assert record is not None
+        root.remove(f"{path}.json")
+        root.create(f"{path}.json", replace(record, sealed=record.sealed + 365 * 86_400).to_bytes())
+        quota = int(record.num_bytes * 2.5)
+    behind = journal(root, replace(POLICY, quota_bytes=quota))
+    for number in range(3, 5):
+        store(behind, [numbered(number, 40)])
+        behind.tidy()
+    answers = found(behind, [numbered(number, 40) for number in range(5)])
+    assert [answer is not None for answer in answers] == [False, False, False, True, True]
+
+
 def test_a_quota_of_nothing_keeps_nothing_and_removes_what_was_kept(root: Root) -> None:
     store(journal(root), [row(1)])
     empty = journal(root, replace(POLICY, quota_bytes=0))

@@ -53,6 +53,16 @@ def test_listings_name_what_is_directly_below_and_everything_below(root: Root) -
     assert root.seconds_since_write("none") is None
 
 
+def test_time_is_the_stores_own_and_goes_on_when_this_machines_clock_is_set(
+    root: Root, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root.create("a", b"x")
+    before = root.now()
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    assert 0 <= root.now() - before < 60
+    assert -2 < (root.seconds_since_write("a") or 0.0) < 60
+
+
 def test_another_object_under_a_name_has_another_version(root: Root) -> None:
     root.create("claims/a", b"1")
     first = root.versions("claims")
