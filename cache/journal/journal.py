@@ -6,8 +6,8 @@
 Every process writes below a name of its own, so no two writers share an object. Rows wait in memory until they fill
 a segment or have waited long enough; stored rows are looked up on disk, so that memory grows neither with rows nor
 with time. Small segments are joined into larger ones (`journal.merge`), whichever process wrote them, and over the
-quota the oldest are evicted. Both remove a record before its group, and only after its replacement is published: a
-reader that loses a segment looks again, or counts a miss.
+quota the oldest are evicted; both are done to segments of the process's own identity alone. Both remove a record before
+its group, and only after its replacement is published: a reader that loses a segment looks again, or counts a miss.
 
 A crash costs work, never correctness. Waiting rows (at most `waiting_positions`) are scored again; a group without a
 record is garbage that `potstill gc` removes. Two processes that join the same segments, or score the same row, may
@@ -68,7 +68,7 @@ class JournalPolicy:
     waiting_positions: int = 262_144
     """Most positions that wait in memory. While the store takes nothing, rows over it are answered but not kept."""
     quota_bytes: int = 10 << 30
-    """Most bytes of one teacher over the journals of all processes; 0 keeps nothing, and evicts what is stored.
+    """Most bytes of one teacher's identity over the journals of all processes; 0 keeps no rows, and evicts nothing.
 
     Every `tidy` enforces it. Segments sealed since then, or just being joined, come on top."""
 
@@ -229,7 +229,11 @@ class Journal:
             return f"journal/{self._process}/{self._teacher}-{self._next - 1:06d}"
 
     def _evict(self) -> None:
-        records = sorted(self.index.records, key=lambda record: (record.sealed, record.path))
+        if not self._policy.quota_bytes:
+            return  # it keeps nothing itself; what others keep is theirs
+        # Of this identity alone: under the same name another service may keep the answers of another model.
+        records = [segment.record for segment in self.index.segments()]
+        records.sort(key=lambda record: (record.sealed, record.path))
         total = sum(record.num_bytes for record in records)
         for record in records:
             if total <= self._policy.quota_bytes:

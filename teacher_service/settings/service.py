@@ -46,7 +46,8 @@ class KeepSettings(FrozenSettings):
     encoding: Literal["u8", "f16", "f32"] = "u8"
     """Encoding of the kept answers. Fresh answers go through it, too, so that a miss and a later hit are the same."""
     journal_quota_gib: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10.0
-    """GiB of each teacher's answers that belong to no corpus; beyond it the oldest are removed. 0 keeps none."""
+    """GiB of each teacher's answers that belong to no corpus; beyond it the oldest are removed. 0 keeps none from now
+    on, and removes none: `potstill delete ROOT --teacher NAME --journal` does."""
 
 
 class LimitSettings(FrozenSettings):

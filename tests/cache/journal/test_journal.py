@@ -3,7 +3,6 @@ from __future__ import annotations
 import shutil
 import threading
 import tracemalloc
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from potstill.cache import Cache, Targets
+from potstill.cache import Cache
 from potstill.cache.corpus.keys import row_key
 from potstill.cache.encoding.logprobs import RankTable, encoding_by_name
 from potstill.cache.errors import InvalidInput, PotstillError
@@ -22,61 +21,25 @@ from potstill.cache.journal.segment import JournalRow, SegmentRecord, corrupt_jo
 from potstill.cache.store.root import Root
 from potstill.cache.types import Tokens
 from potstill.cache.upkeep.garbage import find_garbage
+from tests.cache.journal.journals import (
+    POLICY,
+    RANKS,
+    TEACHER,
+    K,
+    expected,
+    found,
+    journal,
+    kept,
+    key_of,
+    numbered,
+    row,
+    same,
+    segments,
+    store,
+)
 from tests.support.fakes import FakeTeacher, fake_identity
 from tests.support.paths import GOLDEN
 from tests.support.processes.s3 import s3_server
-from tests.support.round_trips import round_trip
-
-K = 8
-POLICY = JournalPolicy()
-TEACHER = FakeTeacher()
-RANKS = RankTable.plain(TEACHER.identity.vocab_size)
-
-
-def row(*ids: int) -> Tokens:
-    return np.array(ids, dtype=np.uint32)
-
-
-def numbered(number: int, length: int = 5) -> Tokens:
-    """A row of its own for every number."""
-    return np.array([((number >> (4 * place)) % 16 + place) % 64 for place in range(length)], dtype=np.uint32)
-
-
-def key_of(tokens: Tokens) -> bytes:
-    return row_key(TEACHER.identity.tokenizer_sha256, tokens)
-
-
-def kept(tokens: Tokens, k: int = K, encoding: str = "u8", teacher: FakeTeacher = TEACHER) -> JournalRow:
-    exact = teacher.distribution(tokens, k)
-    return JournalRow.of(key_of(tokens), tokens, exact, encoding_by_name(encoding), RANKS)[0]
-
-
-def expected(tokens: Tokens, k: int = K, encoding: str = "u8", teacher: FakeTeacher = TEACHER) -> Targets:
-    return round_trip(teacher.distribution(tokens, k), encoding_by_name(encoding), RANKS)
-
-
-def same(a: Targets | None, b: Targets) -> bool:
-    names = ("ids", "logprobs", "log_tail", "label_logprob")
-    return a is not None and all(np.array_equal(getattr(a, n), getattr(b, n), equal_nan=n != "ids") for n in names)
-
-
-def journal(root: Root, policy: JournalPolicy = POLICY) -> Journal:
-    """Of a process of its own, as far as the store can see."""
-    return Journal(root, "smol", TEACHER.identity, policy)
-
-
-def store(to: Journal, rows: Sequence[Tokens], k: int = K, encoding: str = "u8") -> None:
-    """As one segment."""
-    to.add([kept(tokens, k, encoding) for tokens in rows])
-    to.flush(TEACHER.provenance)
-
-
-def segments(root: Root) -> int:
-    return len(journal_records(root, "smol"))
-
-
-def found(in_: Journal, rows: Sequence[Tokens], k: int = K) -> list[Targets | None]:
-    return in_.find([key_of(tokens) for tokens in rows], k)
 
 
 @pytest.fixture
@@ -184,63 +147,6 @@ def replace_logprobs(tokens: Tokens) -> JournalRow:
     tail = np.log1p(-np.exp(logprobs.astype(np.float64)).sum(axis=1)).astype(np.float32)
     changed = replace(exact, logprobs=logprobs, log_tail=tail)
     return JournalRow.of(key_of(tokens), tokens, changed, encoding_by_name("u8"), RANKS)[0]
-
-
-def test_over_the_quota_the_oldest_segments_go_whoever_wrote_them(root: Root) -> None:
-    first, second = journal(root), journal(root)
-    for i in range(4):
-        store(first, [numbered(2 * i, 40)])
-        store(second, [numbered(2 * i + 1, 40)])
-    sizes = [SegmentRecord.read(root, path) for path in journal_records(root)]
-    quota = int(max(s.num_bytes for s in sizes if s is not None) * 3.5)
-    keeper = journal(root, replace(POLICY, quota_bytes=quota))
-    keeper.tidy()
-    held = [SegmentRecord.read(root, path) for path in journal_records(root)]
-    assert sum(s.num_bytes for s in held if s is not None) <= quota
-    rows = [numbered(i, 40) for i in range(8)]
-    for each in (first, second, keeper):
-        answers = found(each, rows)
-        assert answers[:5] == [None] * 5
-        assert all(same(a, expected(tokens)) for a, tokens in zip(answers[5:], rows[5:], strict=True))
-    assert find_garbage(root, min_age_seconds=0.0) == []
-
-
-def test_fresh_rows_are_evicted_last_also_by_a_host_whose_clock_is_a_year_behind(root: Root) -> None:
-    """The others' clock, as far as this host can see: their records are of next year."""
-    others = journal(root)
-    for number in range(3):
-        store(others, [numbered(number, 40)])
-    for path in journal_records(root):
-        record = SegmentRecord.read(root, path)
-        assert record is not None
-        root.remove(f"{path}.json")
-        root.create(f"{path}.json", replace(record, sealed=record.sealed + 365 * 86_400).to_bytes())
-        quota = int(record.num_bytes * 2.5)
-    behind = journal(root, replace(POLICY, quota_bytes=quota))
-    for number in range(3, 5):
-        store(behind, [numbered(number, 40)])
-        behind.tidy()
-    answers = found(behind, [numbered(number, 40) for number in range(5)])
-    assert [answer is not None for answer in answers] == [False, False, False, True, True]
-
-
-def test_a_quota_of_nothing_keeps_nothing_and_removes_what_was_kept(root: Root) -> None:
-    store(journal(root), [row(1)])
-    empty = journal(root, replace(POLICY, quota_bytes=0))
-    assert found(empty, [row(1)])[0] is not None
-    store(empty, [row(2)])
-    empty.tidy()
-    assert found(empty, [row(1), row(2)]) == [None, None]
-    assert segments(root) == 0
-
-
-def test_a_segment_of_another_identity_is_never_read_and_counts_for_the_quota(root: Root) -> None:
-    store(journal(root), [row(1)])
-    policy = replace(POLICY, quota_bytes=0)
-    retrained = Journal(root, "smol", fake_identity(model="retrained"), policy)
-    assert found(retrained, [row(1)]) == [None]
-    retrained.tidy()
-    assert segments(root) == 0
 
 
 def test_waiting_rows_and_stored_ones_answer_alike_and_the_fewest_entries_first(root: Root) -> None:
@@ -401,7 +307,7 @@ def test_an_object_store_keeps_joins_and_evicts_alike(monkeypatch: pytest.Monkey
         assert segments(root) == 1
         for each in (writer, reader):
             assert all(same(a, expected(tokens)) for a, tokens in zip(found(each, rows), rows, strict=True))
-        journal(root, replace(POLICY, quota_bytes=0)).tidy()
+        journal(root, replace(POLICY, quota_bytes=1)).tidy()
         assert found(writer, rows[:2]) == [None, None]
         assert root.sizes("journal") == {}
 
