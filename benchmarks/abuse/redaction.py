@@ -21,7 +21,7 @@ def odd_texts(door: Door) -> None:
         ("POST", f"/v1/teachers/{TEACHER}/score", {"rows": [["=a:" * 500_000]]}),
         ("POST", "/v1/completions", {"prompt": [[_SLASHES]]}),
     ]
-    with httpx.Client(base_url=door.url, headers=door.trainer, timeout=60, verify=trusting()) as client:
+    with httpx.Client(base_url=door.url, headers=door.trainer, timeout=20, verify=trusting()) as client:
         for method, path, body in bodies:
             _send(client, method, path, json.dumps(body).encode())
         _send(client, "GET", "/v1/corpora/" + "%2F" * 15_000, b"")
@@ -30,7 +30,7 @@ def odd_texts(door: Door) -> None:
 def wrong_settings(door: Door) -> None:
     """Send 7 MiB of settings, each of them unknown."""
     body = b'{"model": "m"%s}' % b"".join(_unknown())
-    with httpx.Client(base_url=door.url, headers=door.trainer, timeout=60, verify=trusting()) as client:
+    with httpx.Client(base_url=door.url, headers=door.trainer, timeout=20, verify=trusting()) as client:
         _send(client, "PUT", "/v1/teachers/x", body)
 
 
@@ -43,7 +43,7 @@ def _send(client: httpx.Client, method: str, path: str, body: bytes) -> None:
         reply = client.request(method, path, content=body, headers={"content-type": "application/json"})
     except httpx.HTTPError:
         return
-    assert reply.status_code >= 400, reply.text[:200]
+    assert not reply.is_success, reply.text[:200]
 
 
 ATTACKS = (
