@@ -29,6 +29,7 @@ from potstill.teacher_service.settings import ServiceSettings, TlsSettings, load
 from potstill.teacher_service.telemetry import logs, tracing
 from potstill.teacher_service.telemetry.tracing import OtelTracer
 from potstill.teacher_service.transport import bounded_protocol
+from potstill.teacher_service.transport.heads import HEAD_BYTES
 
 _LOG = logging.getLogger(__name__)
 # Longer than clients hold an idle connection: closing first, we might do so while the next request is on its way.
@@ -177,6 +178,7 @@ async def _serve(settings: ServiceSettings, access: Access, listener: socket.soc
     config = uvicorn.Config(
         create_app(service, tracer=tracer),
         http=bounded_protocol(settings.limits),
+        h11_max_incomplete_event_size=HEAD_BYTES,
         lifespan="off",
         ws="none",
         log_config=None,

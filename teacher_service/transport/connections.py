@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import json
 from collections import Counter
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
-
 from potstill.cache.errors import Unavailable
 from potstill.teacher_service.settings import LimitSettings
+from potstill.teacher_service.transport.heads import BoundedHeads, refusal
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 ABORT = "potstill.abort"
 """Name of our ASGI extension: a callable that drops the connection at once, with all that its client has not taken."""
-# Which of uvicorn's two implementations it is depends on what is installed; both have what is used here.
-_Protocol: Any = AutoHTTPProtocol
 
 
 def bounded_protocol(limits: LimitSettings) -> type[asyncio.Protocol]:
@@ -39,7 +35,7 @@ def bounded_protocol(limits: LimitSettings) -> type[asyncio.Protocol]:
     return Connection
 
 
-class _BoundedConnection(_Protocol):  # type: ignore[misc]
+class _BoundedConnection(BoundedHeads):
     max_connections: int
     max_per_origin: int
     of_origin: ClassVar[Counter[str]]
@@ -55,9 +51,9 @@ class _BoundedConnection(_Protocol):  # type: ignore[misc]
         self._watch = self.loop.call_later(self.seconds, self._check_closing)
         self._origin = _origin(transport.get_extra_info("peername"))
         self.of_origin[self._origin] += 1
-        refusal = self._over()
-        if refusal:
-            transport.write(_refusal(refusal))
+        over = self._over()
+        if over:
+            transport.write(refusal(Unavailable.status, "Service Unavailable", Unavailable(f"{over}; retry later")))
             transport.close()
             return
         self._expect_head()
@@ -120,13 +116,3 @@ def _origin(peer: Any) -> str:
     if address.ipv4_mapped is not None:
         return str(address.ipv4_mapped)
     return str(ipaddress.ip_network((address, 64), strict=False))
-
-
-def _refusal(bound: str) -> bytes:
-    # Written by hand, because there is no request yet that an app could answer.
-    body = json.dumps({"kind": Unavailable.kind, "detail": f"{bound}; retry later"}).encode()
-    head = (
-        f"HTTP/1.1 {Unavailable.status} Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\n"
-        f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-    )
-    return head.encode() + body

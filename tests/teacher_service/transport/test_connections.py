@@ -44,6 +44,70 @@ def is_closed(connection: socket.socket) -> bool:
     return True
 
 
+GET = b"GET /healthz HTTP/1.1\r\nhost: x\r\n"
+CHUNKED = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+def said_until_closed(url: str, sent: bytes) -> bytes:
+    with connected(url) as connection:
+        said = b""
+        try:
+            connection.sendall(sent)
+            while part := connection.recv(65_536):
+                said += part
+        except (ConnectionResetError, BrokenPipeError):
+            pass
+    return said
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        GET + b"x-a: " + b"a" * 100_000 + b"\r\n\r\n",
+        GET + b"b" * 100_000 + b": \r\n\r\n",
+        GET + b"a:\r\n" * 300 + b"\r\n",
+        GET.replace(b"healthz", b"a" * 100_000) + b"\r\n",
+        b"\r\n" * 50_000 + GET + b"\r\n",
+    ],
+)
+def test_a_head_over_the_bound_is_refused(sent: bytes) -> None:
+    with serving_teachers(hosted("smol", FakeTeacher())) as url:
+        said = said_until_closed(url, sent)
+    assert not said or said.startswith((b"HTTP/1.1 431 ", b"HTTP/1.1 400 "))
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [
+        b"0\r\n" + b"x-a: b\r\n" * 300 + b"\r\n",
+        b"0\r\nx-a: " + b"a" * 100_000 + b"\r\n\r\n",
+        b"1;" + b"a" * 100_000 + b"\r\n[\r\n0\r\n\r\n",
+    ],
+)
+def test_what_comes_beside_a_chunked_body_is_bounded(behind: bytes) -> None:
+    with serving_teachers(hosted("smol", FakeTeacher())) as url:
+        assert b"{" not in said_until_closed(url, CHUNKED + behind)
+
+
+def test_few_requests_wait_behind_one() -> None:
+    body = b'{"rows": [[1, 2, 3]]}'
+    head = b"POST /v1/teachers/slow/score HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    asked = head + b"content-length: %d\r\n\r\n" % len(body) + body
+    with serving_teachers(hosted("slow", FakeTeacher(tokens_per_second=1.0))) as url:
+        assert said_until_closed(url, asked + (GET + b"\r\n") * 10) == b""
+
+
+def test_a_head_and_a_body_of_common_size_are_served(url: str) -> None:
+    headers = {f"x-{number}": "a" * 200 for number in range(200)}
+    body = json.dumps({"rows": [[1, 2, 3]] * 2, "pad": "a" * 200_000})
+    with httpx.Client(timeout=http.SECONDS, base_url=url, headers=headers) as client:
+        for _ in range(3):
+            assert client.get("/healthz").status_code == 200
+            asked = (part.encode() for part in (body[:7], body[7:8], body[8:]))
+            reply = client.post("/v1/teachers/smol/score", content=asked, headers={"content-type": "application/json"})
+            assert "unknown key" in reply.text
+
+
 def drip(connection: socket.socket) -> None:
     for _ in range(200):
         connection.sendall(b"a")
