@@ -29,7 +29,6 @@ class TeacherFactory(Protocol):
 
     def __call__(self, spec: str, *, options: Mapping[str, JSON] | None = None) -> AbstractAsyncContextManager[Teacher]:
         """Open the teacher `spec`; `options` are the factory's own, by name."""
-        ...
 
 
 def command_entry_points() -> dict[str, EntryPoint]:

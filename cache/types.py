@@ -304,17 +304,14 @@ class Teacher(Protocol):
     @property
     def identity(self) -> TeacherIdentity:
         """Identity of the teacher, which changes when its numbers can."""
-        ...
 
     @property
     def provenance(self) -> Provenance:
         """Engine and device that produce the teacher's numbers right now."""
-        ...
 
     @property
     def limits(self) -> TeacherLimits:
         """Limits of what the teacher accepts."""
-        ...
 
     async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
         """Score rows: one `Targets` per row, in order, each with as many positions as its row has tokens.
@@ -323,7 +320,6 @@ class Teacher(Protocol):
             LimitExceeded: a row is longer than the context, an id is over the vocabulary, or K over the limit.
             UnsupportedField: the teacher cannot give a field.
         """
-        ...
 
 
 def folded_tail(log_tail: NDArray[np.float32], dropped: NDArray[np.float32]) -> NDArray[np.float32]:

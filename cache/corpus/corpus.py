@@ -72,27 +72,21 @@ class CorpusArrays(Protocol):
     @property
     def path(self) -> str:
         """Name of the source in errors."""
-        ...
 
     def has(self, name: str) -> bool:
         """Tell whether there is an array of this name."""
-        ...
 
     def expect(self, name: str, shape: tuple[int, ...], dtypes: Iterable[str]) -> str:
         """Check an array's shape and dtype, and return the dtype's name."""
-        ...
 
     def read(self, name: str, start: int, stop: int) -> NDArray[Any]:
         """Read `array[start:stop]`."""
-        ...
 
     def read_all(self, name: str) -> NDArray[Any]:
         """Read the whole array."""
-        ...
 
     def corrupt_objects(self) -> list[str]:
         """One line for each object that is not what was published."""
-        ...
 
 
 def corpus_path(name: str) -> str:

@@ -75,32 +75,25 @@ class RowFormat(Protocol):
     @property
     def token_columns(self) -> tuple[str, ...]:
         """The columns that `rows` needs."""
-        ...
 
     @property
     def target_columns(self) -> tuple[str, ...]:
         """The columns that `targets` needs."""
-        ...
 
     def file_name(self, shard: int) -> str:
         """Name of a shard's file."""
-        ...
 
     def schema(self) -> Any:
         """The Arrow schema that is written."""
-        ...
 
     def to_batch(self, rows: Rows, targets: Targets) -> Any:
         """Convert rows and their targets to a record batch of `schema`."""
-        ...
 
     def rows(self, batch: Any, source: RowSource) -> Rows:
         """Read the rows of a record batch that has the `token_columns`; raises InvalidInput."""
-        ...
 
     def targets(self, batch: Any, source: RowSource) -> Targets:
         """Read the targets [P] of a record batch that has the `target_columns`; raises InvalidInput."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,6 @@ class ReadsRows(Protocol):
 
     def read_rows(self, rows: Sequence[int], *, fields: Fields | None = None) -> list[Targets]:
         """Read one `Targets` per row index, in order."""
-        ...
 
 
 def stream_rows(

@@ -39,15 +39,12 @@ class CapturePath(Protocol):
 
     def install(self, engine: Any) -> str:
         """Prepare vLLM's engine; returns the reason where that is impossible, else an empty string."""
-        ...
 
     def sampling_params(self, asked: Asked) -> Any:
         """The `SamplingParams` that ask vLLM for one row."""
-        ...
 
     def added(self, engine: Any, request_id: str) -> None:
         """Prepare one request after vLLM has accepted it under its own `request_id`."""
-        ...
 
     def targets(self, output: Any, asked: Asked, vocab_size: int) -> Targets:
         """Make the targets of one finished `RequestOutput`.
@@ -55,7 +52,6 @@ class CapturePath(Protocol):
         Raises:
             TeacherFailed: the answer does not fit the request.
         """
-        ...
 
 
 class PublicFlatPath:

@@ -18,12 +18,10 @@ class Watched(Protocol):
     @property
     def failure(self) -> str:
         """Reason for which the engine ended, in one line; empty while it runs."""
-        ...
 
     @property
     def progress(self) -> int:
         """A number that changes whenever the engine finishes a step."""
-        ...
 
 
 class EngineHealth:

@@ -52,17 +52,14 @@ class ReplicaPool(Teacher, Protocol):
     @property
     def state(self) -> PoolState:
         """`ready` when at least one replica is; `starting` when one will be; `failed` when none starts."""
-        ...
 
     @property
     def failure(self) -> str:
         """Reason for which it is not `ready`, in one line; else empty."""
-        ...
 
     @property
     def status(self) -> ReplicaStatus:
         """Numbers of replicas, and each one's state."""
-        ...
 
     async def scale(self, num_replicas: int) -> ReplicaStatus:
         """Ask for another number of replicas; returns before they are up, which the status tells.
@@ -70,7 +67,6 @@ class ReplicaPool(Teacher, Protocol):
         Raises:
             LimitExceeded: this pool cannot have that many. InvalidInput: the pool is autoscaled.
         """
-        ...
 
     async def autoscale(self, limits: AutoscaleSettings | None) -> ReplicaStatus:
         """Let the number follow the waiting tokens within `limits`; None ends that and leaves the number as it is.
@@ -78,11 +74,9 @@ class ReplicaPool(Teacher, Protocol):
         Raises:
             LimitExceeded: this pool cannot have that many.
         """
-        ...
 
     def follow_queue(self, tokens_queued: Callable[[], int]) -> None:
         """Have autoscaling count the tokens that wait in front of this pool too."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
