@@ -77,20 +77,18 @@ def open_array(store: Any, path: str, pipeline: str) -> zarr.Array[Any]:
 
     zarr's settings are restored afterwards. Errors that zarr raises for damaged metadata come through.
     """
-    if pipeline == "zarrs" and isinstance(store, LocalFolder) and store.prefix is not None:
-        folder = LocalStore(Path(store.prefix), read_only=True)
-        # Strict: an encoding that zarrs does not know is an error here, not a warning and a silent detour.
-        with _OPENING:
-            array = _open(_StoreErrors(ObjectStore(store, read_only=True)), path, _STOCK_SETTINGS)
-            if not _is_bounded_blosc(array):
-                return array
-            unsupported = importlib.import_module("zarrs.pipeline").UnsupportedMetadataError
-            try:
-                return _open(folder, path, _ZARRS_SETTINGS)
-            except unsupported as error:
-                raise ValueError(str(error)) from error
     with _OPENING:
-        return _open(_StoreErrors(ObjectStore(store, read_only=True)), path, _STOCK_SETTINGS)
+        array = _open(_StoreErrors(ObjectStore(store, read_only=True)), path, _STOCK_SETTINGS)
+        if pipeline == "stock" or not isinstance(store, LocalFolder) or store.prefix is None:
+            return array
+        if not _is_bounded_blosc(array):
+            return array
+        # Strict: an encoding that zarrs does not know is an error here, not a warning and a silent detour.
+        unsupported = importlib.import_module("zarrs.pipeline").UnsupportedMetadataError
+        try:
+            return _open(LocalStore(Path(store.prefix), read_only=True), path, _ZARRS_SETTINGS)
+        except unsupported as error:
+            raise ValueError(str(error)) from error
 
 
 def _open(store: Store, path: str, settings: dict[str, Any]) -> zarr.Array[Any]:
