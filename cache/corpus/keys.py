@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from potstill.cache.errors import CorruptSegment, InvalidInput
 from potstill.cache.store import GroupReader, GroupWriter
-from potstill.cache.store.groups import ArrayRange, Layout
+from potstill.cache.store.chunks import read_together
+from potstill.cache.store.groups import Layout
 from potstill.cache.types import Tokens
 
 KEY_BYTES = 16
@@ -148,8 +149,9 @@ class KeyIndex:
     def _pages(self, name: str, pages: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[Any]]]:
         for start in range(0, len(pages), _PAGES_AT_ONCE):
             some = pages[start : start + _PAGES_AT_ONCE].tolist()
-            ranges = [ArrayRange(name, page * _PAGE, min((page + 1) * _PAGE, self._num_rows)) for page in some]
-            yield from zip(some, self._reader.read_ranges(ranges), strict=True)
+            ends = [min((page + 1) * _PAGE, self._num_rows) for page in some]
+            requests = [self._reader.request(name, page * _PAGE, end) for page, end in zip(some, ends, strict=True)]
+            yield from zip(some, read_together(requests), strict=True)
 
 
 class KeysInMemory:

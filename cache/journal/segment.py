@@ -34,7 +34,8 @@ from potstill.cache.encoding import Encoding, RankTable, decode, encode
 from potstill.cache.encoding.logprobs import Measured, StoredArrays, encoding_by_name
 from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput
 from potstill.cache.store import GroupReader, GroupWriter, Reading, Root, StoredObject
-from potstill.cache.store.groups import CHECKSUMS, ArrayRange, Layout, objects_from_json, removed_on_failure
+from potstill.cache.store.chunks import read_together
+from potstill.cache.store.groups import CHECKSUMS, Layout, objects_from_json, removed_on_failure
 from potstill.cache.store.record import Record, read_record, record_bytes
 from potstill.cache.targets.packed import Text
 from potstill.cache.targets.segment import SegmentRange, SegmentReader, read_segment_ranges, write_arrays
@@ -197,7 +198,7 @@ class JournalSegment:
     def read_stored(self, rows: Sequence[int]) -> list[StoredArrays]:
         """Read the arrays of rows without decoding them."""
         ranges, names = self.row_ranges(rows), self.names
-        arrays = self._group.read_ranges([ArrayRange(name, start, stop) for start, stop in ranges for name in names])
+        arrays = read_together([self._group.request(name, *part) for part in ranges for name in names])
         self._require_there()
         return [dict(zip(names, arrays[i : i + len(names)], strict=True)) for i in range(0, len(arrays), len(names))]
 
@@ -209,7 +210,7 @@ class JournalSegment:
 
     def row_ranges(self, rows: Sequence[int]) -> list[tuple[int, int]]:
         """Read the positions at which each row starts and ends."""
-        edges = self._group.read_ranges([ArrayRange(ROW_STARTS, row, row + 2) for row in rows])
+        edges = read_together([self._group.request(ROW_STARTS, row, row + 2) for row in rows])
         ranges = [(int(start), int(stop)) for start, stop in edges]
         for row, (start, stop) in zip(rows, ranges, strict=True):
             if not 0 <= start <= stop <= self.record.num_positions:

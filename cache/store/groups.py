@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,7 +28,7 @@ from zarr.errors import BaseZarrError
 from zarr.storage import ObjectStore, WrapperStore
 
 from potstill.cache.errors import CorruptSegment, StoreError
-from potstill.cache.store.chunks import ChunkCache, ReadRequest, TiledArray, chunk_checksums, read_together
+from potstill.cache.store.chunks import ChunkCache, ReadRequest, TiledArray, chunk_checksums
 from potstill.cache.store.pipelines import codec_pipeline, open_array
 from potstill.cache.store.root import Root, StoredObject, store_errors
 
@@ -70,16 +70,6 @@ class Reading:
             InvalidInput: the pipeline is unknown or not installed.
         """
         return cls(ChunkCache(cache_bytes), codec_pipeline(pipeline))
-
-
-@dataclass(frozen=True, slots=True)
-class ArrayRange:
-    """A range of one array to read: `array[start:stop]`, or its first `columns` columns."""
-
-    name: str
-    start: int
-    stop: int
-    columns: int | None = None
 
 
 def attempt_name(prefix: str) -> str:
@@ -229,13 +219,9 @@ class GroupReader:
         """
         return self._open(name).read(start, stop, columns)
 
-    def read_ranges(self, ranges: Sequence[ArrayRange]) -> list[NDArray[Any]]:
-        """Read several ranges; equal to one `read` after the other, but concurrent."""
-        return read_ranges([(self, each) for each in ranges])
-
-    def request(self, wanted: ArrayRange) -> ReadRequest:
-        """Make the request by which `read_together` reads the range."""
-        return ReadRequest(self._open(wanted.name), wanted.start, wanted.stop, wanted.columns)
+    def request(self, name: str, start: int, stop: int, columns: int | None = None) -> ReadRequest:
+        """Make the request by which `read_together` reads what `read` does, concurrently with others."""
+        return ReadRequest(self._open(name), start, stop, columns)
 
     def read_all(self, name: str) -> NDArray[Any]:
         """Read the whole array; see `read`."""
@@ -315,11 +301,6 @@ class GroupReader:
         data = self._root.get(f"{self.path}/{path}")
         if data is None or hashlib.sha256(data).hexdigest() != recorded.sha256:
             raise CorruptSegment(f"{self.path}/{path} is not the one that was committed")
-
-
-def read_ranges(ranges: Sequence[tuple[GroupReader, ArrayRange]]) -> list[NDArray[Any]]:
-    """Read ranges from arrays of several groups concurrently; raises as `GroupReader.read` does."""
-    return read_together([group.request(wanted) for group, wanted in ranges])
 
 
 class _RecordingStore(WrapperStore[Store]):

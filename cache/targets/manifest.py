@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput
 from potstill.cache.store import GroupReader, GroupWriter, Root, StoredObject
-from potstill.cache.store.groups import ArrayRange, Layout, attempt_name, objects_from_json, removed_on_failure
+from potstill.cache.store.chunks import read_together
+from potstill.cache.store.groups import Layout, attempt_name, objects_from_json, removed_on_failure
 from potstill.cache.store.record import Record, read_record, record_bytes
 from potstill.cache.store.root import check_name
 from potstill.cache.targets.commit import Commit
@@ -109,7 +110,7 @@ class Manifest:
             CorruptSegment: stored bytes are damaged.
         """
         names = list(_column_types(0, 0))
-        columns = self._reader.read_ranges([ArrayRange(name, start, stop) for name in names])
+        columns = read_together([self._reader.request(name, start, stop) for name in names])
         values = dict(zip(names, columns, strict=True))
         return [
             self._commit(start + row, {name: column[row] for name, column in values.items()})

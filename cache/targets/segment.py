@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -23,7 +24,8 @@ from potstill.cache.encoding.logprobs import StoredArrays, encode_measured
 from potstill.cache.errors import CorruptSegment, FormatError
 from potstill.cache.fields import COLUMNS, TOP_K
 from potstill.cache.store import GroupReader, GroupWriter, Reading
-from potstill.cache.store.groups import ArrayRange, Layout, read_ranges
+from potstill.cache.store.chunks import ReadRequest, read_together
+from potstill.cache.store.groups import Layout
 from potstill.cache.targets.packed import PackedReader, Text, encode_packed
 from potstill.cache.types import Fields, Targets
 
@@ -142,11 +144,11 @@ class SegmentReader:
         """Names of the arrays of a top-k that is not packed."""
         return ("ids", "gaps" if self.encoding.name == "u8" else "logprobs", "log_tail", "label_logprob")
 
-    def top_k_ranges(self, wanted: SegmentRange, k: int) -> list[ArrayRange]:
-        """Ranges to read for the top `k`: of ids only the chunks that `k` needs, of logprobs all K entries."""
+    def top_k_requests(self, start: int, stop: int, k: int) -> list[ReadRequest]:
+        """Requests for the top `k`: of ids only the chunks that `k` needs, of logprobs all K entries."""
         # All gaps are needed, as a decoded top-k is scaled by the sum over its K entries.
         columns = {"ids": min(k, self._fields.k)}
-        return [ArrayRange(name, wanted.start, wanted.stop, columns.get(name)) for name in self.top_k_names()]
+        return [self.group.request(name, start, stop, columns.get(name)) for name in self.top_k_names()]
 
     def read_packed_top_k(self, start: int, stop: int) -> StoredArrays:
         """Read the arrays of `top_k_names`, with all K ids, from packed blocks."""
@@ -223,8 +225,8 @@ def _read_top_k(ranges: Sequence[SegmentRange], k: int) -> list[Targets | None]:
         stored = [each.reader.read_packed_top_k(each.start, each.stop) for each in ranges]
     else:
         names = reader.top_k_names()
-        wanted = [(each.reader.group, array) for each in ranges for array in each.reader.top_k_ranges(each, k)]
-        arrays = read_ranges(wanted)
+        wanted = [each.reader.top_k_requests(each.start, each.stop, k) for each in ranges]
+        arrays = read_together(list(chain.from_iterable(wanted)))
         stored = [dict(zip(names, arrays[i : i + len(names)], strict=True)) for i in range(0, len(arrays), len(names))]
     joined = {
         name: np.concatenate([part[name] for part in stored]) if len(stored) > 1 else stored[0][name]
