@@ -11,7 +11,7 @@ from potstill.cache.errors import NotCommitted
 from potstill.cache.store.record import read_record
 from potstill.cache.targets.commit import Commit, commit_bytes, commit_from_json, commit_name, shard_of_commit
 from potstill.cache.targets.manifest import Manifest, fold
-from potstill.cache.targets.spec_record import SpecRecord
+from potstill.cache.targets.set_spec import SpecRecord
 
 # Commits are small objects: reading one from an object store is nearly all waiting.
 _READ_AT_ONCE = 16

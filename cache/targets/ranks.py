@@ -19,7 +19,7 @@ from potstill.cache.store import GroupReader, GroupWriter
 from potstill.cache.store.groups import Layout, attempt_name, objects_from_json, removed_on_failure
 from potstill.cache.store.record import Record, read_record, record_bytes
 from potstill.cache.store.root import check_name
-from potstill.cache.targets.spec_record import SpecRecord
+from potstill.cache.targets.set_spec import SpecRecord
 from potstill.cache.types import Fields, Targets
 
 # More would gain little: with a table of 4,096 positions ids take 93 bytes a position, with one of all positions of the

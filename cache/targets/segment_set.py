@@ -30,8 +30,7 @@ from potstill.cache.targets.commits import Commits
 from potstill.cache.targets.ranks import SetRanks
 from potstill.cache.targets.segment import EncodedSegment, encode_segment, write_arrays
 from potstill.cache.targets.segments import Segments, segment_path, shard_text
-from potstill.cache.targets.set_spec import SetSpec
-from potstill.cache.targets.spec_record import SpecRecord
+from potstill.cache.targets.set_spec import SetSpec, SpecRecord
 from potstill.cache.types import Provenance, Targets
 
 

@@ -13,7 +13,7 @@ from potstill.cache.targets.commits import Commits
 from potstill.cache.targets.packed import Text
 from potstill.cache.targets.ranks import SetRanks
 from potstill.cache.targets.segment import SegmentReader
-from potstill.cache.targets.spec_record import SpecRecord
+from potstill.cache.targets.set_spec import SpecRecord
 
 # About 27 KB each; opening one again costs some milliseconds.
 _OPEN_SEGMENTS = 512
