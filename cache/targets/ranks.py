@@ -63,22 +63,18 @@ class SetRanks:
             raise CorruptSegment(f"{path}/ranks.json is missing, and its segments were written with a rank table")
         return table
 
-    def pilot_rows(self) -> list[int]:
-        """Rows to score before anything is written; empty when the table exists or the set stores no ids."""
-        if not self._record.stores_ids or self.read() is not None:
-            return []
-        return pilot_rows(self._record.corpus, self._record.spec.fields)
+    def lack(self) -> bool:
+        """Tell whether the set stores ids and has no table for them yet."""
+        return self._record.stores_ids and self.read() is None
 
     def make(self, pilot: Targets) -> None:
-        """Make the table from the pilot rows' targets, unless another writer was faster or the set stores no ids.
+        """Make the table of a set that stores ids from the pilot rows' targets, unless another writer was faster.
 
         The id that is most frequent among the pilot's top-k ids and draws gets rank 0; ties go by the corpus' tokens.
 
         Raises:
             TeacherFailed: an id is over the vocabulary. StoreError: the store is full or cannot be written.
         """
-        if not self._record.stores_ids:
-            return
         ids: NDArray[np.uint32] = pilot.ids.reshape(-1)
         if pilot.draws is not None:
             ids = np.concatenate([ids, pilot.draws.ids])

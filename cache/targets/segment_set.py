@@ -62,11 +62,6 @@ class SegmentSet:
         """Plan a set to fill; nothing is stored before its rank table or a shard is."""
         return cls(SpecRecord(root, path, corpus, spec), reading)
 
-    @property
-    def claims_path(self) -> str:
-        """Path below the root for the claims of jobs that fill this set."""
-        return f"{self.path}/claims"
-
     def write_shard(self, shard: int, targets: Targets, provenance: Provenance, still_mine: Callable[[], bool]) -> bool:
         """Store a shard's targets and commit them; False when the shard is another writer's.
 
@@ -83,7 +78,7 @@ class SegmentSet:
             raise TeacherFailed(f"the teacher answered k={targets.k}, {self.path} keeps k={self.spec.fields.k}")
         check_ids(targets, self.spec.identity.vocab_size)
         self._record.publish()
-        if self._record.stores_ids and self.ranks.read() is None:
+        if self.ranks.lack():
             self.ranks.make(targets)
 
         def encode(ranks: RankTable) -> EncodedSegment:

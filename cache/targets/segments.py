@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
+from collections.abc import Callable
+from functools import lru_cache
 
 from potstill.cache.corpus import Corpus
 from potstill.cache.errors import CorruptSegment
@@ -31,23 +31,8 @@ class Segments:
         self._commits = commits
         self._ranks = ranks
         self._reading = reading
-        self._readers: OrderedDict[int, SegmentReader] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def reader(self, shard: int) -> SegmentReader:
-        """Reader of a shard, which stays open for the next call."""
-        with self._lock:
-            reader = self._readers.get(shard)
-            if reader is not None:
-                self._readers.move_to_end(shard)
-                return reader
-        # Not under the lock, as it reads the store. Two threads may open the same segment; both readers are right.
-        reader = self.open(shard)
-        with self._lock:
-            self._readers[shard] = reader
-            while len(self._readers) > _OPEN_SEGMENTS:
-                self._readers.popitem(last=False)
-        return reader
+        self.reader: Callable[[int], SegmentReader] = lru_cache(_OPEN_SEGMENTS)(self.open)
+        """Reader of a shard, which stays open for the next call. Two threads may open the same one: both are right."""
 
     def open(self, shard: int) -> SegmentReader:
         """Open a new reader of a shard."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import reduce
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -154,14 +155,7 @@ class TargetSet:
             NotCommitted: a shard has no commit yet. CorruptSegment: stored bytes are damaged.
         """
         self._require_inside(start, stop)
-        starts = self.corpus.shard_starts
-        shard = int(np.searchsorted(starts, start, side="right")) - 1
-        ranges = []
-        while start < stop:
-            end = min(stop, int(starts[shard + 1]))
-            ranges.append((start, end))
-            start, shard = end, shard + 1
-        return Targets.concat(self._read_ranges(ranges, self._wanted(k, fields)))
+        return Targets.concat(self._read_ranges(self._cut(start, stop), self._wanted(k, fields)))
 
     def read_rows(self, rows: Sequence[int], *, k: int | None = None, fields: Fields | None = None) -> list[Targets]:
         """Read one `Targets` per row index, in order; arguments and errors are those of `read`."""
@@ -195,17 +189,16 @@ class TargetSet:
                 f"{name!r} is not a column of teacher {self.teacher!r}'s targets for corpus {self.corpus.name!r}"
             )
         parts = []
-        while start < stop:
+        for begin, end in self._cut(start, stop):
             with self._way_out():
-                found = self._in_shard(holders[0], start, stop)
+                found = self._in_shard(holders[0], begin, end)
                 parts.append(found.reader.read_column(name, found.start, found.stop))
-            start += found.stop - found.start
-        return np.concatenate([np.empty(0, np.float32), *parts])
+        return np.concatenate(parts)
 
     def pilot_rows(self) -> list[int]:
         """Rows to score before anything is written, for `make_ranks`; empty when all rank tables exist."""
         # A pilot is scored once with the fields of all sets, so these decide how many rows fit into memory.
-        return pilot_rows(self.corpus, self.fields) if any(each.ranks.pilot_rows() for each in self.sets) else []
+        return pilot_rows(self.corpus, self.fields) if any(each.ranks.lack() for each in self.sets) else []
 
     def make_ranks(self, pilot: Targets) -> None:
         """Make the missing rank tables from the pilot rows' targets, unless another writer is faster.
@@ -214,13 +207,13 @@ class TargetSet:
             TeacherFailed: an id is over the vocabulary. StoreError: the store is full or cannot be written.
         """
         for each in self.sets:
-            if each.ranks.pilot_rows():
+            if each.ranks.lack():
                 each.ranks.make(pilot.only(each.spec.fields))
 
     @property
     def claims_path(self) -> str:
         """Path below the root for the claims of jobs that fill this target set."""
-        return self.sets[0].claims_path
+        return f"{self.sets[0].path}/claims"
 
     def write_shard(
         self,
@@ -289,12 +282,18 @@ class TargetSet:
             more = "`potstill verify` of its cache tells what else is damaged and how to mend it"
             raise CorruptSegment(f"{error.detail}; {more}") from error
 
+    def _cut(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Cut a range of positions at the ends of shards."""
+        starts = self.corpus.shard_starts
+        inside = starts[np.searchsorted(starts, start, side="right") : np.searchsorted(starts, stop)].tolist()
+        return list(pairwise([start, *inside, stop]))
+
     def _in_shard(self, segment_set: SegmentSet, start: int, stop: int) -> SegmentRange:
-        """The part of a range that lies in the shard of its first position."""
+        """The place of a range that lies within one shard."""
         starts = self.corpus.shard_starts
         shard = int(np.searchsorted(starts, start, side="right")) - 1
-        low, high = int(starts[shard]), int(starts[shard + 1])
-        return SegmentRange(segment_set.segments.reader(shard), start - low, min(stop, high) - low)
+        low = int(starts[shard])
+        return SegmentRange(segment_set.segments.reader(shard), start - low, stop - low)
 
 
 def targets_path(teacher: str, corpus: str) -> str:

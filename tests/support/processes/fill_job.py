@@ -112,7 +112,7 @@ def assert_whole(cache: Cache) -> None:
     for each in targets.sets:
         assert corrupt_shared_objects(each) == []
         assert all(corrupt_shard_objects(each, shard) == [] for shard in range(targets.corpus.num_shards))
-        assert cache.root.objects(each.claims_path) == []
+        assert cache.root.objects(f"{each.path}/claims") == []
     assert find_garbage(cache.root, min_age_seconds=0) == []
 
 
