@@ -36,8 +36,8 @@ from potstill.cache.fill.loop import fill
 from potstill.cache.store.root import Root
 from potstill.cache.targets import segment_set
 from potstill.cache.targets.segments import segment_path
-from potstill.cache.targets.verification import corrupt_shard_objects, corrupt_shared_objects
 from potstill.cache.upkeep.garbage import find_garbage, remove_garbage
+from potstill.cache.upkeep.integrity import corrupt_shard_objects, corrupt_shared_objects
 from tests.support.corpora import byte_tokenizer, plan_targets, teacher_for, topics, write_texts
 from tests.support.processes.s3 import s3_server
 

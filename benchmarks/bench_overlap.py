@@ -26,8 +26,8 @@ from potstill.cache.corpus.ingest import IngestPlan, ingest_rows
 from potstill.cache.fill.loop import FillPlan, fill
 from potstill.cache.fill.scoring import ScoringWindow
 from potstill.cache.row_batches import row_batches, row_starts
-from potstill.cache.targets.verification import corrupt_shard_objects
 from potstill.cache.types import Tokens
+from potstill.cache.upkeep.integrity import corrupt_shard_objects
 from tests.support.fakes import fake_identity
 
 VOCAB = 49_152

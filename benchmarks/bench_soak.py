@@ -30,8 +30,8 @@ from potstill.cache.corpus.ingest import IngestPlan, ingest
 from potstill.cache.errors import NotCommitted, UnknownTeacher
 from potstill.cache.fill.loop import FillPlan, fill
 from potstill.cache.targets.target_set import TargetSet
-from potstill.cache.targets.verification import corrupt_shard_objects, corrupt_shared_objects
 from potstill.cache.types import Tokens
+from potstill.cache.upkeep.integrity import corrupt_shard_objects, corrupt_shared_objects
 from tests.support.corpora import byte_tokenizer, teacher_for, topics, write_texts
 from tests.support.fakes import FakeTeacher
 from tests.support.processes.s3 import s3_server

@@ -16,7 +16,6 @@ from potstill.cache.errors import InvalidInput
 _TEXT = frozenset({".txt", ".md", ".rst", ".text"})
 _JSONL = frozenset({".jsonl", ".ndjson"})
 _PARQUET = frozenset({".parquet"})
-_HASH_BLOCK = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +51,8 @@ def source_files(sources: Sequence[str | Path]) -> list[SourceFile]:
 
 def file_sha256(path: Path) -> str:
     """Hash of a file's bytes, in hex."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(_HASH_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def documents(path: Path, text_field: str) -> Iterator[str]:

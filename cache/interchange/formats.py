@@ -10,7 +10,6 @@ Shape legend:  P positions, R rows of a file or block.
 from __future__ import annotations
 
 import json
-import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from numpy.typing import NDArray
 from potstill.cache.errors import FormatError, InvalidInput, NotCommitted, SpecMismatch
 from potstill.cache.plurals import counted
 from potstill.cache.row_batches import row_batches
-from potstill.cache.store.root import store_errors
+from potstill.cache.store.root import fsync, store_errors
 from potstill.cache.targets import TargetSet
 from potstill.cache.types import JSON, Fields, Provenance, Targets, TeacherIdentity
 
@@ -255,11 +254,7 @@ def _write_file(path: Path, schema: Any, batches: Iterator[Any]) -> None:
                 for batch in batches:
                     writer.write_batch(batch)
             # Before the rename: a power cut after it must not leave the final name on an empty file.
-            descriptor = os.open(partial, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            fsync(partial)
             partial.replace(path)
     finally:
         # Remove what killed runs left of this shard: nobody reads a partial file again.

@@ -220,8 +220,8 @@ class Root:
         with self._errors(prefix):
             for parent, _, files in os.walk(self.folder / prefix):
                 for name in files:
-                    _fsync(Path(parent) / name)
-                _fsync(Path(parent))
+                    fsync(Path(parent) / name)
+                fsync(Path(parent))
             _fsync_parents(self.folder / prefix, self.folder)
 
     def _errors(self, path: str) -> Any:
@@ -315,7 +315,7 @@ def _create_file(root: Path, path: Path, data: bytes, *, durable: bool) -> bool:
         temporary.unlink(missing_ok=True)
     # After the link: until its folder is on disk too, a power cut can undo a create that the caller was told of.
     if durable:
-        _fsync(path.parent)
+        fsync(path.parent)
         _fsync_parents(path.parent, root)
     return True
 
@@ -342,7 +342,8 @@ def _files_below(folder: Path) -> Iterator[tuple[str, tuple[int, float]]]:
                 yield path.relative_to(folder).as_posix(), (found.st_size, found.st_mtime)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Return when a file's content, or a folder's list of names, is on stable storage."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -353,7 +354,7 @@ def _fsync(path: Path) -> None:
 def _fsync_parents(path: Path, root: Path) -> None:
     while path != root:
         path = path.parent
-        _fsync(path)
+        fsync(path)
 
 
 def _remove_tree(folder: Path) -> None:

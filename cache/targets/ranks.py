@@ -86,10 +86,6 @@ class SetRanks:
         self._record.publish()
         self._create(RankTable.by_frequency(ids, tokens, vocab_size))
 
-    def forget(self) -> None:
-        """Forget the table, so that the next use reads it again."""
-        self._found = None
-
     def _create(self, table: RankTable) -> None:
         root, group = self._record.root, attempt_name("ranks")
         path = f"{self._record.path}/{group}"

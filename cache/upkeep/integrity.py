@@ -37,7 +37,6 @@ from potstill.cache.targets import SegmentSet
 from potstill.cache.targets.commit import commit_name
 from potstill.cache.targets.segment import SegmentRange, read_segment_ranges
 from potstill.cache.targets.target_set import segment_set_paths, target_set_paths
-from potstill.cache.targets.verification import corrupt_shard_objects, corrupt_shared_objects
 
 # Errors that end the check of one group: the others are still worth checking. All but StoreError mean damage.
 _FINDINGS = (CorruptSegment, FormatError, SpecMismatch, NotFound, InvalidInput, StoreError)
@@ -178,7 +177,7 @@ def _set_checks(root: Root, path: str, *, decode: bool) -> Iterator[_Check]:
     strangers = sorted(set(commits) - {commit_name(shard) for shard in range(corpus.num_shards)})
     if strangers:
         yield _finding(path, *(f"{path}/commits/{name} is of no shard of the corpus" for name in strangers))
-    yield _Check(path, partial(_check_shared, root, opened))
+    yield _Check(path, partial(corrupt_shared_objects, opened))
     try:
         shards = np.flatnonzero(opened.commits.committed)
     except StoreError:
@@ -200,23 +199,43 @@ def _shard_checks(root: Root, path: str, corpus: Corpus, shards: list[int], *, d
     for shard in shards:
         yield _Check(
             f"{path}/commits/{commit_name(shard)}",
-            partial(_check_shard, segments, shard, decode=decode),
+            partial(corrupt_shard_objects, segments, shard, decode=decode),
             is_shard=True,
             refill=segments.spec.fill_options,
         )
 
 
-def _check_shared(root: Root, segment_set: SegmentSet) -> list[str]:
-    problems = corrupt_shared_objects(segment_set)
-    record = None if problems else read_record(root, f"{segment_set.path}/ranks.json", "ranks")
+def corrupt_shared_objects(segment_set: SegmentSet) -> list[str]:
+    """Read every object of the rank table and the manifest; one line for each that is not what was recorded."""
+    root, path, problems = segment_set.root, segment_set.path, []
+    try:
+        segment_set.ranks.read()
+        manifest = segment_set.commits.manifest()
+        problems += [] if manifest is None else manifest.corrupt_objects()
+    except (CorruptSegment, FormatError) as error:
+        problems.append(error.detail)
+    record = None if problems else read_record(root, f"{path}/ranks.json", "ranks")
     if record is not None:
-        objects = objects_from_json(record["objects"])
-        problems += GroupReader(root, f"{segment_set.path}/{record['group']}", objects).corrupt_objects()
+        reader = GroupReader(root, f"{path}/{record['group']}", objects_from_json(record["objects"]))
+        problems += reader.corrupt_objects()
     return problems
 
 
-def _check_shard(segment_set: SegmentSet, shard: int, *, decode: bool) -> list[str]:
-    problems = corrupt_shard_objects(segment_set, shard)
+def corrupt_shard_objects(segment_set: SegmentSet, shard: int, *, decode: bool = False) -> list[str]:
+    """Read every object of a committed shard, and its commit; one line for each that is not what was committed.
+
+    Raises:
+        NotCommitted: the shard has no commit.
+    """
+    problems = []
+    try:
+        problems += segment_set.segments.group(shard).corrupt_objects()
+        manifest = segment_set.commits.manifest()
+        if manifest is not None and not manifest.holds(shard, segment_set.commits.stored(shard)):
+            problems.append(f"{segment_set.path}/commits/{commit_name(shard)} is not the commit that the manifest has")
+        segment_set.segments.open(shard)
+    except (CorruptSegment, FormatError) as error:
+        problems.append(error.detail)
     if decode and not problems:
         reader = segment_set.segments.reader(shard)
         low, high = (int(position) for position in segment_set.corpus.shard_starts[shard : shard + 2])

@@ -16,8 +16,8 @@ from potstill.cache.fill.loop import FillPlan, fill
 from potstill.cache.read_through.cached_teacher import CachedTeacher, KeepPolicy
 from potstill.cache.store.record import FORMAT_VERSION
 from potstill.cache.store.root import Root
-from potstill.cache.targets.verification import corrupt_shard_objects
 from potstill.cache.upkeep.garbage import find_garbage
+from potstill.cache.upkeep.integrity import corrupt_shard_objects
 from tests.golden.make import JOURNAL_ROW, TEXTS, K
 from tests.support.fakes import FakeTeacher
 from tests.support.paths import GOLDEN

@@ -21,7 +21,7 @@ from potstill.cache.corpus.tokenizer import load_tokenizer
 from potstill.cache.fill.loop import FillPlan
 from potstill.cache.store.root import Root
 from potstill.cache.targets.segments import segment_path
-from potstill.cache.targets.verification import corrupt_shard_objects
+from potstill.cache.upkeep.integrity import corrupt_shard_objects
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.demo.service import running_service
 from potstill.student_trainer.demo.smollm2 import default_models_folder, materialise

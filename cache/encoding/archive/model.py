@@ -20,8 +20,6 @@ CELLS = 8
 """Kinds of entries whose statistics are kept apart."""
 CLASSES = 25
 RATIOS = 1024
-MAX_LENGTH = 2048
-"""Longest list; keeps sums of frequencies within the coder's `MAX_TOTAL`."""
 NO_RANK = 0xFFFFFFFF
 NOVEL = CLASSES - 1
 TIES = 10

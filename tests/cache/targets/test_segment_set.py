@@ -26,7 +26,7 @@ from potstill.cache.errors import (
 from potstill.cache.store.groups import GroupReader, GroupWriter, Layout
 from potstill.cache.store.root import Root, StoredObject
 from potstill.cache.targets.target_set import TargetSet
-from potstill.cache.targets.verification import corrupt_shard_objects, corrupt_shared_objects
+from potstill.cache.upkeep.integrity import corrupt_shard_objects, corrupt_shared_objects
 from tests.support.corpora import make_corpus, teacher_for
 from tests.support.fakes import FakeTeacher
 from tests.support.round_trips import round_trip_fields

@@ -24,8 +24,8 @@ from potstill.cache.errors import (
 from potstill.cache.store.root import Root
 from potstill.cache.targets.segments import segment_path
 from potstill.cache.targets.target_set import TargetSet
-from potstill.cache.targets.verification import corrupt_shard_objects
 from potstill.cache.upkeep.garbage import find_garbage
+from potstill.cache.upkeep.integrity import corrupt_shard_objects
 from tests.support.corpora import make_corpus, plan_targets, teacher_for
 from tests.support.fakes import FakeTeacher, fake_identity
 
