@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from rich.filesize import decimal
 
 from potstill.cache.commands.field_options import add_wish_options, fields_of
 from potstill.cache.commands.root_option import add_root_argument
@@ -77,33 +80,22 @@ def _to_json(workload: Workload, prices: Prices, basis: Basis, found: list[Estim
 
 
 def _print_table(workload: Workload, prices: Prices, basis: Basis, found: list[Estimate]) -> None:
-    columns = ("encoding", "bytes/position", "bytes", "objects", "puts", "USD a month", "USD once")
+    columns: dict[str, Callable[[Estimate], str]] = {
+        "encoding": lambda each: each.encoding,
+        "bytes/position": lambda each: f"{each.bytes_per_position:.1f} ± {each.spread:.0%}",
+        "bytes": lambda each: decimal(each.num_bytes),
+        "objects": lambda each: f"{each.objects:,}",
+        "puts": lambda each: f"{each.write_requests:,}",
+        "USD a month": lambda each: f"{each.month:,.2f}",
+        "USD once": lambda each: f"{each.write:,.2f}",
+    }
     teachers = f" x {workload.teachers} teachers" if workload.teachers > 1 else ""
     positions, shards = counted(workload.positions, "position"), counted(workload.shards, "shard")
-    rows = [
-        (
-            each.encoding,
-            f"{each.bytes_per_position:.1f} ± {each.spread:.0%}",
-            _bytes(each.num_bytes),
-            f"{each.objects:,}",
-            f"{each.write_requests:,}",
-            f"{each.month:,.2f}",
-            f"{each.write:,.2f}",
-        )
-        for each in found
-    ]
-    print_table(columns, rows, title=f"{positions}{teachers}, V={workload.vocab_size:,}, {shards} each")
+    print_table(columns, found, title=f"{positions}{teachers}, V={workload.vocab_size:,}, {shards} each")
     print(
         f"bytes {basis.source}; {prices.gib_month} USD a GiB-month, {prices.thousand_puts} USD for 1,000 puts, "
         "without transfer; the corpus itself takes about 2 bytes a position once"
     )
-
-
-def _bytes(count: int) -> str:
-    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6)):
-        if count >= size:
-            return f"{count / size:,.1f} {unit}"
-    return f"{count:,} B"
 
 
 def _count(text: str) -> int:

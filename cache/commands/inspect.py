@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable, Mapping
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from potstill.cache.commands.root_option import add_root_argument
 from potstill.cache.commands.tables import print_table
@@ -15,6 +17,67 @@ from potstill.cache.logins import without_login
 from potstill.cache.types import Fields
 
 SUMMARY = "show the corpora and targets of a cache"
+
+_Columns: TypeAlias = Mapping[str, Callable[[dict[str, Any]], object]]
+
+
+def _count(key: str) -> Callable[[dict[str, Any]], str]:
+    return lambda about: f"{about[key]:,}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+_CORPORA: _Columns = {
+    "corpus": itemgetter("corpus"),
+    "rows": _count("rows"),
+    "positions": _count("positions"),
+    "shards": _count("shards"),
+    "duplicates": _count("duplicate_rows"),
+    "bytes": _count("bytes"),
+    "tokenizer": lambda about: about["tokenizer_sha256"][:12],
+    "annotations": lambda about: ", ".join(about["annotations"]) or "-",
+}
+_TARGETS: _Columns = {
+    "teacher": itemgetter("teacher"),
+    "corpus": itemgetter("corpus"),
+    "model": lambda about: about["identity"]["model"],
+    "k": lambda about: about["fields"]["k"],
+    "encoding": lambda about: about["encoding"]["name"],
+    "shards": lambda about: f"{about['shards_committed']:,}/{about['shards']:,}",
+    "bytes": _count("bytes"),
+    "bytes/position": lambda about: _number(about["bytes_per_position"], ".1f"),
+}
+_SETS: _Columns = {
+    "teacher": itemgetter("teacher"),
+    "corpus": itemgetter("corpus"),
+    "set": itemgetter("name"),
+    "fields": lambda about: Fields.from_json(about["fields"]).text,
+    "encoding": _TARGETS["encoding"],
+    "its bound": lambda about: f"{about['encoding']['max_abs_error']:g}",
+    "max |Δlogprob|": lambda about: _number(about["measured_error"].get("max_abs"), ".4f"),
+    "mean KL": lambda about: _number(about["measured_error"].get("mean_kl"), ".1e"),
+    "measured against": itemgetter("against"),
+    "shards": _TARGETS["shards"],
+    "manifest": lambda about: "written" if about["folded"] else "not yet",
+    "bytes/position": _TARGETS["bytes/position"],
+}
+_PROVENANCE: _Columns = {
+    "teacher": itemgetter("teacher"),
+    "corpus": itemgetter("corpus"),
+    "set": itemgetter("name"),
+    "engine": lambda about: f"{about['engine']} {about['engine_version']}",
+    "device": itemgetter("device"),
+    "path": itemgetter("capture_path"),
+    "shards": _count("shards"),
+    "first": lambda about: about["first_captured"] or "-",
+    "last": lambda about: about["last_captured"] or "-",
+}
+_JOURNALS: _Columns = {
+    "teacher": itemgetter("teacher"),
+    **{name: _count(name) for name in ("segments", "rows", "positions", "bytes")},
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,116 +123,25 @@ def _write(path: Path, text: str) -> None:
 
 
 def _print_tables(found: dict[str, Any]) -> None:
-    _print_corpora(found["corpora"])
-    _print_targets(found["targets"])
-    sets = [
-        (teacher, corpus, each)
-        for teacher, of in found["targets"].items()
-        for corpus, about in of.items()
-        for each in about["sets"]
-    ]
-    if sets:
-        _print_sets(sets)
-        _print_provenance(sets)
-    if found["journals"]:
-        _print_journals(found["journals"])
-
-
-def _print_corpora(corpora: dict[str, Any]) -> None:
-    columns = ("corpus", "rows", "positions", "shards", "duplicates", "bytes", "tokenizer", "annotations")
-    rows = []
-    for name, about in corpora.items():
-        numbers = (f"{about[key]:,}" for key in ("rows", "positions", "shards", "duplicate_rows", "bytes"))
-        rows.append((name, *numbers, about["tokenizer_sha256"][:12], ", ".join(about["annotations"]) or "-"))
-    print_table(columns, rows, title="corpora")
-
-
-def _print_targets(targets: dict[str, Any]) -> None:
-    columns = ("teacher", "corpus", "model", "k", "encoding", "shards", "bytes", "bytes/position")
-    rows = []
-    for teacher, of_corpus in targets.items():
-        for corpus, about in of_corpus.items():
-            rows.append(
-                (
-                    teacher,
-                    corpus,
-                    about["identity"]["model"],
-                    str(about["fields"]["k"]),
-                    about["encoding"]["name"],
-                    f"{about['shards_committed']:,}/{about['shards']:,}",
-                    f"{about['bytes']:,}",
-                    _number(about["bytes_per_position"], ".1f"),
-                )
-            )
-    print_table(columns, rows, title="targets")
-
-
-def _print_sets(sets: list[tuple[str, str, dict[str, Any]]]) -> None:
     from potstill.cache.upkeep.inspection import against_text
 
-    columns = (
-        "teacher",
-        "corpus",
-        "set",
-        "fields",
-        "encoding",
-        "its bound",
-        "max |Δlogprob|",
-        "mean KL",
-        "measured against",
-        "shards",
-        "manifest",
-        "bytes/position",
-    )
-    rows = []
-    for teacher, corpus, each in sets:
-        error = each["measured_error"]
-        rows.append(
-            (
-                teacher,
-                corpus,
-                each["name"],
-                Fields.from_json(each["fields"]).text,
-                each["encoding"]["name"],
-                f"{each['encoding']['max_abs_error']:g}",
-                _number(error.get("max_abs"), ".4f"),
-                _number(error.get("mean_kl"), ".1e"),
-                against_text(each["measured_against"]),
-                f"{each['shards_committed']:,}/{each['shards']:,}",
-                "written" if each["folded"] else "not yet",
-                _number(each["bytes_per_position"], ".1f"),
-            )
-        )
-    print_table(columns, rows, title="segment sets: fields that were scored together")
-
-
-def _print_provenance(sets: list[tuple[str, str, dict[str, Any]]]) -> None:
-    columns = ("teacher", "corpus", "set", "engine", "device", "path", "shards", "first", "last")
-    rows = [
-        (
-            teacher,
-            corpus,
-            each["name"],
-            f"{made['engine']} {made['engine_version']}",
-            made["device"],
-            made["capture_path"],
-            f"{made['shards']:,}",
-            each["first_captured"] or "-",
-            each["last_captured"] or "-",
-        )
-        for teacher, corpus, each in sets
-        for made in each["provenance"]
+    targets = [
+        {"teacher": teacher, "corpus": corpus, **about}
+        for teacher, of in found["targets"].items()
+        for corpus, about in of.items()
     ]
-    print_table(columns, rows, title="captured by: what computed the targets, and when")
-
-
-def _print_journals(journals: dict[str, Any]) -> None:
-    columns = ("teacher", "segments", "rows", "positions", "bytes")
-    rows = []
-    for teacher, about in journals.items():
-        rows.append((teacher, *(f"{about[key]:,}" for key in ("segments", "rows", "positions", "bytes"))))
-    print_table(columns, rows, title="journals: rows that were asked for over HTTP and belong to no corpus")
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+    sets = [
+        {"teacher": of["teacher"], "corpus": of["corpus"], **each, "against": against_text(each["measured_against"])}
+        for of in targets
+        for each in of["sets"]
+    ]
+    made = [{**each, **provenance} for each in sets for provenance in each["provenance"]]
+    journals = [{"teacher": teacher, **about} for teacher, about in found["journals"].items()]
+    print_table(_CORPORA, [{"corpus": name, **about} for name, about in found["corpora"].items()], title="corpora")
+    print_table(_TARGETS, targets, title="targets")
+    if sets:
+        print_table(_SETS, sets, title="segment sets: fields that were scored together")
+        print_table(_PROVENANCE, made, title="captured by: what computed the targets, and when")
+    if journals:
+        about = "journals: rows that were asked for over HTTP and belong to no corpus"
+        print_table(_JOURNALS, journals, title=about)

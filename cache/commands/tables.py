@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 _GAP = "  "
 
+Row = TypeVar("Row")
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str = "") -> None:
+
+def print_table(columns: Mapping[str, Callable[[Row], object]], rows: Iterable[Row], *, title: str = "") -> None:
     """Print the table that `table_text` makes for this terminal, and an empty line after one with a title.
 
-    The width is that of the terminal, `COLUMNS` where it is set, and 80 for a pipe.
+    `columns` has a function from a row to its cell under each heading. The width is that of the terminal, `COLUMNS`
+    where it is set, and 80 for a pipe.
     """
-    text = table_text(columns, rows, shutil.get_terminal_size().columns)
+    cells = ([cell(row) for cell in columns.values()] for row in rows)
+    text = table_text(list(columns), cells, shutil.get_terminal_size().columns)
     print(f"{title}\n{text}\n" if title else text)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.filesize import decimal
 
 from potstill.cache.cache import Cache
 from potstill.cache.errors import CorruptSegment, FormatError
@@ -74,7 +75,7 @@ def page(cache: Cache, inspection: Inspection) -> str:
         widest=max((about["bytes_per_position"] or 0 for about in sets), default=0),
         mass=list(_mass(cache, inspection)),
         sample_rows=_SAMPLE_ROWS,
-        size=_bytes,
+        size=decimal,
         counted=counted,
     )
 
@@ -170,11 +171,3 @@ def _histograms(title: str, each: SetSummary) -> Iterator[Chart]:
     yield histogram(title, "largest |Δ logprob| of a shard, nats", largest, bins=_HISTOGRAM_BINS, bound=bound)
     if max(each.errors["mean_kl"]):
         yield histogram(title, "mean KL of a shard, nats", each.errors["mean_kl"], bins=_HISTOGRAM_BINS)
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
-        count /= 1024
-    return f"{count:,.1f} TiB"

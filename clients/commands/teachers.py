@@ -129,30 +129,30 @@ def _option(text: str) -> tuple[str, JSON]:
 
 
 def _print_teachers(teachers: list[dict[str, Any]]) -> None:
-    rows = []
-    for teacher in teachers:
-        identity, limits = teacher.get("identity", {}), teacher.get("limits", {})
-        rows.append(
-            (
-                teacher.get("name"),
-                teacher.get("state"),
-                identity.get("model", "-"),
-                identity.get("vocab_size", "-"),
-                identity.get("dtype", "-"),
-                limits.get("max_top_k", "-"),
-                _replicas(teacher["replicas"]) if "replicas" in teacher else teacher.get("failure", "-"),
-            )
-        )
-    print_table(("teacher", "state", "model", "vocabulary", "dtype", "max k", "replicas"), rows)
+    columns: dict[str, Callable[[dict[str, Any]], object]] = {
+        "teacher": lambda of: of.get("name"),
+        "state": lambda of: of.get("state"),
+        "model": lambda of: of.get("identity", {}).get("model", "-"),
+        "vocabulary": lambda of: of.get("identity", {}).get("vocab_size", "-"),
+        "dtype": lambda of: of.get("identity", {}).get("dtype", "-"),
+        "max k": lambda of: of.get("limits", {}).get("max_top_k", "-"),
+        "replicas": lambda of: _replicas(of["replicas"]) if "replicas" in of else of.get("failure", "-"),
+    }
+    print_table(columns, teachers)
 
 
 def _print_replicas(teachers: list[dict[str, Any]]) -> None:
-    each = [(teacher.get("name"), one) for teacher in teachers for one in teacher.get("replicas", {}).get("each", ())]
+    each = [{"teacher": of.get("name"), **one} for of in teachers for one in of.get("replicas", {}).get("each", ())]
     if each:
         print()
-        keys = ("name", "state", "tokens_waiting", "tokens_scored")
-        rows = [(name, *(one.get(key, "-") for key in keys)) for name, one in each]
-        print_table(("teacher", "replica", "state", "tokens waiting", "tokens scored"), rows)
+        columns: dict[str, Callable[[dict[str, Any]], object]] = {
+            "teacher": lambda of: of.get("teacher"),
+            "replica": lambda of: of.get("name", "-"),
+            "state": lambda of: of.get("state", "-"),
+            "tokens waiting": lambda of: of.get("tokens_waiting", "-"),
+            "tokens scored": lambda of: of.get("tokens_scored", "-"),
+        }
+        print_table(columns, each)
 
 
 def _replicas(status: dict[str, Any]) -> str:
