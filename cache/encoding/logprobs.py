@@ -238,7 +238,7 @@ class Measured:
             self.saturated += int(lost.sum())
             self.saturated_mass += float(np.exp(p[lost]).sum())
         tails = exact.log_tail.astype(np.float64), decoded.log_tail.astype(np.float64)
-        self.kl.append(_kl_terms(p, q).sum(axis=1) + _kl_terms(*tails))
+        self.kl.append(kl_terms(p, q).sum(axis=1) + kl_terms(*tails))
 
     def error(self) -> EncodingError:
         """Error over all positions so far."""
@@ -314,7 +314,7 @@ def _from_float16(logprobs: NDArray[np.generic], log_tail: NDArray[np.float32]) 
     return scaled
 
 
-def _kl_terms(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.float64]:
+def kl_terms(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.float64]:
     """Terms exp(p) * (p - q) of a KL divergence, zero where p has no mass."""
     # No mass in q where p has some counts as 1e-45, which keeps the sum finite.
     none = np.isneginf(p)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -49,6 +49,7 @@ from potstill.cache.interchange.parquet import (
     repeats,
     token_ids,
 )
+from potstill.cache.interchange.row_files import require_columns
 from potstill.cache.types import Targets
 
 _LOGPROBS, _INDICES = "compressed_logprobs", "bytepacked_indices"
@@ -73,15 +74,9 @@ class CompressedRows:
     scaled: Scaled = field(default_factory=Scaled)
     """Positions that were scaled down, counted while reading."""
 
-    @property
-    def token_columns(self) -> tuple[str, ...]:
-        """See `RowFormat`; the logprobs say how many positions have a target."""
-        return ("input_ids", _LOGPROBS)
-
-    @property
-    def target_columns(self) -> tuple[str, ...]:
-        """See `RowFormat`."""
-        return ("input_ids", _LOGPROBS, _INDICES)
+    # The logprobs say how many positions have a target.
+    token_columns: ClassVar[tuple[str, ...]] = ("input_ids", _LOGPROBS)
+    target_columns: ClassVar[tuple[str, ...]] = ("input_ids", _LOGPROBS, _INDICES)
 
     def require_columns(self, path: Path) -> None:
         """Refuse a file of another format.
@@ -94,9 +89,7 @@ class CompressedRows:
             raise InvalidInput(
                 f"{path} has DistillKit's legacy rows: logits without their normaliser; capture them again"
             )
-        missing = [name for name in self.target_columns if name not in names]
-        if missing:
-            raise InvalidInput(f"{path} has no column {missing[0]!r}; it has {', '.join(names)}: take another --format")
+        require_columns(path, names, self.target_columns)
 
     def file_name(self, shard: int) -> str:
         """See `RowFormat`."""

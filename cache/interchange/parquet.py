@@ -22,20 +22,18 @@ Shape legend:  P positions, K kept entries, T temperatures, V vocabulary size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from potstill.cache.errors import InvalidInput
 from potstill.cache.fields import COLUMNS
 from potstill.cache.interchange.formats import Rows, RowSource
-from potstill.cache.interchange.row_files import reading
+from potstill.cache.interchange.row_files import reading, require_columns
 from potstill.cache.types import Draws, Fields, Targets
 
 _TOP_K = ("ids", "logprobs")
@@ -58,10 +56,7 @@ class ListColumns:
         """Choose the columns for a target set with these fields."""
         return cls(fields=fields, vocab_size=vocab_size, present=_columns_of(fields))
 
-    @property
-    def token_columns(self) -> tuple[str, ...]:
-        """See `RowFormat`."""
-        return ("input_ids",)
+    token_columns: ClassVar[tuple[str, ...]] = ("input_ids",)
 
     @property
     def target_columns(self) -> tuple[str, ...]:
@@ -172,11 +167,11 @@ def list_columns(path: Path, fields: Fields | None, vocab_size: int) -> ListColu
         names = file.schema_arrow.names
         if fields is None:
             present = tuple(name for name in (*_TOP_K, *COLUMNS) if name in names)
-            _require(path, names, _TOP_K)
+            require_columns(path, names, _TOP_K)
             fields = Fields(k=_first_width(file, path), entropy="entropy" in names)
         else:
             present = _columns_of(fields)
-            _require(path, names, present)
+            require_columns(path, names, present)
     return ListColumns(fields=fields, vocab_size=vocab_size, present=present)
 
 
@@ -270,12 +265,6 @@ def labels_in_top_k(ids: NDArray[np.uint32], logprobs: NDArray[np.float32], rows
 def _columns_of(fields: Fields) -> tuple[str, ...]:
     top_k = (*_TOP_K, "log_tail", "label_logprob") if fields.k else ()
     return (*top_k, *fields.float_shapes(1, 1), *(_DRAWS if fields.draws else ()))
-
-
-def _require(path: Path, names: Sequence[str], needed: Sequence[str]) -> None:
-    missing = [name for name in needed if name not in names]
-    if missing:
-        raise InvalidInput(f"{path} has no column {missing[0]!r}; it has {', '.join(names)}: rename its columns")
 
 
 def _first_width(file: Any, path: Path) -> int:

@@ -43,18 +43,25 @@ def row_files(sources: Sequence[str | Path], columns: Sequence[str]) -> list[Row
         with reading(path), pq.ParquetFile(path) as file:
             names, num_rows = file.schema_arrow.names, file.metadata.num_rows
             origin = Origin.from_metadata(path, file.schema_arrow.metadata)
-        missing = [name for name in columns if name not in names]
-        if missing:
-            raise InvalidInput(
-                f"{path} has no column {missing[0]!r}; it has {', '.join(names)}: rename its columns, or give another "
-                "--format"
-            )
+        require_columns(path, names, columns)
         if num_rows:
             found.append(RowFile(path, num_rows, first, origin))
             first += num_rows
     if not found:
         raise InvalidInput(f"there is no row in {', '.join(map(str, sources))}; there is nothing to import")
     return found
+
+
+def require_columns(path: Path, names: Sequence[str], needed: Sequence[str]) -> None:
+    """Refuse a file with columns `names` that lacks a needed one.
+
+    Raises:
+        InvalidInput: one is missing.
+    """
+    missing = [name for name in needed if name not in names]
+    if missing:
+        has = ", ".join(names)
+        raise InvalidInput(f"{path} has no column {missing[0]!r}; it has {has}: rename one, or give another --format")
 
 
 def came_from(files: Sequence[RowFile], fingerprint: str) -> bool:

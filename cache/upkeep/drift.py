@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potstill.cache.encoding import Encoding
+from potstill.cache.encoding.logprobs import kl_terms
 from potstill.cache.errors import InvalidInput, NotCommitted, SpecMismatch
 from potstill.cache.targets import TargetSet
 from potstill.cache.types import Fields, Targets, Teacher, TeacherIdentity
@@ -22,8 +23,6 @@ _BATCH_ROWS = 4
 _SATURATED_GAP = 15.9
 # Relative rounding error of float16, in which labels are stored.
 _FLOAT16_ERROR = 2.0**-11
-# Keeps the KL finite where live mass is zero and stored mass is not, as in `potstill.cache.encoding.logprobs`.
-_LEAST_LOGPROB = -103.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,11 +198,6 @@ def _kl(stored: Targets, live: Targets, shared: NDArray[np.bool_], at_live: NDAr
     shared_live = _places(live.ids, stored.ids) >= 0
     rest_theirs = np.exp(live.log_tail.astype(np.float64)) + np.where(shared_live, 0.0, np.exp(theirs)).sum(axis=1)
     with np.errstate(divide="ignore"):
-        rest = _kl_terms(np.log(rest_ours), np.log(rest_theirs))
-    kl: NDArray[np.float64] = np.where(shared, _kl_terms(ours, at_live), 0.0).sum(axis=1) + rest
+        rest = kl_terms(np.log(rest_ours), np.log(rest_theirs))
+    kl: NDArray[np.float64] = np.where(shared, kl_terms(ours, at_live), 0.0).sum(axis=1) + rest
     return kl
-
-
-def _kl_terms(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.float64]:
-    finite = np.where(np.isneginf(p), 0.0, p)
-    return np.where(np.isneginf(p), 0.0, np.exp(p) * (finite - np.maximum(q, _LEAST_LOGPROB)))

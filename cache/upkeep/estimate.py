@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from potstill.cache.cache import Cache
 from potstill.cache.encoding import Encoding
@@ -150,8 +150,7 @@ class Estimate:
     def to_json(self) -> dict[str, JSON]:
         """A JSON object with one key per attribute, and the bytes at both ends of the spread."""
         low, high = (round(self.num_bytes * (1 + sign * self.spread)) for sign in (-1, 1))
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {**values, "num_bytes_low": low, "num_bytes_high": high}
+        return {**asdict(self), "num_bytes_low": low, "num_bytes_high": high}
 
 
 def estimate(workload: Workload, encoding: str, prices: Prices, basis: Basis = TABLE) -> Estimate:

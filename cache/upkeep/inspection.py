@@ -121,19 +121,13 @@ class Inspection:
     sets: dict[tuple[str, str], list[SetSummary]]
 
 
-class _Damage:
-    """Records that cannot be read, a line each; the rest is shown all the same."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    @contextmanager
-    def noted(self) -> Iterator[None]:
-        """Note an unreadable record met in the block, and go on after the block."""
-        try:
-            yield
-        except (CorruptSegment, FormatError, SpecMismatch) as error:
-            self.lines.append(str(error))
+@contextmanager
+def _noted(unreadable: list[str]) -> Iterator[None]:
+    """Note an unreadable record met in the block, and go on after the block: the rest is shown all the same."""
+    try:
+        yield
+    except (CorruptSegment, FormatError, SpecMismatch) as error:
+        unreadable.append(str(error))
 
 
 def inspect_cache(cache: Cache) -> Inspection:
@@ -144,19 +138,19 @@ def inspect_cache(cache: Cache) -> Inspection:
     corpora: dict[str, Any] = {}
     targets: dict[str, dict[str, Any]] = {}
     summaries: dict[tuple[str, str], list[SetSummary]] = {}
-    damage = _Damage()
+    unreadable: list[str] = []
     for name in cache.corpora():
-        with damage.noted():
+        with _noted(unreadable):
             corpora[name] = _describe_corpus(cache.root, cache.corpus(name))
         for teacher in cache.teachers(name) if name in corpora else ():
-            with damage.noted():
+            with _noted(unreadable):
                 opened = cache.targets(teacher, name)
-                sets = [_summarise(cache.root, each, damage) for each in opened.sets]
+                sets = [_summarise(cache.root, each, unreadable) for each in opened.sets]
                 targets.setdefault(teacher, {})[name] = _describe_targets(opened, sets)
                 summaries[teacher, name] = sets
-    journals = _describe_journals(cache.root, damage)
+    journals = _describe_journals(cache.root, unreadable)
     return Inspection(
-        {"corpora": corpora, "targets": targets, "journals": journals, "unreadable": damage.lines}, summaries
+        {"corpora": corpora, "targets": targets, "journals": journals, "unreadable": unreadable}, summaries
     )
 
 
@@ -216,11 +210,11 @@ def _describe_against(against: Counter[Handed]) -> list[dict[str, Any]]:
     ]
 
 
-def _describe_journals(root: Root, damage: _Damage) -> dict[str, Any]:
+def _describe_journals(root: Root, unreadable: list[str]) -> dict[str, Any]:
     journals: dict[str, Any] = {}
     for path in journal_records(root):
         record = None
-        with damage.noted():
+        with _noted(unreadable):
             record = SegmentRecord.read(root, path)
         if record is not None:
             about = journals.setdefault(record.teacher, {"segments": 0, "rows": 0, "positions": 0, "bytes": 0})
@@ -229,16 +223,16 @@ def _describe_journals(root: Root, damage: _Damage) -> dict[str, Any]:
     return journals
 
 
-def _summarise(root: Root, segments: SegmentSet, damage: _Damage) -> SetSummary:
+def _summarise(root: Root, segments: SegmentSet, unreadable: list[str]) -> SetSummary:
     starts = segments.corpus.shard_starts
     manifest = Manifest.open(root, segments.path, segments.corpus.num_shards)
     summary = SetSummary(segments, manifest is not None, np.zeros(len(starts) - 1, dtype=bool))
-    for commit in _commits(root, segments, manifest, damage):
+    for commit in _commits(root, segments, manifest, unreadable):
         summary.add(commit, int(starts[commit.shard + 1] - starts[commit.shard]))
     return summary
 
 
-def _commits(root: Root, segments: SegmentSet, manifest: Manifest | None, damage: _Damage) -> Iterator[Commit]:
+def _commits(root: Root, segments: SegmentSet, manifest: Manifest | None, unreadable: list[str]) -> Iterator[Commit]:
     """Read all commits, with at most `_COMMITS_AT_ONCE` in memory."""
     if manifest is not None:
         for start in range(0, manifest.num_shards, _COMMITS_AT_ONCE):
@@ -250,7 +244,7 @@ def _commits(root: Root, segments: SegmentSet, manifest: Manifest | None, damage
         opened = SegmentSet.open(root, segments.path, segments.corpus, Reading.open())
         for shard in shards[start : start + _COMMITS_AT_ONCE] if opened else ():
             commit = None
-            with damage.noted():
+            with _noted(unreadable):
                 commit = opened.commits.of(shard) if opened else None
             if commit is not None:
                 yield commit
