@@ -17,8 +17,6 @@ from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 
-import uvicorn
-
 from potstill.cache.entry_points import name_and_model
 from potstill.cache.errors import InvalidInput, PotstillError
 from potstill.cache.logins import without_login
@@ -28,8 +26,8 @@ from potstill.teacher_service.hosting import Keep, Service, TeacherSource
 from potstill.teacher_service.settings import ServiceSettings, TlsSettings, load_settings
 from potstill.teacher_service.telemetry import logs, tracing
 from potstill.teacher_service.telemetry.tracing import OtelTracer
-from potstill.teacher_service.transport import bounded_protocol
-from potstill.teacher_service.transport.heads import HEAD_BYTES
+from potstill.teacher_service.transport import BoundedListener, BoundedServer
+from potstill.teacher_service.transport.listener import allow_files
 
 _LOG = logging.getLogger(__name__)
 # Longer than clients hold an idle connection: closing first, we might do so while the next request is on its way.
@@ -77,10 +75,12 @@ def _run(settings: ServiceSettings) -> None:
     access = Access.of(settings.access)
     if settings.tls is not None:
         check_tls(settings.tls)
+    allow_files(settings.limits)
     has_keys = access.keys is not None
     # The port first: who has to choose another one should not wait for engines.
     with ExitStack() as stack:
-        listener = stack.enter_context(bind(settings.host, settings.port, has_keys=has_keys))
+        bound = bind(settings.host, settings.port, has_keys=has_keys)
+        listener = stack.enter_context(BoundedListener(bound, settings.limits, tls=settings.tls is not None))
         endpoint = settings.tracing.endpoint
         tracer = None if endpoint is None else stack.enter_context(closing(tracing.open_tracer(endpoint)))
         if settings.tls is None and not _is_loopback(listener.getsockname()[0]):
@@ -148,12 +148,10 @@ def service_of(settings: ServiceSettings, access: Access) -> Service:
     return Service(teachers, cache=cache, limits=settings.limits, source=source, access=access)
 
 
-class _Server(uvicorn.Server):
+class _Server(BoundedServer):
     """Stops on signals without raising them again, as uvicorn does: a service that was told to stop has succeeded."""
 
-    def __init__(self, config: uvicorn.Config, on_hangup: Callable[[], None] | None) -> None:
-        super().__init__(config)
-        self._on_hangup = on_hangup
+    on_hangup: Callable[[], None] | None = None
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -161,8 +159,8 @@ class _Server(uvicorn.Server):
         handlers: dict[int, Callable[[], None]] = {
             number: partial(self.handle_exit, number, None) for number in (signal.SIGINT, signal.SIGTERM)
         }
-        if self._on_hangup is not None:
-            handlers[signal.SIGHUP] = self._on_hangup
+        if self.on_hangup is not None:
+            handlers[signal.SIGHUP] = self.on_hangup
         for number, handler in handlers.items():
             loop.add_signal_handler(number, handler)
         try:
@@ -175,20 +173,16 @@ class _Server(uvicorn.Server):
 async def _serve(settings: ServiceSettings, access: Access, listener: socket.socket, tracer: OtelTracer | None) -> None:
     service = service_of(settings, access)
     # The teachers are started here and not by the app's lifespan, whose failures uvicorn would swallow.
-    config = uvicorn.Config(
+    server = _Server(
         create_app(service, tracer=tracer),
-        http=bounded_protocol(settings.limits),
-        h11_max_incomplete_event_size=HEAD_BYTES,
+        settings.limits,
         lifespan="off",
-        ws="none",
-        log_config=None,
-        access_log=False,
         timeout_graceful_shutdown=settings.grace_seconds,
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         ssl_certfile=None if settings.tls is None else settings.tls.certfile,
         ssl_keyfile=None if settings.tls is None else settings.tls.keyfile,
     )
-    server = _Server(config, None if access.keys is None else access.keys.reload)
+    server.on_hangup = None if access.keys is None else access.keys.reload
     async with service.running():
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         starting = asyncio.create_task(service.started())

@@ -91,7 +91,8 @@ class LimitSettings(FrozenSettings):
     body_seconds: Annotated[float, Field(gt=0, le=3600)] = 60.0
     """Seconds within which a request's head, then its body, must arrive, and each 256 KiB of an answer be taken."""
     max_connections: Count = 768
-    """Open connections, idle ones too; below the usual limit of 1024 open files."""
+    """Open connections, also idle ones and those that have not agreed on TLS yet, for which they have five seconds.
+    The service may open 256 files besides: it raises its own limit where it must, or says that it cannot."""
     max_connections_per_address: Annotated[int, Field(ge=0, strict=True)] = 512
     """Open connections of one client's address (of IPv6 its /64 network), so that one cannot take all; 0 is no bound.
     Behind a proxy all clients come from the proxy's address: set 0 there, and bound them in the proxy."""

@@ -12,6 +12,9 @@ import re
 import secrets
 import sys
 import threading
+import time
+from collections import Counter
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,6 +28,8 @@ from potstill.teacher_service.settings import LogSettings
 _LOG = logging.getLogger(__name__)
 REQUEST_ID_HEADER = "x-request-id"
 _VLLM_LOGGING = "VLLM_LOGGING_CONFIG_PATH"
+_SELDOM_SECONDS = 10.0
+_FOR_STRANGERS = ("asyncio", "uvicorn.error", "potstill.teacher_service.transport.listener")
 _GOOD_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _ESCAPES = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))}
 
@@ -101,6 +106,32 @@ class TextLines(logging.Formatter):
         return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
 
 
+class Seldom(logging.Filter):
+    """Passes one record of a text in ten seconds, with the number of those left out since the one before.
+
+    For loggers on which callers without a key can have as many lines written as they like.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        self._told: dict[str, float] = {}
+        self._left_out: Counter[str] = Counter()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Tell whether to write the record out."""
+        # The text before values are filled in; asyncio's further lines name objects, no two of them alike.
+        text = str(record.msg).partition("\n")[0]
+        now = self._clock()
+        if now - self._told.get(text, -_SELDOM_SECONDS) < _SELDOM_SECONDS:
+            self._left_out[text] += 1
+            return False
+        self._told[text] = now
+        if left_out := self._left_out.pop(text, 0):
+            record.msg, record.args = f"{record.getMessage()} (and {left_out} times before)", ()
+        return True
+
+
 def configure(settings: LogSettings, stream: TextIO) -> None:
     """Send the log of the whole process to `stream`, and nowhere else.
 
@@ -112,6 +143,9 @@ def configure(settings: LogSettings, stream: TextIO) -> None:
     logging.basicConfig(level=settings.level.upper(), handlers=[handler], force=True)
     # httpx logs every request to a teacher behind a URL, for which our own request has an access line already.
     logging.getLogger("httpx").setLevel(max(logging.WARNING, logging.getLogger().level))
+    for name in _FOR_STRANGERS:
+        logger = logging.getLogger(name)
+        logger.filters = [Seldom()]
     if settings.format == "json":
         logging.captureWarnings(capture=True)
         sys.excepthook = _log_the_end

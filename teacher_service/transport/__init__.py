@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from potstill.teacher_service.transport.bounded_transfers import BoundedTransfers
-from potstill.teacher_service.transport.connections import bounded_protocol
+from potstill.teacher_service.transport.connections import BoundedServer
+from potstill.teacher_service.transport.listener import BoundedListener
 from potstill.teacher_service.transport.streamed import StreamedAnswer
 
-__all__ = ["BoundedTransfers", "StreamedAnswer", "bounded_protocol"]
+__all__ = ["BoundedListener", "BoundedServer", "BoundedTransfers", "StreamedAnswer"]

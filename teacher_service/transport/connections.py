@@ -1,44 +1,68 @@
-"""Bounds of connections, in number and slowness, before there is a request that could have a key."""
+"""The server, with bounds of how slow a connection may be before there is a request that could have a key."""
 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
-from collections import Counter
-from typing import TYPE_CHECKING, Any, ClassVar
+from functools import partial
+from socket import socket
+from typing import TYPE_CHECKING, Any
 
-from potstill.cache.errors import Unavailable
+import uvicorn
+
 from potstill.teacher_service.settings import LimitSettings
-from potstill.teacher_service.transport.heads import BoundedHeads, refusal
+from potstill.teacher_service.transport.heads import HEAD_BYTES, BoundedHeads
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 ABORT = "potstill.abort"
 """Name of our ASGI extension: a callable that drops the connection at once, with all that its client has not taken."""
+_HANDSHAKE_SECONDS = 5.0  # of TLS: asyncio gives 60
 
 
-def bounded_protocol(limits: LimitSettings) -> type[asyncio.Protocol]:
-    """Make the `http` protocol of a `uvicorn.Config`, which bounds connections in all and per address.
+class BoundedServer(uvicorn.Server):
+    """Serves an app, without websockets.
 
-    A whole request head has to arrive within `body_seconds`, from the connection's begin or from the first byte of a
-    later head; between requests uvicorn's own keep-alive timeout counts. A closing connection is dropped when its
-    client has not taken the rest within about `body_seconds`.
+    TLS has to be agreed on within five seconds. A whole request head has to arrive within `body_seconds`, from the
+    connection's begin or from the first byte of a later head; between requests uvicorn's own keep-alive timeout counts.
+    A closing connection is dropped when its client has not taken the rest within about `body_seconds`.
+
+    Args:
+        app: the ASGI app.
+        limits: has `body_seconds`.
+        options: others of `uvicorn.Config`.
     """
 
-    class Connection(_BoundedConnection):
-        max_connections = limits.max_connections
-        max_per_origin = limits.max_connections_per_address
-        of_origin: ClassVar[Counter[str]] = Counter()  # of this server: uvicorn makes an object per connection
-        seconds = limits.body_seconds
+    def __init__(self, app: ASGIApp, limits: LimitSettings, **options: Any) -> None:
+        class Connection(_TimedConnection):
+            seconds = limits.body_seconds
 
-    return Connection
+        self._handshake_seconds = min(_HANDSHAKE_SECONDS, limits.body_seconds)
+        options |= {"http": Connection, "h11_max_incomplete_event_size": HEAD_BYTES, "ws": "none", "log_config": None}
+        super().__init__(uvicorn.Config(app, access_log=False, **options))
+
+    async def startup(self, sockets: list[socket] | None = None) -> None:
+        """Begin to serve on these sockets; like uvicorn's own, which does not bound the handshake."""
+        await self.lifespan.startup()
+        if self.lifespan.should_exit:
+            self.should_exit = True
+            return
+        config, tls = self.config, self.config.ssl
+        made: dict[str, Any] = {"server_state": self.server_state, "app_state": self.lifespan.state}
+        protocol_class: Any = config.http_protocol_class
+        protocol = partial(protocol_class, config=config, **made)
+        seconds = None if tls is None else self._handshake_seconds
+        loop = asyncio.get_running_loop()
+        self.servers = [
+            await loop.create_server(
+                protocol, sock=each, ssl=tls, ssl_handshake_timeout=seconds, backlog=config.backlog
+            )
+            for each in sockets or ()
+        ]
+        self.started = True
 
 
-class _BoundedConnection(BoundedHeads):
-    max_connections: int
-    max_per_origin: int
-    of_origin: ClassVar[Counter[str]]
+class _TimedConnection(BoundedHeads):
     seconds: float
     app: Any
 
@@ -49,13 +73,6 @@ class _BoundedConnection(BoundedHeads):
         self._closing = False
         self._lost = False
         self._watch = self.loop.call_later(self.seconds, self._check_closing)
-        self._origin = _origin(transport.get_extra_info("peername"))
-        self.of_origin[self._origin] += 1
-        over = self._over()
-        if over:
-            transport.write(refusal(Unavailable.status, "Service Unavailable", Unavailable(f"{over}; retry later")))
-            transport.close()
-            return
         self._expect_head()
 
     def data_received(self, data: bytes) -> None:
@@ -66,18 +83,7 @@ class _BoundedConnection(BoundedHeads):
         self._lost = True
         self._watch.cancel()
         self._expect_head()
-        self.of_origin[self._origin] -= 1
-        if not self.of_origin[self._origin]:
-            del self.of_origin[self._origin]
         super().connection_lost(exc)
-
-    def _over(self) -> str:
-        """The bound that this connection exceeds, in words; empty for none."""
-        if len(self.connections) > self.max_connections:
-            return f"max_connections={self.max_connections} are open"
-        if self._origin and 0 < self.max_per_origin < self.of_origin[self._origin]:
-            return f"max_connections_per_address={self.max_per_origin} are open from {self._origin}"
-        return ""
 
     def _expect_head(self) -> None:
         """Have the timer run exactly while a head is to come."""
@@ -104,15 +110,3 @@ def _with_abort(app: ASGIApp, transport: asyncio.Transport) -> ASGIApp:
         await app({**scope, "extensions": extensions}, receive, send)
 
     return serve
-
-
-def _origin(peer: Any) -> str:
-    """The client's address, of IPv6 its /64 network, which one client usually has whole; empty for a Unix socket."""
-    if not isinstance(peer, tuple):
-        return ""  # a Unix socket
-    address = ipaddress.ip_address(peer[0].partition("%")[0])
-    if isinstance(address, ipaddress.IPv4Address):
-        return str(address)
-    if address.ipv4_mapped is not None:
-        return str(address.ipv4_mapped)
-    return str(ipaddress.ip_network((address, 64), strict=False))

@@ -11,7 +11,6 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, context
 from typing import Any
 
 import httpx
-import uvicorn
 
 from potstill.cache import Cache
 from potstill.cache.types import Teacher
@@ -19,23 +18,22 @@ from potstill.teacher_service.app import create_app
 from potstill.teacher_service.hosting.hosted_teacher import HostedTeacher, Keep
 from potstill.teacher_service.hosting.service import Service
 from potstill.teacher_service.settings.service import LimitSettings
-from potstill.teacher_service.transport.connections import bounded_protocol
+from potstill.teacher_service.transport import BoundedListener, BoundedServer
 from tests.support import http
 from tests.support.fakes import FakeTeacher
 
 
 @contextmanager
-def serving(app: Any, *, port: int = 0, limits: LimitSettings | None = None) -> Iterator[str]:
+def serving(app: Any, *, port: int = 0, limits: LimitSettings | None = None, **options: Any) -> Iterator[str]:
     """Run an ASGI app on a loopback port, by default a free one, in a thread; yields its URL."""
-    listener = socket.create_server(("127.0.0.1", port))
-    protocol = bounded_protocol(limits or LimitSettings())
+    limits, tls = limits or LimitSettings(), "ssl_certfile" in options
+    listener = BoundedListener(socket.create_server(("127.0.0.1", port)), limits, tls=tls)
     # The loop of `potstill serve`; uvicorn alone would take another one where that is installed.
-    config = uvicorn.Config(app, loop="asyncio", http=protocol, log_config=None, ws="none", timeout_graceful_shutdown=2)
-    server = uvicorn.Server(config)
+    server = BoundedServer(app, limits, loop="asyncio", timeout_graceful_shutdown=2, **options)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        yield f"{'https' if tls else 'http'}://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join()

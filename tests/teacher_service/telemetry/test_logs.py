@@ -327,3 +327,19 @@ def test_probes_that_are_answered_well_are_told_at_debug_only(
         "/health": level,
         "/v1/teachers": "INFO",
     }
+
+
+def test_of_what_strangers_cause_one_line_in_ten_seconds_is_written(caplog: pytest.LogCaptureFixture) -> None:
+    now = [0.0]
+    logger = logging.getLogger("potstill.tests.strangers")
+    logger.addFilter(logs.Seldom(lambda: now[0]))
+    for second in range(25):
+        now[0] = float(second)
+        for _ in range(100):
+            logger.warning("refused %d\nby <object at %d>", second, second)
+        logger.warning("another in between")
+    said = [message.partition("\n") for message in caplog.messages if message.startswith("refused")]
+    assert [first for first, _, _ in said] == ["refused 0", "refused 10", "refused 20"]
+    assert [rest for _, _, rest in said][1:] == ["by <object at 10> (and 999 times before)"] * 1 + [
+        "by <object at 20> (and 999 times before)"
+    ]

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import socket
+import ssl
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
+from potstill.cache.errors import InvalidInput
 from potstill.teacher_service.app import create_app
 from potstill.teacher_service.hosting.service import Service
 from potstill.teacher_service.routes.completions import prompt_logprobs
 from potstill.teacher_service.settings.service import LimitSettings
-from potstill.teacher_service.transport.connections import _origin
+from potstill.teacher_service.transport.listener import _origin, allow_files
 from tests.support import http
 from tests.support.fakes import FakeTeacher, fake_identity
+from tests.support.processes.certificate import make_certificate
 from tests.support.processes.servers import hosted, serving, serving_teachers, wait_ready
 
 LIMITS = LimitSettings(body_seconds=1.5, max_connections=8)
@@ -30,7 +35,7 @@ def url() -> Iterator[str]:
 
 
 def connected(url: str, source: str = "127.0.0.1") -> socket.socket:
-    host, _, port = url.removeprefix("http://").partition(":")
+    host, _, port = url.partition("://")[2].partition(":")
     return socket.create_connection((host, int(port)), timeout=300, source_address=(source, 0))
 
 
@@ -144,9 +149,21 @@ def test_connections_over_the_bound_are_told_so() -> None:
     with serving_teachers(hosted("smol", FakeTeacher()), limits=patient) as url:
         with ExitStack() as held:
             for _ in range(patient.max_connections):
-                held.enter_context(connected(url))
+                held.enter_context(served_connection(url))
             assert "max_connections=8 are open" in refusal(connected(url))
         until_served(url)
+
+
+def served_connection(url: str) -> socket.socket:
+    """One that is counted: the service may take a moment to see that others were closed."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        connection = connected(url)
+        connection.sendall(GET + b"\r\n")
+        if connection.recv(65_536).startswith(b"HTTP/1.1 200"):
+            return connection
+        connection.close()
+    pytest.fail("never served")
 
 
 def refusal(connection: socket.socket) -> str:
@@ -179,6 +196,24 @@ def test_one_address_does_not_take_all_connections() -> None:
         until_served(url)
         taken[0].close()
         until_served(url, "127.0.0.2")
+
+
+def test_with_tls_connections_count_before_the_handshake_which_has_little_time(tmp_path: Path) -> None:
+    certfile, keyfile = make_certificate(tmp_path)
+    limits = LimitSettings(body_seconds=1.0, max_connections=8, max_connections_per_address=4)
+    app = create_app(Service([hosted("smol", FakeTeacher())]))
+    tls: dict[str, Any] = {"ssl_certfile": certfile, "ssl_keyfile": keyfile}
+    with serving(app, limits=limits, **tls) as url, ExitStack() as held:
+        silent = [held.enter_context(connected(url, "127.0.0.2")) for _ in range(5)]
+        assert is_closed(silent[4])
+        trusting = ssl.create_default_context(cafile=str(certfile))
+        assert http.get(f"{url}/healthz", verify=trusting).status_code == 200
+        assert all(is_closed(each) for each in silent[:4])
+
+
+def test_more_connections_than_files_are_refused_at_the_start() -> None:
+    with pytest.raises(InvalidInput, match="max_connections=1000000000000 needs 1000000000256 open files"):
+        allow_files(LimitSettings(max_connections=10**12))
 
 
 def test_zero_bounds_no_address() -> None:
