@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from potstill.cache.errors import FormatError
@@ -62,13 +62,9 @@ class Step:
             return cls(how=IMPORT, encoding=name, max_abs_error=bound)
         return cls(how=IMPORT, max_abs_error=None)
 
-    def to_json(self) -> dict[str, Any]:
-        """Convert to a JSON object with one key per attribute."""
-        return asdict(self)
-
     @classmethod
     def from_json(cls, value: Any) -> Step:
-        """Read what `to_json` wrote; unknown keys, of a newer writer, are ignored.
+        """Read a JSON object with one key per attribute; unknown keys, of a newer writer, are ignored.
 
         Raises:
             FormatError: a key is missing or of the wrong type.

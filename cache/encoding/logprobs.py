@@ -134,10 +134,6 @@ class EncodingError:
     saturated_mass: float
     """Exact probability mass of the saturated entries, averaged over positions."""
 
-    def to_json(self) -> dict[str, float]:
-        """Convert to a JSON object with one key per attribute."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
-
 
 def encode(targets: Targets, encoding: Encoding, ranks: RankTable) -> StoredArrays:
     """Encode the arrays to store: `ids` (as ranks), `log_tail`, `label_logprob`, and `gaps` or `logprobs`.

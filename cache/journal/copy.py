@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -96,7 +96,7 @@ def _encoded_again(source: JournalRows, segment: JournalSegment, rows: Sequence[
     ends = np.cumsum([each.num_positions for each in targets])[:-1]
     split = {name: np.split(array, ends) for name, array in stored.items()}
     arrays = [{name: parts[row] for name, parts in split.items()} for row in range(len(targets))]
-    return _SegmentRows(arrays, _with_saturated(error.to_json(), segment.record), segment.record.encoding)
+    return _SegmentRows(arrays, _with_saturated(asdict(error), segment.record), segment.record.encoding)
 
 
 def _with_saturated(error: dict[str, float], record: SegmentRecord) -> dict[str, float]:

@@ -13,7 +13,7 @@ Shape legend:  R rows, P positions, K kept entries.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -336,7 +336,7 @@ def measured_error(rows: Iterable[JournalRow]) -> dict[str, float]:
             setattr(total, name, getattr(total, name) + getattr(part, name))
         total.max_abs = max(total.max_abs, part.max_abs)
         total.kl += part.kl
-    return total.error().to_json()
+    return asdict(total.error())
 
 
 def stated_error(encoding: Encoding) -> dict[str, float]:

@@ -14,7 +14,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
@@ -76,7 +76,7 @@ def encode_packed(
         measured = Measured()
         blocks = _top_k_blocks(targets, ranks, text, measured)
         arrays |= _joined(TOP_K, _on_all_cores(lambda block: codec.pack_top_k(*block, vocab_size), blocks))
-        error = measured.error().to_json()
+        error = asdict(measured.error())
     if fields.draws:
         drawn = _draw_blocks(targets, ranks, text)
         arrays |= _joined(DRAWS, _on_all_cores(lambda block: codec.pack_draws(*block, fields.draws, vocab_size), drawn))
@@ -101,7 +101,8 @@ class PackedReader:
         self._ranks = ranks
         self._text = text
         self._chunks = reading.chunks
-        self._starts = {name: self._read_starts(name) for name in self._names(fields)}
+        held = {TOP_K: fields.k, DRAWS: fields.draws}
+        self._starts = {name: self._read_starts(name) for name in held if held[name]}
 
     def top_k(self, start: int, stop: int) -> StoredArrays:
         """Read the top-k of a range of positions, as the arrays of encoding `u8`.
@@ -109,7 +110,11 @@ class PackedReader:
         Raises:
             CorruptSegment: a block is not what was committed, or decodes to what no encoder writes.
         """
-        return self._range(TOP_K, start, stop, self._unpack_top_k)
+        parts = [
+            {key: array[max(start - low, 0) : stop - low] for key, array in block.items()}
+            for low, block in self._blocks(TOP_K, start, stop, self._unpack_top_k)
+        ]
+        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
     def draws(self, start: int, stop: int) -> Draws:
         """Read the draws of a range of positions; raises as `top_k`."""
@@ -118,13 +123,6 @@ class PackedReader:
             held = Draws(**cast("Any", block))
             parts.append(held[max(start - low, 0) : stop - low])
         return Draws.concat(parts)
-
-    def _range(self, name: str, start: int, stop: int, unpack: _Unpack) -> StoredArrays:
-        parts = [
-            {key: array[max(start - low, 0) : stop - low] for key, array in block.items()}
-            for low, block in self._blocks(name, start, stop, unpack)
-        ]
-        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
     def _blocks(self, name: str, start: int, stop: int, unpack: _Unpack) -> Iterator[tuple[int, StoredArrays]]:
         """Read each block of a range: its first position, and its arrays."""
@@ -176,10 +174,6 @@ class PackedReader:
         if starts[0] != 0 or (np.diff(starts) < 1).any():
             raise CorruptSegment(f"{self._group.path}/{name}_starts does not rise from 0")
         return starts
-
-    @staticmethod
-    def _names(fields: Fields) -> list[str]:
-        return [name for name, held in ((TOP_K, fields.k), (DRAWS, fields.draws)) if held]
 
 
 _Unpack: TypeAlias = Callable[[bytes, Context], StoredArrays]

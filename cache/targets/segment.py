@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import Literal
 
@@ -90,7 +90,7 @@ def encode_segment(
     error: dict[str, float] = {}
     if fields.k:
         arrays, measured = encode_measured(targets, encoding, ranks)
-        error = measured.to_json()
+        error = asdict(measured)
     return EncodedSegment({**arrays, **encode_fields(targets, fields, encoding, ranks)}, error)
 
 

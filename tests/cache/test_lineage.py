@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -116,8 +117,8 @@ def test_a_file_that_does_not_say_its_bound_is_of_unknown_error(told: dict[str, 
 
 @pytest.mark.parametrize(
     "steps",
-    [0, "journal", {"how": "journal"}, ["journal"], [{}], [{**BY_JOURNAL[0].to_json(), "max_abs_error": "0"}],
-     [{**BY_JOURNAL[0].to_json(), "max_abs_error": -1.0}], [{**BY_JOURNAL[0].to_json(), "how": 1}]],
+    [0, "journal", {"how": "journal"}, ["journal"], [{}], [{**asdict(BY_JOURNAL[0]), "max_abs_error": "0"}],
+     [{**asdict(BY_JOURNAL[0]), "max_abs_error": -1.0}], [{**asdict(BY_JOURNAL[0]), "how": 1}]],
 )  # fmt: skip
 def test_steps_that_cannot_be_read_are_refused(steps: Any) -> None:
     with pytest.raises(FormatError, match="provenance"):
@@ -126,7 +127,7 @@ def test_steps_that_cannot_be_read_are_refused(steps: Any) -> None:
 
 def test_a_newer_writers_keys_of_a_step_are_ignored() -> None:
     made = provenance("sampler", *BY_JOURNAL)
-    told = {**made.to_json(), "steps": [{**BY_JOURNAL[0].to_json(), "since": 3}]}
+    told = {**made.to_json(), "steps": [{**asdict(BY_JOURNAL[0]), "since": 3}]}
     assert Provenance.from_json(told) == made
 
 

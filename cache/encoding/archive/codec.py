@@ -48,6 +48,7 @@ from potstill.cache.encoding.archive.codes import (
 )
 from potstill.cache.encoding.archive.model import CELLS, CLASSES, RATIOS, Lists, new_model
 from potstill.cache.encoding.archive.numbers import Numbers
+from potstill.cache.encoding.archive.range_coder import FAILED, PLACE, Coder
 from potstill.cache.errors import FormatError, InvalidInput
 
 
@@ -65,15 +66,7 @@ def pack_top_k(codes: TopKCodes, context: Context, vocab_size: int) -> bytes:
         raise InvalidInput(f"gaps are {codes.gaps.shape}, {(positions, k - 1)} fit ids of {codes.ids.shape}")
     codes = canonical(codes, context)
     coder = range_coder.writer(positions * (3 * k + 16) + 64)
-    numbers = _numbers(codes)
-    model = numbers_coder.new_number_model(k)
-    numbers_coder.code_gaps(coder, numbers, model)
-    numbers_coder.code_tails(coder, numbers, model, len(tail_values()) - 1)
-    # Ids after the gaps, which tell the decoder which of them are tied; labels after the ids, among which they may be.
-    lists = _top_k_lists(codes.ids.reshape(-1).astype(np.uint32), codes.gaps)
-    ids_coder.code_lists(coder, lists, links(context), new_model(vocab_size, positions, k))
-    contexts = _label_contexts(codes.ids, context)
-    numbers_coder.code_labels(coder, numbers, model, contexts, MOST_LABEL)
+    _code_top_k(coder, codes.ids.astype(np.uint32), _numbers(codes), context, vocab_size)
     return framed(TOP_K, positions, k, vocab_size, context, range_coder.finish(coder))
 
 
@@ -88,23 +81,30 @@ def unpack_top_k(data: bytes, context: Context, k: int, vocab_size: int) -> TopK
     check_context(context, positions, vocab_size)
     words = unframed(data, TOP_K, positions, k, vocab_size, context)
     coder = range_coder.reader(words)
-    numbers = numbers_coder.Numbers(
+    ids = np.zeros((positions, k), dtype=np.uint32)
+    numbers = Numbers(
         gaps=np.zeros((positions, k - 1), dtype=np.uint8),
         tails=np.zeros(positions, dtype=np.int32),
         label_kinds=np.zeros(positions, dtype=np.uint8),
         labels=np.zeros(positions, dtype=np.int32),
     )
+    _code_top_k(coder, ids, numbers, context, vocab_size)
+    _check_stream(coder, len(words))
+    return _top_k_codes(ids, numbers, context)
+
+
+def _code_top_k(coder: Coder, ids: NDArray[np.uint32], numbers: Numbers, context: Context, vocab_size: int) -> None:
+    """Write ids [p, K] and numbers to the coder's stream, or fill them from it."""
+    positions, k = ids.shape
     model = numbers_coder.new_number_model(k)
     numbers_coder.code_gaps(coder, numbers, model)
     numbers_coder.code_tails(coder, numbers, model, len(tail_values()) - 1)
-    _check_stream(coder.state)
-    lists = _top_k_lists(np.zeros(positions * k, dtype=np.uint32), numbers.gaps)
+    _check_stream(coder)
+    # Ids after the gaps, which tell the decoder which of them are tied; labels after the ids, among which they may be.
+    lists = _top_k_lists(ids.reshape(-1), numbers.gaps)
     ids_coder.code_lists(coder, lists, links(context), new_model(vocab_size, positions, k))
-    _check_stream(coder.state)
-    ids = lists.ids.reshape(positions, k)
+    _check_stream(coder)
     numbers_coder.code_labels(coder, numbers, model, _label_contexts(ids, context), MOST_LABEL)
-    _check_stream(coder.state, len(words))
-    return _top_k_codes(ids, numbers, context)
 
 
 def pack_draws(codes: DrawCodes, context: Context, draws: int, vocab_size: int) -> bytes:
@@ -139,11 +139,11 @@ def unpack_draws(data: bytes, context: Context, draws: int, vocab_size: int) -> 
     lengths = np.zeros(positions, dtype=np.uint16)
     counts = np.zeros(positions * draws, dtype=np.uint16)
     used = numbers_coder.code_counts(coder, lengths, counts, numbers_coder.new_count_model(), draws)
-    _check_stream(coder.state)
+    _check_stream(coder)
     codes = DrawCodes(lengths, np.zeros(used, dtype=np.uint32), counts[:used].copy())
     model = new_model(vocab_size, positions, draws)
     ids_coder.code_lists(coder, _draw_lists(codes, draws), links(context), model)
-    _check_stream(coder.state, len(words))
+    _check_stream(coder, len(words))
     return codes
 
 
@@ -224,6 +224,6 @@ def _draw_lists(codes: DrawCodes, draws: int) -> Lists:
     )
 
 
-def _check_stream(state: NDArray[np.int64], end: int | None = None) -> None:
-    if state[1] or (end is not None and state[0] != end):
+def _check_stream(coder: Coder, end: int | None = None) -> None:
+    if coder.decoding and (coder.state[FAILED] or (end is not None and coder.state[PLACE] != end)):
         raise FormatError("an archive block is damaged: its bytes do not decode")
