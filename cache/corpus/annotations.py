@@ -21,7 +21,7 @@ from potstill.cache.errors import AlreadyExists, FormatError, InvalidInput, NotF
 from potstill.cache.plurals import counted
 from potstill.cache.store import GroupReader, GroupWriter, Root, StoredObject
 from potstill.cache.store.groups import Layout, attempt_name, objects_from_json, removed_on_failure
-from potstill.cache.store.record import read_record, record_bytes
+from potstill.cache.store.record import read_record, record_bytes, values_read
 from potstill.cache.store.root import check_name, is_name
 
 _KIND = "annotation"
@@ -180,7 +180,7 @@ def _to_json(annotation: Annotation) -> dict[str, Any]:
 
 
 def _from_json(path: str, record: dict[str, Any]) -> Annotation:
-    try:
+    with values_read(f"{path} is not the record of an annotation"):
         annotation = Annotation(
             name=str(record["name"]),
             group=check_name("annotation group", record["group"]),
@@ -190,8 +190,6 @@ def _from_json(path: str, record: dict[str, Any]) -> Annotation:
             provenance={str(key): str(value) for key, value in record["provenance"].items()},
             objects=objects_from_json(record["objects"]),
         )
-    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, InvalidInput) as error:
-        raise FormatError(f"{path} is not the record of an annotation: {error!r}") from error
     if annotation.dtype not in _DTYPES:
         raise FormatError(f"{path} has values of {annotation.dtype!r}, which no annotation has")
     return annotation

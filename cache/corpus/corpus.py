@@ -26,7 +26,7 @@ from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput, Sto
 from potstill.cache.plurals import counted
 from potstill.cache.store import GroupReader, Reading, Root, StoredObject
 from potstill.cache.store.groups import objects_from_json
-from potstill.cache.store.record import group_metadata, read_group_metadata
+from potstill.cache.store.record import group_metadata, read_group_metadata, values_read
 from potstill.cache.store.root import check_name, is_name
 from potstill.cache.types import Tokens
 
@@ -332,13 +332,11 @@ def seal_corpus(root: Root, name: str, spec: CorpusSpec) -> bool:
 
 
 def _spec_from_json(path: str, seal: dict[str, Any]) -> CorpusSpec:
-    try:
+    with values_read(f"{path}/zarr.json is not the seal of a corpus"):
         sources = tuple(Source(**source) for source in seal["sources"])
         values = {n: seal[n] for n in CorpusSpec.__dataclass_fields__ if n not in {"sources", "objects"}}
         objects = objects_from_json(seal["objects"])
         spec = CorpusSpec(**values, sources=sources, objects=objects)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise FormatError(f"{path}/zarr.json is not the seal of a corpus: {error!r}") from error
     counts = (spec.num_rows, spec.num_positions, spec.num_shards, spec.vocab_size, spec.longest_row)
     if not all(type(n) is int and 0 < n < 2**62 for n in counts):
         raise FormatError(f"{path}/zarr.json has impossible counts: {json.dumps(counts)}")

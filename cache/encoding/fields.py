@@ -290,9 +290,8 @@ def _by_rising(
     packed |= numbers.astype(np.uint64) << np.uint64(16)
     packed |= counts.astype(np.uint64)
     packed.sort()
-    return (packed >> np.uint64(16) & np.uint64(0xFFFFFFFF)).astype(np.int64), (packed & np.uint64(0xFFFF)).astype(
-        np.int64
-    )
+    risen, theirs = packed >> np.uint64(16) & np.uint64(0xFFFFFFFF), packed & np.uint64(0xFFFF)
+    return risen.astype(np.int64), theirs.astype(np.int64)
 
 
 def _read_draws(read: ReadRange, positions: range, n: int, ranks: RankTable, num_positions: int) -> Draws:

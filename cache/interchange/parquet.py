@@ -94,7 +94,7 @@ class ListColumns:
         }
         for name in COLUMNS:
             if name in self.present:
-                columns[name] = self._scalars(batch, name, rows, source)
+                columns[name] = _floats(per_position(batch, name, rows, source), name, source)
         if "draw_ids" in self.present:
             columns["draws"] = self._draws(batch, rows, source)
         if not self.fields.k:
@@ -118,9 +118,6 @@ class ListColumns:
         if name == "ids":
             return token_ids(values, rows.lengths * width, source, self.vocab_size).reshape(-1, width)
         return _floats(values, name, source).reshape(-1, width)
-
-    def _scalars(self, batch: Any, name: str, rows: Rows, source: RowSource) -> NDArray[np.float32]:
-        return _floats(per_position(batch, name, rows, source), name, source)
 
     def _draws(self, batch: Any, rows: Rows, source: RowSource) -> Draws:
         parts = {}
@@ -185,7 +182,8 @@ def lists(batch: Any, name: str, source: RowSource) -> tuple[NDArray[np.int64], 
     if not _is_list(column.type):
         raise source.block_error(f"column {name!r} is {column.type}; it must be a list per row")
     if column.null_count:
-        raise source.error(_first_null(column), f"column {name!r} is null; every row must have a list")
+        row = int(np.argmax(_numpy(column.is_null())))
+        raise source.error(row, f"column {name!r} is null; every row must have a list")
     lengths = _numpy(column.value_lengths()).astype(np.int64)
     if (lengths == 0).any():
         raise source.error(int(np.argmin(lengths)), f"column {name!r} is empty; every row must have a token")
@@ -302,10 +300,6 @@ def _floats(values: Any, name: str, source: RowSource) -> NDArray[np.float32]:
 
 def _is_list(kind: Any) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
-
-
-def _first_null(column: Any) -> int:
-    return int(np.argmax(_numpy(column.is_null())))
 
 
 def _numpy(values: Any) -> NDArray[Any]:

@@ -32,11 +32,11 @@ from potstill.cache.corpus.keys import (
 )
 from potstill.cache.encoding import Encoding, RankTable, decode, encode
 from potstill.cache.encoding.logprobs import Measured, StoredArrays, encoding_by_name
-from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput
+from potstill.cache.errors import CorruptSegment, FormatError
 from potstill.cache.store import GroupReader, GroupWriter, Reading, Root, StoredObject
 from potstill.cache.store.chunks import read_together
 from potstill.cache.store.groups import CHECKSUMS, Layout, objects_from_json, removed_on_failure
-from potstill.cache.store.record import Record, read_record, record_bytes
+from potstill.cache.store.record import Record, read_record, record_bytes, values_read
 from potstill.cache.targets.packed import Text
 from potstill.cache.targets.segment import SegmentRange, SegmentReader, read_segment_ranges, write_arrays
 from potstill.cache.types import Fields, Provenance, Targets, TeacherIdentity, Tokens
@@ -139,7 +139,7 @@ class SegmentRecord:
         record = read_record(root, f"{path}.json", "journal")
         if record is None:
             return None
-        try:
+        with values_read(f"{path}.json is not a journal record"):
             encoding = encoding_by_name(record["encoding"])
             found = cls(
                 path=str(record.get("path", path)),
@@ -155,8 +155,6 @@ class SegmentRecord:
                 provenance=Provenance.from_json(record["provenance"]),
                 objects=objects_from_json(record["objects"]),
             )
-        except (KeyError, TypeError, ValueError, OverflowError, AttributeError, FormatError, InvalidInput) as error:
-            raise FormatError(f"{path}.json is not a journal record: {error!r}") from error
         # A record that was copied over another one is intact by its own sha256.
         if found.path != path:
             raise CorruptSegment(f"{path}.json is the record of {found.path}")

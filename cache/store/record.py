@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
-from potstill.cache.errors import CorruptSegment, FormatError
+from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput
 from potstill.cache.store.root import Root
 
 FORMAT_VERSION = 2
@@ -53,6 +54,15 @@ def parse_group_metadata(path: str, data: bytes, kind: str) -> Record:
     attributes = _parse(f"{path}/zarr.json", data).get("attributes")
     record = attributes.get("potstill") if isinstance(attributes, dict) else None
     return _checked(record, f"{path}/zarr.json", kind, data, _group_json)
+
+
+@contextmanager
+def values_read(what: str) -> Iterator[None]:
+    """Turn what a record's missing keys and wrong values raise in the block into `FormatError`, `what` in front."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, FormatError, InvalidInput) as error:
+        raise FormatError(f"{what}: {error!r}") from error
 
 
 def _sealed(kind: str, record: Record) -> Record:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput
+from potstill.cache.errors import CorruptSegment
 from potstill.cache.store import StoredObject
 from potstill.cache.store.groups import objects_from_json
-from potstill.cache.store.record import Record, record_bytes
+from potstill.cache.store.record import Record, record_bytes, values_read
 from potstill.cache.store.root import check_name
 from potstill.cache.types import Provenance
 
@@ -55,7 +55,7 @@ def commit_from_json(path: str, shard: int, record: Record) -> Commit:
     Raises:
         FormatError: it is no commit. CorruptSegment: it is the commit of another shard.
     """
-    try:
+    with values_read(f"{path} is not a commit"):
         commit = Commit(
             shard=int(record["shard"]),
             segment=check_name("segment", record["segment"]),
@@ -65,8 +65,6 @@ def commit_from_json(path: str, shard: int, record: Record) -> Commit:
             provenance=Provenance.from_json(record["provenance"]),
             error=dict(record["error"]),
         )
-    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, FormatError, InvalidInput) as error:
-        raise FormatError(f"{path} is not a commit: {error!r}") from error
     if commit.shard != shard or not commit.segment.startswith(f"{shard:06d}-"):
         raise CorruptSegment(f"{path} is the commit of shard {commit.shard}, not of shard {shard}")
     return commit

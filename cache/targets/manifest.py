@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput
+from potstill.cache.errors import CorruptSegment, FormatError
 from potstill.cache.store import GroupReader, GroupWriter, Root, StoredObject
 from potstill.cache.store.chunks import read_together
 from potstill.cache.store.groups import Layout, attempt_name, objects_from_json, removed_on_failure
-from potstill.cache.store.record import Record, read_record, record_bytes
+from potstill.cache.store.record import Record, read_record, record_bytes, values_read
 from potstill.cache.store.root import check_name
 from potstill.cache.targets.commit import Commit
 from potstill.cache.types import Provenance
@@ -198,7 +198,7 @@ def _columns(commits: Sequence[Commit], shared: _Shared) -> dict[str, NDArray[An
 
 
 def _shared_from_json(path: str, record: Record) -> tuple[_Shared, str]:
-    try:
+    with values_read(f"{path} is not the record of a manifest"):
         shared = _Shared(
             spec_sha256=str(record["spec_sha256"]),
             ranks_sha256=str(record["ranks_sha256"]),
@@ -208,8 +208,6 @@ def _shared_from_json(path: str, record: Record) -> tuple[_Shared, str]:
         )
         group = check_name("manifest", record["group"])
         objects_from_json(record["objects"])
-    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, FormatError, InvalidInput) as error:
-        raise FormatError(f"{path} is not the record of a manifest: {error!r}") from error
     if not shared.layouts:
         raise FormatError(f"{path} is not the record of a manifest: it has no layouts")
     return shared, group

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from potstill.cache.corpus import Corpus
 from potstill.cache.encoding import RankTable
-from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput, TeacherFailed
+from potstill.cache.errors import CorruptSegment, TeacherFailed
 from potstill.cache.store import GroupReader, GroupWriter
 from potstill.cache.store.groups import Layout, attempt_name, objects_from_json, removed_on_failure
-from potstill.cache.store.record import Record, read_record, record_bytes
+from potstill.cache.store.record import Record, read_record, record_bytes, values_read
 from potstill.cache.store.root import check_name
 from potstill.cache.targets.set_spec import SpecRecord
 from potstill.cache.types import Fields, Targets
@@ -99,12 +99,10 @@ class SetRanks:
 
     def _read_table(self, record: Record) -> RankTable:
         path, vocab_size = self._record.path, self._record.spec.identity.vocab_size
-        try:
+        with values_read(f"{path}/ranks.json is not the record of a rank table"):
             group = check_name("rank table", record["group"])
             objects = objects_from_json(record["objects"])
             expected = str(record["sha256"])
-        except (KeyError, TypeError, ValueError, OverflowError, InvalidInput) as error:
-            raise FormatError(f"{path}/ranks.json is not the record of a rank table: {error}") from error
         reader = GroupReader(self._record.root, f"{path}/{group}", objects)
         reader.expect("ids_by_rank", (vocab_size,), ("uint32",))
         table = RankTable(reader.read_all("ids_by_rank").astype(np.uint32, copy=False))

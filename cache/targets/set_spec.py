@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from potstill.cache.corpus import Corpus
 from potstill.cache.encoding import Encoding
 from potstill.cache.encoding.logprobs import encoding_by_name
-from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput, SpecMismatch
+from potstill.cache.errors import CorruptSegment, FormatError, SpecMismatch
 from potstill.cache.store import Root
-from potstill.cache.store.record import group_metadata, parse_group_metadata
+from potstill.cache.store.record import group_metadata, parse_group_metadata, values_read
 from potstill.cache.types import Fields, TeacherIdentity
 
 
@@ -133,7 +133,7 @@ def _parse_spec(path: str, data: bytes, corpus: Corpus) -> SetSpec:
         SpecMismatch: it was made for another corpus of this name.
     """
     record = parse_group_metadata(path, data, "targets")
-    try:
+    with values_read(f"{path}/zarr.json is not the record of a segment set"):
         spec = SetSpec(
             identity=TeacherIdentity.from_json(record["identity"]),
             fields=Fields.from_json(record["fields"]),
@@ -142,8 +142,6 @@ def _parse_spec(path: str, data: bytes, corpus: Corpus) -> SetSpec:
         teacher, (name, fingerprint) = record["teacher"], (record["corpus"]["name"], record["corpus"]["fingerprint"])
         if not isinstance(fingerprint, str):
             raise FormatError(f"the fingerprint of its corpus is {fingerprint!r}")
-    except (KeyError, TypeError, InvalidInput, FormatError) as error:
-        raise FormatError(f"{path}/zarr.json is not the record of a segment set: {error}") from error
     if path.split("/")[1:3] != [teacher, name]:
         raise CorruptSegment(f"{path}/zarr.json is the record of teacher {teacher!r} on corpus {name!r}")
     if fingerprint != corpus.fingerprint:
