@@ -133,14 +133,10 @@ def read_annotation(
     root: Root, corpus: AnnotatedCorpus, name: str, start: int = 0, stop: int | None = None
 ) -> NDArray[Any]:
     """Read the values of all rows, or of rows `start` to `stop`; raises as `open_annotation` does."""
-    return _reader(root, corpus, name).read("values", start, corpus.num_rows if stop is None else stop)
-
-
-def _reader(root: Root, corpus: AnnotatedCorpus, name: str) -> GroupReader:
     annotation = open_annotation(root, corpus, name)
     reader = GroupReader(root, f"{corpus.folder}/{annotation.group}", annotation.objects)
     reader.expect("values", (annotation.num_rows,), (annotation.dtype,))
-    return reader
+    return reader.read("values", start, corpus.num_rows if stop is None else stop)
 
 
 def _check_name(name: str) -> None:

@@ -322,7 +322,8 @@ class _RecordingStore(WrapperStore[Store]):
     async def set(self, key: str, value: Buffer) -> None:
         if key.startswith(self._prefix):
             await super().set(key, value)
-            self._note(key, value)
+            data = value.as_buffer_like()
+            self.written[key] = (memoryview(data).nbytes, hashlib.sha256(data).hexdigest())
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
         # The group's name was never used before, so the key is new.
@@ -331,10 +332,6 @@ class _RecordingStore(WrapperStore[Store]):
     async def _set_many(self, values: Iterable[tuple[str, Buffer]]) -> None:
         for key, value in values:
             await self.set(key, value)
-
-    def _note(self, key: str, value: Buffer) -> None:
-        data = value.as_buffer_like()
-        self.written[key] = (len(memoryview(data).cast("B")), hashlib.sha256(data).hexdigest())
 
 
 def objects_from_json(value: Iterable[Mapping[str, Any]]) -> tuple[StoredObject, ...]:

@@ -204,13 +204,12 @@ class Root:
     def prune(self, prefix: str) -> None:
         """Remove a folder of a local root if it is empty, then the folders above that became empty by it."""
         if self.folder is not None:
-            for folder in [self.folder / prefix, *(self.folder / prefix).parents]:
-                try:
-                    if folder == self.folder:
-                        return
+            folder = self.folder / prefix
+            # The first that is not empty, or gone, ends it.
+            with suppress(OSError):
+                while folder != self.folder:
                     folder.rmdir()
-                except OSError:
-                    return  # not empty, or gone
+                    folder = folder.parent
 
     def flush(self, prefix: str) -> None:
         """Return when everything below `prefix` is on stable storage."""
