@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from potstill.cache.errors import FormatError, InvalidInput, NotCommitted, SpecMismatch
 from potstill.cache.plurals import counted
 from potstill.cache.row_batches import row_batches
-from potstill.cache.store.root import fsync, store_errors
+from potstill.cache.store.local_files import fsync
+from potstill.cache.store.root import store_errors
 from potstill.cache.targets import TargetSet
 from potstill.cache.types import JSON, Fields, Provenance, Targets, TeacherIdentity
 

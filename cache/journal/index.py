@@ -105,7 +105,7 @@ class JournalIndex:
                 break
             try:
                 self.refresh()
-            except StoreError as error:
+            except (CorruptSegment, StoreError) as error:
                 self._on_trouble(error)
                 break
         return found

@@ -95,6 +95,7 @@ class GroupWriter:
         self.path = path
         self._store = _RecordingStore(ObjectStore(root.store), path)
         self._checksums: dict[str, list[NDArray[np.uint32]]] = {}
+        root.refuse_link(path)
         with store_errors(path):
             self._group = zarr.create_group(self._store, path=path)
 

@@ -7,7 +7,8 @@ import uuid
 from dataclasses import dataclass
 
 from potstill.cache.errors import PotstillError
-from potstill.cache.store.root import TEMPORARY, Root
+from potstill.cache.store.local_files import TEMPORARY
+from potstill.cache.store.root import Root
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,6 +24,15 @@ from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedEr
 from obstore.store import LocalStore
 
 from potstill.cache.errors import InvalidInput, StoreError
+from potstill.cache.store.local_files import (
+    TEMPORARY,
+    create_file,
+    files_below,
+    fsync,
+    fsync_parents,
+    local_path,
+    remove_tree,
+)
 from potstill.cache.store.object_stores import explain, is_absent, is_cut_short, open_object_store
 
 # One request of an object store has a minute to answer: small enough for a slow link.
@@ -31,13 +40,9 @@ _HASH_BLOCK = 16 << 20
 # Beyond obstore's own retries: for a conditional put, an answer that breaks off, and a delete while others delete
 # the same objects.
 _TRIES = 3
-# Seconds for which a create is tried again while other processes keep removing its empty folder.
-_LINK_SECONDS = 10.0
 
 LONGEST_NAME = 64
 """Most characters in the name of a corpus or a teacher."""
-TEMPORARY = ".potstill-tmp"
-"""Folder of a local root in which a record is completed before it appears under its name."""
 
 _T = TypeVar("_T")
 
@@ -52,7 +57,11 @@ class StoredObject:
 
 
 class Root:
-    """The root of a cache. Paths are relative to it and use `/`. Thread-safe."""
+    """The root of a cache. Paths are relative to it and use `/`. Thread-safe.
+
+    In a local root no symbolic link is followed: a method that is given a path through one, or finds one in what it is
+    to list with sizes, raises CorruptSegment.
+    """
 
     def __init__(self, url: str, store: Any, folder: Path | None) -> None:
         self.url = url
@@ -92,7 +101,7 @@ class Root:
 
     def get(self, path: str) -> bytes | None:
         """Read an object; None when there is none."""
-        with self._errors(path):
+        with self._access(path):
             try:
                 return _whole(lambda: bytes(obstore.get(self.store, path).bytes()))
             except FileNotFoundError as error:
@@ -107,9 +116,9 @@ class Root:
         exist all the same, so what it names must not be deleted. Without `durable`, a local folder may lose the
         object in a power cut.
         """
-        with self._errors(path):
+        with self._access(path):
             if self.folder is not None:
-                created = _create_file(self.folder, self.folder / path, data, durable=durable)
+                created = create_file(self.folder, self.folder / path, data, durable=durable)
             else:
                 created = self._put_new(path, data)
         return created or self.get(path) == data
@@ -141,7 +150,7 @@ class Root:
             return time.time()
         if self._clock_began is None:
             path = f"{TEMPORARY}/{uuid.uuid4().hex}"
-            with self._errors(path):
+            with self._access(path):
                 obstore.put(self.store, path, b"", use_multipart=False)
                 written = obstore.head(self.store, path)["last_modified"].timestamp()
             self.remove(path)
@@ -150,7 +159,7 @@ class Root:
 
     def folders(self, prefix: str, *, longest: int = LONGEST_NAME) -> list[str]:
         """Names of the folders directly below `prefix`, sorted; those that `is_name` refuses are left out."""
-        with self._errors(prefix):
+        with self._access(prefix):
             listing = _whole(lambda: obstore.list_with_delimiter(self.store, prefix))
         names = (path.rstrip("/").rsplit("/", 1)[-1] for path in listing["common_prefixes"])
         return sorted(name for name in names if is_name(name, longest=longest))
@@ -161,7 +170,7 @@ class Root:
 
     def versions(self, prefix: str) -> dict[str, str]:
         """Objects directly below `prefix`: by name, a version text that changes when the object is replaced."""
-        with self._errors(prefix):
+        with self._access(prefix):
             listing = _whole(lambda: obstore.list_with_delimiter(self.store, prefix))
         found = ((meta["path"].rsplit("/", 1)[-1], meta) for meta in listing["objects"])
         return {
@@ -173,7 +182,7 @@ class Root:
     def sha256(self, path: str) -> str:
         """Hash of an object's bytes, in hex; read in blocks, so that a large object is never held whole."""
         digest = hashlib.sha256()
-        with self._errors(path):
+        with self._access(path):
             size = int(obstore.head(self.store, path)["size"])
             for start in range(0, size, _HASH_BLOCK):
                 digest.update(obstore.get_range(self.store, path, start=start, end=min(start + _HASH_BLOCK, size)))
@@ -181,14 +190,14 @@ class Root:
 
     def remove(self, path: str) -> None:
         """Remove one object if it is there."""
-        with self._errors(path), suppress(FileNotFoundError):
+        with self._access(path), suppress(FileNotFoundError):
             _whole(lambda: obstore.delete(self.store, path))
 
     def delete(self, prefix: str) -> None:
         """Remove every object below `prefix`, and in a local root the folders that this leaves empty."""
-        with self._errors(prefix):
+        with self._access(prefix):
             if self.folder is not None:
-                _remove_tree(self.folder / prefix)
+                remove_tree(self.folder / prefix)
                 return
             for tries_left in reversed(range(_TRIES)):
                 paths = [f"{prefix}/{path}" for path in self.sizes(prefix)]
@@ -204,6 +213,7 @@ class Root:
     def prune(self, prefix: str) -> None:
         """Remove a folder of a local root if it is empty, then the folders above that became empty by it."""
         if self.folder is not None:
+            self.refuse_link(prefix)
             folder = self.folder / prefix
             # The first that is not empty, or gone, ends it.
             with suppress(OSError):
@@ -216,21 +226,32 @@ class Root:
         if self.folder is None:
             return
         # The folders too: on a local file system a file's own fsync does not keep its name.
-        with self._errors(prefix):
+        with self._access(prefix):
             for parent, _, files in os.walk(self.folder / prefix):
                 for name in files:
                     fsync(Path(parent) / name)
                 fsync(Path(parent))
-            _fsync_parents(self.folder / prefix, self.folder)
+            fsync_parents(self.folder / prefix, self.folder)
 
-    def _errors(self, path: str) -> Any:
+    def refuse_link(self, path: str) -> None:
+        """Refuse a path that leads through a symbolic link below a local root.
+
+        Raises:
+            CorruptSegment: it does.
+        """
+        if self.folder is not None:
+            local_path(self.folder, path)
+
+    def _access(self, path: str) -> Any:
+        """The block in which every request for `path` is made."""
+        self.refuse_link(path)
         return store_errors(path if self.folder is not None else f"{self.url.rstrip('/')}/{path}")
 
     def _objects_below(self, prefix: str) -> dict[str, tuple[int, float]]:
         """Size in bytes and time of the last write, in seconds since 1970, by path relative to `prefix`."""
-        with self._errors(prefix):
+        with self._access(prefix):
             if self.folder is not None:
-                return dict(_files_below(self.folder / prefix))
+                return dict(files_below(self.folder, self.folder / prefix))
             metas = _whole(lambda: obstore.list(self.store, prefix).collect())
             return {
                 meta["path"][len(prefix) + 1 :]: (int(meta["size"]), meta["last_modified"].timestamp())
@@ -294,73 +315,3 @@ def _whole(ask: Callable[[], _T]) -> _T:
             if not is_cut_short(error):
                 raise
     return ask()
-
-
-def _create_file(root: Path, path: Path, data: bytes, *, durable: bool) -> bool:
-    """Create a file only if there is none, by a hard link to a complete temporary file: no reader sees half of it."""
-    (root / TEMPORARY).mkdir(exist_ok=True)
-    temporary = root / TEMPORARY / uuid.uuid4().hex
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        try:
-            _link(temporary, path)
-        except FileExistsError:
-            return False
-    finally:
-        temporary.unlink(missing_ok=True)
-    # After the link: until its folder is on disk too, a power cut can undo a create that the caller was told of.
-    if durable:
-        fsync(path.parent)
-        _fsync_parents(path.parent, root)
-    return True
-
-
-def _link(temporary: Path, path: Path) -> None:
-    deadline = time.monotonic() + _LINK_SECONDS
-    while time.monotonic() < deadline and temporary.exists():
-        # Another process may find the folder empty, and remove it, right before.
-        with suppress(FileNotFoundError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            os.link(temporary, path)
-            return
-    os.link(temporary, path)
-
-
-def _files_below(folder: Path) -> Iterator[tuple[str, tuple[int, float]]]:
-    """Every file with its size and time of last write; also what an interrupted put left, which obstore hides."""
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            path = Path(parent) / name
-            # Others may be removing the same.
-            with suppress(FileNotFoundError):
-                found = path.stat()
-                yield path.relative_to(folder).as_posix(), (found.st_size, found.st_mtime)
-
-
-def fsync(path: Path) -> None:
-    """Return when a file's content, or a folder's list of names, is on stable storage."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _fsync_parents(path: Path, root: Path) -> None:
-    while path != root:
-        path = path.parent
-        fsync(path)
-
-
-def _remove_tree(folder: Path) -> None:
-    """Remove files, then the folders that are empty by then; other processes may be removing the same."""
-    for parent, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            (Path(parent) / name).unlink(missing_ok=True)
-        # A folder that is not empty, or already gone, is left to whoever uses it.
-        with suppress(OSError):
-            os.rmdir(parent)

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from potstill.cache.errors import CorruptSegment, FormatError
 from potstill.cache.journal.journal import CLAIMS as JOURNAL_CLAIMS
 from potstill.cache.store import Root
+from potstill.cache.store.local_files import TEMPORARY
 from potstill.cache.store.record import Record, read_group_metadata, read_record
-from potstill.cache.store.root import LONGEST_NAME, TEMPORARY
+from potstill.cache.store.root import LONGEST_NAME
 from potstill.cache.targets.commit import commit_from_json, commit_name, shard_of_commit
 from potstill.cache.targets.manifest import Manifest
-from potstill.cache.targets.target_set import segment_set_paths, target_set_paths
+from potstill.cache.targets.target_set import segment_set_paths
 
 # Characters that the count of a journal group adds to its teacher's name.
 _COUNTED = 20
@@ -50,7 +51,7 @@ def find_garbage(root: Root, *, min_age_seconds: float, on_skip: OnSkip = lambda
     """Find groups that no record names and that nobody wrote to for `min_age_seconds`.
 
     The age spares the groups of live writers; owners renew claims within minutes, so a folder of old ones is nobody's.
-    `on_skip` gets a line for each place that is left alone because a record there cannot be read.
+    `on_skip` gets a line for each place that is left alone because a record there cannot be read, or it is a link.
     """
     found = []
     for each in (
@@ -60,9 +61,10 @@ def find_garbage(root: Root, *, min_age_seconds: float, on_skip: OnSkip = lambda
         *_of_targets(root, on_skip),
         *_of_journals(root, on_skip),
     ):
-        age = root.seconds_since_write(each.path)
-        if age is not None and age >= min_age_seconds:
-            found.append(Garbage(each.path, sum(root.sizes(each.path).values()), age, each.record))
+        with _told(on_skip):
+            age = root.seconds_since_write(each.path)
+            if age is not None and age >= min_age_seconds:
+                found.append(Garbage(each.path, sum(root.sizes(each.path).values()), age, each.record))
     return found
 
 
@@ -86,7 +88,7 @@ def remove_garbage(root: Root, item: Garbage) -> bool:
 
 @contextmanager
 def _told(on_skip: OnSkip) -> Iterator[None]:
-    """Tell of a record that cannot be read, and go on behind the block: nothing that it may name is garbage."""
+    """Tell of a record that cannot be read, or a link, and go on behind the block: nothing there is garbage."""
     try:
         yield
     except (FormatError, CorruptSegment) as error:
@@ -96,11 +98,10 @@ def _told(on_skip: OnSkip) -> Iterator[None]:
 def _of_corpora(root: Root, on_skip: OnSkip) -> Iterator[_Unnamed]:
     for name in root.folders("corpora"):
         path = f"corpora/{name}"
-        folders = root.folders(path)
-        if "annotations" in folders:
-            with _told(on_skip):
-                yield from _of_annotations(root, f"{path}/annotations")
         with _told(on_skip):
+            yield from _of_annotations(root, f"{path}/annotations")
+        with _told(on_skip):
+            folders = root.folders(path)
             seal = read_group_metadata(root, path, "corpus")
             if seal is None and (root.objects(f"{path}/annotations") or _has_targets(root, name)):
                 raise FormatError(f"{path}/zarr.json is missing, and targets or annotations of the corpus are there")
@@ -121,17 +122,24 @@ def _of_annotations(root: Root, path: str) -> Iterator[_Unnamed]:
 
 
 def _of_targets(root: Root, on_skip: OnSkip) -> Iterator[_Unnamed]:
-    for target_set in target_set_paths(root):
-        for path in segment_set_paths(root, target_set):
+    for path in _set_paths(root, on_skip):
+        yield _Unnamed(f"{path}/claims")
+        with _told(on_skip):
             folders = root.folders(path)
-            if "claims" in folders:
-                yield _Unnamed(f"{path}/claims")
-            with _told(on_skip):
-                spec = read_group_metadata(root, path, "targets")
-                # A deletion removes the commits first, so without them the record is not lost but deleted.
-                if spec is None and (root.objects(f"{path}/commits") or root.get(f"{path}/manifest.json") is not None):
-                    raise FormatError(f"{path}/zarr.json is missing, and commits are there")
-                yield from _of_segment_set(root, path, folders, on_skip)
+            spec = read_group_metadata(root, path, "targets")
+            # A deletion removes the commits first, so without them the record is not lost but deleted.
+            if spec is None and (root.objects(f"{path}/commits") or root.get(f"{path}/manifest.json") is not None):
+                raise FormatError(f"{path}/zarr.json is missing, and commits are there")
+            yield from _of_segment_set(root, path, folders, on_skip)
+
+
+def _set_paths(root: Root, on_skip: OnSkip) -> Iterator[str]:
+    """Paths of all segment sets; one by one, so that a teacher's folder that is a link hides no other's."""
+    for teacher in root.folders("targets"):
+        with _told(on_skip):
+            for corpus in root.folders(f"targets/{teacher}"):
+                with _told(on_skip):
+                    yield from segment_set_paths(root, f"targets/{teacher}/{corpus}")
 
 
 def _of_segment_set(root: Root, path: str, folders: list[str], on_skip: OnSkip) -> Iterator[_Unnamed]:
@@ -194,10 +202,10 @@ def _unnamed_groups(
 def _of_journals(root: Root, on_skip: OnSkip) -> Iterator[_Unnamed]:
     for process in root.folders("journal"):
         path = f"journal/{process}"
-        groups = root.folders(path, longest=LONGEST_NAME + _COUNTED)
-        records = [name for name in root.objects(path) if name.endswith(".json")]
-        unnamed = [name for name in groups if f"{name}.json" not in records]
         with _told(on_skip):
+            groups = root.folders(path, longest=LONGEST_NAME + _COUNTED)
+            records = [name for name in root.objects(path) if name.endswith(".json")]
+            unnamed = [name for name in groups if f"{name}.json" not in records]
             # Another format may name its groups in another way.
             _ = [read_record(root, f"{path}/{name}", "journal") for name in records if unnamed]
             yield from (_Unnamed(f"{path}/{name}", f"{path}/{name}.json") for name in unnamed)

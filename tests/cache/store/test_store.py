@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from potstill.cache.errors import InvalidInput, StoreError
+from potstill.cache.store.local_files import TEMPORARY
 from potstill.cache.store.object_stores import explain, open_object_store
-from potstill.cache.store.root import TEMPORARY, Root
+from potstill.cache.store.root import Root
 
 
 @pytest.fixture(params=["local", "memory"])

@@ -14,7 +14,8 @@ from potstill.cache import Cache, Fields, Targets
 from potstill.cache.commands import gc
 from potstill.cache.corpus.annotations import annotate
 from potstill.cache.errors import FormatError
-from potstill.cache.store.root import LONGEST_NAME, TEMPORARY, Root
+from potstill.cache.store.local_files import TEMPORARY
+from potstill.cache.store.root import LONGEST_NAME, Root
 from potstill.cache.targets.target_set import TargetSet
 from potstill.cache.upkeep.delete import plan_set, remove
 from potstill.cache.upkeep.garbage import find_garbage, remove_garbage

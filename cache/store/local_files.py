@@ -1,0 +1,121 @@
+"""Files of a local root: created once, listed, flushed, removed; no symbolic link below the root is followed.
+
+A link that somebody put into a cache could lead what is read, or deleted as garbage, to files that are none of its own.
+The root itself may be reached through links.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from potstill.cache.errors import CorruptSegment
+
+TEMPORARY = ".potstill-tmp"
+"""Folder of a local root in which a record is completed before it appears under its name."""
+# Seconds for which a create is tried again while other processes keep removing its empty folder.
+_LINK_SECONDS = 10.0
+
+
+def local_path(root: Path, path: str) -> Path:
+    """The place of `path` below the root.
+
+    Raises:
+        CorruptSegment: a name on the way is a symbolic link.
+    """
+    found = root
+    for name in filter(None, path.split("/")):
+        found /= name
+        if found.is_symlink():
+            raise _refusal(root, found)
+    return found
+
+
+def _refusal(root: Path, link: Path) -> CorruptSegment:
+    return CorruptSegment(
+        f"{link.relative_to(root).as_posix()} is a symbolic link, and none is followed in a cache; "
+        "remove it, or put what it leads to in its place"
+    )
+
+
+def create_file(root: Path, path: Path, data: bytes, *, durable: bool) -> bool:
+    """Create a file only if there is none, by a hard link to a complete temporary file: no reader sees half of it."""
+    folder = local_path(root, TEMPORARY)
+    folder.mkdir(exist_ok=True)
+    temporary = folder / uuid.uuid4().hex
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        try:
+            _link(temporary, path)
+        except FileExistsError:
+            return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    # After the link: until its folder is on disk too, a power cut can undo a create that the caller was told of.
+    if durable:
+        fsync(path.parent)
+        fsync_parents(path.parent, root)
+    return True
+
+
+def _link(temporary: Path, path: Path) -> None:
+    deadline = time.monotonic() + _LINK_SECONDS
+    while time.monotonic() < deadline and temporary.exists():
+        # Another process may find the folder empty, and remove it, right before.
+        with suppress(FileNotFoundError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.link(temporary, path)
+            return
+    os.link(temporary, path)
+
+
+def files_below(root: Path, folder: Path) -> Iterator[tuple[str, tuple[int, float]]]:
+    """Every file with its size and time of last write; also what an interrupted put left, which obstore hides.
+
+    Raises:
+        CorruptSegment: there is a symbolic link.
+    """
+    for parent, folders, names in os.walk(folder):
+        for path in (Path(parent) / name for name in (*folders, *names)):
+            # Others may be removing the same.
+            with suppress(FileNotFoundError):
+                found = path.lstat()
+                if stat.S_ISLNK(found.st_mode):
+                    raise _refusal(root, path)
+                if not stat.S_ISDIR(found.st_mode):
+                    yield path.relative_to(folder).as_posix(), (found.st_size, found.st_mtime)
+
+
+def fsync(path: Path) -> None:
+    """Return when a file's content, or a folder's list of names, is on stable storage."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_parents(path: Path, root: Path) -> None:
+    """Return when the names of all folders from the root down to `path` are on stable storage."""
+    while path != root:
+        path = path.parent
+        fsync(path)
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove files, then the folders that are empty by then; other processes may be removing the same."""
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            (Path(parent) / name).unlink(missing_ok=True)
+        # A folder that is not empty, or already gone, is left to whoever uses it.
+        with suppress(OSError):
+            os.rmdir(parent)
