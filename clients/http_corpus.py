@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property, partial
 from threading import Lock
 from typing import Any
 from urllib.parse import quote
@@ -13,18 +13,22 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from potstill.cache.corpus import Corpus, Source
+from potstill.cache.corpus import Corpus
 from potstill.cache.corpus.corpus import CorpusSpec
-from potstill.cache.errors import FormatError, InvalidInput, SpecMismatch, TeacherFailed, UnsupportedField
+from potstill.cache.corpus.keys import KEY_BYTES
+from potstill.cache.errors import SpecMismatch, TeacherFailed, UnsupportedField
 from potstill.cache.types import Tokens
 from potstill.cache.wire import StreamHead
 from potstill.cache.wire.stream import write_row_numbers
-from potstill.clients.connection import SyncConnection
+from potstill.clients.answers import described_corpus
+from potstill.clients.retry import Tries
+from potstill.clients.sync_connection import BLOCK_BYTES, SyncConnection
 
 # Bounds of one request: a read that is broken off is asked for again from there, and a service serves many.
 _REQUEST_ELEMENTS = 1 << 22
 _REQUEST_ROWS = 1024
 _REQUEST_POSITIONS = 1 << 20
+_TOKENIZER_BYTES = 1 << 28
 # Row starts are asked for again and again, a few at a time, so they are fetched in pages and kept: 32 KiB each.
 _PAGE = 4096
 _PAGES = 256
@@ -47,7 +51,7 @@ class HttpCorpus(Corpus):
         self._connection = connection
         self._description = connection.json(corpus_route(name))
         self.name = name
-        self.spec = _spec(self._description, connection.url)
+        self.spec = described_corpus(self._description, connection.url)
         self._reader = _HttpArrays(connection, name, self.spec)
 
     # Cached anew: in Python 3.11 one lock is held for all corpora while one of them computes a cached property, and
@@ -59,12 +63,12 @@ class HttpCorpus(Corpus):
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the corpus was made with."""
-        return Tokenizer.from_str(self._connection.text(f"{corpus_route(self.name)}/tokenizer"))
+        return Tokenizer.from_str(self._connection.text(f"{corpus_route(self.name)}/tokenizer", _TOKENIZER_BYTES))
 
     def take(self, rows: Sequence[int]) -> list[Tokens]:
         """Read the tokens of rows in any order; raises as `Corpus.take` and `SyncConnection.json` do."""
         most = max(1, min(_REQUEST_ROWS, _REQUEST_POSITIONS // self.spec.longest_row))
-        read = self._connection.parts(lambda at: self._rows(rows[at : at + most]), len(rows))
+        read = self._connection.parts(lambda at, tries: self._rows(rows[at : at + most], tries), len(rows))
         return list(read) if len(rows) else []
 
     def annotations(self) -> list[str]:
@@ -74,16 +78,17 @@ class HttpCorpus(Corpus):
     def annotation(self, name: str) -> NDArray[Any]:
         """Read an annotation, [R] one value of each row; raises as `Corpus.annotation` and `SyncConnection.json` do."""
         route = f"{corpus_route(self.name)}/annotations/{quote(name, safe='')}"
-        return read_array(self._connection, route, 0, len(self), self.fingerprint)
+        return read_array(self._connection, route, 0, len(self), self.fingerprint, _check_annotation)
 
     def corrupt_objects(self) -> list[str]:
         """Raise UnsupportedField: only the machine that has the files can check them."""
         raise UnsupportedField(f"corpus {self.name!r} is behind {self._connection.url}; run `potstill verify` there")
 
-    def _rows(self, rows: Sequence[int]) -> Iterator[Tokens]:
+    def _rows(self, rows: Sequence[int], tries: Tries) -> Iterator[Tokens]:
         lengths = np.diff(self.row_ranges(rows), axis=1)[:, 0].tolist()
         route, body = f"{corpus_route(self.name)}/rows", write_row_numbers(rows)
-        with self._connection.stream(route, body=body) as reader:
+        most_bytes = max(BLOCK_BYTES, 8 * max(lengths))
+        with self._connection.stream(route, tries=tries, body=body, most_bytes=most_bytes) as reader:
             require_corpus(reader.head, self.fingerprint, self._connection.url)
             if reader.head.batches != len(rows):
                 raise TeacherFailed(
@@ -94,6 +99,7 @@ class HttpCorpus(Corpus):
                     raise TeacherFailed(
                         f"{self._connection.url}{route} gave tokens of shape {tokens.shape} for a row of {length}"
                     )
+                _check_tokens(tokens, f"{self._connection.url}{route}", vocab_size=self.spec.vocab_size)
                 yield tokens
 
 
@@ -104,7 +110,7 @@ class _HttpArrays:
         self.path = f"{connection.url}{corpus_route(name)}"
         self._connection = connection
         self._route = corpus_route(name)
-        self._fingerprint = spec.fingerprint
+        self._spec = spec
         self._lengths = {
             "tokens": spec.num_positions,
             "row_starts": spec.num_rows + 1,
@@ -128,7 +134,9 @@ class _HttpArrays:
         # Like a slice of an array, a range may go over its end.
         stop = min(stop, self._lengths[name])
         if name != "row_starts":
-            return read_array(self._connection, f"{self._route}/{name}", start, stop, self._fingerprint)
+            return read_array(
+                self._connection, f"{self._route}/{name}", start, stop, self._spec.fingerprint, self._check(name)
+            )
         pages = [self._page(page) for page in range(start // _PAGE, -(-stop // _PAGE))]
         first = start // _PAGE * _PAGE
         starts: NDArray[Any] = np.concatenate(pages)[start - first : stop - first]
@@ -140,13 +148,27 @@ class _HttpArrays:
     def corrupt_objects(self) -> list[str]:
         return []
 
+    def _check(self, name: str) -> Callable[[NDArray[Any], str], None]:
+        if name == "tokens":
+            return partial(_check_tokens, vocab_size=self._spec.vocab_size)
+        if name == "row_keys":
+            return partial(_check_kind, dtype="uint8", width=(KEY_BYTES,))
+        return partial(_check_kind, dtype="int64")
+
     def _page(self, page: int) -> NDArray[Any]:
         # The lock is not held while a page is fetched: two threads may fetch one twice, but none waits for the network.
         with self._lock:
             found = self._pages.get(page)
         if found is None:
             stop = min((page + 1) * _PAGE, self._lengths["row_starts"])
-            found = read_array(self._connection, f"{self._route}/rows", page * _PAGE, stop, self._fingerprint)
+            found = read_array(
+                self._connection,
+                f"{self._route}/rows",
+                page * _PAGE,
+                stop,
+                self._spec.fingerprint,
+                self._check("row_starts"),
+            )
         with self._lock:
             self._pages[page] = found
             self._pages.move_to_end(page)
@@ -155,20 +177,31 @@ class _HttpArrays:
         return found
 
 
-def read_array(connection: SyncConnection, route: str, start: int, stop: int, fingerprint: str) -> NDArray[Any]:
+def read_array(
+    connection: SyncConnection,
+    route: str,
+    start: int,
+    stop: int,
+    fingerprint: str,
+    check: Callable[[NDArray[Any], str], None],
+) -> NDArray[Any]:
     """Read elements `start` to `stop` of one of a corpus's arrays, in several requests where there are many.
+
+    `check` raises for a part that the array cannot have; it is given the part, and where it is from.
 
     Raises:
         SpecMismatch: the service has another corpus under the name now. PotstillError: as `SyncConnection.json`.
     """
 
-    def read(at: int) -> Iterator[NDArray[Any]]:
+    def read(at: int, tries: Tries) -> Iterator[NDArray[Any]]:
         first, end = start + at, min(stop, start + at + _REQUEST_ELEMENTS)
-        with connection.stream(route, params={"start": first, "stop": end}) as reader:
+        with connection.stream(route, tries=tries, params={"start": first, "stop": end}) as reader:
             require_corpus(reader.head, fingerprint, connection.url)
             if reader.head.length != end - first:
                 raise TeacherFailed(f"{connection.url}{route} has {reader.head.length} elements for {first} to {end}")
-            yield from reader.array()
+            for part in reader.array():
+                check(part, f"{connection.url}{route}")
+                yield part
 
     parts = list(connection.parts(read, stop - start, len))
     if not parts:
@@ -188,14 +221,17 @@ def require_corpus(head: StreamHead, fingerprint: str, url: str) -> None:
         )
 
 
-def _spec(description: dict[str, Any], url: str) -> CorpusSpec:
-    try:
-        spec = dict(description["spec"])
-        sources = tuple(Source(**source) for source in spec.pop("sources"))
-        found = CorpusSpec(**spec, sources=sources, data="", objects=())
-        counts = (found.num_rows, found.num_positions, found.num_shards, found.longest_row)
-        if not all(type(count) is int and count > 0 for count in counts):
-            raise FormatError(f"impossible counts {counts}")
-    except (KeyError, TypeError, ValueError, FormatError, InvalidInput) as error:
-        raise TeacherFailed(f"{url} describes its corpus badly: {error!r}") from error
-    return found
+def _check_tokens(part: NDArray[Any], where: str, *, vocab_size: int) -> None:
+    _check_kind(part, where, dtype="uint32")
+    if len(part) and int(part.max()) >= vocab_size:
+        raise TeacherFailed(f"{where} gave the token id {int(part.max())}, the tokenizer has {vocab_size}")
+
+
+def _check_annotation(part: NDArray[Any], where: str) -> None:
+    if part.ndim != 1:
+        raise TeacherFailed(f"{where} gave more than one value of a row")
+
+
+def _check_kind(part: NDArray[Any], where: str, *, dtype: str, width: tuple[int, ...] = ()) -> None:
+    if part.dtype != dtype or part.shape[1:] != width:
+        raise TeacherFailed(f"{where} gave {part.dtype} of shape {part.shape}, not {dtype} of {(len(part), *width)}")

@@ -6,8 +6,8 @@ from typing import Any
 from urllib.parse import quote
 
 from potstill.cache.types import JSON, Fields
-from potstill.clients.connection import SyncConnection
 from potstill.clients.http_corpus import corpus_route
+from potstill.clients.sync_connection import SyncConnection
 
 
 class HttpFill:

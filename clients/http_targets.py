@@ -17,17 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potstill.cache.encoding import Encoding
-from potstill.cache.encoding.fields import check_fields
 from potstill.cache.encoding.logprobs import encoding_by_name
-from potstill.cache.errors import FormatError, InvalidInput, SpecMismatch, TeacherFailed, UnsupportedField
+from potstill.cache.errors import InvalidInput, SpecMismatch, TeacherFailed, UnsupportedField
 from potstill.cache.fields import COLUMNS
-from potstill.cache.types import Fields, Targets, TeacherIdentity
+from potstill.cache.types import Fields, Targets
 from potstill.cache.wanted import wanted_fields
 from potstill.cache.wire import StreamHead
 from potstill.cache.wire.stream import write_row_numbers
-from potstill.clients.connection import SyncConnection
+from potstill.clients.answers import check_answer, described_identity
 from potstill.clients.http_corpus import HttpCorpus, corpus_route, require_corpus
-from potstill.clients.retry import RetryPolicy
+from potstill.clients.retry import RetryPolicy, Tries
+from potstill.clients.sync_connection import BLOCK_BYTES, SyncConnection
 
 # Our bounds of one request; the service states its own, and the smaller one counts.
 _REQUEST_POSITIONS = 1 << 20
@@ -58,10 +58,7 @@ class HttpTargets:
         self._top_k = top_k
         self._route = f"{corpus_route(corpus.name)}/targets/{quote(teacher, safe='')}"
         description = connection.json(self._route)
-        try:
-            self.identity = TeacherIdentity.from_json(description.get("identity"))
-        except FormatError as error:
-            raise TeacherFailed(f"{connection.url} describes teacher {teacher!r} badly: {error}") from error
+        self.identity = described_identity(description.get("identity"), teacher, connection.url)
         sets = self._sets(description)
         self.fields = reduce(Fields.joined, (each.fields for each in sets))
         self.encoding = next((each for each in sets if each.fields.k), sets[0]).encoding
@@ -106,7 +103,7 @@ class HttpTargets:
             )
         want, most = self._wanted(k, fields), self._most("max_stream_positions", _REQUEST_POSITIONS)
         return self._connection.parts(
-            lambda at: self._range(start + at, min(stop, start + at + most), want),
+            lambda at, tries: self._range(start + at, min(stop, start + at + most), want, tries),
             stop - start,
             lambda targets: targets.num_positions,
         )
@@ -116,7 +113,7 @@ class HttpTargets:
         want = self._wanted(k, fields)
         most = self._most("max_stream_positions", _REQUEST_POSITIONS) // self.corpus.spec.longest_row
         most = max(1, min(self._most("max_rows", _REQUEST_ROWS), most))
-        read = self._connection.parts(lambda at: self._rows(rows[at : at + most], want), len(rows))
+        read = self._connection.parts(lambda at, tries: self._rows(rows[at : at + most], want, tries), len(rows))
         return list(read) if len(rows) else []
 
     def read_column(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
@@ -130,20 +127,26 @@ class HttpTargets:
             return np.empty(0, np.float32)
         return np.concatenate([getattr(part, name) for part in self.stream(start, stop, fields=want)])
 
-    def _range(self, start: int, stop: int, want: Fields) -> Iterator[Targets]:
+    def _range(self, start: int, stop: int, want: Fields, tries: Tries) -> Iterator[Targets]:
         names = [each.name for each in want.beside_top_k]
         # `k` asks for the top-k by itself; it is named only where the list would be empty, which means no field at all.
         params = {"start": start, "stop": stop, "k": want.k, "fields": ",".join(names or ["top_k"])}
-        with self._connection.stream(self._route, params=params) as reader:
+        most_bytes = self._most_bytes(want, 1)
+        with self._connection.stream(self._route, tries=tries, params=params, most_bytes=most_bytes) as reader:
             self._check_head(reader.head, want)
             if reader.head.length != stop - start:
                 raise TeacherFailed(f"{self._who} promised {reader.head.length} positions for {start} to {stop}")
             for targets in reader.targets():
                 yield self._checked(targets, want)
 
-    def _rows(self, rows: Sequence[int], want: Fields) -> Iterator[Targets]:
+    def _rows(self, rows: Sequence[int], want: Fields, tries: Tries) -> Iterator[Targets]:
         lengths = np.diff(self.corpus.row_ranges(rows), axis=1)[:, 0].tolist()
-        with self._connection.stream(f"{self._route}/rows", body=write_row_numbers(rows, want)) as reader:
+        route, body, most_bytes = (
+            f"{self._route}/rows",
+            write_row_numbers(rows, want),
+            self._most_bytes(want, max(lengths)),
+        )
+        with self._connection.stream(route, tries=tries, body=body, most_bytes=most_bytes) as reader:
             self._check_head(reader.head, want)
             if reader.head.batches != len(rows):
                 raise TeacherFailed(f"{self._who} promised {reader.head.batches} rows for {len(rows)}")
@@ -168,10 +171,12 @@ class HttpTargets:
             raise TeacherFailed(f"{self._who} answered {head.fields}, not {want}")
 
     def _checked(self, targets: Targets, want: Fields) -> Targets:
-        if targets.k != want.k:
-            raise TeacherFailed(f"{self._who} answered k={targets.k}, not k={want.k}")
-        check_fields(targets, want, self.identity.vocab_size)
+        check_answer(targets, want, self.identity.vocab_size, self._who)
         return targets
+
+    def _most_bytes(self, want: Fields, num_positions: int) -> int:
+        """Most bytes of a record batch: a block, or so many positions where those are more."""
+        return max(BLOCK_BYTES, 2 * num_positions * want.bytes_per_position(self.identity.vocab_size))
 
     def _wanted(self, k: int | None, fields: Fields | None) -> Fields:
         return wanted_fields(self.fields, k, fields, f"teacher {self.teacher!r} on corpus {self.corpus.name!r}")
@@ -208,7 +213,7 @@ class HttpCache:
     def __init__(
         self, url: str, *, api_key: str | None = None, timeout: float = 600.0, retry: RetryPolicy | None = None
     ) -> None:
-        """Nothing is sent yet; see `potstill.clients.connection.SyncConnection`."""
+        """Nothing is sent yet; see `potstill.clients.sync_connection.SyncConnection`."""
         self._connection = SyncConnection(url, api_key=api_key, timeout=timeout, retry=retry)
         self._corpora: dict[str, HttpCorpus] = {}
 
@@ -254,9 +259,10 @@ class HttpCache:
 
 
 def _committed(runs: Any, num_shards: int) -> NDArray[np.bool_]:
-    done = np.zeros(num_shards, dtype=bool)
+    done, at = np.zeros(num_shards, dtype=bool), 0
     for first, stop in runs:
-        if not 0 <= first < stop <= num_shards:
-            raise ValueError(f"shards {first} to {stop} of {num_shards}")
+        if not at <= first < stop <= num_shards:
+            raise ValueError(f"shards {first} to {stop} of {num_shards}, after those to {at}")
         done[first:stop] = True
+        at = stop
     return done

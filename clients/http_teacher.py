@@ -7,28 +7,29 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
-import threading
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Self, cast
 
 import numpy as np
 
-from potstill.cache.encoding.fields import check_fields
 from potstill.cache.errors import FormatError, InvalidInput, SpecMismatch, TeacherFailed, Unavailable, WireVersionError
 from potstill.cache.row_batches import row_batches, row_starts
 from potstill.cache.types import JSON, Fields, Provenance, Targets, TeacherIdentity, TeacherLimits, Tokens
 from potstill.cache.wire import scores as wire
+from potstill.clients.answers import check_answer, described_identity
 from potstill.clients.connection import Connection
 from potstill.clients.http_admin import HttpAdmin, teacher_path
+from potstill.clients.loop_thread import LoopThread
 from potstill.clients.retry import RetryPolicy
 
-T = TypeVar("T")
 REQUEST_TOKENS = 8192
 """Tokens per request: enough to fill an engine's batch, little enough to retry."""
 _REQUEST_ROWS = 1024
+# Far more than an identity takes, and than Arrow puts around a row's targets.
+_HEAD_BYTES = 2**20
+_ROW_BYTES = 2**14
 _ANSWER_BYTES = 64 * 2**20
 """Size of the largest answer that is asked for; wide fields, like a top-k of thousands, make requests smaller."""
 
@@ -53,8 +54,8 @@ class HttpTeacher:
         self._name = name
         self._store = store
         self._request_tokens = request_tokens
+        self.identity = described_identity(description.get("identity"), name, connection.url)
         try:
-            self.identity = TeacherIdentity.from_json(description.get("identity"))
             self.provenance = Provenance.from_json(_table(description, "provenance"))
         except FormatError as error:
             raise TeacherFailed(f"{connection.url} describes teacher {name!r} badly: {error}") from error
@@ -132,9 +133,11 @@ class HttpTeacher:
             headers["cache-control"] = "no-store"
         path = f"{teacher_path(self._name)}/score"
         tries = self._connection.tries(deadline - time.monotonic())
-        content = await self._connection.send("POST", path, tries=tries, headers=headers, content=body)
+        reply = await self._connection.send(
+            "POST", path, self._most_bytes(rows, want), tries=tries, headers=headers, content=body
+        )
         try:
-            answer = wire.answer_from_arrow(content)
+            answer = wire.answer_from_arrow(reply.content)
         except WireVersionError:
             raise
         except InvalidInput as error:
@@ -150,15 +153,14 @@ class HttpTeacher:
         if len(answer.targets) != len(rows):
             raise TeacherFailed(f"{who} answered {len(answer.targets)} rows for {len(rows)}")
         for row, targets in zip(rows, answer.targets, strict=True):
-            if targets.num_positions != len(row) or targets.k != want.k:
-                raise TeacherFailed(
-                    f"{who} answered {targets.num_positions} positions of k={targets.k} "
-                    f"for a row of {len(row)} tokens and k={want.k}"
-                )
-            try:
-                check_fields(targets, want, self.identity.vocab_size)
-            except TeacherFailed as error:
-                raise TeacherFailed(f"{who}: {error.detail}") from error
+            if targets.num_positions != len(row):
+                raise TeacherFailed(f"{who} answered {targets.num_positions} positions for a row of {len(row)} tokens")
+            check_answer(targets, want, self.identity.vocab_size, who)
+
+    def _most_bytes(self, rows: Sequence[Tokens], want: Fields) -> int:
+        """Most bytes of the answer: what its targets take, and what Arrow puts around them."""
+        num_positions = sum(map(len, rows))
+        return num_positions * want.bytes_per_position(self.identity.vocab_size) + _ROW_BYTES * len(rows) + _HEAD_BYTES
 
 
 def _check_row(index: int, row: Tokens) -> None:
@@ -189,27 +191,25 @@ class SyncHttpTeacher:
 
     def __init__(self, url: str, name: str, **options: Any) -> None:
         self._opening = HttpTeacher.open(url, name, **options)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name=f"teacher {name}", daemon=True)
+        self._name = name
+        self._thread: LoopThread | None = None
         self._teacher: HttpTeacher | None = None
 
     def __enter__(self) -> Self:
         """Connect; raises as `HttpTeacher.open` does."""
-        self._thread.start()
+        self._thread = LoopThread(f"teacher {self._name}", closed="this teacher was closed")
         try:
-            self._teacher = self._wait(self._opening.__aenter__())
-        finally:
-            if self._teacher is None:
-                self._stop()
+            self._teacher = self._thread.run(self._opening.__aenter__)
+        except BaseException:
+            self._thread.close(lambda: asyncio.sleep(0))
+            raise
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         """Disconnect; calls that other threads still wait for raise `Unavailable`."""
         self._teacher = None
-        try:
-            self._wait(self._close())
-        finally:
-            self._stop()
+        if self._thread is not None:
+            self._thread.close(lambda: self._opening.__aexit__(None, None, None))
 
     @property
     def identity(self) -> TeacherIdentity:
@@ -232,33 +232,14 @@ class SyncHttpTeacher:
         Raises:
             Unavailable: not opened, or closed while waiting.
         """
-        return self._wait(self._opened().score(rows, want))
+        teacher = self._opened()
+        assert self._thread is not None, "an opened teacher has its thread"
+        return self._thread.run(teacher.score, rows, want)
 
     def _opened(self) -> HttpTeacher:
         if self._teacher is None:
             raise Unavailable("this teacher is not open; use it inside its with block")
         return self._teacher
-
-    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result()
-        except concurrent.futures.CancelledError as error:
-            raise Unavailable("this teacher was closed") from error
-        finally:
-            future.cancel()  # Ctrl-C in the waiting thread ends the work too
-
-    async def _close(self) -> None:
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
-        await self._opening.__aexit__(None, None, None)
-
-    def _stop(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
 
 
 @asynccontextmanager

@@ -337,16 +337,27 @@ def _spec_from_json(path: str, seal: dict[str, Any]) -> CorpusSpec:
         values = {n: seal[n] for n in CorpusSpec.__dataclass_fields__ if n not in {"sources", "objects"}}
         objects = objects_from_json(seal["objects"])
         spec = CorpusSpec(**values, sources=sources, objects=objects)
-    counts = (spec.num_rows, spec.num_positions, spec.num_shards, spec.vocab_size, spec.longest_row)
-    if not all(type(n) is int and 0 < n < 2**62 for n in counts):
-        raise FormatError(f"{path}/zarr.json has impossible counts: {json.dumps(counts)}")
-    texts = (spec.data, spec.fingerprint, spec.tokenizer_sha256)
-    if not all(isinstance(text, str) for text in texts) or not is_name(spec.data):
-        raise FormatError(f"{path}/zarr.json has impossible names: {json.dumps(texts)}")
-    if not _SHA256.fullmatch(spec.tokenizer_sha256):
-        raise FormatError(
-            f"{path}/zarr.json has the tokenizer_sha256 {spec.tokenizer_sha256[:80]!r}, which is no sha256"
-        )
-    if type(spec.max_token_id) is not int:
-        raise FormatError(f"{path}/zarr.json has impossible counts: max_token_id {spec.max_token_id!r}")
+    check_spec(spec, f"{path}/zarr.json")
+    if not isinstance(spec.data, str) or not is_name(spec.data):
+        raise FormatError(f"{path}/zarr.json has impossible names: {json.dumps(spec.data)}")
     return spec
+
+
+def check_spec(spec: CorpusSpec, where: str) -> None:
+    """Refuse counts and names that no corpus has.
+
+    Raises:
+        FormatError: it has some.
+    """
+    counts = (spec.num_shards, spec.num_rows, spec.num_positions, spec.longest_row, spec.vocab_size)
+    if not all(type(n) is int and 0 < n < 2**62 for n in counts):
+        raise FormatError(f"{where} has impossible counts: {json.dumps(counts)}")
+    if not (spec.num_shards <= spec.num_rows <= spec.num_positions and spec.longest_row <= spec.num_positions):
+        raise FormatError(f"{where} has impossible counts: {json.dumps(counts)}")
+    names = (spec.fingerprint, spec.tokenizer_sha256)
+    if not all(isinstance(name, str) for name in names):
+        raise FormatError(f"{where} has impossible names: {json.dumps(names)}")
+    if not _SHA256.fullmatch(spec.tokenizer_sha256):
+        raise FormatError(f"{where} has the tokenizer_sha256 {spec.tokenizer_sha256[:80]!r}, which is no sha256")
+    if type(spec.max_token_id) is not int:
+        raise FormatError(f"{where} has impossible counts: max_token_id {spec.max_token_id!r}")

@@ -39,7 +39,7 @@ class CutShort(Exception):
 class Source(Protocol):
     """The body of an HTTP answer while it arrives."""
 
-    def read(self, size: int = -1, /) -> bytes:
+    def read(self, size: int, /) -> bytes:
         """Read the next `size` bytes, fewer only at the end."""
         ...
 

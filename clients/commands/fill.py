@@ -48,10 +48,10 @@ def run(args: argparse.Namespace) -> int:
         Unavailable: the service did not answer for `--patience` seconds.
         NotFound: there is no job to stop, or the service was restarted. PotstillError: what it refuses.
     """
-    from potstill.clients.connection import SyncConnection
     from potstill.clients.fill_watch import FillWatch
     from potstill.clients.http_fill import HttpFill
     from potstill.clients.retry import RetryPolicy
+    from potstill.clients.sync_connection import SyncConnection
 
     if not 0 < args.patience < math.inf:
         raise InvalidInput(f"--patience is {args.patience:g}; it must be a positive number of seconds")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import os
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ from potstill.clients.retry import RetryPolicy
 _SKEW_WARN = 2.0  # seconds; the Date header itself has whole ones
 _SKEW_FAIL = 60.0
 _TIMEOUT = 60.0
+_PAGE_SECONDS = 10.0
 _RETRY = RetryPolicy(attempts=2)
 _ADMIN = "use a key with the role admin"
 
@@ -185,12 +187,17 @@ async def _access(url: str, *, has_key: bool) -> Verdict:
 
 
 async def _get(url: str) -> httpx.Response | Verdict:
-    """Fetch a page without a key, like anybody; a verdict if nobody answers."""
+    """Ask for a page without a key, like anybody; its body is not read. A verdict if nobody answers."""
     try:
-        async with httpx.AsyncClient(timeout=10.0) as client:
-            return await client.get(url)
-    except httpx.TransportError as error:
+        async with (
+            asyncio.timeout(_PAGE_SECONDS),
+            httpx.AsyncClient(timeout=_PAGE_SECONDS) as client,
+            client.stream("GET", url) as reply,
+        ):
+            pass
+    except (httpx.TransportError, TimeoutError) as error:
         return Verdict("not run", f"not reached: {error or type(error).__name__}")
+    return reply
 
 
 def _is_loopback(host: str) -> bool:

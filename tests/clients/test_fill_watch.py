@@ -7,10 +7,10 @@ import time
 from typing import Any
 
 from potstill.cache.wire import scores as wire
-from potstill.clients.connection import SyncConnection
 from potstill.clients.fill_watch import FillWatch
 from potstill.clients.http_fill import HttpFill
 from potstill.clients.retry import RetryPolicy
+from potstill.clients.sync_connection import SyncConnection
 from tests.support.processes.scripted_service import reply
 from tests.support.processes.servers import serving
 

@@ -4,6 +4,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from potstill.cache.errors import (
 )
 from potstill.cache.targets.target_set import TargetSet
 from potstill.cache.wire import scores as wire
-from potstill.cache.wire.stream import END, StreamHead, write_array
+from potstill.cache.wire.stream import END, StreamHead, write_array, write_targets
 from potstill.clients.http_corpus import HttpCorpus
 from potstill.clients.http_targets import HttpCache, HttpTargets
 from potstill.clients.retry import RetryPolicy
@@ -309,6 +310,35 @@ def test_other_rows_than_were_asked_for_are_refused(filled: Cache) -> None:
     with answering(filled, "POST /v1/corpora/docs/rows", first, second) as corpus:
         for got, expected in zip(corpus.take([0, 1]), (first, second), strict=True):
             np.testing.assert_array_equal(got, expected)
+
+
+def test_targets_that_no_teacher_has_are_refused(filled: Cache, local: TargetSet) -> None:
+    service = create_app(Service([hosted("other", FakeTeacher())], cache=filled))
+    want = Fields(k=2)
+    good = local.read(0, 3, fields=want)
+    head = StreamHead(
+        batches=1, length=3, corpus=filled.corpus("docs").fingerprint, identity=local.identity, fields=want
+    )
+    sent = good
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and b"start=" in scope["query_string"]:
+            body = b"".join(write_targets(head, [[sent]]))
+            await Response(body, media_type=wire.ARROW_MEDIA_TYPE)(scope, receive, send)
+        else:
+            await service(scope, receive, send)
+
+    with serving(app) as url, HttpCache(url, retry=ONCE, timeout=120) as remote:
+        targets = remote.targets("fake", "docs")
+        TargetSetContract().assert_same(targets.read(0, 3, fields=want), good)
+        for changed, words in (
+            ({"log_tail": good.log_tail + np.float32(np.nan)}, "NaN"),
+            ({"ids": good.ids | np.uint32(2**31)}, "its vocabulary has"),
+            ({"ids": good.ids * np.uint32(0)}, "id 0 twice"),
+        ):
+            sent = replace(good, **changed)
+            with pytest.raises(TeacherFailed, match=words):
+                targets.read(0, 3, fields=want)
 
 
 def test_an_array_of_nothing_is_refused_and_not_asked_for_again(filled: Cache) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from potstill.cache import Fields, Targets
@@ -42,6 +43,10 @@ def changed(change: Callable[[list[Targets]], list[Targets]]) -> Callable[[Scrip
     return step
 
 
+def replaced(**arrays: Callable[[Targets], Any]) -> Callable[[Script, bytes], bytes]:
+    return changed(lambda targets: [replace(t, **{name: new(t) for name, new in arrays.items()}) for t in targets])
+
+
 def other_version(script: Script, body: bytes) -> bytes:
     return answered(script, body).replace(
         b"1\x00\x00\x00\x0f\x00\x00\x00potstill.format", b"9\x00\x00\x00\x0f\x00\x00\x00potstill.format"
@@ -57,6 +62,10 @@ def other_version(script: Script, body: bytes) -> bytes:
         (changed(lambda targets: [t[: t.num_positions - 1] for t in targets]), TeacherFailed, "2 positions"),
         (changed(lambda targets: [t.prefix(3) for t in targets]), TeacherFailed, "k=3"),
         (changed(lambda targets: targets[::-1]), TeacherFailed, "positions"),
+        (replaced(logprobs=lambda t: t.logprobs * np.float32(np.nan)), TeacherFailed, "NaN"),
+        (replaced(ids=lambda t: t.ids + np.uint32(60)), TeacherFailed, "its vocabulary has 64"),
+        (replaced(ids=lambda t: t.ids * np.uint32(0)), TeacherFailed, "id 0 twice"),
+        (replaced(log_tail=lambda t: t.log_tail * 0), TeacherFailed, "sum to 1"),
         (lambda *_: b"hello", TeacherFailed, "Arrow"),
         (lambda *_: b"", TeacherFailed, "Arrow"),
         (other_version, WireVersionError, "'9'"),
