@@ -193,7 +193,7 @@ async def _serve(settings: ServiceSettings, access: Access, listener: socket.soc
         try:
             await asyncio.wait({serving, starting}, return_when=asyncio.FIRST_COMPLETED)
             if starting.done() and starting.exception() is None:
-                _tell_ready(settings, listener)
+                _tell_ready(settings, service, listener)
                 await serving
         finally:
             server.should_exit = True
@@ -204,19 +204,20 @@ async def _serve(settings: ServiceSettings, access: Access, listener: socket.soc
         serving.result()
 
 
-def _tell_ready(settings: ServiceSettings, listener: socket.socket) -> None:
+def _tell_ready(settings: ServiceSettings, service: Service, listener: socket.socket) -> None:
     """Print the one line on stdout, which scripts wait for; as JSON where the log is, as both may be collected."""
-    line = ready_line(settings, listener)
+    line = ready_line(settings, service, listener)
     if settings.logs.format == "json":
         record = logging.makeLogRecord({"name": __name__, "levelno": logging.INFO, "levelname": "INFO", "msg": line})
         line = logs.JsonLines().format(record)
     print(line, flush=True)  # noqa: T201
 
 
-def ready_line(settings: ServiceSettings, listener: socket.socket) -> str:
-    """The line `ready: URL teachers NAME (MODEL), ...`."""
+def ready_line(settings: ServiceSettings, service: Service, listener: socket.socket) -> str:
+    """The line `ready: URL teachers NAME (MODEL), ...`, with the teachers that are up."""
     host, port = listener.getsockname()[:2]
     where = f"[{host}]" if ":" in host else host
-    teachers = ", ".join(f"{teacher.name} ({without_login(teacher.model)})" for teacher in settings.teachers)
+    up = [teacher for teacher in settings.teachers if service.teachers[teacher.name].state != "failed"]
+    teachers = ", ".join(f"{teacher.name} ({without_login(teacher.model)})" for teacher in up)
     scheme = "http" if settings.tls is None else "https"
     return f"ready: {scheme}://{where}:{port} teachers {teachers}"

@@ -150,6 +150,8 @@ class EngineThread:
             raise InvalidInput(f"vLLM cannot be imported: {one_line(error)}") from error
         except (ValueError, OSError) as error:
             raise InvalidInput(f"vLLM does not take {self._name!r}: {one_line(error)}") from error
+        except TeacherFailed as error:
+            raise TeacherFailed(f"the engine of {self._name!r} did not start: {error.detail}") from error
         except (Exception, SystemExit) as error:  # vLLM exits where others raise; callers must not wait for ever
             raise TeacherFailed(f"the engine of {self._name!r} did not start: {one_line(error)}") from error
 

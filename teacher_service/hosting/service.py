@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from potstill.cache.errors import UnknownTeacher
+from potstill.cache.errors import PotstillError, UnknownTeacher
 from potstill.teacher_service.access import Access
 from potstill.teacher_service.admission import Admission
 from potstill.teacher_service.hosting.fill_jobs import FillJobs
@@ -19,6 +20,8 @@ from potstill.teacher_service.settings import LimitSettings
 
 if TYPE_CHECKING:
     from potstill.cache.cache import Cache
+
+_LOG = logging.getLogger(__name__)
 
 
 class Service:
@@ -78,8 +81,25 @@ class Service:
         return self.teachers[name]
 
     async def started(self) -> None:
-        """Wait until every teacher is up. Raises the first failure at once, whoever is still starting."""
-        await asyncio.gather(*(teacher.settled() for teacher in self.teachers.values()))
+        """Wait until every teacher is up or has failed, which is logged; the others go on without it.
+
+        Raises:
+            PotstillError: the failure of the first, where none is up.
+        """
+        failures = await asyncio.gather(*(self._told(teacher) for teacher in self.teachers.values()))
+        failed = [failure for failure in failures if failure is not None]
+        if failed and len(failed) == len(failures):
+            raise failed[0]
+
+    async def _told(self, teacher: HostedTeacher) -> PotstillError | None:
+        """The failure of a teacher that did not start, told at once as the others may take long; else None."""
+        try:
+            await teacher.settled()
+        except PotstillError as error:
+            if len(self.teachers) > 1:  # the failure of the only one is what the service ends with
+                _LOG.error("%s: %s", error.kind, error.detail)
+            return error
+        return None
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

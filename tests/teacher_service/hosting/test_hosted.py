@@ -81,6 +81,26 @@ async def test_what_goes_wrong_while_closing_is_raised_after_all_are_closed() ->
     assert sorted(closed) == ["a", "b"]
 
 
+async def test_a_teacher_that_does_not_start_is_told_and_the_others_go_on(caplog: pytest.LogCaptureFixture) -> None:
+    @asynccontextmanager
+    async def broken() -> AsyncIterator[Teacher]:
+        raise TeacherFailed("it has no weights")
+        yield
+
+    service = Service([HostedTeacher("bad", broken), HostedTeacher("good", opens(FakeTeacher()))])
+    async with service.running():
+        await service.started()
+        assert {name: teacher.state for name, teacher in service.teachers.items()} == {"bad": "failed", "good": "ready"}
+        assert not service.ready
+    assert [record.getMessage() for record in caplog.records] == [
+        "teacher_failed: teacher 'bad' did not start: it has no weights"
+    ]
+    service = Service([HostedTeacher(name, broken) for name in ("a", "b")])
+    with pytest.raises(TeacherFailed, match="'a' did not start"):
+        async with service.running():
+            await service.started()
+
+
 async def test_a_service_is_ready_while_a_teacher_that_was_removed_closes() -> None:
     closing = asyncio.Event()
 
