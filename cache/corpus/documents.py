@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from potstill.cache.errors import InvalidInput
 _TEXT = frozenset({".txt", ".md", ".rst", ".text"})
 _JSONL = frozenset({".jsonl", ".ndjson"})
 _PARQUET = frozenset({".parquet"})
+_PIECE_BYTES = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,19 +57,38 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def documents(path: Path, text_field: str) -> Iterator[str]:
-    """Read the documents of one file, in order.
+def documents(path: Path, text_field: str) -> Iterator[Iterable[str]]:
+    """Read the documents of one file, in order, each as the pieces of its text; those of a text file are short.
 
     Raises:
         InvalidInput: bytes are not UTF-8, a line is not JSON, or a record has no text under `text_field`.
     """
     kind = path.suffix.lower()
     if kind in _PARQUET:
-        yield from _parquet(path, text_field)
+        yield from ((text,) for text in _parquet(path, text_field))
     elif kind in _JSONL:
-        yield from _jsonl(path, text_field)
+        yield from ((text,) for text in _jsonl(path, text_field))
     else:
-        yield _utf8(path.read_bytes(), str(path))
+        yield _text(path)
+
+
+def _text(path: Path) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    with path.open("rb") as file:
+        at = 0
+        while data := file.read(_PIECE_BYTES):
+            at -= len(decoder.getstate()[0])  # bytes of a character that the last piece began
+            yield _decoded(decoder, data, str(path), at)
+            at = file.tell()
+        yield _decoded(decoder, b"", str(path), at - len(decoder.getstate()[0]))
+
+
+def _decoded(decoder: codecs.IncrementalDecoder, data: bytes, where: str, at: int) -> str:
+    """The text of the next bytes, which begin at byte `at`; no bytes are the end."""
+    try:
+        return decoder.decode(data, final=not data)
+    except UnicodeDecodeError as error:
+        raise InvalidInput(f"{where} is not UTF-8: {error.reason} at byte {at + error.start}") from error
 
 
 def _jsonl(path: Path, text_field: str) -> Iterator[str]:

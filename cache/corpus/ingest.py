@@ -22,6 +22,7 @@ from potstill.cache.corpus.corpus import Corpus, CorpusSpec, Source, corpus_path
 from potstill.cache.corpus.documents import SourceFile, documents, file_sha256, source_files
 from potstill.cache.corpus.keys import KEY_BYTES, sort_file, write_key_index
 from potstill.cache.corpus.spool import RowSpool
+from potstill.cache.corpus.tokenization import encode_documents
 from potstill.cache.corpus.tokenizer import fingerprint, num_ids
 from potstill.cache.errors import AlreadyExists, InvalidInput, LimitExceeded
 from potstill.cache.row_batches import row_batches
@@ -29,10 +30,7 @@ from potstill.cache.store import GroupWriter, Root, StoredObject
 from potstill.cache.store.groups import Layout, attempt_name, removed_on_failure
 from potstill.cache.types import Tokens
 
-# Tokenized in one call, which uses all cores; the limit in characters bounds memory when documents are long.
-_BATCH_DOCUMENTS = 256
-_BATCH_CHARACTERS = 4 << 20
-_PROGRESS_ROWS = 8192
+_PROGRESS_ROWS = 1024
 _TOKEN_CHUNK = 1 << 16
 _ROW_CHUNK = 4096
 # Elements of one object: 256 MiB of tokens before compression, 16 MiB of row starts.
@@ -123,19 +121,28 @@ def ingest_rows(
     _require_free(root, name)
 
     def fill(spool: RowSpool) -> tuple[Source, ...]:
+        tokens = 0
         for count, row in enumerate(rows, start=1):
             spool.add(row)
+            tokens += len(row)
             if count % _PROGRESS_ROWS == 0:
-                on_progress(IngestProgress(0, len(sources), spool.num_positions))
+                on_progress(IngestProgress(0, len(sources), tokens))
         return sources
 
     return _make_corpus(root, name, _plain_tokenizer(tokenizer), plan, fill, what="the rows")
 
 
-def cut(tokens: Tokens, row_tokens: int) -> Iterator[Tokens]:
-    """Cut a document into rows of `row_tokens` tokens; only the last may be shorter."""
-    for start in range(0, len(tokens), row_tokens):
-        yield tokens[start : start + row_tokens]
+def cut(blocks: Iterable[Tokens], row_tokens: int) -> Iterator[Tokens]:
+    """Cut a document, given as blocks of token ids, into rows of `row_tokens` tokens; only the last may be shorter."""
+    rest = np.empty(0, dtype=np.uint32)
+    for block in blocks:
+        tokens = np.concatenate([rest, block])
+        whole = len(tokens) - len(tokens) % row_tokens
+        for start in range(0, whole, row_tokens):
+            yield tokens[start : start + row_tokens]
+        rest = tokens[whole:]
+    if len(rest):
+        yield rest
 
 
 def shard_bounds(row_starts: NDArray[np.int64], shard_positions: int) -> NDArray[np.int64]:
@@ -188,36 +195,18 @@ def _ingest_files(
     spool: RowSpool,
     on_progress: Callable[[IngestProgress], None],
 ) -> Iterator[Source]:
+    rows = tokens = 0
     for number, file in enumerate(files):
         count = 0
-        for batch in _batches(documents(file.path, plan.text_field)):
-            for encoded in _encoded(tokenizer, batch, file):
-                for row in cut(np.array(encoded.ids, dtype=np.uint32), plan.row_tokens):
-                    spool.add(row)
-            count += len(batch)
-            on_progress(IngestProgress(number, len(files), spool.num_positions))
+        for blocks in encode_documents(tokenizer, documents(file.path, plan.text_field), str(file.path)):
+            count += 1
+            for row in cut(blocks, plan.row_tokens):
+                spool.add(row)
+                rows, tokens = rows + 1, tokens + len(row)
+                if rows % _PROGRESS_ROWS == 0:
+                    on_progress(IngestProgress(number, len(files), tokens))
         yield Source(name=file.name, sha256=file_sha256(file.path), documents=count)
-        on_progress(IngestProgress(number + 1, len(files), spool.num_positions))
-
-
-def _encoded(tokenizer: Tokenizer, batch: list[str], file: SourceFile) -> list[Any]:
-    try:
-        return list(tokenizer.encode_batch_fast(batch, add_special_tokens=False))
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise InvalidInput(f"the tokenizer cannot read a document of {file.path}: {error}") from error
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    characters = 0
-    for text in texts:
-        batch.append(text)
-        characters += len(text)
-        if len(batch) == _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+        on_progress(IngestProgress(number + 1, len(files), tokens))
 
 
 def _write(
