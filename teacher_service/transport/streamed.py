@@ -1,6 +1,6 @@
 """Answers that are read while they are sent: bounded in memory, in threads and in time.
 
-Pieces of bytes come out of a blocking iterator, each read in a thread of a small pool while the one before is sent. A
+Pieces of bytes come out of a blocking iterator, each read in one of a few threads while the one before is sent. A
 failure before the first piece is answered as any error is; a later one breaks the connection, so that no client takes a
 part for the whole.
 """
@@ -11,7 +11,6 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Coroutine, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -22,6 +21,7 @@ from starlette.types import Message, Receive, Scope, Send
 from potstill.cache.errors import PotstillError
 from potstill.teacher_service.access.auth import current_caller
 from potstill.teacher_service.admission import SharedBound
+from potstill.teacher_service.transport.turns import FairThreads
 
 _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -31,7 +31,7 @@ class ReadSlots:
     """The threads that read the store, and the bound of answers streamed at one time, not all to one key."""
 
     def __init__(self, *, threads: int, streams: int, stall_seconds: float) -> None:
-        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="corpus-read")
+        self.threads = FairThreads(threads, "corpus-read")
         self.stall_seconds = stall_seconds
         """Seconds that a client may take nothing of what is sent to it."""
         self.streams = SharedBound(streams, "streamed answers (max_streams)", reason="streams", refusals=Counter())
@@ -101,7 +101,7 @@ class StreamedAnswer(Response):
         await send(_body(b"", more=False))
 
     async def _read(self) -> bytes | None:
-        return await asyncio.get_running_loop().run_in_executor(self._slots.pool, next, self._pieces, None)
+        return await self._slots.threads.run(lambda: next(self._pieces, None))
 
     def _start(self) -> Message:
         return {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}

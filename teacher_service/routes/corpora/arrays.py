@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeAlias, TypeVar
@@ -62,8 +61,13 @@ class CorpusReading:
     limits: LimitSettings
 
     async def in_thread(self, call: Callable[[], T]) -> T:
-        """Run a blocking call in one of the threads that read the store."""
-        return await asyncio.get_running_loop().run_in_executor(self.slots.pool, call)
+        """Run a blocking call in one of the threads that read the store, once it is the caller's turn.
+
+        Raises:
+            Overloaded: very many calls of the caller wait already. What the call raises.
+        """
+        self.slots.threads.require_room()
+        return await self.slots.threads.run(call)
 
     async def answer(
         self, request: Request, find: Callable[[], tuple[str, Array]], start: int, stop: int | None

@@ -19,6 +19,7 @@ from potstill.teacher_service.hosting import Service
 from potstill.teacher_service.routes.corpora.arrays import CorpusReading, add_array_routes
 from potstill.teacher_service.routes.corpora.bodies import get_and_head, known_parameters, rows_from_json
 from potstill.teacher_service.routes.corpora.description import describe_corpora, describe_corpus, describe_targets
+from potstill.teacher_service.routes.corpora.listing import Listing
 from potstill.teacher_service.routes.corpora.opened_sets import OpenedSets
 from potstill.teacher_service.routes.corpora.reads import (
     RangeRead,
@@ -47,10 +48,12 @@ def add_corpus_routes(app: FastAPI, service: Service) -> None:
     reading = CorpusReading(opened, slots, limits)
     trainers = [Depends(allow(Role.TRAINER)), Depends(same_wire), Depends(known_parameters)]
 
+    listing = Listing(slots.threads, lambda: describe_corpora(opened))
+
     @app.get("/v1/corpora", dependencies=trainers)
-    async def list_corpora() -> dict[str, Any]:
-        """List the corpora of the cache, and those that cannot be read."""
-        return await reading.in_thread(lambda: describe_corpora(opened))
+    async def list_corpora() -> Response:
+        """List the corpora of the cache, and those that cannot be read; of hundreds it may be half a minute old."""
+        return Response(await listing.latest(), media_type=wire.JSON_MEDIA_TYPE)
 
     @app.get("/v1/corpora/{corpus}", dependencies=trainers)
     async def one_corpus(corpus: str) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def test_a_client_that_takes_nothing_holds_no_thread_meanwhile() -> None:
     with serving(streaming(pieces, slots)) as url, http.stream("GET", url):
         until(lambda: pieces.read > 2)
         # The one thread is free, though the answer is still under way.
-        assert slots.pool.submit(lambda: 7).result(timeout=300) == 7
+        assert asyncio.run(slots.threads.run(lambda: 7)) == 7
         assert slots.streams.in_use == 1
 
 
