@@ -25,6 +25,7 @@ from potstill.cache.types import JSON
 from potstill.teacher_service.access.audit import DETAIL_BYTES, Audit, AuditLine, detail_of
 from potstill.teacher_service.access.auth import EVERYBODY, Caller, Role, allow, caller
 from potstill.teacher_service.access.key_ring import KeyRing
+from potstill.teacher_service.access.sites import require_host, require_same_site
 from potstill.teacher_service.settings import AccessSettings
 from potstill.teacher_service.telemetry.logs import note_caller, request_id
 
@@ -50,6 +51,8 @@ class Access:
     """The API keys; with None everybody may do everything, which only a loopback address allows."""
     audit: Audit = field(default_factory=Audit)
     open_paths: frozenset[str] = OPEN_PATHS
+    hosts: frozenset[str] = frozenset()
+    """Names in a request's `Host`, beside loopback ones; with keys and without names any host is right."""
 
     @classmethod
     def of(cls, settings: AccessSettings) -> Access:
@@ -60,7 +63,8 @@ class Access:
         """
         keys = None if settings.keys_file is None else KeyRing(Path(settings.keys_file))
         audit = Audit(None if settings.audit_file is None else Path(settings.audit_file))
-        return cls(keys, audit, OPEN_PATHS | {"/metrics"} if settings.open_metrics else OPEN_PATHS)
+        open_paths = OPEN_PATHS | {"/metrics"} if settings.open_metrics else OPEN_PATHS
+        return cls(keys, audit, open_paths, frozenset(map(str.lower, settings.hosts)))
 
     @property
     def failed(self) -> bool:
@@ -70,6 +74,17 @@ class Access:
     def is_open(self, path: str) -> bool:
         """True where a path is answered without a key."""
         return path in self.open_paths or path.startswith("/static/")
+
+    def check_sender(self, headers: Headers) -> None:
+        """Refuse what a web page of another site has a browser send.
+
+        Raises:
+            Forbidden: `Host`, `Sec-Fetch-Site` or `Origin` is another site's.
+        """
+        # With keys the host may be free: a browser adds no key to what another site's page sends.
+        if self.keys is None or self.hosts:
+            require_host(headers, self.hosts)
+        require_same_site(headers)
 
     def identify(self, headers: Headers) -> Caller:
         """Find the caller of a request by its headers.
@@ -127,10 +142,13 @@ class AccessApp:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        headers, is_open = Headers(scope=scope), self._access.is_open(scope["path"])
         try:
-            who = self._access.identify(Headers(scope=scope))
+            if not is_open:
+                self._access.check_sender(headers)
+            who = self._access.identify(headers)
         except PotstillError as error:
-            if not self._access.is_open(scope["path"]):
+            if not is_open:
                 await self._refuse(error, scope, receive, send)
                 return
             who = Caller("", Role.TRAINER)  # sees what is open, and no more than a trainer would

@@ -139,6 +139,10 @@ class AccessSettings(FrozenSettings):
     """File of API keys, as `potstill keys` writes it; read again when it changes and on SIGHUP."""
     audit_file: Annotated[str, StringConstraints(min_length=1)] | None = None
     """File to which a JSON line is added for each admin action; without it they go to the log `potstill.audit`."""
+    hosts: tuple[Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._:-]+$")], ...] = ()
+    """Names under which the service may be called (`Host` without the port), beside `localhost` and loopback addresses.
+    Without keys others are refused, so that no web page can use the service; with keys any name is right if none is
+    given."""
     open_metrics: bool = False
     """True answers `/metrics` without a key."""
 

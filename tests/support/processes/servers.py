@@ -90,7 +90,7 @@ def asked_by_hand(url: str, value: Any, *, name: str = "smol") -> Iterator[None]
     """Ask a teacher to score, in JSON, and leave at the end of the block without the answer."""
     host, _, port = url.removeprefix("http://").partition(":")
     body = json.dumps(value).encode()
-    head = f"POST /v1/teachers/{name}/score HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    head = f"POST /v1/teachers/{name}/score HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     with socket.create_connection((host, int(port)), timeout=http.SECONDS) as connection:
         connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         yield

@@ -69,7 +69,7 @@ async def test_an_action_that_is_cancelled_is_written_down(tmp_path: Path) -> No
     transport = httpx.ASGITransport(create_app(service))
     async with (
         service.running(),
-        httpx.AsyncClient(timeout=http.SECONDS, transport=transport, base_url="http://potstill") as client,
+        httpx.AsyncClient(timeout=http.SECONDS, transport=transport, base_url="http://localhost") as client,
     ):
         adding = asyncio.create_task(client.put("/v1/teachers/new", json={"model": "m"}))
         await eventually(lambda: "new" in service.teachers)

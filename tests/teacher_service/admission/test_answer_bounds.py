@@ -179,7 +179,7 @@ def test_a_pipelined_request_moves_nothing_of_the_one_before() -> None:
     body = long_request(100)
     lines = (
         "POST /v1/teachers/smol/score HTTP/1.1",
-        "host: x",
+        "host: localhost",
         "content-type: application/json",
         "content-length: 100",
     )

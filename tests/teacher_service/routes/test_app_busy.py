@@ -55,7 +55,7 @@ def test_requests_over_the_bound_are_told_to_come_back() -> None:
     with serving_teachers(hosted("smol", FakeTeacher()), limits=LimitSettings(max_requests_in_flight=1)) as url:
         host, _, port = url.removeprefix("http://").partition(":")
         with socket.create_connection((host, int(port))) as first:
-            head = "POST /v1/teachers/smol/score HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            head = "POST /v1/teachers/smol/score HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
             first.sendall(f"{head}content-length: 100\r\n\r\n".encode())
             until(lambda: "potstill_requests_in_flight 1.0" in http.get(f"{url}/metrics").text)
             refused(post_json(url, {"rows": [[1]]}), 429, "overloaded")

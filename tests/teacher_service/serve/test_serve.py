@@ -90,7 +90,7 @@ def test_a_connection_that_never_becomes_a_request_is_closed(behind_url: str, tm
     serving = Serving(str(config))
     host, _, port = serving.url.removeprefix("http://").partition(":")
     with socket.create_connection((host, int(port)), timeout=300) as connection:
-        connection.sendall(b"GET / HTTP/1.1\r\nhost: x\r\nx-a: ")
+        connection.sendall(b"GET / HTTP/1.1\r\nhost: localhost\r\nx-a: ")
         assert connection.recv(100) == b""
     assert serving.stop() == (0, "")
 

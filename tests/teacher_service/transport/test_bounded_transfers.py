@@ -32,7 +32,7 @@ def talking(url: str, headers: str = "", *, path: str = PATH, method: str = "POS
     """A plain connection that has sent the head of a request."""
     host, _, port = url.removeprefix("http://").partition(":")
     with socket.create_connection((host, int(port)), timeout=300) as connection:
-        head = f"{method} {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n{headers}\r\n"
+        head = f"{method} {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n{headers}\r\n"
         connection.sendall(head.encode())
         yield connection
 

@@ -49,8 +49,8 @@ def is_closed(connection: socket.socket) -> bool:
     return True
 
 
-GET = b"GET /healthz HTTP/1.1\r\nhost: x\r\n"
-CHUNKED = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+GET = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n"
+CHUNKED = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
 def said_until_closed(url: str, sent: bytes) -> bytes:
@@ -96,7 +96,7 @@ def test_what_comes_beside_a_chunked_body_is_bounded(behind: bytes) -> None:
 
 def test_few_requests_wait_behind_one() -> None:
     body = b'{"rows": [[1, 2, 3]]}'
-    head = b"POST /v1/teachers/slow/score HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    head = b"POST /v1/teachers/slow/score HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     asked = head + b"content-length: %d\r\n\r\n" % len(body) + body
     with serving_teachers(hosted("slow", FakeTeacher(tokens_per_second=1.0))) as url:
         assert said_until_closed(url, asked + (GET + b"\r\n") * 10) == b""
@@ -119,14 +119,14 @@ def drip(connection: socket.socket) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("sent", [b"", b"GET /healthz HTTP/1.1\r\nhost: x\r\nx-a: "])
+@pytest.mark.parametrize("sent", [b"", b"GET /healthz HTTP/1.1\r\nhost: localhost\r\nx-a: "])
 def test_a_connection_without_a_whole_head_is_closed(url: str, sent: bytes) -> None:
     with connected(url) as connection:
         connection.sendall(sent)
         assert is_closed(connection)
 
 
-@pytest.mark.parametrize("before", [b"", b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n"])
+@pytest.mark.parametrize("before", [b"", b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n"])
 def test_a_head_that_drips_is_closed_all_the_same_also_a_later_one(url: str, before: bytes) -> None:
     with connected(url) as connection:
         connection.sendall(before)
@@ -222,7 +222,7 @@ def test_zero_bounds_no_address() -> None:
         taken = [held.enter_context(connected(url)) for _ in range(7)]
         until_served(url)
         for connection in taken:
-            connection.sendall(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n")
             assert connection.recv(65_536).startswith(b"HTTP/1.1 200")
 
 
@@ -262,7 +262,7 @@ def test_of_an_answer_that_is_not_taken_no_more_is_made_and_its_connection_ends(
             host, _, port = url.removeprefix("http://").partition(":")
             small.settimeout(300)
             small.connect((host, int(port)))
-            head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n"
+            head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n"
             small.sendall(f"{head}content-type: application/json\r\n\r\n".encode() + body)
             deadline = time.monotonic() + 300
             while "is given up" not in caplog.text:
