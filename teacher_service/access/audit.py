@@ -9,6 +9,8 @@ the path; `detail` the JSON that was sent, without what looks like a secret; `st
 from __future__ import annotations
 
 import asyncio
+import errno
+import fcntl
 import json
 import logging
 import os
@@ -120,10 +122,18 @@ def _text(text: str) -> str:
 
 
 def _append(path: Path, line: bytes) -> None:
+    """Append a whole line; where the disk has no room for it, nothing, and raise OSError."""
     number = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     try:
-        # One write: lines of several processes that append to the same file do not mix.
-        os.write(number, line)
-        os.fsync(number)
+        # One process at a time: what is cut off after a failure must be no other's line. Closing ends the lock.
+        fcntl.flock(number, fcntl.LOCK_EX)
+        end = os.fstat(number).st_size
+        try:
+            if os.write(number, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(number)
+        except OSError:
+            os.ftruncate(number, end)
+            raise
     finally:
         os.close(number)

@@ -2,15 +2,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import resource
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 
 from potstill.cache.types import JSON, Teacher
-from potstill.teacher_service.access.audit import detail_of
+from potstill.teacher_service.access.audit import Audit, AuditLine, detail_of
 from potstill.teacher_service.access.middleware import Access
 from potstill.teacher_service.app import create_app
 from potstill.teacher_service.hosting.hosted_teacher import HostedTeacher
@@ -48,6 +49,35 @@ def test_the_audit_keeps_no_more_levels_than_any_line_can_be_made_of() -> None:
     kept = json.dumps(detail_of(b'{"options": %s}' % (b"[" * 470 + b"]" * 470)))
     assert kept.count("[") < 40
     assert '"..."' in kept
+
+
+@contextmanager
+def room_for(file: Path, num_bytes: int) -> Iterator[None]:
+    """Let files grow to so many bytes more than this one has."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 100])
+async def test_a_line_that_the_disk_has_no_room_for_is_in_the_log_and_no_part_of_it_in_the_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, num_bytes: int
+) -> None:
+    file = tmp_path / "audit.jsonl"
+    audit = Audit(file)
+    lines = [
+        AuditLine(caller=name, action="PUT /x", target="/x" * 50, detail=None, status=200, request_id="r")
+        for name in ("ann", "bob", "eve")
+    ]
+    await audit.record(lines[0])
+    with room_for(file, num_bytes):
+        await audit.record(lines[1])
+    await audit.record(lines[2])
+    assert [json.loads(line)["caller"] for line in file.read_text().splitlines()] == ["ann", "eve"]
+    assert '"bob"' in caplog.text
 
 
 @asynccontextmanager
