@@ -25,9 +25,6 @@ from typing import Any, NamedTuple, cast
 
 import numba
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from potstill.cache.compiled import Function, compiled
@@ -59,44 +56,15 @@ def _inlined(function: Function) -> Function:
     return cast(Function, numba.njit(inline="always", error_model="numpy")(function))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _nearest(_: Any, value: Any) -> Any:  # noqa: ARG001 -- numba calls both by name
-    """The whole number nearest to a float32, by an instruction that reordered sums cannot optimise away."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.call(builder.module.declare_intrinsic("llvm.rint", [ir.FloatType()]), arguments)
-
-    return types.float32(types.float32), generate
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _bits(_: Any, value: Any) -> Any:  # noqa: ARG001 -- the same
-    """The bits of a float32, as int32."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], ir.IntType(32))
-
-    return types.int32(types.float32), generate
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _float(_: Any, bits: Any) -> Any:  # noqa: ARG001 -- the same
-    """The float32 of int32 bits."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], ir.FloatType())
-
-    return types.float32(types.int32), generate
-
-
 @_inlined
 def _exp2(x: Any) -> Any:
     """2**x of one float32 that is at most 0; NaN of NaN."""
     held = _LOWEST if x < _LOWEST else x
-    whole = _nearest(held)
+    whole = np.rint(held)  # an instruction, which reordered sums cannot optimise away
     rest = held - whole
     series = ((((_C5 * rest + _C4) * rest + _C3) * rest + _C2) * rest + _C1) * rest + _ONE
-    value = series * _float((_bits(whole + _MAGIC) << np.int32(23)) + _ONE_BITS)
+    bits = (np.float32(whole + _MAGIC).view(np.int32) << np.int32(23)) + _ONE_BITS
+    value = series * np.int32(bits).view(np.float32)
     return _ZERO if x <= _LOWEST else value
 
 
@@ -358,7 +326,7 @@ def _at_least(z: Any, bound: Any, maxima: Any, keys: Any) -> int:
 @_inlined
 def _key(value: Any, i: int) -> Any:
     """A sort key: it rises as the entry falls, and with the id where entries are equal."""
-    bits = _bits(value) if value != 0 else np.int32(0)  # -0 equals 0
+    bits = np.float32(value).view(np.int32) if value != 0 else np.int32(0)  # -0 equals 0
     falling = bits if bits < 0 else bits ^ np.int32(0x7FFFFFFF)
     return np.uint64(np.uint32(falling)) << np.uint64(32) | np.uint64(i)
 
