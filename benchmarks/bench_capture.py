@@ -145,10 +145,8 @@ def modes() -> dict[str, tuple[Any, Fields]]:
             return targets_from_flat(
                 entries(zip(asked.tokens[1:], output.prompt_logprobs[1:], strict=True), k),
                 entries(zip(last.token_ids, last.logprobs, strict=True), k),
-                tokens=asked.tokens,
-                num_prefix=asked.num_prefix,
-                k=k,
-                vocab_size=vocab_size,
+                asked,
+                vocab_size,
             )
 
     top_k = Fields(k=K)

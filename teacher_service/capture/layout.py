@@ -26,45 +26,35 @@ from numpy.typing import NDArray
 
 from potstill.cache.types import Fields
 
-WISH_KEY = "potstill"
-"""Key of a `Wish` in `SamplingParams.extra_args`; a request without it is left to vLLM."""
-
+_KEY = "potstill"
 Sections = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """One row as the engine gets it."""
+    """One row as the engine gets it, and the fields that are asked of the worker. It travels with the request."""
 
     tokens: list[int]
     """[P] tokens of prefix and row."""
     num_prefix: int
+    """Tokens in front of the row, whose targets are not wanted."""
     want: Fields
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
-    """The fields that one request asks of the worker; it travels with the request."""
-
-    fields: Fields
-    num_prefix: int
-    """Tokens in front of the row, whose targets are not wanted."""
-
     def to_extra_args(self) -> dict[str, Any]:
-        """The wish as `SamplingParams.extra_args`."""
-        return {WISH_KEY: {"fields": self.fields.to_json(), "num_prefix": self.num_prefix}}
+        """All but the tokens, as `SamplingParams.extra_args`."""
+        return {_KEY: {"fields": self.want.to_json(), "num_prefix": self.num_prefix}}
 
     @classmethod
-    def from_extra_args(cls, extra_args: Mapping[str, Any] | None) -> Wish | None:
-        """The wish of a request, or None when it is not one of ours.
+    def from_request(cls, tokens: list[int] | None, extra_args: Mapping[str, Any] | None) -> Asked | None:
+        """Read a request that reached the worker; None when it is not one of ours, and left to vLLM.
 
         Raises:
-            InvalidInput: a wish that `to_extra_args` would not write.
+            InvalidInput: fields that `to_extra_args` would not write.
         """
-        value = (extra_args or {}).get(WISH_KEY)
-        if value is None:
+        value = (extra_args or {}).get(_KEY)
+        if value is None or tokens is None:
             return None
-        return cls(fields=Fields.from_json(value["fields"]), num_prefix=int(value["num_prefix"]))
+        return cls(tokens=tokens, num_prefix=int(value["num_prefix"]), want=Fields.from_json(value["fields"]))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

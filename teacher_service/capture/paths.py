@@ -5,47 +5,51 @@
     public-flat  the top-k as vLLM's `FlatLogprobs`; public, and what the other two are checked against
 
 A private path changes the state of our own requests only: the object that receives one request's logprobs is exchanged
-after the request was added, and the worker looks only at requests that carry a `Wish`. vLLM answers any other request
+after the request was added, and the worker looks only at requests that carry our fields. vLLM answers any other request
 of the same engine as usual. Verified with vLLM 0.32.0.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import fields
 from functools import cache
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
 from potstill.cache.errors import TeacherFailed
 from potstill.cache.types import Targets
-from potstill.teacher_service.capture.layout import Asked, Captured, Wish
+from potstill.teacher_service.capture.layout import Asked, Captured
 from potstill.teacher_service.capture.targets import FlatEntries, targets_from_captured, targets_from_flat
 
 PathName: TypeAlias = Literal["sampler", "arrays", "public-flat"]
 WORKER_EXTENSION = "potstill.teacher_service.capture.worker.CaptureExtension"
 
 
-class CapturePath(Protocol):
+class CapturePath(ABC):
     """A way in which one engine's answers become targets."""
 
     name: PathName
     """The name, as provenance has it."""
-    gives_every_field: bool
+    gives_every_field = False
     """True where more than the top-k can be asked for."""
-    private: bool
+    private = False
     """True where the path rests on internals of vLLM, and so is checked before it is used."""
 
-    def install(self, engine: Any) -> str:
+    def install(self, engine: Any) -> str:  # noqa: ARG002 -- for those that need it
         """Prepare vLLM's engine; returns the reason where that is impossible, else an empty string."""
+        return ""
 
+    @abstractmethod
     def sampling_params(self, asked: Asked) -> Any:
         """The `SamplingParams` that ask vLLM for one row."""
 
-    def added(self, engine: Any, request_id: str) -> None:
+    def added(self, engine: Any, request_id: str) -> None:  # noqa: B027 -- for those that need it
         """Prepare one request after vLLM has accepted it under its own `request_id`."""
 
+    @abstractmethod
     def targets(self, output: Any, asked: Asked, vocab_size: int) -> Targets:
         """Make the targets of one finished `RequestOutput`.
 
@@ -54,34 +58,25 @@ class CapturePath(Protocol):
         """
 
 
-class PublicFlatPath:
+class PublicFlatPath(CapturePath):
     """The public path: `FlatLogprobs`, which are two Python lists per row with an object for each entry."""
 
     name: PathName = "public-flat"
-    gives_every_field = False
-    private = False
-
-    def install(self, engine: Any) -> str:  # noqa: ARG002 -- the protocol's
-        """Do nothing."""
-        return ""
 
     def sampling_params(self, asked: Asked) -> Any:
         """Top-k of the prompt and of the one sampled token."""
         k = asked.want.k
         return _sampling_params(prompt_logprobs=k, logprobs=k, flat_logprobs=True)
 
-    def added(self, engine: Any, request_id: str) -> None:
-        """Do nothing."""
-
     def targets(self, output: Any, asked: Asked, vocab_size: int) -> Targets:
         """See `CapturePath`."""
-        return _targets_of_entries(_flat(output.prompt_logprobs), output, asked, vocab_size)
+        return targets_from_flat(_flat(output.prompt_logprobs), _sampled(output), asked, vocab_size)
 
 
 class ArraysPath(PublicFlatPath):
     """The top-k as the worker's tensors, and one position of `FlatLogprobs` for the last target."""
 
-    name: PathName = "arrays"
+    name = "arrays"
     private = True
 
     def added(self, engine: Any, request_id: str) -> None:
@@ -95,15 +90,14 @@ class ArraysPath(PublicFlatPath):
         if len(asked.tokens) > 1:
             kept = _kept(output)
             prompt = FlatEntries(ids=kept.ids, logprobs=kept.floats)
-        return _targets_of_entries(prompt, output, asked, vocab_size)
+        return targets_from_flat(prompt, _sampled(output), asked, vocab_size)
 
 
-class SamplerPath:
-    """Every field of all T targets of a row, computed by the worker."""
+class SamplerPath(ArraysPath):
+    """Every field of all T targets of a row, computed by the worker; its tensors are kept like those of `ArraysPath`."""
 
-    name: PathName = "sampler"
+    name = "sampler"
     gives_every_field = True
-    private = True
 
     def install(self, engine: Any) -> str:
         """Ask every worker to capture; returns the first reason against it that one of them gives."""
@@ -112,18 +106,11 @@ class SamplerPath:
 
     def sampling_params(self, asked: Asked) -> Any:
         """Ask vLLM for no entries of its own, but so that it calls the worker's prompt logprobs step."""
-        wish = Wish(fields=asked.want, num_prefix=asked.num_prefix)
-        return _sampling_params(prompt_logprobs=0, extra_args=wish.to_extra_args())
-
-    def added(self, engine: Any, request_id: str) -> None:
-        """Have the request's tensors kept as they are."""
-        _keep_tensors(engine, request_id)
+        return _sampling_params(prompt_logprobs=0, extra_args=asked.to_extra_args())
 
     def targets(self, output: Any, asked: Asked, vocab_size: int) -> Targets:
         """See `CapturePath`."""
-        return targets_from_captured(
-            _kept(output), asked.want, tokens=asked.tokens, num_prefix=asked.num_prefix, vocab_size=vocab_size
-        )
+        return targets_from_captured(_kept(output), asked, vocab_size)
 
 
 def paths_from(best: str) -> list[CapturePath]:
@@ -159,15 +146,8 @@ def _kept(output: Any) -> Captured:
     return output.prompt_logprobs
 
 
-def _targets_of_entries(prompt: FlatEntries, output: Any, asked: Asked, vocab_size: int) -> Targets:
-    return targets_from_flat(
-        prompt,
-        _flat(output.outputs[0].logprobs if output.outputs else None),
-        tokens=asked.tokens,
-        num_prefix=asked.num_prefix,
-        k=asked.want.k,
-        vocab_size=vocab_size,
-    )
+def _sampled(output: Any) -> FlatEntries:
+    return _flat(output.outputs[0].logprobs if output.outputs else None)
 
 
 def _flat(logprobs: Any) -> FlatEntries:

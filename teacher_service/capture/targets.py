@@ -26,8 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potstill.cache.errors import TeacherFailed
-from potstill.cache.types import Draws, Fields, Targets
-from potstill.teacher_service.capture.layout import Captured, float_sections, num_floats, split
+from potstill.cache.types import Draws, Targets
+from potstill.teacher_service.capture.layout import Asked, Captured, float_sections, num_floats, split
 
 TAIL_FLOOR = 1e-6
 """Smallest tail mass that is kept; a smaller one becomes 0. float32 logprobs of a peaked row cannot resolve less, and
@@ -45,34 +45,25 @@ class FlatEntries:
     logprobs: Sequence[float] | NDArray[np.floating]
 
 
-def targets_from_flat(
-    prompt: FlatEntries,
-    sampled: FlatEntries,
-    *,
-    tokens: Sequence[int],
-    num_prefix: int,
-    k: int,
-    vocab_size: int,
-) -> Targets:
+def targets_from_flat(prompt: FlatEntries, sampled: FlatEntries, asked: Asked, vocab_size: int) -> Targets:
     """Make the targets of one row from vLLM's prompt logprobs.
 
     Args:
         prompt: entries of prompt positions 1..P-1, empty when P is 1.
         sampled: entries of the one sampled token.
-        tokens: [P] prefix and row, as the engine saw them.
-        num_prefix: number of `tokens` that are the prefix.
-        k: kept entries K, at most `vocab_size`.
+        asked: the row, and K of at most `vocab_size`.
         vocab_size: V; with K = V nothing is outside the top-k.
 
     Returns:
-        T = P - `num_prefix` targets: `ids` uint32 [T, K], the rest float32 nats.
+        T targets: `ids` uint32 [T, K], the rest float32 nats.
 
     Raises:
         TeacherFailed: the engine answered another number of entries, other tokens or a NaN.
     """
-    prompt_ids, prompt_logprobs = _arrays(prompt, num_positions=len(tokens) - 1, k=k)
+    num_prefix, k = asked.num_prefix, asked.want.k
+    prompt_ids, prompt_logprobs = _arrays(prompt, num_positions=len(asked.tokens) - 1, k=k)
     last_ids, last_logprobs = _arrays(sampled, num_positions=1, k=k)
-    if not np.array_equal(prompt_ids[:, 0], np.asarray(tokens[1:], dtype=np.int64)):
+    if not np.array_equal(prompt_ids[:, 0], np.asarray(asked.tokens[1:], dtype=np.int64)):
         raise TeacherFailed("the engine's prompt logprobs are not those of the tokens it was given")
     ids = np.concatenate([prompt_ids[num_prefix:, 1:], last_ids[:, 1:]])
     logprobs = np.concatenate([prompt_logprobs[num_prefix:, 1:], last_logprobs[:, 1:]])
@@ -80,23 +71,19 @@ def targets_from_flat(
     return _top_k_targets(ids, logprobs, label_logprob, vocab_size)
 
 
-def targets_from_captured(
-    captured: Captured, want: Fields, *, tokens: Sequence[int], num_prefix: int, vocab_size: int
-) -> Targets:
+def targets_from_captured(captured: Captured, asked: Asked, vocab_size: int) -> Targets:
     """Make the targets of one row from the worker's arrays, as views of them where possible.
 
     Args:
         captured: the arrays of one request.
-        want: the fields that were asked for.
-        tokens: [P] prefix and row, as the engine saw them.
-        num_prefix: number of `tokens` that are the prefix.
+        asked: the row, and the fields of it.
         vocab_size: V.
 
     Raises:
         TeacherFailed: the worker failed, answered other tokens or another number of values, a NaN, or an entropy or
             log_z that is not finite.
     """
-    row = np.asarray(tokens[num_prefix:], dtype=np.int32)
+    want, row = asked.want, np.asarray(asked.tokens[asked.num_prefix :], dtype=np.int32)
     sections = float_sections(want, len(row), vocab_size)
     if not len(captured.floats):
         reason = captured.ints.tobytes().decode(errors="replace").partition("\n")[0]

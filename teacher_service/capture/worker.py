@@ -2,7 +2,8 @@
 
 vLLM mixes `CaptureExtension` into its worker (`worker_extension_cls`) and the engine's owner calls `potstill_capture`
 once after the start. It puts its own prompt logprobs step before the one of the running V1 model runner, for requests
-that carry a `Wish`; all others are left to vLLM's. Verified with vLLM 0.32.0, whose V2 runner has no such step.
+that carry fields of ours (`Asked`); all others are left to vLLM's. Verified with vLLM 0.32.0, whose V2 runner has no
+such step.
 
 All rows of an engine step go through the head together, `head_rows` at a time, whatever requests they belong to; their
 targets are computed while these logits exist. So beside the model, a step needs no more than
@@ -17,7 +18,7 @@ Shape legend:  T tokens of a row without its prefix, R rows through the head at 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -27,8 +28,9 @@ import torch
 from numpy.typing import NDArray
 
 from potstill.cache.encoding.draws import uniforms
+from potstill.cache.types import Fields
 from potstill.teacher_service.capture.device import FAILURES, CaptureDevice, one_line, torch_device
-from potstill.teacher_service.capture.layout import Drawn, Wish, float_sections, num_floats, split
+from potstill.teacher_service.capture.layout import Asked, Drawn, float_sections, num_floats, split
 
 _STEP = "_get_prompt_logprobs_dict"
 # Internals of vLLM's runner: where another version lacks one, the next capture path is taken.
@@ -71,6 +73,7 @@ def _device(kind: str) -> CaptureDevice:
 class _Answer:
     """The answer to one request, filled position by position."""
 
+    want: Fields
     tokens: NDArray[np.int32]
     """[T] the row."""
     ids: torch.Tensor
@@ -81,12 +84,12 @@ class _Answer:
     failure: str = ""
 
     @classmethod
-    def empty(cls, prompt: list[int], wish: Wish, vocab_size: int) -> _Answer:
-        tokens = np.asarray(prompt[wish.num_prefix :], dtype=np.int32)
-        sections = float_sections(wish.fields, len(tokens), vocab_size)
-        ids = torch.empty((len(tokens), wish.fields.k), dtype=torch.int32)
+    def empty(cls, asked: Asked, vocab_size: int) -> _Answer:
+        tokens = np.asarray(asked.tokens[asked.num_prefix :], dtype=np.int32)
+        sections = float_sections(asked.want, len(tokens), vocab_size)
+        ids = torch.empty((len(tokens), asked.want.k), dtype=torch.int32)
         floats = torch.empty(num_floats(sections), dtype=torch.float32)
-        return cls(tokens, ids, floats, {"ids": ids, **split(floats, sections)})
+        return cls(asked.want, tokens, ids, floats, {"ids": ids, **split(floats, sections)})
 
     def forget_from(self, position: int) -> None:
         """Drop draws at and after a position, which are to be computed again; the tensors are overwritten there."""
@@ -116,7 +119,6 @@ class _Answer:
 class PositionRange:
     """Consecutive positions of one request that are in this step."""
 
-    wish: Wish
     answer: _Answer
     hidden: int
     """Row of the first position's hidden state, among those of the step."""
@@ -129,12 +131,12 @@ class PositionRange:
         first, last = max(start, self.hidden), min(stop, self.hidden + self.count)
         if first >= last:
             return None
-        return PositionRange(self.wish, self.answer, first, self.position + first - self.hidden, last - first)
+        return PositionRange(self.answer, first, self.position + first - self.hidden, last - first)
 
     def blocks(self, vocab_size: int, device: CaptureDevice) -> Iterator[PositionRange]:
         """Cut into blocks of nearly equal size, the same number for each thread of the device."""
         # Many draws take as much memory to look up as logits do.
-        rows_at_once = max(1, device.block_bytes // (4 * max(vocab_size, 4 * self.wish.fields.draws)))
+        rows_at_once = max(1, device.block_bytes // (4 * max(vocab_size, 4 * self.answer.want.draws)))
         num_blocks = -(-self.count // rows_at_once)
         num_blocks = min(self.count, -(-num_blocks // device.num_threads) * device.num_threads)
         bounds = [self.hidden + self.count * i // num_blocks for i in range(num_blocks + 1)]
@@ -156,14 +158,14 @@ class PromptCapture:
 
     def __call__(self, hidden_states: torch.Tensor, num_scheduled_tokens: dict[str, int]) -> dict[str, Any]:
         """Capture this step; returns the tensors of requests whose prompt is complete, by request id."""
-        wishes = self._wishes(self._runner.num_prompt_logprobs)
+        ours = self._ours(self._runner.num_prompt_logprobs)
         # vLLM's own step works on all that this table names: ours are taken out for it, and put back while incomplete.
-        held = {request_id: self._runner.num_prompt_logprobs.pop(request_id) for request_id in wishes}
+        held = {request_id: self._runner.num_prompt_logprobs.pop(request_id) for request_id in ours}
         answers: dict[str, Any] = self._others(hidden_states, num_scheduled_tokens)
         # A request that was preempted is not in this step.
         ranges = {
-            request_id: self._range(request_id, wish, num_scheduled_tokens[request_id])
-            for request_id, wish in wishes.items()
+            request_id: self._range(request_id, asked, num_scheduled_tokens[request_id])
+            for request_id, asked in ours.items()
             if request_id in num_scheduled_tokens
         }
         try:
@@ -179,31 +181,29 @@ class PromptCapture:
         self._runner.num_prompt_logprobs.update(held)
         return answers
 
-    def _wishes(self, request_ids: Mapping[str, Any]) -> dict[str, Wish]:
-        found = {}
-        for request_id in request_ids:
-            request = self._runner.requests[request_id]
-            wish = Wish.from_extra_args(request.sampling_params.extra_args)
-            if wish is not None and request.prompt_token_ids is not None:
-                found[request_id] = wish
-        return found
+    def _ours(self, request_ids: Iterable[str]) -> dict[str, Asked]:
+        requests = {request_id: self._runner.requests[request_id] for request_id in request_ids}
+        read = {
+            key: Asked.from_request(r.prompt_token_ids, r.sampling_params.extra_args) for key, r in requests.items()
+        }
+        return {request_id: asked for request_id, asked in read.items() if asked is not None}
 
-    def _range(self, request_id: str, wish: Wish, num_tokens: int) -> PositionRange:
+    def _range(self, request_id: str, asked: Asked, num_tokens: int) -> PositionRange:
         """The positions of one request in this step, up to that of the last prompt token."""
         request = self._runner.requests[request_id]
         # The answer is kept where vLLM would keep its own, so that it goes when vLLM drops the request.
         answer = request.in_progress_prompt_logprobs_cpu
         if answer is None:
-            answer = _Answer.empty(request.prompt_token_ids, wish, self._vocab_size)
+            answer = _Answer.empty(asked, self._vocab_size)
             request.in_progress_prompt_logprobs_cpu = answer
         computed = request.num_computed_tokens
-        skipped = max(0, wish.num_prefix - computed)
+        skipped = max(0, asked.num_prefix - computed)
         offset = int(self._runner.query_start_loc.np[self._runner.input_batch.req_id_to_index[request_id]])
-        stop = min(computed + num_tokens, len(request.prompt_token_ids))
-        position = computed + skipped - wish.num_prefix
+        stop = min(computed + num_tokens, len(asked.tokens))
+        position = computed + skipped - asked.num_prefix
         # A preempted request is prefilled once more, perhaps in other chunks.
         answer.forget_from(position)
-        return PositionRange(wish, answer, offset + skipped, position, stop - computed - skipped)
+        return PositionRange(answer, offset + skipped, position, stop - computed - skipped)
 
     def _capture(self, hidden_states: torch.Tensor, ranges: list[PositionRange]) -> None:
         if not ranges:
@@ -238,7 +238,7 @@ class PromptCapture:
 
 
 def _compute(block: PositionRange, logits: torch.Tensor, device: CaptureDevice) -> None:
-    want, answer = block.wish.fields, block.answer
+    answer, want = block.answer, block.answer.want
     here = slice(block.position, block.position + block.count)
     labels = None
     if want.k:

@@ -7,7 +7,7 @@ from hypothesis import given, strategies as st
 from potstill.cache.encoding.draws import draw_rows
 from potstill.cache.errors import TeacherFailed
 from potstill.cache.types import Draws, Fields, Targets
-from potstill.teacher_service.capture.layout import Captured, Wish, float_sections, split
+from potstill.teacher_service.capture.layout import Asked, Captured, float_sections, split
 from potstill.teacher_service.capture.targets import (
     TAIL_FLOOR,
     FlatEntries,
@@ -41,10 +41,8 @@ def capture(tokens: list[int], dense: np.ndarray, *, k: int = 4, num_prefix: int
     return targets_from_flat(
         flat_entries(dense[:-1], tokens[1:], k),
         flat_entries(dense[-1:], [sampled], k),
-        tokens=tokens,
-        num_prefix=num_prefix,
-        k=k,
-        vocab_size=dense.shape[1],
+        Asked(tokens=tokens, num_prefix=num_prefix, want=Fields(k=k)),
+        dense.shape[1],
     )
 
 
@@ -77,9 +75,8 @@ def test_targets_of_the_prefix_are_dropped(num_prefix: int) -> None:
 
 def test_unsorted_entries_are_sorted_and_ties_keep_their_order() -> None:
     sampled = FlatEntries(ids=[9, 5, 2, 8, 1], logprobs=[-1.0, -3.0, -1.0, -2.0, -1.0])
-    targets = targets_from_flat(
-        FlatEntries(ids=[], logprobs=[]), sampled, tokens=[0], num_prefix=0, k=4, vocab_size=VOCAB
-    )
+    asked = Asked(tokens=[0], num_prefix=0, want=Fields(k=4))
+    targets = targets_from_flat(FlatEntries(ids=[], logprobs=[]), sampled, asked, VOCAB)
     assert targets.ids.tolist() == [[2, 1, 8, 5]]
     assert targets.logprobs.tolist() == [[-1.0, -1.0, -2.0, -3.0]]
 
@@ -103,7 +100,7 @@ def test_nan_is_never_an_answer(where: str, value: float) -> None:
     assert isinstance(broken[0].logprobs, list)
     broken[0].logprobs[broken[1]] = value
     with pytest.raises(TeacherFailed, match="not a number at position"):
-        targets_from_flat(prompt, sampled, tokens=[0, 1], num_prefix=0, k=2, vocab_size=VOCAB)
+        targets_from_flat(prompt, sampled, Asked(tokens=[0, 1], num_prefix=0, want=Fields(k=2)), VOCAB)
 
 
 def test_a_missing_position_is_an_error() -> None:
@@ -113,10 +110,8 @@ def test_a_missing_position_is_an_error() -> None:
         targets_from_flat(
             flat_entries(dense[:1], [1], 4),
             flat_entries(dense[-1:], [0], 4),
-            tokens=tokens,
-            num_prefix=0,
-            k=4,
-            vocab_size=VOCAB,
+            Asked(tokens=tokens, num_prefix=0, want=Fields(k=4)),
+            VOCAB,
         )
 
 
@@ -126,10 +121,8 @@ def test_logprobs_of_other_tokens_are_an_error() -> None:
         targets_from_flat(
             flat_entries(dense[:2], [1, 5], 4),
             flat_entries(dense[-1:], [0], 4),
-            tokens=[3, 1, 4],
-            num_prefix=0,
-            k=4,
-            vocab_size=VOCAB,
+            Asked(tokens=[3, 1, 4], num_prefix=0, want=Fields(k=4)),
+            VOCAB,
         )
 
 
@@ -178,7 +171,7 @@ def worker_answer(want: Fields, *, num_prefix: int = 0) -> Captured:
 
 
 def received(answer: Captured, want: Fields, *, num_prefix: int = 0) -> Targets:
-    return targets_from_captured(answer, want, tokens=TOKENS, num_prefix=num_prefix, vocab_size=VOCAB)
+    return targets_from_captured(answer, Asked(tokens=TOKENS, num_prefix=num_prefix, want=want), VOCAB)
 
 
 @pytest.mark.parametrize("want", [*FIELDS.values(), EVERYTHING], ids=[*FIELDS, "everything"])
@@ -241,8 +234,9 @@ def test_a_failure_in_the_worker_is_told_in_one_line() -> None:
         received(answer, EVERYTHING)
 
 
-def test_a_wish_survives_its_journey() -> None:
-    wish = Wish(fields=EVERYTHING, num_prefix=3)
-    assert Wish.from_extra_args(wish.to_extra_args()) == wish
-    assert Wish.from_extra_args(None) is None
-    assert Wish.from_extra_args({"other": 1}) is None
+def test_what_is_asked_survives_its_journey() -> None:
+    asked = Asked(tokens=TOKENS, num_prefix=3, want=EVERYTHING)
+    assert Asked.from_request(TOKENS, asked.to_extra_args()) == asked
+    assert Asked.from_request(TOKENS, None) is None
+    assert Asked.from_request(TOKENS, {"other": 1}) is None
+    assert Asked.from_request(None, asked.to_extra_args()) is None

@@ -15,7 +15,7 @@ import torch
 
 from potstill.cache.types import Draws, Fields, Targets
 from potstill.teacher_service.capture.cpu.device import _a_core_each, _cores_of, cpu_device
-from potstill.teacher_service.capture.layout import Captured, Wish
+from potstill.teacher_service.capture.layout import Asked, Captured
 from potstill.teacher_service.capture.targets import targets_from_captured
 from potstill.teacher_service.capture.worker import PromptCapture
 
@@ -106,8 +106,7 @@ class Prefill:
         self.tokens = rng.integers(0, VOCAB, LENGTH).tolist()
         self.hidden = torch.from_numpy(rng.standard_normal((LENGTH, 8), np.float32))
         head = Head(torch.from_numpy(rng.standard_normal((8, VOCAB), np.float32)))
-        wish = Wish(fields=self.want, num_prefix=self.num_prefix)
-        request = Request(self.tokens, SamplingParams(wish.to_extra_args()))
+        request = Request(self.tokens, SamplingParams(self.asked.to_extra_args()))
         self.runner = Runner({"r": request}, head, head)
         self.capture = PromptCapture(self.runner, lambda *tensors: tensors, cpu_device())
 
@@ -121,9 +120,11 @@ class Prefill:
         for chunk in chunks[:-1]:
             assert self.step(chunk) == {}
         captured = Captured(*(tensor.numpy() for tensor in self.step(chunks[-1])["r"]))
-        return targets_from_captured(
-            captured, self.want, tokens=self.tokens, num_prefix=self.num_prefix, vocab_size=VOCAB
-        )
+        return targets_from_captured(captured, self.asked, VOCAB)
+
+    @property
+    def asked(self) -> Asked:
+        return Asked(tokens=self.tokens, num_prefix=self.num_prefix, want=self.want)
 
 
 def assert_same(ours: Targets, theirs: Targets) -> None:
