@@ -76,7 +76,7 @@ class PublicFlatPath(CapturePath):
 class ArraysPath(PublicFlatPath):
     """The top-k as the worker's tensors, and one position of `FlatLogprobs` for the last target."""
 
-    name = "arrays"
+    name: PathName = "arrays"
     private = True
 
     def added(self, engine: Any, request_id: str) -> None:
@@ -94,7 +94,7 @@ class ArraysPath(PublicFlatPath):
 
 
 class SamplerPath(ArraysPath):
-    """Every field of all T targets of a row, computed by the worker; its tensors are kept like those of `ArraysPath`."""
+    """Every field of all T targets of a row, computed by the worker; its tensors are kept as by `ArraysPath`."""
 
     name = "sampler"
     gives_every_field = True
