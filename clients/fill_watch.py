@@ -5,18 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import quote
 
 from potstill.cache.errors import NotFound, PotstillError, Unavailable
-from potstill.cache.types import Fields
-from potstill.clients.http_fill import HttpFill
+from potstill.cache.types import JSON, Fields
+from potstill.clients.http_corpus import corpus_route
 from potstill.clients.retry import RetryPolicy
+from potstill.clients.sync_connection import SyncConnection
 
 
 class FillWatch:
-    """Starts, watches and stops one job; each call tries until there is an answer.
+    """Starts, watches and stops the job of one corpus and one teacher; each call tries until there is an answer.
 
     Args:
-        job: the job, over a connection that asks once a call (`RetryPolicy(attempts=1)`): trying again is done here.
+        connection: asks once a call (`RetryPolicy(attempts=1)`): trying again is done here.
+        corpus: name of a corpus of the service's cache.
+        teacher: the teacher's name on the service.
         patience: seconds without an answer after which the job is given up.
         again: the command that starts the job or goes on with it, for messages.
         tell: gets a line when the service does not answer for now, and another when it does again.
@@ -29,28 +33,31 @@ class FillWatch:
 
     def __init__(
         self,
-        job: HttpFill,
+        connection: SyncConnection,
+        corpus: str,
+        teacher: str,
         *,
         patience: float,
         again: str,
         tell: Callable[[str], None],
         retry: RetryPolicy | None = None,
     ) -> None:
-        self._job = job
+        self._connection = connection
+        self._route = f"{corpus_route(corpus)}/fill/{quote(teacher, safe='')}"
         self._patience = patience
         self._again = again
         self._tell = tell
         self._retry = retry or RetryPolicy()
 
     def look(self) -> dict[str, Any]:
-        """Fetch the job's state, as `HttpFill.status` has it.
+        """Fetch `state` (waiting, running, done, failed, stopped), shards, positions, rate and error.
 
         Raises:
             NotFound: the service was started anew, which ended the job.
         """
         way_on = f"The job may go on there: `{self._again}` watches it, or goes on with the rest after a restart"
         try:
-            return self._answer(self._job.status, way_on)
+            return self._answer(lambda: self._connection.json(self._route), way_on)
         except NotFound as error:
             raise NotFound(
                 "the service was restarted, which ended the fill: a restarted service does not go on by itself. "
@@ -58,13 +65,24 @@ class FillWatch:
             ) from error
 
     def start(self, fields: Fields, encoding: str) -> dict[str, Any]:
-        """Start the job, as `HttpFill.start` does."""
+        """Start the job, or find it there already; return its state.
+
+        Raises:
+            AlreadyExists: another job for the two runs or waits.
+            UnknownTeacher, UnknownCorpus, SpecMismatch, LimitExceeded, Forbidden: refused; nothing was started.
+        """
+        body: JSON = {"fields": fields.to_json(), "encoding": encoding}
         way_on = f"Whether it began is not known: `{self._again}` starts it, or watches it"
-        return self._answer(lambda: self._job.start(fields, encoding), way_on)
+        return self._answer(lambda: self._connection.json(self._route, method="PUT", body=body), way_on)
 
     def stop(self) -> dict[str, Any]:
-        """Stop the job, as `HttpFill.stop` does."""
-        return self._answer(self._job.stop, "The job may go on there: the same command tries to stop it again")
+        """Stop the job if it runs or waits; committed shards stay.
+
+        Raises:
+            NotFound: no job was started since the service was.
+        """
+        way_on = "The job may go on there: the same command tries to stop it again"
+        return self._answer(lambda: self._connection.json(self._route, method="DELETE"), way_on)
 
     def _answer(self, ask: Callable[[], dict[str, Any]], way_on: str) -> dict[str, Any]:
         begin = time.monotonic()

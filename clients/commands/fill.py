@@ -49,7 +49,6 @@ def run(args: argparse.Namespace) -> int:
         NotFound: there is no job to stop, or the service was restarted. PotstillError: what it refuses.
     """
     from potstill.clients.fill_watch import FillWatch
-    from potstill.clients.http_fill import HttpFill
     from potstill.clients.retry import RetryPolicy
     from potstill.clients.sync_connection import SyncConnection
 
@@ -59,7 +58,9 @@ def run(args: argparse.Namespace) -> int:
     once = RetryPolicy(attempts=1)  # the watch itself tries again, and tells the person who waits
     with SyncConnection(args.url, api_key=key_of(args), timeout=silence, retry=once) as connection:
         watch = FillWatch(
-            HttpFill(connection, args.corpus, args.teacher),
+            connection,
+            args.corpus,
+            args.teacher,
             patience=args.patience,
             again=_command(args),
             tell=lambda line: print(f"{_title(args)}: {line}", file=sys.stderr, flush=True),
