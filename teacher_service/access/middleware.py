@@ -27,7 +27,7 @@ from potstill.teacher_service.access.auth import EVERYBODY, Caller, Role, allow,
 from potstill.teacher_service.access.key_ring import KeyRing
 from potstill.teacher_service.access.sites import require_host, require_same_site
 from potstill.teacher_service.settings import AccessSettings
-from potstill.teacher_service.telemetry.logs import note_caller, request_id
+from potstill.teacher_service.telemetry.logs import access_record, request_id
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -153,7 +153,7 @@ class AccessApp:
                 return
             who = Caller("", Role.TRAINER)  # sees what is open, and no more than a trainer would
         caller.set(who)
-        note_caller(who.name)
+        access_record().caller = who.name
         if _is_admin_action(scope):
             await _Audited(self._access.audit, scope, receive, send, who).serve(self._app)
         else:

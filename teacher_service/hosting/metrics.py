@@ -18,7 +18,7 @@ from potstill.teacher_service.admission import Admission
 from potstill.teacher_service.hosting.collectors import ServiceCollector
 from potstill.teacher_service.hosting.hosted_teacher import HostedTeacher
 from potstill.teacher_service.telemetry import span
-from potstill.teacher_service.telemetry.logs import note_size
+from potstill.teacher_service.telemetry.logs import access_record
 
 # Seconds: from a hit in the page cache to a long prefill batch.
 _LATENCY_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
@@ -61,7 +61,8 @@ class Metrics:
 
         Refused requests end in a moment; counted too, they would make a service that answers nothing look fast.
         """
-        note_size(rows=rows, tokens=tokens)
+        record = access_record()
+        record.rows, record.tokens = rows, tokens
         begin = time.perf_counter()
         with span("score", teacher=teacher, rows=rows, tokens=tokens):
             yield

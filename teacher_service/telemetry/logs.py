@@ -56,18 +56,9 @@ def begin_record() -> AccessRecord:
     return record
 
 
-def note_size(*, rows: int, tokens: int) -> None:
-    """Note the size of the current request; without a request do nothing."""
-    record = _access_record.get()
-    if record is not None:
-        record.rows, record.tokens = rows, tokens
-
-
-def note_caller(name: str) -> None:
-    """Note the caller of the current request; without a request do nothing."""
-    record = _access_record.get()
-    if record is not None:
-        record.caller = name
+def access_record() -> AccessRecord:
+    """The record of the current request; without a request one that nobody reads."""
+    return _access_record.get() or AccessRecord()
 
 
 def choose_request_id(given: str | None) -> str:
