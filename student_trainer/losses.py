@@ -78,13 +78,6 @@ class TeacherTargets:
         """Apply `change` to every tensor, as to slice the position axes or to move it to a device."""
         return TeacherTargets(change(self.ids), change(self.logprobs), change(self.log_tail), self.weight)
 
-    def flat(self) -> TeacherTargets:
-        """Flatten the position axes: ids and logprobs become [N, K], log_tail [N]."""
-        k = self.ids.shape[-1]
-        return TeacherTargets(
-            self.ids.reshape(-1, k), self.logprobs.reshape(-1, k), self.log_tail.reshape(-1), self.weight
-        )
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Loss:
@@ -135,7 +128,7 @@ def distillation_loss(
     flat = _Flat(
         labels=torch.where(flat_mask, labels.reshape(-1), NO_LABEL),
         mask=flat_mask,
-        teachers=[teacher.flat() for teacher in teachers],
+        teachers=[teacher.each(lambda tensor: tensor.flatten(0, mask.ndim - 1)) for teacher in teachers],
         ce_scale=(1.0 - alpha) / max(num_labels, 1),
         kl_scale=alpha / max(num_positions, 1),
         chunk=chunk_positions or max(1, _CHUNK_ELEMENTS // vocab),
