@@ -9,10 +9,9 @@ from typing import Any
 from potstill.cache.upkeep.charts import Axis, Chart, line_chart, pages_of
 
 
-def write_report(folder: Path, report: dict[str, Any], *, page: bool = True) -> None:
+def write_report(folder: Path, report: dict[str, Any]) -> None:
     """Write the page, then `report.json`: the latter says that the demo is finished."""
-    if page:
-        (folder / "report.html").write_text(report_page(report), encoding="utf-8")
+    (folder / "report.html").write_text(report_page(report), encoding="utf-8")
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 

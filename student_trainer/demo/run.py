@@ -56,9 +56,7 @@ class _Stages:
         self.console.print(f"      {self.seconds[name]:.0f} s", style="dim", highlight=False)
 
 
-def run_demo(
-    plan: DemoPlan, console: Console, train: Callable[[DemoPlan, str], TrainResult], *, page: bool = True
-) -> dict[str, Any]:
+def run_demo(plan: DemoPlan, console: Console, train: Callable[[DemoPlan, str], TrainResult]) -> dict[str, Any]:
     """Run every stage; return the report, which is also written to `plan.out`.
 
     Raises:
@@ -90,7 +88,7 @@ def run_demo(
         report = _report(plan, cache, corpus, results)
     report["saved"] = _saved(filled, results)
     report["seconds"] = stages.seconds
-    write_report(plan.out, report, page=page)
+    write_report(plan.out, report)
     return report
 
 
@@ -103,7 +101,7 @@ def _begin(plan: DemoPlan) -> None:
     stamp = plan.out / _STAMP
     if not stamp.is_file() and plan.out.exists() and (not plan.out.is_dir() or any(plan.out.iterdir())):
         raise InvalidInput(f"--out {str(plan.out)!r} is not empty and holds no demo; choose another folder")
-    text = json.dumps({**{n: str(getattr(plan, n)) for n in plan.__dataclass_fields__}}, indent=1)
+    text = json.dumps({n: str(getattr(plan, n)) for n in plan.__dataclass_fields__}, indent=1)
     unfinished = stamp.is_file() and stamp.read_text() == text and not (plan.out / "report.json").is_file()
     if not unfinished:
         for name in ("cache", "runs", "text"):
@@ -166,7 +164,7 @@ def _report(plan: DemoPlan, cache: Cache, corpus: Corpus, results: dict[str, Tra
             "mean_kl": max(c.error["mean_kl"] for c in commits),
         },
         "students": {name: _student(result) for name, result in results.items()},
-        "plan": {n: str(v) if isinstance(v := getattr(plan, n), Path) else v for n in _PLAN_NUMBERS},
+        "plan": {name: getattr(plan, name) for name in _PLAN_NUMBERS},
         "samples": [asdict(sample) for sample in shown],
     }
 

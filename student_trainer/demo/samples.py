@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM
-from transformers.utils import logging
 
 from potstill.cache import Targets
 from potstill.cache.corpus import Corpus
 from potstill.cache.types import Tokens
+from potstill.student_trainer.models import load_student
 
 _CONTEXT_TOKENS = 40
 _SHOWN = 5
@@ -42,8 +41,7 @@ def samples(
     corpus: Corpus, rows: Sequence[int], targets: Sequence[Targets], teacher: str, students: Mapping[str, Path]
 ) -> list[Sample]:
     """Sample two positions of each row: after a half and after four fifths of it."""
-    logging.disable_progress_bar()
-    models = {name: AutoModelForCausalLM.from_pretrained(path).eval() for name, path in students.items()}
+    models = {name: load_student(path) for name, path in students.items()}
     found = []
     for index, of_row in zip(rows, targets, strict=True):
         row = corpus.row(index)

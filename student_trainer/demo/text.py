@@ -8,8 +8,8 @@ from pydoc_data.topics import topics
 from tokenizers import Tokenizer
 
 
-def write_text(folder: Path, tokenizer: Tokenizer, tokens: int) -> int:
-    """Write topics, one file each in order of name, up to about `tokens` tokens; return how many they hold."""
+def write_text(folder: Path, tokenizer: Tokenizer, tokens: int) -> None:
+    """Write topics, one file each in order of name, up to about `tokens` tokens."""
     folder.mkdir(parents=True, exist_ok=True)
     written = 0
     for name in sorted(topics):
@@ -17,4 +17,3 @@ def write_text(folder: Path, tokenizer: Tokenizer, tokens: int) -> int:
             break
         (folder / f"{name}.txt").write_text(topics[name], encoding="utf-8")
         written += len(tokenizer.encode(topics[name], add_special_tokens=False).ids)
-    return written
