@@ -24,9 +24,10 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from potstill.cache.errors import FormatError, SpecMismatch, StoreError
+from potstill.cache.store.root import fsync
 from potstill.cache.types import JSON, TeacherIdentity
 from potstill.student_trainer.models import save_student
-from potstill.student_trainer.run_folder import PARTIAL, flush_path
+from potstill.student_trainer.run_folder import PARTIAL
 
 _COMPLETE = ".complete"
 
@@ -169,8 +170,8 @@ def _replaced(folder: Path, *, mark: str | None = None) -> Iterator[Path]:
         # Not every shared file system renames a folder in one step, so a mark that comes last says that it is whole.
         if mark is not None:
             (folder / mark).touch()
-            flush_path(folder)
-        flush_path(folder.parent)
+            fsync(folder)
+        fsync(folder.parent)
     except OSError as error:
         raise StoreError(f"{str(folder)!r} could not be written: {error}") from error
 
@@ -182,5 +183,5 @@ def _complete(folder: Path) -> list[Path]:
 def _flush(folder: Path) -> None:
     # Files before the folders that list them.
     for path in sorted(folder.rglob("*"), reverse=True):
-        flush_path(path)
-    flush_path(folder)
+        fsync(path)
+    fsync(folder)

@@ -6,11 +6,11 @@ Files are written under another name, flushed and renamed, so that a reader sees
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from potstill.cache.errors import FormatError, InvalidInput, NotFound, StoreError
+from potstill.cache.store.root import fsync
 from potstill.student_trainer.config import TrainConfig
 
 PARTIAL = ".partial-"
@@ -62,16 +62,7 @@ def write_lines(file: Path, lines: Sequence[str]) -> None:
     partial = file.with_name(f"{PARTIAL}{file.name}")
     try:
         partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        flush_path(partial)  # or a power cut could leave the name with an empty file
+        fsync(partial)  # or a power cut could leave the name with an empty file
         partial.replace(file)
     except OSError as error:
         raise StoreError(f"{str(file)!r} could not be written: {error}") from error
-
-
-def flush_path(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
