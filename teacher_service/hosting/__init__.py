@@ -1,7 +1,5 @@
 """The service's teachers: opened, added and removed; corpora filled by them in the background; metrics and coverage."""
 
-from __future__ import annotations
-
 from potstill.teacher_service.hosting.fill_jobs import FillOrder
 from potstill.teacher_service.hosting.hosted_teacher import HostedTeacher, Keep
 from potstill.teacher_service.hosting.metrics import Metrics

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from potstill.cache.errors import PotstillError, SpecMismatch, Unavailable, UnknownTeacher
+from potstill.cache.errors import PotstillError, SpecMismatch, Unavailable
 from potstill.teacher_service.admission import Admission
 from potstill.teacher_service.hosting.hosted_teacher import HostedTeacher
 from potstill.teacher_service.hosting.teacher_source import TeacherSource
@@ -61,14 +61,9 @@ class TeacherAdmin:
         await self._see_early_failure(teacher)
         return True
 
-    def remove(self, name: str) -> None:
-        """Begin to remove a teacher: it takes no more calls, ends those in flight, and stops. Returns at once.
-
-        Raises:
-            UnknownTeacher: there is none of that name.
-        """
-        if name not in self._teachers:
-            raise UnknownTeacher(f"there is no teacher {name[:64]!r}; known are {', '.join(self._teachers) or 'none'}")
+    def remove(self, teacher: HostedTeacher) -> None:
+        """Begin to remove a teacher: it takes no more calls, ends those in flight, and stops. Returns at once."""
+        name = teacher.name
         if name not in self._removals:
             self._removals[name] = asyncio.create_task(self._remove(name), name=f"remove teacher {name}")
 

@@ -61,7 +61,7 @@ def add_admin_routes(app: FastAPI, service: Service) -> None:
     @app.delete("/v1/teachers/{name}", status_code=202, dependencies=admins)
     async def delete_teacher(name: str) -> dict[str, Any]:
         """Stop a teacher when its calls have ended (role admin)."""
-        service.admin.remove(name)
+        service.admin.remove(service.teacher(name))
         return {"name": name, "state": "draining"}
 
     @app.get("/v1/teachers/{name}/replicas", dependencies=trainers)

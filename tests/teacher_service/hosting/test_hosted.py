@@ -112,7 +112,7 @@ async def test_a_service_is_ready_while_a_teacher_that_was_removed_closes() -> N
     service = Service([HostedTeacher("own", opens(FakeTeacher())), HostedTeacher("going", slow_to_close)])
     async with service.running():
         await service.started()
-        service.admin.remove("going")
+        service.admin.remove(service.teacher("going"))
         await eventually(lambda: service.teachers["going"].state == "stopped")
         ready = service.ready
         closing.set()  # before anything is asserted: the service waits for it at its end

@@ -91,7 +91,7 @@ async def test_a_teacher_that_is_removed_while_it_waits_for_the_failed_one_never
     failed = teachers["big"]
     adding = asyncio.create_task(admin.add(BIG))
     await eventually(lambda: failed.state == "stopped")
-    admin.remove("big")
+    admin.remove(teachers["big"])
     await eventually(lambda: not teachers)
     with pytest.raises(Unavailable, match="being removed"):
         await admin.add(BIG)
