@@ -1,7 +1,5 @@
 """Access to the service: API keys with roles, quotas, the audit log, and the middleware that applies them."""
 
-from __future__ import annotations
-
 from potstill.teacher_service.access.auth import Caller, Role, allow, caller
 from potstill.teacher_service.access.middleware import Access, AccessApp
 from potstill.teacher_service.access.quotas import Quota, QuotaMeter

@@ -1,7 +1,5 @@
 """Admission: bounds of one request and of all together, and the queue in front of each engine, fair between keys."""
 
-from __future__ import annotations
-
 from potstill.teacher_service.admission.admission import Admission, AdmittedTeacher
 from potstill.teacher_service.admission.shared_bound import SharedBound
 

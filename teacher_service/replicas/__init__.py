@@ -1,7 +1,5 @@
 """Replicas: the engines of one teacher, started, watched, replaced and scaled, in this process or on Ray Serve."""
 
-from __future__ import annotations
-
 from potstill.teacher_service.replicas.pool import LocalPool, OpenTeacher, ReplicaPool, ReplicaState, ReplicaStatus
 
 __all__ = ["LocalPool", "OpenTeacher", "ReplicaPool", "ReplicaState", "ReplicaStatus"]

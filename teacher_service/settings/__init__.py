@@ -3,8 +3,6 @@
 They are read once at the start and passed down as plain values.
 """
 
-from __future__ import annotations
-
 from potstill.teacher_service.settings.replicas import AutoscaleSettings, RaySettings, ReplicaSettings
 from potstill.teacher_service.settings.service import (
     AccessSettings,

@@ -1,7 +1,5 @@
 """Transport over HTTP: bounds of connections, bodies and answers in size and time; streamed answers; headers."""
 
-from __future__ import annotations
-
 from potstill.teacher_service.transport.bounded_transfers import BoundedTransfers
 from potstill.teacher_service.transport.connections import BoundedServer
 from potstill.teacher_service.transport.listener import BoundedListener
