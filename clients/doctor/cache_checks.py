@@ -124,14 +124,10 @@ async def check_stored(cache: Cache, name: str, teacher: Teacher, tolerance: flo
     corpora = [corpus for corpus in cache.corpora() if name in cache.teachers(corpus)]
     if not corpora:
         return [finding("stored = live", name, Verdict("not run", "the teacher has no targets in the cache"))]
-    findings = []
-    for corpus in corpora:
-
-        async def look(corpus: str = corpus) -> Verdict:
-            return await _stored(cache, name, teacher, corpus, tolerance)
-
-        findings.append(await found("stored = live", f"{name} on {corpus}", look))
-    return findings
+    return [
+        await found("stored = live", f"{name} on {corpus}", _stored(cache, name, teacher, corpus, tolerance))
+        for corpus in corpora
+    ]
 
 
 async def _stored(cache: Cache, name: str, teacher: Teacher, corpus: str, tolerance: float) -> Verdict:

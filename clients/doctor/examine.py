@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import httpx
 
 from potstill.cache.entry_points import open_teacher
 from potstill.cache.errors import PotstillError, StoreError
-from potstill.cache.types import JSON, Teacher
+from potstill.cache.types import JSON
 from potstill.clients.doctor.cache_checks import (
     LOOK_AT_STORE,
     CorpusFacts,
@@ -64,8 +63,7 @@ async def examine(patient: Patient, probing: Probing) -> list[Finding]:
         opened, seen = _open_cache(patient.cache)
         findings += seen
     for name, spec in patient.teachers:
-        options = _key_option(patient, spec)
-        findings += await _examine_opened(name, partial(open_teacher, spec, options=options), opened, probing)
+        findings += await _examine_opened(name, spec, _key_option(patient, spec), opened, probing)
     return findings
 
 
@@ -108,11 +106,8 @@ async def _examine_served(
     except PotstillError as error:
         findings.append(finding("teacher", name, Verdict("fail", error.detail, "see the service's log")))
         return findings
-
-    async def look() -> Verdict:
-        return await check_cached(url, name, facts, probing, api_key=api_key)
-
-    return [*findings, await found("kept = live", name, look)]
+    cached = check_cached(url, name, facts, probing, api_key=api_key)
+    return [*findings, await found("kept = live", name, cached)]
 
 
 def _open_cache(root: str) -> tuple[_OpenedCache | None, list[Finding]]:
@@ -137,15 +132,12 @@ def _open_cache(root: str) -> tuple[_OpenedCache | None, list[Finding]]:
 
 
 async def _examine_opened(
-    name: str,
-    open_it: Callable[[], AbstractAsyncContextManager[Teacher]],
-    opened: _OpenedCache | None,
-    probing: Probing,
+    name: str, spec: str, options: Mapping[str, JSON], opened: _OpenedCache | None, probing: Probing
 ) -> list[Finding]:
     findings: list[Finding] = []
     async with AsyncExitStack() as stack:
         try:
-            teacher: Teacher = await stack.enter_async_context(open_it())
+            teacher = await stack.enter_async_context(open_teacher(spec, options=options))
         except PotstillError as error:
             way_out = "name a model folder, a model's name or http://host:port#NAME"
             return [finding("teacher", name, Verdict("fail", error.detail, way_out))]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -31,10 +31,10 @@ class Finding:
     way_out: str = ""
 
 
-async def found(check: str, subject: str, look: Callable[[], Awaitable[Verdict]]) -> Finding:
+async def found(check: str, subject: str, look: Awaitable[Verdict]) -> Finding:
     """Make one check. One of our own errors is a failure of that check alone, and the others go on."""
     try:
-        verdict = await look()
+        verdict = await look
     except PotstillError as error:
         verdict = Verdict("fail", f"{error.kind}: {error.detail}", "mend what the line names, then look again")
     return finding(check, subject, verdict)

@@ -55,7 +55,7 @@ async def check_teacher(teacher: Teacher, name: str, probing: Probing) -> list[F
         "K limit": _top_k_limit,
         "row limit": _row_limit,
     }
-    return [await found(check, name, lambda look=look: look(teacher, probing)) for check, look in checks.items()]  # type: ignore[misc]
+    return [await found(check, name, look(teacher, probing)) for check, look in checks.items()]
 
 
 def probe_row(teacher: Teacher, probing: Probing, num_tokens: int | None = None) -> Tokens:
