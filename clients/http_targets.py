@@ -96,11 +96,7 @@ class HttpTargets:
 
     def stream(self, start: int, stop: int, *, k: int | None = None, fields: Fields | None = None) -> Iterator[Targets]:
         """Read like `read`, but yield blocks of a few MiB, so that a range of any size is never held whole."""
-        if not 0 <= start < stop <= self.corpus.num_positions:
-            raise InvalidInput(
-                f"positions {start} to {stop} are outside corpus {self.corpus.name!r} "
-                f"of {self.corpus.num_positions} positions"
-            )
+        self.corpus.require_positions(start, stop)
         want, most = self._wanted(k, fields), self._most("max_stream_positions", _REQUEST_POSITIONS)
         return self._connection.parts(
             lambda at, tries: self._range(start + at, min(stop, start + at + most), want, tries),

@@ -224,6 +224,17 @@ class Corpus:
             ranges[here, 0], ranges[here, 1] = starts[wanted[here] - first], starts[wanted[here] - first + 1]
         return ranges
 
+    def require_positions(self, start: int, stop: int) -> None:
+        """Check that positions `start` to `stop` are in the corpus, and not none.
+
+        Raises:
+            InvalidInput: they are not.
+        """
+        if not 0 <= start < stop <= self.num_positions:
+            raise InvalidInput(
+                f"positions {start} to {stop} are outside corpus {self.name!r} of {self.num_positions} positions"
+            )
+
     def tokens(self, start: int, stop: int) -> Tokens:
         """Read the tokens at positions `start` to `stop`, [stop - start] uint32."""
         self._reader.expect("tokens", (self.num_positions,), ("uint32",))

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from potstill.cache.corpus import Corpus
 from potstill.cache.encoding import Encoding
 from potstill.cache.encoding.fields import check_kept
-from potstill.cache.errors import CorruptSegment, InvalidInput, SpecMismatch, UnknownTeacher, UnsupportedField
+from potstill.cache.errors import CorruptSegment, SpecMismatch, UnknownTeacher, UnsupportedField
 from potstill.cache.fields import COLUMNS, FIELDS
 from potstill.cache.store import Reading, Root
 from potstill.cache.store.root import check_name
@@ -154,7 +154,7 @@ class TargetSet:
             InvalidInput: the range is not inside the corpus. UnsupportedField: a field is not kept.
             NotCommitted: a shard has no commit yet. CorruptSegment: stored bytes are damaged.
         """
-        self._require_inside(start, stop)
+        self.corpus.require_positions(start, stop)
         return Targets.concat(self._read_ranges(self._cut(start, stop), self._wanted(k, fields)))
 
     def read_rows(self, rows: Sequence[int], *, k: int | None = None, fields: Fields | None = None) -> list[Targets]:
@@ -182,7 +182,7 @@ class TargetSet:
         Raises:
             UnsupportedField: the column is not kept. Others as `read`.
         """
-        self._require_inside(start, stop)
+        self.corpus.require_positions(start, stop)
         holders = [each for each in self.sets if name in COLUMNS and COLUMNS[name].is_asked(each.spec.fields)]
         if not holders:
             raise UnsupportedField(
@@ -243,13 +243,6 @@ class TargetSet:
         """
         folded = [each.commits.fold() for each in self.sets]
         return any(folded)
-
-    def _require_inside(self, start: int, stop: int) -> None:
-        if not 0 <= start < stop <= self.corpus.num_positions:
-            raise InvalidInput(
-                f"positions {start} to {stop} are outside corpus {self.corpus.name!r} "
-                f"of {self.corpus.num_positions} positions"
-            )
 
     def _wanted(self, k: int | None, fields: Fields | None) -> Fields:
         return wanted_fields(self.fields, k, fields, f"teacher {self.teacher!r} on corpus {self.corpus.name!r}")

@@ -39,12 +39,7 @@ class RangeRead:
         Raises:
             InvalidInput: a range outside the corpus. NotCommitted: a shard that has no targets yet.
         """
-        corpus = self.targets.corpus
-        if not 0 <= self.start < self.stop <= corpus.num_positions:
-            raise InvalidInput(
-                f"positions {self.start} to {self.stop} are outside corpus {corpus.name!r} of "
-                f"{corpus.num_positions} positions, or none at all"
-            )
+        self.targets.corpus.require_positions(self.start, self.stop)
         return self.targets.commits_of(list(self._shards()), self.want)
 
     def etag(self, commits: Sequence[Commit], media_type: str) -> str:
