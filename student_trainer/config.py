@@ -25,7 +25,7 @@ Relative paths are taken from the current folder, like those on the command line
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -252,7 +252,7 @@ class TrainConfig(_Frozen):
         Raises:
             SpecMismatch: a key differs whose change would make it another run; the first such key is named.
         """
-        ours, theirs = _leaves(self.to_json()), _leaves(before.to_json())
+        ours, theirs = dict(leaves(self.to_json())), dict(leaves(before.to_json()))
         for key in sorted(ours.keys() | theirs.keys()):
             name = ".".join(part for part in key.split(".") if not part.isdigit())
             if name not in _FREE_ON_RESUME and ours.get(key) != theirs.get(key):
@@ -292,9 +292,10 @@ def _absolute(value: Any, *, always: bool = False) -> Any:
     return value
 
 
-def _leaves(value: JSON, prefix: str = "") -> dict[str, JSON]:
-    """{"a": {"b": 1}} as {"a.b": 1}; list items under their index."""
-    if isinstance(value, dict | list):
-        pairs = value.items() if isinstance(value, dict) else enumerate(value)
-        return {k: v for key, item in pairs for k, v in _leaves(item, f"{prefix}{key}.").items()}
-    return {prefix.removesuffix("."): value}
+def leaves(value: Any, separator: str = ".") -> Iterator[tuple[str, Any]]:
+    """Give `{"a": {"b": 1}}` as the pair `("a.b", 1)`; list items go under their index."""
+    for key, item in enumerate(value) if isinstance(value, list) else value.items():
+        if isinstance(item, Mapping | list):
+            yield from ((f"{key}{separator}{inner}", leaf) for inner, leaf in leaves(item, separator))
+        else:
+            yield str(key), item

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from potstill.student_trainer.config import leaves
 from potstill.student_trainer.run_folder import write_lines
 
 Record = Mapping[str, Any]
@@ -38,7 +39,7 @@ class MetricsWriter:
         """Append one record, which has a `step`."""
         self._out.write(json.dumps(record) + "\n")
         self._out.flush()  # another process follows the file
-        for name, value in _flat(record):
+        for name, value in leaves(record, "/"):
             if name != "step":
                 self._board.add_scalar(name, value, record["step"])
 
@@ -95,11 +96,3 @@ def _lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield line, json.loads(line)
         except json.JSONDecodeError:
             return  # a line cut short by a killed process; nothing after it
-
-
-def _flat(value: Record, prefix: str = "") -> Iterator[tuple[str, float]]:
-    for key, item in value.items():
-        if isinstance(item, Mapping):
-            yield from _flat(item, f"{prefix}{key}/")
-        else:
-            yield f"{prefix}{key}", item

@@ -11,7 +11,7 @@ from typing import Any
 from potstill.cache.errors import FormatError
 from potstill.cache.types import JSON
 from potstill.student_trainer.config import TrainConfig
-from potstill.student_trainer.run_folder import check_run_dir
+from potstill.student_trainer.run_folder import read_config
 
 SUMMARY = "summary.json"
 """Name of the file in a finished run's folder that holds its result."""
@@ -99,5 +99,6 @@ def finished_before(config: TrainConfig) -> TrainResult | None:
         SpecMismatch: the folder holds another run. FormatError: it was written by another version.
     """
     config = config.absolute()
-    check_run_dir(config)
+    if (config.run_dir / "config.json").exists():
+        config.check_continues(read_config(config.run_dir))
     return finished_result(config)

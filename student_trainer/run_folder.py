@@ -17,16 +17,6 @@ PARTIAL = ".partial-"
 """Begins the name of a file or folder that is still being written."""
 
 
-def check_run_dir(config: TrainConfig) -> None:
-    """Check that the folder is new or holds the same run.
-
-    Raises:
-        SpecMismatch: it holds another run.
-    """
-    if (config.run_dir / "config.json").exists():
-        config.check_continues(read_config(config.run_dir))
-
-
 def read_config(run_dir: Path) -> TrainConfig:
     """Read the config that a run was started with.
 
