@@ -97,9 +97,7 @@ def targets_from_captured(captured: Captured, asked: Asked, vocab_size: int) -> 
         raise TeacherFailed("the engine's targets are not those of the tokens it was given")
     parts = split(captured.floats, sections)
     top = parts.pop("top")
-    if not np.all(top < np.inf):  # False for NaN too
-        position = int(np.argmin(top < np.inf))
-        raise TeacherFailed(f"the engine answered a logprob that is not a number at position {position}")
+    _refuse_nonsense("logprob", top)
     for name in ("entropy", "log_z"):
         if name in parts and not np.isfinite(parts[name]).all():
             position = int(np.argwhere(~np.isfinite(parts[name]))[0][0])
@@ -133,7 +131,8 @@ def _top_k_targets(
     ids: NDArray[np.int32], logprobs: NDArray[np.float32], label_logprob: NDArray[np.float32], vocab_size: int
 ) -> Targets:
     # First, as a NaN compares false with everything: what is below would neither sort nor sum it rightly.
-    _refuse_nonsense(logprobs, label_logprob[:-1])
+    _refuse_nonsense("top-k logprob", logprobs)
+    _refuse_nonsense("label logprob", label_logprob[:-1])
     ids, logprobs = _by_falling_logprob(ids, logprobs)
     # Nothing is outside a top-k of the whole vocabulary, whatever the rounding of its sum leaves.
     whole = logprobs.shape[1] >= vocab_size
@@ -171,12 +170,11 @@ def _arrays(entries: FlatEntries, *, num_positions: int, k: int) -> tuple[NDArra
     return ids.reshape(num_positions, k + 1), logprobs.reshape(num_positions, k + 1)
 
 
-def _refuse_nonsense(logprobs: NDArray[np.float32], labels: NDArray[np.float32]) -> None:
+def _refuse_nonsense(name: str, values: NDArray[np.float32]) -> None:
     """Refuse NaN and +inf, which are no logprobs; -inf is a masked token."""
-    for name, values in (("top-k", logprobs), ("label", labels)):
-        if not np.all(values < np.inf):  # False for NaN too
-            position = int(np.argwhere(~(values < np.inf))[0][0])
-            raise TeacherFailed(f"the engine answered a {name} logprob that is not a number at position {position}")
+    if not np.all(values < np.inf):  # False for NaN too
+        position = int(np.argwhere(~(values < np.inf))[0][0])
+        raise TeacherFailed(f"the engine answered a {name} that is not a number at position {position}")
 
 
 def _by_falling_logprob(
