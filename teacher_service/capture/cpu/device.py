@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from potstill.cache.types import Fields
-from potstill.teacher_service.capture.cpu.kernel import Extras, TopK, fill
+from potstill.teacher_service.capture.cpu.kernel import Arrays, fill
 from potstill.teacher_service.capture.device import FAILURES, CaptureDevice, one_line
 from potstill.teacher_service.capture.layout import Drawn, float_sections, num_floats, split
 
@@ -75,21 +75,21 @@ def capture_on_cpu(
 ) -> Drawn | None:
     """Compute one block as `capture_with_torch` does, in this thread alone."""
     num_rows, vocab_size = logits.shape
-    nothing = np.empty(0, np.float32)
-    top_k = TopK(
-        ids=out["ids"].numpy() if want.k else np.empty((num_rows, 0), np.int32),
-        logprobs=out["logprobs"].numpy() if want.k else np.empty((num_rows, 0), np.float32),
+    nothing, of_no_columns = np.empty(0, np.float32), np.empty((num_rows, 0), np.float32)
+    held = {name: view.numpy() for name, view in out.items()}
+    arrays = Arrays(
+        top=held["top"],
+        ids=held["ids"] if want.k else np.empty((num_rows, 0), np.int32),
+        logprobs=held.get("logprobs", of_no_columns),
         labels=np.empty(0, np.int64) if labels is None else labels.numpy(),
-        label_logprob=out["label_logprob"].numpy() if want.k else nothing,
-    )
-    extras = Extras(
-        entropy=out["entropy"].numpy() if want.entropy else nothing,
+        label_logprob=held.get("label_logprob", nothing),
+        entropy=held.get("entropy", nothing),
         temperatures=np.array(want.temperatures, np.float64),
-        log_z=out["log_z"].numpy() if want.temperatures else np.empty((num_rows, 0), np.float32),
-        dense=out["dense"].numpy() if want.dense else np.empty((0, vocab_size), np.float32),
+        log_z=held.get("log_z", of_no_columns),
+        dense=held.get("dense", np.empty((0, vocab_size), np.float32)),
         uniforms=np.empty((num_rows, 0)) if uniforms is None else np.sort(uniforms, axis=1),
     )
-    drawn = fill(logits.numpy(), out["top"].numpy(), top_k, extras)
+    drawn = fill(logits.numpy(), arrays)
     return None if uniforms is None else drawn
 
 

@@ -68,9 +68,11 @@ def _exp2(x: Any) -> Any:
     return _ZERO if x <= _LOWEST else value
 
 
-class TopK(NamedTuple):
-    """Arrays of the top-k, filled row by row; without elements where no top-k is wanted."""
+class Arrays(NamedTuple):
+    """Arrays that are filled row by row; without elements where a field is not wanted."""
 
+    top: NDArray[np.float32]
+    """[S] the largest logprobs."""
     ids: NDArray[np.int32]
     """[S, K]"""
     logprobs: NDArray[np.float32]
@@ -79,11 +81,6 @@ class TopK(NamedTuple):
     """[S] ids whose logprob is wanted; read only."""
     label_logprob: NDArray[np.float32]
     """[S]"""
-
-
-class Extras(NamedTuple):
-    """Arrays of the fields beside the top-k, filled row by row; without elements where one is not wanted."""
-
     entropy: NDArray[np.float32]
     """[S]"""
     temperatures: NDArray[np.float64]
@@ -96,82 +93,80 @@ class Extras(NamedTuple):
     """[S, N] in [0, 1), rising in each row; read only."""
 
 
-def fill(logits: NDArray[np.float32], top: NDArray[np.float32], top_k: TopK, extras: Extras) -> Drawn:
-    """Fill every array, and return the draws.
+def fill(logits: NDArray[np.float32], arrays: Arrays) -> Drawn:
+    """Fill every array, with K <= V, and return the draws.
 
     Args:
         logits: [S, V]; entries contiguous, rows any distance apart.
-        top: [S] for the largest logprobs.
-        top_k: arrays of K <= V entries.
-        extras: arrays of the other fields.
+        arrays: of the same S rows.
 
     Raises:
         ValueError: shapes that do not belong together, or labels that are no ids.
     """
-    _check(logits, top, top_k, extras)
+    _check(logits, arrays)
     num_rows, vocab_size = logits.shape
     stride = logits.strides[0] // logits.itemsize
     # A flat view of all rows: numba then knows that entries are contiguous, and makes vector instructions of the loops.
     flat = np.lib.stride_tricks.as_strided(logits, ((num_rows - 1) * stride + vocab_size,), (logits.itemsize,))
-    most = extras.uniforms.size
+    most = arrays.uniforms.size
     drawn = Drawn(np.zeros(num_rows, np.int64), np.empty(most, np.int32), np.empty(most, np.int32))
-    num_ids = _fill(flat, stride, top, top_k, extras, drawn)
+    num_ids = _fill(flat, stride, arrays, drawn)
     return Drawn(drawn.lengths, drawn.ids[:num_ids].copy(), drawn.counts[:num_ids].copy())
 
 
-def _check(logits: NDArray[np.float32], top: NDArray[np.float32], top_k: TopK, extras: Extras) -> None:
+def _check(logits: NDArray[np.float32], arrays: Arrays) -> None:
     num_rows, vocab_size = logits.shape
-    k = top_k.ids.shape[1]
+    k = arrays.ids.shape[1]
     labelled = num_rows if k else 0
     shapes = {
-        "top": (top.shape, (num_rows,)),
-        "ids": (top_k.ids.shape, (num_rows, k)),
-        "logprobs": (top_k.logprobs.shape, (num_rows, k)),
-        "labels": (top_k.labels.shape, (labelled,)),
-        "label_logprob": (top_k.label_logprob.shape, (labelled,)),
-        "entropy": (extras.entropy.shape, (num_rows if len(extras.entropy) else 0,)),
-        "log_z": (extras.log_z.shape, (num_rows, len(extras.temperatures))),
-        "dense": (extras.dense.shape, (num_rows if len(extras.dense) else 0, vocab_size)),
-        "uniforms": (extras.uniforms.shape[:1], (num_rows,)),
+        "top": (arrays.top.shape, (num_rows,)),
+        "ids": (arrays.ids.shape, (num_rows, k)),
+        "logprobs": (arrays.logprobs.shape, (num_rows, k)),
+        "labels": (arrays.labels.shape, (labelled,)),
+        "label_logprob": (arrays.label_logprob.shape, (labelled,)),
+        "entropy": (arrays.entropy.shape, (num_rows if len(arrays.entropy) else 0,)),
+        "log_z": (arrays.log_z.shape, (num_rows, len(arrays.temperatures))),
+        "dense": (arrays.dense.shape, (num_rows if len(arrays.dense) else 0, vocab_size)),
+        "uniforms": (arrays.uniforms.shape[:1], (num_rows,)),
     }
     wrong = [f"{name} {shape}" for name, (shape, right) in shapes.items() if shape != right]
     if wrong or k > vocab_size or not 0 < vocab_size < 2**31 or not num_rows:
         raise ValueError(f"logits {logits.shape} and a top-{k} do not go with {', '.join(wrong) or 'each other'}")
     if logits.strides[1] != logits.itemsize or logits.strides[0] % logits.itemsize:
         raise ValueError(f"logits have strides {logits.strides}; a row's entries must be beside each other")
-    if k and not 0 <= top_k.labels.min() <= top_k.labels.max() < vocab_size:
-        raise ValueError(f"labels from {top_k.labels.min()} to {top_k.labels.max()} are no ids of {vocab_size}")
+    if k and not 0 <= arrays.labels.min() <= arrays.labels.max() < vocab_size:
+        raise ValueError(f"labels from {arrays.labels.min()} to {arrays.labels.max()} are no ids of {vocab_size}")
 
 
 @_swept
-def _fill(flat: Any, stride: int, top: Any, top_k: Any, extras: Any, drawn: Any) -> Any:
-    vocab_size = len(flat) - (len(top) - 1) * stride
-    k = top_k.ids.shape[1]
+def _fill(flat: Any, stride: int, arrays: Any, drawn: Any) -> Any:
+    vocab_size = len(flat) - (len(arrays.top) - 1) * stride
+    k = arrays.ids.shape[1]
     num_blocks = (vocab_size + _BLOCK - 1) // _BLOCK
     maxima, masses = np.empty(num_blocks, np.float32), np.empty(num_blocks, np.float32)
     keys = np.empty(vocab_size if k else 0, np.uint64)  # all entries may be equal, and then all are candidates
     inside = np.empty(_BLOCK, np.float64)
     num_ids = 0
-    for row in range(len(top)):
+    for row in range(len(arrays.top)):
         z = flat[row * stride : row * stride + vocab_size]
         highest = _maxima(z, maxima)
         total, weighted = _sums(z, highest, masses)
         log_total = np.log(total)
-        top[row] = -log_total
+        arrays.top[row] = -log_total
         if k:
-            top_k.label_logprob[row] = _logprob(z[top_k.labels[row]], highest, log_total)
-            _top_k(z, highest, log_total, maxima, keys, top_k.ids[row], top_k.logprobs[row])
-        if len(extras.entropy):
-            extras.entropy[row] = log_total - weighted / total
-        for column in range(len(extras.temperatures)):
-            inverse = 1.0 / extras.temperatures[column]
+            arrays.label_logprob[row] = _logprob(z[arrays.labels[row]], highest, log_total)
+            _top_k(z, highest, log_total, maxima, keys, arrays.ids[row], arrays.logprobs[row])
+        if len(arrays.entropy):
+            arrays.entropy[row] = log_total - weighted / total
+        for column in range(len(arrays.temperatures)):
+            inverse = 1.0 / arrays.temperatures[column]
             power = _power(z, highest, _LOG2_E * np.float32(inverse))
-            extras.log_z[row, column] = np.log(power) - log_total * inverse
-        if len(extras.dense):
+            arrays.log_z[row, column] = np.log(power) - log_total * inverse
+        if len(arrays.dense):
             for i in range(vocab_size):
-                extras.dense[row, i] = _logprob(z[i], highest, log_total)
-        if extras.uniforms.shape[1] and not np.isnan(log_total):
-            drawn.lengths[row] = _draw(z, highest, masses, extras.uniforms[row], inside, drawn, num_ids)
+                arrays.dense[row, i] = _logprob(z[i], highest, log_total)
+        if arrays.uniforms.shape[1] and not np.isnan(log_total):
+            drawn.lengths[row] = _draw(z, highest, masses, arrays.uniforms[row], inside, drawn, num_ids)
             num_ids += drawn.lengths[row]
     return num_ids
 

@@ -10,35 +10,43 @@ from hypothesis import given, strategies as st
 from numpy.typing import NDArray
 
 from potstill.cache.compiled import compiled
-from potstill.teacher_service.capture.cpu.kernel import Extras, TopK, _bound, fill
+from potstill.teacher_service.capture.cpu.kernel import Arrays, _bound, fill
 from potstill.teacher_service.capture.layout import Drawn
 
 LEVELS = (-np.inf, -3.3e38, -1e30, -50.0, -0.0, 0.0, 1.0, 1.0000001, 40.0)
 
 
-def top_k_of(logits: NDArray[np.float32], k: int) -> TopK:
+def top_k_of(logits: NDArray[np.float32], k: int) -> Arrays:
     num_rows, vocab_size = logits.shape
-    top_k = TopK(
+    arrays = nothing_of(num_rows, vocab_size)._replace(
         ids=np.full((num_rows, k), -1, np.int32),
         logprobs=np.empty((num_rows, k), np.float32),
         labels=np.arange(num_rows) % vocab_size,
         label_logprob=np.empty(num_rows, np.float32),
     )
-    fill(logits, np.empty(num_rows, np.float32), top_k, nothing_beside(num_rows, vocab_size))
-    return top_k
+    fill(logits, arrays)
+    return arrays
 
 
-def nothing_beside(num_rows: int, vocab_size: int) -> Extras:
-    nothing = np.empty((num_rows, 0), np.float32)
-    dense = np.empty((0, vocab_size), np.float32)
-    return Extras(np.empty(0, np.float32), np.empty(0), nothing, dense, np.empty((num_rows, 0)))
+def nothing_of(num_rows: int, vocab_size: int) -> Arrays:
+    """The arrays where no field is wanted."""
+    nothing, of_no_columns = np.empty(0, np.float32), np.empty((num_rows, 0), np.float32)
+    return Arrays(
+        top=np.empty(num_rows, np.float32),
+        ids=np.empty((num_rows, 0), np.int32),
+        logprobs=of_no_columns,
+        labels=np.empty(0, np.int64),
+        label_logprob=nothing,
+        entropy=nothing,
+        temperatures=np.empty(0),
+        log_z=of_no_columns,
+        dense=np.empty((0, vocab_size), np.float32),
+        uniforms=np.empty((num_rows, 0)),
+    )
 
 
 def drawn_from(row: NDArray[np.float32], uniforms: NDArray[np.float64]) -> Drawn:
-    extras = nothing_beside(1, len(row))._replace(uniforms=uniforms[None])
-    none = np.empty((1, 0), np.float32)
-    top_k = TopK(np.empty((1, 0), np.int32), none, np.empty(0, np.int64), np.empty(0, np.float32))
-    return fill(row[None], np.empty(1, np.float32), top_k, extras)
+    return fill(row[None], nothing_of(1, len(row))._replace(uniforms=uniforms[None]))
 
 
 @given(data=st.data(), vocab_size=st.integers(1, 2000), seed=st.integers(0, 2**32 - 1))
@@ -115,12 +123,10 @@ def test_a_row_that_is_no_distribution_is_drawn_nothing_from() -> None:
     ],
 )
 def test_what_compiled_code_would_not_notice_is_refused_before_it(wrong: dict[str, Any], says: str) -> None:
-    top_k = TopK(np.empty((1, 1), np.int32), np.empty((1, 1), np.float32), np.array([2]), np.empty(1, np.float32))
-    extras = nothing_beside(1, 3)
-    top_k = top_k._replace(**{name: value for name, value in wrong.items() if name in TopK._fields})
-    extras = extras._replace(**{name: value for name, value in wrong.items() if name in Extras._fields})
+    top_k = {"ids": np.empty((1, 1), np.int32), "logprobs": np.empty((1, 1), np.float32), "labels": np.array([2])}
+    arrays = nothing_of(1, 3)._replace(**{**top_k, "label_logprob": np.empty(1, np.float32), **wrong})
     with pytest.raises(ValueError, match=says):
-        fill(np.zeros((1, 3), np.float32), np.empty(1, np.float32), top_k, extras)
+        fill(np.zeros((1, 3), np.float32), arrays)
 
 
 def test_rows_whose_entries_are_not_beside_each_other_are_refused() -> None:
