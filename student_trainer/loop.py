@@ -19,7 +19,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel
 
 from potstill.cache.errors import InvalidInput
 from potstill.cache.targets.stream import read_ahead
@@ -88,7 +86,7 @@ def train(
         group.barrier()  # the folder is ours before anybody reads a checkpoint from it
         # Dropout draws from torch's global stream, which is the caller's again afterwards.
         stack.enter_context(torch.random.fork_rng([group.device] if group.device.type == "cuda" else []))
-        session = _begin(config, group, run, on_record)
+        session = _Session(config, group, run, on_record)
         if session.writer is not None:
             stack.enter_context(closing(session.writer))
             # Only now that all it needs is there: a folder with a config.json refuses any other run.
@@ -96,21 +94,43 @@ def train(
         return session.run_to_end(should_stop)
 
 
-@dataclass(slots=True, eq=False)
 class _Session:
     """One process's part of a run, from a start or resume to the end or the next stop."""
 
-    config: TrainConfig
-    group: Group
-    run: OpenRun
-    student: PreTrainedModel
-    model: nn.Module  # the student, or a DistributedDataParallel around it
-    optimizer: torch.optim.Optimizer
-    writer: MetricsWriter | None  # rank 0's
-    on_record: Callable[[Record], None]
-    began: float  # on the monotonic clock, less what earlier sessions took
-    step: int
-    tokens: int
+    def __init__(self, config: TrainConfig, group: Group, run: OpenRun, on_record: Callable[[Record], None]) -> None:
+        """Start at the newest checkpoint, or with a new student."""
+        self.config, self.group, self.run, self.on_record = config, group, run, on_record
+        checkpoint = newest_checkpoint(config.run_dir / "checkpoints")
+        group.barrier()  # all have seen the same newest checkpoint before one writes the next
+        state = None if checkpoint is None else load_state(checkpoint)
+        self.step = 0 if state is None else state.step
+        self.tokens = 0 if state is None else state.tokens
+        if checkpoint is None or state is None:
+            self.student = build_student(
+                config.student,
+                seed=config.train.seed,
+                vocab_size=run.corpus.vocab_size,
+                row_tokens=run.corpus.spec.longest_row,
+            )
+        else:
+            state.check_same(run.corpus.fingerprint, run.teachers, run.held)
+            if state.step > config.train.steps:
+                raise InvalidInput(
+                    f"train.steps is {config.train.steps}, but the run in {config.train.out!r} has taken {state.step}; "
+                    "ask for as many or more, or choose another train.out"
+                )
+            self.student = load_student(checkpoint / "model")
+        self.student.train()
+        self.model = group.wrap(self.student)  # the student, or a DistributedDataParallel around it
+        self.optimizer = make_optimizer(self.student, config.train)
+        if checkpoint is not None:
+            load_optimizer(checkpoint, self.optimizer)
+        self.writer: MetricsWriter | None = None
+        if group.rank == 0:
+            (config.run_dir / SUMMARY).unlink(missing_ok=True)  # the run goes on: it no longer ends there
+            self.writer = MetricsWriter(config.run_dir, step=self.step)
+        # On the monotonic clock, less what earlier sessions took.
+        self.began = time.monotonic() - (0.0 if state is None else state.seconds)
 
     @property
     def seconds(self) -> float:
@@ -280,46 +300,3 @@ class _Session:
             folder = self.config.run_dir / "checkpoints"
             save_checkpoint(folder, self.student, self.optimizer, state, keep=loop.keep_checkpoints)
         self.group.barrier()
-
-
-def _begin(config: TrainConfig, group: Group, run: OpenRun, on_record: Callable[[Record], None]) -> _Session:
-    """Start at the newest checkpoint, or with a new student."""
-    checkpoint = newest_checkpoint(config.run_dir / "checkpoints")
-    group.barrier()  # all have seen the same newest checkpoint before one writes the next
-    state = None if checkpoint is None else load_state(checkpoint)
-    if checkpoint is None or state is None:
-        student = build_student(
-            config.student,
-            seed=config.train.seed,
-            vocab_size=run.corpus.vocab_size,
-            row_tokens=run.corpus.spec.longest_row,
-        )
-    else:
-        state.check_same(run.corpus.fingerprint, run.teachers, run.held)
-        if state.step > config.train.steps:
-            raise InvalidInput(
-                f"train.steps is {config.train.steps}, but the run in {config.train.out!r} has taken {state.step}; "
-                "ask for as many or more, or choose another train.out"
-            )
-        student = load_student(checkpoint / "model")
-    student.train()
-    model = group.wrap(student)
-    optimizer = make_optimizer(student, config.train)
-    if checkpoint is not None:
-        load_optimizer(checkpoint, optimizer)
-    step = 0 if state is None else state.step
-    if group.rank == 0:
-        (config.run_dir / SUMMARY).unlink(missing_ok=True)  # the run goes on: it no longer ends there
-    return _Session(
-        config=config,
-        group=group,
-        run=run,
-        student=student,
-        model=model,
-        optimizer=optimizer,
-        writer=MetricsWriter(config.run_dir, step=step) if group.rank == 0 else None,
-        on_record=on_record,
-        began=time.monotonic() - (0.0 if state is None else state.seconds),
-        step=step,
-        tokens=0 if state is None else state.tokens,
-    )
