@@ -243,8 +243,7 @@ class TrainConfig(_Frozen):
 
     def to_json(self) -> dict[str, JSON]:
         """A JSON object that `of` reads back to an equal config."""
-        value: dict[str, JSON] = self.model_dump(mode="json")
-        return value
+        return self.model_dump(mode="json")
 
     def check_continues(self, before: TrainConfig) -> None:
         """Check that a run that was started under `before` may go on under this config.

@@ -47,8 +47,7 @@ class Evaluation:
 
     def to_json(self) -> dict[str, JSON]:
         """A JSON object with one key per attribute."""
-        value: dict[str, JSON] = asdict(self)
-        return value
+        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
