@@ -91,14 +91,10 @@ def _extras_disagreement(private: Targets, dense: NDArray[np.float64], want: Fie
 
 def _looked_up(public: Targets, ids: NDArray[np.uint32]) -> NDArray[np.float32]:
     """[T, K] the public path's logprobs of `ids`."""
-    order = np.argsort(public.ids, axis=1)
-    found = np.empty(ids.shape, np.float32)
-    for position, at in enumerate(order):
-        known, logprobs = public.ids[position, at], public.logprobs[position, at]
-        # An id that the public path does not have may be tied with its last one, whose logprob it gets.
-        index = np.minimum(np.searchsorted(known, ids[position]), len(known) - 1)
-        found[position] = np.where(known[index] == ids[position], logprobs[index], public.logprobs[position, -1])
-    return found
+    # An id that the public path does not have may be tied with its last one, whose logprob it gets.
+    dense = np.repeat(public.logprobs[:, -1:], int(max(public.ids.max(), ids.max())) + 1, axis=1)
+    np.put_along_axis(dense, public.ids.astype(np.int64), public.logprobs, axis=1)
+    return np.take_along_axis(dense, ids.astype(np.int64), axis=1)
 
 
 def _moved(ours: Draws, theirs: Draws, vocab_size: int) -> int:
