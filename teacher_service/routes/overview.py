@@ -12,8 +12,8 @@ from potstill.cache.types import JSON
 from potstill.teacher_service.access import Role, allow
 from potstill.teacher_service.admission import Admission
 from potstill.teacher_service.hosting import HostedTeacher, Service
-from potstill.teacher_service.hosting.collectors import pool_of
 from potstill.teacher_service.hosting.coverage import Coverage
+from potstill.teacher_service.hosting.metrics import pool_of
 
 
 def add_overview_routes(app: FastAPI, service: Service) -> None:
