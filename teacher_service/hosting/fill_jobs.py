@@ -205,7 +205,7 @@ class FillJobs:
         self._jobs.pop((corpus, teacher), None)  # an older job's place: the order is that of asking
         self._jobs[corpus, teacher] = job
         self._schedule.request(job.slot)
-        retrying = _RetryingTeacher(open_teacher, inner, find_caller, job, self._schedule)
+        retrying = _RetryingTeacher(inner, open_teacher, find_caller, job, self._schedule)
         job.task = asyncio.create_task(_run(job, retrying, targets), name=f"fill {corpus}")
         job.task.add_done_callback(job.ended_by)
         job.task.add_done_callback(lambda _: self._schedule.end(job.slot))
@@ -308,45 +308,38 @@ def spread(seconds: float) -> float:
     return seconds * random.uniform(1.0, 2.0)  # noqa: S311
 
 
+@dataclass(slots=True, eq=False)
 class _RetryingTeacher(WrappedTeacher):
     """A `Teacher` that retries for as long as it is told to: a job has time, and giving up would lose its shard."""
 
-    def __init__(
-        self,
-        open_teacher: Callable[[], Teacher],
-        opened: Teacher,
-        find_caller: Callable[[], Caller],
-        job: FillJob,
-        schedule: FillSchedule,
-    ) -> None:
-        super().__init__(opened)
-        self._open = open_teacher
-        self._find_caller = find_caller
-        self._job = job
-        self._schedule = schedule
+    inner: Teacher
+    open_teacher: Callable[[], Teacher]
+    find_caller: Callable[[], Caller]
+    job: FillJob
+    schedule: FillSchedule
 
     async def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
         pause = _PAUSE_SECONDS
         while True:
             try:
-                with self._schedule.asking(self._job.slot):
+                with self.schedule.asking(self.job.slot):
                     # Found anew each time: the teacher may have been removed and added again, even as another model.
-                    teacher = self._open()
+                    teacher = self.open_teacher()
                     self._require_same(teacher)
                     # Admission and quotas find the caller in the context, where a request's middleware puts it.
-                    caller.set(self._find_caller())
+                    caller.set(self.find_caller())
                     return await teacher.score(rows, want)
             except PotstillError as error:
                 if not error.retryable:
                     raise
-                self._job.refusals += 1
-                self._job.refusal = error
+                self.job.refusals += 1
+                self.job.refusal = error
                 wait = pause if error.retry_after is None else error.retry_after
             # Outside of `asking`: a job all of whose calls are here rests, and another one may begin.
-            await self._schedule.pause(self._job.slot, spread(min(wait, _LONGEST_PAUSE_SECONDS)))
+            await self.schedule.pause(self.job.slot, spread(min(wait, _LONGEST_PAUSE_SECONDS)))
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
     def _require_same(self, teacher: Teacher) -> None:
         differences = self.identity.differences(teacher.identity)
         if differences:
-            raise SpecMismatch(f"teacher {self._job.teacher!r} was exchanged: {differences}")
+            raise SpecMismatch(f"teacher {self.job.teacher!r} was exchanged: {differences}")
