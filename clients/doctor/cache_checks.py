@@ -11,7 +11,7 @@ from potstill.cache.types import Teacher, TeacherIdentity
 from potstill.clients.doctor.findings import Finding, Verdict, finding, found
 
 if TYPE_CHECKING:
-    from potstill.cache.cache import Cache, CorporaLook
+    from potstill.cache.cache import Cache
 
 LOOK_AT_STORE = "look at its health, and at the rights of this process there"
 _LITTLE_ROOM = 1 << 30  # bytes; a fill writes that much in minutes
@@ -28,6 +28,12 @@ class CorpusFacts:
     """Names of the teachers that have targets for it."""
 
     @classmethod
+    def of(cls, cache: Cache, name: str) -> CorpusFacts:
+        """Read those of one corpus of a cache."""
+        sealed, teachers = cache.corpus(name).spec, tuple(cache.teachers(name))
+        return cls(name=name, tokenizer_sha256=sealed.tokenizer_sha256, vocab_size=sealed.vocab_size, teachers=teachers)
+
+    @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> CorpusFacts:
         """Read one corpus of the answer of `GET /v1/doctor`."""
         return cls(
@@ -36,21 +42,6 @@ class CorpusFacts:
             vocab_size=int(value.get("vocab_size", 0)),
             teachers=tuple(map(str, value.get("teachers", ()))),
         )
-
-
-def corpora_of(cache: Cache) -> CorporaLook[CorpusFacts]:
-    """Look at every corpus of a cache; one that cannot be read does not hide the others."""
-
-    def facts(name: str) -> CorpusFacts:
-        corpus = cache.corpus(name)
-        return CorpusFacts(
-            name=name,
-            tokenizer_sha256=corpus.tokenizer_sha256,
-            vocab_size=corpus.vocab_size,
-            teachers=tuple(cache.teachers(name)),
-        )
-
-    return cache.look_at_corpora(facts)
 
 
 def unreadable_finding(name: str, where: str, *, kind: str, detail: str) -> Finding:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import httpx
@@ -16,7 +17,6 @@ from potstill.clients.doctor.cache_checks import (
     LOOK_AT_STORE,
     CorpusFacts,
     check_stored,
-    corpora_of,
     store_findings,
     unreadable_finding,
     vocabulary_findings,
@@ -122,7 +122,7 @@ def _open_cache(root: str) -> tuple[_OpenedCache | None, list[Finding]]:
     probe = probe_store(cache.root)
     findings = store_findings(root, probe.problem, probe.free_bytes, None)
     try:
-        seen = corpora_of(cache)
+        seen = cache.look_at_corpora(partial(CorpusFacts.of, cache))
     except StoreError as error:
         way_out = f"the store did not list its corpora: {LOOK_AT_STORE}"
         return None, [*findings, finding("cache", root, Verdict("fail", error.detail, way_out))]
