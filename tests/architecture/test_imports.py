@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.structure import circles
 from tests.support.paths import ROOT
 
 PACKAGES = ("cache", "clients", "student_trainer", "teacher_service")
@@ -113,23 +114,18 @@ def test_a_wing_imports_only_what_the_arrows_allow(package: str) -> None:
 
 
 def test_the_arrows_between_wings_run_one_way() -> None:
-    left = {wing: set(allowed) for wing, allowed in WINGS.items()}
-    while ground := {wing for wing, allowed in left.items() if not allowed & set(left)}:
-        left = {wing: allowed for wing, allowed in left.items() if wing not in ground}
-    assert not left, "these wings are in a circle, or above one"
+    assert not circles({wing: set(allowed) for wing, allowed in WINGS.items()})
 
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_two_modules_import_each_other(package: str) -> None:
     # A package's `__init__` hands names on: what it imports waits until a name is used.
-    left = {
+    arrows = {
         module_of(path): {name for name in imports_of(path) if name in MODULES}
         for path in sources(package)
         if path.name != "__init__.py"
     }
-    while ground := {module for module, used in left.items() if not used & set(left)}:
-        left = {module: used for module, used in left.items() if module not in ground}
-    assert not left, "these modules are in a circle, or above one"
+    assert not circles(arrows)
 
 
 @pytest.mark.parametrize("heavy", HEAVY)
