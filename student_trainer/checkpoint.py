@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from potstill.cache.errors import FormatError, SpecMismatch, StoreError
-from potstill.cache.store.root import fsync
+from potstill.cache.store.local_files import fsync
 from potstill.cache.types import JSON, TeacherIdentity
 from potstill.student_trainer.models import save_student
 from potstill.student_trainer.run_folder import PARTIAL

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from potstill.cache.errors import FormatError, InvalidInput, NotFound, StoreError
-from potstill.cache.store.root import fsync
+from potstill.cache.store.local_files import fsync
 from potstill.student_trainer.config import TrainConfig
 
 PARTIAL = ".partial-"
