@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Literal, Self, TypeVar
+from typing import Any, Generic, Literal, Self, TypeVar
 
 from potstill.cache.corpus import Corpus
 from potstill.cache.corpus.corpus import list_corpora
@@ -54,6 +54,10 @@ class Cache:
         if mode not in ("r", "r+"):
             raise InvalidInput(f"mode {mode!r} is unknown; take 'r' to read or 'r+' to write too")
         return cls(Root.open(url, create=mode == "r+"), mode, Reading.open(chunk_cache_bytes, pipeline))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as address and mode, which are opened again; what was opened through the cache is forgotten."""
+        return type(self), (self.root, self.mode, self._reading)
 
     def fresh(self) -> Self:
         """Open the cache again, remembering nothing of what is in it; decoded chunks stay shared."""

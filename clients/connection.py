@@ -26,6 +26,7 @@ from potstill.cache.errors import (
     Unavailable,
     error_class,
 )
+from potstill.cache.forks import PerProcess
 from potstill.cache.types import JSON
 from potstill.clients.address import checked_url, key_header, login_of
 from potstill.clients.retry import Refusal, RetryPolicy, Tries
@@ -96,12 +97,18 @@ class Connection:
         limits = httpx.Limits(max_connections=max_in_flight, max_keepalive_connections=max_in_flight or 16)
         # A small compressed body could unpack to any size.
         headers = {"user-agent": "potstill", "accept-encoding": "identity", **key_header(api_key)}
-        self._client = httpx.AsyncClient(
-            base_url=self.url, auth=login_of(url), headers=headers, timeout=times, limits=limits
+        self._clients = PerProcess(
+            lambda: httpx.AsyncClient(
+                base_url=self.url, auth=login_of(url), headers=headers, timeout=times, limits=limits
+            )
         )
-        self._slots: AbstractAsyncContextManager[None] = (
-            nullcontext() if max_in_flight is None else asyncio.Semaphore(max_in_flight)
+        self._slots: PerProcess[AbstractAsyncContextManager[None]] = PerProcess(
+            lambda: nullcontext() if max_in_flight is None else asyncio.Semaphore(max_in_flight)
         )
+
+    @property
+    def _client(self) -> httpx.AsyncClient:
+        return self._clients.get()
 
     async def __aenter__(self) -> Self:
         """Return the connection; nothing is sent yet."""
@@ -204,7 +211,7 @@ class Connection:
     ) -> Answer:
         # A call that waits to be tried again holds no slot. The service learns how long we still wait, and does not
         # begin what nobody will read.
-        async with self._slots:
+        async with self._slots.get():
             remaining = {"potstill-timeout": f"{max(0.001, tries.seconds_left):.3f}"}
             reply = await self.open(method, path, headers={**headers, **remaining}, **body)
             try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property, partial
+from functools import partial
 from threading import Lock
 from typing import Any
 from urllib.parse import quote
@@ -17,6 +17,7 @@ from potstill.cache.corpus import Corpus
 from potstill.cache.corpus.corpus import CorpusSpec
 from potstill.cache.corpus.keys import KEY_BYTES
 from potstill.cache.errors import SpecMismatch, TeacherFailed, UnsupportedField
+from potstill.cache.forks import PerProcess, cached
 from potstill.cache.types import Tokens
 from potstill.cache.wire import StreamHead
 from potstill.cache.wire.stream import write_row_numbers
@@ -54,13 +55,11 @@ class HttpCorpus(Corpus):
         self.spec = described_corpus(self._description, connection.url)
         self._reader = _HttpArrays(connection, name, self.spec)
 
-    # Cached anew: in Python 3.11 one lock is held for all corpora while one of them computes a cached property, and
-    # a service in this very process may need it to answer.
-    row_starts = cached_property[NDArray[np.int64]](vars(Corpus)["row_starts"].func)
-    shard_rows = cached_property[NDArray[np.int64]](vars(Corpus)["shard_rows"].func)
-    shard_starts = cached_property[NDArray[np.int64]](vars(Corpus)["shard_starts"].func)
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as the address, which is asked again."""
+        return type(self), (self._connection, self.name)
 
-    @cached_property
+    @cached
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the corpus was made with."""
         return Tokenizer.from_str(self._connection.text(f"{corpus_route(self.name)}/tokenizer", _TOKENIZER_BYTES))
@@ -119,7 +118,7 @@ class _HttpArrays:
             "shard_starts": spec.num_shards + 1,
         }
         self._pages: OrderedDict[int, NDArray[Any]] = OrderedDict()
-        self._lock = Lock()
+        self._lock = PerProcess(Lock)
 
     def has(self, name: str) -> bool:
         return name in self._lengths
@@ -157,7 +156,7 @@ class _HttpArrays:
 
     def _page(self, page: int) -> NDArray[Any]:
         # The lock is not held while a page is fetched: two threads may fetch one twice, but none waits for the network.
-        with self._lock:
+        with self._lock.get():
             found = self._pages.get(page)
         if found is None:
             stop = min((page + 1) * _PAGE, self._lengths["row_starts"])
@@ -169,7 +168,7 @@ class _HttpArrays:
                 self._spec.fingerprint,
                 self._check("row_starts"),
             )
-        with self._lock:
+        with self._lock.get():
             self._pages[page] = found
             self._pages.move_to_end(page)
             while len(self._pages) > _PAGES:

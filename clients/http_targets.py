@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, Self
 from urllib.parse import quote
 
@@ -64,6 +64,10 @@ class HttpTargets:
         self.encoding = next((each for each in sets if each.fields.k), sets[0]).encoding
         limits = description.get("limits")
         self._limits = limits if isinstance(limits, dict) else {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as the address, which is asked again."""
+        return partial(type(self), top_k=self._top_k), (self._connection, self.teacher, self.corpus)
 
     @property
     def committed(self) -> NDArray[np.bool_]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Self, cast
 
 import numpy as np
 
 from potstill.cache.errors import FormatError, InvalidInput, SpecMismatch, TeacherFailed, Unavailable, WireVersionError
+from potstill.cache.forks import PerProcess
 from potstill.cache.row_batches import row_batches, row_starts
 from potstill.cache.types import JSON, Fields, Provenance, Targets, TeacherIdentity, TeacherLimits, Tokens
 from potstill.cache.wire import scores as wire
@@ -186,45 +187,38 @@ class SyncHttpTeacher:
     """An `HttpTeacher` for code without an event loop; any number of threads may call it at once.
 
     A context manager: `with SyncHttpTeacher(url, name) as teacher`. The arguments are those of `HttpTeacher.open`. An
-    event loop runs in one background thread from entering to leaving.
+    event loop runs in one background thread from entering to leaving; a forked child opens the teacher anew at its
+    first call.
     """
 
     def __init__(self, url: str, name: str, **options: Any) -> None:
-        self._opening = HttpTeacher.open(url, name, **options)
-        self._name = name
-        self._thread: LoopThread | None = None
-        self._teacher: HttpTeacher | None = None
+        self._open: Callable[[], _Running] = lambda: _Running(f"teacher {name}", HttpTeacher.open(url, name, **options))
+        self._running: PerProcess[_Running] | None = None
 
     def __enter__(self) -> Self:
         """Connect; raises as `HttpTeacher.open` does."""
-        self._thread = LoopThread(f"teacher {self._name}", closed="this teacher was closed")
-        try:
-            self._teacher = self._thread.run(self._opening.__aenter__)
-        except BaseException:
-            self._thread.close(lambda: asyncio.sleep(0))
-            raise
+        self._running = PerProcess(self._open)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         """Disconnect; calls that other threads still wait for raise `Unavailable`."""
-        self._teacher = None
-        if self._thread is not None:
-            self._thread.close(lambda: self._opening.__aexit__(None, None, None))
+        running, self._running = self._opened(), None
+        running.close()
 
     @property
     def identity(self) -> TeacherIdentity:
         """The identity that the service stated on opening."""
-        return self._opened().identity
+        return self._opened().teacher.identity
 
     @property
     def provenance(self) -> Provenance:
         """The provenance that the service stated on opening."""
-        return self._opened().provenance
+        return self._opened().teacher.provenance
 
     @property
     def limits(self) -> TeacherLimits:
         """The limits that the service stated on opening."""
-        return self._opened().limits
+        return self._opened().teacher.limits
 
     def score(self, rows: Sequence[Tokens], want: Fields) -> list[Targets]:
         """Score rows; arguments, result and errors as of `HttpTeacher.score`.
@@ -232,14 +226,30 @@ class SyncHttpTeacher:
         Raises:
             Unavailable: not opened, or closed while waiting.
         """
-        teacher = self._opened()
-        assert self._thread is not None, "an opened teacher has its thread"
-        return self._thread.run(teacher.score, rows, want)
+        running = self._opened()
+        return running.thread.run(running.teacher.score, rows, want)
 
-    def _opened(self) -> HttpTeacher:
-        if self._teacher is None:
+    def _opened(self) -> _Running:
+        if self._running is None:
             raise Unavailable("this teacher is not open; use it inside its with block")
-        return self._teacher
+        return self._running.get()
+
+
+class _Running:
+    """An open teacher, and the thread with the event loop that it lives on."""
+
+    def __init__(self, name: str, opening: AbstractAsyncContextManager[HttpTeacher]) -> None:
+        self._opening = opening
+        self.thread = LoopThread(name, closed="this teacher was closed")
+        try:
+            self.teacher = self.thread.run(opening.__aenter__)
+        except BaseException:
+            self.thread.close(lambda: asyncio.sleep(0))
+            raise
+
+    def close(self) -> None:
+        """Disconnect and end the thread."""
+        self.thread.close(lambda: self._opening.__aexit__(None, None, None))
 
 
 @asynccontextmanager

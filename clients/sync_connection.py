@@ -11,6 +11,7 @@ from typing import Any, Self, TypeVar
 import httpx
 
 from potstill.cache.errors import InvalidInput, TeacherFailed, Unavailable, WireVersionError
+from potstill.cache.forks import PerProcess
 from potstill.cache.types import JSON
 from potstill.cache.wire import StreamReader, scores as wire
 from potstill.cache.wire.messages import CutShort
@@ -38,12 +39,22 @@ class SyncConnection:
         self, url: str, *, api_key: str | None = None, timeout: float = 600.0, retry: RetryPolicy | None = None
     ) -> None:
         """Check the address; nothing is sent yet."""
+        self._address = (url, api_key, timeout, retry)
         silence = min(_SILENCE_SECONDS, timeout)
         self._connection = Connection(
             url, api_key=api_key, timeout=timeout, max_in_flight=None, retry=retry, silence=silence
         )
         self.url = self._connection.url
-        self._thread = LoopThread("potstill http", closed=f"the connection to {self.url} was closed")
+        closed = f"the connection to {self.url} was closed"
+        self._threads = PerProcess(lambda: LoopThread("potstill http", closed=closed))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as the address, with the API key if one was given, which is connected to anew."""
+        return _reconnect, self._address
+
+    @property
+    def _thread(self) -> LoopThread:
+        return self._threads.get()
 
     def __enter__(self) -> Self:
         """Return the connection; nothing is sent yet."""
@@ -148,6 +159,10 @@ class SyncConnection:
             return await self._connection.in_time(tries, call())
 
         return self._thread.run(in_time)
+
+
+def _reconnect(url: str, api_key: str | None, timeout: float, retry: RetryPolicy | None) -> SyncConnection:
+    return SyncConnection(url, api_key=api_key, timeout=timeout, retry=retry)
 
 
 class _Arriving:

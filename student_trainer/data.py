@@ -18,6 +18,7 @@ from torch import Tensor
 
 from potstill.cache.corpus import Corpus
 from potstill.cache.errors import TeacherFailed
+from potstill.cache.forks import PerProcess
 from potstill.cache.types import Targets, Tokens
 from potstill.student_trainer.losses import NO_LABEL, TeacherTargets
 from potstill.student_trainer.sources import TargetSource
@@ -66,7 +67,7 @@ class BatchReader:
     sources: tuple[TargetSource, ...] = ()
     weights: tuple[float, ...] = ()
     """One per source."""
-    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    lock: PerProcess[threading.Lock] = field(default_factory=lambda: PerProcess(threading.Lock), repr=False)
     """Training reads ahead while evaluation reads: corpus and sources see one caller at a time."""
 
     def without_targets(self) -> BatchReader:
@@ -81,7 +82,7 @@ class BatchReader:
             PotstillError: whatever a source raises.
         """
         wanted = [int(i) for i in indexes]
-        with self.lock:
+        with self.lock.get():
             rows = self.corpus.take(wanted)
             answers = [source.read(wanted, rows) for source in self.sources]
         for source, targets in zip(self.sources, answers, strict=True):

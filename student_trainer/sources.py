@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -42,7 +43,13 @@ def cache_source(name: str, targets: TargetSet | HttpTargets, k: int | None = No
     """Read committed targets of a corpus by row index; `k` of the kept ids, by default all."""
     fields = Fields(k=k or targets.fields.k)
     held = f"k={fields.k}, encoding {targets.encoding.name}"
-    return TargetSource(name, targets.identity, held, lambda rows, _: targets.read_rows(rows, fields=fields))
+    return TargetSource(name, targets.identity, held, partial(_read_kept, targets, fields))
+
+
+def _read_kept(
+    targets: TargetSet | HttpTargets, fields: Fields, rows: Sequence[int], _: Sequence[Tokens]
+) -> list[Targets]:
+    return targets.read_rows(rows, fields=fields)
 
 
 def service_source(name: str, teacher: SyncHttpTeacher, k: int | None = None) -> TargetSource:

@@ -12,7 +12,6 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -23,6 +22,7 @@ from tokenizers import Tokenizer
 from potstill.cache.corpus.annotations import AnnotatedCorpus, list_annotations, read_annotation
 from potstill.cache.corpus.keys import KEY_BYTES, KEY_ORDER, SORTED_KEYS, KeyIndex, KeysInMemory, row_key
 from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput, StoreError, UnknownCorpus
+from potstill.cache.forks import cached
 from potstill.cache.plurals import counted
 from potstill.cache.store import GroupReader, Reading, Root, StoredObject
 from potstill.cache.store.groups import objects_from_json
@@ -120,6 +120,11 @@ class Corpus:
     def __len__(self) -> int:
         return self.spec.num_rows
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as the address, which is opened again."""
+        reading = self._reader.reading if isinstance(self._reader, GroupReader) else None
+        return Corpus.open, (self._root, self.name, reading)
+
     @property
     def num_positions(self) -> int:
         """Number of positions P, which is the number of tokens of all rows."""
@@ -145,7 +150,7 @@ class Corpus:
         """sha256 of the content, in hex."""
         return self.spec.fingerprint
 
-    @cached_property
+    @cached
     def row_starts(self) -> NDArray[np.int64]:
         """Positions [R+1] int64 at which each row starts, then P.
 
@@ -153,12 +158,12 @@ class Corpus:
         """
         return self._axis("row_starts", self.spec.num_rows, self.spec.num_positions)
 
-    @cached_property
+    @cached
     def shard_rows(self) -> NDArray[np.int64]:
         """Rows [S+1] int64 at which each shard starts, then R."""
         return self._axis("shard_rows", self.spec.num_shards, self.spec.num_rows)
 
-    @cached_property
+    @cached
     def shard_starts(self) -> NDArray[np.int64]:
         """Positions [S+1] int64 at which each shard starts, then P."""
         if self._reader.has("shard_starts"):
@@ -261,7 +266,7 @@ class Corpus:
         """Shard that a row belongs to."""
         return int(np.searchsorted(self.shard_rows, row, side="right")) - 1
 
-    @cached_property
+    @cached
     def tokenizer(self) -> Tokenizer:
         """Tokenizer that the corpus was made with, from the copy beside the tokens."""
         return Tokenizer.from_str(self._reader.read_all("tokenizer_json").tobytes().decode())
@@ -288,7 +293,7 @@ class Corpus:
         """Read every object but those of annotations; one line for each that is not what was sealed."""
         return self._reader.corrupt_objects()
 
-    @cached_property
+    @cached
     def _key_index(self) -> KeyIndex | KeysInMemory:
         if isinstance(self._reader, GroupReader) and self._reader.has(SORTED_KEYS):
             return KeyIndex(self._reader, len(self))

@@ -25,6 +25,7 @@ from zarr.core.sync import sync
 from zarr.errors import BaseZarrError
 
 from potstill.cache.errors import CorruptSegment
+from potstill.cache.forks import PerProcess
 from potstill.cache.row_batches import row_batches, row_starts
 from potstill.cache.store.pipelines import encoded_chunks
 
@@ -61,11 +62,15 @@ class ChunkCache:
         self._chunks: OrderedDict[Hashable, NDArray[Any]] = OrderedDict()
         self.num_bytes = 0
         """Bytes held now."""
-        self._lock = threading.Lock()
+        self._lock = PerProcess(threading.Lock)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as an empty cache of the same size."""
+        return type(self), (self.max_bytes,)
 
     def get(self, key: Hashable) -> NDArray[Any] | None:
         """The chunk under `key`, read-only, or None."""
-        with self._lock:
+        with self._lock.get():
             chunk = self._chunks.get(key)
             if chunk is None:
                 self.misses += 1
@@ -80,7 +85,7 @@ class ChunkCache:
         chunk.setflags(write=False)
         if chunk.nbytes > self.max_bytes:
             return
-        with self._lock:
+        with self._lock.get():
             replaced = self._chunks.pop(key, None)
             self._chunks[key] = chunk
             self.num_bytes += chunk.nbytes - (0 if replaced is None else replaced.nbytes)

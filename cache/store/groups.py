@@ -25,11 +25,12 @@ from zarr.abc.store import ByteRequest, Store
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.errors import BaseZarrError
-from zarr.storage import ObjectStore, WrapperStore
+from zarr.storage import WrapperStore
 
 from potstill.cache.errors import CorruptSegment, StoreError
+from potstill.cache.forks import PerProcess
 from potstill.cache.store.chunks import ChunkCache, ReadRequest, TiledArray, chunk_checksums
-from potstill.cache.store.pipelines import codec_pipeline, open_array
+from potstill.cache.store.pipelines import codec_pipeline, open_array, zarr_store
 from potstill.cache.store.root import Root, StoredObject, store_errors
 
 CHECKSUMS = "checksums"
@@ -93,7 +94,7 @@ class GroupWriter:
     def __init__(self, root: Root, path: str) -> None:
         self._root = root
         self.path = path
-        self._store = _RecordingStore(ObjectStore(root.store), path)
+        self._store = _RecordingStore(zarr_store(root.store), path)
         self._checksums: dict[str, list[NDArray[np.uint32]]] = {}
         root.refuse_link(path)
         with store_errors(path):
@@ -174,8 +175,8 @@ class GroupReader:
         self._root = root
         self.path = path
         self._objects = {item.path: item for item in objects}
-        self._reading = reading or Reading.open()
-        self._arrays: dict[str, TiledArray] = {}
+        self.reading = reading or Reading.open()
+        self._arrays: PerProcess[dict[str, TiledArray]] = PerProcess(dict)
         self._checksums: dict[str, NDArray[np.uint32]] | None = None
         problem = self.size_problem()
         if problem:
@@ -238,14 +239,15 @@ class GroupReader:
         ]
 
     def _open(self, name: str) -> TiledArray:
-        if name not in self._arrays:
+        arrays = self._arrays.get()
+        if name not in arrays:
             checksums = self._checksums_of(name)
-            self._arrays[name] = self._tiled(self._stored(name), checksums)
-        return self._arrays[name]
+            arrays[name] = self._tiled(self._stored(name), checksums)
+        return arrays[name]
 
     def _tiled(self, array: zarr.Array[Any], checksums: NDArray[np.uint32] | None) -> TiledArray:
         try:
-            return TiledArray(array, array.path, checksums, self._reading.chunks, array.path)
+            return TiledArray(array, array.path, checksums, self.reading.chunks, array.path)
         except _OPEN_FAILURES as error:
             raise CorruptSegment(f"{array.path} cannot be opened: {error}") from error
 
@@ -253,7 +255,7 @@ class GroupReader:
         self._check_whole(f"{name}/zarr.json")
         path = f"{self.path}/{name}"
         try:
-            return open_array(self._root.store, path, self._reading.pipeline)
+            return open_array(self._root.store, path, self.reading.pipeline)
         except _OPEN_FAILURES as error:
             raise CorruptSegment(f"{path} cannot be opened: {error}") from error
 

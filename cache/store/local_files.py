@@ -95,6 +95,37 @@ def files_below(root: Path, folder: Path) -> Iterator[tuple[str, tuple[int, floa
                     yield path.relative_to(folder).as_posix(), (found.st_size, found.st_mtime)
 
 
+def folders_in(folder: Path) -> list[str]:
+    """Names of the folders directly in a folder; none when there is no such folder."""
+    return [entry.name for entry in _entries(folder) if entry.is_dir()]
+
+
+def file_versions(folder: Path) -> Iterator[tuple[str, str]]:
+    """Names of the files directly in a folder, each with a text that changes when it is replaced; no hidden ones."""
+    for entry in _entries(folder):
+        # Others may be removing the same.
+        with suppress(FileNotFoundError):
+            if not entry.name.startswith(".") and entry.is_file():
+                found = entry.stat()
+                yield entry.name, f"{found.st_ino} {found.st_mtime_ns} {found.st_size}"
+
+
+def flush_tree(folder: Path, root: Path) -> None:
+    """Return when everything in a folder below `root` is on the disk, under its name."""
+    # The folders too: on a local file system a file's own fsync does not keep its name.
+    for parent, _, files in os.walk(folder):
+        for name in files:
+            fsync(Path(parent) / name)
+        fsync(Path(parent))
+    fsync_parents(folder, root)
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    with suppress(FileNotFoundError), os.scandir(folder) as entries:
+        return list(entries)
+    return []
+
+
 def fsync(path: Path) -> None:
     """Return when a file's content, or a folder's list of names, is on stable storage."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -18,6 +18,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedEr
 from obstore.store import from_url
 
 from potstill.cache.errors import InvalidInput, StoreError
+from potstill.cache.forks import is_inherited
 
 # Prefix of the environment variables that configure a store, by URL scheme.
 _ENVIRONMENT = {
@@ -69,6 +70,7 @@ def open_object_store(url: str, *, write: bool) -> Any:
     if scheme not in _ENVIRONMENT:
         known = ", ".join(f"{name}://" for name in _ENVIRONMENT)
         raise InvalidInput(f"cannot open {url!r}: the scheme is not known; take a folder, file:// or {known}")
+    require_not_forked(url)
     try:
         if scheme == "memory":
             return from_url(url)
@@ -78,6 +80,19 @@ def open_object_store(url: str, *, write: bool) -> Any:
         raise InvalidInput(f"cannot open {url!r}: {_first_line(error)}") from error
     _reach(hasty, url, write=write)
     return patient
+
+
+def require_not_forked(url: str) -> None:
+    """Refuse an object store in a forked child of a process that used one: obstore's threads are not here.
+
+    Raises:
+        InvalidInput: so it is; waiting for an answer would last for ever.
+    """
+    if is_inherited("obstore"):
+        raise InvalidInput(
+            f"{url} cannot be read in a forked process, since its parent used an object store before; start workers "
+            "by spawn or forkserver (DataLoader: multiprocessing_context='spawn')"
+        )
 
 
 def is_absent(error: BaseException) -> bool:

@@ -2,7 +2,8 @@
 
     stock    zarr-python's own
     zarrs    the optional package of that name: faster. Used on local folders only: it rebuilds any other store from
-             its settings, without our wrapper, and there the network is the limit
+             its settings, without our wrapper, and there the network is the limit. A child that was forked after its
+             parent used it takes `stock`, as the threads stay in the parent
 
 Chunks are checked before either pipeline decodes them: the decoded size in the Blosc header always, the crc32c for
 zarrs. A damaged chunk of 270 KB may claim to decode to 2 GiB; numcodecs allocates and fills that before zarr sees
@@ -26,7 +27,6 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 from obstore.exceptions import BaseError
-from obstore.store import LocalStore as LocalFolder
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec
 from zarr.codecs.sharding import ShardingCodecIndexLocation
@@ -37,11 +37,12 @@ from zarr.registry import register_codec
 from zarr.storage import LocalStore, ObjectStore, WrapperStore
 
 from potstill.cache.errors import CorruptSegment, InvalidInput, StoreError
+from potstill.cache.forks import PerProcess, is_inherited
 
 PIPELINES: Final = ("stock", "zarrs")
 
 # zarr's settings belong to the process, and an array takes them at the moment it is opened: one opening at a time.
-_OPENING = threading.Lock()
+_OPENING: Final = PerProcess(threading.Lock)
 _STOCK_SETTINGS: Final = {
     "codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline",
     "codecs.blosc": "potstill.cache.store.pipelines.BoundedBlosc",
@@ -72,21 +73,28 @@ def codec_pipeline(forced: str | None = None) -> str:
     return "zarrs"
 
 
+def zarr_store(store: Any, *, read_only: bool = False) -> Store:
+    """The zarr store of a folder (a `Path`) or of an obstore store."""
+    return (
+        LocalStore(store, read_only=read_only) if isinstance(store, Path) else ObjectStore(store, read_only=read_only)
+    )
+
+
 def open_array(store: Any, path: str, pipeline: str) -> zarr.Array[Any]:
-    """Open the array at `path` of an obstore store, read-only, to be read by `pipeline`.
+    """Open the array at `path` of a folder or an obstore store, read-only, to be read by `pipeline`.
 
     zarr's settings are restored afterwards. Errors that zarr raises for damaged metadata come through.
     """
-    with _OPENING:
-        array = _open(_StoreErrors(ObjectStore(store, read_only=True)), path, _STOCK_SETTINGS)
-        if pipeline == "stock" or not isinstance(store, LocalFolder) or store.prefix is None:
+    with _OPENING.get():
+        array = _open(_StoreErrors(zarr_store(store, read_only=True)), path, _STOCK_SETTINGS)
+        if pipeline == "stock" or not isinstance(store, Path) or is_inherited("zarrs"):
             return array
         if not _is_bounded_blosc(array):
             return array
         # Strict: an encoding that zarrs does not know is an error here, not a warning and a silent detour.
         unsupported = importlib.import_module("zarrs.pipeline").UnsupportedMetadataError
         try:
-            return _open(LocalStore(Path(store.prefix), read_only=True), path, _ZARRS_SETTINGS)
+            return _open(zarr_store(store, read_only=True), path, _ZARRS_SETTINGS)
         except unsupported as error:
             raise ValueError(str(error)) from error
 
@@ -211,7 +219,7 @@ class _StoreErrors(WrapperStore[Store]):
     def __init__(self, store: Store) -> None:
         super().__init__(store)
         self._indexes: OrderedDict[tuple[str, int], Buffer] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = PerProcess(threading.Lock)
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         suffix = (key, byte_range.suffix) if isinstance(byte_range, SuffixByteRequest) else None
@@ -230,7 +238,7 @@ class _StoreErrors(WrapperStore[Store]):
         return found
 
     def _keep(self, suffix: tuple[str, int], found: Buffer) -> None:
-        with self._lock:
+        with self._lock.get():
             self._indexes[suffix] = found
             if len(self._indexes) > _KEPT_INDEXES:
                 self._indexes.popitem(last=False)

@@ -21,19 +21,19 @@ from urllib.parse import unquote, urlsplit
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
-from obstore.store import LocalStore
 
 from potstill.cache.errors import InvalidInput, StoreError
 from potstill.cache.store.local_files import (
     TEMPORARY,
     create_file,
+    file_versions,
     files_below,
-    fsync,
-    fsync_parents,
+    flush_tree,
+    folders_in,
     local_path,
     remove_tree,
 )
-from potstill.cache.store.object_stores import explain, is_absent, is_cut_short, open_object_store
+from potstill.cache.store.object_stores import explain, is_absent, is_cut_short, open_object_store, require_not_forked
 
 # One request of an object store has a minute to answer: small enough for a slow link.
 _HASH_BLOCK = 16 << 20
@@ -65,8 +65,7 @@ class Root:
 
     def __init__(self, url: str, store: Any, folder: Path | None) -> None:
         self.url = url
-        self.store = store
-        """The obstore store, which zarr's `ObjectStore` wraps."""
+        self._store = store
         self.folder = folder
         """The local folder; None for an object store."""
         self._clock_began: float | None = None
@@ -97,12 +96,35 @@ class Root:
                 folder.mkdir(parents=True, exist_ok=True)
         if not folder.is_dir():
             raise InvalidInput(f"no cache at {text!r}: the folder does not exist; `potstill ingest` makes one")
-        return cls(text, LocalStore(folder), folder)
+        return cls(text, folder, folder)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as the address, which is opened again.
+
+        Raises:
+            InvalidInput: what is stored lives in this process only.
+        """
+        if self.url.startswith("memory:"):
+            raise InvalidInput(f"{self.url} lives in the memory of its process and cannot be opened in another one")
+        return type(self).open, (self.folder or self.url,)
+
+    @property
+    def store(self) -> Any:
+        """The folder, or the obstore store; zarr wraps either.
+
+        Raises:
+            InvalidInput: an object store, in a forked child of the process that used one first.
+        """
+        if self.folder is None:
+            require_not_forked(self.url)
+        return self._store
 
     def get(self, path: str) -> bytes | None:
         """Read an object; None when there is none."""
         with self._access(path):
             try:
+                if self.folder is not None:
+                    return (self.folder / path).read_bytes()
                 return _whole(lambda: bytes(obstore.get(self.store, path).bytes()))
             except FileNotFoundError as error:
                 if is_absent(error):
@@ -160,8 +182,11 @@ class Root:
     def folders(self, prefix: str, *, longest: int = LONGEST_NAME) -> list[str]:
         """Names of the folders directly below `prefix`, sorted; those that `is_name` refuses are left out."""
         with self._access(prefix):
-            listing = _whole(lambda: obstore.list_with_delimiter(self.store, prefix))
-        names = (path.rstrip("/").rsplit("/", 1)[-1] for path in listing["common_prefixes"])
+            if self.folder is not None:
+                names = folders_in(self.folder / prefix)
+            else:
+                listing = _whole(lambda: obstore.list_with_delimiter(self.store, prefix))
+                names = [path.rstrip("/").rsplit("/", 1)[-1] for path in listing["common_prefixes"]]
         return sorted(name for name in names if is_name(name, longest=longest))
 
     def objects(self, prefix: str) -> list[str]:
@@ -171,6 +196,8 @@ class Root:
     def versions(self, prefix: str) -> dict[str, str]:
         """Objects directly below `prefix`: by name, a version text that changes when the object is replaced."""
         with self._access(prefix):
+            if self.folder is not None:
+                return dict(file_versions(self.folder / prefix))
             listing = _whole(lambda: obstore.list_with_delimiter(self.store, prefix))
         found = ((meta["path"].rsplit("/", 1)[-1], meta) for meta in listing["objects"])
         return {
@@ -183,6 +210,9 @@ class Root:
         """Hash of an object's bytes, in hex; read in blocks, so that a large object is never held whole."""
         digest = hashlib.sha256()
         with self._access(path):
+            if self.folder is not None:
+                with (self.folder / path).open("rb") as file:
+                    return hashlib.file_digest(file, "sha256").hexdigest()
             size = int(obstore.head(self.store, path)["size"])
             for start in range(0, size, _HASH_BLOCK):
                 digest.update(obstore.get_range(self.store, path, start=start, end=min(start + _HASH_BLOCK, size)))
@@ -191,6 +221,9 @@ class Root:
     def remove(self, path: str) -> None:
         """Remove one object if it is there."""
         with self._access(path), suppress(FileNotFoundError):
+            if self.folder is not None:
+                (self.folder / path).unlink()
+                return
             _whole(lambda: obstore.delete(self.store, path))
 
     def delete(self, prefix: str) -> None:
@@ -225,13 +258,8 @@ class Root:
         """Return when everything below `prefix` is on stable storage."""
         if self.folder is None:
             return
-        # The folders too: on a local file system a file's own fsync does not keep its name.
         with self._access(prefix):
-            for parent, _, files in os.walk(self.folder / prefix):
-                for name in files:
-                    fsync(Path(parent) / name)
-                fsync(Path(parent))
-            fsync_parents(self.folder / prefix, self.folder)
+            flush_tree(self.folder / prefix, self.folder)
 
     def refuse_link(self, path: str) -> None:
         """Refuse a path that leads through a symbolic link below a local root.

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
 
@@ -46,6 +47,10 @@ class SegmentSet:
         self.ranks = SetRanks(record)
         self.commits = Commits(record)
         self.segments = Segments(record, self.commits, self.ranks, reading)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as the address, with the spec that it was opened or planned with."""
+        return type(self), (self._record, self.segments.reading)
 
     @classmethod
     def open(cls, root: Root, path: str, corpus: Corpus, reading: Reading) -> SegmentSet | None:

@@ -30,7 +30,7 @@ class Segments:
         self._record = record
         self._commits = commits
         self._ranks = ranks
-        self._reading = reading
+        self.reading = reading
         self.reader: Callable[[int], SegmentReader] = lru_cache(_OPEN_SEGMENTS)(self.open)
         """Reader of a shard, which stays open for the next call. Two threads may open the same one: both are right."""
 
@@ -43,7 +43,7 @@ class Segments:
         spec = self._record.spec
         text = shard_text(self._record.corpus, shard)
         return SegmentReader(
-            group, fields=spec.fields, encoding=spec.encoding, ranks=table, text=text, reading=self._reading
+            group, fields=spec.fields, encoding=spec.encoding, ranks=table, text=text, reading=self.reading
         )
 
     def group(self, shard: int) -> GroupReader:
@@ -51,7 +51,7 @@ class Segments:
         commit, path = self._commits.require(shard), self._record.path
         if commit.spec_sha256 and commit.spec_sha256 != self._record.sha256:
             raise CorruptSegment(f"{path}/commits/{commit_name(shard)} is the commit of another segment set")
-        return GroupReader(self._record.root, segment_path(path, commit.segment), commit.objects, self._reading)
+        return GroupReader(self._record.root, segment_path(path, commit.segment), commit.objects, self.reading)
 
 
 def segment_path(set_path: str, segment: str) -> str:

@@ -12,9 +12,8 @@ import pytest
 import zarr
 from hypothesis import given, settings, strategies as st
 from numpy.typing import NDArray
-from obstore.store import LocalStore, MemoryStore, S3Store
+from obstore.store import MemoryStore, S3Store
 from zarr.codecs import BloscCodec, Crc32cCodec
-from zarr.storage import ObjectStore
 
 from potstill.cache.errors import CorruptSegment, InvalidInput, StoreError
 from potstill.cache.store.chunks import (
@@ -24,7 +23,7 @@ from potstill.cache.store.chunks import (
     chunk_checksums,
     read_together,
 )
-from potstill.cache.store.pipelines import codec_pipeline, open_array
+from potstill.cache.store.pipelines import codec_pipeline, open_array, zarr_store
 
 PIPELINES = ("stock", "zarrs")
 
@@ -39,7 +38,7 @@ def store_array(store: Any, data: NDArray[Any], chunk: tuple[int, ...], shard: t
     """`data` at `group/values`, cut and compressed as a cache is."""
     whole = tuple(-(-max(size, 1) // step) * step for size, step in zip(data.shape, chunk, strict=True))
     array = zarr.create_array(
-        ObjectStore(store),
+        zarr_store(store),
         name="group/values",
         shape=data.shape,
         dtype=data.dtype,
@@ -66,7 +65,7 @@ def some_ids(positions: int = 1000, k: int = 12) -> NDArray[np.uint16]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("arrays")
-    store_array(LocalStore(path), some_ids(), (64, 5))
+    store_array(path, some_ids(), (64, 5))
     return path
 
 
@@ -76,7 +75,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_any_ranges_read_together_are_numpy_slices(folder: Path, pipeline: str, data: st.DataObject) -> None:
     ids = some_ids()
     cache = ChunkCache(data.draw(st.sampled_from([0, 4000, 1 << 20])))
-    array = tiled(LocalStore(folder), chunk_checksums(ids, (64, 5)), pipeline, cache)
+    array = tiled(folder, chunk_checksums(ids, (64, 5)), pipeline, cache)
     point = st.integers(0, len(ids))
     span = st.tuples(point, point, st.sampled_from([None, 1, 5, 6, 12, 99]))
     for asked in data.draw(st.lists(st.lists(span, min_size=1, max_size=5), min_size=1, max_size=3)):
@@ -92,8 +91,8 @@ def test_any_ranges_read_together_are_numpy_slices(folder: Path, pipeline: str, 
 @pytest.mark.parametrize("dtype", ["uint8", "uint32", "float16", "float32", "int64"])
 def test_a_flat_array_of_many_objects_is_read(tmp_path: Path, pipeline: str, dtype: str) -> None:
     values = np.arange(1000).astype(dtype)
-    store_array(LocalStore(tmp_path), values, (32,), (128,))
-    array = tiled(LocalStore(tmp_path), chunk_checksums(values, (32,)), pipeline)
+    store_array(tmp_path, values, (32,), (128,))
+    array = tiled(tmp_path, chunk_checksums(values, (32,)), pipeline)
     assert np.array_equal(array.read(100, 700), values[100:700])
     assert np.array_equal(array.read(0, 1000), values)
     assert array.read(990, 1000).tobytes() == values[990:].tobytes()
@@ -103,8 +102,8 @@ def test_a_flat_array_of_many_objects_is_read(tmp_path: Path, pipeline: str, dty
 def test_an_array_without_elements_has_no_chunks_to_read(tmp_path: Path, shape: tuple[int, ...]) -> None:
     values = np.zeros(shape, np.uint8)
     chunk = (8, 4)[: len(shape)]
-    store_array(LocalStore(tmp_path), values, chunk)
-    array = tiled(LocalStore(tmp_path), chunk_checksums(values, chunk))
+    store_array(tmp_path, values, chunk)
+    array = tiled(tmp_path, chunk_checksums(values, chunk))
     assert array.read(0, shape[0]).shape == shape
 
 
@@ -122,8 +121,8 @@ def test_another_valid_chunk_in_its_place_is_found_and_named(tmp_path: Path, pip
     ids = some_ids()
     swapped = ids.copy()
     swapped[64:128], swapped[128:192] = ids[128:192], ids[64:128]
-    store_array(LocalStore(tmp_path), swapped, (64, 12))
-    array = tiled(LocalStore(tmp_path), chunk_checksums(ids, (64, 12)), pipeline)
+    store_array(tmp_path, swapped, (64, 12))
+    array = tiled(tmp_path, chunk_checksums(ids, (64, 12)), pipeline)
     assert np.array_equal(array.read(0, 60), ids[:60])
     with pytest.raises(CorruptSegment, match=r"group/values chunk \(1, 0\) is not what was committed"):
         array.read(60, 70)
@@ -133,7 +132,7 @@ def test_another_valid_chunk_in_its_place_is_found_and_named(tmp_path: Path, pip
 
 def test_checksums_of_another_number_of_chunks_are_refused(folder: Path) -> None:
     with pytest.raises(CorruptSegment, match="has 48 chunks, 3 checksums were recorded"):
-        tiled(LocalStore(folder), np.zeros(3, np.uint32))
+        tiled(folder, np.zeros(3, np.uint32))
 
 
 def damage_byte(data: bytes) -> bytes:
@@ -150,34 +149,34 @@ def test_a_damaged_object_is_an_error_that_names_it(
     tmp_path: Path, pipeline: str, damage: Callable[[bytes], bytes]
 ) -> None:
     ids = some_ids()
-    store_array(LocalStore(tmp_path), ids, (64, 12))
+    store_array(tmp_path, ids, (64, 12))
     path = tmp_path / "group/values/c/0/0"
     path.write_bytes(damage(path.read_bytes()))
     for sums in (None, chunk_checksums(ids, (64, 12))):
         for stop in (70, 1000):
             with pytest.raises(CorruptSegment, match="group/values"):
-                tiled(LocalStore(tmp_path), sums, pipeline).read(0, stop)
+                tiled(tmp_path, sums, pipeline).read(0, stop)
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES)
 def test_every_flipped_bit_is_found_with_and_without_recorded_checksums(tmp_path: Path, pipeline: str) -> None:
     ids = some_ids(200)
-    store_array(LocalStore(tmp_path), ids, (64, 12))
+    store_array(tmp_path, ids, (64, 12))
     path = tmp_path / "group/values/c/0/0"
     good = path.read_bytes()
     rng = np.random.default_rng(1)
     for round_ in range(100):
         at = int(rng.integers(len(good)))
         path.write_bytes(good[:at] + bytes([good[at] ^ (1 << int(rng.integers(8)))]) + good[at + 1 :])
-        array = tiled(LocalStore(tmp_path), chunk_checksums(ids, (64, 12)) if round_ % 2 else None, pipeline)
+        array = tiled(tmp_path, chunk_checksums(ids, (64, 12)) if round_ % 2 else None, pipeline)
         with pytest.raises(CorruptSegment):
             array.read(0, 200)
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES)
 def test_a_missing_object_is_not_read_as_zeros(tmp_path: Path, pipeline: str) -> None:
-    store_array(LocalStore(tmp_path), np.zeros(100, np.uint8), (32,))
-    array = tiled(LocalStore(tmp_path), None, pipeline)
+    store_array(tmp_path, np.zeros(100, np.uint8), (32,))
+    array = tiled(tmp_path, None, pipeline)
     (tmp_path / "group/values/c/0").unlink()
     with pytest.raises(CorruptSegment, match=r"group/values/c/0 is missing"):
         array.read(0, 50)
@@ -188,18 +187,18 @@ def test_a_missing_object_is_not_read_as_zeros(tmp_path: Path, pipeline: str) ->
 def test_a_chunk_that_would_decode_to_more_than_its_size_is_never_decoded(
     tmp_path: Path, pipeline: str, stop: int
 ) -> None:
-    store_array(LocalStore(tmp_path), np.zeros(64, np.uint8), (64,))
+    store_array(tmp_path, np.zeros(64, np.uint8), (64,))
     bomb = numcodecs.blosc.compress(np.zeros(64 << 20, np.uint8), b"zstd", 5, 2)
     bomb += google_crc32c.value(bomb).to_bytes(4, "little")
     index = np.array([0, len(bomb)], "<u8").tobytes()
     (tmp_path / "group/values/c/0").write_bytes(bomb + index + google_crc32c.value(index).to_bytes(4, "little"))
-    array = tiled(LocalStore(tmp_path), None, pipeline)
+    array = tiled(tmp_path, None, pipeline)
     with pytest.raises(CorruptSegment, match="would decode to 67108864 bytes instead of 64"):
         array.read(0, stop)
 
 
 def test_a_store_that_does_not_answer_is_no_damage(tmp_path: Path) -> None:
-    store_array(LocalStore(tmp_path), some_ids(), (64, 12))
+    store_array(tmp_path, some_ids(), (64, 12))
     nobody = S3Store(
         "bucket",
         endpoint="http://127.0.0.1:9",
@@ -222,7 +221,7 @@ def test_any_store_is_read_with_any_pipeline() -> None:
 
 def test_small_rows_in_order_decode_no_chunk_twice(folder: Path) -> None:
     cache = ChunkCache(64 * 5 * 2 * 3)
-    array = tiled(LocalStore(folder), None, cache=cache)
+    array = tiled(folder, None, cache=cache)
     for start in range(0, 1000, 10):
         array.read(start, min(start + 10, 1000), 5)
     # One look-up a chunk touched; each of the 16 chunks is missed once.
@@ -231,7 +230,7 @@ def test_small_rows_in_order_decode_no_chunk_twice(folder: Path) -> None:
 
 def test_a_scan_keeps_no_chunk_it_used_whole(folder: Path) -> None:
     cache = ChunkCache(1 << 20)
-    array = tiled(LocalStore(folder), None, cache=cache)
+    array = tiled(folder, None, cache=cache)
     array.read(0, 1000)
     assert cache.num_bytes == 0
     array.read(64, 130)
@@ -254,7 +253,7 @@ def test_the_cache_drops_what_was_used_longest_ago() -> None:
 
 
 def test_a_kept_chunk_cannot_be_changed_by_who_reads_it(folder: Path) -> None:
-    array = tiled(LocalStore(folder), None)
+    array = tiled(folder, None)
     for _ in range(2):
         with pytest.raises(ValueError, match="read-only"):
             array.read(0, 10, 5)[0, 0] = 7
@@ -263,7 +262,7 @@ def test_a_kept_chunk_cannot_be_changed_by_who_reads_it(folder: Path) -> None:
 @pytest.mark.parametrize("pipeline", PIPELINES)
 def test_threads_that_share_a_small_cache_read_right_numbers(folder: Path, pipeline: str) -> None:
     ids = some_ids()
-    array = tiled(LocalStore(folder), chunk_checksums(ids, (64, 5)), pipeline, ChunkCache(3000))
+    array = tiled(folder, chunk_checksums(ids, (64, 5)), pipeline, ChunkCache(3000))
     wrong: list[int] = []
 
     def reads(seed: int) -> None:
@@ -282,9 +281,9 @@ def test_threads_that_share_a_small_cache_read_right_numbers(folder: Path, pipel
 @pytest.mark.parametrize("pipeline", PIPELINES)
 def test_opening_leaves_zarr_as_it_was_for_others(folder: Path, pipeline: str) -> None:
     before = (zarr.config.get("codec_pipeline"), zarr.config.get("codecs"))
-    tiled(LocalStore(folder), None, pipeline).read(0, 10)
+    tiled(folder, None, pipeline).read(0, 10)
     assert (zarr.config.get("codec_pipeline"), zarr.config.get("codecs")) == before
-    plain = zarr.open_array(ObjectStore(LocalStore(folder), read_only=True), path="group/values", mode="r")
+    plain = zarr.open_array(zarr_store(folder, read_only=True), path="group/values", mode="r")
     assert np.array_equal(plain[:], some_ids())
 
 
