@@ -1,17 +1,21 @@
-"""Positions a second and bytes on the wire of one service process that answers from the cache, beside vLLM's server.
+"""Positions a second and bytes on the wire of the process that `potstill serve` starts, beside servers of others.
 
-    python -m benchmarks.bench_serving [--only ranges,rows,hits,json,vllm] [--k 64] [--seconds 10]
+    python -m benchmarks.bench_serving [--only ranges,files,rows,hits,json,misses,vllm] [--k 64] [--seconds 10]
 
+From the cache:
     ranges   blocks of positions of a corpus, through HttpTargets
+    files    beside it: the same blocks as raw arrays, by Range requests to Starlette's static files
     rows     random rows of the corpus, 32 a request, through HttpTargets: what a trainer does
     hits     the same rows by their tokens, through HttpTeacher: the cache finds them by key
     json     the same rows by their tokens, as JSON with plain httpx
-    vllm     the same rows, as vLLM's own OpenAI server answers them with prompt_logprobs=K
+Computed, by one tiny model:
+    misses   rows by their tokens, through HttpTeacher, with nothing kept
+    vllm     beside it: the same rows, as vLLM's own OpenAI server answers them with prompt_logprobs=K
 
 Each part runs alone, with a server process of its own on loopback and `--clients` client threads in this process. The
-targets are those of a made-up teacher over the tiny model's 512 ids, kept as u8: what is on the wire is the same
-for any. The first answers (imports, compiling, opening files) are not counted. Positions per second of the server's own
-processor time say what one core would give where clients run elsewhere. Bytes are of answers' bodies.
+cached targets are those of a made-up teacher, kept as u8: what is on the wire is the same for any. The first answers
+(imports, compiling, opening files) are not counted. Positions per second of the server's own processor time say what
+one core would give where clients run elsewhere. Bytes are of answers' bodies.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import sys
 import tempfile
 import threading
@@ -41,10 +46,10 @@ from potstill.cache.types import Tokens
 from potstill.cache.wire import scores as wire
 from potstill.clients.http_targets import HttpCache
 from potstill.clients.http_teacher import SyncHttpTeacher
-from tests.support.corpora import byte_tokenizer, teacher_for
-from tests.support.processes.vllm_server import free_port, process_serving, vllm_serving
+from tests.support.corpora import VOCAB, byte_tokenizer, teacher_for
+from tests.support.processes.vllm_server import free_port, potstill_serving, process_serving, vllm_serving
 
-PARTS = ("ranges", "rows", "hits", "json", "vllm")
+PARTS = ("ranges", "files", "rows", "hits", "json", "misses", "vllm")
 ROW_TOKENS = 200
 ROWS_A_REQUEST = 32
 RANGE_POSITIONS = 1 << 16
@@ -92,34 +97,36 @@ def make_cache(root: Path, k: int, positions: int) -> Corpus:
     return corpus
 
 
-def serve(root: str, port: int) -> None:
-    """A service with the cache, and a teacher of the same identity behind it."""
-    import uvicorn
-
-    from potstill.cache.read_through.cached_teacher import KeepPolicy
-    from potstill.teacher_service.app import create_app
-    from potstill.teacher_service.hosting.hosted_teacher import Keep
-    from potstill.teacher_service.hosting.service import Service
-    from tests.support.processes.servers import hosted
-
-    cache = Cache.open(root, "r+")
-    keep = Keep(cache, KeepPolicy(k=64))
-    teacher = hosted("fake", teacher_for(cache.corpus("docs")), keep)
-    app = create_app(Service([teacher], cache=cache))
-
-    @app.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "ok"}
-
-    uvicorn.run(app, host="127.0.0.1", port=port, log_config=None, ws="none")
+@contextmanager
+def service(root: Path) -> Iterator[str]:
+    """`potstill serve` with the cache, and a fake teacher of the identity that scored it."""
+    port = free_port()
+    served = Path(__file__).parent / "abuse" / "served.py"
+    options = ["--teacher", f"fake=fake://{VOCAB}", "--cache", str(root), "--port", str(port)]
+    command = [sys.executable, "-P", str(served), *options]
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with process_serving(command, f"http://127.0.0.1:{port}", root.parent / "service.log", environment) as url:
+        yield url
 
 
 @contextmanager
-def service(root: Path) -> Iterator[str]:
+def file_server(folder: Path) -> Iterator[str]:
+    """Starlette's static files in a uvicorn of its own."""
     port = free_port()
-    command = [sys.executable, "-m", "benchmarks.bench_serving", "--serve", str(root), "--port", str(port)]
-    with process_serving(command, f"http://127.0.0.1:{port}", root.parent / "service.log", {}) as url:
+    command = [sys.executable, "-m", "benchmarks.bench_serving", "--files", str(folder), "--port", str(port)]
+    with process_serving(command, f"http://127.0.0.1:{port}", folder.parent / "files.log", {}) as url:
         yield url
+
+
+def serve_files(folder: str, port: int) -> None:
+    """Serve a folder, until killed."""
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.staticfiles import StaticFiles
+
+    app = Starlette()
+    app.mount("/", StaticFiles(directory=folder))
+    uvicorn.run(app, host="127.0.0.1", port=port, log_config=None, access_log=False, ws="none")
 
 
 def measure(part: str, work: Work, *, seconds: float, clients: int) -> Figure:
@@ -174,6 +181,24 @@ def measure_ranges(root: Path, args: argparse.Namespace) -> Figure:
         return measure("ranges", work, seconds=args.seconds, clients=args.clients)
 
 
+def measure_files(root: Path, args: argparse.Namespace) -> Figure:
+    """The same ranges, as raw arrays of ids and logprobs that a plain file server gives."""
+    position = np.dtype([("ids", "<u4", args.k), ("logprobs", "<f4", args.k), ("tail", "<f4"), ("label", "<f4")])
+    folder = root.parent / "files"
+    folder.mkdir()
+    np.zeros(args.positions, position).tofile(folder / "targets")
+    (folder / "health").write_text("ok")
+    with file_server(folder) as url, httpx.Client(timeout=600.0) as http:
+
+        def work(number: int) -> tuple[int, int]:
+            start = number * RANGE_POSITIONS % max(args.positions - RANGE_POSITIONS, 1) * position.itemsize
+            ask = {"range": f"bytes={start}-{start + RANGE_POSITIONS * position.itemsize - 1}"}
+            reply = http.get(f"{url}/targets", headers=ask).raise_for_status()
+            return len(np.frombuffer(reply.content, position)), len(reply.content)
+
+        return measure("files", work, seconds=args.seconds, clients=args.clients)
+
+
 def measure_rows(root: Path, args: argparse.Namespace) -> Figure:
     with service(root) as url, HttpCache(url) as cache:
         some = list(range(ROWS_A_REQUEST))
@@ -216,6 +241,25 @@ def measure_json(root: Path, args: argparse.Namespace) -> Figure:
         return measure("json", work, seconds=args.seconds, clients=args.clients)
 
 
+def measure_misses(root: Path, args: argparse.Namespace) -> Figure:
+    """Rows that are computed by the engine that `vllm` measures, with nothing kept."""
+    from tests.support.tiny_models import make_tiny_llama
+
+    rows = scored_rows(root)
+    model = make_tiny_llama(root.parent / "model")
+    with potstill_serving(model) as url, SyncHttpTeacher(url, "tiny") as teacher:
+        question = wire.request_to_arrow(wire.ScoreRequest(part_of(rows, 0), Fields(k=args.k)))
+        arrow = {"content-type": wire.ARROW_MEDIA_TYPE}
+        reply = httpx.post(f"{url}/v1/teachers/tiny/score", content=question, headers=arrow, timeout=600)
+        size = body_bytes(reply, ROWS_A_REQUEST * ROW_TOKENS)
+
+        def work(number: int) -> tuple[int, int]:
+            got = sum(part.num_positions for part in teacher.score(part_of(rows, number), Fields(k=args.k)))
+            return got, round(got * size)
+
+        return measure("misses", work, seconds=args.seconds, clients=args.clients)
+
+
 def measure_vllm(root: Path, args: argparse.Namespace) -> Figure:
     from tests.support.tiny_models import make_tiny_llama
 
@@ -253,18 +297,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--clients", type=int, default=2)
     parser.add_argument("--positions", type=int, default=1 << 20)
-    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--files", help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.serve:
-        serve(args.serve, args.port)
+    if args.files:
+        serve_files(args.files, args.port)
         return 0
     parts = args.only.split(",")
     unknown = sorted(set(parts) - set(PARTS))
     if unknown:
         parser.error(f"there is no part {unknown[0]!r}; parts are {', '.join(PARTS)}")
-    runs = {"ranges": measure_ranges, "rows": measure_rows, "hits": measure_hits, "json": measure_json}
-    runs["vllm"] = measure_vllm
+    runs = {"ranges": measure_ranges, "files": measure_files, "rows": measure_rows, "hits": measure_hits}
+    runs |= {"json": measure_json, "misses": measure_misses, "vllm": measure_vllm}
     figures = []
     with tempfile.TemporaryDirectory() as name:
         root = Path(name) / "cache"
