@@ -30,7 +30,7 @@ from tokenizers import Tokenizer, models
 
 from potstill.cache import Cache, Fields, Provenance, Targets, TeacherIdentity
 from potstill.cache.corpus.corpus import Corpus
-from potstill.cache.corpus.ingest import IngestPlan, IngestProgress, ingest_rows
+from potstill.cache.corpus.ingest import MOST_SHARD_POSITIONS, IngestPlan, IngestProgress, ingest_rows
 from potstill.cache.store.groups import Reading
 from potstill.cache.store.root import Root
 from potstill.cache.targets.target_set import TargetSet
@@ -205,7 +205,7 @@ def count_objects(folder: Path, _rows: int, _segments: int) -> dict[str, float]:
         "objects of a segment and its commit": of_segment,
         "objects per billion positions, these short shards": round(everything * BILLION / corpus.num_positions),
     }
-    for positions in (IngestPlan().shard_positions, 8 << 20):
+    for positions in (MOST_SHARD_POSITIONS, 8 << 20):
         name = f"objects per billion positions, shards of {positions:,}"
         found[name] = of_corpus + of_segment * -(-BILLION // positions)
     return found

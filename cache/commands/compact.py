@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="entries a position; rows with fewer stay in the journal (default: what the journal has)",
     )
-    parser.add_argument("--shard-positions", type=int, default=1 << 20, help="of the corpus (default %(default)s)")
+    parser.add_argument("--shard-positions", type=int, metavar="N", help="of the corpus (default: as of `ingest`)")
     parser.add_argument("--keep-journal", action="store_true", help="remove nothing from the journal")
 
 

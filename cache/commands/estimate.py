@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--teachers", type=int, default=1, metavar="N", help="(default %(default)s)")
     add_wish_options(parser)
     parser.add_argument("--encoding", help="this one only (default: each)")
-    parser.add_argument("--shard-positions", type=int, default=1 << 20, help="positions a shard (default %(default)s)")
+    parser.add_argument("--shard-positions", type=int, metavar="N", help="positions a shard (default: as of `ingest`)")
     parser.add_argument("--price", type=float, default=0.023, metavar="USD", help="a GiB-month (default %(default)s)")
     parser.add_argument(
         "--put-price", type=float, default=0.005, metavar="USD", help="1,000 puts (default %(default)s)"

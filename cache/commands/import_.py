@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="list columns, or DistillKit's compressed dataset (default %(default)s)",
     )
     parser.add_argument("--encoding", default="u8", help="how they are kept here (default %(default)s)")
-    parser.add_argument("--shard-positions", type=int, default=1 << 20, help="of a new corpus (default %(default)s)")
+    parser.add_argument("--shard-positions", type=int, metavar="N", help="of a new corpus (default: as of `ingest`)")
     parser.add_argument(
         "--compression-config", metavar="FILE", help="default: compression_config.yaml beside the files"
     )

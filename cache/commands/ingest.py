@@ -22,7 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokenizer.json, a folder with one, or a model's name on the Hugging Face hub",
     )
     parser.add_argument("--row-tokens", type=int, default=512, help="longest row, in tokens (default %(default)s)")
-    parser.add_argument("--shard-positions", type=int, default=1 << 20, help="positions a shard (default %(default)s)")
+    parser.add_argument(
+        "--shard-positions",
+        type=int,
+        metavar="N",
+        help="positions a shard, the unit that a fill keeps (default: a 64th of the corpus, 4,096 to 1,048,576)",
+    )
     parser.add_argument("--text-field", default="text", help="key or column of JSONL and Parquet (default %(default)s)")
 
 

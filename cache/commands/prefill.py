@@ -95,11 +95,7 @@ async def prefill(
         require_within_limits(teacher, targets)
         if targets.fields != fields:
             print(f"{name}: {_difference(fields, targets.fields)}", flush=True)
-        try:
-            report = await _fill_with_progress(teacher, targets, plan)
-        except BaseException as error:
-            print(f"{name}: stopped; {_committed_so_far(targets)}{_way_on(error)}", flush=True)
-            raise
+        report = await fill_with_progress(teacher, targets, plan)
     commits = [commit for each in targets.sets for commit in each.commits.all()]
     stored = sum(commit.num_bytes for commit in commits) / max(corpus.num_positions, 1)
     print(_summary(name, targets, report) + f"; {stored:.1f} bytes/position")
@@ -137,12 +133,13 @@ def _difference(asked: Fields, left: Fields) -> str:
     return f"{kept} is there already; filling {adding}"
 
 
-def _committed_so_far(targets: TargetSet) -> str:
+def _committed_so_far(targets: TargetSet, unkept: int) -> str:
+    lost = f"{counted(unkept, 'scored token')} of unfinished shards dropped, " if unkept else ""
     try:
         committed = targets.committed
     except StoreError:
-        return ""  # it is what stopped the run, and is said there
-    return f"{int(committed.sum()):,} of {counted(len(committed), 'shard')} committed so far, "
+        return lost  # it is what stopped the run, and is said there
+    return f"{int(committed.sum()):,} of {counted(len(committed), 'shard')} committed so far, {lost}"
 
 
 def _way_on(error: BaseException) -> str:
@@ -154,16 +151,31 @@ def _way_on(error: BaseException) -> str:
     return "the same command goes on with the rest"
 
 
-async def _fill_with_progress(teacher: Teacher, targets: TargetSet, plan: FillPlan) -> FillReport:
+async def fill_with_progress(teacher: Teacher, targets: TargetSet, plan: FillPlan) -> FillReport:
+    """Fill what `targets` lacks, show the progress, and say what was kept and dropped when it stops early.
+
+    Raises:
+        PotstillError: whatever scoring or writing raises; committed shards stay.
+    """
     from potstill.cache.fill import FillProgress, fill
 
+    unkept = 0
     with progress(f"prefill {targets.teacher}", "tokens") as show:
 
         def on_progress(at: FillProgress) -> None:
+            nonlocal unkept
+            unkept = at.positions_unkept
+            done = f"{at.shards_committed}/{counted(at.shards, 'shard')}"
+            unfinished = f", {unkept:,} tokens of unfinished ones" if unkept else ""
             waiting = f", waiting for {counted(at.waiting_for, 'shard')} of other jobs" if at.waiting_for else ""
-            show(at.positions_scored, at.positions, f"{at.shards_committed}/{counted(at.shards, 'shard')}{waiting}")
+            show(at.positions_scored, at.positions, done + unfinished + waiting)
 
-        return await fill(teacher, targets, plan, on_progress=on_progress)
+        try:
+            return await fill(teacher, targets, plan, on_progress=on_progress)
+        except BaseException as error:
+            so_far = _committed_so_far(targets, unkept)
+            print(f"{targets.teacher}: stopped; {so_far}{_way_on(error)}", flush=True)
+            raise
 
 
 def _summary(name: str, targets: TargetSet, report: FillReport) -> str:

@@ -40,6 +40,12 @@ _OBJECT_ROWS = 1 << 21
 _MOST = 1 << 40
 
 
+LEAST_SHARD_POSITIONS = 4096
+MOST_SHARD_POSITIONS = 1 << 20
+"""Bounds of the shards that are made where nobody says how large."""
+_FITTING_SHARDS = 64
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IngestPlan:
     """Sizes of rows and shards, and where the text is.
@@ -50,14 +56,17 @@ class IngestPlan:
 
     row_tokens: int = 512
     """Longest row, in tokens."""
-    shard_positions: int = 1 << 20
-    """Most positions of a shard, the unit of work and of commit; a row that is longer gets a shard of its own."""
+    shard_positions: int | None = None
+    """Most positions of a shard, the unit of work and of commit; a row that is longer gets a shard of its own. None
+    for `fitting_shard_positions`."""
     text_field: str = "text"
     """Key or column of JSONL and Parquet records."""
 
     def __post_init__(self) -> None:
         for name in ("row_tokens", "shard_positions"):
             option, size = f"--{name.replace('_', '-')}", getattr(self, name)
+            if size is None:
+                continue
             if size < 1:
                 raise InvalidInput(f"{option} is {size}; it must be at least 1")
             if size > _MOST:
@@ -145,6 +154,14 @@ def cut(blocks: Iterable[Tokens], row_tokens: int) -> Iterator[Tokens]:
         yield rest
 
 
+def fitting_shard_positions(num_positions: int) -> int:
+    """Positions of a shard by which a corpus of `num_positions` has 64 of them, or as near as the bounds allow.
+
+    A fill that is stopped loses the shards in work. Few positions a shard cost space instead: each is a dozen objects.
+    """
+    return min(MOST_SHARD_POSITIONS, max(LEAST_SHARD_POSITIONS, -(-num_positions // _FITTING_SHARDS)))
+
+
 def shard_bounds(row_starts: NDArray[np.int64], shard_positions: int) -> NDArray[np.int64]:
     """First row [S+1] int64 of each shard, then R. A shard has at most `shard_positions`, or one longer row."""
     return np.array([0, *(stop for _, stop in row_batches(row_starts, shard_positions))], dtype=np.int64)
@@ -213,7 +230,8 @@ def _write(
     root: Root, group: str, spool: RowSpool, tokenizer: Tokenizer, sources: tuple[Source, ...], plan: IngestPlan
 ) -> CorpusSpec:
     row_starts = spool.row_starts()
-    shard_rows = shard_bounds(row_starts, plan.shard_positions)
+    size = plan.shard_positions or fitting_shard_positions(spool.num_positions)
+    shard_rows = shard_bounds(row_starts, size)
     writer = GroupWriter(root, group)
     digest = hashlib.sha256(bytes.fromhex(spool.tokenizer_sha256))
     _stream(writer, "tokens", spool.token_blocks, (spool.num_positions,), np.uint32, digest)

@@ -62,6 +62,8 @@ class FillProgress:
     positions: int
     shards_committed: int
     shards: int
+    positions_unkept: int = 0
+    """Positions that were scored, and are lost if the fill stops now: their shards are not complete."""
     waiting_for: int = 0
     """Shards of other jobs that this one waits for, when it has nothing else to do."""
 
@@ -188,6 +190,7 @@ class _FillState:
         self._writing: asyncio.Task[None] | None = None
         self._poll = min(_LONGEST_POLL, plan.claim_seconds / 20)
         self._poll_at = 0.0
+        self._settled = 0
         self.positions_scored = 0
         self.shards_committed = 0
         self.shards_lost = 0
@@ -326,6 +329,7 @@ class _FillState:
         for row in batch.known:
             self._pilot.pop(row, None)
         if shard.dropped:
+            self._settled += sum(part.num_positions for part in shard.parts)
             shard.parts.clear()
         elif batch.last:
             # One shard is written at a time: otherwise a slow store would let finished shards pile up in memory.
@@ -336,6 +340,7 @@ class _FillState:
     def _drop(self, shard: _ClaimedShard) -> None:
         """Give up a shard that another job took over while it was scored."""
         shard.dropped = True
+        self._settled += sum(part.num_positions for part in shard.parts)
         shard.parts.clear()
         self._gathering = None
         self._queue.put_back(shard.index, committed=False)
@@ -360,6 +365,7 @@ class _FillState:
             self._queue.put_back(shard.index, committed=won)
         self.shards_committed += won
         self.shards_lost += not won
+        self._settled += shard_targets.num_positions
         self._report()
 
     def _report(self, *, waiting_for: int = 0) -> None:
@@ -367,4 +373,5 @@ class _FillState:
         positions = self._positions - int(sum(self._lengths[shard] for shard in elsewhere))
         scored = min(self.positions_scored, positions)
         shards = self._shards - len(elsewhere)
-        self._on_progress(FillProgress(scored, positions, self.shards_committed, shards, waiting_for))
+        unkept = max(0, self.positions_scored - self._settled)
+        self._on_progress(FillProgress(scored, positions, self.shards_committed, shards, unkept, waiting_for))

@@ -34,8 +34,8 @@ class ImportPlan:
     identity: TeacherIdentity
     fields: Fields
     encoding: str
-    shard_positions: int = 1 << 20
-    """Positions of a shard, when the corpus is made; one that exists keeps its shards."""
+    shard_positions: int | None = None
+    """Positions of a shard, when the corpus is made (None: as fit it); one that exists keeps its shards."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -54,7 +54,7 @@ class CompactPlan:
     tokenizer: Tokenizer | None = None
     """The teacher's tokenizer; None when a corpus of the cache has it."""
     keep_journal: bool = False
-    shard_positions: int = 1 << 20
+    shard_positions: int | None = None
 
     def __post_init__(self) -> None:
         check_name("teacher", self.teacher)

@@ -25,6 +25,7 @@ from potstill.cache.types import Fields, Targets
 # More would gain little: with a table of 4,096 positions ids take 93 bytes a position, with one of all positions of the
 # corpus 91 (SmolLM2, K=64).
 _PILOT_POSITIONS = 32_768
+_LEAST_PILOT_POSITIONS = 2048
 # Fewer for dense targets, all of which are held in memory: 100 MB at V = 200k.
 _DENSE_PILOT_POSITIONS = 128
 # Tokens of the corpus by which ids that are equally frequent in the pilot are ordered.
@@ -113,7 +114,9 @@ class SetRanks:
 
 def pilot_rows(corpus: Corpus, fields: Fields) -> list[int]:
     """Choose rows at even distances with about as many positions as a rank table needs; at least one row."""
-    wanted = _DENSE_PILOT_POSITIONS if fields.dense else _PILOT_POSITIONS
+    most = _DENSE_PILOT_POSITIONS if fields.dense else _PILOT_POSITIONS
+    # Nothing is kept before the pilot is scored, so of a small corpus it is a small part.
+    wanted = min(most, max(_LEAST_PILOT_POSITIONS, corpus.num_positions // 16))
     count = max(1, min(len(corpus), wanted * len(corpus) // corpus.num_positions))
     rows = np.arange(count, dtype=np.int64) * len(corpus) // count
     return [int(row) for row in rows]

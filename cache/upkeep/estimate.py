@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from potstill.cache.cache import Cache
+from potstill.cache.corpus.ingest import fitting_shard_positions
 from potstill.cache.encoding import Encoding
 from potstill.cache.encoding.fields import check_kept, stored_shapes
 from potstill.cache.encoding.logprobs import encoding_by_name
@@ -76,19 +77,21 @@ class Workload:
     vocab_size: int
     fields: Fields
     teachers: int = 1
-    shard_positions: int = 1 << 20
+    shard_positions: int | None = None
+    """None for those that `ingest` makes by itself."""
 
     def __post_init__(self) -> None:
         for name in ("positions", "vocab_size", "teachers", "shard_positions"):
-            if not 1 <= getattr(self, name) <= _MOST:
-                raise InvalidInput(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be 1 to {_MOST:,}")
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= _MOST:
+                raise InvalidInput(f"--{name.replace('_', '-')} is {value}; it must be 1 to {_MOST:,}")
         if self.fields.k > self.vocab_size:
             raise InvalidInput(f"--top-k is {self.fields.k}; the vocabulary has {self.vocab_size} ids")
 
     @property
     def shards(self) -> int:
         """Number of shards S of each teacher's target set."""
-        return math.ceil(self.positions / self.shard_positions)
+        return math.ceil(self.positions / (self.shard_positions or fitting_shard_positions(self.positions)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

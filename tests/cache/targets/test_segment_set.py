@@ -360,7 +360,7 @@ def test_the_pilot_is_as_small_as_the_largest_field_asks_for(tmp_path: Path) -> 
     cache, corpus = make_corpus(tmp_path / "c")
     teacher = teacher_for(corpus)
     begun = planned(cache, teacher, TOP_K)
-    assert len(begun.pilot_rows()) == len(corpus)
+    assert len(begun.pilot_rows()) == 2048 * len(corpus) // corpus.num_positions
     begun.make_ranks(exact(teacher, corpus, 0, TOP_K))
     (Path(cache.root.url) / "targets" / "fake" / "docs" / "ranks.json").unlink()
     both = planned(cache, teacher, replace(TOP_K, dense=True))
