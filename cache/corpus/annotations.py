@@ -21,6 +21,7 @@ from potstill.cache.errors import AlreadyExists, FormatError, InvalidInput, NotF
 from potstill.cache.plurals import counted
 from potstill.cache.store import GroupReader, GroupWriter, Root, StoredObject
 from potstill.cache.store.groups import Layout, attempt_name, objects_from_json, removed_on_failure
+from potstill.cache.store.publishing import publish
 from potstill.cache.store.record import read_record, record_bytes, values_read
 from potstill.cache.store.root import check_name, is_name
 
@@ -92,7 +93,7 @@ def annotate(
         objects=objects,
     )
     # From here on the record may name the group, also when `create` raises: it is not ours to delete.
-    if not root.create(path, record_bytes(_KIND, _to_json(annotation))):
+    if not publish(root, path, record_bytes(_KIND, _to_json(annotation)), f"{corpus.folder}/{group}", objects):
         root.delete(f"{corpus.folder}/{group}")
         raise taken
     return annotation

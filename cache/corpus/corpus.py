@@ -26,6 +26,7 @@ from potstill.cache.forks import cached
 from potstill.cache.plurals import counted
 from potstill.cache.store import GroupReader, Reading, Root, StoredObject
 from potstill.cache.store.groups import objects_from_json
+from potstill.cache.store.publishing import publish
 from potstill.cache.store.record import group_metadata, read_group_metadata, values_read
 from potstill.cache.store.root import check_name, is_name
 from potstill.cache.types import Tokens
@@ -344,7 +345,8 @@ def list_corpora(root: Root) -> list[str]:
 def seal_corpus(root: Root, name: str, spec: CorpusSpec) -> bool:
     """Create the seal, which makes the corpus exist; False when another was sealed under the name meanwhile."""
     record = {name: getattr(spec, name) for name in CorpusSpec.__dataclass_fields__}
-    return root.create(f"{corpus_path(name)}/zarr.json", group_metadata("corpus", record))
+    path = corpus_path(name)
+    return publish(root, f"{path}/zarr.json", group_metadata("corpus", record), f"{path}/{spec.data}", spec.objects)
 
 
 def _spec_from_json(path: str, seal: dict[str, Any]) -> CorpusSpec:

@@ -6,8 +6,9 @@ segments whose rows are all in the corpus are removed. Rows with more entries ar
 their tail is rounded a second time, see `journal.copy`) and stay in the journal too; rows with fewer only stay there.
 
 When it was stopped, the same call goes on: a corpus that is sealed already is used as long as the journal holds the
-rows of its uncommitted shards, and nothing is removed before all of them are committed. Services keep answering, and
-find the corpus when they miss a segment. Memory holds one shard's targets and 40 bytes for each row of the journal.
+rows of its uncommitted shards. Nothing is removed before all of them are committed and every byte of them was compared
+with its record. Services keep answering, and find the corpus when they miss a segment. Memory holds one shard's targets
+and 40 bytes for each row of the journal.
 
 Shape legend:  R rows, K kept entries.
 """
@@ -92,7 +93,7 @@ def compact(
         InvalidInput: rows have several K and none was chosen, no corpus has the tokenizer, or the cache is read-only.
         SpecMismatch: the tokenizer is not the teacher's, the corpus holds rows that the journal does not, or the target
             set exists with another spec or more fields.
-        CorruptSegment: a journal segment is damaged; nothing was removed.
+        CorruptSegment: a journal segment, or what was made of it, is damaged; nothing was removed.
         StoreError: the cache cannot be written.
     """
     if cache.mode != "r+":
@@ -111,6 +112,8 @@ def compact(
         if todo and not made:
             _require_held(corpus, source, todo)
         _fill(targets, source, todo, on_progress)
+        if not plan.keep_journal:
+            _require_intact(cache, plan.teacher, corpus.name)
         removed = [] if plan.keep_journal else _remove(corpus, source)
     return CompactReport(
         corpus=corpus,
@@ -218,6 +221,22 @@ def _write_shard(segments: SegmentSet, source: JournalRows, shard: int) -> None:
 
     provenance = replace(source.provenance, steps=(*source.provenance.steps, copied.step))
     segments.write_encoded(shard, ranked, provenance)
+
+
+def _require_intact(cache: Cache, teacher: str, corpus: str) -> None:
+    """Read every byte that is to stand for the journal, as another process finds it: commits are not remembered.
+
+    Raises:
+        CorruptSegment: something is not what was committed. NotCommitted: a commit is gone.
+    """
+    fresh = cache.fresh()
+    problems = fresh.corpus(corpus).corrupt_objects()
+    for each in fresh.targets(teacher, corpus).top_k_only().sets:
+        for shard in range(each.corpus.num_shards):
+            problems += each.segments.group(shard).corrupt_objects()
+            each.segments.open(shard)  # which compares the rank table
+    if problems:
+        raise CorruptSegment(f"{problems[0]}; nothing was removed from the journal")
 
 
 def _remove(corpus: Corpus, source: JournalRows) -> list[SegmentRecord]:

@@ -36,6 +36,7 @@ from potstill.cache.errors import CorruptSegment, FormatError
 from potstill.cache.store import GroupReader, GroupWriter, Reading, Root, StoredObject
 from potstill.cache.store.chunks import read_together
 from potstill.cache.store.groups import CHECKSUMS, Layout, objects_from_json, removed_on_failure
+from potstill.cache.store.publishing import publish as publish_group
 from potstill.cache.store.record import Record, read_record, record_bytes, values_read
 from potstill.cache.targets.packed import Text
 from potstill.cache.targets.segment import SegmentRange, SegmentReader, read_segment_ranges, write_arrays
@@ -300,7 +301,7 @@ def publish(
         root.delete(record.path)
         return None
     # From here on the record may be there, also when `create` raises: the group is not ours to delete.
-    created = root.create(f"{record.path}.json", written.to_bytes())
+    created = publish_group(root, f"{record.path}.json", written.to_bytes(), record.path, written.objects)
     assert created, "a process's journal names are its own"
     return written
 

@@ -79,7 +79,7 @@ class KnownTargets:
         rows = {i: row for i, (row, shard) in shards.items() if shard in committed}
         try:
             return dict(zip(rows, targets.read_rows(list(rows.values()), fields=want), strict=True))
-        except CorruptSegment:
+        except (CorruptSegment, NotCommitted):
             return self._one_by_one(targets, rows, want)
 
     def _one_by_one(self, targets: TargetSet, rows: dict[int, int], want: Fields) -> dict[int, Targets]:

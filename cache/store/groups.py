@@ -31,6 +31,7 @@ from potstill.cache.errors import CorruptSegment, StoreError
 from potstill.cache.forks import PerProcess
 from potstill.cache.store.chunks import ChunkCache, ReadRequest, TiledArray, chunk_checksums
 from potstill.cache.store.pipelines import codec_pipeline, open_array, zarr_store
+from potstill.cache.store.publishing import loss
 from potstill.cache.store.root import Root, StoredObject, store_errors
 
 CHECKSUMS = "checksums"
@@ -134,10 +135,9 @@ class GroupWriter:
             StoredObject(path[cut:], size, sha256) for path, (size, sha256) in sorted(self._store.written.items())
         )
         # A writer that was stopped for long may have been taken for dead, and its group for garbage.
-        found = self._root.sizes(self.path)
-        gone = next((item.path for item in written if found.get(item.path) != item.size), None)
-        if gone is not None:
-            raise StoreError(f"{self.path}/{gone} was removed while its group was written; run it again")
+        problem = loss(self._root, self.path, written)
+        if problem is not None:
+            raise StoreError(f"{problem} while its group was written; run it again")
         return written
 
     def _create(

@@ -33,6 +33,11 @@ class Commit:
         return sum(item.size for item in self.objects)
 
 
+def segment_path(set_path: str, segment: str) -> str:
+    """Path of a segment below the root."""
+    return f"{set_path}/segments/{segment}"
+
+
 def commit_name(shard: int) -> str:
     """Name of a shard's record among a segment set's commits."""
     return f"{shard:06d}.json"

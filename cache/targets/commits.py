@@ -8,8 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potstill.cache.errors import NotCommitted
+from potstill.cache.store.publishing import publish
 from potstill.cache.store.record import read_record
-from potstill.cache.targets.commit import Commit, commit_bytes, commit_from_json, commit_name, shard_of_commit
+from potstill.cache.targets.commit import (
+    Commit,
+    commit_bytes,
+    commit_from_json,
+    commit_name,
+    segment_path,
+    shard_of_commit,
+)
 from potstill.cache.targets.manifest import Manifest, fold
 from potstill.cache.targets.set_spec import SpecRecord
 
@@ -86,6 +94,13 @@ class Commits:
             found = list(pool.map(self.of, np.flatnonzero(self.committed).tolist()))
         return [commit for commit in found if commit is not None]
 
+    def is_gone(self, shard: int) -> bool:
+        """Tell whether the remembered commit is the shard's no more, and forget it; asked when a read fails."""
+        known = self._known.pop(shard, None)
+        self._manifest = None
+        found = self.of(shard)
+        return found is None or (known is not None and found.segment != known.segment)
+
     def stored(self, shard: int) -> Commit | None:
         """Read a shard's commit from its own record, not from memory or the manifest; None when there is none."""
         path = f"{self._path}/commits/{commit_name(shard)}"
@@ -102,9 +117,18 @@ class Commits:
         """Create a commit, which makes its segment the shard's targets; False when the shard has another commit.
 
         Raises:
-            StoreError: the store is full or cannot be written; the commit may have been created all the same.
+            StoreError: the store is full or cannot be written, and the commit may have been created all the same; or
+                the segment was taken for garbage meanwhile, and the commit was withdrawn.
         """
-        won = self._root.create(f"{self._path}/commits/{commit_name(commit.shard)}", commit_bytes(commit))
+        path, segment = f"{self._path}/commits/{commit_name(commit.shard)}", segment_path(self._path, commit.segment)
+        manifest = f"{self._path}/manifest.json"
+
+        def withdraw() -> None:
+            # Another job may have folded it meanwhile, or be at it: see `fold`.
+            for each in (manifest, path, manifest):
+                self._root.remove(each)
+
+        won = publish(self._root, path, commit_bytes(commit), segment, commit.objects, withdraw)
         if won:
             self._known[commit.shard] = commit
         return won

@@ -22,6 +22,7 @@ from potstill.cache.errors import CorruptSegment, FormatError
 from potstill.cache.store import GroupReader, GroupWriter, Root, StoredObject
 from potstill.cache.store.chunks import read_together
 from potstill.cache.store.groups import Layout, attempt_name, objects_from_json, removed_on_failure
+from potstill.cache.store.publishing import publish
 from potstill.cache.store.record import Record, read_record, record_bytes, values_read
 from potstill.cache.store.root import check_name
 from potstill.cache.targets.commit import Commit
@@ -69,7 +70,7 @@ def fold(root: Root, set_path: str, commits: Sequence[Commit]) -> bool:
         "error_names": shared.error_names,
         "objects": objects,
     }
-    if root.create(f"{set_path}/manifest.json", record_bytes("manifest", record)):
+    if publish(root, f"{set_path}/manifest.json", record_bytes("manifest", record), path, objects):
         return True
     root.delete(path)
     return False

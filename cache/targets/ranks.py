@@ -17,6 +17,7 @@ from potstill.cache.encoding import RankTable
 from potstill.cache.errors import CorruptSegment, TeacherFailed
 from potstill.cache.store import GroupReader, GroupWriter
 from potstill.cache.store.groups import Layout, attempt_name, objects_from_json, removed_on_failure
+from potstill.cache.store.publishing import publish
 from potstill.cache.store.record import Record, read_record, record_bytes, values_read
 from potstill.cache.store.root import check_name
 from potstill.cache.targets.set_spec import SpecRecord
@@ -93,9 +94,10 @@ class SetRanks:
         with removed_on_failure(root, path):
             writer = GroupWriter(root, path)
             writer.write("ids_by_rank", table.ids_by_rank, Layout((1 << 16,)))
-            record = {"group": group, "sha256": table.sha256, "objects": writer.finish()}
+            objects = writer.finish()
+        record = {"group": group, "sha256": table.sha256, "objects": objects}
         # Whoever creates the record first decides: all segments of a set must have the same ranks.
-        if not root.create(f"{self._record.path}/ranks.json", record_bytes("ranks", record)):
+        if not publish(root, f"{self._record.path}/ranks.json", record_bytes("ranks", record), path, objects):
             root.delete(path)
 
     def _read_table(self, record: Record) -> RankTable:

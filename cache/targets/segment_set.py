@@ -26,11 +26,11 @@ from potstill.cache.encoding.logprobs import check_ids
 from potstill.cache.errors import TeacherFailed
 from potstill.cache.store import GroupWriter, Reading, Root
 from potstill.cache.store.groups import attempt_name, removed_on_failure
-from potstill.cache.targets.commit import Commit
+from potstill.cache.targets.commit import Commit, segment_path
 from potstill.cache.targets.commits import Commits
 from potstill.cache.targets.ranks import SetRanks
 from potstill.cache.targets.segment import EncodedSegment, encode_segment, write_arrays
-from potstill.cache.targets.segments import Segments, segment_path, shard_text
+from potstill.cache.targets.segments import Segments, shard_text
 from potstill.cache.targets.set_spec import SetSpec, SpecRecord
 from potstill.cache.types import Provenance, Targets
 

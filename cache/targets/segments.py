@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 
 from potstill.cache.corpus import Corpus
 from potstill.cache.errors import CorruptSegment
 from potstill.cache.store import GroupReader, Reading
-from potstill.cache.targets.commit import commit_name
+from potstill.cache.targets.commit import commit_name, segment_path
 from potstill.cache.targets.commits import Commits
 from potstill.cache.targets.packed import Text
 from potstill.cache.targets.ranks import SetRanks
@@ -31,8 +31,19 @@ class Segments:
         self._commits = commits
         self._ranks = ranks
         self.reading = reading
-        self.reader: Callable[[int], SegmentReader] = lru_cache(_OPEN_SEGMENTS)(self.open)
+        self.reader: Callable[[int], SegmentReader]
         """Reader of a shard, which stays open for the next call. Two threads may open the same one: both are right."""
+        self._close_all()
+
+    def are_gone(self, shards: Iterable[int]) -> bool:
+        """Tell whether the commit of a shard was withdrawn or deleted since it was read; then it is forgotten."""
+        gone = [shard for shard in shards if self._commits.is_gone(shard)]
+        if gone:
+            self._close_all()
+        return bool(gone)
+
+    def _close_all(self) -> None:
+        self.reader = lru_cache(_OPEN_SEGMENTS)(self.open)
 
     def open(self, shard: int) -> SegmentReader:
         """Open a new reader of a shard."""
@@ -52,11 +63,6 @@ class Segments:
         if commit.spec_sha256 and commit.spec_sha256 != self._record.sha256:
             raise CorruptSegment(f"{path}/commits/{commit_name(shard)} is the commit of another segment set")
         return GroupReader(self._record.root, segment_path(path, commit.segment), commit.objects, self.reading)
-
-
-def segment_path(set_path: str, segment: str) -> str:
-    """Path of a segment below the root."""
-    return f"{set_path}/segments/{segment}"
 
 
 def shard_text(corpus: Corpus, shard: int) -> Text:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from potstill.cache.corpus import Corpus
 from potstill.cache.encoding import Encoding
 from potstill.cache.encoding.fields import check_kept
-from potstill.cache.errors import CorruptSegment, SpecMismatch, UnknownTeacher, UnsupportedField
+from potstill.cache.errors import CorruptSegment, NotCommitted, SpecMismatch, UnknownTeacher, UnsupportedField
 from potstill.cache.fields import COLUMNS, FIELDS
 from potstill.cache.store import Reading, Root
 from potstill.cache.store.root import check_name
@@ -190,7 +190,7 @@ class TargetSet:
             )
         parts = []
         for begin, end in self._cut(start, stop):
-            with self._way_out():
+            with self._way_out(holders[0], [(begin, end)]):
                 found = self._in_shard(holders[0], begin, end)
                 parts.append(found.reader.read_column(name, found.start, found.stop))
         return np.concatenate(parts)
@@ -250,7 +250,7 @@ class TargetSet:
     def _read_ranges(self, ranges: Sequence[tuple[int, int]], want: Fields) -> list[Targets]:
         found: list[Targets | None] = [None] * len(ranges)
         for each, part in self._holders(want) if ranges else ():
-            with self._way_out():
+            with self._way_out(each, ranges):
                 read = read_segment_ranges([self._in_shard(each, start, stop) for start, stop in ranges], part)
             found = [new if old is None else old.with_fields_of(new) for old, new in zip(found, read, strict=True)]
         return [targets for targets in found if targets is not None]
@@ -266,11 +266,19 @@ class TargetSet:
                 left = left.without(part)
 
     @contextmanager
-    def _way_out(self) -> Iterator[None]:
-        """Add to an error of damaged bytes what to do about it; `verify` reads segment sets without this."""
+    def _way_out(self, segment_set: SegmentSet | None = None, ranges: Sequence[tuple[int, int]] = ()) -> Iterator[None]:
+        """Add to an error of damaged bytes what to do about it; `verify` reads segment sets without this.
+
+        When a commit of what was read from a segment set is gone meanwhile, its shard is not damaged but uncommitted.
+        """
         try:
             yield
         except CorruptSegment as error:
+            shards = {self._shard(start) for start, _ in ranges}
+            if segment_set is not None and segment_set.segments.are_gone(shards):
+                raise NotCommitted(
+                    f"targets in {segment_set.path} were withdrawn or deleted while they were read; read them again"
+                ) from error
             # Without the root's URL, which a service's clients need not know.
             more = "`potstill verify` of its cache tells what else is damaged and how to mend it"
             raise CorruptSegment(f"{error.detail}; {more}") from error
@@ -281,11 +289,14 @@ class TargetSet:
         inside = starts[np.searchsorted(starts, start, side="right") : np.searchsorted(starts, stop)].tolist()
         return list(pairwise([start, *inside, stop]))
 
+    def _shard(self, position: int) -> int:
+        """Number of the shard that holds a position."""
+        return int(np.searchsorted(self.corpus.shard_starts, position, side="right")) - 1
+
     def _in_shard(self, segment_set: SegmentSet, start: int, stop: int) -> SegmentRange:
         """The place of a range that lies within one shard."""
-        starts = self.corpus.shard_starts
-        shard = int(np.searchsorted(starts, start, side="right")) - 1
-        low = int(starts[shard])
+        shard = self._shard(start)
+        low = int(self.corpus.shard_starts[shard])
         return SegmentRange(segment_set.segments.reader(shard), start - low, stop - low)
 
 

@@ -15,6 +15,7 @@ from potstill.cache.errors import CorruptSegment, FormatError
 from potstill.cache.journal.journal import CLAIMS as JOURNAL_CLAIMS
 from potstill.cache.store import Root
 from potstill.cache.store.local_files import TEMPORARY
+from potstill.cache.store.publishing import remove_unnamed
 from potstill.cache.store.record import Record, read_group_metadata, read_record
 from potstill.cache.store.root import LONGEST_NAME
 from potstill.cache.targets.commit import commit_from_json, commit_name, shard_of_commit
@@ -74,14 +75,19 @@ def remove_garbage(root: Root, item: Garbage) -> bool:
     Raises:
         StoreError: the store cannot be written; what is left is found again.
     """
-    if item.record:
+
+    def is_named() -> bool:
         record = root.get(item.record)
         # A journal's record stands beside its group and has its name.
-        if record is not None and (item.record == f"{item.path}.json" or _name(item.path).encode() in record):
-            return False
+        return record is not None and (item.record == f"{item.path}.json" or _name(item.path).encode() in record)
+
+    if item.record and is_named():
+        return False
     age = root.seconds_since_write(item.path)
     if age is None or age < item.age_seconds:
         return False
+    if item.record:
+        return remove_unnamed(root, item.path, item.record, is_named)
     root.delete(item.path)
     return True
 

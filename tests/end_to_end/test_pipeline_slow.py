@@ -20,7 +20,7 @@ from potstill.cache.corpus.ingest import IngestPlan, ingest
 from potstill.cache.corpus.tokenizer import load_tokenizer
 from potstill.cache.fill.loop import FillPlan
 from potstill.cache.store.root import Root
-from potstill.cache.targets.segments import segment_path
+from potstill.cache.targets.commit import segment_path
 from potstill.cache.upkeep.integrity import corrupt_shard_objects
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.demo.service import running_service

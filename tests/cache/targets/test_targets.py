@@ -22,7 +22,7 @@ from potstill.cache.errors import (
     UnsupportedField,
 )
 from potstill.cache.store.root import Root
-from potstill.cache.targets.segments import segment_path
+from potstill.cache.targets.commit import segment_path
 from potstill.cache.targets.target_set import TargetSet
 from potstill.cache.upkeep.garbage import find_garbage
 from potstill.cache.upkeep.integrity import corrupt_shard_objects

@@ -22,7 +22,7 @@ from typing import Any
 
 from potstill.cache import Cache, Fields
 from potstill.cache.fill.loop import FillPlan, FillProgress, fill
-from potstill.cache.targets.segments import segment_path
+from potstill.cache.targets.commit import segment_path
 from potstill.cache.upkeep.garbage import find_garbage
 from potstill.cache.upkeep.integrity import corrupt_shard_objects, corrupt_shared_objects
 from tests.support.corpora import teacher_for
