@@ -93,9 +93,10 @@ class FailingRoot(Root):
 
 
 def test_a_shard_that_cannot_be_read_now_is_told_but_not_to_be_deleted(two_sets: Cache) -> None:
-    found = [each for each in check_cache(FailingRoot.open(two_sets.root.url)) if each.problems]
+    found = [each for each in check_cache(FailingRoot.open(two_sets.root.url)) if each.problems or each.unreachable]
     assert len(found) == 1
-    assert "Input/output error" in found[0].problems[0]
+    assert "Input/output error" in found[0].unreachable
+    assert found[0].problems == ()
     assert found[0].refill == ""
 
 
