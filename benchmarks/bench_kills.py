@@ -5,7 +5,11 @@ claims and woken. Every other kill waits for the phase that was hit least so far
 complete set is compared with an undisturbed run's bytes, removed, and filled again, until the kills are done. Exits
 1 when a committed segment does not verify or changed, when the bytes differ, or when a writer fails.
 
-    python -m benchmarks.bench_kills [--kills 500] [--stalls 20] [--store local|s3|both] [--writers 3]
+An ingest, a service's journal, a compaction and a fill are each killed at random moments too, or stop right before a
+record and sleep while `gc` removes all garbage however young; then they are run again. Exits 1 when anything published
+is broken, or a row that was kept is not answered as at first.
+
+    python -m benchmarks.bench_kills [--kills 500] [--stalls 20] [--store local|s3|both] [--writers 3] [--job-kills 200]
 """
 
 from __future__ import annotations
@@ -29,13 +33,15 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.support import job_kills
+from benchmarks.support.kill_jobs import JOBS
 from benchmarks.support.kill_writer import CLAIM_SECONDS, PHASES, PLAN, writer
 from potstill.cache import Cache
 from potstill.cache.corpus.ingest import IngestPlan, ingest
 from potstill.cache.fill.loop import fill
 from potstill.cache.store.root import Root
 from potstill.cache.targets import segment_set
-from potstill.cache.targets.segments import segment_path
+from potstill.cache.targets.commit import segment_path
 from potstill.cache.upkeep.garbage import find_garbage, remove_garbage
 from potstill.cache.upkeep.integrity import corrupt_shard_objects, corrupt_shared_objects
 from tests.support.corpora import byte_tokenizer, plan_targets, teacher_for, topics, write_texts
@@ -238,6 +244,7 @@ def main() -> int:
     parser.add_argument("--stalls", type=int, default=20)
     parser.add_argument("--store", choices=("local", "s3", "both"), default="both")
     parser.add_argument("--writers", type=int, default=3)
+    parser.add_argument("--job-kills", type=int, default=200, help="of each kind of job, and as many sleeps past gc")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     CONTEXT.set_forkserver_preload(
@@ -246,6 +253,7 @@ def main() -> int:
             "potstill.cache.fill.loop",
             "potstill.cache.cache",
             "tests.support.corpora",
+            "benchmarks.support.kill_jobs",
             "benchmarks.support.kill_writer",
         ]
     )
@@ -262,6 +270,11 @@ def main() -> int:
         good = []
         for name in roots if args.store == "both" else [args.store]:
             url, environment = roots[name]()
+            place = job_kills.Place(f"{url}-jobs", environment, CONTEXT)
+            if args.job_kills:
+                good += [job_kills.disturb(place, each, random.Random(args.seed), args.job_kills) for each in JOBS]
+            if not args.kills:
+                continue
             make_corpus(url, folder)
             run = Run(url, environment, reference, random.Random(args.seed))
             good.append(measure(name, run, args.kills, args.stalls, args.writers))
