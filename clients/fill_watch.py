@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
-from potstill.cache.errors import NotFound, PotstillError, Unavailable
+from potstill.cache.errors import NotFound
 from potstill.cache.types import JSON, Fields
 from potstill.clients.http_corpus import corpus_route
+from potstill.clients.patience import Patience
 from potstill.clients.retry import RetryPolicy
 from potstill.clients.sync_connection import SyncConnection
 
@@ -77,26 +77,4 @@ class FillWatch:
         return self._answer(lambda: self.connection.json(self._route, method="DELETE"), way_on)
 
     def _answer(self, ask: Callable[[], dict[str, Any]], way_on: str) -> dict[str, Any]:
-        begin = time.monotonic()
-        failures = 0
-        while True:
-            try:
-                at = ask()
-            except PotstillError as error:
-                if not error.retryable:
-                    raise
-                failures += 1
-                self._wait(error, failures, begin, way_on)
-            else:
-                if failures:
-                    self.tell("the service answers again")
-                return at
-
-    def _wait(self, error: PotstillError, failures: int, begin: float, way_on: str) -> None:
-        left = begin + self.patience - time.monotonic()
-        if left <= 0:
-            raise Unavailable(f"no answer for {self.patience:g} s ({error.detail}). {way_on}") from error
-        if failures == 1:
-            self.tell(f"no answer for now ({error.detail}); trying again for up to {self.patience:g} s")
-        # At most what is left, so that one last try is made at the very end of the patience.
-        time.sleep(min(left, self.retry.wait_seconds(failures, error.retry_after)))
+        return Patience(self.patience, self.tell, retry=self.retry).answer(ask, way_on)

@@ -39,6 +39,7 @@ _FREE_ON_RESUME = frozenset(
     {
         "data.cache",
         "data.api_key_env",
+        "data.patience",
         "teachers.url",
         "teachers.api_key_env",
         "train.steps",
@@ -78,6 +79,8 @@ class DataConfig(_Frozen):
     """Rows are shuffled within so many (shuffled) shards at a time; more is more random and reads more objects."""
     prefetch: _Count = 4
     """Micro-batches read ahead."""
+    patience: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds to go on asking a service that does not answer, before the run stops with a checkpoint."""
 
     @model_validator(mode="after")
     def _whole_or_share(self) -> Self:

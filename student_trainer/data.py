@@ -8,8 +8,9 @@ Shape legend:  B rows, T tokens of the longest row, K kept ids, V vocabulary.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,9 +21,11 @@ from potstill.cache.corpus import Corpus
 from potstill.cache.errors import TeacherFailed
 from potstill.cache.forks import PerProcess
 from potstill.cache.types import Targets, Tokens
+from potstill.clients.patience import Patience
 from potstill.student_trainer.losses import NO_LABEL, TeacherTargets
 from potstill.student_trainer.sources import TargetSource
 
+T = TypeVar("T")
 _NO_ID = np.iinfo(np.int32).max
 """Pads the id axis where a row has fewer ids. It is over any vocabulary, so its mass of 0 joins the tail; a real id
 would be taken out of the student's tail."""
@@ -69,6 +72,8 @@ class BatchReader:
     """One per source."""
     lock: PerProcess[threading.Lock] = field(default_factory=lambda: PerProcess(threading.Lock), repr=False)
     """Training reads ahead while evaluation reads: corpus and sources see one caller at a time."""
+    patience: Patience | None = field(default=None, repr=False)
+    """With sources that do not answer; without one their errors are raised at once."""
 
     def without_targets(self) -> BatchReader:
         """A reader of the same rows that asks no source, for plain cross-entropy."""
@@ -82,9 +87,7 @@ class BatchReader:
             PotstillError: whatever a source raises.
         """
         wanted = [int(i) for i in indexes]
-        with self.lock.get():
-            rows = self.corpus.take(wanted)
-            answers = [source.read(wanted, rows) for source in self.sources]
+        rows, answers = self._answer(lambda: self._read(wanted))
         for source, targets in zip(self.sources, answers, strict=True):
             _check_lengths(source.name, rows, targets)
         tokens, mask, labels = _pad_rows(rows)
@@ -93,6 +96,18 @@ class BatchReader:
             for targets, weight in zip(answers, self.weights, strict=True)
         )
         return Batch(tokens, mask, labels, teachers)
+
+    def num_positions(self, indexes: NDArray[np.int64]) -> int:
+        """Count the tokens of rows; raises as `read`."""
+        return int(np.diff(self._answer(lambda: self.corpus.row_ranges(indexes)), axis=1).sum())
+
+    def _answer(self, ask: Callable[[], T]) -> T:
+        return ask() if self.patience is None else self.patience.answer(ask)
+
+    def _read(self, wanted: Sequence[int]) -> tuple[list[Tokens], list[list[Targets]]]:
+        with self.lock.get():
+            rows = self.corpus.take(wanted)
+            return rows, [source.read(wanted, rows) for source in self.sources]
 
 
 def _check_lengths(name: str, rows: Sequence[Tokens], answers: Sequence[Targets]) -> None:

@@ -15,10 +15,12 @@ Shape legend:  B rows, T tokens, V vocabulary, M teachers.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,8 +29,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from potstill.cache.errors import InvalidInput
+from potstill.cache.errors import InvalidInput, PotstillError, Unavailable
 from potstill.cache.targets.stream import read_ahead
+from potstill.clients.patience import Patience, has_no_answer
 from potstill.student_trainer.checkpoint import (
     TrainState,
     load_optimizer,
@@ -51,6 +54,7 @@ from potstill.student_trainer.run import OpenRun, only_trainer, open_run
 from potstill.student_trainer.run_folder import write_json
 
 _CLOSE_SECONDS = 5.0
+_LOG = logging.getLogger(__name__)
 
 
 def train(
@@ -71,16 +75,32 @@ def train(
     Raises:
         SpecMismatch: the folder holds a run of another config, corpus or teacher, or a teacher does not fit.
         InvalidInput: the config asks for what cannot be, or the loss is no longer a number.
-        Unavailable: another process is training in the same folder.
+        Unavailable: another process is training in the same folder; or a service did not answer for `data.patience`
+            seconds, and a checkpoint was written, from which the same call goes on.
         PotstillError: whatever reading rows and targets raises.
     """
-    group = group or Group()
+    result = run_session(config, group or Group(), should_stop=should_stop, on_record=on_record)
+    if result.problem:
+        raise Unavailable(result.problem)
+    return result
+
+
+def run_session(
+    config: TrainConfig,
+    group: Group,
+    *,
+    should_stop: Callable[[], bool],
+    on_record: Callable[[Record], None] = lambda _: None,
+) -> TrainResult:
+    """Train like `train`, but return a result with a `problem` where a service does not answer."""
     config = config.absolute()
     finished = finished_before(config)
     if finished is not None:
         return finished
     with ExitStack() as stack:
         run = stack.enter_context(open_run(config))
+        patience = Patience(config.data.patience, _LOG.warning, given_up=should_stop)
+        run = replace(run, reader=replace(run.reader, patience=patience))
         if group.rank == 0:
             stack.enter_context(only_trainer(config.run_dir))
         group.barrier()  # the folder is ours before anybody reads a checkpoint from it
@@ -145,19 +165,32 @@ class _Session:
             held_out = self._evaluate()
         # The only place where training waits for I/O. A read that hangs ends when the sources are closed.
         reading = read_ahead(reader.read, self._pieces(), self.config.data.prefetch, close_seconds=_CLOSE_SECONDS)
-        with closing(reading) as batches:
-            while self.step < loop.steps and not stopped:
-                record, stopped = self._step(batches, should_stop)
-                self._record(record)
-                if self.step % loop.eval_every == 0 or self.step == loop.steps:
-                    held_out = self._evaluate()
-                if self.step % loop.checkpoint_every == 0 or self.step == loop.steps or stopped:
-                    self._save()
+        try:
+            with closing(reading) as batches:
+                while self.step < loop.steps and not stopped:
+                    record, stopped = self._step(batches, should_stop)
+                    self._record(record)
+                    if self.step % loop.eval_every == 0 or self.step == loop.steps:
+                        held_out = self._evaluate()
+                    if self.step % loop.checkpoint_every == 0 or self.step == loop.steps or stopped:
+                        self._save()
+                        self.group.barrier()
+        except PotstillError as error:
+            if not has_no_answer(error):
+                raise
+            return self._given_up(error, asked=should_stop())
         return self._end(held_out)
 
-    def _end(self, held_out: Evaluation | None) -> TrainResult:
+    def _given_up(self, error: PotstillError, *, asked: bool) -> TrainResult:
+        """Stop between two steps, as nothing more can be read, or as somebody `asked` while it could not."""
+        # No barrier: a worker that was evaluating may be the only one to know.
+        self._save()
+        told = f"{error.detail}; a checkpoint of step {self.step} was written, and the same command goes on from there"
+        return replace(self._result(None), finished=False, problem="" if asked else told)
+
+    def _result(self, held_out: Evaluation | None) -> TrainResult:
         finished = self.step >= self.config.train.steps
-        result = TrainResult(
+        return TrainResult(
             run_dir=self.config.run_dir,
             finished=finished,
             step=self.step,
@@ -165,7 +198,10 @@ class _Session:
             seconds=round(self.seconds, 3),
             held_out=held_out if finished else None,
         )
-        if finished and self.group.rank == 0:
+
+    def _end(self, held_out: Evaluation | None) -> TrainResult:
+        result = self._result(held_out)
+        if result.finished and self.group.rank == 0:
             publish_model(self.config.run_dir / "model", self.student, self.run.corpus.tokenizer)
             write_json(result.run_dir / SUMMARY, result.to_json())
         self.group.barrier()
@@ -182,9 +218,18 @@ class _Session:
         # CE, a KL per teacher, and how many workers want to stop: one reduction for all.
         sums = torch.zeros(2 + num_teachers, dtype=torch.float64, device=self.group.device)
         self.optimizer.zero_grad(set_to_none=True)
-        for i in range(num_pieces):
-            with self._sync_gradients(now=i == num_pieces - 1):
-                sums[:-1] += self._forward_backward(next(batches), num_labels, num_positions)
+        unread = None
+        try:
+            for _ in range(num_pieces - 1):
+                with self._sync_gradients(now=False):
+                    sums[:-1] += self._forward_backward(next(batches), num_labels, num_positions)
+            last = next(batches)
+        except PotstillError as error:
+            if not has_no_answer(error):
+                raise
+            unread = error
+        self._require_read(unread)
+        sums[:-1] += self._forward_backward(last, num_labels, num_positions)
         sums[-1] = float(should_stop())
         self.group.all_reduce_sum(sums)
         ce_sum, *kl_sums, stop = sums.tolist()
@@ -195,6 +240,19 @@ class _Session:
         record["tokens_per_second"] = round(num_positions / (time.monotonic() - began), 1)
         record["seconds"] = round(self.seconds, 3)
         return record, stop > 0
+
+    def _require_read(self, unread: PotstillError | None) -> None:
+        """Give the step up on all workers if one of them could not read its rows; it has not begun to send gradients.
+
+        Raises:
+            PotstillError: the error, or Unavailable for that of another worker.
+        """
+        lacking = torch.tensor(float(unread is not None), device=self.group.device)
+        self.group.all_reduce_sum(lacking)
+        if unread is not None:
+            raise unread
+        if lacking.item() > 0:
+            raise Unavailable("another worker got no answer")
 
     def _means(self, ce: float, kls: list[float]) -> dict[str, Any]:
         """Losses of the step, before the update: nats per token of the global batch."""
@@ -249,7 +307,7 @@ class _Session:
     def _global_counts(self) -> tuple[int, int]:
         """Count labels and positions of this step's global batch, from the row lengths alone."""
         rows = self.run.order.take(self.step * self.config.train.batch_rows, self.config.train.batch_rows)
-        num_positions = int(np.diff(self.run.corpus.row_ranges(rows), axis=1).sum())
+        num_positions = self.run.reader.num_positions(rows)
         return num_positions - len(rows), num_positions
 
     def _rank_pieces(self, step: int) -> list[NDArray[np.int64]]:
@@ -299,4 +357,3 @@ class _Session:
             )
             folder = self.config.run_dir / "checkpoints"
             save_checkpoint(folder, self.student, self.optimizer, state, keep=loop.keep_checkpoints)
-        self.group.barrier()

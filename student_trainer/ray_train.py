@@ -25,7 +25,7 @@ from potstill.cache.errors import PotstillError, Unavailable
 from potstill.student_trainer.checkpoint import newest_step
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.group import Group
-from potstill.student_trainer.loop import train
+from potstill.student_trainer.loop import run_session
 from potstill.student_trainer.metrics import MetricsFollower, Record
 from potstill.student_trainer.result import TrainResult, finished_before
 from potstill.student_trainer.run import open_run
@@ -75,9 +75,12 @@ def train_with_ray(
                 stop_file.touch()
     stop_file.unlink(missing_ok=True)
     try:
-        return fit.result()
+        result = fit.result()
     except ray.train.WorkerGroupError as error:
         raise _cause(error) from error
+    if result.problem:
+        raise Unavailable(result.problem)
+    return result
 
 
 def _fit(trainer: ray.train.torch.TorchTrainer, found: Future[TrainResult]) -> None:
@@ -111,7 +114,8 @@ def _worker(arguments: Mapping[str, Any]) -> TrainResult:
     device, rank, size = ray.train.torch.get_device(), context.get_world_rank(), context.get_world_size()
     group = _RayGroup(device=device, rank=rank, world_size=size)
     stop_file = config.run_dir / _STOP_FILE
-    return train(config, group, should_stop=stop_file.exists)
+    # An error would have Ray start the workers again, to find no service either.
+    return run_session(config, group, should_stop=stop_file.exists)
 
 
 def _trainer(config: TrainConfig) -> ray.train.torch.TorchTrainer:

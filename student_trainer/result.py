@@ -64,6 +64,8 @@ class TrainResult:
     """Time since the start of the run, over all sessions, evaluations included."""
     held_out: Evaluation | None
     """Evaluation of the final model; None without held-out rows, or when stopped."""
+    problem: str = ""
+    """Why it was stopped, where that was not asked for: a service that does not answer."""
 
     def to_json(self) -> dict[str, JSON]:
         """The object that `SUMMARY` holds."""

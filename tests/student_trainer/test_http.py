@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from starlette.responses import JSONResponse
 
 from potstill.cache.cache import Cache
-from potstill.cache.errors import InvalidInput
+from potstill.cache.errors import InvalidInput, Unavailable
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.data import Batch
 from potstill.student_trainer.loop import train
 from potstill.student_trainer.metrics import read_metrics
 from potstill.student_trainer.run import open_run
+from potstill.teacher_service.app import create_app
+from potstill.teacher_service.hosting.service import Service
 from tests.support.fakes import FakeTeacher
-from tests.support.processes.servers import hosted, serving_teachers
+from tests.support.processes.servers import hosted, serving, serving_teachers
 from tests.support.tiny_runs import config_of, write_cache
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -81,6 +86,45 @@ def test_a_run_goes_on_over_http_where_it_stopped_on_files(root: Path, url: str,
     train(config.model_copy(update={"train": config.train.model_copy(update={"steps": 5})}))
     train(two_teachers(url, tmp_path / "a"))
     assert read_metrics(tmp_path / "a")[-1]["step"] == 10
+
+
+def without_answers(root: Path, first: int, last: float) -> Any:
+    """A service of the cache that answers neither the `first` to the `last` request for targets."""
+    service = create_app(Service([hosted("other", FakeTeacher())], cache=Cache.open(root)))
+    asked = 0
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal asked
+        if scope["type"] == "http" and scope["path"].endswith("/targets/fake/rows"):
+            asked += 1
+            if first <= asked <= last:
+                refusal = {"kind": "deadline_exceeded", "detail": "scripted"}
+                await JSONResponse(refusal, status_code=504)(scope, receive, send)
+                return
+        await service(scope, receive, send)
+
+    return app
+
+
+def test_a_run_outlasts_a_service_that_is_away(root: Path, tmp_path: Path) -> None:
+    def config(cache: str, out: str, patience: float) -> TrainConfig:
+        return config_of(Path("unused"), tmp_path / out, data={"cache": cache, "patience": patience})
+
+    train(config_of(root, tmp_path / "straight"))
+    with serving(without_answers(root, 8, 9)) as url:
+        assert train(config(url, "waited", 60.0)).finished
+    with serving(without_answers(root, 8, math.inf)) as url:
+        stopped = config(url, "stopped", 0.3)
+        told = "no answer for 0.3 s .*; a checkpoint of step [1-9] was written, and the same command goes on"
+        with pytest.raises(Unavailable, match=told):
+            train(stopped)
+        assert not train(stopped, should_stop=lambda: True).finished
+    assert train(config_of(root, tmp_path / "stopped")).finished
+    straight, waited, again = (
+        load_file(tmp_path / out / "model" / "model.safetensors") for out in ("straight", "waited", "stopped")
+    )
+    assert all(torch.equal(straight[name], waited[name]) for name in straight)
+    assert all(torch.equal(straight[name], again[name]) for name in straight)
 
 
 def test_a_key_that_is_not_set_is_named(tmp_path: Path) -> None:
