@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 from potstill.cache.logins import without_login
+from potstill.cache.printable import printable
 
 _BEGIN_CHARACTERS = 700
 _END_CHARACTERS = 300
@@ -38,8 +39,8 @@ class PotstillError(Exception):
 
     @property
     def detail(self) -> str:
-        """The message on one line, whatever the cause put into it."""
-        return " ".join(str(self).split())
+        """The message on one line that a terminal may show, whatever the cause put into it."""
+        return printable(" ".join(str(self).split()))
 
 
 class InvalidInput(PotstillError, kind="invalid_input", status=422):

@@ -18,6 +18,7 @@ from typing import cast
 from potstill.cache.entry_points import Command, command_entry_points
 from potstill.cache.errors import PotstillError
 from potstill.cache.extras import missing_module
+from potstill.cache.printable import printable
 
 _INTERRUPTED = 128 + 2  # as shells report SIGINT
 
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except OSError as error:
         # A file or folder that may not be read, a name that is too long, no place for temporary files.
-        print(f"potstill: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"potstill: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 1
     return status
 

@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
+from potstill.cache.printable import printable
+
 _GAP = "  "
 
 Row = TypeVar("Row")
@@ -27,7 +29,7 @@ def table_text(columns: Sequence[str], rows: Iterable[Sequence[object]], width: 
 
     The first layout that fits: a line a row; a line a column, the rows side by side; one row below the other.
     """
-    table = [list(columns), *([str(cell) for cell in row] for row in rows)]
+    table = [list(columns), *([printable(str(cell)) for cell in row] for row in rows)]
     turned = [list(column) for column in zip(*table, strict=True)]
     for lines in (table, turned):
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

@@ -14,6 +14,7 @@ from potstill.cache.commands.field_options import add_field_options, field_argum
 from potstill.cache.errors import InvalidInput
 from potstill.cache.logins import without_login
 from potstill.cache.plurals import counted
+from potstill.cache.printable import printable
 from potstill.clients.commands.service_options import add_service_options, key_of
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         if watches:
             at = _watched(watch, at, args)
     tells = _summary if args.stop or watches else _begun
-    print(json.dumps(at, indent=2) if args.json else tells(at, args))
+    print(json.dumps(at, indent=2) if args.json else printable(tells(at, args)))
     return 1 if at["state"] == "failed" else 0
 
 
@@ -99,7 +100,7 @@ def _watched(watch: FillWatch, at: dict[str, Any], args: argparse.Namespace) -> 
 def _waiting(at: dict[str, Any]) -> str:
     told = at.get("told_to_wait")  # which an older service does not say
     if told:
-        return f", told to come back later ({told['kind']}: {told['detail']})"
+        return printable(f", told to come back later ({told['kind']}: {told['detail']})")
     if at["state"] == "waiting":
         return ", waiting for its turn among the service's jobs"
     return f", waiting for {counted(at['waiting_for'], 'shard')} of other jobs" if at["waiting_for"] else ""

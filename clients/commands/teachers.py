@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from potstill.cache.commands.tables import print_table
 from potstill.cache.entry_points import name_and_model
 from potstill.cache.errors import InvalidInput
+from potstill.cache.printable import printable
 from potstill.cache.types import JSON
 from potstill.clients.commands.service_options import add_service_options, key_of
 
@@ -75,7 +76,7 @@ async def _with_replicas(admin: HttpAdmin) -> list[dict[str, Any]]:
 def _scale(args: argparse.Namespace) -> None:
     wanted = _wanted_replicas(args)
     status = _ask(args, lambda admin: admin.change_replicas(args.name, wanted))
-    print(json.dumps(status) if args.json else f"{args.name}: {_replicas(status)}")
+    print(json.dumps(status) if args.json else printable(f"{args.name}: {_replicas(status)}"))
 
 
 def _add(args: argparse.Namespace) -> None:
@@ -86,12 +87,12 @@ def _add(args: argparse.Namespace) -> None:
     if args.replicas is not None:
         wanted["replicas"] = args.replicas
     teacher = _ask(args, lambda admin: admin.add(name, wanted))
-    print(json.dumps(teacher) if args.json else f"{name}: {teacher.get('state')}")
+    print(json.dumps(teacher) if args.json else printable(f"{name}: {teacher.get('state')}"))
 
 
 def _remove(args: argparse.Namespace) -> None:
     teacher = _ask(args, lambda admin: admin.remove(args.name))
-    print(json.dumps(teacher) if args.json else f"{args.name}: {teacher.get('state')}")
+    print(json.dumps(teacher) if args.json else printable(f"{args.name}: {teacher.get('state')}"))
 
 
 def _ask(args: argparse.Namespace, call: Callable[[HttpAdmin], Awaitable[T]]) -> T:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from potstill.cache.errors import PotstillError
+from potstill.cache.printable import printable
 
 Level: TypeAlias = Literal["ok", "warn", "fail", "not run"]
 
@@ -42,4 +43,6 @@ async def found(check: str, subject: str, look: Awaitable[Verdict]) -> Finding:
 
 def finding(check: str, subject: str, verdict: Verdict) -> Finding:
     """A finding of a verdict that is there already."""
-    return Finding(check=check, subject=subject, level=verdict.level, detail=verdict.detail, way_out=verdict.way_out)
+    texts = (check, subject, verdict.detail, verdict.way_out)
+    check, subject, detail, way_out = map(printable, texts)  # a service may have put anything into them
+    return Finding(check=check, subject=subject, level=verdict.level, detail=detail, way_out=way_out)
