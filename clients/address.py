@@ -31,12 +31,12 @@ def key_in(variable: str | None, named_by: str) -> str | None:
 
 
 def key_header(api_key: str | None) -> dict[str, str]:
-    """The HTTP header that shows `api_key`, or else that of `POTSTILL_API_KEY`; empty when there is neither.
+    """The HTTP header that shows `api_key`, by default that of `POTSTILL_API_KEY`; empty without a key, or for "".
 
     Raises:
         InvalidInput: the key has characters that no header can hold.
     """
-    found = api_key or os.environ.get(API_KEY_VARIABLE)
+    found = os.environ.get(API_KEY_VARIABLE) if api_key is None else api_key
     if not found:
         return {}
     key = found.strip()  # as a file or a shell may have put a line end behind it

@@ -19,6 +19,7 @@ from potstill.cache.forks import PerProcess
 from potstill.cache.row_batches import row_batches, row_starts
 from potstill.cache.types import JSON, Fields, Provenance, Targets, TeacherIdentity, TeacherLimits, Tokens
 from potstill.cache.wire import scores as wire
+from potstill.clients.address import API_KEY_VARIABLE, key_in
 from potstill.clients.answers import check_answer, described_identity
 from potstill.clients.connection import Connection
 from potstill.clients.http_admin import HttpAdmin, teacher_path
@@ -257,7 +258,8 @@ async def open_http_teacher(spec: str, *, options: Mapping[str, JSON] | None = N
     """Open a teacher by `URL#NAME`, or by `URL` where there is only one; the factory of `http://` and `https://`.
 
     The service is asked to keep nothing, because a caller that opens teachers by name keeps the targets itself.
-    `options` may hold api_key (else `POTSTILL_API_KEY` is used), timeout, max_in_flight, request_tokens and attempts.
+    `options` may hold api_key or api_key_env, the name of a variable that has it (else `POTSTILL_API_KEY` is used; ""
+    shows none), timeout, max_in_flight, request_tokens and attempts.
 
     Raises:
         InvalidInput: several teachers and no name, or an unknown or bad option.
@@ -279,6 +281,7 @@ async def open_http_teacher(spec: str, *, options: Mapping[str, JSON] | None = N
 def _arguments(options: Mapping[str, JSON]) -> dict[str, Any]:
     kinds: dict[str, type | tuple[type, ...]] = {
         "api_key": str,
+        "api_key_env": str,
         "timeout": (int, float),
         "max_in_flight": int,
         "request_tokens": int,
@@ -291,7 +294,16 @@ def _arguments(options: Mapping[str, JSON]) -> dict[str, Any]:
             # Errors are printed and logged; a key must not be.
             shown = "" if key == "api_key" else f" {value!r}"
             raise InvalidInput(f"option {key!r} of an HTTP teacher has a value{shown} of the wrong type")
-    arguments: dict[str, Any] = {key: value for key, value in options.items() if key != "attempts"}
+    arguments: dict[str, Any] = {key: value for key, value in options.items() if key not in ("attempts", "api_key_env")}
+    if "api_key_env" in options:
+        arguments["api_key"] = _named_key(str(options["api_key_env"]))
     if "attempts" in options:
         arguments["retry"] = RetryPolicy(attempts=cast(int, options["attempts"]))
     return arguments
+
+
+def _named_key(variable: str) -> str | None:
+    # Whoever adds a teacher to a service chooses its URL, too: other secrets of the process are not to be had there.
+    if not variable.startswith(API_KEY_VARIABLE):
+        raise InvalidInput(f"option 'api_key_env' is {variable!r}; name a variable that begins with {API_KEY_VARIABLE}")
+    return key_in(variable, "api_key_env")

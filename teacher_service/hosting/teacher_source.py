@@ -34,7 +34,7 @@ class TeacherSource:
             InvalidInput: several replicas of a teacher that cannot have them.
         """
         settings.check_replicas(ray=self._ray is not None)
-        opens = partial(open_teacher, settings.model, options=settings.options)
+        opens = partial(open_teacher, settings.model, options=settings.factory_options)
         return HostedTeacher(settings.name, opens, self._keep, open_pool=self._open_pool(settings), settings=settings)
 
     def _open_pool(self, settings: TeacherSettings) -> OpenPool:

@@ -28,7 +28,7 @@ from potstill.teacher_service.settings.replicas import Count, FrozenSettings, Ra
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 ENVIRONMENT = {"POTSTILL_HOST": "host", "POTSTILL_PORT": "port", "POTSTILL_CACHE": "cache"}
 """Every environment variable the service reads, and the setting it sets."""
-_OF_CLIENTS = frozenset({"POTSTILL_API_KEY"})  # also read here, by a teacher that is another service
+_KEYS = "POTSTILL_API_KEY"  # begins the names of variables that are read by teachers that are other services
 
 _OF_ONE_AND_ALL = (
     ("max_body_bytes", "max_body_bytes_in_flight"),
@@ -184,12 +184,18 @@ class TeacherSettings(ReplicaSettings):
     model: Annotated[str, StringConstraints(min_length=1)]
     """A model name or path for vLLM, or the URL of another service."""
     options: dict[str, JsonValue] = Field(default_factory=dict)
-    """Options of the teacher, like `dtype`; its factory checks them."""
+    """Options of the teacher, like `dtype`; its factory checks them. A service that asks for a key gets that of the
+    variable that `api_key_env` names, like `POTSTILL_API_KEY`, and else none."""
 
     @property
     def remote(self) -> bool:
         """True where another service runs the teacher, so that it has no engine and no replicas of ours."""
         return self.model.startswith(("http://", "https://"))
+
+    @property
+    def factory_options(self) -> dict[str, JsonValue]:
+        """Options as the factory gets them. The service's own key is shown to no URL whose options do not name it."""
+        return {"api_key": "", **self.options} if self.remote else self.options
 
     def check_replicas(self, *, ray: bool) -> None:
         """Refuse several replicas where there can be only one.
@@ -262,8 +268,8 @@ def load_settings(
 
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
-    ours = {name for name in environment if name.startswith("POTSTILL_")}
-    unknown = sorted(ours - ENVIRONMENT.keys() - _OF_CLIENTS)
+    ours = {name for name in environment if name.startswith("POTSTILL_") and not name.startswith(_KEYS)}
+    unknown = sorted(ours - ENVIRONMENT.keys())
     if unknown:
         raise InvalidInput(f"unknown environment variable {unknown[0]}; known are {', '.join(ENVIRONMENT)}")
     return {key: environment[name] for name, key in ENVIRONMENT.items() if name in environment}

@@ -17,7 +17,8 @@ import pytest
 from starlette.responses import JSONResponse, Response
 
 from potstill.cache import Fields
-from potstill.cache.errors import DeadlineExceeded, PotstillError, TeacherFailed, Unavailable
+from potstill.cache.entry_points import open_teacher
+from potstill.cache.errors import DeadlineExceeded, InvalidInput, PotstillError, TeacherFailed, Unavailable
 from potstill.cache.wire import scores as wire
 from potstill.cache.wire.stream import StreamHead, write_array
 from potstill.clients.doctor.service_checks import check_service
@@ -27,6 +28,7 @@ from potstill.clients.http_targets import HttpCache
 from potstill.clients.http_teacher import HttpTeacher
 from potstill.clients.retry import RetryPolicy
 from potstill.clients.sync_connection import SyncConnection
+from potstill.teacher_service.settings import TeacherSettings
 from tests.support.fakes import fake_identity
 from tests.support.findings import levels
 from tests.support.processes.servers import serving
@@ -202,3 +204,39 @@ async def test_an_error_of_a_megabyte_is_shown_in_part() -> None:
             with pytest.raises(PotstillError) as told:
                 await admin.teachers()
     assert len(told.value.detail) < 5000
+
+
+@pytest.mark.parametrize(
+    ("options", "sent"),
+    [
+        ({}, None),
+        ({"api_key_env": "POTSTILL_API_KEY"}, "Bearer own"),
+        ({"api_key_env": "POTSTILL_API_KEY_PEER"}, "Bearer peer"),
+        ({"api_key": "given"}, "Bearer given"),
+    ],
+)
+async def test_a_service_shows_its_key_only_where_a_teachers_options_name_it(
+    options: dict[str, Any], sent: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POTSTILL_API_KEY", "own")
+    monkeypatch.setenv("POTSTILL_API_KEY_PEER", "peer")
+    seen: list[str | None] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            seen.append(dict(scope["headers"]).get(b"authorization", b"").decode() or None)
+            listed = {"teachers": [{"name": "smol"}], "identity": fake_identity().to_json()}
+            await JSONResponse(listed)(scope, receive, send)
+
+    with serving(app) as url:
+        settings = TeacherSettings(name="peer", model=url, options=options)
+        async with open_teacher(settings.model, options=settings.factory_options):
+            pass
+    assert seen == [sent, sent]
+
+
+async def test_no_other_secret_of_a_service_is_sent_as_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    with pytest.raises(InvalidInput, match="begins with POTSTILL_API_KEY"):
+        async with open_teacher("http://127.0.0.1:9", options={"api_key_env": "AWS_SECRET_ACCESS_KEY"}):
+            pass
