@@ -13,6 +13,7 @@ from potstill.cache.encoding.logprobs import encoding_by_name
 from potstill.cache.errors import InvalidInput, PotstillError, UnknownCorpus
 from potstill.cache.store import Reading, Root
 from potstill.cache.targets import SetSpec, TargetSet
+from potstill.cache.targets.names import require_one_identity
 from potstill.cache.targets.target_set import teachers_with_targets
 from potstill.cache.types import Fields, TeacherIdentity
 
@@ -111,10 +112,13 @@ class Cache:
         """Plan the target set that is to be filled so that `fields` are there; see `TargetSet.plan`.
 
         Raises:
-            SpecMismatch: a field is there with other settings, or the teacher does not fit the corpus.
+            SpecMismatch: a field is there with other settings, the teacher does not fit the corpus, or its name is
+                another teacher's.
             InvalidInput: the cache was opened to read, or the encoding is unknown.
         """
         if self.mode != "r+":
             raise InvalidInput(f"cache {self.root.url!r} was opened to read; open it with mode 'r+' to write")
         spec = SetSpec(identity=identity, fields=fields, encoding=encoding_by_name(encoding))
-        return TargetSet.plan(self.root, teacher, self.corpus(corpus), spec, self._reading)
+        planned = TargetSet.plan(self.root, teacher, self.corpus(corpus), spec, self._reading)
+        require_one_identity(self.root, teacher, identity)
+        return planned

@@ -27,6 +27,10 @@ Tokens: TypeAlias = NDArray[np.uint32]
 """One row of T token ids, [T] uint32."""
 
 
+CONFIG_SHA256 = "config_sha256"
+"""Key of `TeacherIdentity.overrides`."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TeacherIdentity:  # noqa: PLW1641 -- `overrides` has no hash
     """Everything that changes a teacher's numbers. Another identity under the same name raises `SpecMismatch`."""
@@ -44,6 +48,8 @@ class TeacherIdentity:  # noqa: PLW1641 -- `overrides` has no hash
     quantization: str = "none"
     adapters: tuple[str, ...] = ()
     overrides: Mapping[str, JSON] = field(default_factory=dict)
+    """Settings beside the weights that change numbers: under `CONFIG_SHA256` the hash of the model's configuration.
+    Where one of two identities has none (an earlier version, an import), it is not compared."""
     prefix_ids: tuple[int, ...] = ()
     """Token ids, such as BOS, that are put in front of every row for the teacher; their targets are dropped."""
 
@@ -81,6 +87,9 @@ class TeacherIdentity:  # noqa: PLW1641 -- `overrides` has no hash
         # A model may be renamed or moved: with a hash of its weights its name says nothing more.
         if re.fullmatch(r"[0-9a-f]{64}", self.weights_sha256):
             del mine["model"]
+        if (CONFIG_SHA256 in self.overrides) != (CONFIG_SHA256 in other.overrides):
+            for each in (mine, theirs):
+                cast("dict[str, JSON]", each["overrides"]).pop(CONFIG_SHA256, None)
         return "; ".join(f"{key}: {mine[key]!r} != {theirs[key]!r}" for key in mine if mine[key] != theirs[key])
 
     def __eq__(self, other: object) -> bool:

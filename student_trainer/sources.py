@@ -14,6 +14,7 @@ from potstill.cache.corpus import Corpus
 from potstill.cache.errors import NotCommitted, SpecMismatch, UnsupportedField
 from potstill.cache.plurals import counted
 from potstill.cache.targets import TargetSet
+from potstill.cache.targets.names import require_one_identity
 from potstill.cache.types import Fields, Targets, TeacherIdentity, Tokens
 from potstill.clients.address import key_in
 from potstill.clients.http_targets import HttpCache, HttpTargets
@@ -79,7 +80,7 @@ def open_sources(config: TrainConfig, cache: Cache | HttpCache, corpus: Corpus) 
     """Open the sources of all of the run's teachers, in the config's order, and check them against the corpus.
 
     Raises:
-        SpecMismatch: a teacher with another tokenizer than the corpus.
+        SpecMismatch: a teacher with another tokenizer than the corpus, or with another's name in the cache.
         NotCommitted: a target set with shards that are not there yet.
         UnknownTeacher, UnsupportedField, Unavailable: as the cache or the service says.
     """
@@ -103,6 +104,8 @@ def _open(
         _check_committed(teacher.name, targets)
         source = cache_source(teacher.name, targets, teacher.k)
     # The same id must be the same token to both, or the student would be taught noise.
+    if isinstance(cache, Cache):
+        require_one_identity(cache.root, source.name, source.identity)
     theirs = source.identity.tokenizer_sha256
     if theirs != corpus.tokenizer_sha256:
         raise SpecMismatch(

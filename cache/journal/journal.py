@@ -114,6 +114,9 @@ class Journal:
         host = "".join(c if c.isalnum() else "-" for c in socket.gethostname())[:24].strip("-") or "host"
         self._process = f"{host}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self.index.refresh()
+        strange = next((d for record in self.index.records if (d := record.identity.differences(identity))), "")
+        if strange:
+            _LOG.warning("the journal keeps rows of another %s (%s), which answer nothing", teacher, strange)
 
     @property
     def stored_bytes(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from potstill.cache.errors import NotCommitted, StoreError
@@ -108,6 +109,42 @@ def _fit(name: str, identity: TeacherIdentity, corpus: CorpusFacts, *, alone: bo
     if padding:
         told += f"; the teacher's head has {padding} more rows as padding, which a student's loss must mask"
     return Verdict("ok", told)
+
+
+def name_findings(cache: Cache) -> list[Finding]:
+    """Report each teacher's name under which corpora have different teachers' targets."""
+    from potstill.cache.targets.names import stored_identities  # noqa: PLC0415 -- heavy
+
+    findings = []
+    for name in cache.root.folders("targets"):
+        for (first, one), (second, other) in pairwise(stored_identities(cache.root, name).items()):
+            differences = one.differences(other)
+            if differences:
+                told = f"it is one teacher on {first}, another on {second}: {differences}"
+                way_out = "`potstill delete` the targets of one, and fill them under a name of their own"
+                findings.append(finding("one name, one teacher", name, Verdict("fail", told, way_out)))
+                break
+    return findings
+
+
+async def one_name(cache: Cache, name: str, identity: TeacherIdentity) -> Finding:
+    """Check that what the cache holds under the name is this teacher's."""
+
+    async def look() -> Verdict:
+        from potstill.cache.journal.segment import SegmentRecord, journal_records  # noqa: PLC0415 -- heavy
+        from potstill.cache.targets.names import require_one_identity  # noqa: PLC0415 -- heavy
+
+        require_one_identity(cache.root, name, identity)
+        for path in journal_records(cache.root, name):
+            record = SegmentRecord.read(cache.root, path)
+            differences = record and record.identity.differences(identity)
+            if differences:
+                told = f"the journal has rows of another teacher under the name, which answer nothing: {differences}"
+                way_out = f"`potstill delete --journal --teacher {name}` removes them"
+                return Verdict("warn", told, way_out)
+        return Verdict("ok", "nothing of another teacher is kept under the name")
+
+    return await found("one name, one teacher", name, look())
 
 
 async def check_stored(cache: Cache, name: str, teacher: Teacher, tolerance: float) -> list[Finding]:

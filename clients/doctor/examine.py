@@ -17,6 +17,8 @@ from potstill.clients.doctor.cache_checks import (
     LOOK_AT_STORE,
     CorpusFacts,
     check_stored,
+    name_findings,
+    one_name,
     store_findings,
     unreadable_finding,
     vocabulary_findings,
@@ -126,6 +128,7 @@ def _open_cache(root: str) -> tuple[_OpenedCache | None, list[Finding]]:
     except StoreError as error:
         way_out = f"the store did not list its corpora: {LOOK_AT_STORE}"
         return None, [*findings, finding("cache", root, Verdict("fail", error.detail, way_out))]
+    findings += name_findings(cache)
     for name, why in seen.unreadable.items():
         findings.append(unreadable_finding(name, root, kind=why.kind, detail=why.detail))
     return _OpenedCache(cache, list(seen.found.values())), findings
@@ -145,5 +148,6 @@ async def _examine_opened(
             findings += vocabulary_findings(name, teacher.identity, opened.corpora)
         findings += await check_teacher(teacher, name, probing)
         if opened is not None:
+            findings.append(await one_name(opened.cache, name, teacher.identity))
             findings += await check_stored(opened.cache, name, teacher, probing.tolerance)
     return findings

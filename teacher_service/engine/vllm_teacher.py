@@ -30,8 +30,9 @@ from potstill.cache.corpus.tokenizer import fingerprint, load_tokenizer
 from potstill.cache.errors import InvalidInput, LimitExceeded, UnsupportedField
 from potstill.cache.hub import hub_file, may_be_hub_name
 from potstill.cache.plurals import counted
-from potstill.cache.types import JSON, Fields, Targets, TeacherIdentity, TeacherLimits, Tokens
+from potstill.cache.types import CONFIG_SHA256, JSON, Fields, Targets, TeacherIdentity, TeacherLimits, Tokens
 from potstill.teacher_service.capture.layout import Asked
+from potstill.teacher_service.engine.config_hash import config_sha256
 from potstill.teacher_service.engine.thread import EngineThread, Job
 from potstill.teacher_service.engine.vllm_engine import EngineFacts, VllmEngine
 
@@ -318,6 +319,7 @@ def _identity(options: VllmOptions, facts: EngineFacts, folder: Path) -> Teacher
         dtype=facts.dtype,
         head_dtype=facts.head_dtype,
         quantization=options.quantization,
+        overrides={CONFIG_SHA256: config_sha256(folder)},
         prefix_ids=options.prefix_ids,
     )
 

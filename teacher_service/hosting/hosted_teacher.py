@@ -187,7 +187,9 @@ class HostedTeacher:
                 pool.follow_queue(lambda: queue.tokens_waiting)
             if self._keep is not None:
                 from potstill.cache.read_through import CachedTeacher  # noqa: PLC0415  zarr and obstore, only when used
+                from potstill.cache.targets.names import require_one_identity  # noqa: PLC0415
 
+                await asyncio.to_thread(require_one_identity, self._keep.cache.root, self.name, pool.identity)
                 self.cached = await stack.enter_async_context(
                     CachedTeacher.open(self._admitted, name=self.name, cache=self._keep.cache, policy=self._keep.policy)
                 )

@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from potstill.cache.errors import PotstillError, UnknownTeacher
+from potstill.cache.errors import PotstillError, Unavailable, UnknownTeacher
+from potstill.cache.types import TeacherIdentity
 from potstill.teacher_service.access import Access
 from potstill.teacher_service.admission import Admission
 from potstill.teacher_service.hosting.fill_jobs import FillJobs
@@ -79,6 +80,13 @@ class Service:
         if name not in self.teachers:
             raise UnknownTeacher(f"there is no teacher {name[:64]!r}; known are {', '.join(self.teachers) or 'none'}")
         return self.teachers[name]
+
+    def identity_of(self, name: str) -> TeacherIdentity | None:
+        """Identity of a teacher that is up; None where there is none of this name, or not yet."""
+        try:
+            return self.teachers[name].pool.identity
+        except (KeyError, Unavailable):
+            return None
 
     async def started(self) -> None:
         """Wait until every teacher is up or has failed, which is logged; the others go on without it.

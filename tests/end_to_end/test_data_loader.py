@@ -23,7 +23,7 @@ from potstill.clients.http_targets import HttpCache
 from potstill.clients.http_teacher import SyncHttpTeacher
 from potstill.student_trainer.data import BatchReader
 from potstill.student_trainer.sources import cache_source
-from tests.support.fakes import FakeTeacher
+from tests.support.corpora import teacher_for
 from tests.support.filled_caches import filled_cache
 from tests.support.processes.s3 import s3_server
 from tests.support.processes.servers import hosted, serving_teachers
@@ -55,7 +55,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]
     """One cache, opened in a folder, behind a service, and in an object store."""
     with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
         folder = filled_cache(tmp_path_factory.mktemp("loaded") / "cache", FIELDS)
-        url = stack.enter_context(serving_teachers(hosted("fake", FakeTeacher()), cache=folder))
+        url = stack.enter_context(serving_teachers(hosted("fake", teacher_for(folder.corpus("docs"))), cache=folder))
         server = stack.enter_context(s3_server())
         for name, value in server.environment().items():
             patch.setenv(name, value)

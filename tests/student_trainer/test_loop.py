@@ -269,18 +269,19 @@ def test_a_config_that_cannot_begin_leaves_its_folder_free(root: Path, tmp_path:
 
 
 def test_another_teacher_under_the_same_name_is_refused(root: Path, tmp_path: Path) -> None:
+    # A name that the cache has no targets of, which would be refused before.
     def taught_by(url: str, steps: int) -> TrainConfig:
-        teachers = [{"name": "fake", "source": "service", "url": url, "k": 8}]
+        teachers = [{"name": "asked", "source": "service", "url": url, "k": 8}]
         return config_of(root, tmp_path / "run", teachers=teachers, train={"steps": steps})
 
     teacher = fake_teacher()
-    with serving_teachers(hosted("fake", teacher)) as url:
+    with serving_teachers(hosted("asked", teacher)) as url:
         train(taught_by(url, 1))
-    with serving_teachers(hosted("fake", FakeTeacher(replace(teacher.identity, model="of another folder")))) as url:
+    with serving_teachers(hosted("asked", FakeTeacher(replace(teacher.identity, model="of another folder")))) as url:
         assert train(taught_by(url, 2)).finished
     with (
-        serving_teachers(hosted("fake", fake_teacher("another"))) as url,
-        pytest.raises(SpecMismatch, match="teacher 'fake' is not the one .* weights_sha256: "),
+        serving_teachers(hosted("asked", fake_teacher("another"))) as url,
+        pytest.raises(SpecMismatch, match="teacher 'asked' is not the one .* weights_sha256: "),
     ):
         train(taught_by(url, 3))
 

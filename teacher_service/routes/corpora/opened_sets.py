@@ -16,11 +16,12 @@ from typing import Any, Generic, TypeVar
 from potstill.cache.cache import Cache, CorporaLook
 from potstill.cache.corpus import Corpus
 from potstill.cache.corpus.corpus import corpus_path
-from potstill.cache.errors import CorruptSegment, UnknownCorpus
+from potstill.cache.errors import CorruptSegment, SpecMismatch, UnknownCorpus
 from potstill.cache.store import Root
 from potstill.cache.targets import TargetSet
 from potstill.cache.targets.commit import commit_name
 from potstill.cache.targets.target_set import segment_set_paths, targets_path
+from potstill.cache.types import TeacherIdentity
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -82,8 +83,10 @@ def _is_current(opened: _Opened[Any]) -> bool:
 class OpenedSets:
     """Opens corpora and target sets of a cache by name. Safe to share between threads."""
 
-    def __init__(self, cache: Cache | None) -> None:
+    def __init__(self, cache: Cache | None, served: Callable[[str], TeacherIdentity | None] = lambda _: None) -> None:
+        """Open nothing yet; `served` gives the identity of the teacher that answers under a name, if one does."""
         self._cache = cache
+        self._served = served
         self._lock = threading.Lock()
         self._corpora: OrderedDict[str, _Opened[Corpus]] = OrderedDict()
         self._targets: OrderedDict[tuple[str, str], _Opened[TargetSet]] = OrderedDict()
@@ -125,6 +128,7 @@ class OpenedSets:
 
         Raises:
             UnknownCorpus, UnknownTeacher: there are none.
+            SpecMismatch: another teacher is served under the name.
         """
         cache = self._require_cache()
         self.corpus(corpus)
@@ -137,7 +141,15 @@ class OpenedSets:
             seen = _Seen(cache.root, (corpus_path(corpus), *paths, *unfolded), path)
             return _Opened(cache.fresh().targets(teacher, corpus), seen, time.monotonic())
 
-        return self._get(self._targets, (teacher, corpus), open_it)
+        found = self._get(self._targets, (teacher, corpus), open_it)
+        served = self._served(teacher)
+        differences = served and found.identity.differences(served)
+        if differences:
+            raise SpecMismatch(
+                f"targets of {teacher!r} for corpus {corpus!r} are not of the teacher that is served under this name "
+                f"({differences}); serve it under another one"
+            )
+        return found
 
     def watched(self, targets: TargetSet, pieces: Iterator[bytes]) -> Iterator[bytes]:
         """Pass the pieces on; where they end in damage, the next request opens the target set anew.

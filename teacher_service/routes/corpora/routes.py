@@ -42,7 +42,7 @@ _TARGETS = "/v1/corpora/{corpus}/targets/{teacher}"
 
 def add_corpus_routes(app: FastAPI, service: Service) -> None:
     """Add the routes to the app."""
-    opened = OpenedSets(service.cache)
+    opened = OpenedSets(service.cache, service.identity_of)
     limits = service.limits
     slots = ReadSlots(threads=_THREADS, streams=limits.max_streams, stall_seconds=limits.stall_seconds)
     reading = CorpusReading(opened, slots, limits)

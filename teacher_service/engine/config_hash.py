@@ -1,0 +1,45 @@
+"""Hash of what a model's `config.json` says of its numbers: two folders of the same weights may compute differently."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from potstill.cache.errors import InvalidInput
+
+_NEUTRAL = frozenset(
+    (
+        "_name_or_path", "name_or_path", "_commit_hash", "auto_map",  # names and places
+        "transformers_version", "_attn_implementation", "attn_implementation", "use_cache",  # versions and ways
+        "torch_dtype", "dtype",  # an identity has what the engine took
+        "output_attentions", "output_hidden_states", "return_dict", "torchscript",  # what is answered
+        "id2label", "label2id", "task_specific_params", "problem_type",
+    )
+)  # fmt: skip
+"""Keys, at any depth, that change no number. What is not known here counts: too many teachers beat mixed-up ones."""
+
+
+def config_sha256(folder: Path) -> str:
+    """SHA-256, in hex, of a model folder's `config.json` without its neutral keys and those that are null.
+
+    Raises:
+        InvalidInput: it is no JSON object.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InvalidInput(f"config.json of the model folder {folder.name!r} is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise InvalidInput(f"config.json of the model folder {folder.name!r} is no JSON object")
+    return hashlib.sha256(json.dumps(_plain(config), sort_keys=True).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """One form for each meaning: JSON writers differ in nulls, and in 10000 and 10000.0."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items() if key not in _NEUTRAL and each is not None}
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
