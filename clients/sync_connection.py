@@ -41,8 +41,9 @@ class SyncConnection:
         """Check the address; nothing is sent yet."""
         self._address = (url, api_key, timeout, retry)
         silence = min(_SILENCE_SECONDS, timeout)
-        self._connection = Connection(
-            url, api_key=api_key, timeout=timeout, max_in_flight=None, retry=retry, silence=silence
+        # A forked child has neither the thread, nor may it use the sockets, which are the parent's too.
+        self._connections = PerProcess(
+            lambda: Connection(url, api_key=api_key, timeout=timeout, max_in_flight=None, retry=retry, silence=silence)
         )
         self.url = self._connection.url
         closed = f"the connection to {self.url} was closed"
@@ -51,6 +52,10 @@ class SyncConnection:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as the address, with the API key if one was given, which is connected to anew."""
         return _reconnect, self._address
+
+    @property
+    def _connection(self) -> Connection:
+        return self._connections.get()
 
     @property
     def _thread(self) -> LoopThread:
