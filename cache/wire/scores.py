@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from potstill.cache.errors import FormatError, InvalidInput, WireVersionError
+from potstill.cache.errors import FormatError, InvalidInput, LimitExceeded, WireVersionError
 from potstill.cache.fields import COLUMNS, FIELDS
 from potstill.cache.types import JSON, Draws, Fields, Targets, TeacherIdentity, Tokens
 from potstill.cache.wire.messages import CheckedStream, CutShort
@@ -73,13 +73,14 @@ def request_to_arrow(request: ScoreRequest) -> bytes:
     return _stream(schema, [pa.record_batch([column], schema=schema)])
 
 
-def request_from_arrow(body: bytes) -> ScoreRequest:
+def request_from_arrow(body: bytes, *, max_rows: int | None = None) -> ScoreRequest:
     """Read a request stream.
 
     Raises:
         WireVersionError: it has another wire version. InvalidInput: it is not such an Arrow stream.
+        LimitExceeded: there are more than `max_rows` rows, or batches.
     """
-    schema, batches = open_stream(body)
+    schema, batches = open_stream(body, max_rows=max_rows)
     fields = Fields.from_json(metadata_json(schema, FIELDS_KEY))
     rows: list[Tokens] = []
     for batch in batches:
@@ -273,18 +274,28 @@ def _stream(schema: Any, batches: Sequence[Any]) -> bytes:
     return data
 
 
-def open_stream(body: bytes) -> tuple[Any, list[Any]]:
+def open_stream(body: bytes, *, max_rows: int | None = None) -> tuple[Any, list[Any]]:
     """Read a whole stream: its schema, and its record batches, checked.
 
     Raises:
         WireVersionError: it has another wire version. InvalidInput: it is no Arrow stream of ours, see `wire.messages`.
+        LimitExceeded: there are more than `max_rows` rows, or batches.
     """
+    batches: list[Any] = []
+    rows = 0
     try:
         stream = CheckedStream(body)
         check_version(stream.schema)
-        return stream.schema, list(stream.batches())
+        for batch in stream.batches():
+            batches.append(batch)
+            rows += batch.num_rows
+            # Before anything is made of them: a row of no tokens takes 4 bytes here, and a hundred as an object.
+            if max_rows is not None and max(rows, len(batches)) > max_rows:
+                what = "rows" if rows > max_rows else "record batches"
+                raise LimitExceeded(f"more than max_rows={max_rows} {what} are in the body; send fewer per request")
     except CutShort as error:
         raise InvalidInput(f"the body is not a whole Arrow IPC stream: {error}") from error
+    return stream.schema, batches
 
 
 def check_version(schema: Any) -> None:

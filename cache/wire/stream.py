@@ -148,14 +148,15 @@ def write_row_numbers(rows: Sequence[int], fields: Fields | None = None) -> byte
     return b"".join([schema.serialize(), batch.serialize(), END])
 
 
-def read_row_numbers(body: bytes) -> tuple[list[int], Fields | None]:
+def read_row_numbers(body: bytes, *, max_rows: int | None = None) -> tuple[list[int], Fields | None]:
     """Read what `write_row_numbers` wrote.
 
     Raises:
         WireVersionError: it has another wire version. InvalidInput: it is something else.
+        LimitExceeded: there are more than `max_rows` rows, or batches.
     """
     try:
-        schema, batches = wire.open_stream(body)
+        schema, batches = wire.open_stream(body, max_rows=max_rows)
         fields = (
             Fields.from_json(wire.metadata_json(schema, wire.FIELDS_KEY))
             if wire.FIELDS_KEY in schema.metadata

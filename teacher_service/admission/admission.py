@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -32,6 +33,8 @@ BATCH_TOKENS = 2048
 """Most tokens of one batch, or one longer row. A call enters the engine batch by batch, so that other keys get their
 turns in between; this is about one step of an engine."""
 
+_SMALL_BYTES = 64 * 2**10  # parsed at once, on the event loop: less than a millisecond
+
 REFUSAL_REASONS = ("requests", "bodies", "answers", "misses", "queue", "pushed_out", "deadline", "quota")
 """Reasons for which calls are refused, as metrics name them."""
 
@@ -53,6 +56,8 @@ class Admission:
         """The bound of request bodies, in bytes."""
         self._answers = self._bound(limits.max_answer_bytes_in_flight, "bytes of answers", "answers")
         self._misses = self._bound(limits.max_miss_bytes_in_flight, "bytes of answers to misses", "misses")
+        # One: JSON is parsed under the interpreter's lock anyway, so more would only hold more half-made values.
+        self._parser = ThreadPoolExecutor(1, thread_name_prefix="parse-body")
 
     def _bound(self, limit: int, what: str, reason: str) -> SharedBound:
         # A request's slot is given back before its rows wait for an engine, so no engine's speed says when it is free.
@@ -92,6 +97,12 @@ class Admission:
             yield reservation
         finally:
             reservation.release_slot()
+
+    async def parse(self, understand: Callable[[bytes], T], body: bytes) -> T:
+        """Call `understand` with a body: a long one in a thread, one after the other; raises what it raises."""
+        if len(body) < _SMALL_BYTES:
+            return understand(body)
+        return await asyncio.get_running_loop().run_in_executor(self._parser, understand, body)
 
     def answer(self, num_bytes: int) -> AbstractContextManager[None]:
         """Hold the bytes of an answer that is read from the cache.

@@ -17,6 +17,8 @@ from potstill.teacher_service.settings import LimitSettings
 TIMEOUT_HEADER = "potstill-timeout"
 """Header with the seconds after which the caller does not want the answer any more."""
 
+_SPARE_VALUES = 1024  # keys, and what a client adds that is ignored
+_JSON_BYTES = 32  # of a token id and what is around it, indented too
 _FLAT_CAPTURE = "public-flat"
 _FLAT_BYTES_PER_ENTRY = 90  # FlatLogprobs: four list slots, a float object and mostly an int object
 _PROMPT_BYTES_PER_TOKEN = 80  # a list slot and an int object, in this process and in the engine's
@@ -90,16 +92,42 @@ async def read_body(request: Request) -> bytes:
     return b"".join([chunk async for chunk in request.stream()])
 
 
-def json_value(body: bytes) -> Any:
-    """Parse a JSON body.
+def json_value(body: bytes, *, max_lists: tuple[str, int], max_values: tuple[str, int]) -> Any:
+    """Parse a JSON body of rows, which is counted before any object is made of it.
+
+    Args:
+        body: UTF-8.
+        max_lists: name and value of the setting that bounds its lists and objects, beside a few.
+        max_values: name and value of the setting that bounds its values.
 
     Raises:
-        InvalidInput: it is not JSON.
+        LimitExceeded: there are more. InvalidInput: it is not JSON.
     """
+    # Brackets and commas within strings count too: no string of a body of rows has thousands of them. Two bytes of an
+    # empty list are 64 in memory, and a number is 40; long text may take four bytes a character.
+    counts = (
+        ("lists and objects", body.count(b"[") + body.count(b"{"), *max_lists, _SPARE_VALUES + max_lists[1]),
+        ("values", body.count(b","), *max_values, _SPARE_VALUES + max_lists[1] + max_values[1]),
+        ("bytes", len(body), *max_values, _JSON_BYTES * (_SPARE_VALUES + max_values[1])),
+    )
+    for what, count, name, limit, most in counts:
+        if count > most:
+            raise LimitExceeded(
+                f"{count} {what} of JSON are over the {most} that {name}={limit} lets through; send fewer per request"
+            )
     try:
         return json.loads(body)
     except (ValueError, RecursionError) as error:  # the latter by brackets within brackets, thousands deep
         raise InvalidInput(f"the body is not JSON: {error}") from error
+
+
+def rows_of_tokens(body: bytes, limits: LimitSettings) -> Any:
+    """Parse a JSON body whose rows are lists of token ids; raises as `json_value` does."""
+    return json_value(
+        body,
+        max_lists=("max_rows", limits.max_rows),
+        max_values=("max_tokens_in_flight", limits.max_tokens_in_flight),
+    )
 
 
 async def same_wire(request: Request) -> None:

@@ -17,9 +17,9 @@ from potstill.teacher_service.admission.admission import within
 from potstill.teacher_service.admission.limits import (
     answer_format,
     check_request,
-    json_value,
     read_body,
     request_format,
+    rows_of_tokens,
     same_wire,
     timeout_seconds,
 )
@@ -45,6 +45,7 @@ class ScoreCall:
 
 def add_score_routes(app: FastAPI, service: Service) -> None:
     """Add the route to the app."""
+    limits = service.limits
 
     @app.post("/v1/teachers/{name}/score", dependencies=[Depends(allow(Role.TRAINER)), Depends(same_wire)])
     async def score(name: str, request: Request) -> Response:
@@ -55,8 +56,10 @@ def add_score_routes(app: FastAPI, service: Service) -> None:
         _ = teacher.pool  # Unavailable while it starts, before a body is read
 
         def understand(body: bytes) -> ScoreCall:
-            is_json = reads == wire.JSON_MEDIA_TYPE
-            asked = wire.request_from_json(json_value(body)) if is_json else wire.request_from_arrow(body)
+            if reads == wire.JSON_MEDIA_TYPE:
+                asked = wire.request_from_json(rows_of_tokens(body, limits))
+            else:
+                asked = wire.request_from_arrow(body, max_rows=limits.max_rows)
 
             def answer(identity: TeacherIdentity, targets: list[Targets]) -> Response:
                 return targets_response(wire.ScoreAnswer(identity, targets), asked.fields, writes)
@@ -81,7 +84,7 @@ async def answer_call(service: Service, request: Request, understand: Callable[[
         body = await read_body(request)
 
         async def answered() -> Response:
-            call = await _off_loop(len(body), lambda: understand(body))
+            call = await service.admission.parse(understand, body)
             front = call.teacher.front(store=store)
             # Refused for good before it is counted, and counted before any work: nothing scored is thrown away.
             num_tokens = check_request(call.rows, call.fields, teacher=front, limits=service.limits)

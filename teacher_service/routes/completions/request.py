@@ -24,7 +24,8 @@ import numpy as np
 
 from potstill.cache.errors import InvalidInput
 from potstill.cache.types import Tokens
-from potstill.teacher_service.admission.limits import json_value
+from potstill.teacher_service.admission.limits import rows_of_tokens
+from potstill.teacher_service.settings import LimitSettings
 
 _REFUSED: Mapping[str, tuple[Any, str]] = {
     "n": (1, "ask for one answer a prompt"),
@@ -56,13 +57,14 @@ class CompletionRequest:
     request_id: str
 
     @classmethod
-    def from_body(cls, body: bytes) -> Self:
+    def from_body(cls, body: bytes, limits: LimitSettings) -> Self:
         """Read a request.
 
         Raises:
+            LimitExceeded: more rows or tokens than the limits allow.
             InvalidInput: not JSON, a key of the wrong type, or a value that this service does not support.
         """
-        value = _json_object(body)
+        value = _json_object(rows_of_tokens(body, limits))
         _refuse_what_is_not_here(value)
         echo = _flag(value, "echo")
         logprobs = _count(value, "logprobs")
@@ -95,8 +97,7 @@ class CompletionRequest:
         return max(self.prompt_logprobs or 0, self.logprobs or 0, 1)
 
 
-def _json_object(body: bytes) -> dict[str, Any]:
-    value = json_value(body)
+def _json_object(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidInput('the body must be a JSON object like {"prompt": [[1, 2]], "prompt_logprobs": 8}')
     return value

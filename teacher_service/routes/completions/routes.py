@@ -100,7 +100,7 @@ async def _complete(service: Service, request: Request, teacher: HostedTeacher |
     header_id = request.headers.get("x-request-id", "")[:200]  # vLLM puts it into the answer's id
 
     def understand(body: bytes) -> ScoreCall:
-        asked = CompletionRequest.from_body(body)
+        asked = CompletionRequest.from_body(body, service.limits)
         chosen = _teacher(service, asked.model, teacher)
         answer_id = header_id or asked.request_id or uuid.uuid4().hex
 

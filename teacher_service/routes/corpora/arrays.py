@@ -114,8 +114,10 @@ def add_array_routes(app: FastAPI, reading: CorpusReading, dependencies: Sequenc
         body = await read_body(request)
 
         def read() -> Iterator[bytes]:
-            rows = rows_from_json(body)[0] if reads == wire.JSON_MEDIA_TYPE else read_row_numbers(body)[0]
-            require_at_most(len(rows), reading.limits.max_rows, "rows", "max_rows")
+            most = reading.limits.max_rows
+            is_json = reads == wire.JSON_MEDIA_TYPE
+            rows = rows_from_json(body, most)[0] if is_json else read_row_numbers(body, max_rows=most)[0]
+            require_at_most(len(rows), most, "rows", "max_rows")
             return _row_pieces(reading.opened.corpus(corpus), rows, reading.limits)
 
         headers, pieces = {"cache-control": "no-store"}, await reading.in_thread(read)

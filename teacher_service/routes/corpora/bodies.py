@@ -37,13 +37,14 @@ async def known_parameters(request: Request) -> None:
         raise InvalidInput(f"query parameter {strange[0][:40]!r} is unknown; known are {', '.join(known) or 'none'}")
 
 
-def rows_from_json(body: bytes) -> tuple[list[int], list[str] | None, int | None]:
+def rows_from_json(body: bytes, max_rows: int) -> tuple[list[int], list[str] | None, int | None]:
     """Read `{"rows": [3, 17], "fields": ["top_k"], "k": 8}`; all but the rows may be left out.
 
     Raises:
-        InvalidInput: another shape.
+        InvalidInput: another shape. LimitExceeded: more than `max_rows` rows.
     """
-    value = json_value(body)
+    most = ("max_rows", max_rows)
+    value = json_value(body, max_lists=most, max_values=most)
     if not isinstance(value, dict) or not _is_list_of(value.get("rows"), int):
         raise InvalidInput('the body must be a JSON object like {"rows": [3, 17]}')
     unknown = sorted(set(value) - set(_KEYS))

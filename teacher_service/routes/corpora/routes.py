@@ -153,10 +153,10 @@ def _rows(opened: OpenedSets, names: tuple[str, str], body: bytes, reads: str, l
     targets = opened.targets(teacher, corpus)
     who = f"teacher {teacher!r} on corpus {corpus!r}"
     if reads == wire.JSON_MEDIA_TYPE:
-        rows, chosen, k = rows_from_json(body)
+        rows, chosen, k = rows_from_json(body, limits.max_rows)
         want = named_fields(targets.fields, chosen, k, who)
     else:
-        rows, fields = read_row_numbers(body)
+        rows, fields = read_row_numbers(body, max_rows=limits.max_rows)
         want = wanted_fields(targets.fields, None, fields, who)
     require_at_most(len(rows), limits.max_rows, "rows", "max_rows")
     return RowsRead.of(targets, rows, want)

@@ -118,7 +118,7 @@ def test_bad_json_is_refused_in_one_line(url: str, value: Any, status: int, kind
     assert words in refused(post_json(url, value), status, kind)
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[" * 90_000, b"\xff\xfe", b'{"rows": [[1]]} x'])
+@pytest.mark.parametrize("body", [b"", b"{", b"[" * 1_000, b"\xff\xfe", b'{"rows": [[1]]} x'])
 def test_what_is_not_json_is_refused(url: str, teacher: FakeTeacher, body: bytes) -> None:
     headers = {"content-type": "application/json"}
     reply = http.post(f"{url}/v1/teachers/smol/score", content=body, headers=headers)
