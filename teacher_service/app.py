@@ -43,7 +43,7 @@ def create_app(service: Service, *, tracer: OtelTracer | None = None) -> FastAPI
 
     app = FastAPI(title="potstill", lifespan=lifespan, openapi_url="/openapi.json", docs_url=None, redoc_url=None)
     answer_error = _add_error_answers(app, service.metrics)
-    app.add_middleware(BoundedTransfers, admission=service.admission)
+    app.add_middleware(BoundedTransfers, admission=service.admission, answer_error=answer_error)
     # Added last, so it comes first: callers are known before a byte of their bodies is read or counted.
     app.add_middleware(AccessApp, access=service.access, answer_error=answer_error)
     add_status_routes(app, service)

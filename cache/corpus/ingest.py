@@ -23,7 +23,7 @@ from potstill.cache.corpus.documents import SourceFile, documents, file_sha256, 
 from potstill.cache.corpus.keys import KEY_BYTES, sort_file, write_key_index
 from potstill.cache.corpus.spool import RowSpool
 from potstill.cache.corpus.tokenization import encode_documents
-from potstill.cache.corpus.tokenizer import fingerprint, num_ids
+from potstill.cache.corpus.tokenizer import MAX_TOKENIZER_BYTES, fingerprint, num_ids
 from potstill.cache.errors import AlreadyExists, InvalidInput, LimitExceeded
 from potstill.cache.row_batches import row_batches
 from potstill.cache.store import GroupWriter, Root, StoredObject
@@ -287,8 +287,19 @@ def _write_small(
 
 
 def _plain_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
-    """Copy a tokenizer, without the truncation and padding that its file may ask for."""
-    plain = Tokenizer.from_str(tokenizer.to_str())
+    """Copy a tokenizer, without the truncation and padding that its file may ask for.
+
+    Raises:
+        InvalidInput: it is larger than what a corpus keeps.
+    """
+    text = tokenizer.to_str()
+    size = len(text.encode())
+    if size > MAX_TOKENIZER_BYTES:
+        raise InvalidInput(
+            f"the tokenizer has {size} bytes as JSON, and a corpus keeps at most {MAX_TOKENIZER_BYTES}; "
+            "take out what is no part of its vocabulary"
+        )
+    plain = Tokenizer.from_str(text)
     plain.no_truncation()
     plain.no_padding()
     return plain

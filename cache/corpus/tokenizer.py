@@ -16,6 +16,8 @@ from tokenizers import Tokenizer
 from potstill.cache.errors import InvalidInput
 from potstill.cache.hub import hub_file, may_be_hub_name
 
+MAX_TOKENIZER_BYTES = 64 * 2**20
+"""Most bytes of a corpus's tokenizer as JSON; those of the largest vocabularies have about half."""
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 

@@ -209,6 +209,10 @@ class GroupReader:
             )
         return str(array.dtype.name)
 
+    def length(self, name: str) -> int:
+        """Number of elements on axis 0."""
+        return int(self._open(name).shape[0])
+
     def read(self, name: str, start: int, stop: int, columns: int | None = None) -> NDArray[Any]:
         """Read `array[start:stop]`, or its first `columns` columns.
 
@@ -223,8 +227,7 @@ class GroupReader:
 
     def read_all(self, name: str) -> NDArray[Any]:
         """Read the whole array; see `read`."""
-        array = self._open(name)
-        return array.read(0, array.shape[0])
+        return self.read(name, 0, self.length(name))
 
     def corrupt_objects(self) -> list[str]:
         """Read every object and compare its sha256: one line for each that is not what was committed."""

@@ -25,7 +25,7 @@ from potstill.teacher_service.admission.limits import (
 )
 from potstill.teacher_service.hosting import HostedTeacher, Service
 from potstill.teacher_service.routes.corpora.targets_json import json_pieces
-from potstill.teacher_service.transport.bounded_transfers import held_until_answered
+from potstill.teacher_service.transport.bounded_transfers import ANSWER_IS_COUNTED, held_until_answered
 from potstill.teacher_service.transport.streamed import while_connected
 
 T = TypeVar("T")
@@ -91,6 +91,7 @@ async def answer_call(service: Service, request: Request, understand: Callable[[
             size = num_tokens * call.fields.bytes_per_position(front.identity.vocab_size)
             reservation.hold_answer(size)
             held_until_answered(request).callback(reservation.release_answer)
+            request.scope["state"][ANSWER_IS_COUNTED] = True
             with service.metrics.scoring(call.teacher.name, rows=len(call.rows), tokens=num_tokens):
                 scoring = front.score(call.rows, call.fields, before_waiting=reservation.wait)
                 targets = await within(seconds, begin, scoring)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable, MutableMapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from potstill.cache.errors import BodyTooLarge, RequestTimeout
+from starlette.requests import Request
+
+from potstill.cache.errors import BodyTooLarge, PotstillError, RequestTimeout
 from potstill.teacher_service.access.auth import current_caller
 from potstill.teacher_service.access.middleware import READS, route_of
 from potstill.teacher_service.admission import Admission
@@ -15,13 +18,17 @@ from potstill.teacher_service.transport.connections import ABORT
 from potstill.teacher_service.transport.streamed import disconnected
 
 if TYPE_CHECKING:
-    from starlette.requests import Request
+    from starlette.responses import Response
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _LOG = logging.getLogger(__name__)
 _SLICE_BYTES = 256 * 2**10  # large enough that slicing costs nothing, small enough for a slow client's `body_seconds`
 # A body of settings becomes Python objects before any of them is checked, and an error for each that is wrong.
 _MOST_SETTINGS = ("the 64 KiB that settings may have", 64 * 2**10)
+SHORT_ANSWER_BYTES = 64 * 2**10
+"""Most bytes of a whole answer that is not counted."""
+ANSWER_IS_COUNTED = "answer_is_counted"
+"""Key in the state of a request whose route has counted its answer."""
 _HELD = "held_until_answered"
 
 
@@ -35,13 +42,18 @@ class BoundedTransfers:
     """Refuses bodies that are too long, too slow or too many together; gives up clients that do not take their answers.
 
     A body counts against `max_body_bytes_in_flight` until its request is answered. Its time begins with the first read,
-    so that a request that has to wait before that is not blamed. Answers go out in slices, each once the client took
-    most of the one before: bytes that are not taken yet stay counted, and the server's buffers stay small. For a client
-    that is given up no more is computed, and its connection is dropped.
+    so that a request that has to wait before that is not blamed. A whole answer of over `SHORT_ANSWER_BYTES` counts
+    against `max_answer_bytes_in_flight` until it is sent; routes that stream, or hold arrays, count theirs themselves.
+    Answers go out in slices, each once the client took most of the one before: bytes that are not taken yet stay
+    counted, and the server's buffers stay small. For a client that is given up no more is computed, and its connection
+    is dropped.
     """
 
-    def __init__(self, app: ASGIApp, admission: Admission) -> None:
+    def __init__(
+        self, app: ASGIApp, admission: Admission, answer_error: Callable[[Request, PotstillError], Response]
+    ) -> None:
         self._app = app
+        self._answer_error = answer_error
         self._admission = admission
         # A body over the bound of all together would be told to come back later for ever.
         name, most = admission.limits.smallest("max_body_bytes", "max_body_bytes_in_flight")
@@ -57,8 +69,11 @@ class BoundedTransfers:
             most = _MOST_SETTINGS if _takes_settings(scope) else self._most
             body = _Body(self._admission, most, receive)
             held.callback(body.release)
+            answer = _Answer(self._admission, held, scope["state"], send)
             try:
-                await self._app(scope, body.receive, _in_slices(send, self._admission.limits.body_seconds))
+                await self._app(scope, body.receive, answer.send)
+            except _Refused as refused:
+                await self._answer_error(Request(scope), refused.error)(scope, receive, send)
             except _GivenUp:
                 await _drop(scope, receive)
 
@@ -123,30 +138,63 @@ class _Body:
         self._held += num_bytes
 
 
-def _in_slices(send: Send, seconds: float) -> Send:
-    """A `send` that passes a long body on in slices, each of which the client has to take in time."""
+class _Answer:
+    """One request's answer while it is sent: counted where it is whole and long, and passed on in slices."""
 
-    async def in_time(message: Message) -> None:
+    def __init__(self, admission: Admission, held: ExitStack, state: MutableMapping[str, Any], send: Send) -> None:
+        self._admission = admission
+        self._held = held
+        self._state = state
+        self._send = send
+        self._start: Message | None = None
+
+    async def send(self, message: Message) -> None:
+        """Send the next message.
+
+        Raises:
+            _Refused: the answer would be over the bound of all; nothing of it is sent yet.
+            _GivenUp: the client does not take it.
+        """
+        if message["type"] == "http.response.start":
+            self._start = message  # sent with the body, which may be refused before it
+            return
+        body = message.get("body", b"")
+        if self._start is not None:
+            if not message.get("more_body", False):
+                self._count(len(body))
+            start, self._start = self._start, None
+            await self._in_time(start)
+        for at in range(0, max(len(body), 1), _SLICE_BYTES):
+            more = at + _SLICE_BYTES < len(body) or message.get("more_body", False)
+            await self._in_time({**message, "body": bytes(body[at : at + _SLICE_BYTES]), "more_body": more})
+
+    def _count(self, num_bytes: int) -> None:
+        # Errors and probes have to get through when the bound is reached: connections bound what is short.
+        if num_bytes <= SHORT_ANSWER_BYTES or ANSWER_IS_COUNTED in self._state:
+            return
+        try:
+            self._held.enter_context(self._admission.answer(num_bytes + _SLICE_BYTES))
+        except PotstillError as error:
+            raise _Refused(error) from error
+
+    async def _in_time(self, message: Message) -> None:
+        seconds = self._admission.limits.body_seconds
         try:
             async with asyncio.timeout(seconds) as limit:
-                await send(message)
+                await self._send(message)
         except TimeoutError as error:
             if not limit.expired():
                 raise
             _LOG.warning("a client took nothing of its answer for %g seconds and is given up", seconds)
             raise _GivenUp from error
 
-    async def sending(message: Message) -> None:
-        body = message.get("body", b"")
-        if message["type"] != "http.response.body" or len(body) <= _SLICE_BYTES:
-            await in_time(message)
-            return
-        for start in range(0, len(body), _SLICE_BYTES):
-            last = start + _SLICE_BYTES >= len(body)
-            more = not last or message.get("more_body", False)
-            await in_time({**message, "body": body[start : start + _SLICE_BYTES], "more_body": more})
 
-    return sending
+class _Refused(Exception):
+    """There is no room for an answer. Like `_GivenUp` it passes through the app."""
+
+    def __init__(self, error: PotstillError) -> None:
+        super().__init__(error)
+        self.error = error
 
 
 class _GivenUp(Exception):

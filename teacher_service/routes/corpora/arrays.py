@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeAlias, TypeVar
 
@@ -11,21 +11,25 @@ from numpy.typing import NDArray
 
 from potstill.cache.corpus import Corpus
 from potstill.cache.corpus.annotations import open_annotation, read_annotation
+from potstill.cache.corpus.keys import KEY_BYTES
 from potstill.cache.errors import InvalidInput
 from potstill.cache.types import JSON
 from potstill.cache.wire import StreamHead, scores as wire
 from potstill.cache.wire.stream import coalesced, read_row_numbers, write_array
+from potstill.teacher_service.admission import Admission
 from potstill.teacher_service.admission.limits import read_body, request_format
 from potstill.teacher_service.routes.corpora.bodies import get_and_head, rows_from_json
 from potstill.teacher_service.routes.corpora.opened_sets import OpenedSets
-from potstill.teacher_service.routes.corpora.reads import require_at_most
+from potstill.teacher_service.routes.corpora.reads import HELD_BLOCKS, require_at_most
 from potstill.teacher_service.settings import LimitSettings
 from potstill.teacher_service.transport import StreamedAnswer
+from potstill.teacher_service.transport.bounded_transfers import held_until_answered
 from potstill.teacher_service.transport.headers import immutable_headers, not_modified, strong_etag
 from potstill.teacher_service.transport.streamed import ReadSlots
 
-_PART = 1 << 19
-"""Elements of a record batch, which then holds 2 to 8 MiB."""
+_PART = 1 << 17
+"""Elements of a record batch, which then holds 0.5 to 2 MiB."""
+_ROWS_BYTES = 1 << 20  # in which rows are sent together
 _MOST_ELEMENTS = 1 << 40  # beyond any corpus, and far enough from the end of int64 for every product
 T = TypeVar("T")
 Start: TypeAlias = Annotated[int, Query(ge=0, lt=_MOST_ELEMENTS)]
@@ -39,13 +43,15 @@ class Array:
     length: int
     read: Callable[[int, int], NDArray[Any]]
     version: JSON = None
+    item_bytes: int = 8
+    """Most bytes of an element."""
 
 
 _ARRAYS: dict[str, Callable[[Corpus], Array]] = {
     "tokens": lambda corpus: Array(corpus.num_positions, corpus.tokens),
     # `starts` reads those of rows and the end of the last one: an element more than rows.
     "rows": lambda corpus: Array(len(corpus) + 1, lambda start, stop: corpus.starts(start, stop - 1)),
-    "row_keys": lambda corpus: Array(len(corpus), corpus.row_keys),
+    "row_keys": lambda corpus: Array(len(corpus), corpus.row_keys, item_bytes=KEY_BYTES),
     "shard_rows": lambda corpus: Array(corpus.num_shards + 1, lambda start, stop: corpus.shard_rows[start:stop]),
     "shard_starts": lambda corpus: Array(corpus.num_shards + 1, lambda start, stop: corpus.shard_starts[start:stop]),
 }
@@ -59,6 +65,7 @@ class CorpusReading:
     opened: OpenedSets
     slots: ReadSlots
     limits: LimitSettings
+    admission: Admission
 
     async def in_thread(self, call: Callable[[], T]) -> T:
         """Run a blocking call in one of the threads that read the store, once it is the caller's turn.
@@ -78,20 +85,33 @@ class CorpusReading:
             InvalidInput: not a range of the array. What `find` raises.
         """
 
-        def planned() -> tuple[Iterator[bytes], str]:
+        def planned() -> tuple[Iterator[bytes], str, int]:
             fingerprint, array = find()
             end = array.length if stop is None else stop
             if not 0 <= start < end <= array.length:
                 raise InvalidInput(f"start={start} and stop={end} are not a range of {array.length}; give start < stop")
             # A deleted annotation may be made again under its name: its version tells the two apart.
             etag = strong_etag(wire.ARROW_MEDIA_TYPE, fingerprint, request.scope["path"], array.version, start, end)
-            return _pieces(fingerprint, array, start, end), etag
+            held = HELD_BLOCKS * min(end - start, _PART) * array.item_bytes
+            return _pieces(fingerprint, array, start, end), etag, held
 
-        pieces, etag = await self.in_thread(planned)
+        pieces, etag, held = await self.in_thread(planned)
         unchanged = not_modified(request, etag)
         if unchanged is not None:
             return unchanged
-        return StreamedAnswer(pieces, self.slots, headers=immutable_headers(etag), media_type=wire.ARROW_MEDIA_TYPE)
+        return self.streamed(request, pieces, held, immutable_headers(etag))
+
+    def streamed(
+        self,
+        request: Request,
+        pieces: Iterator[bytes],
+        held_bytes: int,
+        headers: Mapping[str, str],
+        media_type: str = wire.ARROW_MEDIA_TYPE,
+    ) -> Response:
+        """Stream pieces that hold so many bytes at a time; raises Overloaded where there is no room for them."""
+        held_until_answered(request).enter_context(self.admission.answer(held_bytes))
+        return StreamedAnswer(pieces, self.slots, headers=headers, media_type=media_type)
 
 
 def add_array_routes(app: FastAPI, reading: CorpusReading, dependencies: Sequence[Any]) -> None:
@@ -113,15 +133,16 @@ def add_array_routes(app: FastAPI, reading: CorpusReading, dependencies: Sequenc
         reads = request_format(request)
         body = await read_body(request)
 
-        def read() -> Iterator[bytes]:
+        def read() -> tuple[Iterator[bytes], int]:
             most = reading.limits.max_rows
             is_json = reads == wire.JSON_MEDIA_TYPE
             rows = rows_from_json(body, most)[0] if is_json else read_row_numbers(body, max_rows=most)[0]
             require_at_most(len(rows), most, "rows", "max_rows")
-            return _row_pieces(reading.opened.corpus(corpus), rows, reading.limits)
+            of = reading.opened.corpus(corpus)
+            return _row_pieces(of, rows, reading.limits), HELD_BLOCKS * (_ROWS_BYTES + 8 * of.spec.longest_row)
 
-        headers, pieces = {"cache-control": "no-store"}, await reading.in_thread(read)
-        return StreamedAnswer(pieces, reading.slots, headers=headers, media_type=wire.ARROW_MEDIA_TYPE)
+        pieces, held = await reading.in_thread(read)
+        return reading.streamed(request, pieces, held, {"cache-control": "no-store"})
 
 
 def _add_array_route(app: FastAPI, reading: CorpusReading, dependencies: Sequence[Any], name: str) -> None:
@@ -146,14 +167,14 @@ def _add_tokenizer_route(app: FastAPI, reading: CorpusReading, dependencies: Seq
     @get_and_head(app, "/v1/corpora/{corpus}/tokenizer", dependencies)
     async def read_tokenizer(corpus: str, request: Request) -> Response:
         """Give the corpus's tokenizer, as `tokenizers` saves it."""
-
-        def read() -> tuple[str, str]:
-            of = reading.opened.corpus(corpus)
-            return strong_etag(wire.JSON_MEDIA_TYPE, of.fingerprint, "tokenizer"), of.tokenizer.to_str()
-
-        etag, text = await reading.in_thread(read)
+        of = await reading.in_thread(lambda: reading.opened.corpus(corpus))
+        etag = strong_etag(wire.JSON_MEDIA_TYPE, of.fingerprint, "tokenizer_json")
+        unchanged = not_modified(request, etag)
+        if unchanged is not None:
+            return unchanged
         headers = {**immutable_headers(etag), wire.FORMAT_HEADER: wire.WIRE_VERSION}
-        return not_modified(request, etag) or Response(text, headers=headers, media_type=wire.JSON_MEDIA_TYPE)
+        held = HELD_BLOCKS * (1 << 20)  # more than the pieces, as the store is read in MiBs
+        return reading.streamed(request, of.tokenizer_text(), held, headers, wire.JSON_MEDIA_TYPE)
 
 
 def _annotation(opened: OpenedSets, corpus: str, name: str) -> tuple[str, Array]:
@@ -180,4 +201,4 @@ def _row_pieces(corpus: Corpus, rows: Sequence[int], limits: LimitSettings) -> I
     length = int((ranges[:, 1] - ranges[:, 0]).sum())
     require_at_most(length, limits.max_stream_positions, "positions", "max_stream_positions")
     head = StreamHead(batches=len(rows), length=length, corpus=corpus.fingerprint)
-    return coalesced(write_array(head, (corpus.tokens(start, stop) for start, stop in ranges.tolist())))
+    return coalesced(write_array(head, (corpus.tokens(start, stop) for start, stop in ranges.tolist())), _ROWS_BYTES)

@@ -21,6 +21,8 @@ from potstill.teacher_service.transport.headers import strong_etag
 
 BLOCK_BYTES = 4 << 20
 """Most bytes of a record batch, about, and so the unit of what either end holds of a stream."""
+HELD_BLOCKS = 3
+"""Blocks that a stream holds at a time: one that is sent, one that is read ahead, and its arrays."""
 _GROUP_ROWS = 256  # bounds the objects of one read where rows are short
 
 
@@ -59,6 +61,12 @@ class RangeRead:
     def num_positions(self) -> int:
         """Positions of the range."""
         return self.stop - self.start
+
+    @property
+    def held_bytes(self) -> int:
+        """Most bytes that a stream of the range holds at a time, about."""
+        block = min(self.num_positions, self._block_positions())
+        return HELD_BLOCKS * block * self.want.bytes_per_position(self.targets.identity.vocab_size)
 
     def read(self) -> list[Targets]:
         """Read the whole range at once."""
@@ -126,6 +134,13 @@ class RowsRead:
         """Stream one record batch per row. Raises as `TargetSet.read_rows` does, between two pieces."""
         head = _head(self.targets, self.want, batches=len(self.rows), length=self.num_positions)
         return write_targets(head, (self._read(start, stop) for start, stop in self._groups()))
+
+    @property
+    def held_bytes(self) -> int:
+        """Most bytes that a stream of the rows holds at a time, about."""
+        per_position = self.want.bytes_per_position(self.targets.identity.vocab_size)
+        block = max(BLOCK_BYTES // per_position, int(self.lengths.max()))
+        return HELD_BLOCKS * min(self.num_positions, block) * per_position
 
     def read(self) -> list[Targets]:
         """Read all rows at once."""

@@ -13,7 +13,6 @@ from potstill.cache.wanted import named_fields, wanted_fields
 from potstill.cache.wire import scores as wire
 from potstill.cache.wire.stream import read_row_numbers
 from potstill.teacher_service.access import Role, allow
-from potstill.teacher_service.admission import Admission
 from potstill.teacher_service.admission.limits import answer_format, read_body, request_format, same_wire
 from potstill.teacher_service.hosting import Service
 from potstill.teacher_service.routes.corpora.arrays import CorpusReading, add_array_routes
@@ -32,7 +31,6 @@ from potstill.teacher_service.routes.corpora.targets_json import json_pieces
 from potstill.teacher_service.routes.fills import add_fill_routes
 from potstill.teacher_service.settings import LimitSettings
 from potstill.teacher_service.transport import StreamedAnswer
-from potstill.teacher_service.transport.bounded_transfers import held_until_answered
 from potstill.teacher_service.transport.headers import immutable_headers, not_modified
 from potstill.teacher_service.transport.streamed import ReadSlots
 
@@ -45,7 +43,7 @@ def add_corpus_routes(app: FastAPI, service: Service) -> None:
     opened = OpenedSets(service.cache, service.identity_of)
     limits = service.limits
     slots = ReadSlots(threads=_THREADS, streams=limits.max_streams, stall_seconds=limits.stall_seconds)
-    reading = CorpusReading(opened, slots, limits)
+    reading = CorpusReading(opened, slots, limits, service.admission)
     trainers = [Depends(allow(Role.TRAINER)), Depends(same_wire), Depends(known_parameters)]
 
     listing = Listing(slots.threads, lambda: describe_corpora(opened))
@@ -60,12 +58,12 @@ def add_corpus_routes(app: FastAPI, service: Service) -> None:
         """Describe a corpus, and which teachers have targets for it."""
         return await reading.in_thread(lambda: describe_corpus(opened, corpus))
 
-    _add_target_routes(app, service.admission, reading, trainers)
+    _add_target_routes(app, reading, trainers)
     add_array_routes(app, reading, trainers)
     add_fill_routes(app, service)
 
 
-def _add_target_routes(app: FastAPI, admission: Admission, reading: CorpusReading, trainers: list[Any]) -> None:
+def _add_target_routes(app: FastAPI, reading: CorpusReading, trainers: list[Any]) -> None:
     opened, limits = reading.opened, reading.limits
 
     @get_and_head(app, _TARGETS, trainers)
@@ -95,7 +93,7 @@ def _add_target_routes(app: FastAPI, admission: Admission, reading: CorpusReadin
             want = named_fields(targets.fields, names, k, f"teacher {teacher!r} on corpus {corpus!r}")
             return RangeRead(targets, start, stop, want)
 
-        return await _answer_range(request, reading, admission, plan)
+        return await _answer_range(request, reading, plan)
 
     @app.post(f"{_TARGETS}/rows", dependencies=trainers)
     async def read_rows(corpus: str, teacher: str, request: Request) -> Response:
@@ -106,12 +104,10 @@ def _add_target_routes(app: FastAPI, admission: Admission, reading: CorpusReadin
         body = await read_body(request)
         read = await reading.in_thread(lambda: _rows(opened, (corpus, teacher), body, reads, limits))
         require_within(read, limits, as_json=writes == wire.JSON_MEDIA_TYPE)
-        return _streamed(request, read, writes, reading, admission, {"cache-control": "no-store"})
+        return _streamed(request, read, writes, reading, {"cache-control": "no-store"})
 
 
-async def _answer_range(
-    request: Request, reading: CorpusReading, admission: Admission, plan: Callable[[], RangeRead]
-) -> Response:
+async def _answer_range(request: Request, reading: CorpusReading, plan: Callable[[], RangeRead]) -> Response:
     writes = answer_format(request, wire.ARROW_MEDIA_TYPE)
 
     def planned() -> tuple[RangeRead, str]:
@@ -127,7 +123,7 @@ async def _answer_range(
     # Answered after all checks, so that HEAD tells whether the range is committed, and its ETag.
     if request.method == "HEAD":
         return StreamedAnswer(iter(()), reading.slots, headers=headers, media_type=writes)
-    return _streamed(request, read, writes, reading, admission, headers)
+    return _streamed(request, read, writes, reading, headers)
 
 
 def _streamed(
@@ -135,17 +131,14 @@ def _streamed(
     read: RangeRead | RowsRead,
     writes: str,
     reading: CorpusReading,
-    admission: Admission,
     headers: Mapping[str, str],
 ) -> Response:
-    if writes == wire.JSON_MEDIA_TYPE:
-        # JSON is written from the arrays of the whole answer, which are held until it is sent.
-        held_until_answered(request).enter_context(admission.answer(num_bytes(read)))
-        pieces = json_pieces(read.targets.identity, read.read)
-    else:
-        pieces = read.pieces()
+    # JSON is written from the arrays of the whole answer, which are held until it is sent.
+    as_json = writes == wire.JSON_MEDIA_TYPE
+    size = num_bytes(read) if as_json else read.held_bytes
+    pieces = json_pieces(read.targets.identity, read.read) if as_json else read.pieces()
     pieces = reading.opened.watched(read.targets, pieces)
-    return StreamedAnswer(pieces, reading.slots, headers=headers, media_type=writes)
+    return reading.streamed(request, pieces, size, headers, writes)
 
 
 def _rows(opened: OpenedSets, names: tuple[str, str], body: bytes, reads: str, limits: LimitSettings) -> RowsRead:
