@@ -33,6 +33,8 @@ from potstill.cache.wire.messages import CheckedStream, CutShort, Source
 END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 """End-of-stream marker of Arrow IPC."""
 
+PIECE_BYTES = 1 << 18
+"""Least bytes of a piece of text or of small batches that is sent."""
 _BATCHES, _LENGTH, _CORPUS = b"potstill.batches", b"potstill.length", b"potstill.corpus"
 _VALUES, _ROWS = "values", "rows"
 
@@ -124,7 +126,7 @@ def write_array(head: StreamHead, parts: Iterable[NDArray[Any]]) -> Iterator[byt
     yield END
 
 
-def coalesced(pieces: Iterable[bytes], least: int = 1 << 20) -> Iterator[bytes]:
+def coalesced(pieces: Iterable[bytes], least: int = PIECE_BYTES) -> Iterator[bytes]:
     """Join pieces of bytes into larger ones of at least `least` bytes each; the last may be shorter."""
     held: list[bytes] = []
     size = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -50,3 +51,18 @@ def arrow_answer(want: Fields) -> bytes:
     teacher = FakeTeacher()
     tokens = np.arange(9, dtype=np.uint32)
     return wire.answer_to_arrow(wire.ScoreAnswer(teacher.identity, [teacher.targets(tokens, want)] * 2), want)
+
+
+def random_targets(seed: int, num_tokens: int, k: int, vocab_size: int) -> tuple[Tokens, Targets]:
+    rng = np.random.default_rng(seed)
+    ids = np.argsort(rng.random((num_tokens, vocab_size)), axis=1)[:, :k].astype(np.uint32)
+    logprobs = np.sort(-(10.0 ** rng.uniform(-9, 5, (num_tokens, k))), axis=1)[:, ::-1].astype(np.float32)
+    logprobs[rng.random((num_tokens, k)) < 0.1] = -np.inf
+    label = -(10.0 ** rng.uniform(-3, 3, num_tokens)).astype(np.float32)
+    row = rng.integers(0, vocab_size, num_tokens).astype(np.uint32)
+    return row, Targets(ids, logprobs, np.zeros(num_tokens, np.float32), label)
+
+
+def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    assert len(dict(pairs)) == len(pairs), f"a key twice: {pairs}"
+    return dict(pairs)

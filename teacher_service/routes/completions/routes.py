@@ -19,30 +19,36 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from http import HTTPStatus
+from itertools import chain
 from typing import Any
 
 import numpy as np
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
+from numpy.typing import NDArray
 
 from potstill.cache.errors import InvalidInput, UnknownTeacher
 from potstill.cache.types import Fields, Targets, TeacherIdentity, Tokens
 from potstill.cache.wire import scores as wire
+from potstill.cache.wire.stream import coalesced
 from potstill.teacher_service.access import Role, allow
 from potstill.teacher_service.admission.limits import request_format
 from potstill.teacher_service.hosting import HostedTeacher, Service
 from potstill.teacher_service.routes.completions.prompt_logprobs import (
-    LEAST_LOGPROB,
+    NAME_PREFIX,
+    label_logprobs,
     prompt_logprobs_text,
-    ranked_labels,
+    top_logprobs_text,
 )
 from potstill.teacher_service.routes.completions.request import CompletionRequest
 from potstill.teacher_service.routes.score import ScoreCall, answer_call
 
 _NAMED = "/v1/teachers/{name}"
-_BUFFERED_POSITIONS = 4096  # entries up to which an answer is sent whole; a longer one is written while it is sent
+_BUFFERED_ENTRIES = 512  # up to which an answer is sent whole, about 40 KiB; a longer one is written while it is sent
+_PART = 4096
+"""Items of a list that are written at once."""
 
 
 def add_completion_routes(app: FastAPI, service: Service) -> None:
@@ -140,10 +146,10 @@ def _model(teacher: HostedTeacher) -> dict[str, Any]:
 
 def _answered(name: str, asked: CompletionRequest, answer_id: str, targets: list[Targets], weights: str) -> Response:
     text = _text(name, asked, answer_id, targets, weights)
-    if sum(map(len, asked.rows)) * (asked.k + 1) <= _BUFFERED_POSITIONS:
+    if sum(map(len, asked.rows)) * (asked.k + 1) <= _BUFFERED_ENTRIES:
         return Response(b"".join(text), media_type=wire.JSON_MEDIA_TYPE)
     # The JSON is nine times the arrays; text that is not written yet takes no memory.
-    return StreamingResponse(text, media_type=wire.JSON_MEDIA_TYPE)
+    return StreamingResponse(coalesced(text), media_type=wire.JSON_MEDIA_TYPE)
 
 
 def _text(name: str, asked: CompletionRequest, answer_id: str, targets: list[Targets], weights: str) -> Iterator[bytes]:
@@ -168,59 +174,79 @@ def _text(name: str, asked: CompletionRequest, answer_id: str, targets: list[Tar
 
 def _choice(index: int, row: Tokens, targets: Targets, asked: CompletionRequest) -> Iterator[bytes]:
     next_token = int(targets.ids[-1, 0])
-    before = {
-        "index": index,
-        "text": "",
-        "logprobs": _token_logprobs(row, targets, asked),
+    before = {"index": index, "text": ""}
+    middle = {
         "finish_reason": "length",
         "stop_reason": None,
         "token_ids": [next_token][: asked.max_tokens] if asked.return_token_ids else None,
     }
-    after = {"prompt_token_ids": row.tolist() if asked.return_token_ids else None, "routed_experts": None}
-    yield _json(before)[:-1] + b',"prompt_logprobs":'
+    yield _json(before)[:-1] + b',"logprobs":'
+    yield from _token_logprobs(row, targets, asked)
+    yield b"," + _json(middle)[1:-1] + b',"prompt_logprobs":'
     if asked.prompt_logprobs is None:
         yield b"null"
     else:
         yield from prompt_logprobs_text(row, targets, asked.prompt_logprobs)
-    yield b"," + _json(after)[1:]
+    yield b',"prompt_token_ids":'
+    yield from _list(_numbers(row)) if asked.return_token_ids else (b"null",)
+    yield b',"routed_experts":null}'
 
 
-def _token_logprobs(row: Tokens, targets: Targets, asked: CompletionRequest) -> dict[str, Any] | None:
-    """The `CompletionLogProbs` of the token after the prompt; with `echo` those of the prompt come before it."""
-    if asked.logprobs is None:
-        return None
-    tokens: list[int] = row.tolist() if asked.echo else []
-    tops: list[dict[int, float] | None] = [None] if asked.echo else []
+def _token_logprobs(row: Tokens, targets: Targets, asked: CompletionRequest) -> Iterator[bytes]:
+    """Write the `CompletionLogProbs` of the token after the prompt; with `echo` those of the prompt come before it."""
+    most = asked.logprobs
+    if most is None:
+        yield b"null"
+        return
+    after = targets.ids[-1:, 0][: asked.max_tokens]
+    runs = [(after, targets[len(row) - 1 :], most)]
+    begin = b""
     if asked.echo:
-        tops += _tops(row[1:], targets[: len(row) - 1], asked.prompt_logprobs or 0, asked.logprobs + 1)
-    if asked.max_tokens:
-        tokens = [*tokens, int(targets.ids[-1, 0])]
-        tops += _tops(targets.ids[-1:, 0], targets[len(row) - 1 :], asked.logprobs, asked.logprobs + 1)
-    names = [_name(token) for token in tokens]
-    offsets = [0]
-    for name in names[:-1]:
-        offsets.append(offsets[-1] + len(name))
-    return {
-        "text_offset": offsets[: len(names)],
-        "token_logprobs": [None if top is None else top[token] for token, top in zip(tokens, tops, strict=True)],
-        "tokens": names,
-        "top_logprobs": [None if top is None else {_name(i): x for i, x in top.items()} for top in tops],
-    }
+        begin = b",null"  # nothing comes before the first token
+        # One entry more than is asked for takes the place of a label that is among them.
+        runs.insert(0, (row[1:], targets[: len(row) - 1], min(asked.prompt_logprobs or 0, most + 1)))
+    tokens = np.concatenate([row, after]) if asked.echo else after
+    own = (text for run in runs for part in label_logprobs(*run) for text in _numbers(part))
+    tops = (text for run in runs for text in top_logprobs_text(*run, most))
+    yield b'{"text_offset":'
+    yield from _list(_numbers(_text_offsets(tokens)))
+    yield b',"token_logprobs":'
+    yield from _list(chain((begin,), own))
+    yield b',"tokens":'
+    yield from _list(_names(tokens))
+    yield b',"top_logprobs":'
+    yield from _list(chain((begin,), tops))
+    yield b"}"
 
 
-def _tops(labels: Tokens, targets: Targets, k: int, most: int) -> list[dict[int, float]]:
-    """Logprobs by id for each position: the label's first, then those of the top `k`; `most` in all."""
-    _, own = ranked_labels(labels, targets.prefix(max(k, 1)))
-    width = min(k, most)
-    ids = np.concatenate([labels[:, None], targets.ids[:, :width]], axis=1).tolist()
-    logprobs = np.concatenate([own[:, None], targets.logprobs[:, :width]], axis=1).clip(LEAST_LOGPROB).tolist()
-    both = [dict(zip(*position, strict=True)) for position in zip(ids, logprobs, strict=True)]
-    # A label among the top k is there once, in front, as the keys of a dict are unique and keep their order.
-    return [dict(list(top.items())[:most]) for top in both]
+def _list(texts: Iterable[bytes]) -> Iterator[bytes]:
+    """A JSON list, of texts that have a comma before each item."""
+    comma = 1
+    yield b"["
+    for text in texts:
+        yield text[comma:]
+        comma = 0 if text else comma
+    yield b"]"
 
 
-def _name(token: int) -> str:
-    return f"token_id:{token}"
+def _numbers(array: NDArray[Any]) -> Iterator[bytes]:
+    return (b"," + _json(part.tolist())[1:-1] for part in _parts(array))
+
+
+def _names(tokens: Tokens) -> Iterator[bytes]:
+    return ("".join(f',"{NAME_PREFIX}{token}"' for token in part.tolist()).encode() for part in _parts(tokens))
+
+
+def _text_offsets(tokens: Tokens) -> NDArray[np.int64]:
+    """[N] where each token's name would begin, were they written one after the other."""
+    digits = np.searchsorted(10 ** np.arange(1, 10), tokens, side="right") + 1
+    lengths = len(NAME_PREFIX) + digits
+    offsets: NDArray[np.int64] = np.cumsum(lengths) - lengths
+    return offsets
+
+
+def _parts(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    return (array[start : start + _PART] for start in range(0, len(array), _PART))
 
 
 def _json(value: Any) -> bytes:

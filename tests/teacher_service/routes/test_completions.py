@@ -11,7 +11,6 @@ from hypothesis import given, strategies as st
 
 from potstill.cache import Cache, Fields, Targets
 from potstill.cache.read_through.cached_teacher import KeepPolicy
-from potstill.cache.types import Tokens
 from potstill.teacher_service.access.auth import Role
 from potstill.teacher_service.access.key_ring import KeyRing
 from potstill.teacher_service.access.keys_file import add_key
@@ -24,6 +23,7 @@ from potstill.teacher_service.routes.completions.prompt_logprobs import prompt_l
 from tests.support import http
 from tests.support.fakes import FakeTeacher, fake_identity
 from tests.support.processes.servers import hosted, serving, serving_teachers, wait_ready
+from tests.support.scored_rows import random_targets, without_doubles
 
 ROW = [5, 9, 2, 63, 0, 17]
 OTHER = [1, 2, 3]
@@ -45,11 +45,6 @@ def complete(url: str, *, path: str = "/v1/completions", **body: Any) -> dict[st
     assert reply.status_code == 200, reply.text
     answer: dict[str, Any] = json.loads(reply.content, object_pairs_hook=without_doubles)
     return answer
-
-
-def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    assert len(dict(pairs)) == len(pairs), f"a key twice: {pairs}"
-    return dict(pairs)
 
 
 def refusal(url: str, *, path: str = "/v1/completions", **body: Any) -> dict[str, Any]:
@@ -275,16 +270,6 @@ def test_a_trainer_that_takes_only_a_url_sends_its_key_in_it(tmp_path: Path, tea
         assert http.post(f"{with_key}/v1/completions", json=asked).status_code == 200
         assert http.get(f"{with_key}/v1/models").status_code == 200
         assert http.post(f"{url}/v1/completions", json=asked, auth=("any", "other")).status_code == 401
-
-
-def random_targets(seed: int, num_tokens: int, k: int, vocab_size: int) -> tuple[Tokens, Targets]:
-    rng = np.random.default_rng(seed)
-    ids = np.argsort(rng.random((num_tokens, vocab_size)), axis=1)[:, :k].astype(np.uint32)
-    logprobs = np.sort(-(10.0 ** rng.uniform(-9, 5, (num_tokens, k))), axis=1)[:, ::-1].astype(np.float32)
-    logprobs[rng.random((num_tokens, k)) < 0.1] = -np.inf
-    label = -(10.0 ** rng.uniform(-3, 3, num_tokens)).astype(np.float32)
-    row = rng.integers(0, vocab_size, num_tokens).astype(np.uint32)
-    return row, Targets(ids, logprobs, np.zeros(num_tokens, np.float32), label)
 
 
 @given(
