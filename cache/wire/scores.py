@@ -19,7 +19,7 @@ JSON has the same names, every column a list of positions. It has no infinities:
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -95,10 +95,20 @@ def request_from_arrow(body: bytes, *, max_rows: int | None = None) -> ScoreRequ
 
 def answer_to_arrow(answer: ScoreAnswer, fields: Fields) -> bytes:
     """Write an answer as an Arrow IPC stream, one record batch per row; `fields` gives K when there is no row."""
+    return b"".join(answer_parts(answer, fields))
+
+
+def answer_parts(answer: ScoreAnswer, fields: Fields) -> Iterator[Any]:
+    """Write the same in parts that lie one after the other: bytes, and buffers that are the targets' own memory."""
     metadata = {FORMAT_KEY: WIRE_VERSION.encode(), IDENTITY_KEY: json.dumps(answer.identity.to_json()).encode()}
     columns = answer_columns(answer.targets[0]) if answer.targets else _top_k_columns(fields.k)
     schema = pa.schema(columns, metadata=metadata)
-    return _stream(schema, [to_batch(targets, schema) for targets in answer.targets])
+    sink = _Parts()
+    with pa.ipc.new_stream(pa.PythonFile(sink, mode="w"), schema) as writer:
+        for targets in answer.targets:
+            writer.write_batch(to_batch(targets, schema))
+            yield from sink.taken()
+    yield from sink.taken()
 
 
 def answer_from_arrow(body: bytes) -> ScoreAnswer:
@@ -263,6 +273,29 @@ def _numpy(column: Any) -> NDArray[Any]:
         raise InvalidInput("a column has nulls; every position has a value")
     array: NDArray[Any] = column.to_numpy(zero_copy_only=False)
     return array
+
+
+class _Parts:
+    """A file for pyarrow that keeps what is written as it is."""
+
+    closed = False
+
+    def __init__(self) -> None:
+        self._parts: list[Any] = []
+
+    def write(self, part: Any) -> None:
+        self._parts.append(part)
+
+    def taken(self) -> list[Any]:
+        """All that was written since the last call."""
+        parts, self._parts = self._parts, []
+        return parts
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def _stream(schema: Any, batches: Sequence[Any]) -> bytes:

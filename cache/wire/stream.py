@@ -172,6 +172,22 @@ def read_row_numbers(body: bytes, *, max_rows: int | None = None) -> tuple[list[
     return [row for column in columns for row in column.to_numpy().tolist()], fields
 
 
+def in_pieces(parts: Iterable[Any], size: int = PIECE_BYTES) -> Iterator[bytes]:
+    """Cut and join parts of bytes or buffers to pieces of `size` bytes each; the last may be shorter."""
+    held = bytearray()
+    for part in parts:
+        view = memoryview(part)
+        while view:
+            taken = view[: size - len(held)]
+            held += taken
+            view = view[len(taken) :]
+            if len(held) == size:
+                yield bytes(held)
+                held.clear()
+    if held:
+        yield bytes(held)
+
+
 class StreamReader:
     """Reads a stream while it arrives: iterate over `targets()`, or over the parts of its `array()`.
 

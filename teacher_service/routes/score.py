@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from potstill.cache.types import Fields, Targets, TeacherIdentity, Tokens
 from potstill.cache.wire import scores as wire
+from potstill.cache.wire.stream import PIECE_BYTES, in_pieces
 from potstill.teacher_service.access import Role, allow
 from potstill.teacher_service.admission.admission import within
 from potstill.teacher_service.admission.limits import (
@@ -25,11 +25,14 @@ from potstill.teacher_service.admission.limits import (
 )
 from potstill.teacher_service.hosting import HostedTeacher, Service
 from potstill.teacher_service.routes.corpora.targets_json import json_pieces
+from potstill.teacher_service.settings import LimitSettings
 from potstill.teacher_service.transport.bounded_transfers import ANSWER_IS_COUNTED, held_until_answered
 from potstill.teacher_service.transport.streamed import while_connected
 
-T = TypeVar("T")
-_SMALL_BYTES = 64 * 2**10  # (de)serialised at once, on the event loop: less than a millisecond
+_WHOLE_BYTES = {wire.ARROW_MEDIA_TYPE: 64 * 2**10, wire.JSON_MEDIA_TYPE: 8 * 2**10}
+"""Bytes of arrays up to which an answer is sent whole, as text several times that; a longer one is written while it is
+sent, from the arrays that are counted."""
+_SENT_BYTES = 2 * PIECE_BYTES  # of an answer's text or copies: the piece that is sent, and the next
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,28 +92,36 @@ async def answer_call(service: Service, request: Request, understand: Callable[[
             # Refused for good before it is counted, and counted before any work: nothing scored is thrown away.
             num_tokens = check_request(call.rows, call.fields, teacher=front, limits=service.limits)
             size = num_tokens * call.fields.bytes_per_position(front.identity.vocab_size)
-            reservation.hold_answer(size)
+            reservation.hold_answer(_held_bytes(size, service.limits))
             held_until_answered(request).callback(reservation.release_answer)
             request.scope["state"][ANSWER_IS_COUNTED] = True
             with service.metrics.scoring(call.teacher.name, rows=len(call.rows), tokens=num_tokens):
                 scoring = front.score(call.rows, call.fields, before_waiting=reservation.wait)
                 targets = await within(seconds, begin, scoring)
-            return await _off_loop(size, lambda: call.answer(front.identity, targets))
+            return call.answer(front.identity, targets)
 
         return await while_connected(request.receive, answered())
 
 
 def targets_response(answer: wire.ScoreAnswer, fields: Fields, writes: str) -> Response:
     """Make the response in the media type `writes`; `fields` tells K where there is no row."""
-    if writes != wire.JSON_MEDIA_TYPE:
-        return Response(wire.answer_to_arrow(answer, fields), media_type=wire.ARROW_MEDIA_TYPE)
     num_positions = sum(targets.num_positions for targets in answer.targets)
-    if num_positions * fields.bytes_per_position(answer.identity.vocab_size) <= _SMALL_BYTES:
-        return JSONResponse(wire.answer_to_json(answer))
-    # The text is several times the arrays; text that is not written yet takes no memory.
-    pieces = json_pieces(answer.identity, lambda: answer.targets, says_format=False)
-    return StreamingResponse(pieces, media_type=wire.JSON_MEDIA_TYPE)
+    whole = num_positions * fields.bytes_per_position(answer.identity.vocab_size) <= _WHOLE_BYTES[writes]
+    if writes == wire.JSON_MEDIA_TYPE:
+        if whole:
+            return JSONResponse(wire.answer_to_json(answer))
+        pieces = json_pieces(answer.identity, lambda: answer.targets, says_format=False)
+    else:
+        if whole:
+            return Response(wire.answer_to_arrow(answer, fields), media_type=wire.ARROW_MEDIA_TYPE)
+        pieces = in_pieces(wire.answer_parts(answer, fields))
+    return StreamingResponse(pieces, media_type=writes)
 
 
-async def _off_loop(num_bytes: int, call: Callable[[], T]) -> T:
-    return call() if num_bytes < _SMALL_BYTES else await asyncio.to_thread(call)
+def _held_bytes(size: int, limits: LimitSettings) -> int:
+    """Bytes that an answer of arrays of `size` bytes holds until it is sent."""
+    if size <= min(_WHOLE_BYTES.values()):
+        return size
+    # An answer that fits its own bound fits the bounds of all, whatever is added.
+    _, most = limits.smallest("max_answer_bytes_in_flight", "max_miss_bytes_in_flight")
+    return max(size, min(size + _SENT_BYTES, most))

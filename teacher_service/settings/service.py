@@ -67,8 +67,8 @@ class LimitSettings(FrozenSettings):
     max_stream_positions: Count = 16_777_216
     """Positions per read of a corpus' targets as an Arrow stream, which neither end holds as a whole."""
     max_streams: Count = 64
-    """Answers of corpora that are being sent, JSON ones too. An Arrow stream holds about three blocks of 4 MiB; the
-    bytes of a JSON answer count in `max_answer_bytes_in_flight`."""
+    """Answers of corpora that are being sent, JSON ones too. What they hold, for an Arrow stream about three blocks of
+    4 MiB, counts in `max_answer_bytes_in_flight`."""
     stall_seconds: Annotated[float, Field(gt=0, le=3600)] = 60.0
     """Seconds that a client may take nothing of a stream before it is broken off."""
     max_tokens_in_flight: Count = 262_144
@@ -83,8 +83,9 @@ class LimitSettings(FrozenSettings):
     max_body_bytes_in_flight: Count = 256 * 2**20
     """Bytes of all request bodies that are held."""
     max_answer_bytes_in_flight: Count = 2**30
-    """Bytes of all score answers that are looked up or come from the cache, until they are sent, and of JSON answers of
-    corpora; computed as for `max_answer_bytes`. Each fill may hold as much, see `max_fills_running`."""
+    """Bytes of all score answers that are looked up or come from the cache, until they are sent, of what answers of
+    corpora hold, and of any other answer over 64 KiB; those of arrays are computed as for `max_answer_bytes`. Each fill
+    may hold as much, see `max_fills_running`."""
     max_miss_bytes_in_flight: Count = 2**30
     """Bytes of all score answers with rows that wait for an engine, from then on until they are sent. Counted apart, so
     that no hit is refused because misses queue; all score answers hold at most the two bounds together."""

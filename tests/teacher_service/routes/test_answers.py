@@ -65,3 +65,26 @@ async def test_what_is_not_finite_is_null_in_a_long_answer_too() -> None:
     row = json.loads(body)["rows"][0]
     assert row["logprobs"][0][5:] == [None] * 3
     assert row["label_logprob"][49] is None
+
+
+@pytest.mark.parametrize("fields", [EVERYTHING, Fields(k=8)])
+@pytest.mark.parametrize("lengths", [(), (1,), (7, 1, 3), (500, 2, 3000)])
+async def test_arrow_is_that_of_the_wire_to_the_byte(lengths: tuple[int, ...], fields: Fields) -> None:
+    answer = answered(FakeTeacher(), rows_of(*lengths), fields)
+    reply = targets_response(answer, fields, wire.ARROW_MEDIA_TYPE)
+    whole = wire.answer_to_arrow(answer, fields)
+    if isinstance(reply, StreamingResponse):
+        assert len(whole) > 64 * 2**10
+        assert isinstance(reply.body_iterator, AsyncIterable)
+        assert b"".join([bytes(piece) async for piece in reply.body_iterator if not isinstance(piece, str)]) == whole
+    else:
+        assert reply.body == whole
+
+
+def test_a_long_arrow_answer_is_sent_from_the_memory_of_its_targets() -> None:
+    (targets,) = answered(FakeTeacher(), rows_of(500), Fields(k=8)).targets
+    parts = list(wire.answer_parts(wire.ScoreAnswer(FakeTeacher().identity, [targets]), Fields(k=8)))
+    views = [np.frombuffer(part, np.uint8) for part in parts]
+    for array in (targets.ids, targets.logprobs):
+        assert any(np.shares_memory(view, array) for view in views)
+    assert sum(len(view) for view in views if not np.shares_memory(view, targets.ids)) < 2 * targets.logprobs.nbytes
