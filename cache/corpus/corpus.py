@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 from potstill.cache.corpus.annotations import AnnotatedCorpus, list_annotations, read_annotation
 from potstill.cache.corpus.keys import KEY_BYTES, KEY_ORDER, SORTED_KEYS, KeyIndex, KeysInMemory, row_key
-from potstill.cache.corpus.tokenizer import MAX_TOKENIZER_BYTES
+from potstill.cache.corpus.tokenizer import sealed_tokenizer
 from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput, StoreError, UnknownCorpus
 from potstill.cache.forks import cached
 from potstill.cache.plurals import counted
@@ -89,10 +89,6 @@ class CorpusArrays(Protocol):
 
     def corrupt_objects(self) -> list[str]:
         """One line for each object that is not what was published."""
-
-
-_TOKENIZER = "tokenizer_json"
-_PIECE_BYTES = 1 << 18
 
 
 def corpus_path(name: str) -> str:
@@ -278,22 +274,9 @@ class Corpus:
         return Tokenizer.from_str(b"".join(self.tokenizer_text()).decode())
 
     def tokenizer_text(self) -> Iterator[bytes]:
-        """Read that copy as it was sealed, as JSON in UTF-8, in pieces of 256 KiB.
-
-        Raises:
-            CorruptSegment: stored bytes are damaged, or there are more of them than a tokenizer has.
-        """
-        reader = self._reader
-        assert isinstance(reader, GroupReader), "a service's corpus is asked for its tokenizer"
-        size = reader.length(_TOKENIZER)
-        # Compressed, two gigabytes of one character are a few kilobytes in the store.
-        if size > MAX_TOKENIZER_BYTES:
-            raise CorruptSegment(
-                f"{reader.path}/{_TOKENIZER} has {size} bytes; a sealed tokenizer has at most {MAX_TOKENIZER_BYTES}"
-            )
-        reader.expect(_TOKENIZER, (size,), ("uint8",))
-        for start in range(0, size, _PIECE_BYTES):
-            yield reader.read(_TOKENIZER, start, min(start + _PIECE_BYTES, size)).tobytes()
+        """Read that copy as it was sealed, JSON in UTF-8, in pieces; raises as `sealed_tokenizer`."""
+        assert isinstance(self._reader, GroupReader), "a service's corpus is asked for its tokenizer"
+        return sealed_tokenizer(self._reader)
 
     @property
     def annotated(self) -> AnnotatedCorpus:

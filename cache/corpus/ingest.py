@@ -23,7 +23,7 @@ from potstill.cache.corpus.documents import SourceFile, documents, file_sha256, 
 from potstill.cache.corpus.keys import KEY_BYTES, sort_file, write_key_index
 from potstill.cache.corpus.spool import RowSpool
 from potstill.cache.corpus.tokenization import encode_documents
-from potstill.cache.corpus.tokenizer import MAX_TOKENIZER_BYTES, fingerprint, num_ids
+from potstill.cache.corpus.tokenizer import MAX_TOKENIZER_BYTES, SEALED_NAME, fingerprint, num_ids
 from potstill.cache.errors import AlreadyExists, InvalidInput, LimitExceeded
 from potstill.cache.row_batches import row_batches
 from potstill.cache.store import GroupWriter, Root, StoredObject
@@ -282,7 +282,7 @@ def _write_small(
     writer.write("shard_rows", shard_rows, Layout((_TOKEN_CHUNK,)))
     writer.write("shard_starts", shard_starts, Layout((_TOKEN_CHUNK,)))
     text = np.frombuffer(tokenizer.to_str().encode(), dtype=np.uint8)
-    writer.write("tokenizer_json", text, Layout((1 << 20,)))
+    writer.write(SEALED_NAME, text, Layout((1 << 20,)))
     return writer.finish()
 
 

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from potstill.cache.errors import InvalidInput
+from potstill.cache.errors import CorruptSegment, InvalidInput
 from potstill.cache.hub import hub_file, may_be_hub_name
+from potstill.cache.store import GroupReader
 
+SEALED_NAME = "tokenizer_json"
+"""Name of the array of a corpus that holds its tokenizer."""
+_PIECE_BYTES = 1 << 18
 MAX_TOKENIZER_BYTES = 64 * 2**20
 """Most bytes of a corpus's tokenizer as JSON; those of the largest vocabularies have about half."""
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
@@ -47,6 +52,23 @@ def _tokenizer_file(path: str) -> Path:
         return hub_file(path, "tokenizer.json")
     except InvalidInput as error:
         raise InvalidInput(f"no tokenizer at {path!r}, and {error.detail}; {ways}") from error
+
+
+def sealed_tokenizer(reader: GroupReader) -> Iterator[bytes]:
+    """Read a corpus's tokenizer as it was sealed, JSON in UTF-8, in pieces of 256 KiB.
+
+    Raises:
+        CorruptSegment: stored bytes are damaged, or there are more of them than a tokenizer has.
+    """
+    size = reader.length(SEALED_NAME)
+    # Compressed, two gigabytes of one character are a few kilobytes in the store.
+    if size > MAX_TOKENIZER_BYTES:
+        raise CorruptSegment(
+            f"{reader.path}/{SEALED_NAME} has {size} bytes; a sealed tokenizer has at most {MAX_TOKENIZER_BYTES}"
+        )
+    reader.expect(SEALED_NAME, (size,), ("uint8",))
+    for start in range(0, size, _PIECE_BYTES):
+        yield reader.read(SEALED_NAME, start, min(start + _PIECE_BYTES, size)).tobytes()
 
 
 def num_ids(tokenizer: Tokenizer) -> int:
