@@ -98,7 +98,9 @@ async def answer_call(service: Service, request: Request, understand: Callable[[
             with service.metrics.scoring(call.teacher.name, rows=len(call.rows), tokens=num_tokens):
                 scoring = front.score(call.rows, call.fields, before_waiting=reservation.wait)
                 targets = await within(seconds, begin, scoring)
-            return call.answer(front.identity, targets)
+            if size <= _WHOLE_BYTES[wire.ARROW_MEDIA_TYPE]:
+                return call.answer(front.identity, targets)
+            return await asyncio.to_thread(call.answer, front.identity, targets)
 
         return await while_connected(request.receive, answered())
 
@@ -111,11 +113,13 @@ def targets_response(answer: wire.ScoreAnswer, fields: Fields, writes: str) -> R
         if whole:
             return JSONResponse(wire.answer_to_json(answer))
         pieces = json_pieces(answer.identity, lambda: answer.targets, says_format=False)
-    else:
-        if whole:
-            return Response(wire.answer_to_arrow(answer, fields), media_type=wire.ARROW_MEDIA_TYPE)
-        pieces = in_pieces(wire.answer_parts(answer, fields))
-    return StreamingResponse(pieces, media_type=writes)
+        return StreamingResponse(pieces, media_type=writes)
+    if whole:
+        return Response(wire.answer_to_arrow(answer, fields), media_type=writes)
+    # Written twice, once for its length, which costs little as no array is copied.
+    size = sum(len(memoryview(part)) for part in wire.answer_parts(answer, fields))
+    pieces = in_pieces(wire.answer_parts(answer, fields))
+    return StreamingResponse(pieces, headers={"content-length": str(size)}, media_type=writes)
 
 
 def _held_bytes(size: int, limits: LimitSettings) -> int:
