@@ -191,9 +191,20 @@ def test_an_unknown_variable_is_refused() -> None:
     assert "unknown environment variable POTSTILL_PROT" in refused("--teacher", "a=m", POTSTILL_PROT="1")
 
 
-def test_a_teacher_that_does_not_start_ends_the_process_with_one_line(behind_url: str) -> None:
-    line = refused("--port", "0", "--teacher", f"good={behind_url}", "--teacher", f"bad={behind_url}#nobody")
+def test_the_only_teacher_that_does_not_start_ends_the_process_with_one_line(behind_url: str) -> None:
+    line = refused("--port", "0", "--teacher", f"bad={behind_url}#nobody")
     assert line == "unknown_teacher: teacher 'bad' did not start: there is no teacher 'nobody'; known are deep\n"
+
+
+def test_a_teacher_that_does_not_start_is_told_and_the_others_serve(behind_url: str) -> None:
+    serving = Serving("--teacher", f"bad={behind_url}#nobody", "--teacher", f"good={behind_url}#deep")
+    assert serving.ready == f"ready: {serving.url} teachers good ({behind_url}#deep)\n"
+    with SyncHttpTeacher(serving.url, "good") as teacher:
+        assert_scored(rows_of(5, 2), teacher.score(rows_of(5, 2), WANT))
+    status, errors = serving.stop()
+    assert status == 0
+    (line,) = errors.splitlines()
+    assert line.endswith("unknown_teacher: teacher 'bad' did not start: there is no teacher 'nobody'; known are deep")
 
 
 def test_it_stops_while_a_teacher_still_starts() -> None:
