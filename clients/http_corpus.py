@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
-from threading import Lock
+from functools import lru_cache, partial
 from typing import Any
 from urllib.parse import quote
 
@@ -17,7 +15,7 @@ from potstill.cache.corpus import Corpus
 from potstill.cache.corpus.corpus import CorpusSpec
 from potstill.cache.corpus.keys import KEY_BYTES
 from potstill.cache.errors import SpecMismatch, TeacherFailed, UnsupportedField
-from potstill.cache.forks import PerProcess, cached
+from potstill.cache.forks import cached
 from potstill.cache.types import Tokens
 from potstill.cache.wire import StreamHead
 from potstill.cache.wire.stream import write_row_numbers
@@ -117,8 +115,8 @@ class _HttpArrays:
             "shard_rows": spec.num_shards + 1,
             "shard_starts": spec.num_shards + 1,
         }
-        self._pages: OrderedDict[int, NDArray[Any]] = OrderedDict()
-        self._lock = PerProcess(Lock)
+        # Two threads may fetch one page twice, but none waits for the other's network.
+        self._page = lru_cache(_PAGES)(self._read_page)
 
     def has(self, name: str) -> bool:
         return name in self._lengths
@@ -133,9 +131,7 @@ class _HttpArrays:
         # Like a slice of an array, a range may go over its end.
         stop = min(stop, self._lengths[name])
         if name != "row_starts":
-            return read_array(
-                self._connection, f"{self._route}/{name}", start, stop, self._spec.fingerprint, self._check(name)
-            )
+            return self._fetch(name, name, start, stop)
         pages = [self._page(page) for page in range(start // _PAGE, -(-stop // _PAGE))]
         first = start // _PAGE * _PAGE
         starts: NDArray[Any] = np.concatenate(pages)[start - first : stop - first]
@@ -154,26 +150,13 @@ class _HttpArrays:
             return partial(_check_kind, dtype="uint8", width=(KEY_BYTES,))
         return partial(_check_kind, dtype="int64")
 
-    def _page(self, page: int) -> NDArray[Any]:
-        # The lock is not held while a page is fetched: two threads may fetch one twice, but none waits for the network.
-        with self._lock.get():
-            found = self._pages.get(page)
-        if found is None:
-            stop = min((page + 1) * _PAGE, self._lengths["row_starts"])
-            found = read_array(
-                self._connection,
-                f"{self._route}/rows",
-                page * _PAGE,
-                stop,
-                self._spec.fingerprint,
-                self._check("row_starts"),
-            )
-        with self._lock.get():
-            self._pages[page] = found
-            self._pages.move_to_end(page)
-            while len(self._pages) > _PAGES:
-                self._pages.popitem(last=False)
-        return found
+    def _read_page(self, page: int) -> NDArray[Any]:
+        return self._fetch("row_starts", "rows", page * _PAGE, min((page + 1) * _PAGE, self._lengths["row_starts"]))
+
+    def _fetch(self, name: str, route: str, start: int, stop: int) -> NDArray[Any]:
+        return read_array(
+            self._connection, f"{self._route}/{route}", start, stop, self._spec.fingerprint, self._check(name)
+        )
 
 
 def read_array(
