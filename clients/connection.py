@@ -13,7 +13,7 @@ import math
 from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import httpx
 
@@ -59,7 +59,7 @@ async def next_bytes(chunks: AsyncIterator[bytes], least: int) -> bytes:
     return bytes(held)
 
 
-class Connection:
+class Connection(AbstractAsyncContextManager["Connection"]):
     """A service for async code, with a bound on the requests under way at once. An async context manager.
 
     Args:
@@ -109,10 +109,6 @@ class Connection:
     @property
     def _client(self) -> httpx.AsyncClient:
         return self._clients.get()
-
-    async def __aenter__(self) -> Self:
-        """Return the connection; nothing is sent yet."""
-        return self
 
     async def __aexit__(self, *exc_info: object) -> None:
         """Disconnect."""

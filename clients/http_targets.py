@@ -8,9 +8,10 @@ stopped.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial, reduce
-from typing import Any, Self
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -207,7 +208,7 @@ class HttpTargets:
         return chosen
 
 
-class HttpCache:
+class HttpCache(AbstractContextManager["HttpCache"]):
     """The corpora and committed targets of a service, opened where a `Cache` would be. A context manager."""
 
     def __init__(
@@ -216,10 +217,6 @@ class HttpCache:
         """Nothing is sent yet; see `potstill.clients.sync_connection.SyncConnection`."""
         self._connection = SyncConnection(url, api_key=api_key, timeout=timeout, retry=retry)
         self._corpora: dict[str, HttpCorpus] = {}
-
-    def __enter__(self) -> Self:
-        """Return the cache; nothing is sent yet."""
-        return self
 
     def __exit__(self, *exc_info: object) -> None:
         """Close."""

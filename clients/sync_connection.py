@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import httpx
 
@@ -28,7 +28,7 @@ _FORMAT = {wire.FORMAT_HEADER: wire.WIRE_VERSION}
 _ARROW_HEADERS = {"accept": wire.ARROW_MEDIA_TYPE, "content-type": wire.ARROW_MEDIA_TYPE, **_FORMAT}
 
 
-class SyncConnection:
+class SyncConnection(AbstractContextManager["SyncConnection"]):
     """A `Connection` for threads, any number of which may share it. A context manager, or call `close`.
 
     `timeout` bounds a call, retries included. For a read of many blocks it bounds the wait for the next one: a read of
@@ -39,7 +39,7 @@ class SyncConnection:
         self, url: str, *, api_key: str | None = None, timeout: float = 600.0, retry: RetryPolicy | None = None
     ) -> None:
         """Check the address; nothing is sent yet."""
-        self._address = (url, api_key, timeout, retry)
+        self._reconnect = partial(SyncConnection, url, api_key=api_key, timeout=timeout, retry=retry)
         silence = min(_SILENCE_SECONDS, timeout)
         # A forked child has neither the thread, nor may it use the sockets, which are the parent's too.
         self._connections = PerProcess(
@@ -51,7 +51,7 @@ class SyncConnection:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as the address, with the API key if one was given, which is connected to anew."""
-        return _reconnect, self._address
+        return self._reconnect, ()
 
     @property
     def _connection(self) -> Connection:
@@ -60,10 +60,6 @@ class SyncConnection:
     @property
     def _thread(self) -> LoopThread:
         return self._threads.get()
-
-    def __enter__(self) -> Self:
-        """Return the connection; nothing is sent yet."""
-        return self
 
     def __exit__(self, *exc_info: object) -> None:
         """Close."""
@@ -166,17 +162,12 @@ class SyncConnection:
         return self._thread.run(in_time)
 
 
-def _reconnect(url: str, api_key: str | None, timeout: float, retry: RetryPolicy | None) -> SyncConnection:
-    return SyncConnection(url, api_key=api_key, timeout=timeout, retry=retry)
-
-
 class _Arriving:
-    """The body of a reply as the file that pyarrow reads. An error that breaks it off is kept, and reads as its end."""
+    """The body of a reply, as `StreamReader` reads it. An error that breaks it off is kept, and reads as its end."""
 
     def __init__(
         self, reply: httpx.Response, run: Callable[[Callable[[], Coroutine[Any, Any, bytes]]], bytes], most: int
     ) -> None:
-        self.closed = False
         self.error: Exception | None = None
         self._chunks = reply.aiter_raw()
         self._held = bytearray()
