@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
@@ -11,7 +10,6 @@ from potstill.cache.errors import NotFound
 from potstill.cache.types import JSON, Fields
 from potstill.clients.http_corpus import corpus_route
 from potstill.clients.patience import Patience
-from potstill.clients.retry import RetryPolicy
 from potstill.clients.sync_connection import SyncConnection
 
 
@@ -28,14 +26,10 @@ class FillWatch:
     """Connection that asks once a call (`RetryPolicy(attempts=1)`): trying again is done here."""
     corpus: str
     teacher: str
-    patience: float
-    """Seconds without an answer after which the job is given up."""
+    patience: Patience
+    """With a service that does not answer."""
     again: str
     """The command that starts the job or goes on with it, for messages."""
-    tell: Callable[[str], None]
-    """Function that gets a line when the service does not answer for now, and another when it does again."""
-    retry: RetryPolicy = field(default_factory=RetryPolicy)
-    """Waits between two tries."""
 
     @property
     def _route(self) -> str:
@@ -49,7 +43,7 @@ class FillWatch:
         """
         way_on = f"The job may go on there: `{self.again}` watches it, or goes on with the rest after a restart"
         try:
-            return self._answer(lambda: self.connection.json(self._route), way_on)
+            return self.patience.answer(lambda: self.connection.json(self._route), way_on)
         except NotFound as error:
             raise NotFound(
                 "the service was restarted, which ended the fill: a restarted service does not go on by itself. "
@@ -65,7 +59,7 @@ class FillWatch:
         """
         body: JSON = {"fields": fields.to_json(), "encoding": encoding}
         way_on = f"Whether it began is not known: `{self.again}` starts it, or watches it"
-        return self._answer(lambda: self.connection.json(self._route, method="PUT", body=body), way_on)
+        return self.patience.answer(lambda: self.connection.json(self._route, method="PUT", body=body), way_on)
 
     def stop(self) -> dict[str, Any]:
         """Stop the job if it runs or waits; committed shards stay.
@@ -74,7 +68,4 @@ class FillWatch:
             NotFound: no job was started since the service was.
         """
         way_on = "The job may go on there: the same command tries to stop it again"
-        return self._answer(lambda: self.connection.json(self._route, method="DELETE"), way_on)
-
-    def _answer(self, ask: Callable[[], dict[str, Any]], way_on: str) -> dict[str, Any]:
-        return Patience(self.patience, self.tell, retry=self.retry).answer(ask, way_on)
+        return self.patience.answer(lambda: self.connection.json(self._route, method="DELETE"), way_on)

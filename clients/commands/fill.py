@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
         NotFound: there is no job to stop, or the service was restarted. PotstillError: what it refuses.
     """
     from potstill.clients.fill_watch import FillWatch
+    from potstill.clients.patience import Patience
     from potstill.clients.retry import RetryPolicy
     from potstill.clients.sync_connection import SyncConnection
 
@@ -58,14 +59,8 @@ def run(args: argparse.Namespace) -> int:
     silence = min(_SILENCE_SECONDS, args.patience)
     once = RetryPolicy(attempts=1)  # the watch itself tries again, and tells the person who waits
     with SyncConnection(args.url, api_key=key_of(args), timeout=silence, retry=once) as connection:
-        watch = FillWatch(
-            connection,
-            args.corpus,
-            args.teacher,
-            patience=args.patience,
-            again=_command(args),
-            tell=lambda line: print(f"{_title(args)}: {line}", file=sys.stderr, flush=True),
-        )
+        patience = Patience(args.patience, lambda line: print(f"{_title(args)}: {line}", file=sys.stderr, flush=True))
+        watch = FillWatch(connection, args.corpus, args.teacher, patience, again=_command(args))
         at = watch.stop() if args.stop else watch.start(fields_of(args), args.encoding)
         watches = not (args.stop or args.no_watch)
         if watches:

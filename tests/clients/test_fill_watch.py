@@ -8,6 +8,7 @@ from typing import Any
 
 from potstill.cache.wire import scores as wire
 from potstill.clients.fill_watch import FillWatch
+from potstill.clients.patience import Patience
 from potstill.clients.retry import RetryPolicy
 from potstill.clients.sync_connection import SyncConnection
 from tests.support.processes.scripted_service import reply
@@ -35,8 +36,8 @@ def test_the_time_that_the_service_names_is_waited_for() -> None:
     service = Starting()
     told: list[str] = []
     with serving(service) as url, SyncConnection(url, retry=RetryPolicy(attempts=1)) as connection:
-        at_once = RetryPolicy(base=0.0)
-        watch = FillWatch(connection, "docs", "fake", patience=60.0, again="x", tell=told.append, retry=at_once)
+        patience = Patience(60.0, told.append, retry=RetryPolicy(base=0.0))
+        watch = FillWatch(connection, "docs", "fake", patience, again="x")
         assert watch.look()["state"] == "running"
     first, second = service.asked
     assert second - first >= 1.0
