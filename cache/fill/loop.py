@@ -163,37 +163,31 @@ async def fill(
     )
 
 
+@dataclass(eq=False)
 class _FillState:
     """State of one fill: batches in flight, the shard that is being gathered, the shard that is being written."""
 
-    def __init__(
-        self,
-        teacher: Teacher,
-        targets: TargetSet,
-        plan: FillPlan,
-        claims: Claims,
-        queue: ShardQueue,
-        on_progress: Callable[[FillProgress], None],
-    ) -> None:
-        self._targets = targets
-        self._fields = targets.fields
-        self._plan = plan
-        self._claims = claims
-        self._queue = queue
-        self._teacher = teacher
-        self._on_progress = on_progress
-        self._lengths = np.diff(targets.corpus.shard_starts)
-        self._positions = int(self._lengths[queue.pending].sum())
-        self._shards = queue.num_pending
-        self._pilot: dict[int, Targets] = {}
-        self._gathering: _ClaimedShard | None = None
-        self._writing: asyncio.Task[None] | None = None
-        self._poll = min(_LONGEST_POLL, plan.claim_seconds / 20)
-        self._poll_at = 0.0
-        self._settled = 0
-        self.positions_scored = 0
-        self.shards_committed = 0
-        self.shards_lost = 0
+    _teacher: Teacher
+    _targets: TargetSet
+    _plan: FillPlan
+    _claims: Claims
+    _queue: ShardQueue
+    _on_progress: Callable[[FillProgress], None]
+    _pilot: dict[int, Targets] = field(default_factory=dict)
+    _gathering: _ClaimedShard | None = None
+    _writing: asyncio.Task[None] | None = None
+    _poll_at: float = 0.0
+    _settled: int = 0
+    positions_scored: int = 0
+    shards_committed: int = 0
+    shards_lost: int = 0
+
+    def __post_init__(self) -> None:
+        self._fields = self._targets.fields
+        self._lengths = np.diff(self._targets.corpus.shard_starts)
+        self._positions = int(self._lengths[self._queue.pending].sum())
+        self._shards = self._queue.num_pending
+        self._poll = min(_LONGEST_POLL, self._plan.claim_seconds / 20)
 
     async def score_pilot(self) -> None:
         """Score the pilot rows and make the rank table of their targets, or wait for the job that does."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from potstill.cache.encoding import RankTable
 from potstill.cache.errors import CorruptSegment, FormatError, PotstillError, StoreError
@@ -22,32 +23,25 @@ _LOG = logging.getLogger(__name__)
 _TRIES = 4
 
 
+@dataclass(eq=False)
 class JournalIndex:
     """The journal rows of one teacher and identity from all processes; thread-safe."""
 
-    def __init__(
-        self,
-        root: Root,
-        teacher: str,
-        identity: TeacherIdentity,
-        ranks: RankTable,
-        on_trouble: Callable[[PotstillError], None],
-    ) -> None:
-        self.losses = 0
-        """Rises whenever segments are found gone: their rows may be elsewhere now."""
-        self.skipped: list[str] = []
-        """One line for each segment or row that could not be used."""
-        self._root = root
-        self._teacher = teacher
-        self._identity = identity
-        self._ranks = ranks
-        self._on_trouble = on_trouble
-        self._reading = Reading.open()
-        self._lock = threading.Lock()
-        self._records: dict[str, SegmentRecord] = {}
-        self._segments: dict[str, JournalSegment] = {}
-        self._unusable: set[str] = set()
-        self._bad_rows: set[tuple[str, int]] = set()
+    _root: Root
+    _teacher: str
+    _identity: TeacherIdentity
+    _ranks: RankTable
+    _on_trouble: Callable[[PotstillError], None]
+    losses: int = 0
+    """Rises whenever segments are found gone: their rows may be elsewhere now."""
+    skipped: list[str] = field(default_factory=list)
+    """One line for each segment or row that could not be used."""
+    _reading: Reading = field(default_factory=Reading.open)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _records: dict[str, SegmentRecord] = field(default_factory=dict)
+    _segments: dict[str, JournalSegment] = field(default_factory=dict)
+    _unusable: set[str] = field(default_factory=set)
+    _bad_rows: set[tuple[str, int]] = field(default_factory=set)
 
     @property
     def records(self) -> list[SegmentRecord]:

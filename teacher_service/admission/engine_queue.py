@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from potstill.cache.errors import Overloaded
 from potstill.teacher_service.admission.fair_queue import Batch, Call, FairQueue
@@ -18,37 +19,29 @@ _MEMORY_SECONDS = 30.0
 """Time constant of the measured throughput: older work counts by exp(-age / this)."""
 
 
+@dataclass(eq=False)
 class EngineQueue:
     """Calls that wait for one engine, and batches that are inside it. Used from one event loop only.
 
     At most `max_tokens_in_flight` tokens wait or are inside. Inside are at most `max_engine_tokens` per replica and
     `max_engine_bytes` in all, but a single larger batch goes in alone.
-
-    Args:
-        limits: the three bounds above.
-        replicas: tells how many engines work right now.
-        refusals: counted by reason: `queue` (full), `pushed_out` (for a key with less waiting), `deadline`.
-        clock: the event loop's.
     """
 
-    def __init__(
-        self,
-        limits: LimitSettings,
-        *,
-        replicas: Callable[[], int],
-        refusals: Counter[str],
-        clock: Callable[[], float],
-    ) -> None:
-        self.tokens_in_flight = 0
-        """Tokens inside the engine."""
-        self.bytes_in_flight = 0
-        """Bytes that those tokens may need, by `engine_bytes_per_token`."""
-        self._limits = limits
-        self._replicas = replicas
-        self._refusals = refusals
-        self._clock = clock
-        self._waiting = FairQueue()
-        self._throughput = Throughput(clock)
+    limits: LimitSettings
+    replicas: Callable[[], int]
+    """Function that tells how many engines work right now."""
+    refusals: Counter[str]
+    """Counts by reason: `queue` (full), `pushed_out` (for a key with less waiting), `deadline`."""
+    clock: Callable[[], float]
+    """The event loop's."""
+    tokens_in_flight: int = 0
+    """Tokens inside the engine."""
+    bytes_in_flight: int = 0
+    """Bytes that those tokens may need, by `engine_bytes_per_token`."""
+    _waiting: FairQueue = field(default_factory=FairQueue)
+
+    def __post_init__(self) -> None:
+        self._throughput = Throughput(self.clock)
 
     @property
     def tokens_waiting(self) -> int:
@@ -118,12 +111,12 @@ class EngineQueue:
             return True  # a batch over the bounds would never go in otherwise
         return (
             self.tokens_in_flight + batch.tokens <= self._engine_tokens
-            and self.bytes_in_flight + batch.num_bytes <= self._limits.max_engine_bytes
+            and self.bytes_in_flight + batch.num_bytes <= self.limits.max_engine_bytes
         )
 
     @property
     def _engine_tokens(self) -> int:
-        return self._limits.max_engine_tokens * max(1, self._replicas())
+        return self.limits.max_engine_tokens * max(1, self.replicas())
 
     def _begin(self, batch: Batch) -> None:
         if not self.tokens_in_flight:
@@ -142,9 +135,9 @@ class EngineQueue:
         ahead = self._waiting.tokens_ahead(call.key, first) + self.tokens_in_flight
         # So many tokens have to be scored before the first batch fits into the engine.
         wait = max(0, ahead + first - self._engine_tokens) / rate
-        left = deadline - self._clock()
+        left = deadline - self.clock()
         if wait > left:
-            self._refusals["deadline"] += 1
+            self.refusals["deadline"] += 1
             raise Overloaded(
                 f"{ahead} tokens are ahead at {rate:.0f} tokens/s: this could not begin within the {max(left, 0):.1f} "
                 "seconds that are left to its caller; retry later, or wait longer",
@@ -153,16 +146,16 @@ class EngineQueue:
 
     def _make_room(self, call: Call) -> None:
         """Refuse a call that is over `max_tokens_in_flight`, unless a key with more waiting gives way."""
-        bound = self._limits.max_tokens_in_flight
+        bound = self.limits.max_tokens_in_flight
         missing = self.tokens_waiting + self.tokens_in_flight + call.tokens - bound
         if missing <= 0:
             return
         for other in self._giving_way(call, missing):
-            self._refusals["pushed_out"] += 1
+            self.refusals["pushed_out"] += 1
             self._waiting.drop(other, self._full(other, "the key with the most waiting gives way"))
             missing -= other.tokens
         if missing > 0:
-            self._refusals["queue"] += 1
+            self.refusals["queue"] += 1
             raise self._full(call, f"{self.tokens_waiting} wait and {self.tokens_in_flight} are in the engine")
 
     def _giving_way(self, call: Call, missing: int) -> list[Call]:
@@ -183,7 +176,7 @@ class EngineQueue:
         return []
 
     def _full(self, call: Call, why: str) -> Overloaded:
-        bound = self._limits.max_tokens_in_flight
+        bound = self.limits.max_tokens_in_flight
         return Overloaded(
             f"{call.tokens} tokens are over what max_tokens_in_flight={bound} leaves: {why}; retry later",
             retry_after=self.retry_after,

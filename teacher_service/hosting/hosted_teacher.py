@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from potstill.cache.errors import PotstillError, TeacherFailed, Unavailable
@@ -36,47 +36,56 @@ class Keep:
     policy: KeepPolicy
 
 
+class _InFlight:
+    """Counts the calls in flight, and wakes who waits for none."""
+
+    def __init__(self) -> None:
+        self._calls = 0
+        self.none = asyncio.Event()
+        self.none.set()
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        self._calls += 1
+        self.none.clear()
+        try:
+            yield
+        finally:
+            self._calls -= 1
+            if not self._calls:
+                self.none.set()
+
+
+@dataclass(eq=False)
 class HostedTeacher:
     """A named teacher that starts in the background and can be called once its engine is up.
 
     One task opens everything, waits for the stop and closes everything in reverse order, so every
     resource is closed by the task that opened it.
-
-    Args:
-        name: the name that requests use.
-        open_teacher: opens one engine.
-        keep: where answers are kept; None keeps none.
-        open_pool: opens the replicas that `open_teacher` makes; by default one in this process.
-        settings: the settings it was made from, to compare with when it is added again.
-
-    Attributes:
-        awaited: True where the service is not ready before this teacher is up; False for one added later.
     """
 
-    def __init__(
-        self,
-        name: str,
-        open_teacher: OpenTeacher,
-        keep: Keep | None = None,
-        *,
-        open_pool: OpenPool = LocalPool.open,
-        settings: TeacherSettings | None = None,
-    ) -> None:
-        self.name = name
-        self.settings = settings
-        self.awaited = True
-        self._open_teacher = open_teacher
-        self._open_pool = open_pool
-        self._keep = keep
-        self._pool: ReplicaPool | None = None
-        self._admitted: Teacher | None = None
-        self.cached: CachedTeacher | None = None
-        """The cache in front of the pool, or None when nothing is kept or the teacher is not up."""
-        self._task: asyncio.Task[None] | None = None
-        self._settled = asyncio.Event()
-        self._stopping = asyncio.Event()
-        self._in_flight = _InFlight()
-        self._draining = False
+    name: str
+    """The name that requests use."""
+    open_teacher: OpenTeacher
+    """Function that opens one engine."""
+    keep: Keep | None = None
+    """The cache that keeps the answers; None keeps none."""
+    _: KW_ONLY
+    open_pool: OpenPool = LocalPool.open
+    """Function that opens the replicas that `open_teacher` makes; by default one in this process."""
+    settings: TeacherSettings | None = None
+    """The settings it was made from, to compare with when it is added again."""
+    awaited: bool = True
+    """True where the service is not ready before this teacher is up; False for one added later."""
+    cached: CachedTeacher | None = None
+    """The cache in front of the pool, or None when nothing is kept or the teacher is not up."""
+    _pool: ReplicaPool | None = None
+    _admitted: Teacher | None = None
+    _task: asyncio.Task[None] | None = None
+    _settled: asyncio.Event = field(default_factory=asyncio.Event)
+    _stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    _in_flight: _InFlight = field(default_factory=_InFlight)
+    _draining: bool = False
 
     @property
     def state(self) -> State:
@@ -179,43 +188,23 @@ class HostedTeacher:
 
     async def _run(self, admission: Admission | None) -> None:
         async with AsyncExitStack() as stack:
-            pool = await stack.enter_async_context(self._open_pool(self._open_teacher))
+            pool = await stack.enter_async_context(self.open_pool(self.open_teacher))
             self._admitted = pool
             if admission is not None:
                 self._admitted = await stack.enter_async_context(AdmittedTeacher.open(pool, admission, self.name))
                 queue = admission.queues[self.name]
                 pool.follow_queue(lambda: queue.tokens_waiting)
-            if self._keep is not None:
+            if self.keep is not None:
                 from potstill.cache.read_through import CachedTeacher  # noqa: PLC0415  zarr and obstore, only when used
                 from potstill.cache.targets.names import require_one_identity  # noqa: PLC0415
 
-                await asyncio.to_thread(require_one_identity, self._keep.cache.root, self.name, pool.identity)
+                await asyncio.to_thread(require_one_identity, self.keep.cache.root, self.name, pool.identity)
                 self.cached = await stack.enter_async_context(
-                    CachedTeacher.open(self._admitted, name=self.name, cache=self._keep.cache, policy=self._keep.policy)
+                    CachedTeacher.open(self._admitted, name=self.name, cache=self.keep.cache, policy=self.keep.policy)
                 )
             self._pool = pool  # last: a request must find all that is in front of it open
             self._settled.set()
             await self._stopping.wait()
-
-
-class _InFlight:
-    """Counts the calls in flight, and wakes who waits for none."""
-
-    def __init__(self) -> None:
-        self._calls = 0
-        self.none = asyncio.Event()
-        self.none.set()
-
-    @contextmanager
-    def call(self) -> Iterator[None]:
-        self._calls += 1
-        self.none.clear()
-        try:
-            yield
-        finally:
-            self._calls -= 1
-            if not self._calls:
-                self.none.set()
 
 
 class TeacherFront(WrappedTeacher):
