@@ -42,7 +42,10 @@ class KeyRing:
     @property
     def failed(self) -> bool:
         """True while the file cannot be read, so that no key is good."""
-        self._refresh()
+        if self._clock() - self._checked >= _CHECK_SECONDS:
+            self._checked = self._clock()
+            if _version(self._path) != self._version:
+                self.reload()
         return self._failed
 
     def find(self, key: str) -> Caller | None:
@@ -75,12 +78,6 @@ class KeyRing:
         else:
             self._failed = False
             _LOG.info("%s: %d API keys", self._path, len(self._records))
-
-    def _refresh(self) -> None:
-        if self._clock() - self._checked >= _CHECK_SECONDS:
-            self._checked = self._clock()
-            if _version(self._path) != self._version:
-                self.reload()
 
 
 def _version(path: Path) -> tuple[int, ...]:

@@ -80,8 +80,12 @@ class ArraysPath(PublicFlatPath):
     private = True
 
     def added(self, engine: Any, request_id: str) -> None:
-        """Have the request's tensors kept as they are."""
-        _keep_tensors(engine, request_id)
+        """Exchange the request's logprobs processor for one that keeps tensors and makes no objects of entries."""
+        # The output processor is in this process even where the engine's core is in another one.
+        state = engine.output_processor.request_states[request_id]
+        processor = state.logprobs_processor
+        kind = _keeping(processor.__class__)
+        state.logprobs_processor = kind(**{field.name: getattr(processor, field.name) for field in fields(processor)})
 
     def targets(self, output: Any, asked: Asked, vocab_size: int) -> Targets:
         """See `CapturePath`."""
@@ -118,15 +122,6 @@ def paths_from(best: str) -> list[CapturePath]:
     paths: list[CapturePath] = [SamplerPath(), ArraysPath(), PublicFlatPath()]
     names = [path.name for path in paths]
     return paths[0 if best == "auto" else names.index(best) :]  # type: ignore[arg-type]
-
-
-def _keep_tensors(engine: Any, request_id: str) -> None:
-    """Exchange the logprobs processor of one request for one that keeps tensors and makes no objects of entries."""
-    # The output processor is in this process even where the engine's core is in another one.
-    state = engine.output_processor.request_states[request_id]
-    processor = state.logprobs_processor
-    kind = _keeping(processor.__class__)
-    state.logprobs_processor = kind(**{field.name: getattr(processor, field.name) for field in fields(processor)})
 
 
 @cache

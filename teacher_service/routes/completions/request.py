@@ -64,7 +64,9 @@ class CompletionRequest:
             LimitExceeded: more rows or tokens than the limits allow.
             InvalidInput: not JSON, a key of the wrong type, or a value that this service does not support.
         """
-        value = _json_object(rows_of_tokens(body, limits))
+        value = rows_of_tokens(body, limits)
+        if not isinstance(value, dict):
+            raise InvalidInput('the body must be a JSON object like {"prompt": [[1, 2]], "prompt_logprobs": 8}')
         _refuse_what_is_not_here(value)
         echo = _flag(value, "echo")
         logprobs = _count(value, "logprobs")
@@ -95,12 +97,6 @@ class CompletionRequest:
     def k(self) -> int:
         """Entries to score: at least one, as without any there is no label and no token after the prompt."""
         return max(self.prompt_logprobs or 0, self.logprobs or 0, 1)
-
-
-def _json_object(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise InvalidInput('the body must be a JSON object like {"prompt": [[1, 2]], "prompt_logprobs": 8}')
-    return value
 
 
 def _refuse_what_is_not_here(value: Mapping[str, Any]) -> None:
