@@ -221,10 +221,7 @@ class Measured:
         """Add some positions."""
         p, q = exact.logprobs.astype(np.float64), decoded.logprobs.astype(np.float64)
         lost = beyond_codes(p)
-        with np.errstate(invalid="ignore"):
-            difference = np.abs(p - q)
-        if np.isnan(difference.max(initial=0.0)):
-            difference[p == q] = 0.0  # no mass in both
+        difference = distances(p, q)
         difference = difference if lost is None else difference[~lost]
         self.positions += len(p)
         self.entries += difference.size
@@ -308,6 +305,15 @@ def _from_float16(logprobs: NDArray[np.generic], log_tail: NDArray[np.float32]) 
         scale = np.where(mass > 0, kept[part] - np.log(np.where(mass > 0, mass, 1.0)), 0.0)
         np.add(values, scale[:, None], out=scaled[part], casting="same_kind")
     return scaled
+
+
+def distances(p: NDArray[np.floating], q: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Absolute differences of logprobs in float64; 0 where neither has mass."""
+    with np.errstate(invalid="ignore"):
+        apart: NDArray[np.float64] = np.abs(p.astype(np.float64, copy=False) - q)
+    if np.isnan(apart.max(initial=0.0)):
+        apart[p == q] = 0.0
+    return apart
 
 
 def kl_terms(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potstill.cache.encoding import Encoding
-from potstill.cache.encoding.logprobs import kl_terms
+from potstill.cache.encoding.logprobs import distances, kl_terms
 from potstill.cache.errors import InvalidInput, NotCommitted, SpecMismatch
 from potstill.cache.targets import TargetSet
 from potstill.cache.types import Fields, Targets, Teacher, TeacherIdentity
@@ -126,7 +126,7 @@ class _Tally:
         shared = place >= 0
         at_live = np.take_along_axis(theirs, np.maximum(place, 0), axis=1)
         in_code = _in_code(ours, self._encoding)
-        difference = _distance(ours, at_live)[shared & in_code]
+        difference = distances(ours, at_live)[shared & in_code]
         beyond = np.maximum(ours - theirs[:, -1:], 0.0)[~shared & in_code]
         self._rows += 1
         self._positions += len(ours)
@@ -154,7 +154,7 @@ class _Tally:
 
     def _add_labels(self, stored: NDArray[np.float64], live: NDArray[np.float64]) -> None:
         have = ~np.isnan(stored) & ~np.isnan(live)
-        difference = _distance(stored[have], live[have])
+        difference = distances(stored[have], live[have])
         # -inf is cut off: its relative error would allow any difference.
         bound = np.maximum(self._encoding.max_abs_error, np.abs(np.maximum(live[have], -1e4)) * _FLOAT16_ERROR)
         self._label_max = max(self._label_max, float(difference.max(initial=0.0)))
@@ -183,12 +183,6 @@ def _in_code(stored: NDArray[np.float64], encoding: Encoding) -> NDArray[np.bool
     wide = np.zeros(stored.shape, dtype=bool)
     wide[:, 1:] = stored[:, :-1] - stored[:, 1:] > _SATURATED_GAP
     return ~np.logical_or.accumulate(wide, axis=1)
-
-
-def _distance(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Absolute difference, 0 where both are -inf."""
-    with np.errstate(invalid="ignore"):
-        return np.where(ours == theirs, 0.0, np.abs(ours - theirs))
 
 
 def _kl(stored: Targets, live: Targets, shared: NDArray[np.bool_], at_live: NDArray[np.float64]) -> NDArray[np.float64]:

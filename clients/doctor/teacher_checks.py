@@ -12,8 +12,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from potstill.cache.encoding.logprobs import distances
 from potstill.cache.errors import InvalidInput, LimitExceeded, UnsupportedField
 from potstill.cache.types import Fields, Targets, Teacher, Tokens
 from potstill.clients.doctor.findings import Finding, Verdict, found
@@ -78,14 +78,9 @@ def difference(ours: Targets, theirs: Targets) -> float:
 def _one_way(ours: Targets, theirs: Targets) -> float:
     same = ours.ids[:, :, None] == theirs.ids[:, None, :]
     there = np.take_along_axis(theirs.logprobs, same.argmax(axis=2), axis=1)
-    beyond = np.maximum(_distance(ours.logprobs, np.minimum(ours.logprobs, theirs.logprobs[:, -1:])), 0.0)
-    apart = np.where(same.any(axis=2), _distance(ours.logprobs, there), beyond)
+    beyond = np.maximum(distances(ours.logprobs, np.minimum(ours.logprobs, theirs.logprobs[:, -1:])), 0.0)
+    apart = np.where(same.any(axis=2), distances(ours.logprobs, there), beyond)
     return float(apart.max(initial=0.0))
-
-
-def _distance(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> NDArray[np.float64]:
-    with np.errstate(invalid="ignore"):  # -inf - -inf is NaN; equal entries take the 0 instead
-        return np.where(ours == theirs, 0.0, np.abs(ours.astype(np.float64) - theirs))
 
 
 def _fields(teacher: Teacher) -> Fields:
