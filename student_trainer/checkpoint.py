@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from potstill.cache.errors import FormatError, SpecMismatch, StoreError
-from potstill.cache.store.local_files import fsync
+from potstill.cache.store.local_files import flush_tree, fsync
 from potstill.cache.types import JSON, TeacherIdentity
 from potstill.student_trainer.models import save_student
 from potstill.student_trainer.run_folder import PARTIAL
@@ -163,7 +163,7 @@ def _replaced(folder: Path, *, mark: str | None = None) -> Iterator[Path]:
         partial.mkdir()
         yield partial
         # Before the rename, or a power cut could leave the final name with files that are empty.
-        _flush(partial)
+        flush_tree(partial, partial)
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
@@ -178,10 +178,3 @@ def _replaced(folder: Path, *, mark: str | None = None) -> Iterator[Path]:
 
 def _complete(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"step-*/{_COMPLETE}"))
-
-
-def _flush(folder: Path) -> None:
-    # Files before the folders that list them.
-    for path in sorted(folder.rglob("*"), reverse=True):
-        fsync(path)
-    fsync(folder)
