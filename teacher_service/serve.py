@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import errno
-import ipaddress
 import logging
 import os
 import signal
@@ -21,6 +20,7 @@ from potstill.cache.entry_points import name_and_model
 from potstill.cache.errors import InvalidInput, PotstillError
 from potstill.cache.logins import without_login
 from potstill.teacher_service.access import Access
+from potstill.teacher_service.access.sites import is_loopback
 from potstill.teacher_service.app import create_app
 from potstill.teacher_service.hosting import Keep, Service, TeacherSource
 from potstill.teacher_service.settings import ServiceSettings, TlsSettings, load_settings
@@ -83,7 +83,7 @@ def _run(settings: ServiceSettings) -> None:
         listener = stack.enter_context(BoundedListener(bound, settings.limits, tls=settings.tls is not None))
         endpoint = settings.tracing.endpoint
         tracer = None if endpoint is None else stack.enter_context(closing(tracing.open_tracer(endpoint)))
-        if settings.tls is None and not _is_loopback(listener.getsockname()[0]):
+        if settings.tls is None and not is_loopback(listener.getsockname()[0]):
             _LOG.warning("API keys and tokens travel in the clear: set [tls], or put something with TLS in front")
         asyncio.run(_serve(settings, access, listener, tracer))
 
@@ -115,7 +115,7 @@ def bind(host: str, port: int, *, has_keys: bool = False) -> socket.socket:
     except OSError as error:
         raise InvalidInput(f"host {host!r} has no address: {error.strerror}") from error
     family, _, _, _, address = found[0]
-    if not has_keys and not _is_loopback(str(address[0])):
+    if not has_keys and not is_loopback(str(address[0])):
         raise InvalidInput(f"host {host!r} is open to others; without API keys it binds to loopback only")
     try:
         return socket.create_server((str(address[0]), port), family=family)
@@ -124,10 +124,6 @@ def bind(host: str, port: int, *, has_keys: bool = False) -> socket.socket:
             way_out = "stop what uses it, or choose another with --port (0 takes a free one)"
             raise InvalidInput(f"port {port} on {host} is in use; {way_out}") from error
         raise InvalidInput(f"port {port} on {host} cannot be had: {error.strerror}") from error
-
-
-def _is_loopback(address: str) -> bool:
-    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
 def service_of(settings: ServiceSettings, access: Access) -> Service:

@@ -25,7 +25,7 @@ def require_host(headers: Headers, hosts: Collection[str]) -> None:
     name, _, behind = host.removeprefix("[").partition("]" if host.startswith("[") else ":")
     if host.startswith("[") and behind and not behind.startswith(":"):
         name = host
-    if name not in hosts and name != "localhost" and not _is_loopback(name):
+    if name not in hosts and name != "localhost" and not is_loopback(name):
         raise Forbidden(f"the host {name[:80]!r} is not one of this service's names; add it to hosts of [access]")
 
 
@@ -44,7 +44,8 @@ def require_same_site(headers: Headers) -> None:
         raise Forbidden(f"a page of {(origin or site or '')[:80]!r} may not use this service; open the service's own")
 
 
-def _is_loopback(name: str) -> bool:
+def is_loopback(name: str) -> bool:
+    """True for a loopback address; False for any other, and for a name."""
     try:
         return ipaddress.ip_address(name).is_loopback
     except ValueError:
