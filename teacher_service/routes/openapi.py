@@ -56,20 +56,13 @@ _ROWS = {
     },
 }
 # Routes that read their bodies by themselves, so as to bound and decode them, which hides the bodies from FastAPI.
-_BODIES: dict[tuple[str, str], dict[str, Any]] = {
-    ("/v1/teachers/{name}/score", "post"): {
-        wire.JSON_MEDIA_TYPE: {"schema": _SCORE},
-        wire.ARROW_MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}},
-    },
-    **{
-        (path, "post"): {
-            wire.JSON_MEDIA_TYPE: {"schema": _ROWS},
-            wire.ARROW_MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}},
-        }
-        for path in ("/v1/corpora/{corpus}/rows", "/v1/corpora/{corpus}/targets/{teacher}/rows")
-    },
-    ("/v1/completions", "post"): {wire.JSON_MEDIA_TYPE: {"schema": _COMPLETION}},
-    ("/v1/teachers/{name}/v1/completions", "post"): {wire.JSON_MEDIA_TYPE: {"schema": _COMPLETION}},
+_ARROW = {wire.ARROW_MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}
+_BODIES: dict[str, dict[str, Any]] = {
+    "/v1/teachers/{name}/score": {wire.JSON_MEDIA_TYPE: {"schema": _SCORE}, **_ARROW},
+    "/v1/corpora/{corpus}/rows": {wire.JSON_MEDIA_TYPE: {"schema": _ROWS}, **_ARROW},
+    "/v1/corpora/{corpus}/targets/{teacher}/rows": {wire.JSON_MEDIA_TYPE: {"schema": _ROWS}, **_ARROW},
+    "/v1/completions": {wire.JSON_MEDIA_TYPE: {"schema": _COMPLETION}},
+    "/v1/teachers/{name}/v1/completions": {wire.JSON_MEDIA_TYPE: {"schema": _COMPLETION}},
 }
 _ERROR = {
     "type": "object",
@@ -103,8 +96,8 @@ def describe(app: FastAPI, *, version: str) -> None:
 
 def _document(app: FastAPI, version: str) -> dict[str, Any]:
     found = get_openapi(title=app.title, version=version, routes=app.routes)
-    for (path, method), content in _BODIES.items():
-        found["paths"][path][method]["requestBody"] = {"required": True, "content": content}
+    for path, content in _BODIES.items():
+        found["paths"][path]["post"]["requestBody"] = {"required": True, "content": content}
     for path, operations in found["paths"].items():
         schema = _OPENAI_ERROR if is_openai_path(path) else _ERROR
         error = {"description": "An error of one line.", "content": {wire.JSON_MEDIA_TYPE: {"schema": schema}}}
