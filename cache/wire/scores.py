@@ -18,8 +18,9 @@ JSON has the same names, every column a list of positions. It has no infinities:
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -38,6 +39,9 @@ JSON_MEDIA_TYPE = "application/json"
 WIRE_VERSION = "1"
 FORMAT_HEADER = "potstill-format"
 """HTTP header with the wire version, for requests and answers whose body does not have it."""
+
+END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+"""End-of-stream marker of Arrow IPC."""
 
 FORMAT_KEY = b"potstill.format"
 FIELDS_KEY = b"potstill.fields"
@@ -70,7 +74,12 @@ def request_to_arrow(request: ScoreRequest) -> bytes:
     lengths = np.cumsum([0, *map(len, request.rows)], dtype=np.int32)
     flat = np.concatenate([np.empty(0, np.uint32), *request.rows]).astype(np.uint32, copy=False)
     column = pa.ListArray.from_arrays(pa.array(lengths), pa.array(flat))
-    return _stream(schema, [pa.record_batch([column], schema=schema)])
+    return one_batch(pa.record_batch([column], schema=schema))
+
+
+def one_batch(batch: Any) -> bytes:
+    """Write a stream of one record batch."""
+    return b"".join([batch.schema.serialize(), batch.serialize(), END])
 
 
 def request_from_arrow(body: bytes, *, max_rows: int | None = None) -> ScoreRequest:
@@ -275,13 +284,14 @@ def _numpy(column: Any) -> NDArray[Any]:
     return array
 
 
-class _Parts:
+class _Parts(io.RawIOBase):
     """A file for pyarrow that keeps what is written as it is."""
-
-    closed = False
 
     def __init__(self) -> None:
         self._parts: list[Any] = []
+
+    def writable(self) -> bool:
+        return True
 
     def write(self, part: Any) -> None:
         self._parts.append(part)
@@ -290,21 +300,6 @@ class _Parts:
         """All that was written since the last call."""
         parts, self._parts = self._parts, []
         return parts
-
-    def flush(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-def _stream(schema: Any, batches: Sequence[Any]) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, schema) as writer:
-        for batch in batches:
-            writer.write_batch(batch)
-    data: bytes = sink.getvalue().to_pybytes()
-    return data
 
 
 def open_stream(body: bytes, *, max_rows: int | None = None) -> tuple[Any, list[Any]]:

@@ -30,11 +30,8 @@ from potstill.cache.types import Fields, Targets, TeacherIdentity
 from potstill.cache.wire import scores as wire
 from potstill.cache.wire.messages import CheckedStream, CutShort, Source
 
-END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
-"""End-of-stream marker of Arrow IPC."""
-
 PIECE_BYTES = 1 << 18
-"""Least bytes of a piece of text or of small batches that is sent."""
+"""Bytes of a piece of text or of batches that is sent."""
 _BATCHES, _LENGTH, _CORPUS = b"potstill.batches", b"potstill.length", b"potstill.corpus"
 _VALUES, _ROWS = "values", "rows"
 
@@ -107,7 +104,7 @@ def write_targets(head: StreamHead, groups: Iterable[Sequence[Targets]]) -> Iter
         batches, length = batches + len(group), length + sum(targets.num_positions for targets in group)
         yield b"".join(parts)
     assert (batches, length) == (head.batches, head.length), "a stream keeps what it promised"
-    yield END
+    yield wire.END
 
 
 def write_array(head: StreamHead, parts: Iterable[NDArray[Any]]) -> Iterator[bytes]:
@@ -123,21 +120,7 @@ def write_array(head: StreamHead, parts: Iterable[NDArray[Any]]) -> Iterator[byt
         batches, length = batches + 1, length + len(part)
         yield b"".join([first, pa.record_batch([column], schema=schema).serialize()])
     assert (batches, length) == (head.batches, head.length), "a stream keeps what it promised"
-    yield END
-
-
-def coalesced(pieces: Iterable[bytes], least: int = PIECE_BYTES) -> Iterator[bytes]:
-    """Join pieces of bytes into larger ones of at least `least` bytes each; the last may be shorter."""
-    held: list[bytes] = []
-    size = 0
-    for piece in pieces:
-        held.append(piece)
-        size += len(piece)
-        if size >= least:
-            yield b"".join(held)
-            held, size = [], 0
-    if held:
-        yield b"".join(held)
+    yield wire.END
 
 
 def write_row_numbers(rows: Sequence[int], fields: Fields | None = None) -> bytes:
@@ -146,8 +129,7 @@ def write_row_numbers(rows: Sequence[int], fields: Fields | None = None) -> byte
     if fields is not None:
         metadata[wire.FIELDS_KEY] = json.dumps(fields.to_json()).encode()
     schema = pa.schema([pa.field(_ROWS, pa.int64())], metadata=metadata)
-    batch = pa.record_batch([pa.array(np.asarray(rows, np.int64))], schema=schema)
-    return b"".join([schema.serialize(), batch.serialize(), END])
+    return wire.one_batch(pa.record_batch([pa.array(np.asarray(rows, np.int64))], schema=schema))
 
 
 def read_row_numbers(body: bytes, *, max_rows: int | None = None) -> tuple[list[int], Fields | None]:

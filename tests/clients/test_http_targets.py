@@ -31,7 +31,8 @@ from potstill.cache.errors import (
 )
 from potstill.cache.targets.target_set import TargetSet
 from potstill.cache.wire import scores as wire
-from potstill.cache.wire.stream import END, StreamHead, write_array, write_targets
+from potstill.cache.wire.scores import END
+from potstill.cache.wire.stream import StreamHead, write_array, write_targets
 from potstill.clients.http_corpus import HttpCorpus
 from potstill.clients.http_targets import HttpCache, HttpTargets
 from potstill.clients.retry import RetryPolicy

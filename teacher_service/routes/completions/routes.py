@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from potstill.cache.errors import InvalidInput, UnknownTeacher
 from potstill.cache.types import Fields, Targets, TeacherIdentity, Tokens
 from potstill.cache.wire import scores as wire
-from potstill.cache.wire.stream import coalesced
+from potstill.cache.wire.stream import in_pieces
 from potstill.teacher_service.access import Role, allow
 from potstill.teacher_service.admission.limits import request_format
 from potstill.teacher_service.hosting import HostedTeacher, Service
@@ -149,7 +149,7 @@ def _answered(name: str, asked: CompletionRequest, answer_id: str, targets: list
     if sum(map(len, asked.rows)) * (asked.k + 1) <= _BUFFERED_ENTRIES:
         return Response(b"".join(text), media_type=wire.JSON_MEDIA_TYPE)
     # The JSON is nine times the arrays; text that is not written yet takes no memory.
-    return StreamingResponse(coalesced(text), media_type=wire.JSON_MEDIA_TYPE)
+    return StreamingResponse(in_pieces(text), media_type=wire.JSON_MEDIA_TYPE)
 
 
 def _text(name: str, asked: CompletionRequest, answer_id: str, targets: list[Targets], weights: str) -> Iterator[bytes]:

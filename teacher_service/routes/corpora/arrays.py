@@ -15,7 +15,7 @@ from potstill.cache.corpus.keys import KEY_BYTES
 from potstill.cache.errors import InvalidInput
 from potstill.cache.types import JSON
 from potstill.cache.wire import StreamHead, scores as wire
-from potstill.cache.wire.stream import coalesced, read_row_numbers, write_array
+from potstill.cache.wire.stream import in_pieces, read_row_numbers, write_array
 from potstill.teacher_service.admission import Admission
 from potstill.teacher_service.admission.limits import read_body, request_format
 from potstill.teacher_service.routes.corpora.bodies import get_and_head, rows_from_json
@@ -201,4 +201,4 @@ def _row_pieces(corpus: Corpus, rows: Sequence[int], limits: LimitSettings) -> I
     length = int((ranges[:, 1] - ranges[:, 0]).sum())
     require_at_most(length, limits.max_stream_positions, "positions", "max_stream_positions")
     head = StreamHead(batches=len(rows), length=length, corpus=corpus.fingerprint)
-    return coalesced(write_array(head, (corpus.tokens(start, stop) for start, stop in ranges.tolist())), _ROWS_BYTES)
+    return in_pieces(write_array(head, (corpus.tokens(start, stop) for start, stop in ranges.tolist())), _ROWS_BYTES)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from potstill.cache.types import JSON, Draws, Targets, TeacherIdentity
 from potstill.cache.wire import scores as wire
-from potstill.cache.wire.stream import coalesced
+from potstill.cache.wire.stream import in_pieces
 
 _DRAWS = {"draw_ids": "ids", "draw_counts": "counts"}
 _ELEMENTS = 1 << 14
@@ -39,7 +39,7 @@ def json_pieces(
     """
     head = {"format": wire.WIRE_VERSION} if says_format else {}
     texts = _texts({**head, "identity": identity.to_json()}, read)
-    return coalesced(text.encode() for text in texts)
+    return in_pieces(text.encode() for text in texts)
 
 
 def _texts(head: Mapping[str, JSON], read: Callable[[], Sequence[Targets]]) -> Iterator[str]:

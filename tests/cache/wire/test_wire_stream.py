@@ -10,11 +10,11 @@ import pytest
 from potstill.cache import Fields, Targets
 from potstill.cache.errors import InvalidInput, WireVersionError
 from potstill.cache.wire.messages import CutShort
+from potstill.cache.wire.scores import END
 from potstill.cache.wire.stream import (
-    END,
     StreamHead,
     StreamReader,
-    coalesced,
+    in_pieces,
     read_row_numbers,
     write_array,
     write_row_numbers,
@@ -124,10 +124,10 @@ def test_arrays_keep_their_dtype_and_width(dtype: str) -> None:
         np.testing.assert_array_equal(found, array)
 
 
-def test_pieces_are_joined_up_to_a_size_and_none_is_lost() -> None:
+def test_pieces_are_cut_and_joined_to_a_size_and_none_is_lost() -> None:
     pieces = [b"a" * 3, b"b" * 4, b"c" * 9, b"d"]
-    assert list(coalesced(pieces, 6)) == [b"aaabbbb", b"c" * 9, b"d"]
-    assert list(coalesced([], 6)) == []
+    assert list(in_pieces(pieces, 6)) == [b"aaabbb", b"bccccc", b"ccccd"]
+    assert list(in_pieces([], 6)) == []
 
 
 def test_row_numbers_come_back_with_the_fields() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from potstill.cache import Cache, Fields
 from potstill.cache.wire import scores as wire
-from potstill.cache.wire.stream import END
+from potstill.cache.wire.scores import END
 from potstill.teacher_service.routes.corpora.reads import RangeRead
 from tests.support import http
 from tests.support.fakes import FakeTeacher
