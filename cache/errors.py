@@ -6,14 +6,17 @@ same call may be tried again. A cache miss is not an error.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import ClassVar
 
-from potstill.cache.logins import without_login
+from potstill.cache.logins import pieces_without_login, without_login
 from potstill.cache.printable import printable
 
 _BEGIN_CHARACTERS = 700
 _END_CHARACTERS = 300
+_LOOKED_AT = 2**14
+_BETWEEN_WORDS = re.compile(r"""[\s'"]""")
 
 
 class PotstillError(Exception):
@@ -132,12 +135,26 @@ class DeadlineExceeded(PotstillError, kind="deadline_exceeded", status=504):
 
 
 def _shown(text: str) -> str:
-    text = without_login(text)
+    # A caller's value that is quoted may be megabytes, with a million places where a login may begin; no more is
+    # searched than may be shown. What is wrong stands before it, and the way out behind.
+    begin = ""
+    for piece in pieces_without_login(text):
+        begin += piece
+        if len(begin) > _BEGIN_CHARACTERS + _END_CHARACTERS:
+            break
+    else:
+        return begin
     left_out = len(text) - _BEGIN_CHARACTERS - _END_CHARACTERS
-    if left_out <= 0:
-        return text
-    # A caller's value that is quoted may be megabytes. What is wrong stands before it, and the way out behind.
-    return f"{text[:_BEGIN_CHARACTERS]}...({left_out} characters left out)...{text[-_END_CHARACTERS:]}"
+    return f"{begin[:_BEGIN_CHARACTERS]}...({left_out} characters left out)...{_end(text)[-_END_CHARACTERS:]}"
+
+
+def _end(text: str) -> str:
+    """The last words of a text, without logins; no word is cut, as half a login looks like none."""
+    start = len(text) - _LOOKED_AT
+    if start > 0:
+        found = _BETWEEN_WORDS.search(text, start)
+        start = len(text) if found is None else found.start()
+    return without_login(text[max(start, 0) :])
 
 
 def _tree(root: type[PotstillError]) -> Iterator[type[PotstillError]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 
 from potstill.cache.errors import InvalidInput
@@ -51,6 +53,23 @@ def test_of_a_long_message_begin_and_end_are_left() -> None:
     assert error.detail.startswith("the name '//h/")
     assert error.detail.endswith("' is not a name; choose another")
     assert "SECRET" not in error.detail
+
+
+@pytest.mark.parametrize("place", ["=a:b@", "'a:b", "// ", " a:b@", "//"])
+def test_of_a_text_with_a_million_places_few_are_searched(place: str) -> None:
+    tracemalloc.start()
+    try:
+        assert len(InvalidInput(f"{place * 300_000} is wrong").detail) < 1100
+        assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("behind", ["", " is wrong"])
+def test_a_login_longer_than_what_is_searched_is_not_cut(behind: str) -> None:
+    detail = InvalidInput(f"{'a ' * 600}http://any:{'SECRET' * 10_000}@host{behind}").detail
+    assert "SECRET" not in detail
+    assert detail.endswith(behind)
 
 
 def test_an_errors_line_has_none() -> None:
