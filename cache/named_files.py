@@ -33,5 +33,5 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     """
     try:
         return tomllib.loads(read_named(path))
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # the latter by brackets within brackets; also numbers too long
         raise InvalidInput(f"{path}: not TOML: {error}") from error

@@ -70,10 +70,10 @@ class KeyRing:
         self._checked = self._clock()
         # Before the content: a change in between is then seen as one at the next look, not missed.
         self._version = _version(self._path)
+        self._records, self._failed = (), True  # whatever reading raises
         try:
             self._records = tuple(read_keys(self._path).values())
         except InvalidInput as error:
-            self._records, self._failed = (), True
             _LOG.error("no API key is good until this is mended: %s", error.detail)
         else:
             self._failed = False

@@ -67,6 +67,8 @@ def read_keys(path: Path) -> dict[str, KeyRecord]:
     except OSError as error:
         way_out = f"make it with `potstill keys add NAME --role admin --file {path}`"
         raise InvalidInput(f"{path}: cannot be read: {error.strerror or error}; {way_out}") from error
+    if not stat.S_ISREG(mode):
+        raise InvalidInput(f"{path}: is not a file")  # a pipe would be waited for, and with it all requests
     if not os.access(path, os.R_OK):
         way_out = "chown it to the user that serves, or chmod 644: it holds names, roles and hashes, no keys"
         raise InvalidInput(f"{path}: user {os.geteuid()} may not read it (mode {mode & 0o777:o}); {way_out}")
@@ -114,6 +116,7 @@ def remove_key(path: Path, name: str) -> None:
 @contextmanager
 def _changing(path: Path) -> Iterator[dict[str, KeyRecord]]:
     """Lend the records to be changed in place, and write them back at the end. Two writers take turns."""
+    path = path.resolve()  # a link stays one: the service may read what it leads to by another name
     try:
         folder = os.open(path.parent, os.O_RDONLY)
     except OSError as error:

@@ -41,7 +41,11 @@ def test_a_running_service_notices_changes_within_a_second(tmp_path: Path) -> No
     assert ring.find(first) is None
 
 
-@pytest.mark.parametrize("broken", ["[keys", "", "gone", '[keys.a]\nrole = "king"\nsha256 = ""\n', "others write"])
+BROKEN = ["[keys", "", "gone", "pipe", '[keys.a]\nrole = "king"\nsha256 = ""\n', "others write"]
+BROKEN += ["x = " + "[" * 5_000, "x = " + "9" * 5_000]
+
+
+@pytest.mark.parametrize("broken", BROKEN)
 def test_no_key_is_good_while_the_file_is_broken_and_the_log_says_so_once(
     tmp_path: Path, broken: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -51,6 +55,9 @@ def test_no_key_is_good_while_the_file_is_broken_and_the_log_says_so_once(
     ring = KeyRing(file, clock)
     if broken == "gone":
         file.unlink()
+    elif broken == "pipe":
+        file.unlink()
+        os.mkfifo(file, 0o600)
     elif broken == "others write":
         file.chmod(0o666)
     else:
@@ -118,6 +125,17 @@ def test_a_changed_file_keeps_its_mode(tmp_path: Path) -> None:
     add_key(file, "b", Role.TRAINER, Quota())
     remove_key(file, "a")
     assert stat.S_IMODE(file.stat().st_mode) == 0o644
+
+
+def test_a_change_by_a_link_changes_the_file_that_the_service_reads(tmp_path: Path) -> None:
+    file, link = tmp_path / "real" / "keys.toml", tmp_path / "keys.toml"
+    file.parent.mkdir()
+    link.symlink_to(file)
+    add_key(link, "a", Role.ADMIN, Quota())
+    add_key(file, "b", Role.TRAINER, Quota())
+    remove_key(link, "a")
+    assert link.is_symlink()
+    assert list(read_keys(file)) == ["b"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a file away")
