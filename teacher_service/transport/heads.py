@@ -27,6 +27,7 @@ class BoundedHeads(_Protocol):  # type: ignore[misc]
     """Refuses a head or trailers over `HEAD_BYTES` or `HEAD_FIELDS`, and closes the connection."""
 
     _since_progress = 0
+    _in_head = True
     transport: asyncio.Transport
 
     def data_received(self, data: bytes) -> None:
@@ -41,20 +42,31 @@ class BoundedHeads(_Protocol):  # type: ignore[misc]
                 self._refuse()
                 return
 
+    def on_message_begin(self) -> None:
+        """Begin a head; called by httptools like those below."""
+        self._in_head = True
+        super().on_message_begin()
+
     def on_headers_complete(self) -> None:
-        """Serve the request whose head is there; called by httptools like those below."""
+        """Serve the request whose head is there."""
         self._since_progress = 0
-        super().on_headers_complete()
+        if len(self.headers) > HEAD_FIELDS:
+            self._refuse()  # before anything of it is served
+        self._in_head = False
+        if not self.transport.is_closing():
+            super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         """Take a part of the body, which has bounds of its own."""
         self._since_progress = 0
-        super().on_body(body)
+        if not self.transport.is_closing():
+            super().on_body(body)
 
     def on_message_complete(self) -> None:
         """End the request's body."""
         self._since_progress = 0
-        super().on_message_complete()
+        if not self.transport.is_closing():
+            super().on_message_complete()
 
     def _is_over(self) -> bool:
         if len(self.headers or ()) > HEAD_FIELDS:
@@ -62,8 +74,8 @@ class BoundedHeads(_Protocol):  # type: ignore[misc]
         return _HTTPTOOLS and (self._since_progress > HEAD_BYTES or len(self.pipeline) > _PIPELINED)
 
     def _refuse(self) -> None:
-        if self.cycle is not None and not self.cycle.response_complete:
-            self.transport.abort()  # an answer to what came before may have begun
+        if not self._in_head or (self.cycle is not None and not self.cycle.response_complete):
+            self.transport.abort()  # a request that came before has its answer, or may have begun to get it
             return
         detail = f"a request's head is over {HEAD_BYTES} bytes or {HEAD_FIELDS} fields"
         self.transport.write(refusal(431, "Request Header Fields Too Large", LimitExceeded(detail)))

@@ -19,7 +19,7 @@ from potstill.teacher_service.app import create_app
 from potstill.teacher_service.hosting.service import Service
 from potstill.teacher_service.routes.completions import prompt_logprobs
 from potstill.teacher_service.settings.service import LimitSettings
-from potstill.teacher_service.transport.listener import _origin, allow_files
+from potstill.teacher_service.transport.listener import _Counted, _origin, allow_files
 from tests.support import http
 from tests.support.fakes import FakeTeacher, fake_identity
 from tests.support.processes.certificate import make_certificate
@@ -50,7 +50,8 @@ def is_closed(connection: socket.socket) -> bool:
 
 
 GET = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n"
-CHUNKED = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
+POST = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"
+CHUNKED = POST + b"content-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
 def said_until_closed(url: str, sent: bytes) -> bytes:
@@ -92,6 +93,30 @@ def test_a_head_over_the_bound_is_refused(sent: bytes) -> None:
 def test_what_comes_beside_a_chunked_body_is_bounded(behind: bytes) -> None:
     with serving_teachers(hosted("smol", FakeTeacher())) as url:
         assert b"{" not in said_until_closed(url, CHUNKED + behind)
+
+
+def test_too_many_fields_are_told_so_and_nothing_is_served(url: str) -> None:
+    said = said_until_closed(url, GET + b"a:\r\n" * 300 + b"\r\n")
+    assert said.startswith(b"HTTP/1.1 431 ")
+    assert b"256 fields" in said
+    assert said.count(b"HTTP/1.1") == 1
+
+
+def test_trailers_behind_an_answer_get_none_of_their_own(url: str) -> None:
+    with connected(url) as connection:
+        connection.sendall(POST + b"content-type: text/plain\r\ntransfer-encoding: chunked\r\n\r\n0\r\n")
+        assert connection.recv(65_536).startswith(b"HTTP/1.1 415 ")
+        connection.sendall(b"a:\r\n" * 300 + b"\r\n")
+        assert connection.recv(65_536) == b""
+
+
+def test_connections_take_turns_after_few_bytes() -> None:
+    near, far = socket.socketpair()
+    with _Counted(near, lambda: None) as counted, far:
+        far.sendall(b"a" * 100_000)
+        assert len(counted.recv(2**18)) == 2**14
+        assert counted.recv_into(bytearray(2**18)) == 2**14
+        assert counted.recv_into(bytearray(100)) == 100
 
 
 def test_few_requests_wait_behind_one() -> None:
