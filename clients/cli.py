@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
     except PotstillError as error:
-        print(f"{error.kind}: {error.detail}", file=sys.stderr)
+        print(f"{error.kind}: {printable(error.detail)}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
         # Heavy packages are imported when a command runs, and belong to extras that may not be installed. A module of

@@ -56,7 +56,7 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "failing.py").write_text(
         "from potstill.cache.errors import SpecMismatch\n"
         + command.format("no")
-        + "def run(args):\n    raise SpecMismatch('two\\nlines')\n"
+        + "def run(args):\n    raise SpecMismatch('two\\nlin\\x1b[31mes')\n"
     )
     (tmp_path / "sleepy.py").write_text(
         "import time\n" + command.format("zzz") + "def run(args):\n    print('up', flush=True)\n    time.sleep(60)\n"
@@ -122,7 +122,7 @@ def test_version_and_usage() -> None:
 
 def test_an_error_is_one_line_and_status_1(commands: Path) -> None:
     done = potstill("failing", PYTHONPATH=str(commands))
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", "spec_mismatch: two lines\n")
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "spec_mismatch: two lin\\x1b[31mes\n")
     done = potstill("lacking", PYTHONPATH=str(commands))
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
