@@ -156,18 +156,18 @@ def read_row_numbers(body: bytes, *, max_rows: int | None = None) -> tuple[list[
 
 def in_pieces(parts: Iterable[Any], size: int = PIECE_BYTES) -> Iterator[bytes]:
     """Cut and join parts of bytes or buffers to pieces of `size` bytes each; the last may be shorter."""
-    held = bytearray()
+    held: list[memoryview] = []
+    left = size
     for part in parts:
         view = memoryview(part)
         while view:
-            taken = view[: size - len(held)]
-            held += taken
-            view = view[len(taken) :]
-            if len(held) == size:
-                yield bytes(held)
-                held.clear()
+            held.append(view[:left])
+            view, left = view[left:], left - len(held[-1])
+            if not left:
+                yield b"".join(held)
+                held, left = [], size
     if held:
-        yield bytes(held)
+        yield b"".join(held)
 
 
 class StreamReader:
