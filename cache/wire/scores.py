@@ -127,11 +127,7 @@ def answer_from_arrow(body: bytes) -> ScoreAnswer:
         WireVersionError: it has another wire version. InvalidInput: it is not such an Arrow stream.
     """
     schema, batches = open_stream(body)
-    try:
-        identity = TeacherIdentity.from_json(metadata_json(schema, IDENTITY_KEY))
-    except FormatError as error:
-        raise InvalidInput(f"schema metadata potstill.identity: {error}") from error
-    return ScoreAnswer(identity, [from_batch(batch) for batch in batches])
+    return ScoreAnswer(identity_in(schema), [from_batch(batch) for batch in batches])
 
 
 def request_from_json(value: Any) -> ScoreRequest:
@@ -346,6 +342,14 @@ def require_version(version: str) -> None:
             f"the body has wire version {version[:40]!r}, this end speaks {WIRE_VERSION!r}; "
             "install the same potstill version on both ends"
         )
+
+
+def identity_in(schema: Any) -> TeacherIdentity:
+    """Read the teacher's identity from the schema metadata; raises InvalidInput where there is none."""
+    try:
+        return TeacherIdentity.from_json(metadata_json(schema, IDENTITY_KEY))
+    except FormatError as error:
+        raise InvalidInput(f"schema metadata potstill.identity: {error}") from error
 
 
 def metadata_json(schema: Any, key: bytes) -> Any:

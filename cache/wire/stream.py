@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from potstill.cache.errors import FormatError, InvalidInput
+from potstill.cache.errors import InvalidInput
 from potstill.cache.types import Fields, Targets, TeacherIdentity
 from potstill.cache.wire import scores as wire
 from potstill.cache.wire.messages import CheckedStream, CutShort, Source
@@ -74,19 +74,14 @@ class StreamHead:
         batches, length = (metadata.get(key, b"").decode(errors="replace") for key in (_BATCHES, _LENGTH))
         if not (batches.isdecimal() and length.isdecimal() and _CORPUS in metadata):
             raise InvalidInput("the schema metadata does not say how long the stream is, or of what corpus")
-        try:
-            of_targets = wire.IDENTITY_KEY in metadata
-            return cls(
-                batches=int(batches),
-                length=int(length),
-                corpus=metadata[_CORPUS].decode(errors="replace"),
-                identity=TeacherIdentity.from_json(wire.metadata_json(schema, wire.IDENTITY_KEY))
-                if of_targets
-                else None,
-                fields=Fields.from_json(wire.metadata_json(schema, wire.FIELDS_KEY)) if of_targets else None,
-            )
-        except FormatError as error:
-            raise InvalidInput(f"schema metadata potstill.identity: {error}") from error
+        of_targets = wire.IDENTITY_KEY in metadata
+        return cls(
+            batches=int(batches),
+            length=int(length),
+            corpus=metadata[_CORPUS].decode(errors="replace"),
+            identity=wire.identity_in(schema) if of_targets else None,
+            fields=Fields.from_json(wire.metadata_json(schema, wire.FIELDS_KEY)) if of_targets else None,
+        )
 
 
 def write_targets(head: StreamHead, groups: Iterable[Sequence[Targets]]) -> Iterator[bytes]:
