@@ -84,19 +84,15 @@ class HttpCorpus(Corpus):
     def _rows(self, rows: Sequence[int], tries: Tries) -> Iterator[Tokens]:
         lengths = np.diff(self.row_ranges(rows), axis=1)[:, 0].tolist()
         route, body = f"{corpus_route(self.name)}/rows", write_row_numbers(rows)
-        most_bytes = max(BLOCK_BYTES, 8 * max(lengths))
+        where, most_bytes = f"{self._connection.url}{route}", max(BLOCK_BYTES, 8 * max(lengths))
         with self._connection.stream(route, tries=tries, body=body, most_bytes=most_bytes) as reader:
             require_corpus(reader.head, self.fingerprint, self._connection.url)
             if reader.head.batches != len(rows):
-                raise TeacherFailed(
-                    f"{self._connection.url}{route} promised {reader.head.batches} rows for {len(rows)}"
-                )
+                raise TeacherFailed(f"{where} promised {reader.head.batches} rows for {len(rows)}")
             for length, tokens in zip(lengths, reader.array(), strict=True):
                 if tokens.shape != (length,):
-                    raise TeacherFailed(
-                        f"{self._connection.url}{route} gave tokens of shape {tokens.shape} for a row of {length}"
-                    )
-                _check_tokens(tokens, f"{self._connection.url}{route}", vocab_size=self.spec.vocab_size)
+                    raise TeacherFailed(f"{where} gave tokens of shape {tokens.shape} for a row of {length}")
+                _check_tokens(tokens, where, vocab_size=self.spec.vocab_size)
                 yield tokens
 
 

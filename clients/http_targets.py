@@ -142,12 +142,8 @@ class HttpTargets:
 
     def _rows(self, rows: Sequence[int], want: Fields, tries: Tries) -> Iterator[Targets]:
         lengths = np.diff(self.corpus.row_ranges(rows), axis=1)[:, 0].tolist()
-        route, body, most_bytes = (
-            f"{self._route}/rows",
-            write_row_numbers(rows, want),
-            self._most_bytes(want, max(lengths)),
-        )
-        with self._connection.stream(route, tries=tries, body=body, most_bytes=most_bytes) as reader:
+        body, most_bytes = write_row_numbers(rows, want), self._most_bytes(want, max(lengths))
+        with self._connection.stream(f"{self._route}/rows", tries=tries, body=body, most_bytes=most_bytes) as reader:
             self._check_head(reader.head, want)
             if reader.head.batches != len(rows):
                 raise TeacherFailed(f"{self._who} promised {reader.head.batches} rows for {len(rows)}")
