@@ -221,7 +221,7 @@ class _Session:
         unread = None
         try:
             for _ in range(num_pieces - 1):
-                with self._sync_gradients(now=False):
+                with self._unsent_gradients():
                     sums[:-1] += self._forward_backward(next(batches), num_labels, num_positions)
             last = next(batches)
         except PotstillError as error:
@@ -298,11 +298,9 @@ class _Session:
         (loss.total * self.group.world_size).backward()  # type: ignore[no-untyped-call]
         return torch.cat([loss.ce_sum[None], loss.kl_sums])
 
-    def _sync_gradients(self, *, now: bool) -> AbstractContextManager[None]:
-        """Send gradients to the other workers once a step, with the last micro-batch."""
-        if not now and isinstance(self.model, DistributedDataParallel):
-            return self.model.no_sync()
-        return nullcontext()
+    def _unsent_gradients(self) -> AbstractContextManager[None]:
+        """Keep gradients here: they go to the other workers once a step, with the last micro-batch."""
+        return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
 
     def _global_counts(self) -> tuple[int, int]:
         """Count labels and positions of this step's global batch, from the row lengths alone."""
