@@ -54,14 +54,10 @@ class StreamedAnswer(Response):
     def __init__(
         self, pieces: Iterator[bytes], slots: ReadSlots, *, headers: Mapping[str, str], media_type: str
     ) -> None:
-        self.status_code = 200
-        self.media_type = media_type
-        self.background = None
-        self.body = b""
+        super().__init__(headers=headers, media_type=media_type)
         self._pieces = pieces
         self._slots = slots
         self._begun = False
-        self.init_headers(headers)
         del self.headers["content-length"]  # of the empty body; the real one is not known yet
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
