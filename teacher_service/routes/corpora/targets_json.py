@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from potstill.cache.types import JSON, Draws, Targets, TeacherIdentity
+from potstill.cache.types import JSON, Targets, TeacherIdentity
 from potstill.cache.wire import scores as wire
 from potstill.cache.wire.stream import in_pieces
 
@@ -48,50 +48,21 @@ def _texts(head: Mapping[str, JSON], read: Callable[[], Sequence[Targets]]) -> I
     # The wire format decides which columns there are; no positions are enough to ask it.
     names = list(wire.targets_to_json(parts[0][:0])) if parts else []
     for index, targets in enumerate(parts):
-        if index:
-            yield ","
-        if sum(_array(targets, name).size for name in names) <= _ELEMENTS:
-            yield _text({name: _list(targets, name) for name in names})
-        else:
-            yield from _long_row(targets, names)
+        yield ",{" if index else "{"
+        for place, name in enumerate(names):
+            yield f"{',' if place else ''}{_text(name)}:["
+            for at, items in enumerate(_items(targets, name)):
+                yield f",{items}" if at else items
+            yield "]"
+        yield "}"
     yield "]}"
 
 
-def _long_row(targets: Targets, names: Sequence[str]) -> Iterator[str]:
-    before = "{"
-    for name in names:
-        yield f"{before}{_text(name)}:["
-        for index, items in enumerate(_items(targets, name)):
-            yield f",{items}" if index else items
-        yield "]"
-        before = ","
-    yield "}"
-
-
-def _array(targets: Targets, name: str) -> NDArray[Any]:
-    """The values of a column: [P], [P, D], or of draws one after the other."""
-    array: NDArray[Any] = getattr(targets.draws if name in _DRAWS else targets, _DRAWS.get(name, name))
-    return array
-
-
-def _list(targets: Targets, name: str) -> list[Any]:
-    values = _array(targets, name)
-    if name not in _DRAWS:
-        return _values(values)
-    assert targets.draws is not None, "a column of what is there"
-    return _ragged(targets.draws.offsets.tolist(), values)
-
-
-def _ragged(bounds: Sequence[int], values: NDArray[Any]) -> list[list[int]]:
-    return [values[a:b].tolist() for a, b in pairwise(bounds)]
-
-
 def _items(targets: Targets, name: str) -> Iterator[str]:
-    values = _array(targets, name)
     if name not in _DRAWS:
-        return _array_items(values)
+        return _array_items(getattr(targets, name))
     assert targets.draws is not None, "a column of what is there"
-    return _ragged_items(targets.draws, values)
+    return _ragged_items(targets.draws.offsets.tolist(), getattr(targets.draws, _DRAWS[name]))
 
 
 def _array_items(array: NDArray[Any]) -> Iterator[str]:
@@ -108,11 +79,11 @@ def _array_items(array: NDArray[Any]) -> Iterator[str]:
             yield f"[{','.join(_text(_values(block[0, at : at + _ELEMENTS]))[1:-1] for at in cuts)}]"
 
 
-def _ragged_items(draws: Draws, values: NDArray[Any]) -> Iterator[str]:
-    offsets = draws.offsets.tolist()
+def _ragged_items(offsets: Sequence[int], values: NDArray[Any]) -> Iterator[str]:
     step = max(1, _ELEMENTS * (len(offsets) - 1) // max(1, len(values)))
     for start in range(0, len(offsets) - 1, step):
-        yield _text(_ragged(offsets[start : start + step + 1], values))[1:-1]
+        lists = [values[a:b].tolist() for a, b in pairwise(offsets[start : start + step + 1])]
+        yield _text(lists)[1:-1]
 
 
 def _values(block: NDArray[Any]) -> list[Any]:
