@@ -111,6 +111,8 @@ class Seldom(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Tell whether to write the record out."""
+        if record.exc_info and record.name == "uvicorn.error":
+            return True  # a traceback of ours, to be mended; asyncio's are of connections that broke
         # The text before values are filled in; asyncio's further lines name objects, no two of them alike.
         text = str(record.msg).partition("\n")[0]
         now = self._clock()

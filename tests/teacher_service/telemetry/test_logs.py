@@ -343,3 +343,13 @@ def test_of_what_strangers_cause_one_line_in_ten_seconds_is_written(caplog: pyte
     assert [rest for _, _, rest in said][1:] == ["by <object at 10> (and 999 times before)"] * 1 + [
         "by <object at 20> (and 999 times before)"
     ]
+
+
+def test_no_traceback_of_the_service_is_left_out() -> None:
+    seldom = logs.Seldom(lambda: 0.0)
+    what = (RuntimeError, RuntimeError("a bug"), None)
+    records = [
+        logging.LogRecord(name, logging.ERROR, "", 0, "Exception in ASGI application", (), what)
+        for name in ("uvicorn.error", "uvicorn.error", "asyncio", "asyncio")
+    ]
+    assert [seldom.filter(record) for record in records] == [True, True, True, False]
