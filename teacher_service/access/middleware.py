@@ -149,7 +149,9 @@ class AccessApp:
             who = self._access.identify(headers)
         except PotstillError as error:
             if not is_open:
-                await self._refuse(error, scope, receive, send)
+                if _is_admin_action(scope):
+                    await self._record_unknown(error, scope)
+                await self._answer_error(Request(scope), error)(scope, receive, send)
                 return
             who = Caller("", Role.TRAINER)  # sees what is open, and no more than a trainer would
         caller.set(who)
@@ -158,11 +160,6 @@ class AccessApp:
             await _Audited(self._access.audit, scope, receive, send, who).serve(self._app)
         else:
             await self._app(scope, receive, send)
-
-    async def _refuse(self, error: PotstillError, scope: Scope, receive: Receive, send: Send) -> None:
-        if _is_admin_action(scope):
-            await self._record_unknown(error, scope)
-        await self._answer_error(Request(scope), error)(scope, receive, send)
 
     async def _record_unknown(self, error: PotstillError, scope: Scope) -> None:
         """Write at most one line a second: callers without a key must not be able to fill the disk."""
