@@ -19,6 +19,10 @@ def odd_texts(door: Door) -> None:
         ("PUT", "/v1/teachers/x", {"model": "?key" * 1000}),
         ("POST", f"/v1/teachers/{TEACHER}/score", {"rows": [[_SLASHES]]}),
         ("POST", f"/v1/teachers/{TEACHER}/score", {"rows": [["=a:" * 500_000]]}),
+        *(
+            ("POST", f"/v1/teachers/{TEACHER}/score", {"rows": [[place * 500_000]]})
+            for place in ("'a:b", "// ", " a:b@")
+        ),
         ("POST", "/v1/completions", {"prompt": [[_SLASHES]]}),
     ]
     with httpx.Client(base_url=door.url, headers=door.trainer, timeout=20, verify=trusting()) as client:
