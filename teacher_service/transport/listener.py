@@ -16,7 +16,6 @@ from potstill.teacher_service.settings import LimitSettings
 from potstill.teacher_service.transport.heads import refusal
 
 _LOG = logging.getLogger(__name__)
-_READ_BYTES = 16 * 2**10
 _OTHER_FILES = 256  # of the cache, the engines and the log
 
 
@@ -87,20 +86,11 @@ class BoundedListener(socket.socket):
 
 
 class _Counted(socket.socket):
-    """A connection that tells when it is closed, and of which little is read at once.
-
-    What is read is parsed before another connection has its turn, and 256 KiB, as asyncio reads, may be 40,000 chunks.
-    """
+    """A connection that tells when it is closed."""
 
     def __init__(self, accepted: socket.socket, closed: Callable[[], None]) -> None:
         super().__init__(accepted.family, accepted.type, accepted.proto, accepted.detach())
         self._tell: Callable[[], None] | None = closed
-
-    def recv(self, size: int, flags: int = 0) -> bytes:
-        return super().recv(min(size, _READ_BYTES), flags)
-
-    def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
-        return super().recv_into(buffer, min(nbytes or len(buffer), _READ_BYTES), flags)
 
     def close(self) -> None:
         super().close()

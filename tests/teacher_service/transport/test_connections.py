@@ -19,7 +19,7 @@ from potstill.teacher_service.app import create_app
 from potstill.teacher_service.hosting.service import Service
 from potstill.teacher_service.routes.completions import prompt_logprobs
 from potstill.teacher_service.settings.service import LimitSettings
-from potstill.teacher_service.transport.listener import _Counted, _origin, allow_files
+from potstill.teacher_service.transport.listener import _origin, allow_files
 from tests.support import http
 from tests.support.fakes import FakeTeacher, fake_identity
 from tests.support.processes.certificate import make_certificate
@@ -108,15 +108,6 @@ def test_trailers_behind_an_answer_get_none_of_their_own(url: str) -> None:
         assert connection.recv(65_536).startswith(b"HTTP/1.1 415 ")
         connection.sendall(b"a:\r\n" * 300 + b"\r\n")
         assert connection.recv(65_536) == b""
-
-
-def test_connections_take_turns_after_few_bytes() -> None:
-    near, far = socket.socketpair()
-    with _Counted(near, lambda: None) as counted, far:
-        far.sendall(b"a" * 100_000)
-        assert len(counted.recv(2**18)) == 2**14
-        assert counted.recv_into(bytearray(2**18)) == 2**14
-        assert counted.recv_into(bytearray(100)) == 100
 
 
 def test_few_requests_wait_behind_one() -> None:
