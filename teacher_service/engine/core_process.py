@@ -1,36 +1,53 @@
 """What is ours in the process that vLLM starts for an engine: it ends with its parent, and tells why it did not start.
 
-vLLM finds `prepare` by the entry point `vllm.general_plugins` and calls it in each of its processes, before it builds
-anything there. A process of an engine that is not ours is left as it is.
+It has to be at work before vLLM is: until its handshake with the parent a process of vLLM's knows nothing of the
+parent's end. So a text in the engine's configuration, `Lifeline`, brings it along: it is called where the process
+unpickles its arguments.
 """
 
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
+import shutil
 import tempfile
 import textwrap
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from potstill.cache.errors import TeacherFailed
 
-_CAUSE_FILE = "POTSTILL_ENGINE_CAUSE_FILE"
-"""Environment variable with the path to which an engine's process writes why it did not start."""
+_STARTED_BY = "POTSTILL_ENGINE_STARTED_BY"
+"""Environment variable of an engine's process: the parent's number, and the path to write to why it did not start."""
+_LOOK_SECONDS = 0.5
+
+
+class Lifeline(str):
+    """A text for an engine's configuration that calls `prepare` in the process that it is unpickled in."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[Callable[[], Lifeline], tuple[()]]:
+        """Pickle as the call."""
+        return _prepared, ()
+
+
+def _prepared() -> Lifeline:
+    prepare()
+    return Lifeline("ends with its parent")
 
 
 def prepare() -> None:
     """Make this process, if an engine of ours is to run in it, end with its parent, and tell why it did not start."""
-    parent = multiprocessing.parent_process()
-    cause_file = os.environ.get(_CAUSE_FILE)
-    if parent is None or cause_file is None:
+    number, _, path = os.environ.get(_STARTED_BY, "").partition(" ")
+    if not number or int(number) == os.getpid():
         return
-    threading.Thread(target=_end_with, args=(parent,), name="ends with the parent", daemon=True).start()
-    logging.getLogger("vllm.v1.engine.core").addFilter(_ToldInFile(Path(cause_file)))
+    del os.environ[_STARTED_BY]  # not for processes that this one starts
+    threading.Thread(target=_end_with, args=(int(number), Path(path).parent), daemon=True).start()
+    logging.getLogger("vllm.v1.engine.core").addFilter(_ToldInFile(Path(path)))
 
 
 @contextmanager
@@ -44,7 +61,7 @@ def failing_with_the_cause() -> Iterator[None]:
     """
     with tempfile.TemporaryDirectory(prefix="potstill-engine-") as folder:
         path = Path(folder) / "cause"
-        os.environ[_CAUSE_FILE] = str(path)
+        os.environ[_STARTED_BY] = f"{os.getpid()} {path}"
         try:
             yield
         except RuntimeError as error:  # vLLM's, which says to look above
@@ -52,11 +69,14 @@ def failing_with_the_cause() -> Iterator[None]:
                 raise
             raise TeacherFailed(path.read_text(encoding="utf-8")) from error
         finally:
-            del os.environ[_CAUSE_FILE]
+            del os.environ[_STARTED_BY]
 
 
-def _end_with(parent: BaseProcess) -> None:
-    parent.join()
+def _end_with(parent: int, folder: Path) -> None:
+    # Looked at again and again: multiprocessing knows the parent only after the process has unpickled its arguments.
+    while os.getppid() == parent:
+        time.sleep(_LOOK_SECONDS)
+    shutil.rmtree(folder, ignore_errors=True)  # left by a parent that was killed while the engine started
     # At once: an engine that nobody reads from may be anywhere, and its memory is wanted for the next one.
     os._exit(1)
 

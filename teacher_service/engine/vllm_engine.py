@@ -39,7 +39,7 @@ from potstill.cache.errors import TeacherFailed
 from potstill.cache.types import Fields, Provenance, Targets
 from potstill.teacher_service.capture.check import MAX_PUBLIC_K, checked_fields, checked_row, disagreement
 from potstill.teacher_service.capture.layout import Asked
-from potstill.teacher_service.engine.core_process import failing_with_the_cause
+from potstill.teacher_service.engine.core_process import Lifeline, failing_with_the_cause
 
 if TYPE_CHECKING:
     from potstill.teacher_service.capture.paths import CapturePath
@@ -192,7 +192,7 @@ class VllmEngine:
             del arguments["kv_cache_memory_bytes"]  # a GPU's follows `gpu_memory_utilization`
         elif arguments["dtype"] == "auto" and not _has_bfloat16_instructions():
             arguments["dtype"] = "float32"  # bfloat16 is emulated there, and five times slower
-        engine_args = self._vllm.EngineArgs(**arguments)
+        engine_args = self._vllm.EngineArgs(**arguments, additional_config={"potstill": Lifeline()})
         with failing_with_the_cause():
             engine = self._vllm.LLMEngine.from_engine_args(engine_args, enable_multiprocessing=not self._inside)
         engine.logger_manager = None  # nobody reads vLLM's own metrics

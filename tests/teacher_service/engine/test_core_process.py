@@ -13,20 +13,18 @@ import psutil
 import pytest
 
 from potstill.cache.errors import TeacherFailed
-from potstill.teacher_service.engine.core_process import failing_with_the_cause, prepare
+from potstill.teacher_service.engine.core_process import Lifeline, failing_with_the_cause, prepare
 from tests.support.waiting import until
 
 SPAWN = multiprocessing.get_context("spawn")
 
 
-def wait_for_ever() -> None:
-    prepare()
+def wait_for_ever(_: Lifeline) -> None:
     print(os.getpid(), flush=True)
     signal.pause()
 
 
-def fail_to_start() -> None:
-    prepare()
+def fail_to_start(_: Lifeline) -> None:
     try:
         raise OSError("no space\nleft")
     except OSError:
@@ -35,10 +33,10 @@ def fail_to_start() -> None:
 
 
 PARENT = """
-from tests.teacher_service.engine.test_core_process import SPAWN, failing_with_the_cause, wait_for_ever
+from tests.teacher_service.engine.test_core_process import SPAWN, Lifeline, failing_with_the_cause, wait_for_ever
 if __name__ == "__main__":
     with failing_with_the_cause():
-        SPAWN.Process(target=wait_for_ever).start()
+        SPAWN.Process(target=wait_for_ever, args=(Lifeline(),)).start()
     import signal
     signal.pause()
 """
@@ -55,7 +53,7 @@ def test_an_engine_ends_with_a_parent_that_is_killed() -> None:
 
 def test_a_start_that_failed_in_another_process_says_why_in_one_line(capfd: pytest.CaptureFixture[str]) -> None:
     def start() -> None:
-        process = SPAWN.Process(target=fail_to_start)
+        process = SPAWN.Process(target=fail_to_start, args=(Lifeline(),))
         process.start()
         process.join()
         raise RuntimeError("Engine core initialization failed. See root cause above.")
