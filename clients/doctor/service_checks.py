@@ -136,6 +136,11 @@ def _ready(facts: ServiceFacts) -> Verdict:
         if facts.doctor.get("store") is not None:
             return Verdict("warn", "it serves no teacher, only what its cache has committed", way_out)
         return Verdict("fail", "it serves no teacher", way_out)
+    failed = [
+        f"{each.get('name')} has failed: {each.get('failure')}" for each in teachers if each.get("state") == "failed"
+    ]
+    if failed:
+        return Verdict("fail", "; ".join(failed), "mend its model, then `potstill teachers` remove and add it")
     late = [
         f"{teacher.get('name')} is {teacher.get('state')}" for teacher in teachers if teacher.get("state") != "ready"
     ]

@@ -117,8 +117,10 @@ class HostedTeacher:
         """The replicas, without the cache in front. A pool that is `starting` again has calls wait for it.
 
         Raises:
-            Unavailable: not up yet, or not any more.
+            Unavailable: not up yet, or not any more. TeacherFailed: it did not start, and will not by itself.
         """
+        if self.state == "failed" and self._pool is None:
+            raise TeacherFailed(f"teacher {self.name!r} did not start: {self.failure}")
         if self._pool is None or self._stopping.is_set() or self._task is None or self._task.done():
             raise Unavailable(f"teacher {self.name!r} is {self.state}; retry later")
         return self._pool

@@ -18,7 +18,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from potstill.cache.errors import Unavailable, error_kinds
+from potstill.cache.errors import TeacherFailed, Unavailable, error_kinds
 from potstill.teacher_service.access import Access
 from potstill.teacher_service.admission import Admission
 from potstill.teacher_service.hosting.hosted_teacher import HostedTeacher, State
@@ -148,7 +148,7 @@ def pool_of(teacher: HostedTeacher) -> ReplicaPool | None:
     """The teacher's replicas, or None while it has none."""
     try:
         return teacher.pool
-    except Unavailable:  # it starts, or is being removed, while metrics are asked for
+    except (TeacherFailed, Unavailable):  # it did not start, starts, or is being removed
         return None
 
 

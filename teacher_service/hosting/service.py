@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from potstill.cache.errors import PotstillError, Unavailable, UnknownTeacher
+from potstill.cache.errors import PotstillError, TeacherFailed, Unavailable, UnknownTeacher
 from potstill.cache.types import TeacherIdentity
 from potstill.teacher_service.access import Access
 from potstill.teacher_service.admission import Admission
@@ -85,7 +85,7 @@ class Service:
         """Identity of a teacher that is up; None where there is none of this name, or not yet."""
         try:
             return self.teachers[name].pool.identity
-        except (KeyError, Unavailable):
+        except (KeyError, TeacherFailed, Unavailable):
             return None
 
     async def started(self) -> None:

@@ -32,7 +32,7 @@ def test_a_service_that_cannot_be_reached_is_found() -> None:
     assert "cannot be reached" in finding.detail
 
 
-def other_service(**doctor: object) -> FastAPI:
+def other_service(state: str = "starting", **doctor: object) -> FastAPI:
     """A service that is not quite ours: what `/v1/doctor` says, or nothing when it is older."""
     app = FastAPI()
 
@@ -42,7 +42,7 @@ def other_service(**doctor: object) -> FastAPI:
 
     @app.get("/v1/teachers")
     def teachers() -> dict[str, list[dict[str, str]]]:
-        return {"teachers": [{"name": "smol", "state": "starting"}]}
+        return {"teachers": [{"name": "smol", "state": state, "failure": "it has no weights"}]}
 
     @app.get("/v1/doctor")
     def facts() -> JSONResponse:
@@ -51,6 +51,12 @@ def other_service(**doctor: object) -> FastAPI:
         return JSONResponse(doctor)
 
     return app
+
+
+def test_a_teacher_that_has_failed_is_a_failure_and_one_that_starts_is_not() -> None:
+    [starting, broken] = [look_at_service(other_service(state))["service"] for state in ("starting", "failed")]
+    assert (starting.level, starting.detail) == ("warn", "smol is starting")
+    assert (broken.level, broken.detail) == ("fail", "smol has failed: it has no weights")
 
 
 def look_at_service(app: FastAPI) -> dict[str, Finding]:

@@ -35,7 +35,7 @@ async def test_a_teacher_that_does_not_start_says_so() -> None:
         with pytest.raises(cls, match=f"'smol' did not start.*{words}"):
             await teacher.settled()
         assert teacher.state == "failed"
-        with pytest.raises(Unavailable, match="failed"):
+        with pytest.raises(TeacherFailed, match=f"'smol' did not start.*{words}"):  # not: come back later
             _ = teacher.pool
         await teacher.stop()
 
@@ -92,6 +92,9 @@ async def test_a_teacher_that_does_not_start_is_told_and_the_others_go_on(caplog
         await service.started()
         assert {name: teacher.state for name, teacher in service.teachers.items()} == {"bad": "failed", "good": "ready"}
         assert not service.ready
+        with pytest.raises(TeacherFailed, match="'bad' did not start: it has no weights"):
+            _ = service.teacher("bad").pool
+        assert b"potstill_teacher_state" in service.metrics.text()
     assert [record.getMessage() for record in caplog.records] == [
         "teacher_failed: teacher 'bad' did not start: it has no weights"
     ]
