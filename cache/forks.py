@@ -1,4 +1,4 @@
-"""What a forked child cannot inherit (threads, locks, sockets) and so makes anew."""
+"""Parts that a forked child cannot inherit (threads, locks, sockets) and so makes anew."""
 
 from __future__ import annotations
 

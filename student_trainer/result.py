@@ -65,7 +65,7 @@ class TrainResult:
     held_out: Evaluation | None
     """Evaluation of the final model; None without held-out rows, or when stopped."""
     problem: str = ""
-    """Why it was stopped, where that was not asked for: a service that does not answer."""
+    """Cause of a stop that nobody asked for: a service that does not answer."""
 
     def to_json(self) -> dict[str, JSON]:
         """The object that `SUMMARY` holds."""

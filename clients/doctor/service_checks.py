@@ -39,7 +39,7 @@ class ServiceFacts:
     teachers: Sequence[Mapping[str, Any]]
     doctor: Mapping[str, Any]
     forbidden: str = ""
-    """Why `/v1/doctor` was not answered to this key; empty when it was, or when there is another cause."""
+    """Reason for which `/v1/doctor` was not answered to this key; empty when it was, or when there is another cause."""
 
     @property
     def corpora(self) -> list[CorpusFacts]:

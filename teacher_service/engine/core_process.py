@@ -1,4 +1,4 @@
-"""What is ours in the process that vLLM starts for an engine: it ends with its parent, and tells why it did not start.
+"""Our part in the process that vLLM starts for an engine: it ends with its parent, and tells why it did not start.
 
 It has to be at work before vLLM is: until its handshake with the parent a process of vLLM's knows nothing of the
 parent's end. So a text in the engine's configuration, `Lifeline`, brings it along: it is called where the process
