@@ -38,6 +38,7 @@ key."""
 
 READS = frozenset({"GET", "HEAD", "OPTIONS"})
 """Methods that change nothing."""
+_FOUND_ROUTE = "potstill.route"  # key in the scope
 _LONGEST_TARGET = 300
 _CLIENT_LEFT = 499  # nginx's status for a client that did not wait for its answer
 _UNKNOWN_SECONDS = 1.0
@@ -237,5 +238,9 @@ def _is_admin_action(scope: Scope) -> bool:
 
 def route_of(scope: Scope) -> APIRoute | None:
     """The route that will answer. Looked up here because the router does so only after this middleware."""
-    routes = (route for route in scope["app"].routes if isinstance(route, APIRoute))
-    return next((route for route in routes if route.matches(scope)[0] is Match.FULL), None)
+    # Once a request: several layers ask, and each route that does not match costs a search of its pattern.
+    if _FOUND_ROUTE not in scope:
+        routes = (route for route in scope["app"].routes if isinstance(route, APIRoute))
+        scope[_FOUND_ROUTE] = next((route for route in routes if route.matches(scope)[0] is Match.FULL), None)
+    found: APIRoute | None = scope[_FOUND_ROUTE]
+    return found
