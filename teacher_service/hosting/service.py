@@ -8,13 +8,13 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from potstill.cache.errors import PotstillError, TeacherFailed, Unavailable, UnknownTeacher
+from potstill.cache.errors import PotstillError, UnknownTeacher
 from potstill.cache.types import TeacherIdentity
 from potstill.teacher_service.access import Access
 from potstill.teacher_service.admission import Admission
 from potstill.teacher_service.hosting.fill_jobs import FillJobs
 from potstill.teacher_service.hosting.hosted_teacher import HostedTeacher
-from potstill.teacher_service.hosting.metrics import Metrics
+from potstill.teacher_service.hosting.metrics import Metrics, pool_of
 from potstill.teacher_service.hosting.teacher_admin import TeacherAdmin
 from potstill.teacher_service.hosting.teacher_source import TeacherSource
 from potstill.teacher_service.settings import LimitSettings
@@ -83,10 +83,9 @@ class Service:
 
     def identity_of(self, name: str) -> TeacherIdentity | None:
         """Identity of a teacher that is up; None where there is none of this name, or not yet."""
-        try:
-            return self.teachers[name].pool.identity
-        except (KeyError, TeacherFailed, Unavailable):
-            return None
+        teacher = self.teachers.get(name)
+        pool = None if teacher is None else pool_of(teacher)
+        return None if pool is None else pool.identity
 
     async def started(self) -> None:
         """Wait until every teacher is up or has failed, which is logged; the others go on without it.
