@@ -49,7 +49,7 @@ def all_attacks() -> list[Attack]:
 
 
 def tried(attack: Attack, tree: Path) -> Damage:
-    """What the attack costs a new service by the code of `tree`."""
+    """Try the attack on a new service by the code of `tree`."""
     with tempfile.TemporaryDirectory() as folder, serving(attack, tree, Path(folder)) as service:
         return service.suffer(attack)
 

@@ -69,9 +69,8 @@ def ask(door: Door, held: ExitStack, line: str, kind: str, body: bytes, missing:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # what is not taken stays in the service
     connection.settimeout(60)
     connection.connect((door.host, door.port))
-    key = "".join(f"{name}: {value}\r\n" for name, value in door.trainer.items())
     size = f"Content-Type: {kind}\r\nContent-Length: {len(body) + missing}\r\n" if body else ""
-    connection.sendall(f"{line} HTTP/1.1\r\nHost: 127.0.0.1\r\n{key}{more}{size}\r\n".encode() + body)
+    connection.sendall(f"{line} HTTP/1.1\r\nHost: 127.0.0.1\r\n{door.trainer_lines}{more}{size}\r\n".encode() + body)
     if missing:
         connection.settimeout(1)
     try:

@@ -182,7 +182,7 @@ def measure_ranges(root: Path, args: argparse.Namespace) -> Figure:
 
 
 def measure_files(root: Path, args: argparse.Namespace) -> Figure:
-    """The same ranges, as raw arrays of ids and logprobs that a plain file server gives."""
+    """Ranges as raw arrays of ids and logprobs that a plain file server gives."""
     position = np.dtype([("ids", "<u4", args.k), ("logprobs", "<f4", args.k), ("tail", "<f4"), ("label", "<f4")])
     folder = root.parent / "files"
     folder.mkdir()

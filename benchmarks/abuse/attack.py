@@ -34,6 +34,11 @@ class Door:
         """Headers of a trainer's request."""
         return {"Authorization": f"Bearer {self.trainer_key}"} if self.trainer_key else {}
 
+    @property
+    def trainer_lines(self) -> str:
+        """The same headers as the lines of a request that is written by hand."""
+        return "".join(f"{name}: {value}\r\n" for name, value in self.trainer.items())
+
     def connect(self, timeout: float = 60.0) -> socket.socket:
         """Open a connection that bytes can be sent over as they are, in TLS where the service speaks it."""
         plain = socket.create_connection((self.host, self.port), timeout=timeout)

@@ -30,7 +30,7 @@ class Called:
     """Calls of one phase."""
 
     seconds: NDArray[np.float64]
-    """Of each answered call, retries of the client included."""
+    """Time of each answered call, retries of the client included."""
     errors: Counter[str]
     """Calls that ended with an error, by its kind and detail."""
 
@@ -51,7 +51,7 @@ class Callers:
         self._stop = threading.Event()
 
     def take(self) -> Called:
-        """What was called since the last time, or the start."""
+        """Give the calls since the last time, or the start."""
         with self._lock:
             called = Called(np.array(self._seconds), self._errors)
             self._seconds, self._errors = [], Counter()

@@ -1,4 +1,4 @@
-"""What a web page of another site has a browser send to a service without keys."""
+"""Requests that a web page of another site has a browser send to a service without keys."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ LONGEST_PROBE = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """What an attack cost the service."""
+    """Cost of an attack to the service."""
 
     seconds: float
     grown_bytes: int

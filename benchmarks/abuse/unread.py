@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, models
 
-from benchmarks.abuse.attack import TEACHER, Attack, Door, trusting
+from benchmarks.abuse.attack import TEACHER, Attack, Door
 from potstill.cache import Cache
 from potstill.cache.corpus.ingest import IngestPlan, ingest_rows
 
@@ -34,7 +33,7 @@ def large_tokenizer(root: Path) -> None:
 
 def unread_tokenizers(door: Door) -> None:
     """Ask 200 times for a tokenizer of 8 MiB, and read none of the answers."""
-    head = f"GET /v1/corpora/{LARGE}/tokenizer HTTP/1.1\r\nHost: 127.0.0.1\r\n{_key(door)}\r\n"
+    head = f"GET /v1/corpora/{LARGE}/tokenizer HTTP/1.1\r\nHost: 127.0.0.1\r\n{door.trainer_lines}\r\n"
     with staring(door, [head.encode()] * UNREAD):
         time.sleep(STARE_SECONDS)
 
@@ -45,7 +44,7 @@ def unread_echoes(door: Door) -> None:
     asked = {"model": TEACHER, "prompt": prompt, "echo": True, "logprobs": 256, "max_tokens": 1}
     body = json.dumps(asked).encode()
     head = (
-        f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n{_key(door)}Content-Type: application/json\r\n"
+        f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n{door.trainer_lines}Content-Type: application/json\r\n"
         f"Cache-Control: no-store\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     # One is computed at a time and none is kept: the answers are measured, and the fake teacher takes 125 MiB for one.
@@ -61,16 +60,11 @@ def staring(door: Door, requests: list[bytes], *, begun: bool = False) -> Iterat
     """
     with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
         for request in requests:
-            plain = stack.enter_context(socket.create_connection((door.host, door.port), timeout=60))
-            connection = plain if not door.tls else stack.enter_context(trusting().wrap_socket(plain))
+            connection = stack.enter_context(door.connect())
             connection.sendall(request)
             if begun:
                 connection.recv(1)
         yield
-
-
-def _key(door: Door) -> str:
-    return "".join(f"{name}: {value}\r\n" for name, value in door.trainer.items())
 
 
 ATTACKS = (

@@ -163,7 +163,7 @@ def collect(url: str) -> int:
 
 
 def problems(url: str, job: Job, done: int) -> list[str]:
-    """What is damaged, and what was acknowledged and is not answered as it was at first."""
+    """List what is damaged, and what was acknowledged and is not answered as it was at first."""
     cache = Cache.open(url, mode="r+")
     found = [line for checked in check_cache(cache.root) for line in (*checked.problems, checked.unreachable) if line]
     numbers = list(job.acknowledged(done))
