@@ -1,4 +1,4 @@
-"""What a fill of a small corpus keeps when it is stopped, and what it says of the rest."""
+"""A stopped fill of a small corpus: what it keeps, and what it says of the rest."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def same(a: Targets | None, b: Targets) -> bool:
 
 
 def journal(root: Root, policy: JournalPolicy = POLICY) -> Journal:
-    """Of a process of its own, as far as the store can see."""
+    """Open the journal of a process of its own, as far as the store can see."""
     return Journal(root, "smol", TEACHER.identity, policy)
 
 

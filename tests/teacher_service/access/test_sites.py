@@ -1,4 +1,4 @@
-"""What web pages of other sites have a browser send to a service on loopback."""
+"""Requests that web pages of other sites have a browser send to a service on loopback."""
 
 from __future__ import annotations
 
