@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
-
-import pytest
 
 from potstill.cache.journal.journal import Journal
 from potstill.cache.journal.segment import SegmentRecord, journal_records
@@ -24,11 +21,6 @@ from tests.cache.journal.journals import (
     store,
 )
 from tests.support.fakes import FakeTeacher, fake_identity
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Root:
-    return Root.open(tmp_path / "c", create=True)
 
 
 def test_over_the_quota_the_oldest_segments_go_whoever_wrote_them(root: Root) -> None:

@@ -42,11 +42,6 @@ from tests.support.paths import GOLDEN
 from tests.support.processes.s3 import s3_server
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Root:
-    return Root.open(tmp_path / "c", create=True)
-
-
 @pytest.mark.parametrize("encoding", ["u8", "f16", "f32"])
 def test_many_small_segments_become_one_and_every_answer_keeps_its_bits(root: Root, encoding: str) -> None:
     policy = replace(POLICY, encoding=encoding)
