@@ -107,7 +107,7 @@ def siege(minutes: float, clients: int) -> int:
     print(f"memory: peak +{grown / 2**20:,.0f} MiB, +{kept / 2**20:,.0f} MiB at the end; log {logged:,} bytes")
     p50, p99 = np.percentile(probes.seconds, [50, 99])
     print(f"/healthz: p50 {p50:.3f} s, p99 {p99:.3f} s, longest {max(probes.seconds):.2f} s, {probes.failed} failed")
-    for error, count in (quiet.errors + besieged.errors).most_common(10):
+    for error, count in (quiet.errors + besieged.errors + probes.errors).most_common(10):
         print(f"  {count} times {error}")
     return 1 if quiet.errors or besieged.errors or grown > PROMISED_BYTES else 0
 

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,8 @@ MAX_ADDRESS_SPACE = 12 * 2**30
 """Bytes of address space that the attacked process may map, so that an attack cannot take the machine."""
 PROBE_SECONDS = 0.05
 LONGEST_PROBE = 120.0
+PROBE_ADDRESS = "127.0.0.3"
+"""The probes come from here, all else from 127.0.0.1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,19 +123,27 @@ class Service:
 
 
 class Probes:
-    """Times of `GET /healthz`, each on a new connection as a load balancer makes it."""
+    """Times of `GET /healthz`, each on a new connection as a load balancer makes it, from an address of its own."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = [0.0]
-        self.failed = 0
+        self.errors: Counter[str] = Counter()
+
+    @property
+    def failed(self) -> int:
+        """Probes without an answer."""
+        return self.errors.total()
 
     def probe(self, door: Door) -> None:
         """Ask once."""
         begin = time.monotonic()
         try:
-            httpx.get(f"{door.url}/healthz", timeout=LONGEST_PROBE, verify=trusting())
-        except httpx.HTTPError:
-            self.failed += 1
+            # The bound of connections is one of an address: of the attackers' the service refuses the next one.
+            transport = httpx.HTTPTransport(verify=trusting(), local_address=PROBE_ADDRESS)
+            with httpx.Client(transport=transport, timeout=LONGEST_PROBE) as client:
+                client.get(f"{door.url}/healthz").raise_for_status()
+        except httpx.HTTPError as error:
+            self.errors[f"{type(error).__name__}: {error}"] += 1
             begin = min(begin, time.monotonic() - 10)
         self.seconds.append(time.monotonic() - begin)
 
