@@ -42,13 +42,13 @@ from potstill.student_trainer.checkpoint import (
 )
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.data import Batch
+from potstill.student_trainer.data.order import hashed
 from potstill.student_trainer.evaluate import autocast, evaluate_student
 from potstill.student_trainer.group import Group
 from potstill.student_trainer.losses import distillation_loss
 from potstill.student_trainer.metrics import MetricsWriter, Record
 from potstill.student_trainer.models import build_student, load_student
 from potstill.student_trainer.optimizer import learning_rate, make_optimizer
-from potstill.student_trainer.order import hashed
 from potstill.student_trainer.result import SUMMARY, Evaluation, TrainResult, finished_before
 from potstill.student_trainer.run import OpenRun, only_trainer, open_run
 from potstill.student_trainer.run_folder import write_json

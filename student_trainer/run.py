@@ -23,13 +23,14 @@ from potstill.cache.types import TeacherIdentity
 from potstill.student_trainer.checkpoint import newest_checkpoint
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.data import BatchReader
+from potstill.student_trainer.data.held_out import choose_held_out, with_copies
+from potstill.student_trainer.data.order import SampleOrder
+from potstill.student_trainer.data.sources import open_cache, open_sources
 from potstill.student_trainer.evaluate import evaluate_student
 from potstill.student_trainer.group import default_device
 from potstill.student_trainer.models import load_student
-from potstill.student_trainer.order import SampleOrder, choose_held_out, with_copies
 from potstill.student_trainer.result import Evaluation, finished_result
 from potstill.student_trainer.run_folder import read_config
-from potstill.student_trainer.sources import open_cache, open_sources
 
 _LOCK_SECONDS = 5.0
 """Workers that Ray replaces may take so many seconds to be gone."""

@@ -144,8 +144,8 @@ async def _ask_service(url: str, corpus: Corpus) -> str:
 
 
 def _report(plan: DemoPlan, cache: Cache, corpus: Corpus, results: dict[str, TrainResult]) -> dict[str, Any]:
+    from potstill.student_trainer.data.held_out import choose_held_out
     from potstill.student_trainer.demo.samples import samples
-    from potstill.student_trainer.order import choose_held_out
 
     targets = cache.targets(TEACHER, CORPUS)
     commits = [commit for each in targets.sets for commit in each.commits.all()]

@@ -22,7 +22,7 @@ from potstill.cache.targets.target_set import TargetSet
 from potstill.clients.http_targets import HttpCache
 from potstill.clients.http_teacher import SyncHttpTeacher
 from potstill.student_trainer.data import BatchReader
-from potstill.student_trainer.sources import cache_source
+from potstill.student_trainer.data.sources import cache_source
 from tests.support.corpora import teacher_for
 from tests.support.filled_caches import filled_cache
 from tests.support.processes.s3 import s3_server

@@ -17,7 +17,7 @@ from potstill.cache.types import CONFIG_SHA256, JSON, TeacherIdentity
 from potstill.clients.doctor.examine import Patient, examine
 from potstill.clients.http_targets import HttpCache
 from potstill.student_trainer.config import TrainConfig
-from potstill.student_trainer.sources import open_sources
+from potstill.student_trainer.data.sources import open_sources
 from potstill.teacher_service.engine.config_hash import config_sha256
 from potstill.teacher_service.hosting.hosted_teacher import Keep
 from tests.support.corpora import make_corpus, teacher_for, topics

@@ -109,7 +109,7 @@ def test_held_out_numbers_are_those_of_a_plain_computation(root: Path, tmp_path:
         best = fake_teacher().dense_logprobs(row).argmax(-1)
         agreed += int((log_p.argmax(-1).numpy() == best).sum())
         labels, positions = labels + len(row) - 1, positions + len(row)
-    from potstill.student_trainer.sources import cache_source
+    from potstill.student_trainer.data.sources import cache_source
 
     source = cache_source("fake", Cache.open(root).targets("fake", "docs"))
     found = evaluate_student(model, BatchReader(corpus, (source,), (1.0,)), rows, batch_rows=2)

@@ -26,8 +26,8 @@ from potstill.cache.targets.stream import read_ahead
 from potstill.cache.types import Targets, Tokens
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.data import Batch, BatchReader
+from potstill.student_trainer.data.sources import TargetSource, cache_source, open_sources
 from potstill.student_trainer.losses import NO_LABEL
-from potstill.student_trainer.sources import TargetSource, cache_source, open_sources
 from tests.support.fakes import FakeTeacher
 from tests.support.processes.servers import hosted, serving_teachers
 from tests.support.tiny_runs import K, config_of, fake_teacher, fill, write_cache

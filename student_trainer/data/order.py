@@ -6,28 +6,20 @@ library's random stream, so an order never changes under another version of anyt
 rows since the start of the run; the resume state is (seed, epoch, cursor, corpus fingerprint), and the epoch
 follows from the cursor.
 
-Held-out rows are drawn by the same hash from `held_out_seed` alone; they and rows of the same tokens belong to
-no epoch.
+Held-out rows and rows of the same tokens belong to no epoch.
 
-Shape legend:  R rows of the corpus, S shards, H held-out rows, B rows of a batch.
+Shape legend:  R rows of the corpus, S shards, H rows left out, B rows of a batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from potstill.cache.corpus import Corpus
-from potstill.cache.corpus.keys import KEY_BYTES
-from potstill.cache.errors import InvalidInput
-from potstill.cache.plurals import counted
-
-_KEYS_AT_ONCE = 1 << 20
-# Salts, so that the three uses of one seed share no random numbers.
-_SHARDS, _ROWS, _HELD_OUT = np.uint64(1), np.uint64(2), np.uint64(3)
+# Salts, so that the uses of one seed share no random numbers; 3 is that of held-out rows.
+_SHARDS, _ROWS = np.uint64(1), np.uint64(2)
 
 
 def hashed(indexes: NDArray[np.int64], *salt: int | np.uint64) -> NDArray[np.uint64]:
@@ -36,42 +28,6 @@ def hashed(indexes: NDArray[np.int64], *salt: int | np.uint64) -> NDArray[np.uin
     for part in (*salt, indexes.astype(np.uint64)):
         state = _mix((state ^ np.uint64(part)) + np.uint64(0x9E3779B97F4A7C15))
     return state
-
-
-def choose_held_out(num_rows: int, held_out: float, seed: int) -> NDArray[np.int64]:
-    """Draw the held-out rows, [H] indexes, rising. `held_out` is a count, or a share below 1 (at least one row).
-
-    Raises:
-        InvalidInput: no row would be left to train on.
-    """
-    count = int(held_out) if held_out >= 1 or held_out == 0 else max(1, round(held_out * num_rows))
-    if count >= num_rows:
-        raise InvalidInput(
-            f"data.held_out is {held_out!r}, {counted(count, 'row')}, of a corpus of {num_rows:,}; "
-            "leave some to train on"
-        )
-    if 2 * count > num_rows:  # draw the smaller side
-        rest = _distinct(num_rows, num_rows - count, seed)
-        return np.setdiff1d(np.arange(num_rows, dtype=np.int64), rest, assume_unique=True)
-    return _distinct(num_rows, count, seed)
-
-
-def with_copies(corpus: Corpus, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Add every other row with the same tokens to the given rows; none of the result, rising, may be trained on.
-
-    Where the corpus has repeated rows, their keys are read twice from end to end, 16 bytes a row.
-    """
-    if corpus.spec.duplicate_rows == 0 or not len(rows):
-        return rows
-    wanted = np.concatenate([keys[rows[(rows >= a) & (rows < a + len(keys))] - a] for a, keys in _keys(corpus)])
-    return np.concatenate([a + np.flatnonzero(np.isin(keys, wanted)) for a, keys in _keys(corpus)])
-
-
-def _keys(corpus: Corpus) -> Iterator[tuple[int, NDArray[np.bytes_]]]:
-    """Read all row keys in blocks: the first row of a block, and the block's keys."""
-    for start in range(0, len(corpus), _KEYS_AT_ONCE):
-        block = corpus.row_keys(start, min(start + _KEYS_AT_ONCE, len(corpus)))
-        yield start, np.ascontiguousarray(block).reshape(-1).view(f"S{KEY_BYTES}")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -150,17 +106,6 @@ class SampleOrder:
             self._windows.clear()  # two threads may ask: each goes on with what it found or made
             self._windows[epoch, window] = found
         return found
-
-
-def _distinct(num_rows: int, count: int, seed: int) -> NDArray[np.int64]:
-    """[count] distinct rows, rising: the first ones of a hashed sequence, so memory follows the count."""
-    num_draws = 2 * count + 16
-    while True:
-        draws = hashed(np.arange(num_draws, dtype=np.int64), seed, _HELD_OUT) % np.uint64(num_rows)
-        rows, first = np.unique(draws.astype(np.int64), return_index=True)
-        if len(rows) >= count:
-            return np.sort(rows[np.argsort(first)[:count]])
-        num_draws *= 2
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -22,8 +22,8 @@ from potstill.cache.errors import TeacherFailed
 from potstill.cache.forks import PerProcess
 from potstill.cache.types import Targets, Tokens
 from potstill.clients.patience import Patience
+from potstill.student_trainer.data.sources import TargetSource
 from potstill.student_trainer.losses import NO_LABEL, TeacherTargets
-from potstill.student_trainer.sources import TargetSource
 
 T = TypeVar("T")
 _NO_ID = np.iinfo(np.int32).max
