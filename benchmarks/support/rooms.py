@@ -1,6 +1,6 @@
 """Prints the rooms (our files) that one call passes: a score that the cache misses, one that it answers, `read_rows`.
 
-    python -m benchmarks.rooms
+    python -m benchmarks.support.rooms
 
 A real service of a fake teacher runs in this process behind a real socket, and the interpreter reports every function
 that starts between the request and its answer, in any thread. A *gatekeeper* is such a function that can refuse: its
