@@ -30,7 +30,8 @@ from tokenizers import Tokenizer, models
 
 from potstill.cache import Cache, Fields, Provenance, Targets, TeacherIdentity
 from potstill.cache.corpus.corpus import Corpus
-from potstill.cache.corpus.ingest import MOST_SHARD_POSITIONS, IngestPlan, IngestProgress, ingest_rows
+from potstill.cache.corpus.ingest import IngestPlan, IngestProgress, ingest_rows
+from potstill.cache.corpus.writing import MOST_SHARD_POSITIONS
 from potstill.cache.store.groups import Reading
 from potstill.cache.store.root import Root
 from potstill.cache.targets.target_set import TargetSet

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, Self, TypeVar
 
 from potstill.cache.corpus import Corpus
-from potstill.cache.corpus.corpus import list_corpora
+from potstill.cache.corpus.seal import list_corpora
 from potstill.cache.encoding.logprobs import encoding_by_name
 from potstill.cache.errors import InvalidInput, PotstillError, UnknownCorpus
 from potstill.cache.store import Reading, Root

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from potstill.cache.corpus import Source
-from potstill.cache.corpus.corpus import CorpusSpec, check_spec
+from potstill.cache.corpus.seal import CorpusSpec, check_spec
 from potstill.cache.encoding.fields import check_fields
 from potstill.cache.encoding.logprobs import check_targets
 from potstill.cache.errors import FormatError, InvalidInput, TeacherFailed

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from potstill.cache.corpus import Corpus
-from potstill.cache.corpus.corpus import CorpusSpec
 from potstill.cache.corpus.keys import KEY_BYTES
+from potstill.cache.corpus.seal import CorpusSpec
 from potstill.cache.errors import SpecMismatch, TeacherFailed, UnsupportedField
 from potstill.cache.forks import cached
 from potstill.cache.types import Tokens

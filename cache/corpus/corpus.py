@@ -3,15 +3,12 @@
 On disk `corpora/<name>/` is a Zarr group whose attributes are the seal: the record that is created last, if absent,
 and makes the corpus exist. It names the child group that holds the arrays. `cache/FORMAT.md` has the layout.
 
-Shape legend:  P positions, R rows, S shards.
+Shape legend:  P positions, R rows, S shards, D documents.
 """
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -21,51 +18,17 @@ from tokenizers import Tokenizer
 
 from potstill.cache.corpus.annotations import AnnotatedCorpus, list_annotations, read_annotation
 from potstill.cache.corpus.keys import KEY_BYTES, KEY_ORDER, SORTED_KEYS, KeyIndex, KeysInMemory, row_key
+from potstill.cache.corpus.seal import CorpusSpec, corpus_path, read_seal
 from potstill.cache.corpus.tokenizer import sealed_tokenizer
-from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput, StoreError, UnknownCorpus
+from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput
 from potstill.cache.forks import cached
 from potstill.cache.plurals import counted
-from potstill.cache.store import GroupReader, Reading, Root, StoredObject
-from potstill.cache.store.groups import objects_from_json
-from potstill.cache.store.publishing import publish
-from potstill.cache.store.record import group_metadata, read_group_metadata, values_read
-from potstill.cache.store.root import check_name, is_name
+from potstill.cache.store import GroupReader, Reading, Root
 from potstill.cache.types import Tokens
 
 # Row starts are read in pages of this many: the chunk in which `ingest` writes them.
 _PAGE_ROWS = 4096
-_SHA256 = re.compile("[0-9a-f]{64}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
-    """One file that was ingested."""
-
-    name: str
-    sha256: str
-    documents: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CorpusSpec:
-    """Content of the seal of a corpus."""
-
-    data: str
-    """Name of the child group that holds the arrays."""
-    fingerprint: str
-    """sha256 of the content: tokenizer, tokens, rows and shards."""
-    tokenizer_sha256: str
-    vocab_size: int
-    num_rows: int
-    num_positions: int
-    num_shards: int
-    longest_row: int
-    max_token_id: int
-    row_tokens: int
-    duplicate_rows: int
-    """Number of rows that are equal to an earlier row."""
-    sources: tuple[Source, ...]
-    objects: tuple[StoredObject, ...]
+_SCANNED_ROWS = 1 << 20
 
 
 class CorpusArrays(Protocol):
@@ -91,11 +54,6 @@ class CorpusArrays(Protocol):
         """One line for each object that is not what was published."""
 
 
-def corpus_path(name: str) -> str:
-    """Path of a corpus below the root."""
-    return f"corpora/{check_name('corpus', name)}"
-
-
 class Corpus:
     """A sealed corpus, for reading: `len(corpus)` rows; `corpus.row(i)` has the tokens of row i."""
 
@@ -112,12 +70,8 @@ class Corpus:
         Raises:
             UnknownCorpus: no corpus is sealed under that name. FormatError: this version cannot read the seal.
         """
-        path = corpus_path(name)
-        seal = read_group_metadata(root, path, "corpus")
-        if seal is None:
-            raise UnknownCorpus(f"no corpus {name!r} in {root.url}; there are: {_known(root)}")
-        spec = _spec_from_json(path, seal)
-        return cls(root, name, spec, GroupReader(root, f"{path}/{spec.data}", spec.objects, reading))
+        spec = read_seal(root, name)
+        return cls(root, name, spec, GroupReader(root, f"{corpus_path(name)}/{spec.data}", spec.objects, reading))
 
     def __len__(self) -> int:
         return self.spec.num_rows
@@ -172,6 +126,41 @@ class Corpus:
             return self._axis("shard_starts", self.spec.num_shards, self.spec.num_positions)
         # Format 1 has no such array, and needs the starts of all rows for it.
         return self.row_starts[self.shard_rows]
+
+    @cached
+    def document_rows(self) -> NDArray[np.int64]:
+        """Rows [D+1] int64 at which each document starts, then R.
+
+        Corpora that do not say (formats 1 and 2, and rows that came without documents) have the safe superset: a
+        document is a run of rows of full length and the next shorter one, so that no document lies in two of them.
+        """
+        if self.spec.num_documents is None:
+            return self._runs_of_full_rows()
+        return self._axis("document_rows", self.spec.num_documents, self.spec.num_rows)
+
+    @property
+    def num_documents(self) -> int:
+        """Number of documents D, by `document_rows`."""
+        return len(self.document_rows) - 1 if self.spec.num_documents is None else self.spec.num_documents
+
+    @property
+    def has_loss_mask(self) -> bool:
+        """Tell whether some target is not to be learnt."""
+        return self.spec.num_taught is not None
+
+    def loss_mask(self, start: int, stop: int) -> NDArray[np.bool_]:
+        """Read for the positions `start` to `stop` whether their target is to be learnt, [stop - start] bool.
+
+        Target t is the distribution of the token after `row[t]`: it is the next token that is taught, or is not.
+        """
+        if not self.has_loss_mask:
+            return np.ones(len(range(self.num_positions)[start:stop]), np.bool_)
+        self._reader.expect("loss_mask", (self.num_positions,), ("bool",))
+        return self._reader.read("loss_mask", start, stop).astype(np.bool_, copy=False)
+
+    def take_loss_mask(self, rows: Sequence[int]) -> list[NDArray[np.bool_]]:
+        """Read the loss mask of rows in any order, each [T] bool; raises as `take` does."""
+        return [self.loss_mask(start, stop) for start, stop in self.row_ranges(rows).tolist()]
 
     def row(self, index: int) -> Tokens:
         """Read the tokens of one row, [T] uint32."""
@@ -310,6 +299,14 @@ class Corpus:
             raise CorruptSegment(f"{self._reader.path}/{KEY_ORDER} names rows outside 0 to {len(self)}")
         return KeysInMemory(self.row_keys(0, len(self)), order)
 
+    def _runs_of_full_rows(self) -> NDArray[np.int64]:
+        cuts = [np.zeros(1, np.int64)]
+        for start in range(0, len(self), _SCANNED_ROWS):
+            stop = min(start + _SCANNED_ROWS, len(self))
+            cuts.append(start + 1 + np.flatnonzero(np.diff(self.starts(start, stop)) < self.spec.row_tokens))
+        # The last row ends a document whatever its length.
+        return np.unique(np.concatenate([*cuts, np.array([len(self)])]))
+
     def _axis(self, name: str, count: int, end: int) -> NDArray[np.int64]:
         self._reader.expect(name, (count + 1,), ("int64",))
         axis = self._reader.read_all(name).astype(np.int64)
@@ -334,54 +331,3 @@ def _row_numbers(rows: Sequence[int] | NDArray[Any]) -> NDArray[np.int64]:
     if not np.issubdtype(wanted.dtype, np.integer):
         raise InvalidInput(f"rows are {wanted.dtype}, like {wanted.ravel()[:3].tolist()!s:.60}; give whole numbers")
     return wanted.astype(np.int64, copy=False)
-
-
-def _known(root: Root) -> str:
-    try:
-        return ", ".join(list_corpora(root)) or "none"
-    except StoreError as error:  # the caller reports an unknown corpus; a listing that fails must not hide that
-        return f"some that cannot be listed ({error.detail})"
-
-
-def list_corpora(root: Root) -> list[str]:
-    """Names of the sealed corpora, sorted."""
-    return [name for name in root.folders("corpora") if root.get(f"corpora/{name}/zarr.json") is not None]
-
-
-def seal_corpus(root: Root, name: str, spec: CorpusSpec) -> bool:
-    """Create the seal, which makes the corpus exist; False when another was sealed under the name meanwhile."""
-    record = {name: getattr(spec, name) for name in CorpusSpec.__dataclass_fields__}
-    path = corpus_path(name)
-    return publish(root, f"{path}/zarr.json", group_metadata("corpus", record), f"{path}/{spec.data}", spec.objects)
-
-
-def _spec_from_json(path: str, seal: dict[str, Any]) -> CorpusSpec:
-    with values_read(f"{path}/zarr.json is not the seal of a corpus"):
-        sources = tuple(Source(**source) for source in seal["sources"])
-        values = {n: seal[n] for n in CorpusSpec.__dataclass_fields__ if n not in {"sources", "objects"}}
-        objects = objects_from_json(seal["objects"])
-        spec = CorpusSpec(**values, sources=sources, objects=objects)
-    check_spec(spec, f"{path}/zarr.json")
-    if not isinstance(spec.data, str) or not is_name(spec.data):
-        raise FormatError(f"{path}/zarr.json has impossible names: {json.dumps(spec.data)}")
-    return spec
-
-
-def check_spec(spec: CorpusSpec, where: str) -> None:
-    """Refuse counts and names that no corpus has.
-
-    Raises:
-        FormatError: it has some.
-    """
-    counts = (spec.num_shards, spec.num_rows, spec.num_positions, spec.longest_row, spec.vocab_size)
-    if not all(type(n) is int and 0 < n < 2**62 for n in counts):
-        raise FormatError(f"{where} has impossible counts: {json.dumps(counts)}")
-    if not (spec.num_shards <= spec.num_rows <= spec.num_positions and spec.longest_row <= spec.num_positions):
-        raise FormatError(f"{where} has impossible counts: {json.dumps(counts)}")
-    names = (spec.fingerprint, spec.tokenizer_sha256)
-    if not all(isinstance(name, str) for name in names):
-        raise FormatError(f"{where} has impossible names: {json.dumps(names)}")
-    if not _SHA256.fullmatch(spec.tokenizer_sha256):
-        raise FormatError(f"{where} has the tokenizer_sha256 {spec.tokenizer_sha256[:80]!r}, which is no sha256")
-    if type(spec.max_token_id) is not int:
-        raise FormatError(f"{where} has impossible counts: max_token_id {spec.max_token_id!r}")

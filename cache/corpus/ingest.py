@@ -7,43 +7,29 @@ which the seal makes a corpus. When it fails or is stopped, nothing is sealed an
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from potstill.cache.corpus.corpus import Corpus, CorpusSpec, Source, corpus_path, seal_corpus
+from potstill.cache.corpus.corpus import Corpus
 from potstill.cache.corpus.documents import SourceFile, documents, file_sha256, source_files
-from potstill.cache.corpus.keys import KEY_BYTES, sort_file, write_key_index
-from potstill.cache.corpus.spool import RowSpool
+from potstill.cache.corpus.seal import Source, corpus_path, seal_corpus
+from potstill.cache.corpus.spool import RowSpool, SourceRow
 from potstill.cache.corpus.tokenization import encode_documents
-from potstill.cache.corpus.tokenizer import MAX_TOKENIZER_BYTES, SEALED_NAME, fingerprint, num_ids
+from potstill.cache.corpus.tokenizer import MAX_TOKENIZER_BYTES, fingerprint, num_ids
+from potstill.cache.corpus.writing import write_corpus
 from potstill.cache.errors import AlreadyExists, InvalidInput, LimitExceeded
-from potstill.cache.row_batches import row_batches
-from potstill.cache.store import GroupWriter, Root, StoredObject
-from potstill.cache.store.groups import Layout, attempt_name, removed_on_failure
+from potstill.cache.store import GroupWriter, Root
+from potstill.cache.store.groups import attempt_name, removed_on_failure
 from potstill.cache.types import Tokens
 
 _PROGRESS_ROWS = 1024
-_TOKEN_CHUNK = 1 << 16
-_ROW_CHUNK = 4096
-# Elements of one object: 256 MiB of tokens before compression, 16 MiB of row starts.
-_OBJECT_TOKENS = 1 << 26
-_OBJECT_ROWS = 1 << 21
 # Largest row or shard: more than any machine holds, and small enough that no sum with a position overflows int64.
 _MOST = 1 << 40
-
-
-LEAST_SHARD_POSITIONS = 4096
-MOST_SHARD_POSITIONS = 1 << 20
-"""Bounds of the shards that are made where nobody says how large."""
-_FITTING_SHARDS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +97,7 @@ def ingest(
 def ingest_rows(
     root: Root,
     name: str,
-    rows: Iterable[Tokens],
+    rows: Iterable[Tokens | SourceRow],
     tokenizer: Tokenizer,
     plan: IngestPlan,
     *,
@@ -120,7 +106,8 @@ def ingest_rows(
 ) -> Corpus:
     """Make the corpus `name` from rows of token ids, which are kept whole, and return it.
 
-    The arrays must not be changed after they were yielded. `sources` says where they come from.
+    The arrays must not be changed after they were yielded. `sources` says where they come from. The corpus knows which
+    row is of which document where some `SourceRow` ends one.
 
     Raises:
         AlreadyExists: the name is taken. InvalidInput: there is no row; a row is empty or longer than
@@ -131,9 +118,12 @@ def ingest_rows(
 
     def fill(spool: RowSpool) -> tuple[Source, ...]:
         tokens = 0
-        for count, row in enumerate(rows, start=1):
-            spool.add(row)
-            tokens += len(row)
+        for count, each in enumerate(rows, start=1):
+            row = each if isinstance(each, SourceRow) else SourceRow(each)
+            spool.add(row.tokens, row.taught)
+            if row.ends_document:
+                spool.end_document()
+            tokens += len(row.tokens)
             if count % _PROGRESS_ROWS == 0:
                 on_progress(IngestProgress(0, len(sources), tokens))
         return sources
@@ -152,19 +142,6 @@ def cut(blocks: Iterable[Tokens], row_tokens: int) -> Iterator[Tokens]:
         rest = tokens[whole:]
     if len(rest):
         yield rest
-
-
-def fitting_shard_positions(num_positions: int) -> int:
-    """Positions of a shard by which a corpus of `num_positions` has 64 of them, or as near as the bounds allow.
-
-    A fill that is stopped loses the shards in work. Few positions a shard cost space instead: each is a dozen objects.
-    """
-    return min(MOST_SHARD_POSITIONS, max(LEAST_SHARD_POSITIONS, -(-num_positions // _FITTING_SHARDS)))
-
-
-def shard_bounds(row_starts: NDArray[np.int64], shard_positions: int) -> NDArray[np.int64]:
-    """First row [S+1] int64 of each shard, then R. A shard has at most `shard_positions`, or one longer row."""
-    return np.array([0, *(stop for _, stop in row_batches(row_starts, shard_positions))], dtype=np.int64)
 
 
 def _require_free(root: Root, name: str) -> None:
@@ -195,9 +172,12 @@ def _make_corpus(
             sources = fill(spool)
         if not spool.num_rows:
             raise InvalidInput(f"there is no token in {what}; a corpus cannot be empty")
+        if spool.num_untaught == spool.num_positions:
+            raise InvalidInput(f"no token of {what} is to be learnt; a corpus needs one that its loss mask leaves")
         group = f"{corpus_path(name)}/{attempt_name('data')}"
         with removed_on_failure(root, group):
-            spec = _write(root, group, spool, tokenizer, sources, plan)
+            writer = GroupWriter(root, group)
+            spec = write_corpus(writer, spool, tokenizer, sources, shard_positions=plan.shard_positions)
         # From here on the seal may name the group, also when sealing raises: it is not ours to delete.
         if not seal_corpus(root, name, spec):
             root.delete(group)
@@ -222,68 +202,9 @@ def _ingest_files(
                 rows, tokens = rows + 1, tokens + len(row)
                 if rows % _PROGRESS_ROWS == 0:
                     on_progress(IngestProgress(number, len(files), tokens))
+            spool.end_document()
         yield Source(name=file.name, sha256=file_sha256(file.path), documents=count)
         on_progress(IngestProgress(number + 1, len(files), tokens))
-
-
-def _write(
-    root: Root, group: str, spool: RowSpool, tokenizer: Tokenizer, sources: tuple[Source, ...], plan: IngestPlan
-) -> CorpusSpec:
-    row_starts = spool.row_starts()
-    size = plan.shard_positions or fitting_shard_positions(spool.num_positions)
-    shard_rows = shard_bounds(row_starts, size)
-    writer = GroupWriter(root, group)
-    digest = hashlib.sha256(bytes.fromhex(spool.tokenizer_sha256))
-    _stream(writer, "tokens", spool.token_blocks, (spool.num_positions,), np.uint32, digest)
-    _stream(writer, "row_starts", spool.start_blocks, (spool.num_rows + 1,), np.int64, digest)
-    digest.update(shard_rows.astype("<i8").tobytes())
-    _stream(writer, "row_keys", spool.key_blocks, (spool.num_rows, KEY_BYTES), np.uint8)
-    duplicates = write_key_index(writer, sort_file(spool.key_path))
-    objects = _write_small(writer, shard_rows, row_starts[shard_rows], tokenizer)
-    return CorpusSpec(
-        data=group.rsplit("/", 1)[-1],
-        fingerprint=digest.hexdigest(),
-        tokenizer_sha256=spool.tokenizer_sha256,
-        vocab_size=spool.vocab_size,
-        num_rows=spool.num_rows,
-        num_positions=spool.num_positions,
-        num_shards=len(shard_rows) - 1,
-        longest_row=spool.longest_row,
-        max_token_id=spool.max_token_id,
-        row_tokens=plan.row_tokens,
-        duplicate_rows=duplicates,
-        sources=sources,
-        objects=objects,
-    )
-
-
-def _stream(
-    writer: GroupWriter,
-    name: str,
-    blocks: Callable[[int], Iterator[NDArray[Any]]],
-    shape: tuple[int, ...],
-    dtype: type[np.generic],
-    digest: hashlib._Hash | None = None,
-) -> None:
-    """Write an array object by object; `digest`, if any, takes its content into the corpus' fingerprint."""
-    chunk, most = (_TOKEN_CHUNK, _OBJECT_TOKENS) if name == "tokens" else (_ROW_CHUNK, _OBJECT_ROWS)
-    size = min(most, shape[0])
-    array = writer.array(name, shape, dtype, Layout((chunk, *shape[1:]), size))
-    for number, block in enumerate(blocks(size)):
-        if digest is not None:
-            # Little-endian on every machine, so that the same content has the same fingerprint.
-            digest.update(block.astype(block.dtype.newbyteorder("<"), copy=False).tobytes())
-        writer.put(array, number * size, block)
-
-
-def _write_small(
-    writer: GroupWriter, shard_rows: NDArray[np.int64], shard_starts: NDArray[np.int64], tokenizer: Tokenizer
-) -> tuple[StoredObject, ...]:
-    writer.write("shard_rows", shard_rows, Layout((_TOKEN_CHUNK,)))
-    writer.write("shard_starts", shard_starts, Layout((_TOKEN_CHUNK,)))
-    text = np.frombuffer(tokenizer.to_str().encode(), dtype=np.uint8)
-    writer.write(SEALED_NAME, text, Layout((1 << 20,)))
-    return writer.finish()
 
 
 def _plain_tokenizer(tokenizer: Tokenizer) -> Tokenizer:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from potstill.cache.corpus import Corpus
-from potstill.cache.corpus.corpus import corpus_path
+from potstill.cache.corpus.seal import corpus_path
 from potstill.cache.errors import NotFound, PotstillError, UnknownCorpus, UnknownTeacher
 from potstill.cache.fill.shard_queue import claim_name
 from potstill.cache.journal.rows import journal_teachers

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from potstill.cache.cache import Cache
-from potstill.cache.corpus.ingest import fitting_shard_positions
+from potstill.cache.corpus.writing import fitting_shard_positions
 from potstill.cache.encoding import Encoding
 from potstill.cache.encoding.fields import check_kept, stored_shapes
 from potstill.cache.encoding.logprobs import encoding_by_name

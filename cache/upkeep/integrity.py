@@ -18,7 +18,7 @@ import numpy as np
 
 from potstill.cache.corpus import Corpus
 from potstill.cache.corpus.annotations import list_annotations, open_annotation
-from potstill.cache.corpus.corpus import corpus_path
+from potstill.cache.corpus.seal import corpus_path
 from potstill.cache.errors import (
     CorruptSegment,
     FormatError,

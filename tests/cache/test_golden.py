@@ -25,6 +25,7 @@ from tests.support.paths import GOLDEN
 FORMATS = sorted(GOLDEN.glob("format-*"))
 
 
+@pytest.mark.xfail(strict=True, reason="the format is still being made")
 def test_this_version_has_left_its_cache() -> None:
     assert GOLDEN / f"format-{FORMAT_VERSION}" in FORMATS
 

@@ -35,10 +35,15 @@ def describe_corpus(opened: OpenedSets, name: str) -> dict[str, Any]:
     corpus = opened.corpus(name)
     spec = corpus.spec
     # `data` and `objects` name what only the store's readers use, and grow with the corpus.
-    sealed = {key: getattr(spec, key) for key in spec.__dataclass_fields__ if key not in ("data", "sources", "objects")}
+    left_out = {"data", "sources", "objects", "num_documents"}
+    if spec.num_taught is None:
+        left_out.add("num_taught")
+    # Clients of before refuse a seal with a key that they do not know: here that they would train on what is masked.
+    sealed = {key: getattr(spec, key) for key in spec.__dataclass_fields__ if key not in left_out}
     return {
         "format": wire.WIRE_VERSION,
         **_counts(corpus),
+        "documents": spec.num_documents,
         "spec": {**sealed, "sources": [asdict(source) for source in spec.sources]},
         "annotations": corpus.annotations(),
         "teachers": {teacher: _coverage(opened, teacher, name) for teacher in opened.teachers(name)},

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 
 from potstill.cache.cache import Cache, CorporaLook
 from potstill.cache.corpus import Corpus
-from potstill.cache.corpus.corpus import corpus_path
+from potstill.cache.corpus.seal import corpus_path
 from potstill.cache.errors import CorruptSegment, SpecMismatch, UnknownCorpus
 from potstill.cache.store import Root
 from potstill.cache.targets import TargetSet

@@ -131,18 +131,18 @@ def test_an_ingest_that_cannot_be_leaves_no_cache_behind(tmp_path: Path, capsys:
 
 def test_a_cache_of_a_newer_format_is_refused_by_every_command(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     seal = root / "corpora" / "docs" / "zarr.json"
-    seal.write_text(seal.read_text().replace('"format": 2', '"format": 3'))
+    seal.write_text(seal.read_text().replace('"format": 3', '"format": 4'))
     for command in (
         ["gc", root],
         ["prefill", "--cache", root, "--corpus", "docs", "--teacher", "a=b"],
     ):
         line = refused(capsys, *command)
         assert line.startswith("format: ")
-        assert "corpora/docs/zarr.json has format 3, this version reads up to 2" in line
+        assert "corpora/docs/zarr.json has format 4, this version reads up to 3" in line
     for looking in ("inspect", "verify"):
         assert main([looking, str(root)]) == 1
         told = capsys.readouterr()
-        assert "corpora/docs/zarr.json has format 3, this version reads up to 2" in told.out + told.err
+        assert "corpora/docs/zarr.json has format 4, this version reads up to 3" in told.out + told.err
 
 
 def test_a_prefill_stopped_by_sigterm_says_how_to_go_on(root: Path) -> None:

@@ -13,11 +13,14 @@ from hypothesis import given, settings, strategies as st
 from numpy.typing import NDArray
 
 from potstill.cache import Cache
-from potstill.cache.corpus.corpus import Corpus, Source
+from potstill.cache.corpus.corpus import Corpus
 from potstill.cache.corpus.documents import documents, source_files
-from potstill.cache.corpus.ingest import IngestPlan, IngestProgress, cut, ingest, ingest_rows, shard_bounds
+from potstill.cache.corpus.ingest import IngestPlan, IngestProgress, cut, ingest, ingest_rows
 from potstill.cache.corpus.keys import row_key
+from potstill.cache.corpus.seal import Source
+from potstill.cache.corpus.spool import SourceRow
 from potstill.cache.corpus.tokenizer import fingerprint, load_tokenizer
+from potstill.cache.corpus.writing import shard_bounds
 from potstill.cache.errors import AlreadyExists, CorruptSegment, FormatError, InvalidInput, UnknownCorpus
 from potstill.cache.store.record import FORMAT_VERSION
 from potstill.cache.store.root import Root
@@ -215,7 +218,9 @@ def test_the_same_rows_are_the_same_corpus_whether_they_came_as_text_or_as_token
     assert again.spec.sources == (came,)
     assert again.spec.duplicate_rows >= 99 * len(rows)
     assert seen[0].tokens > 0
-    once = ingest_rows(cache.root, "once", rows, byte_tokenizer(), IngestPlan(row_tokens=50, shard_positions=1000))
+    ends = set(corpus.document_rows[1:].tolist())
+    told = [SourceRow(row, ends_document=number in ends) for number, row in enumerate(rows, start=1)]
+    once = ingest_rows(cache.root, "once", told, byte_tokenizer(), IngestPlan(row_tokens=50, shard_positions=1000))
     assert once.fingerprint == corpus.fingerprint != again.fingerprint
 
 

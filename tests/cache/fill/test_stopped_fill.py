@@ -12,7 +12,8 @@ import pytest
 from potstill.cache import Cache, Fields, Targets
 from potstill.cache.commands.prefill import fill_with_progress
 from potstill.cache.corpus.corpus import Corpus
-from potstill.cache.corpus.ingest import IngestPlan, fitting_shard_positions, ingest_rows
+from potstill.cache.corpus.ingest import IngestPlan, ingest_rows
+from potstill.cache.corpus.writing import fitting_shard_positions
 from potstill.cache.fill import FillPlan
 from potstill.cache.types import TeacherIdentity, Tokens
 from tests.support.corpora import VOCAB, byte_tokenizer, teacher_for
