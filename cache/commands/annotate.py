@@ -49,8 +49,8 @@ def _annotate(cache: Cache, args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from potstill.cache.corpus import annotate
-    from potstill.cache.corpus.documents import file_sha256
     from potstill.cache.corpus.row_values import read_row_values
+    from potstill.cache.corpus.sources import file_sha256
 
     corpus = cache.corpus(args.corpus)
     file = Path(args.values)

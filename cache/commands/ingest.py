@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from potstill.cache.commands.progress import progress
 from potstill.cache.plurals import counted
 
-SUMMARY = "make a sealed corpus of text, JSONL or Parquet"
+if TYPE_CHECKING:
+    from potstill.cache.corpus import Corpus, IngestPlan
+    from potstill.cache.corpus.plan import Found
+
+SUMMARY = "make a sealed corpus of text, JSON, Parquet or token ids"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,34 +33,71 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="positions a shard, the unit that a fill keeps (default: a 64th of the corpus, 4,096 to 1,048,576)",
     )
-    parser.add_argument("--text-field", default="text", help="key or column of JSONL and Parquet (default %(default)s)")
+    _add_documents(parser)
+
+
+def _add_documents(parser: argparse.ArgumentParser) -> None:
+    fields = parser.add_mutually_exclusive_group()
+    fields.add_argument(
+        "--text-field", default="text", metavar="F", help="key or column of records with text (default %(default)s)"
+    )
+    fields.add_argument("--ids-field", metavar="F", help="key or column of records with lists of token ids")
+    parser.add_argument(
+        "--special-tokens",
+        choices=["split", "keep", "refuse"],
+        default="split",
+        help="control tokens that stand in text: take them as text, keep them as control tokens, or refuse them "
+        "(default %(default)s)",
+    )
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="leave out records that hold no document, and count them"
+    )
+    parser.add_argument("--skip-unknown", action="store_true", help="leave out files of unknown kinds in folders")
 
 
 def run(args: argparse.Namespace) -> int:
     """Ingest, and print a summary."""
     from potstill.cache.cache import Cache
     from potstill.cache.corpus import IngestPlan
-    from potstill.cache.corpus.documents import source_files
     from potstill.cache.corpus.ingest import IngestProgress, ingest
+    from potstill.cache.corpus.plan import Found
+    from potstill.cache.corpus.sources import list_sources
     from potstill.cache.corpus.tokenizer import load_tokenizer
     from potstill.cache.store.root import check_name
 
-    plan = IngestPlan(row_tokens=args.row_tokens, shard_positions=args.shard_positions, text_field=args.text_field)
+    options = ("row_tokens", "shard_positions", "text_field", "ids_field", "special_tokens", "skip_bad", "skip_unknown")
+    plan = IngestPlan(**{name: getattr(args, name) for name in options})
     # All arguments are checked before a cache folder is made.
     check_name("corpus", args.corpus)
-    source_files(args.sources)
+    list_sources(args.sources, plan.field, skip_unknown=plan.skip_unknown)
     tokenizer = load_tokenizer(args.tokenizer)
     cache = Cache.open(args.cache, mode="r+")
+    found = Found()
     with progress("ingest", "tokens") as show:
 
         def on_progress(at: IngestProgress) -> None:
             show(at.tokens, None, f"{at.files_done}/{counted(at.files, 'file')}")
 
-        corpus = ingest(cache.root, args.corpus, args.sources, tokenizer, plan, on_progress=on_progress)
+        corpus = ingest(cache.root, args.corpus, args.sources, tokenizer, plan, found=found, on_progress=on_progress)
+    print(_summary(corpus, plan, found))
+    return 0
+
+
+def _summary(corpus: Corpus, plan: IngestPlan, found: Found) -> str:
+    from potstill.cache.corpus.control_tokens import in_words
+
     spec = corpus.spec
-    print(
+    size = (
         f"corpus {corpus.name}: {counted(spec.num_positions, 'position')} in {counted(spec.num_rows, 'row')} and "
         f"{counted(spec.num_shards, 'shard')} from {counted(sum(s.documents for s in spec.sources), 'document')} "
-        f"of {counted(len(spec.sources), 'file')}; {counted(spec.duplicate_rows, 'duplicate row')}"
+        f"of {counted(len(spec.sources), 'file')}"
     )
-    return 0
+    parts = [size, counted(spec.duplicate_rows, "duplicate row")]
+    if found.unknown_files:
+        parts.append(f"{counted(found.unknown_files, 'file')} of unknown kinds left out")
+    if found.bad_records:
+        parts.append(f"{counted(found.bad_records, 'bad record')} left out (first: {found.first_bad})")
+    if found.control_tokens:
+        done = "kept" if plan.special_tokens == "keep" else "taken as text"
+        parts.append(f"control tokens in text {done}: {in_words(found.control_tokens)}")
+    return "; ".join(parts)

@@ -16,47 +16,22 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from potstill.cache.corpus.corpus import Corpus
-from potstill.cache.corpus.documents import SourceFile, documents, file_sha256, source_files
+from potstill.cache.corpus.document_tokens import DocumentTokens
+from potstill.cache.corpus.plan import (
+    Found,
+    IngestPlan as IngestPlan,  # noqa: PLC0414 -- handed on to those who ingest
+)
 from potstill.cache.corpus.seal import Source, corpus_path, seal_corpus
+from potstill.cache.corpus.sources import SourceFile, file_sha256, list_sources
 from potstill.cache.corpus.spool import RowSpool, SourceRow
-from potstill.cache.corpus.tokenization import encode_documents
 from potstill.cache.corpus.tokenizer import MAX_TOKENIZER_BYTES, fingerprint, num_ids
 from potstill.cache.corpus.writing import write_corpus
-from potstill.cache.errors import AlreadyExists, InvalidInput, LimitExceeded
+from potstill.cache.errors import AlreadyExists, InvalidInput
 from potstill.cache.store import GroupWriter, Root
 from potstill.cache.store.groups import attempt_name, removed_on_failure
 from potstill.cache.types import Tokens
 
 _PROGRESS_ROWS = 1024
-# Largest row or shard: more than any machine holds, and small enough that no sum with a position overflows int64.
-_MOST = 1 << 40
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class IngestPlan:
-    """Sizes of rows and shards, and where the text is.
-
-    Raises:
-        InvalidInput: a size is below 1. LimitExceeded: a size is over 2**40.
-    """
-
-    row_tokens: int = 512
-    """Longest row, in tokens."""
-    shard_positions: int | None = None
-    """Most positions of a shard, the unit of work and of commit; a row that is longer gets a shard of its own. None
-    for `fitting_shard_positions`."""
-    text_field: str = "text"
-    """Key or column of JSONL and Parquet records."""
-
-    def __post_init__(self) -> None:
-        for name in ("row_tokens", "shard_positions"):
-            option, size = f"--{name.replace('_', '-')}", getattr(self, name)
-            if size is None:
-                continue
-            if size < 1:
-                raise InvalidInput(f"{option} is {size}; it must be at least 1")
-            if size > _MOST:
-                raise LimitExceeded(f"{option} is {size}; it must be at most {_MOST}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +50,10 @@ def ingest(
     tokenizer: Tokenizer,
     plan: IngestPlan,
     *,
+    found: Found | None = None,
     on_progress: Callable[[IngestProgress], None] = lambda _: None,
 ) -> Corpus:
-    """Make the corpus `name` from files and folders of text, and return it.
+    """Make the corpus `name` from files and folders, and return it; `found` counts what it comes across.
 
     Raises:
         AlreadyExists: the name is taken. InvalidInput: a source is bad, or there is no token in all of them.
@@ -85,11 +61,13 @@ def ingest(
     """
     # Asked first to save hours of work; creating the seal is what decides.
     _require_free(root, name)
-    files = source_files(sources)
+    found = found or Found()
+    files, found.unknown_files = list_sources(sources, plan.field, skip_unknown=plan.skip_unknown)
     tokenizer = _plain_tokenizer(tokenizer)
+    tokens = DocumentTokens(tokenizer, plan, found)
 
     def fill(spool: RowSpool) -> tuple[Source, ...]:
-        return tuple(_ingest_files(files, tokenizer, plan, spool, on_progress))
+        return tuple(_ingest_files(files, tokens, plan, spool, on_progress))
 
     return _make_corpus(root, name, tokenizer, plan, fill, what=", ".join(map(str, sources)))
 
@@ -187,7 +165,7 @@ def _make_corpus(
 
 def _ingest_files(
     files: list[SourceFile],
-    tokenizer: Tokenizer,
+    document_tokens: DocumentTokens,
     plan: IngestPlan,
     spool: RowSpool,
     on_progress: Callable[[IngestProgress], None],
@@ -195,7 +173,7 @@ def _ingest_files(
     rows = tokens = 0
     for number, file in enumerate(files):
         count = 0
-        for blocks in encode_documents(tokenizer, documents(file.path, plan.text_field), str(file.path)):
+        for blocks in document_tokens.of_file(file):
             count += 1
             for row in cut(blocks, plan.row_tokens):
                 spool.add(row)

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer
 
 from potstill.cache.cache import Cache
 from potstill.cache.corpus import Corpus, IngestPlan, Source
-from potstill.cache.corpus.documents import file_sha256
 from potstill.cache.corpus.ingest import ingest_rows
+from potstill.cache.corpus.sources import file_sha256
 from potstill.cache.corpus.tokenizer import fingerprint, num_ids
 from potstill.cache.errors import SpecMismatch, UnknownCorpus
 from potstill.cache.interchange.formats import Origin, RowFormat

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from potstill.cache import Cache, Fields
 from potstill.cache.corpus.corpus import Corpus
 from potstill.cache.corpus.ingest import IngestPlan, ingest
+from potstill.cache.corpus.sources import BadRecords, Field, Text, documents, list_sources
 from potstill.cache.targets.target_set import TargetSet
 from tests.support.fakes import FakeTeacher, fake_identity
 
@@ -35,6 +36,15 @@ def write_texts(folder: Path, texts: list[str]) -> Path:
     for number, text in enumerate(texts):
         (folder / f"{number:04}.txt").write_text(text)
     return folder
+
+
+def texts_of(source: Path, text_field: str = "text", *, skip_bad: bool = False) -> list[str]:
+    """The texts of all documents of a file or folder."""
+    field = Field("text", text_field)
+    bad = BadRecords(skip=skip_bad)
+    files, _ = list_sources([source], field)
+    found = [document for file in files for document in documents(file, field, bad, vocab_size=VOCAB)]
+    return ["".join(document.pieces) for document in found if isinstance(document, Text)]
 
 
 def make_corpus(

@@ -14,17 +14,17 @@ from numpy.typing import NDArray
 
 from potstill.cache import Cache
 from potstill.cache.corpus.corpus import Corpus
-from potstill.cache.corpus.documents import documents, source_files
 from potstill.cache.corpus.ingest import IngestPlan, IngestProgress, cut, ingest, ingest_rows
 from potstill.cache.corpus.keys import row_key
 from potstill.cache.corpus.seal import Source
+from potstill.cache.corpus.sources import Field, list_sources
 from potstill.cache.corpus.spool import SourceRow
 from potstill.cache.corpus.tokenizer import fingerprint, load_tokenizer
 from potstill.cache.corpus.writing import shard_bounds
 from potstill.cache.errors import AlreadyExists, CorruptSegment, FormatError, InvalidInput, UnknownCorpus
 from potstill.cache.store.record import FORMAT_VERSION
 from potstill.cache.store.root import Root
-from tests.support.corpora import byte_tokenizer, make_corpus, topics, write_texts
+from tests.support.corpora import byte_tokenizer, make_corpus, texts_of, topics, write_texts
 from tests.support.paths import GOLDEN
 
 
@@ -81,7 +81,7 @@ def test_jsonl_and_parquet_give_one_document_a_record(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": t}) + "\n\n" for t in texts))
     pq.write_table(pa.table({"body": texts}), tmp_path / "b.parquet")
     for name in ("a.jsonl", "b.parquet"):
-        assert ["".join(pieces) for pieces in documents(tmp_path / name, "body")] == texts
+        assert texts_of(tmp_path / name, "body") == texts
     root = Root.open(tmp_path / "c", create=True)
     corpus = ingest(
         root,
@@ -98,7 +98,7 @@ def test_a_byte_order_mark_is_not_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("caf\u00e9", encoding="utf-8-sig")
     (tmp_path / "a.jsonl").write_text('{"text": "caf\u00e9"}\n', encoding="utf-8-sig")
     for name in ("a.txt", "a.jsonl"):
-        assert ["".join(pieces) for pieces in documents(tmp_path / name, "text")] == ["caf\u00e9"]
+        assert texts_of(tmp_path / name) == ["caf\u00e9"]
 
 
 @pytest.mark.parametrize(
@@ -122,9 +122,9 @@ def test_a_bad_source_is_named_and_nothing_is_left(tmp_path: Path, name: str, co
 
 def test_missing_sources_tokenizers_and_corpora_are_named(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="'nowhere' does not exist"):
-        source_files(["nowhere"])
+        list_sources(["nowhere"], Field())
     with pytest.raises(InvalidInput, match="holds no .txt"):
-        source_files([tmp_path])
+        list_sources([tmp_path], Field())
     with pytest.raises(InvalidInput, match="no tokenizer at"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from potstill.cache.corpus.documents import documents
+from potstill.cache.corpus.sources import SourceFile
+from potstill.cache.corpus.sources.written import text_pieces
 from potstill.cache.corpus.tokenization import encode_documents, windows
 from potstill.cache.errors import InvalidInput
 from tests.support.corpora import topics
@@ -109,13 +110,12 @@ def test_any_mix_has_the_tokens_of_the_whole(tokenizer: Tokenizer, parts: list[t
 def test_a_text_file_is_read_in_pieces_that_part_no_character(tmp_path: Path) -> None:
     path = tmp_path / "long.txt"
     path.write_text("\ufeff" + "a€" * 300_000, encoding="utf-8")
-    (pieces,) = documents(path, "text")
-    lengths = [len(piece) for piece in pieces]
+    lengths = [len(piece) for piece in text_pieces(SourceFile(path, path.name, "text"))]
     assert sum(lengths) == 600_000
     assert max(lengths) < 300_000
     path.write_bytes(b"\xc3\xa9" * 200_000 + b"\xc3")
     with pytest.raises(InvalidInput, match=r"is not UTF-8: unexpected end of data at byte 400000$"):
-        list(next(documents(path, "text")))
+        list(text_pieces(SourceFile(path, path.name, "text")))
 
 
 def test_windows_overlap_and_cover_the_text() -> None:

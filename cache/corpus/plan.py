@@ -1,0 +1,70 @@
+"""What an ingest is asked for, and what it found."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Literal
+
+from potstill.cache.corpus.sources import Field
+from potstill.cache.errors import InvalidInput, LimitExceeded
+
+# Largest row or shard: more than any machine holds, and small enough that no sum with a position overflows int64.
+_MOST = 1 << 40
+
+SpecialTokensPolicy = Literal["split", "keep", "refuse"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IngestPlan:
+    """Sizes of rows and shards, where the documents are, and what is done about control tokens and bad records.
+
+    Raises:
+        InvalidInput: a size is below 1, or two fields are named. LimitExceeded: a size is over 2**40.
+    """
+
+    row_tokens: int = 512
+    """Longest row, in tokens."""
+    shard_positions: int | None = None
+    """Most positions of a shard, the unit of work and of commit; a row that is longer gets a shard of its own. None
+    for `fitting_shard_positions`."""
+    text_field: str = "text"
+    """Key or column of records that holds text; not used where one of the next two is given."""
+    ids_field: str | None = None
+    """Key or column that holds lists of token ids."""
+    special_tokens: SpecialTokensPolicy = "split"
+    """What to do with control tokens that stand in a text: take them as the text that they are, keep them as control
+    tokens, or refuse the text."""
+    skip_bad: bool = False
+    """Leave out records that hold no document, and count them."""
+    skip_unknown: bool = False
+    """Leave out files of unknown kinds in folders."""
+
+    def __post_init__(self) -> None:
+        for name in ("row_tokens", "shard_positions"):
+            option, size = f"--{name.replace('_', '-')}", getattr(self, name)
+            if size is None:
+                continue
+            if size < 1:
+                raise InvalidInput(f"{option} is {size}; it must be at least 1")
+            if size > _MOST:
+                raise LimitExceeded(f"{option} is {size}; it must be at most {_MOST}")
+
+    @property
+    def field(self) -> Field:
+        """Where in records the documents are."""
+        if self.ids_field is not None:
+            return Field("ids", self.ids_field)
+        return Field("text", self.text_field)
+
+
+@dataclass(slots=True, kw_only=True)
+class Found:
+    """Counts of what an ingest came across, which grow while it runs."""
+
+    bad_records: int = 0
+    first_bad: str = ""
+    """What was wrong with the first of them."""
+    unknown_files: int = 0
+    control_tokens: Counter[str] = field(default_factory=Counter)
+    """Number of times that each stood in a text, or in the contents of messages."""

@@ -1,0 +1,78 @@
+"""What a document may be: pieces of text, blocks of token ids, or messages; and the records that are none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potstill.cache.errors import InvalidInput
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A text, in pieces that are short where it comes from a text file."""
+
+    where: str
+    """File and record, for errors."""
+    pieces: Iterable[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Ids:
+    """Token ids, in blocks [T] of any integer type."""
+
+    where: str
+    blocks: Iterable[NDArray[np.integer[Any]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages, each an object with at least `role`, for the tokenizer's chat template."""
+
+    where: str
+    messages: list[dict[str, Any]]
+
+
+Document: TypeAlias = Text | Ids | Conversation
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """Key or column of records that holds the document, and what it holds."""
+
+    kind: Literal["text", "ids", "messages"] = "text"
+    name: str = "text"
+
+    @property
+    def option(self) -> str:
+        """Option of the command that names it."""
+        return f"--{self.kind}-field"
+
+
+class BadRecord(Exception):
+    """A record that holds no document; the message names file, record and field."""
+
+
+class BadRecords:
+    """Takes what is said of bad records: the first ends the ingest, or all are counted and left out."""
+
+    def __init__(self, *, skip: bool) -> None:
+        self.count = 0
+        self.first = ""
+        """Message of the first that was left out."""
+        self._skip = skip
+
+    def add(self, message: str) -> None:
+        """Count a record that is left out.
+
+        Raises:
+            InvalidInput: bad records are not to be left out.
+        """
+        if not self._skip:
+            raise InvalidInput(f"{message}; mend it, or leave bad records out with --skip-bad")
+        self.first = self.first or message
+        self.count += 1

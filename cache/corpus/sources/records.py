@@ -1,0 +1,72 @@
+"""From a record's value to a document."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potstill.cache.corpus.sources.documents import BadRecord, Conversation, Document, Field, Ids, Text
+
+_NAMES = {"text": "text", "ids": "list of token ids", "messages": "list of messages"}
+_SHOWN = 40
+
+
+def document(value: Any, field: Field, where: str) -> Document:
+    """Make a document of the value under the field, which is as JSON gives it, or an array for token ids.
+
+    Raises:
+        BadRecord: it is null or something else.
+    """
+    if value is None:
+        raise BadRecord(f"{where} has no {_NAMES[field.kind]} under {field.name!r}")
+    if field.kind == "text" and isinstance(value, str):
+        return Text(where, (_encodable(value, where),))
+    if field.kind == "ids" and (ids := _ids(value)) is not None:
+        return Ids(where, (ids,))
+    if field.kind == "messages" and isinstance(value, list):
+        return Conversation(where, _messages(value, where))
+    shown = repr(value)
+    shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}…"
+    raise BadRecord(f"{where} has {shown} under {field.name!r}, which is no {_NAMES[field.kind]}")
+
+
+def _ids(value: Any) -> NDArray[np.integer[Any]] | None:
+    if isinstance(value, np.ndarray):
+        return value if value.dtype.kind in "iu" and value.ndim == 1 else None
+    if not isinstance(value, list) or any(type(each) is not int for each in value):
+        return None
+    try:
+        return np.array(value, dtype=np.int64)
+    except OverflowError:
+        return None
+
+
+def _messages(value: list[Any], where: str) -> list[dict[str, Any]]:
+    for number, message in enumerate(value):
+        if isinstance(message, dict) and "from" in message and "value" in message:
+            raise BadRecord(f"{where} has messages with from and value; convert them to role and content first")
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise BadRecord(f"{where} has no role in message {number}; a message has role and content")
+        for text in _strings(message):
+            _encodable(text, where)
+    if not value:
+        raise BadRecord(f"{where} has no message")
+    return value
+
+
+def _strings(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [text for each in inner for text in _strings(each)]
+
+
+def _encodable(text: str, where: str) -> str:
+    """Return the text if it can be UTF-8: JSON can spell half a surrogate pair, which is no character."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadRecord(f"{where} has half a surrogate pair at character {error.start}") from error
+    return text
