@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.support.kill_jobs import JOBS, Count, Job, collect, problems, process
 from potstill.cache import Cache
 
-_LONGEST = 60.0
+_LONGEST = 180.0
 """Seconds after which a job that neither ends nor stops has failed."""
 
 
