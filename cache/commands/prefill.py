@@ -5,17 +5,19 @@ from __future__ import annotations
 import argparse
 import asyncio
 import signal
-from collections.abc import Coroutine
+import sys
+from collections.abc import Coroutine, Mapping
 from typing import TYPE_CHECKING, Any
 
 from potstill.cache.commands.field_options import add_field_options, fields_of
 from potstill.cache.commands.progress import progress
 from potstill.cache.commands.root_option import add_root_argument
+from potstill.cache.commands.teacher_options import add_teacher_options, teacher_options
 from potstill.cache.entry_points import name_and_model, open_teacher
 from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput, SpecMismatch, StoreError
 from potstill.cache.logins import without_login
 from potstill.cache.plurals import counted
-from potstill.cache.types import Fields, Teacher
+from potstill.cache.types import JSON, Fields, Teacher, TeacherIdentity
 
 if TYPE_CHECKING:
     from potstill.cache.cache import Cache
@@ -38,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a model folder or name (the engine runs in this process), or http://host:port#NAME "
         "(a running service); may be given again",
     )
+    add_teacher_options(parser)
     add_field_options(parser)
     parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens a batch (default %(default)s)")
     parser.add_argument("--in-flight", type=int, default=4, help="batches at the teacher (default %(default)s)")
@@ -63,20 +66,30 @@ def run(args: argparse.Namespace) -> int:
     teachers = [name_and_model(text) for text in args.teacher]
     for name, _ in teachers:
         check_name("teacher", name)
+    options = teacher_options(args.option, teachers)
     # Opened to read first: a mistyped folder must not be made.
     cache = Cache.open(args.cache)
     cache.corpus(args.corpus)
     cache = Cache.open(args.cache, mode="r+")
     for name, spec in teachers:
-        work = prefill(cache, args.corpus, name, spec, fields=fields, encoding=args.encoding, plan=plan)
+        kept = {"fields": fields, "encoding": args.encoding}
+        work = prefill(cache, args.corpus, name, spec, **kept, plan=plan, options=options[name])
         _run_until_signal(work)
     return 0
 
 
 async def prefill(
-    cache: Cache, corpus_name: str, name: str, spec: str, *, fields: Fields, encoding: str, plan: FillPlan
+    cache: Cache,
+    corpus_name: str,
+    name: str,
+    spec: str,
+    *,
+    fields: Fields,
+    encoding: str,
+    plan: FillPlan,
+    options: Mapping[str, JSON] | None = None,
 ) -> FillReport | None:
-    """Open the teacher `spec` and fill the shards that have no commit, with progress and a summary.
+    """Open the teacher `spec` with its `options` and fill the shards that have no commit, with progress and a summary.
 
     Returns the fill's report, or None when nothing was missing.
 
@@ -84,15 +97,23 @@ async def prefill(
         LimitExceeded, SpecMismatch: the teacher does not fit the corpus or the targets; nothing was written.
         PotstillError: whatever opening, scoring or writing raises; committed shards stay.
     """
+    from potstill.cache.corpus.teacher_tokenizer import HasTokenizer
     from potstill.cache.fill.loop import require_within_limits
+    from potstill.cache.targets.prefixes import prefix_warning
 
     corpus = cache.corpus(corpus_name)
-    if _nothing_to_do(cache, corpus, name, spec, fields=fields, encoding=encoding):
-        return None
+    held = _held_identity(cache, corpus, name)
+    if held is not None and _agrees(held, options or {}):
+        planned = cache.plan_targets(name, corpus_name, held, fields=fields, encoding=encoding)
+        if _nothing_to_do(planned, spec):
+            return None
     print(f"{name}: opening the teacher {without_login(spec)}", flush=True)
-    async with open_teacher(spec) as teacher:
+    async with open_teacher(spec, options=options) as teacher:
+        tokenizer = teacher.tokenizer if isinstance(teacher, HasTokenizer) else None
         targets = cache.plan_targets(name, corpus_name, teacher.identity, fields=fields, encoding=encoding)
         require_within_limits(teacher, targets)
+        if warning := prefix_warning(name, corpus, teacher.identity, tokenizer):
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
         if targets.fields != fields:
             print(f"{name}: {_difference(fields, targets.fields)}", flush=True)
         report = await fill_with_progress(teacher, targets, plan)
@@ -102,25 +123,29 @@ async def prefill(
     return report
 
 
-def _nothing_to_do(cache: Cache, corpus: Corpus, name: str, spec: str, *, fields: Fields, encoding: str) -> bool:
-    """Tell (and print) whether all shards are committed, so that no engine has to be started.
-
-    Raises:
-        SpecMismatch: a field exists with other settings.
-    """
+def _held_identity(cache: Cache, corpus: Corpus, name: str) -> TeacherIdentity | None:
+    """Identity of the targets that are there; None where there are none."""
     from potstill.cache.targets.target_set import has_targets
 
-    if not has_targets(cache.root, name, corpus.name):
-        return False
-    identity = cache.targets(name, corpus.name).identity
-    targets = cache.plan_targets(name, corpus.name, identity, fields=fields, encoding=encoding)
+    return cache.targets(name, corpus.name).identity if has_targets(cache.root, name, corpus.name) else None
+
+
+def _agrees(held: TeacherIdentity, options: Mapping[str, JSON]) -> bool:
+    """Tell whether options that are part of an identity are as it has them, so that no engine has to tell."""
+    known = held.to_json()
+    return all(known[key] == value for key, value in options.items() if key in known)
+
+
+def _nothing_to_do(targets: TargetSet, spec: str) -> bool:
+    """Tell (and print) whether all shards are committed, so that no engine has to be started."""
     if not targets.committed.all():
         return False
     targets.fold()
-    shards = corpus.num_shards
+    shards = targets.corpus.num_shards
     print(
-        f"{name}: {shards:,} of {counted(shards, 'shard')} committed ({shards:,} before), nothing to do; "
-        f"{without_login(spec)} was not opened, so it was not checked to be the stored teacher {identity.model!r} still"
+        f"{targets.teacher}: {shards:,} of {counted(shards, 'shard')} committed ({shards:,} before), nothing to do; "
+        f"{without_login(spec)} was not opened, so it was not checked to be the stored teacher "
+        f"{targets.identity.model!r} still"
     )
     return True
 

@@ -6,16 +6,19 @@ import argparse
 import asyncio
 import json
 import shlex
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from potstill.cache.commands.progress import progress
 from potstill.cache.commands.root_option import add_root_argument
+from potstill.cache.commands.teacher_options import add_teacher_options, teacher_options
 from potstill.cache.entry_points import name_and_model, open_teacher
 from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput, UnknownTeacher
 from potstill.cache.logins import without_login
 from potstill.cache.plurals import counted
+from potstill.cache.types import JSON
 
 if TYPE_CHECKING:
     from potstill.cache.targets import TargetSet
@@ -40,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     live.add_argument(
         "--live", metavar="NAME=MODEL_OR_URL", help="the teacher, and the model or service that is to answer like it"
     )
+    add_teacher_options(live)
     live.add_argument("--sample", type=int, default=16, help="rows to score again (default %(default)s)")
     live.add_argument("--seed", type=int, default=0, help="of the sample (default %(default)s)")
     live.add_argument("--corpus", metavar="NAME", help="only this corpus (default: all the teacher has targets for)")
@@ -54,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
         return _run_live(args)
     if args.corpus is not None:
         raise InvalidInput("--corpus goes with --live; without it the whole cache is checked")
+    if args.option:
+        raise InvalidInput("--option goes with --live; without it no teacher is opened")
     if args.jobs < 1:
         raise InvalidInput(f"--jobs is {args.jobs}; it must be at least 1")
     return _run_checks(args)
@@ -162,6 +168,7 @@ def _run_live(args: argparse.Namespace) -> int:
     from potstill.cache.cache import Cache
 
     name, spec = name_and_model(args.live, "--live")
+    options = teacher_options(args.option, [(name, spec)])[name]
     if not args.tolerance >= 0:
         raise InvalidInput(f"--tolerance is {args.tolerance}; it must be at least 0 nats")
     cache = Cache.open(args.cache)
@@ -170,7 +177,7 @@ def _run_live(args: argparse.Namespace) -> int:
         known = ", ".join(cache.root.folders("targets")) or "none"
         raise UnknownTeacher(f"teacher {name!r} has no targets in {args.cache}; there are those of: {known}")
     targets = {corpus: cache.targets(name, corpus).top_k_only() for corpus in corpora}
-    drifts, corrupt = asyncio.run(_measure(spec, targets, args))
+    drifts, corrupt = asyncio.run(_measure(spec, options, targets, args))
     ok = not corrupt and all(drift.within(args.tolerance) for drift in drifts.values())
     if args.json:
         shown = {corpus: asdict(drift) for corpus, drift in drifts.items()}
@@ -185,7 +192,7 @@ def _run_live(args: argparse.Namespace) -> int:
 
 
 async def _measure(
-    spec: str, targets: dict[str, TargetSet], args: argparse.Namespace
+    spec: str, options: Mapping[str, JSON], targets: dict[str, TargetSet], args: argparse.Namespace
 ) -> tuple[dict[str, Drift], list[str]]:
     """Measure the drift of a sample of each corpus; also one line for each corpus that cannot be read."""
     import sys
@@ -195,7 +202,7 @@ async def _measure(
 
     drifts: dict[str, Drift] = {}
     corrupt: list[str] = []
-    async with open_teacher(spec) as teacher:
+    async with open_teacher(spec, options=options) as teacher:
         for corpus, held in targets.items():
             differences = check_same_vocabulary(held.identity, teacher.identity)
             if differences:

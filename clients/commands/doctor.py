@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from potstill.cache.commands.root_option import add_root_argument
+from potstill.cache.commands.teacher_options import add_teacher_options, teacher_options
 from potstill.cache.entry_points import name_and_model
 from potstill.clients.commands.service_options import DEFAULT_URL, add_key_option, key_of
 
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="open MODEL (a model, its path, or http://host:port#NAME) and look at it; may be repeated. Beside --url, "
         "the key of --api-key-env is shown to URLs of its scheme, host and port only",
     )
+    add_teacher_options(parser)
     parser.add_argument("--json", action="store_true", help='print {"ok", "findings"}')
     parser.add_argument(
         "--tolerance",
@@ -55,11 +57,13 @@ def run(args: argparse.Namespace) -> int:
     from potstill.clients.doctor.examine import Patient, examine
     from potstill.clients.doctor.teacher_checks import Probing
 
+    teachers = [name_and_model(text) for text in args.teacher]
     nothing = args.url is None and args.cache is None and not args.teacher
     patient = Patient(
         url=DEFAULT_URL if nothing else args.url,
         cache=args.cache,
-        teachers=[name_and_model(text) for text in args.teacher],
+        teachers=teachers,
+        options=teacher_options(args.option, teachers),
         api_key=key_of(args),
     )
     probing = Probing(tolerance=args.tolerance, rounds=args.rounds, max_probe_tokens=args.max_probe_tokens)

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from potstill.cache.commands.tables import print_table
+from potstill.cache.commands.teacher_options import key_and_value
 from potstill.cache.entry_points import name_and_model
 from potstill.cache.errors import InvalidInput
 from potstill.cache.printable import printable
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     adding = actions.add_parser("add", help="serve one more model until the service ends")
     adding.add_argument("teacher", metavar="NAME=MODEL", help="a model name, a path, or the URL of another service")
     adding.add_argument(
-        "--option", action="append", default=[], metavar="KEY=JSON", help="of the teacher, like max_top_k=128"
+        "--option", action="append", default=[], metavar="KEY=VALUE", help="of the teacher, like max_top_k=128"
     )
     adding.add_argument("--replicas", type=int, metavar="N", help="how many to run; more than one needs Ray")
     removing = actions.add_parser("remove", help="stop a teacher when its calls have ended")
@@ -83,7 +84,7 @@ def _add(args: argparse.Namespace) -> None:
     name, model = name_and_model(args.teacher, "the teacher")
     wanted: dict[str, JSON] = {"model": model}
     if args.option:
-        wanted["options"] = dict(_option(text) for text in args.option)
+        wanted["options"] = dict(map(key_and_value, args.option))
     if args.replicas is not None:
         wanted["replicas"] = args.replicas
     teacher = _ask(args, lambda admin: admin.add(name, wanted))
@@ -117,16 +118,6 @@ def _wanted_replicas(args: argparse.Namespace) -> dict[str, JSON]:
         raise InvalidInput(f"--autoscale {args.autoscale!r}: write MIN:MAX:TOKENS, like 1:4:20000")
     least, most, tokens = (int(part) for part in parts)
     return {"autoscale": {"min": least, "max": most, "tokens_per_replica": tokens}}
-
-
-def _option(text: str) -> tuple[str, JSON]:
-    key, equals, value = text.partition("=")
-    if not (key and equals):
-        raise InvalidInput(f"--option {text!r}: write KEY=JSON, like max_top_k=128")
-    try:
-        return key, json.loads(value)
-    except ValueError:
-        return key, value  # a plain word is a string without its quotes
 
 
 def _print_teachers(teachers: list[dict[str, Any]]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -42,6 +42,8 @@ class Patient:
     cache: str | None = None
     teachers: Sequence[tuple[str, str]] = ()
     """Name, and model, path or URL, of each teacher that this process opens."""
+    options: Mapping[str, Mapping[str, JSON]] = field(default_factory=dict)
+    """Options of these teachers, by name."""
     api_key: str | None = None
     """API key for the service and for teachers behind its URL; without a service, for all teachers behind a URL.
     Others get that of `POTSTILL_API_KEY`, as from every client."""
@@ -65,7 +67,8 @@ async def examine(patient: Patient, probing: Probing) -> list[Finding]:
         opened, seen = _open_cache(patient.cache)
         findings += seen
     for name, spec in patient.teachers:
-        findings += await _examine_opened(name, spec, _key_option(patient, spec), opened, probing)
+        options = {**patient.options.get(name, {}), **_key_option(patient, spec)}
+        findings += await _examine_opened(name, spec, options, opened, probing)
     return findings
 
 

@@ -26,6 +26,7 @@ import numpy as np
 from pydantic import Field, ValidationError
 from pydantic.dataclasses import dataclass
 
+from potstill.cache.corpus.teacher_tokenizer import TeacherTokenizer
 from potstill.cache.corpus.tokenizer import fingerprint, load_tokenizer
 from potstill.cache.errors import InvalidInput, LimitExceeded, UnsupportedField
 from potstill.cache.hub import hub_file, may_be_hub_name
@@ -106,10 +107,17 @@ class VllmTeacher:
     """
 
     def __init__(
-        self, engine: EngineThread, *, options: VllmOptions, facts: EngineFacts, identity: TeacherIdentity
+        self,
+        engine: EngineThread,
+        *,
+        options: VllmOptions,
+        facts: EngineFacts,
+        identity: TeacherIdentity,
+        tokenizer: TeacherTokenizer,
     ) -> None:
         self._engine = engine
         self.identity = identity
+        self.tokenizer = tokenizer
         self.provenance = facts.provenance
         self._facts = facts
         self._max_top_k = min(options.max_top_k, facts.vocab_size)
@@ -132,12 +140,13 @@ class VllmTeacher:
         try:
             facts = await asyncio.wrap_future(engine.start())
             _check_prefix(options, facts)
-            identity = await asyncio.to_thread(_identity, options, facts, folder)
+            tokenizer = await asyncio.to_thread(_tokenizer, folder)
+            identity = await asyncio.to_thread(_identity, options, facts, folder, tokenizer)
         except BaseException:
             # Also where the caller is cancelled: nobody else knows of the engine.
             await asyncio.to_thread(engine.close)
             raise
-        return cls(engine, options=options, facts=facts, identity=identity)
+        return cls(engine, options=options, facts=facts, identity=identity, tokenizer=tokenizer)
 
     async def close(self) -> None:
         """Shut the engine down and wait for it; rows in flight fail with `Unavailable`. May be repeated."""
@@ -264,6 +273,7 @@ def _engine_arguments(options: VllmOptions, folder: Path) -> dict[str, Any]:
         "enable_prefix_caching": False,  # a cached prefix is not computed again, so it would have no logits
         "enforce_eager": True,
         "skip_tokenizer_init": True,
+        "language_model_only": True,  # rows are text: the parts of a model that see and hear take no room
         "use_tqdm_on_load": False,
     }
 
@@ -309,12 +319,12 @@ def _model_folder(options: VllmOptions) -> Path:
         raise InvalidInput(f"{options.model!r} is no model folder, and {error.detail}") from error
 
 
-def _identity(options: VllmOptions, facts: EngineFacts, folder: Path) -> TeacherIdentity:
+def _identity(options: VllmOptions, facts: EngineFacts, folder: Path, tokenizer: TeacherTokenizer) -> TeacherIdentity:
     return TeacherIdentity(
         model=_model_name(options),
         revision=options.revision,
         weights_sha256=_weights_sha256(folder),
-        tokenizer_sha256=_tokenizer_sha256(folder),
+        tokenizer_sha256=fingerprint(tokenizer.tokenizer),
         vocab_size=facts.vocab_size,
         dtype=facts.dtype,
         head_dtype=facts.head_dtype,
@@ -341,9 +351,9 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _tokenizer_sha256(folder: Path) -> str:
+def _tokenizer(folder: Path) -> TeacherTokenizer:
     if (folder / "tokenizer.json").is_file():
-        return fingerprint(load_tokenizer(folder))
+        return TeacherTokenizer.of(load_tokenizer(folder), folder)
     from transformers import AutoTokenizer  # noqa: PLC0415 -- heavy, and seldom needed
 
     try:
@@ -353,4 +363,4 @@ def _tokenizer_sha256(folder: Path) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise InvalidInput(f"the tokenizer of {folder.name!r} has no fast form; add its tokenizer.json")
-    return fingerprint(backend)
+    return TeacherTokenizer.of(backend, folder)

@@ -11,7 +11,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from potstill.cache.errors import PotstillError, TeacherFailed, Unavailable
-from potstill.cache.types import Fields, Targets, Teacher, Tokens
+from potstill.cache.types import Fields, Targets, Teacher, TeacherIdentity, Tokens
 from potstill.cache.wrapped_teacher import WrappedTeacher
 from potstill.teacher_service.admission import Admission, AdmittedTeacher
 from potstill.teacher_service.replicas import LocalPool, OpenTeacher, ReplicaPool
@@ -201,6 +201,7 @@ class HostedTeacher:
                 from potstill.cache.targets.names import require_one_identity  # noqa: PLC0415
 
                 await asyncio.to_thread(require_one_identity, self.keep.cache.root, self.name, pool.identity)
+                await asyncio.to_thread(_warn_of_prefixes, self.keep.cache, self.name, pool.identity)
                 self.cached = await stack.enter_async_context(
                     CachedTeacher.open(self._admitted, name=self.name, cache=self.keep.cache, policy=self.keep.policy)
                 )
@@ -238,6 +239,19 @@ class TeacherFront(WrappedTeacher):
             if lookup.missing:
                 before_waiting()
             return await self._cached.complete(lookup)
+
+
+def _warn_of_prefixes(cache: Cache, name: str, identity: TeacherIdentity) -> None:
+    """Log what is wrong with the beginning of the rows of those corpora that the teacher may be asked to fill."""
+    from potstill.cache.targets.prefixes import prefix_warning  # noqa: PLC0415
+
+    def look(corpus_name: str) -> str:
+        corpus = cache.corpus(corpus_name)
+        fits = corpus.tokenizer_sha256 == identity.tokenizer_sha256
+        return prefix_warning(name, corpus, identity) if fits else ""
+
+    for warning in filter(None, cache.look_at_corpora(look).found.values()):
+        _LOG.warning("%s", warning)
 
 
 def _one_line(error: BaseException) -> str:

@@ -243,7 +243,7 @@ def test_a_teacher_is_scaled(url: str) -> None:
         (["scale", "smol", "2", "--autoscale", "1:2:3"], "give either N"),
         (["scale", "smol", "--autoscale", "1:2"], "write MIN:MAX:TOKENS, like 1:4:20000"),
         (["add", "smol"], "the teacher 'smol': write NAME=MODEL"),
-        (["add", "a=b", "--option", "k"], "write KEY=JSON"),
+        (["add", "a=b", "--option", "k"], "write KEY=VALUE"),
         (["list", "--api-key-env", "NO_SUCH_KEY"], "there is no such environment variable"),
     ],
 )

@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from potstill.cache import Fields
 from potstill.cache.errors import InvalidInput, TeacherFailed, Unavailable
+from potstill.cache.read_through import KeepPolicy
 from potstill.cache.types import Teacher
-from potstill.teacher_service.hosting.hosted_teacher import HostedTeacher
+from potstill.teacher_service.hosting.hosted_teacher import HostedTeacher, Keep
 from potstill.teacher_service.hosting.service import Service
 from potstill.teacher_service.replicas.pool import LocalPool
+from tests.support.corpora import make_corpus, teacher_for
 from tests.support.fakes import FakeTeacher
 from tests.support.processes.servers import opens
 from tests.support.waiting import eventually
@@ -131,3 +135,20 @@ async def test_a_pool_is_a_teacher() -> None:
         row = np.arange(5, dtype=np.uint32)
         (targets,) = await pool.score([row], Fields(k=3))
     np.testing.assert_array_equal(targets.ids, teacher.distribution(row, 3).ids)
+
+
+async def test_rows_with_the_prefix_in_front_already_are_told_at_the_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache, corpus = make_corpus(tmp_path / "c")
+    prefix = (int(corpus.row(0)[0]),)
+    keep = Keep(cache, KeepPolicy())
+    for name, prefix_ids, sha in (("twice", prefix, ""), ("once", (), ""), ("stranger", prefix, "1" * 64)):
+        identity = teacher_for(corpus).identity
+        identity = replace(identity, prefix_ids=prefix_ids, tokenizer_sha256=sha or corpus.tokenizer_sha256)
+        service = Service([HostedTeacher(name, opens(FakeTeacher(identity)), keep)], cache=cache)
+        async with service.running():
+            await service.started()
+    [told] = [record.getMessage() for record in caplog.records]
+    assert told.startswith("twice on docs: ")
+    assert told.endswith("the teacher's prefix_ids put it in front again; leave the option out")
