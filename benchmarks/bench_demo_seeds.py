@@ -48,6 +48,7 @@ def run(plan: DemoPlan, seed: int, student: str, alpha: float) -> dict[str, floa
         held_out = train(TrainConfig.of(settings)).held_out
         lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert held_out is not None, "the demo always holds rows out"
+    assert held_out.ce is not None, "a held-out row has a label"
     best = min(record["held_out"]["ce"] for record in map(json.loads, lines) if "held_out" in record)
     of_teacher = held_out.teachers[TEACHER]
     print(

@@ -43,6 +43,7 @@ _FREE_ON_RESUME = frozenset(
         "teachers.url",
         "teachers.api_key_env",
         "train.steps",
+        "train.schedule_steps",
         "train.micro_batch_rows",
         "train.eval_every",
         "train.checkpoint_every",
@@ -150,6 +151,8 @@ class LoopConfig(_Frozen):
     """Learning rate at which cosine and wsd end."""
     decay: Annotated[float, Field(gt=0, le=1)] = 0.2
     """Share of all steps over which wsd falls."""
+    schedule_steps: _Count | None = None
+    """Steps of the schedule, by default `steps`: a run that will be extended names its whole length from the start."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """Weight decay of AdamW, on matrices only."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)

@@ -67,7 +67,7 @@ def evaluate_student(
         )
         for m, name in enumerate(names)
     }
-    return Evaluation(rows=len(rows), tokens=int(positions), ce=ce / max(labels, 1), teachers=per_teacher)
+    return Evaluation(rows=len(rows), tokens=int(positions), ce=ce / labels if labels else None, teachers=per_teacher)
 
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:

@@ -48,7 +48,7 @@ from potstill.student_trainer.group import Group
 from potstill.student_trainer.losses import distillation_loss
 from potstill.student_trainer.metrics import MetricsWriter, Record
 from potstill.student_trainer.models import build_student, load_student
-from potstill.student_trainer.optimizer import learning_rate, make_optimizer
+from potstill.student_trainer.optimizer import learning_rate, make_optimizer, warn_of_jump
 from potstill.student_trainer.result import SUMMARY, Evaluation, TrainResult, finished_before
 from potstill.student_trainer.run import OpenRun, only_trainer, open_run
 from potstill.student_trainer.run_folder import write_json
@@ -79,7 +79,10 @@ def train(
             seconds, and a checkpoint was written, from which the same call goes on.
         PotstillError: whatever reading rows and targets raises.
     """
-    result = run_session(config, group or Group(), should_stop=should_stop, on_record=on_record)
+    group = group or Group()
+    if group.rank == 0:
+        warn_of_jump(config)
+    result = run_session(config, group, should_stop=should_stop, on_record=on_record)
     if result.problem:
         raise Unavailable(result.problem)
     return result

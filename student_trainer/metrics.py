@@ -40,7 +40,7 @@ class MetricsWriter:
         self._out.write(json.dumps(record) + "\n")
         self._out.flush()  # another process follows the file
         for name, value in leaves(record, "/"):
-            if name != "step":
+            if name != "step" and value is not None:
                 self._board.add_scalar(name, value, record["step"])
 
     def close(self) -> None:

@@ -31,7 +31,7 @@ def showing(total_steps: int, console: Console) -> Iterator[Callable[[Record], N
         def show(record: Record) -> None:
             nonlocal held_out
             if "held_out" in record:
-                held_out = f"  held-out {record['held_out']['ce']:.3f}"
+                held_out = f"  held-out {nats(record['held_out']['ce'], 3)}"
                 return
             text = f"loss {record['loss']:.3f}{held_out}  {record['tokens_per_second']:,.0f} tokens/s"
             progress.update(task, completed=record["step"], text=text)
@@ -58,9 +58,14 @@ def _lines(total_steps: int, console: Console) -> Callable[[Record], None]:
     return show
 
 
+def nats(value: float | None, digits: int = 4) -> str:
+    """Write a loss with so many digits; `-` where there is none, as no token has a label."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
 def held_out_text(held_out: Record) -> str:
     """Put an evaluation's JSON into words: `ce 5.9120; big: kl 0.9130, same top-1 41%`."""
-    parts = [f"ce {held_out['ce']:.4f}"]
+    parts = [f"ce {nats(held_out['ce'])}"]
     parts += [
         f"{name}: kl {found['kl']:.4f}, same top-1 {found['top1_agreement']:.0%}"
         for name, found in held_out["teachers"].items()

@@ -22,11 +22,13 @@ import ray.train.torch
 from torch import Tensor, distributed, nn
 
 from potstill.cache.errors import PotstillError, Unavailable
+from potstill.cache.ray_folder import ray_folder
 from potstill.student_trainer.checkpoint import newest_step
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.group import Group
 from potstill.student_trainer.loop import run_session
 from potstill.student_trainer.metrics import MetricsFollower, Record
+from potstill.student_trainer.optimizer import warn_of_jump
 from potstill.student_trainer.result import TrainResult, finished_before
 from potstill.student_trainer.run import open_run
 
@@ -57,6 +59,7 @@ def train_with_ray(
     finished = finished_before(config)
     if finished is not None:
         return finished
+    warn_of_jump(config)
     with open_run(config):
         pass  # a missing corpus, teacher or shard is an error here, not three restarts later
     stop_file = config.run_dir / _STOP_FILE
@@ -148,7 +151,9 @@ def _ray(address: str | None, workers: int) -> Iterator[None]:
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     address = address or os.environ.get("RAY_ADDRESS")
     cpus = max(workers, os.cpu_count() or 1)  # more workers than cores are slow, not stuck
-    started_here: dict[str, Any] = {} if address else {"include_dashboard": False, "num_cpus": cpus}
+    started_here: dict[str, Any] = (
+        {} if address else {"include_dashboard": False, "num_cpus": cpus, "_temp_dir": ray_folder()}
+    )
     try:
         ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **started_here)
     except ConnectionError as error:

@@ -35,8 +35,8 @@ class Evaluation:
 
     rows: int
     tokens: int
-    ce: float
-    """Cross-entropy, nats per labelled token."""
+    ce: float | None
+    """Cross-entropy, nats per labelled token; None where no token has a label."""
     teachers: dict[str, TeacherAgreement]
 
     @classmethod

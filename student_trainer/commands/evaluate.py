@@ -19,6 +19,7 @@ def run(args: argparse.Namespace) -> int:
     import json
 
     from potstill.cache.plurals import counted
+    from potstill.student_trainer.progress import nats
     from potstill.student_trainer.run import evaluate_run
 
     found = evaluate_run(args.run_dir)
@@ -26,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(found.to_json()))
         return 0
     print(f"{counted(found.rows, 'held-out row')}, {counted(found.tokens, 'token')}")
-    print(f"cross-entropy {found.ce:.4f} nats/token")
+    print(f"cross-entropy {nats(found.ce)} nats/token")
     for name, teacher in found.teachers.items():
         print(
             f"{name}: KL {teacher.kl:.4f} nats/token, same top-1 {teacher.top1_agreement:.1%}, "

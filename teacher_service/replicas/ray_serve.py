@@ -25,6 +25,7 @@ from ray.serve.schema import ApplicationStatus, LoggingConfig
 
 from potstill.cache import errors
 from potstill.cache.errors import PotstillError, TeacherFailed, Unavailable
+from potstill.cache.ray_folder import ray_folder
 from potstill.teacher_service.replicas.pool import OpenTeacher, ReplicaState
 from potstill.teacher_service.replicas.ray_replica import FewestTokensRouter, Replica
 from potstill.teacher_service.settings import RaySettings
@@ -77,7 +78,9 @@ class RayConnection:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Without this Ray packs and uploads the current folder when the service was started by `uv run`.
         os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-        started_here: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+        started_here: dict[str, Any] = (
+            {"include_dashboard": False, "_temp_dir": ray_folder()} if address == "local" else {}
+        )
         try:
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **started_here)
         except (ConnectionError, ValueError, RuntimeError) as error:

@@ -29,7 +29,6 @@ from potstill.student_trainer.evaluate import evaluate_student
 from potstill.student_trainer.loop import train
 from potstill.student_trainer.metrics import MetricsFollower, Record, read_metrics
 from potstill.student_trainer.models import build_student
-from potstill.student_trainer.optimizer import learning_rate
 from potstill.student_trainer.result import TrainResult
 from potstill.student_trainer.run import evaluate_run, only_trainer
 from tests.support.fakes import FakeTeacher
@@ -367,20 +366,3 @@ def test_following_a_file_that_another_process_writes(tmp_path: Path) -> None:
     replaced.write_text('{"step": 3, "loss": 1}\n{"step": 4, "loss": 1}\n{"step": 5, "loss": 1}\n')
     replaced.replace(file)
     assert [record["step"] for record in follower.read()] == [5]
-
-
-@pytest.mark.parametrize(
-    ("schedule", "expected"),
-    [
-        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
-        ("cosine", [0.5, 1.0, 1.0, 0.868198, 0.55, 0.231802]),
-        ("wsd", [0.5, 1.0, 1.0, 1.0, 1.0, 0.55]),
-    ],
-)
-def test_learning_rates(schedule: str, expected: list[float]) -> None:
-    steps = {"steps": 10, "warmup": 2, "lr": 1.0, "min_lr": 0.1, "decay": 0.2, "schedule": schedule}
-    config = config_of(Path("/cache"), Path("/run"), train=steps).train
-    found = [learning_rate(step, config) for step in (0, 1, 2, 4, 6, 8)]
-    if schedule == "wsd":
-        found[-1] = learning_rate(9, config)
-    assert found == pytest.approx(expected, abs=1e-6)

@@ -1,0 +1,5 @@
+"""Students: what is built, checked and written."""
+
+from potstill.student_trainer.models.build import build_student, load_student, save_student
+
+__all__ = ["build_student", "load_student", "save_student"]
