@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     """Compact, and print a summary. When it was stopped, the same command goes on."""
     from potstill.cache.cache import Cache
     from potstill.cache.corpus.tokenizer import load_tokenizer
+    from potstill.cache.corpus.tokenizer_files import load_tokenizer_files
     from potstill.cache.journal.compact import CompactPlan, compact
 
     plan = CompactPlan(
@@ -46,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
         corpus=args.corpus,
         k=args.top_k,
         tokenizer=None if args.tokenizer is None else load_tokenizer(args.tokenizer),
+        tokenizer_files={} if args.tokenizer is None else load_tokenizer_files(args.tokenizer),
         keep_journal=args.keep_journal,
         shard_positions=args.shard_positions,
     )

@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
     """Import, and print a summary; committed shards are not read again."""
     from potstill.cache.cache import Cache
     from potstill.cache.corpus.tokenizer import load_tokenizer
+    from potstill.cache.corpus.tokenizer_files import load_tokenizer_files
     from potstill.cache.encoding.logprobs import encoding_by_name
     from potstill.cache.interchange import ImportPlan, import_targets
     from potstill.cache.interchange.row_files import row_files
@@ -76,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
         fields=fields,
         encoding=args.encoding,
         shard_positions=args.shard_positions,
+        tokenizer_files=load_tokenizer_files(args.tokenizer),
     )
     cache = Cache.open(args.cache, mode="r+")
     with progress("import", "positions") as show:

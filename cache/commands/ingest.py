@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
     from potstill.cache.corpus.plan import Found
     from potstill.cache.corpus.sources import list_sources
     from potstill.cache.corpus.tokenizer import load_tokenizer
+    from potstill.cache.corpus.tokenizer_files import load_tokenizer_files
     from potstill.cache.store.root import check_name
 
     options = ("row_tokens", "shard_positions", "text_field", "ids_field", "special_tokens", "skip_bad", "skip_unknown")
@@ -71,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     check_name("corpus", args.corpus)
     list_sources(args.sources, plan.field, skip_unknown=plan.skip_unknown)
     tokenizer = load_tokenizer(args.tokenizer)
+    files = load_tokenizer_files(args.tokenizer)
     cache = Cache.open(args.cache, mode="r+")
     found = Found()
     with progress("ingest", "tokens") as show:
@@ -78,7 +80,16 @@ def run(args: argparse.Namespace) -> int:
         def on_progress(at: IngestProgress) -> None:
             show(at.tokens, None, f"{at.files_done}/{counted(at.files, 'file')}")
 
-        corpus = ingest(cache.root, args.corpus, args.sources, tokenizer, plan, found=found, on_progress=on_progress)
+        corpus = ingest(
+            cache.root,
+            args.corpus,
+            args.sources,
+            tokenizer,
+            plan,
+            tokenizer_files=files,
+            found=found,
+            on_progress=on_progress,
+        )
     print(_summary(corpus, plan, found))
     return 0
 

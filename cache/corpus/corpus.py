@@ -20,6 +20,7 @@ from potstill.cache.corpus.annotations import AnnotatedCorpus, list_annotations,
 from potstill.cache.corpus.keys import KEY_BYTES, KEY_ORDER, SORTED_KEYS, KeyIndex, KeysInMemory, row_key
 from potstill.cache.corpus.seal import CorpusSpec, corpus_path, read_seal
 from potstill.cache.corpus.tokenizer import sealed_tokenizer
+from potstill.cache.corpus.tokenizer_files import SpecialTokens, sealed_tokenizer_files
 from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput
 from potstill.cache.forks import cached
 from potstill.cache.plurals import counted
@@ -266,6 +267,17 @@ class Corpus:
         """Read that copy as it was sealed, JSON in UTF-8, in pieces; raises as `sealed_tokenizer`."""
         assert isinstance(self._reader, GroupReader), "a service's corpus is asked for its tokenizer"
         return sealed_tokenizer(self._reader)
+
+    @cached
+    def tokenizer_files(self) -> dict[str, str]:
+        """Texts of the files beside the tokenizer, by name, as they were sealed; raises as `sealed_tokenizer_files`."""
+        assert isinstance(self._reader, GroupReader), "a service's corpus is asked for its files"
+        return sealed_tokenizer_files(self._reader)
+
+    @cached
+    def special_tokens(self) -> SpecialTokens:
+        """Ids of the tokens that begin, end and pad a text, and the chat template, where the tokenizer's files say."""
+        return SpecialTokens.of(self.tokenizer_files, self.tokenizer)
 
     @property
     def annotated(self) -> AnnotatedCorpus:

@@ -8,7 +8,7 @@ which the seal makes a corpus. When it fails or is stopped, nothing is sealed an
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from potstill.cache.corpus.seal import Source, corpus_path, seal_corpus
 from potstill.cache.corpus.sources import SourceFile, file_sha256, list_sources
 from potstill.cache.corpus.spool import RowSpool, SourceRow
 from potstill.cache.corpus.tokenizer import MAX_TOKENIZER_BYTES, fingerprint, num_ids
+from potstill.cache.corpus.tokenizer_files import SpecialTokens
 from potstill.cache.corpus.writing import write_corpus
 from potstill.cache.errors import AlreadyExists, InvalidInput
 from potstill.cache.store import GroupWriter, Root
@@ -50,13 +51,17 @@ def ingest(
     tokenizer: Tokenizer,
     plan: IngestPlan,
     *,
+    tokenizer_files: Mapping[str, str] | None = None,
     found: Found | None = None,
     on_progress: Callable[[IngestProgress], None] = lambda _: None,
 ) -> Corpus:
     """Make the corpus `name` from files and folders, and return it; `found` counts what it comes across.
 
+    `tokenizer_files` (`load_tokenizer_files`) are kept with the tokenizer.
+
     Raises:
-        AlreadyExists: the name is taken. InvalidInput: a source is bad, or there is no token in all of them.
+        AlreadyExists: the name is taken. InvalidInput: a source is bad, there is no token in all of them, or the
+            tokenizer's files are of another one.
         StoreError: the store is full or cannot be written; nothing is left behind.
     """
     # Asked first to save hours of work; creating the seal is what decides.
@@ -69,7 +74,7 @@ def ingest(
     def fill(spool: RowSpool) -> tuple[Source, ...]:
         return tuple(_ingest_files(files, tokens, plan, spool, on_progress))
 
-    return _make_corpus(root, name, tokenizer, plan, fill, what=", ".join(map(str, sources)))
+    return _make_corpus(root, name, tokenizer, plan, fill, tokenizer_files or {}, what=", ".join(map(str, sources)))
 
 
 def ingest_rows(
@@ -80,12 +85,13 @@ def ingest_rows(
     plan: IngestPlan,
     *,
     sources: tuple[Source, ...] = (),
+    tokenizer_files: Mapping[str, str] | None = None,
     on_progress: Callable[[IngestProgress], None] = lambda _: None,
 ) -> Corpus:
     """Make the corpus `name` from rows of token ids, which are kept whole, and return it.
 
     The arrays must not be changed after they were yielded. `sources` says where they come from. The corpus knows which
-    row is of which document where some `SourceRow` ends one.
+    row is of which document where some `SourceRow` ends one. `tokenizer_files` are as in `ingest`.
 
     Raises:
         AlreadyExists: the name is taken. InvalidInput: there is no row; a row is empty or longer than
@@ -106,7 +112,7 @@ def ingest_rows(
                 on_progress(IngestProgress(0, len(sources), tokens))
         return sources
 
-    return _make_corpus(root, name, _plain_tokenizer(tokenizer), plan, fill, what="the rows")
+    return _make_corpus(root, name, _plain_tokenizer(tokenizer), plan, fill, tokenizer_files or {}, what="the rows")
 
 
 def cut(blocks: Iterable[Tokens], row_tokens: int) -> Iterator[Tokens]:
@@ -139,11 +145,13 @@ def _make_corpus(
     tokenizer: Tokenizer,
     plan: IngestPlan,
     fill: Callable[[RowSpool], tuple[Source, ...]],
+    tokenizer_files: Mapping[str, str],
     *,
     what: str,
 ) -> Corpus:
     """Write the rows that `fill` spools to a new group, and seal it; `what` names their source in errors."""
     vocab_size = num_ids(tokenizer)
+    SpecialTokens.of(tokenizer_files, tokenizer)  # hours of work end in a corpus that says them, or do not begin
     with tempfile.TemporaryDirectory(prefix="potstill-ingest-") as folder:
         spool = RowSpool(Path(folder), fingerprint(tokenizer), vocab_size, plan.row_tokens)
         with spool:
@@ -155,7 +163,9 @@ def _make_corpus(
         group = f"{corpus_path(name)}/{attempt_name('data')}"
         with removed_on_failure(root, group):
             writer = GroupWriter(root, group)
-            spec = write_corpus(writer, spool, tokenizer, sources, shard_positions=plan.shard_positions)
+            spec = write_corpus(
+                writer, spool, tokenizer, sources, tokenizer_files=tokenizer_files, shard_positions=plan.shard_positions
+            )
         # From here on the seal may name the group, also when sealing raises: it is not ours to delete.
         if not seal_corpus(root, name, spec):
             root.delete(group)

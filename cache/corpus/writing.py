@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from potstill.cache.corpus.keys import KEY_BYTES, sort_file, write_key_index
 from potstill.cache.corpus.seal import CorpusSpec, Source
 from potstill.cache.corpus.spool import RowSpool
 from potstill.cache.corpus.tokenizer import SEALED_NAME
+from potstill.cache.corpus.tokenizer_files import SEALED_FILES, sealed_bytes
 from potstill.cache.row_batches import row_batches
 from potstill.cache.store import GroupWriter, StoredObject
 from potstill.cache.store.groups import Layout
@@ -36,6 +37,7 @@ def write_corpus(
     tokenizer: Tokenizer,
     sources: tuple[Source, ...],
     *,
+    tokenizer_files: Mapping[str, str],
     shard_positions: int | None = None,
 ) -> CorpusSpec:
     """Write the arrays of a corpus, and return what its seal says. None for `fitting_shard_positions`.
@@ -52,6 +54,8 @@ def write_corpus(
     _stream(writer, "row_keys", spool.key_blocks, (spool.num_rows, KEY_BYTES), np.uint8)
     _write_documents(writer, spool, digest)
     duplicates = write_key_index(writer, sort_file(spool.key_path))
+    if tokenizer_files:
+        writer.write(SEALED_FILES, sealed_bytes(tokenizer_files), Layout((1 << 20,)))
     objects = _write_small(writer, shard_rows, row_starts[shard_rows], tokenizer)
     return CorpusSpec(
         data=writer.path.rsplit("/", 1)[-1],

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -36,6 +36,8 @@ class ImportPlan:
     encoding: str
     shard_positions: int | None = None
     """Positions of a shard, when the corpus is made (None: as fit it); one that exists keeps its shards."""
+    tokenizer_files: Mapping[str, str] = field(default_factory=dict)
+    """Texts of the files beside the tokenizer (`load_tokenizer_files`), for the corpus when it is made."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +130,16 @@ def _corpus(
         ingest = IngestPlan(row_tokens=longest, shard_positions=plan.shard_positions)
         sources = tuple(Source(name=f.path.name, sha256=file_sha256(f.path), documents=f.num_rows) for f in files)
         rows = _each_row(RowReader(files, form))
-        return ingest_rows(cache.root, plan.corpus, rows, tokenizer, ingest, sources=sources), True, files
+        made = ingest_rows(
+            cache.root,
+            plan.corpus,
+            rows,
+            tokenizer,
+            ingest,
+            sources=sources,
+            tokenizer_files=plan.tokenizer_files,
+        )
+        return made, True, files
     files = _at_rows_of(corpus, files)
     _require_same_rows(corpus, RowReader(files, form), tokenizer)
     return corpus, False, files

@@ -15,8 +15,8 @@ Shape legend:  R rows, K kept entries.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -54,6 +54,8 @@ class CompactPlan:
     """Entries of the target set; None when all rows of the journal have the same K."""
     tokenizer: Tokenizer | None = None
     """The teacher's tokenizer; None when a corpus of the cache has it."""
+    tokenizer_files: Mapping[str, str] = field(default_factory=dict)
+    """Texts of the files beside that tokenizer (`load_tokenizer_files`)."""
     keep_journal: bool = False
     shard_positions: int | None = None
 
@@ -144,14 +146,14 @@ def _corpus(cache: Cache, source: JournalRows, plan: CompactPlan) -> tuple[Corpu
     """The corpus, and True where it was made just now."""
     if plan.corpus in cache.corpora():
         return cache.corpus(plan.corpus), False
-    tokenizer = _tokenizer(cache, source.identity, plan)
+    tokenizer, files = _tokenizer(cache, source.identity, plan)
 
     def make() -> Corpus:
         first, longest = first_rows(source)
         ingest = IngestPlan(row_tokens=longest, shard_positions=plan.shard_positions)
         came_from = (Source(name=f"journal of {plan.teacher}", sha256="", documents=sum(len(r) for _, r in first)),)
         rows = tokens_of(first, num_ids(tokenizer))
-        return ingest_rows(cache.root, plan.corpus, rows, tokenizer, ingest, sources=came_from)
+        return ingest_rows(cache.root, plan.corpus, rows, tokenizer, ingest, sources=came_from, tokenizer_files=files)
 
     try:
         return source.retry_if_moved(make), True
@@ -159,7 +161,8 @@ def _corpus(cache: Cache, source: JournalRows, plan: CompactPlan) -> tuple[Corpu
         return cache.corpus(plan.corpus), False
 
 
-def _tokenizer(cache: Cache, identity: TeacherIdentity, plan: CompactPlan) -> Tokenizer:
+def _tokenizer(cache: Cache, identity: TeacherIdentity, plan: CompactPlan) -> tuple[Tokenizer, Mapping[str, str]]:
+    """The teacher's tokenizer, and the files beside it."""
     wanted = identity.tokenizer_sha256
     if plan.tokenizer is not None:
         if fingerprint(plan.tokenizer) != wanted:
@@ -167,11 +170,11 @@ def _tokenizer(cache: Cache, identity: TeacherIdentity, plan: CompactPlan) -> To
                 f"--tokenizer is {fingerprint(plan.tokenizer)[:12]}, teacher {plan.teacher!r} has {wanted[:12]}; "
                 "give the teacher's own"
             )
-        return plan.tokenizer
+        return plan.tokenizer, plan.tokenizer_files
     seen = cache.look_at_corpora(cache.corpus)
     for corpus in seen.found.values():
         if corpus.tokenizer_sha256 == wanted:
-            return corpus.tokenizer
+            return corpus.tokenizer, corpus.tokenizer_files
     told = "".join(f"; {name} cannot be read: {error.detail}" for name, error in seen.unreadable.items())
     raise InvalidInput(
         f"no corpus in {cache.root.url} has the tokenizer {wanted[:12]} of teacher {plan.teacher!r}; "

@@ -19,6 +19,7 @@ from potstill.cache.commands.prefill import prefill
 from potstill.cache.corpus import Corpus, IngestPlan
 from potstill.cache.corpus.ingest import ingest
 from potstill.cache.corpus.tokenizer import load_tokenizer
+from potstill.cache.corpus.tokenizer_files import load_tokenizer_files
 from potstill.cache.errors import InvalidInput
 from potstill.cache.fill import FillPlan, FillReport
 from potstill.cache.plurals import counted
@@ -124,7 +125,8 @@ def _ingest(plan: DemoPlan, model: Path) -> tuple[Cache, Corpus]:
     tokenizer = load_tokenizer(model)
     write_text(plan.text, tokenizer, plan.text_tokens)
     how = IngestPlan(row_tokens=plan.row_tokens, shard_positions=plan.shard_positions)
-    return cache, ingest(cache.root, CORPUS, [plan.text], tokenizer, how)
+    files = load_tokenizer_files(model)
+    return cache, ingest(cache.root, CORPUS, [plan.text], tokenizer, how, tokenizer_files=files)
 
 
 async def _prefill(plan: DemoPlan, cache: Cache, url: str) -> FillReport | None:
