@@ -38,7 +38,8 @@ def described_corpus(description: dict[str, Any], url: str) -> CorpusSpec:
         TeacherFailed: it is no seal, or of impossible counts.
     """
     try:
-        values = dict(description["spec"])
+        # Services of before do not tell documents, nor serve a corpus that has a loss mask.
+        values = {"num_documents": description.get("documents"), **description["spec"]}
         sources = tuple(Source(**source) for source in values.pop("sources"))
         spec = CorpusSpec(**values, sources=sources, data="", objects=())
         check_spec(spec, "its seal")

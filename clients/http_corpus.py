@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, TypeAlias
 from urllib.parse import quote
 
 import numpy as np
@@ -14,7 +14,8 @@ from tokenizers import Tokenizer
 from potstill.cache.corpus import Corpus
 from potstill.cache.corpus.keys import KEY_BYTES
 from potstill.cache.corpus.seal import CorpusSpec
-from potstill.cache.errors import SpecMismatch, TeacherFailed, UnsupportedField
+from potstill.cache.corpus.tokenizer_files import MAX_SEALED_BYTES, SEALED_FILES, parse_tokenizer_files
+from potstill.cache.errors import FormatError, SpecMismatch, TeacherFailed, UnsupportedField
 from potstill.cache.forks import cached
 from potstill.cache.types import Tokens
 from potstill.cache.wire import StreamHead
@@ -31,6 +32,8 @@ _TOKENIZER_BYTES = 1 << 28
 # Row starts are asked for again and again, a few at a time, so they are fetched in pages and kept: 32 KiB each.
 _PAGE = 4096
 _PAGES = 256
+Check: TypeAlias = Callable[[NDArray[Any], str], None]
+"""Raises for a part that an array cannot have; it is given the part, and where it is from."""
 
 
 def corpus_route(name: str) -> str:
@@ -62,11 +65,32 @@ class HttpCorpus(Corpus):
         """The tokenizer that the corpus was made with."""
         return Tokenizer.from_str(self._connection.text(f"{corpus_route(self.name)}/tokenizer", _TOKENIZER_BYTES))
 
+    @cached
+    def tokenizer_files(self) -> dict[str, str]:
+        """Texts of the files beside the tokenizer, by name; none of a service of before, which has no such route.
+
+        Raises:
+            TeacherFailed: the service answers nonsense. PotstillError: as `SyncConnection.json`.
+        """
+        if not self._description.get("tokenizer_files"):
+            return {}
+        route = f"{corpus_route(self.name)}/{SEALED_FILES}"
+        try:
+            return parse_tokenizer_files(
+                self._connection.text(route, MAX_SEALED_BYTES), f"{self._connection.url}{route}"
+            )
+        except FormatError as error:
+            raise TeacherFailed(error.detail) from error
+
     def take(self, rows: Sequence[int]) -> list[Tokens]:
         """Read the tokens of rows in any order; raises as `Corpus.take` and `SyncConnection.json` do."""
-        most = max(1, min(_REQUEST_ROWS, _REQUEST_POSITIONS // self.spec.longest_row))
-        read = self._connection.parts(lambda at, tries: self._rows(rows[at : at + most], tries), len(rows))
-        return list(read) if len(rows) else []
+        return self._take(rows, "rows", partial(_check_tokens, vocab_size=self.spec.vocab_size))
+
+    def take_loss_mask(self, rows: Sequence[int]) -> list[NDArray[np.bool_]]:
+        """Read the loss mask of rows in any order, each [T] bool; raises as `take` does."""
+        if not self.has_loss_mask:
+            return super().take_loss_mask(rows)
+        return self._take(rows, "loss_mask", partial(_check_kind, dtype="bool"))
 
     def annotations(self) -> list[str]:
         """Fetch the names of the annotations that lie beside the corpus right now."""
@@ -81,19 +105,24 @@ class HttpCorpus(Corpus):
         """Raise UnsupportedField: only the machine that has the files can check them."""
         raise UnsupportedField(f"corpus {self.name!r} is behind {self._connection.url}; run `potstill verify` there")
 
-    def _rows(self, rows: Sequence[int], tries: Tries) -> Iterator[Tokens]:
+    def _take(self, rows: Sequence[int], of: str, check: Check) -> list[NDArray[Any]]:
+        most = max(1, min(_REQUEST_ROWS, _REQUEST_POSITIONS // self.spec.longest_row))
+        read = self._connection.parts(lambda at, tries: self._rows(rows[at : at + most], tries, of, check), len(rows))
+        return list(read) if len(rows) else []
+
+    def _rows(self, rows: Sequence[int], tries: Tries, of: str, check: Check) -> Iterator[NDArray[Any]]:
         lengths = np.diff(self.row_ranges(rows), axis=1)[:, 0].tolist()
-        route, body = f"{corpus_route(self.name)}/rows", write_row_numbers(rows)
+        route, body = f"{corpus_route(self.name)}/{of}", write_row_numbers(rows)
         where, most_bytes = f"{self._connection.url}{route}", max(BLOCK_BYTES, 8 * max(lengths))
         with self._connection.stream(route, tries=tries, body=body, most_bytes=most_bytes) as reader:
             require_corpus(reader.head, self.fingerprint, self._connection.url)
             if reader.head.batches != len(rows):
                 raise TeacherFailed(f"{where} promised {reader.head.batches} rows for {len(rows)}")
-            for length, tokens in zip(lengths, reader.array(), strict=True):
-                if tokens.shape != (length,):
-                    raise TeacherFailed(f"{where} gave tokens of shape {tokens.shape} for a row of {length}")
-                _check_tokens(tokens, where, vocab_size=self.spec.vocab_size)
-                yield tokens
+            for length, values in zip(lengths, reader.array(), strict=True):
+                if values.shape != (length,):
+                    raise TeacherFailed(f"{where} gave values of shape {values.shape} for a row of {length}")
+                check(values, where)
+                yield values
 
 
 class _HttpArrays:
@@ -111,6 +140,10 @@ class _HttpArrays:
             "shard_rows": spec.num_shards + 1,
             "shard_starts": spec.num_shards + 1,
         }
+        if spec.num_documents is not None:
+            self._lengths["document_rows"] = spec.num_documents + 1
+        if spec.num_taught is not None:
+            self._lengths["loss_mask"] = spec.num_positions
         # Two threads may fetch one page twice, but none waits for the other's network.
         self._page = lru_cache(_PAGES)(self._read_page)
 
@@ -139,12 +172,12 @@ class _HttpArrays:
     def corrupt_objects(self) -> list[str]:
         return []
 
-    def _check(self, name: str) -> Callable[[NDArray[Any], str], None]:
+    def _check(self, name: str) -> Check:
         if name == "tokens":
             return partial(_check_tokens, vocab_size=self._spec.vocab_size)
         if name == "row_keys":
             return partial(_check_kind, dtype="uint8", width=(KEY_BYTES,))
-        return partial(_check_kind, dtype="int64")
+        return partial(_check_kind, dtype="bool" if name == "loss_mask" else "int64")
 
     def _read_page(self, page: int) -> NDArray[Any]:
         return self._fetch("row_starts", "rows", page * _PAGE, min((page + 1) * _PAGE, self._lengths["row_starts"]))
@@ -161,7 +194,7 @@ def read_array(
     start: int,
     stop: int,
     fingerprint: str,
-    check: Callable[[NDArray[Any], str], None],
+    check: Check,
 ) -> NDArray[Any]:
     """Read elements `start` to `stop` of one of a corpus's arrays, in several requests where there are many.
 

@@ -59,8 +59,13 @@ def run(args: argparse.Namespace) -> int:
     print(
         f"{args.to}: {counted(report.files_written, 'file')} written, {report.files_before} there before; "
         f"{counted(report.num_bytes, 'byte')} in all"
+        f"{'; the loss mask is left out: DistillKit has none' if _drops_mask(args, targets) else ''}"
     )
     return 0
+
+
+def _drops_mask(args: argparse.Namespace, targets: TargetSet) -> bool:
+    return args.format == "distillkit" and targets.corpus.has_loss_mask
 
 
 def _format(args: argparse.Namespace, targets: TargetSet, fields: Fields, folder: Path) -> tuple[RowFormat, Fields]:
@@ -73,7 +78,7 @@ def _format(args: argparse.Namespace, targets: TargetSet, fields: Fields, folder
     if args.format == "parquet":
         if args.compression_config:
             raise InvalidInput("--compression-config is for --format distillkit; leave it away")
-        return ListColumns.to_write(fields, vocab_size), fields
+        return ListColumns.to_write(fields, vocab_size, targets.corpus), fields
     if not fields.k:
         raise InvalidInput(f"teacher {targets.teacher!r} has no top-k, and DistillKit knows nothing else")
     config = read_config(args.compression_config) if args.compression_config else preset(fields.k, vocab_size)

@@ -20,8 +20,13 @@ from potstill.cache.corpus.annotations import AnnotatedCorpus, list_annotations,
 from potstill.cache.corpus.keys import KEY_BYTES, KEY_ORDER, SORTED_KEYS, KeyIndex, KeysInMemory, row_key
 from potstill.cache.corpus.seal import CorpusSpec, corpus_path, read_seal
 from potstill.cache.corpus.tokenizer import sealed_tokenizer
-from potstill.cache.corpus.tokenizer_files import SpecialTokens, sealed_tokenizer_files
-from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput
+from potstill.cache.corpus.tokenizer_files import (
+    SEALED_FILES,
+    SpecialTokens,
+    parse_tokenizer_files,
+    sealed_tokenizer_files,
+)
+from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput, UnsupportedField
 from potstill.cache.forks import cached
 from potstill.cache.plurals import counted
 from potstill.cache.store import GroupReader, Reading, Root
@@ -138,6 +143,17 @@ class Corpus:
         if self.spec.num_documents is None:
             return self._runs_of_full_rows()
         return self._axis("document_rows", self.spec.num_documents, self.spec.num_rows)
+
+    def document_starts(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Read `document_rows[start:stop]` of a corpus that says which row is of which document, and no more.
+
+        Raises:
+            UnsupportedField: it does not say. CorruptSegment: stored bytes are damaged.
+        """
+        if self.spec.num_documents is None:
+            raise UnsupportedField(f"corpus {self.name!r} does not say which row is of which document")
+        self._reader.expect("document_rows", (self.num_documents + 1,), ("int64",))
+        return self._reader.read("document_rows", start, stop).astype(np.int64, copy=False)
 
     @property
     def num_documents(self) -> int:
@@ -270,7 +286,16 @@ class Corpus:
 
     @cached
     def tokenizer_files(self) -> dict[str, str]:
-        """Texts of the files beside the tokenizer, by name, as they were sealed; raises as `sealed_tokenizer_files`."""
+        """Texts of the files beside the tokenizer, by name; raises as `sealed_tokenizer_files`, and FormatError."""
+        return parse_tokenizer_files(b"".join(self.tokenizer_files_text()), f"{self._reader.path}/{SEALED_FILES}")
+
+    @property
+    def tokenizer_files_objects(self) -> list[str]:
+        """sha256 of the objects that hold those files, which the fingerprint does not cover; none where none are."""
+        return [item.sha256 for item in self.spec.objects if item.path.startswith(f"{SEALED_FILES}/")]
+
+    def tokenizer_files_text(self) -> Iterator[bytes]:
+        """Read those files as they were sealed, one JSON object in UTF-8, in pieces; raises as `sealed_text`."""
         assert isinstance(self._reader, GroupReader), "a service's corpus is asked for its files"
         return sealed_tokenizer_files(self._reader)
 

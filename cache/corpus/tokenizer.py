@@ -55,20 +55,23 @@ def _tokenizer_file(path: str) -> Path:
 
 
 def sealed_tokenizer(reader: GroupReader) -> Iterator[bytes]:
-    """Read a corpus's tokenizer as it was sealed, JSON in UTF-8, in pieces of 256 KiB.
+    """Read a corpus's tokenizer as it was sealed; see `sealed_text`."""
+    return sealed_text(reader, SEALED_NAME, MAX_TOKENIZER_BYTES, "a sealed tokenizer")
+
+
+def sealed_text(reader: GroupReader, name: str, most: int, what: str) -> Iterator[bytes]:
+    """Read a text of at most `most` bytes that lies in an array, JSON in UTF-8, in pieces of 256 KiB.
 
     Raises:
-        CorruptSegment: stored bytes are damaged, or there are more of them than a tokenizer has.
+        CorruptSegment: stored bytes are damaged, or there are more of them than `what` has.
     """
-    size = reader.length(SEALED_NAME)
+    size = reader.length(name)
     # Compressed, two gigabytes of one character are a few kilobytes in the store.
-    if size > MAX_TOKENIZER_BYTES:
-        raise CorruptSegment(
-            f"{reader.path}/{SEALED_NAME} has {size} bytes; a sealed tokenizer has at most {MAX_TOKENIZER_BYTES}"
-        )
-    reader.expect(SEALED_NAME, (size,), ("uint8",))
+    if size > most:
+        raise CorruptSegment(f"{reader.path}/{name} has {size} bytes; {what} has at most {most}")
+    reader.expect(name, (size,), ("uint8",))
     for start in range(0, size, _PIECE_BYTES):
-        yield reader.read(SEALED_NAME, start, min(start + _PIECE_BYTES, size)).tobytes()
+        yield reader.read(name, start, min(start + _PIECE_BYTES, size)).tobytes()
 
 
 def num_ids(tokenizer: Tokenizer) -> int:

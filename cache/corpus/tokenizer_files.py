@@ -6,7 +6,7 @@ A corpus keeps their texts as they are, so that a student made of it gets the wh
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput
+from potstill.cache.corpus.tokenizer import sealed_text
+from potstill.cache.errors import FormatError, InvalidInput
 from potstill.cache.hub import may_be_hub_name, optional_hub_file
 from potstill.cache.named_files import read_named
 from potstill.cache.store import GroupReader
@@ -79,22 +80,15 @@ def sealed_bytes(files: Mapping[str, str]) -> NDArray[np.uint8]:
     return np.frombuffer(json.dumps(dict(files), sort_keys=True).encode(), dtype=np.uint8)
 
 
-def sealed_tokenizer_files(reader: GroupReader) -> dict[str, str]:
-    """Read the files that were sealed with a corpus; none in those before format 3.
+def sealed_tokenizer_files(reader: GroupReader) -> Iterator[bytes]:
+    """Read the files that were sealed with a corpus, as `sealed_bytes` wrote them; none in those before format 3.
 
     Raises:
-        CorruptSegment: stored bytes are damaged, or there are more of them than files have. FormatError: they are
-            no such object.
+        CorruptSegment: stored bytes are damaged, or there are more of them than files have.
     """
     if not reader.has(SEALED_FILES):
-        return {}
-    size = reader.length(SEALED_FILES)
-    if size > MAX_SEALED_BYTES:
-        raise CorruptSegment(
-            f"{reader.path}/{SEALED_FILES} has {size} bytes; sealed files have at most {MAX_SEALED_BYTES}"
-        )
-    reader.expect(SEALED_FILES, (size,), ("uint8",))
-    return parse_tokenizer_files(reader.read_all(SEALED_FILES).tobytes(), f"{reader.path}/{SEALED_FILES}")
+        return iter((b"{}",))
+    return sealed_text(reader, SEALED_FILES, MAX_SEALED_BYTES, "an object of sealed files")
 
 
 def parse_tokenizer_files(data: bytes | str, where: str) -> dict[str, str]:

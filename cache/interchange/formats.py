@@ -43,6 +43,10 @@ class Rows:
     """[R] tokens of each row, at least 1."""
     tokens: NDArray[np.uint32]
     """[P] token ids, row after row."""
+    ends_document: NDArray[np.bool_] | None = None
+    """[R] whether each row is the last one of its document; None where nobody says."""
+    loss_mask: NDArray[np.bool_] | None = None
+    """[P] whether each target is to be learnt; None for all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,9 +224,17 @@ def _shard_blocks(targets: TargetSet, shard: int, k: int) -> Iterator[tuple[Rows
     corpus = targets.corpus
     first, last = (int(row) for row in corpus.shard_rows[shard : shard + 2])
     starts = corpus.row_starts[first : last + 1]
+    ends = None
+    if corpus.spec.num_documents is not None:
+        ends = np.isin(np.arange(first + 1, last + 1), corpus.document_rows)
     for row, stop in row_batches(starts, BLOCK_POSITIONS):
         start, end = int(starts[row]), int(starts[stop])
-        rows = Rows(np.diff(starts[row : stop + 1]), corpus.tokens(start, end))
+        rows = Rows(
+            np.diff(starts[row : stop + 1]),
+            corpus.tokens(start, end),
+            ends_document=None if ends is None else ends[row:stop],
+            loss_mask=corpus.loss_mask(start, end) if corpus.has_loss_mask else None,
+        )
         yield rows, targets.read(start, end, k=k)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -13,6 +14,7 @@ from potstill.cache.cache import Cache
 from potstill.cache.corpus import Corpus, IngestPlan, Source
 from potstill.cache.corpus.ingest import ingest_rows
 from potstill.cache.corpus.sources import file_sha256
+from potstill.cache.corpus.spool import SourceRow
 from potstill.cache.corpus.tokenizer import fingerprint, num_ids
 from potstill.cache.errors import SpecMismatch, UnknownCorpus
 from potstill.cache.interchange.formats import Origin, RowFormat
@@ -22,7 +24,7 @@ from potstill.cache.lineage import Handed, Step
 from potstill.cache.plurals import counted
 from potstill.cache.store.root import check_name
 from potstill.cache.targets import TargetSet
-from potstill.cache.types import Fields, Provenance, Targets, TeacherIdentity, Tokens
+from potstill.cache.types import Fields, Provenance, Targets, TeacherIdentity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,9 +175,15 @@ def _check_tokens(reader: RowReader, tokenizer: Tokenizer) -> int:
     return longest
 
 
-def _each_row(reader: RowReader) -> Iterator[Tokens]:
+def _each_row(reader: RowReader) -> Iterator[SourceRow]:
     for _, _, rows in reader.rows():
-        yield from np.split(rows.tokens, np.cumsum(rows.lengths)[:-1])
+        stops = np.cumsum(rows.lengths).tolist()
+        for index, (start, stop) in enumerate(pairwise([0, *stops])):
+            yield SourceRow(
+                rows.tokens[start:stop],
+                taught=None if rows.loss_mask is None else rows.loss_mask[start:stop],
+                ends_document=rows.ends_document is not None and bool(rows.ends_document[index]),
+            )
 
 
 def _require_same_rows(corpus: Corpus, reader: RowReader, tokenizer: Tokenizer) -> None:

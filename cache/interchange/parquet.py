@@ -2,6 +2,7 @@
 
     column         type                                  at each position
     input_ids      list<uint32>                          the token itself
+    loss_mask      list<bool>                            whether its target is to be learnt
     ids            list<fixed_size_list<uint32, K>>      the top-k by falling logprob
     logprobs       list<fixed_size_list<float, K>>       nats
     log_tail       list<float>                           log of the mass outside the top-k; -inf for none
@@ -12,19 +13,20 @@
     draw_ids       list<list<uint32>>                    unique ids of the draws, rising
     draw_counts    list<list<uint16>>                    number of times each was drawn
 
-A file has the columns of the target set's fields only. Its schema metadata names teacher, encoding, tokenizer and
-rows (`interchange.formats.Origin`). Files made elsewhere are read too: they need `input_ids`, `ids` and `logprobs`,
-of any integer and float types, in any order at a position. A missing `log_tail` is what the top-k leaves of 1; a
-missing `label_logprob` is taken from the top-k, and is NaN where the label is not among them.
+and `ends_document`, a bool a row: whether it is the last row of its document. A file has the columns of the target
+set's fields only, and `loss_mask` and `ends_document` where the corpus has such. Its schema metadata names teacher,
+encoding, tokenizer and rows (`interchange.formats.Origin`). Files made elsewhere are read too: they need `input_ids`,
+`ids` and `logprobs`, of any integer and float types, in any order at a position. A missing `log_tail` is what the top-k
+leaves of 1; a missing `label_logprob` is taken from the top-k, and is NaN where the label is not among them.
 
 Shape legend:  P positions, K kept entries, T temperatures, V vocabulary size.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -36,6 +38,10 @@ from potstill.cache.interchange.formats import Rows, RowSource
 from potstill.cache.interchange.row_files import reading, require_columns
 from potstill.cache.types import Draws, Fields, Targets
 
+if TYPE_CHECKING:
+    from potstill.cache.corpus import Corpus
+
+_ENDS, _MASK = "ends_document", "loss_mask"
 _TOP_K = ("ids", "logprobs")
 _DRAWS = {"draw_ids": pa.list_(pa.uint32()), "draw_counts": pa.list_(pa.uint16())}
 # Rounding of float32 logprobs, over a large vocabulary, moves their total mass from 1 by less than this.
@@ -49,14 +55,21 @@ class ListColumns:
     fields: Fields
     vocab_size: int
     present: tuple[str, ...]
-    """Columns to write, or those of the files to read."""
+    """Columns of targets to write, or those of the files to read."""
+    beside: tuple[str, ...] = ()
+    """Those of `ends_document` and `loss_mask` that are there."""
 
     @classmethod
-    def to_write(cls, fields: Fields, vocab_size: int) -> ListColumns:
-        """Choose the columns for a target set with these fields."""
-        return cls(fields=fields, vocab_size=vocab_size, present=_columns_of(fields))
+    def to_write(cls, fields: Fields, vocab_size: int, corpus: Corpus | None = None) -> ListColumns:
+        """Choose the columns for a target set with these fields, and for what a corpus says of its rows."""
+        said = {} if corpus is None else {_ENDS: corpus.spec.num_documents is not None, _MASK: corpus.has_loss_mask}
+        beside = tuple(name for name, there in said.items() if there)
+        return cls(fields=fields, vocab_size=vocab_size, present=_columns_of(fields), beside=beside)
 
-    token_columns: ClassVar[tuple[str, ...]] = ("input_ids",)
+    @property
+    def token_columns(self) -> tuple[str, ...]:
+        """See `RowFormat`."""
+        return ("input_ids", *self.beside)
 
     @property
     def target_columns(self) -> tuple[str, ...]:
@@ -72,19 +85,30 @@ class ListColumns:
         types = {name: pa.list_(pa.float32(), width) for name, width in self._widths().items()}
         types |= {"ids": pa.list_(pa.uint32(), self.fields.k), **_DRAWS}
         columns = [pa.field(name, pa.list_(types.get(name, pa.float32()))) for name in self.present]
-        return pa.schema([pa.field("input_ids", pa.list_(pa.uint32())), *columns])
+        own = {_ENDS: pa.bool_(), _MASK: pa.list_(pa.bool_())}
+        beside = [pa.field(name, own[name]) for name in self.beside]
+        return pa.schema([pa.field("input_ids", pa.list_(pa.uint32())), *beside, *columns])
 
     def to_batch(self, rows: Rows, targets: Targets) -> Any:
         """See `RowFormat`."""
         offsets = pa.array(np.concatenate([[0], np.cumsum(rows.lengths)]).astype(np.int32))
         columns = [pa.ListArray.from_arrays(offsets, pa.array(rows.tokens))]
+        if _ENDS in self.beside:
+            columns.append(pa.array(rows.ends_document))
+        if _MASK in self.beside:
+            columns.append(pa.ListArray.from_arrays(offsets, pa.array(rows.loss_mask)))
         columns += [pa.ListArray.from_arrays(offsets, _position_values(name, targets)) for name in self.present]
         return pa.record_batch(columns, schema=self.schema())
 
     def rows(self, batch: Any, source: RowSource) -> Rows:
         """See `RowFormat`."""
         lengths, values = lists(batch, "input_ids", source)
-        return Rows(lengths, token_ids(values, lengths, source, self.vocab_size))
+        rows = Rows(lengths, token_ids(values, lengths, source, self.vocab_size))
+        # Only of files that are read for their rows: those that are read for targets leave these columns out.
+        beside = [name for name in self.beside if name in batch.schema.names]
+        ends = _bools(batch.column(_ENDS), _ENDS, source) if _ENDS in beside else None
+        mask = _bools(per_position(batch, _MASK, rows, source), _MASK, source) if _MASK in beside else None
+        return replace(rows, ends_document=ends, loss_mask=mask)
 
     def targets(self, batch: Any, source: RowSource) -> Targets:
         """See `RowFormat`."""
@@ -169,7 +193,15 @@ def list_columns(path: Path, fields: Fields | None, vocab_size: int) -> ListColu
         else:
             present = _columns_of(fields)
             require_columns(path, names, present)
-    return ListColumns(fields=fields, vocab_size=vocab_size, present=present)
+    beside = tuple(name for name in (_ENDS, _MASK) if name in names)
+    return ListColumns(fields=fields, vocab_size=vocab_size, present=present, beside=beside)
+
+
+def _bools(values: Any, name: str, source: RowSource) -> NDArray[np.bool_]:
+    """Read booleans, or whole numbers that are 0 for False, as other tools write masks."""
+    if values.null_count or not (pa.types.is_boolean(values.type) or pa.types.is_integer(values.type)):
+        raise source.block_error(f"column {name!r} holds {values.type} or nulls; it must hold booleans, or 0 and 1")
+    return _numpy(values.cast(pa.bool_()))
 
 
 def lists(batch: Any, name: str, source: RowSource) -> tuple[NDArray[np.int64], Any]:

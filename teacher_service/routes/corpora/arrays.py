@@ -32,6 +32,8 @@ _PART = 1 << 17
 _ROWS_BYTES = 1 << 20  # in which rows are sent together
 _MOST_ELEMENTS = 1 << 40  # beyond any corpus, and far enough from the end of int64 for every product
 T = TypeVar("T")
+Read: TypeAlias = Callable[[int, int], NDArray[Any]]
+"""Reads elements from one to another."""
 Start: TypeAlias = Annotated[int, Query(ge=0, lt=_MOST_ELEMENTS)]
 Stop: TypeAlias = Annotated[int | None, Query(ge=0, lt=_MOST_ELEMENTS)]
 
@@ -41,7 +43,7 @@ class Array:
     """An array of a corpus: its length, a function that reads a range, and its version within the corpus."""
 
     length: int
-    read: Callable[[int, int], NDArray[Any]]
+    read: Read
     version: JSON = None
     item_bytes: int = 8
     """Most bytes of an element."""
@@ -54,8 +56,33 @@ _ARRAYS: dict[str, Callable[[Corpus], Array]] = {
     "row_keys": lambda corpus: Array(len(corpus), corpus.row_keys, item_bytes=KEY_BYTES),
     "shard_rows": lambda corpus: Array(corpus.num_shards + 1, lambda start, stop: corpus.shard_rows[start:stop]),
     "shard_starts": lambda corpus: Array(corpus.num_shards + 1, lambda start, stop: corpus.shard_starts[start:stop]),
+    # Only of a corpus that says: the superset of another needs all its rows, which a client may count itself.
+    "document_rows": lambda corpus: Array((corpus.spec.num_documents or 0) + 1, corpus.document_starts),
+    "loss_mask": lambda corpus: Array(corpus.num_positions, corpus.loss_mask, item_bytes=1),
 }
 """Arrays by the last part of their route."""
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A JSON text of a corpus: a function that reads it in pieces, and its version within the corpus."""
+
+    pieces: Callable[[], Iterator[bytes]]
+    version: JSON
+
+
+_TEXTS: dict[str, Callable[[Corpus], Text]] = {
+    "tokenizer": lambda corpus: Text(corpus.tokenizer_text, "tokenizer_json"),
+    "tokenizer_files": lambda corpus: Text(
+        corpus.tokenizer_files_text, ["tokenizer_files", *corpus.tokenizer_files_objects]
+    ),
+}
+"""Texts by the last part of their route."""
+_OF_ROWS: dict[str, Callable[[Corpus], Read]] = {
+    "rows": lambda corpus: corpus.tokens,
+    "loss_mask": lambda corpus: corpus.loss_mask,
+}
+"""Values at the positions of rows, by the last part of the route that takes the numbers of rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +145,10 @@ def add_array_routes(app: FastAPI, reading: CorpusReading, dependencies: Sequenc
     """Add the routes to the app."""
     for name in _ARRAYS:
         _add_array_route(app, reading, dependencies, name)
-    _add_tokenizer_route(app, reading, dependencies)
+    for name, of in _OF_ROWS.items():
+        _add_rows_route(app, reading, dependencies, name, of)
+    for name, text in _TEXTS.items():
+        _add_text_route(app, reading, dependencies, name, text)
 
     @get_and_head(app, "/v1/corpora/{corpus}/annotations/{name}", dependencies)
     async def read_annotation_values(
@@ -127,9 +157,13 @@ def add_array_routes(app: FastAPI, reading: CorpusReading, dependencies: Sequenc
         """Read a range of an annotation's values, one a row."""
         return await reading.answer(request, lambda: _annotation(reading.opened, corpus, name), start, stop)
 
-    @app.post("/v1/corpora/{corpus}/rows", dependencies=dependencies)
+
+def _add_rows_route(
+    app: FastAPI, reading: CorpusReading, dependencies: Sequence[Any], name: str, values: Callable[[Corpus], Read]
+) -> None:
+    @app.post(f"/v1/corpora/{{corpus}}/{name}", dependencies=dependencies)
     async def take_rows(corpus: str, request: Request) -> Response:
-        """Read the tokens of any rows, by their numbers."""
+        """Read the tokens, or the loss mask, of any rows, by their numbers."""
         reads = request_format(request)
         body = await read_body(request)
 
@@ -139,7 +173,8 @@ def add_array_routes(app: FastAPI, reading: CorpusReading, dependencies: Sequenc
             rows = rows_from_json(body, most)[0] if is_json else read_row_numbers(body, max_rows=most)[0]
             require_at_most(len(rows), most, "rows", "max_rows")
             of = reading.opened.corpus(corpus)
-            return _row_pieces(of, rows, reading.limits), HELD_BLOCKS * (_ROWS_BYTES + 8 * of.spec.longest_row)
+            pieces = _row_pieces(of, rows, values(of), reading.limits)
+            return pieces, HELD_BLOCKS * (_ROWS_BYTES + 8 * of.spec.longest_row)
 
         pieces, held = await reading.in_thread(read)
         return reading.streamed(request, pieces, held, {"cache-control": "no-store"})
@@ -153,7 +188,7 @@ def _add_array_route(app: FastAPI, reading: CorpusReading, dependencies: Sequenc
         """Read a range of one of the corpus's arrays.
 
         They are `tokens` [P], `rows` [R+1] (where each row starts, and the end), `row_keys` [R, 16], `shard_rows` and
-        `shard_starts` [S+1].
+        `shard_starts` [S+1], `document_rows` [D+1], and `loss_mask` [P].
         """
 
         def find() -> tuple[str, Array]:
@@ -163,18 +198,21 @@ def _add_array_route(app: FastAPI, reading: CorpusReading, dependencies: Sequenc
         return await reading.answer(request, find, start, stop)
 
 
-def _add_tokenizer_route(app: FastAPI, reading: CorpusReading, dependencies: Sequence[Any]) -> None:
-    @get_and_head(app, "/v1/corpora/{corpus}/tokenizer", dependencies)
-    async def read_tokenizer(corpus: str, request: Request) -> Response:
-        """Give the corpus's tokenizer, as `tokenizers` saves it."""
+def _add_text_route(
+    app: FastAPI, reading: CorpusReading, dependencies: Sequence[Any], name: str, text: Callable[[Corpus], Text]
+) -> None:
+    @get_and_head(app, f"/v1/corpora/{{corpus}}/{name}", dependencies)
+    async def read_text(corpus: str, request: Request) -> Response:
+        """Give the corpus's tokenizer as `tokenizers` saves it, or the texts of the files beside it, by name."""
         of = await reading.in_thread(lambda: reading.opened.corpus(corpus))
-        etag = strong_etag(wire.JSON_MEDIA_TYPE, of.fingerprint, "tokenizer_json")
+        sealed = text(of)
+        etag = strong_etag(wire.JSON_MEDIA_TYPE, of.fingerprint, sealed.version)
         unchanged = not_modified(request, etag)
         if unchanged is not None:
             return unchanged
         headers = {**immutable_headers(etag), wire.FORMAT_HEADER: wire.WIRE_VERSION}
         held = HELD_BLOCKS * (1 << 20)  # more than the pieces, as the store is read in MiBs
-        return reading.streamed(request, of.tokenizer_text(), held, headers, wire.JSON_MEDIA_TYPE)
+        return reading.streamed(request, sealed.pieces(), held, headers, wire.JSON_MEDIA_TYPE)
 
 
 def _annotation(opened: OpenedSets, corpus: str, name: str) -> tuple[str, Array]:
@@ -193,12 +231,12 @@ def _pieces(fingerprint: str, array: Array, start: int, stop: int) -> Iterator[b
     return write_array(head, (array.read(at, min(at + _PART, stop)) for at in cuts))
 
 
-def _row_pieces(corpus: Corpus, rows: Sequence[int], limits: LimitSettings) -> Iterator[bytes]:
-    """Stream one record batch of tokens per row."""
+def _row_pieces(corpus: Corpus, rows: Sequence[int], values: Read, limits: LimitSettings) -> Iterator[bytes]:
+    """Stream one record batch of the values at a row's positions per row."""
     if not rows:
         raise InvalidInput("rows is empty; ask for at least one")
     ranges = corpus.row_ranges(rows)
     length = int((ranges[:, 1] - ranges[:, 0]).sum())
     require_at_most(length, limits.max_stream_positions, "positions", "max_stream_positions")
     head = StreamHead(batches=len(rows), length=length, corpus=corpus.fingerprint)
-    return in_pieces(write_array(head, (corpus.tokens(start, stop) for start, stop in ranges.tolist())), _ROWS_BYTES)
+    return in_pieces(write_array(head, (values(start, stop) for start, stop in ranges.tolist())), _ROWS_BYTES)

@@ -44,6 +44,7 @@ def describe_corpus(opened: OpenedSets, name: str) -> dict[str, Any]:
         "format": wire.WIRE_VERSION,
         **_counts(corpus),
         "documents": spec.num_documents,
+        "tokenizer_files": bool(corpus.tokenizer_files_objects),
         "spec": {**sealed, "sources": [asdict(source) for source in spec.sources]},
         "annotations": corpus.annotations(),
         "teachers": {teacher: _coverage(opened, teacher, name) for teacher in opened.teachers(name)},

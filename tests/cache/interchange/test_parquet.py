@@ -12,13 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from potstill.cache import Cache, Fields, Targets
+from potstill.cache.corpus.ingest import IngestPlan, ingest_rows
+from potstill.cache.corpus.spool import SourceRow
 from potstill.cache.interchange.formats import RowFormat, export_shards
 from potstill.cache.interchange.importing import ImportPlan, import_targets
 from potstill.cache.interchange.parquet import ListColumns, list_columns
 from potstill.cache.interchange.row_files import row_files
 from tests.support.command_line import refused, run
 from tests.support.corpora import VOCAB, byte_tokenizer, teacher_for
-from tests.support.parquet_files import TEACHER, K, everything, export, make_small, make_targets, scored, take
+from tests.support.parquet_files import TEACHER, K, everything, export, fill_all, make_small, make_targets, scored, take
 from tests.support.scored_rows import assert_same
 
 EVERYTHING = Fields(k=K, draws=20, seed=3, entropy=True, temperatures=(2.0, 4.0), dense=True)
@@ -45,6 +47,31 @@ def test_targets_come_back_from_parquet_bit_for_bit(
     assert (back.identity, back.fields) == (targets.identity, fields)
     assert back.corpus.fingerprint == targets.corpus.fingerprint
     assert_same(everything(back), everything(targets))
+
+
+def test_documents_and_mask_come_back_from_parquet(
+    tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = Cache.open(tmp_path / "a", mode="r+")
+    rng = np.random.default_rng(0)
+    tokens = [rng.integers(0, VOCAB, length, np.uint32) for length in rng.integers(1, 40, 60)]
+    rows = [SourceRow(row, taught=rng.random(len(row)) < 0.5, ends_document=rng.random() < 0.3) for row in tokens]
+    plan = IngestPlan(row_tokens=max(map(len, tokens)), shard_positions=700)
+    corpus = ingest_rows(cache.root, "docs", rows, byte_tokenizer(), plan)
+    teacher = teacher_for(corpus)
+    fill_all(cache.plan_targets("fake", "docs", teacher.identity, fields=Fields(k=K), encoding="f32"), teacher)
+    assert run(*export(tmp_path / "a", tmp_path / "files")) == 0
+    table = pyarrow.dataset.dataset(tmp_path / "files", format="parquet").to_table().to_pylist()
+    assert [row["loss_mask"] for row in table] == [mask.tolist() for mask in corpus.take_loss_mask(range(60))]
+    again = take(tmp_path / "files", tmp_path / "b", tokenizer, "--encoding", "f32", "--shard-positions", 700)
+    assert run(*again) == 0, capsys.readouterr().err
+    back = Cache.open(tmp_path / "b").corpus("docs")
+    assert back.fingerprint == corpus.fingerprint
+    assert back.document_rows.tolist() == corpus.document_rows.tolist()
+    assert np.array_equal(back.loss_mask(0, back.num_positions), corpus.loss_mask(0, corpus.num_positions))
+    capsys.readouterr()
+    assert run(*export(tmp_path / "a", tmp_path / "kit"), "--format", "distillkit", "--top-k", 4) == 0
+    assert "; the loss mask is left out: DistillKit has none" in capsys.readouterr().out
 
 
 def test_plain_pyarrow_and_pandas_read_what_the_columns_say(tmp_path: Path) -> None:
@@ -112,7 +139,7 @@ def test_an_export_goes_on_where_it_stopped_and_refuses_a_folder_of_another(
 
 def test_an_export_that_stops_leaves_no_file_under_its_own_name(tmp_path: Path) -> None:
     targets = make_targets(tmp_path / "a")
-    form = _StopsInside(ListColumns.to_write(targets.fields, VOCAB))
+    form = _StopsInside(ListColumns.to_write(targets.fields, VOCAB, targets.corpus))
     with pytest.raises(KeyboardInterrupt):
         export_shards(targets, tmp_path / "files", form, range(4), fields=targets.fields)
     assert os.listdir(tmp_path / "files") == []
