@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,17 +40,39 @@ class TrainState:
     """Optimizer steps taken."""
     seed: int
     epoch: int
+    """The highest of its corpora."""
     cursor: int
     """Rows drawn since the start of the run."""
     corpus_fingerprint: str
     tokens: int
-    """Positions trained on since the start of the run."""
+    """Targets learnt since the start of the run."""
     seconds: float
     """Time spent training, over all sessions."""
     teachers: dict[str, dict[str, JSON]]
     """Identity of each teacher, by name."""
     held: dict[str, str]
     """K and encoding that are read of each teacher's targets, by name."""
+    left_out: str = ""
+    """sha256 of the rows that are not trained on, in hex; empty for none, and where an earlier version wrote it."""
+    prefix_ids: Sequence[int] = ()
+    """Token ids that the student sees in front of each row."""
+
+    def check_rows(self, left_out: str, prefix_ids: Sequence[int]) -> None:
+        """Check that the run holds out the same rows and sees them with the same prefix as when it began.
+
+        Raises:
+            SpecMismatch: it was started by a version that did otherwise.
+        """
+        if left_out != self.left_out:
+            raise SpecMismatch(
+                "the run was started with other held-out rows: earlier versions drew rows, now whole documents are "
+                "drawn, and some were trained on; go on with that version, or choose another train.out"
+            )
+        if list(prefix_ids) != list(self.prefix_ids):
+            raise SpecMismatch(
+                f"the student sees the prefix {list(prefix_ids)}, but the run was started with {list(self.prefix_ids)};"
+                " set data.prefix_ids to that, or choose another train.out"
+            )
 
     def check_same(self, fingerprint: str, teachers: Mapping[str, TeacherIdentity], held: Mapping[str, str]) -> None:
         """Check that a run resumes on the corpus and with the teachers it began with.
@@ -60,7 +82,7 @@ class TrainState:
         """
         if fingerprint != self.corpus_fingerprint:
             raise SpecMismatch(
-                f"data.corpus has fingerprint {fingerprint[:12]}, but the run was started on "
+                f"the corpora have the fingerprint {fingerprint[:12]}, but the run was started on "
                 f"{self.corpus_fingerprint[:12]}; choose another train.out"
             )
         # Another teacher under the same name would change the loss in the middle of a run, and nobody would see it.

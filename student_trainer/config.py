@@ -4,7 +4,7 @@
 [data]
 cache = "cache"            # folder or URL of the cache that holds the corpus, or http://host:port of a service
 corpus = "docs"
-held_out = 64              # rows kept for evaluation: a count, or a share below 1
+held_out = 64              # at most so many rows, of whole documents, are kept for evaluation
 
 [[teachers]]
 name = "big"               # as `potstill inspect` lists it
@@ -20,6 +20,8 @@ batch_rows = 32
 alpha = 0.5                # share of the distillation loss; 0 is plain cross-entropy
 ```
 
+With `[[data.corpora]]` (name, weight) in place of `corpus` the rows are a mixture.
+
 Relative paths are taken from the current folder, like those on the command line.
 """
 
@@ -29,7 +31,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+import numpy as np
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from potstill.cache.errors import InvalidInput, SpecMismatch
 from potstill.cache.named_files import read_toml
@@ -63,19 +66,64 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+def _whole_or_share(held_out: float | None) -> float | None:
+    if held_out is not None and held_out >= 1 and held_out != int(held_out):
+        raise ValueError("must be a whole number of rows, or a share below 1")
+    return held_out
+
+
+_HeldOut = Annotated[int | float, Field(ge=0), AfterValidator(_whole_or_share)]
+_Weight = Annotated[float, Field(ge=0)]
+
+
+class CorpusConfig(_Frozen):
+    """One corpus of a mixture."""
+
+    name: str = Field(min_length=1)
+    """As `potstill inspect` lists it."""
+    weight: _Weight | tuple[tuple[Annotated[int, Field(ge=0, strict=True)], _Weight], ...] = 1.0
+    """Its share of the rows of a step, relative to the others'; or [step, weight] pairs, linear between them."""
+    held_out: _HeldOut | None = None
+    """In place of `data.held_out`, for this corpus."""
+
+    @model_validator(mode="after")
+    def _steps_rise(self) -> Self:
+        steps = [step for step, _ in self.points]
+        if not steps or steps != sorted(set(steps)):
+            raise ValueError("weight must be a number, or [step, weight] pairs whose steps rise")
+        if not any(weight for _, weight in self.points):
+            raise ValueError("weight is never over 0; leave the corpus out")
+        return self
+
+    @property
+    def points(self) -> tuple[tuple[int, float], ...]:
+        """The weight as (step, weight) pairs, of which a constant has one."""
+        return self.weight if isinstance(self.weight, tuple) else ((0, self.weight),)
+
+    def weight_at(self, step: int) -> float:
+        """Tell the weight of a step."""
+        return float(np.interp(step, [at for at, _ in self.points], [weight for _, weight in self.points]))
+
+
 class DataConfig(_Frozen):
-    """The corpus to train on, its held-out rows, and the order of the others."""
+    """The corpora to train on, their held-out rows, and the order of the others."""
 
     cache: str = Field(min_length=1)
     """Folder or URL of the cache; `http://host:port` is a service that has it."""
     api_key_env: str | None = None
     """Name of the environment variable that holds that service's key; `POTSTILL_API_KEY` when not given."""
-    corpus: str = Field(min_length=1)
-    """As `potstill inspect` lists it."""
-    held_out: Annotated[int | float, Field(ge=0)] = 0.02
-    """Rows never trained on: a whole number is a count, a number below 1 a share of the corpus."""
+    corpus: Annotated[str, Field(min_length=1)] | None = None
+    """As `potstill inspect` lists it; with several, `corpora` in its place."""
+    corpora: tuple[CorpusConfig, ...] = ()
+    """A mixture of corpora of one tokenizer."""
+    eval_corpora: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Corpora to evaluate on beside the held-out rows; no row that is in one of them is trained on."""
+    prefix_ids: tuple[Annotated[int, Field(ge=0, strict=True)], ...] | None = None
+    """Token ids that the student sees in front of each row; by default those of its teachers."""
+    held_out: _HeldOut = 0.02
+    """The most rows of each corpus never trained on, in whole documents: a count, or below 1 a share of the corpus."""
     held_out_seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
-    """Chooses the held-out rows; apart from `train.seed`, so that runs of several seeds compare."""
+    """Chooses the held-out documents; apart from `train.seed`, so that runs of several seeds compare."""
     window_shards: _Count = 8
     """Rows are shuffled within so many (shuffled) shards at a time; more is more random and reads more objects."""
     prefetch: _Count = 4
@@ -84,10 +132,21 @@ class DataConfig(_Frozen):
     """Seconds to go on asking a service that does not answer, before the run stops with a checkpoint."""
 
     @model_validator(mode="after")
-    def _whole_or_share(self) -> Self:
-        if self.held_out >= 1 and self.held_out != int(self.held_out):
-            raise ValueError("must be a whole number of rows, or a share below 1")
+    def _corpora_fit(self) -> Self:
+        if (self.corpus is None) == (not self.corpora):
+            raise ValueError("give exactly one of corpus and corpora")
+        names = [each.name for each in self.mixture]
+        if len({*names, *self.eval_corpora}) != len(names) + len(self.eval_corpora):
+            raise ValueError("corpora and eval_corpora must have different names")
+        for step in sorted({step for each in self.mixture for step, _ in each.points}):
+            if not any(each.weight_at(step) for each in self.mixture):
+                raise ValueError(f"the weights of all corpora are 0 at step {step}")
         return self
+
+    @property
+    def mixture(self) -> tuple[CorpusConfig, ...]:
+        """The corpora to train on, one or more."""
+        return self.corpora or (CorpusConfig(name=self.corpus or ""),)
 
 
 class TeacherConfig(_Frozen):
@@ -287,6 +346,8 @@ def _known_keys(section: int | str, loc: tuple[int | str, ...]) -> Iterable[str]
         "student": StudentConfig,
         "train": LoopConfig,
     }
+    if loc[:2] == ("data", "corpora"):
+        return CorpusConfig.model_fields
     return (models[section] if len(loc) > 1 else TrainConfig).model_fields
 
 

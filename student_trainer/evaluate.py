@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from potstill.student_trainer.data import Batch, BatchReader
+from potstill.student_trainer.data.held_out import num_documents
 from potstill.student_trainer.group import Group
 from potstill.student_trainer.losses import NO_LABEL, kl_and_overlap
 from potstill.student_trainer.result import Evaluation, TeacherAgreement
@@ -65,9 +66,15 @@ def evaluate_student(
             top1_agreement=rest[3 * m + 1] / positions,
             student_mass_on_top_k=rest[3 * m + 2] / positions,
         )
-        for m, name in enumerate(names)
+        for m, name in enumerate(names if positions else ())
     }
-    return Evaluation(rows=len(rows), tokens=int(positions), ce=ce / labels if labels else None, teachers=per_teacher)
+    return Evaluation(
+        rows=len(rows),
+        documents=num_documents(reader.corpus.document_rows, np.asarray(rows)),
+        tokens=int(positions),
+        ce=ce / labels if labels else None,
+        teachers=per_teacher,
+    )
 
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:

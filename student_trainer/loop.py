@@ -1,8 +1,8 @@
 """The training loop: plain PyTorch, alone or as one of several workers.
 
-1. The rows of step s are `order[s * batch_rows : (s + 1) * batch_rows]`; each worker takes its slice and cuts it
+1. The rows of step s are `order.take(s * batch_rows, batch_rows)`; each worker takes its slice and cuts it
    into micro-batches, which a thread reads ahead.
-2. Every micro-batch's loss is a sum divided by the counts of the *global* batch, known from the row lengths, so
+2. Every micro-batch's loss is a sum divided by the counts of the *global* batch, known before it is read, so
    gradients add up: micro-batches and workers change the result by rounding only.
 3. Gradients are summed over micro-batches and workers, clipped, and AdamW takes a step.
 4. Now and then the student is evaluated on held-out rows, and a checkpoint is written.
@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -49,7 +49,14 @@ from potstill.student_trainer.losses import distillation_loss
 from potstill.student_trainer.metrics import MetricsWriter, Record
 from potstill.student_trainer.models import build_student, load_student
 from potstill.student_trainer.optimizer import learning_rate, make_optimizer, warn_of_jump
-from potstill.student_trainer.result import SUMMARY, Evaluation, TrainResult, finished_before
+from potstill.student_trainer.result import (
+    HELD_OUT,
+    SUMMARY,
+    Evaluation,
+    TrainResult,
+    evaluations_to_json,
+    finished_before,
+)
 from potstill.student_trainer.run import OpenRun, only_trainer, open_run
 from potstill.student_trainer.run_folder import write_json
 
@@ -132,11 +139,12 @@ class _Session:
             self.student = build_student(
                 config.student,
                 seed=config.train.seed,
-                vocab_size=run.corpus.vocab_size,
-                row_tokens=run.corpus.spec.longest_row,
+                vocab_size=run.vocab_size,
+                row_tokens=run.row_tokens,
             )
         else:
-            state.check_same(run.corpus.fingerprint, run.teachers, run.held)
+            state.check_same(run.fingerprint, run.teachers, run.held)
+            state.check_rows(run.left_out, run.reader.prefix)
             if state.step > config.train.steps:
                 raise InvalidInput(
                     f"train.steps is {config.train.steps}, but the run in {config.train.out!r} has taken {state.step}; "
@@ -162,10 +170,11 @@ class _Session:
     def run_to_end(self, should_stop: Callable[[], bool]) -> TrainResult:
         loop = self.config.train
         reader = self.run.reader if loop.alpha > 0 else self.run.reader.without_targets()
-        held_out, stopped = None, False
+        found: dict[str, Evaluation] = {}
+        stopped = False
         # At the end already when it was cut off between its last checkpoint and its summary.
         if self.step in (0, loop.steps):
-            held_out = self._evaluate()
+            found = self._evaluate()
         # The only place where training waits for I/O. A read that hangs ends when the sources are closed.
         reading = read_ahead(reader.read, self._pieces(), self.config.data.prefetch, close_seconds=_CLOSE_SECONDS)
         try:
@@ -174,7 +183,7 @@ class _Session:
                     record, stopped = self._step(batches, should_stop)
                     self._record(record)
                     if self.step % loop.eval_every == 0 or self.step == loop.steps:
-                        held_out = self._evaluate()
+                        found = self._evaluate()
                     if self.step % loop.checkpoint_every == 0 or self.step == loop.steps or stopped:
                         self._save()
                         self.group.barrier()
@@ -182,16 +191,16 @@ class _Session:
             if not has_no_answer(error):
                 raise
             return self._given_up(error, asked=should_stop())
-        return self._end(held_out)
+        return self._end(found)
 
     def _given_up(self, error: PotstillError, *, asked: bool) -> TrainResult:
         """Stop between two steps, as nothing more can be read, or as somebody `asked` while it could not."""
         # No barrier: a worker that was evaluating may be the only one to know.
         self._save()
         told = f"{error.detail}; a checkpoint of step {self.step} was written, and the same command goes on from there"
-        return replace(self._result(None), finished=False, problem="" if asked else told)
+        return replace(self._result({}), finished=False, problem="" if asked else told)
 
-    def _result(self, held_out: Evaluation | None) -> TrainResult:
+    def _result(self, found: Mapping[str, Evaluation]) -> TrainResult:
         finished = self.step >= self.config.train.steps
         return TrainResult(
             run_dir=self.config.run_dir,
@@ -199,11 +208,12 @@ class _Session:
             step=self.step,
             tokens=self.tokens,
             seconds=round(self.seconds, 3),
-            held_out=held_out if finished else None,
+            held_out=found.get(HELD_OUT) if finished else None,
+            evaluations={name: one for name, one in found.items() if finished and name != HELD_OUT},
         )
 
-    def _end(self, held_out: Evaluation | None) -> TrainResult:
-        result = self._result(held_out)
+    def _end(self, found: Mapping[str, Evaluation]) -> TrainResult:
+        result = self._result(found)
         if result.finished and self.group.rank == 0:
             publish_model(self.config.run_dir / "model", self.student, self.run.corpus.tokenizer)
             write_json(result.run_dir / SUMMARY, result.to_json())
@@ -236,7 +246,7 @@ class _Session:
         sums[-1] = float(should_stop())
         self.group.all_reduce_sum(sums)
         ce_sum, *kl_sums, stop = sums.tolist()
-        record = self._means(ce_sum / max(num_labels, 1), [kl / num_positions for kl in kl_sums])
+        record = self._means(ce_sum / max(num_labels, 1), [kl / max(num_positions, 1) for kl in kl_sums])
         record |= self._update(record["loss"])
         self.tokens += num_positions
         record["tokens"] = self.tokens
@@ -279,8 +289,7 @@ class _Session:
             group["lr"] = rate
         self.optimizer.step()
         self.step += 1
-        epoch = self.run.order.epoch(self.step * self.config.train.batch_rows - 1)
-        return {"lr": rate, "grad_norm": grad_norm, "epoch": epoch}
+        return {"lr": rate, "grad_norm": grad_norm, "epoch": self.run.epochs(self.step)}
 
     def _forward_backward(self, batch: Batch, num_labels: int, num_positions: int) -> Tensor:
         """Add one micro-batch's gradient; return its undivided CE and KLs, float64 [1 + M]."""
@@ -306,34 +315,32 @@ class _Session:
         return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
 
     def _global_counts(self) -> tuple[int, int]:
-        """Count labels and positions of this step's global batch, from the row lengths alone."""
-        rows = self.run.order.take(self.step * self.config.train.batch_rows, self.config.train.batch_rows)
-        num_positions = self.run.reader.num_positions(rows)
-        return num_positions - len(rows), num_positions
+        """Count labels and positions of this step's global batch."""
+        return self.run.reader.counts(self.run.order.rank_slice(self.step, rank=0, world_size=1))
 
     def _rank_pieces(self, step: int) -> list[NDArray[np.int64]]:
         loop = self.config.train
-        rows = self.run.order.rank_slice(step, loop.batch_rows, self.group.rank, self.group.world_size)
+        rows = self.run.order.rank_slice(step, self.group.rank, self.group.world_size)
         return [rows[i : i + loop.micro_batch_rows] for i in range(0, len(rows), loop.micro_batch_rows)]
 
     def _pieces(self) -> Iterator[NDArray[np.int64]]:
         for step in range(self.step, self.config.train.steps):
             yield from self._rank_pieces(step)
 
-    def _evaluate(self) -> Evaluation | None:
-        if not len(self.run.held_out):
-            return None
-        loop = self.config.train
-        evaluation = evaluate_student(
-            self.student,
-            self.run.reader,
-            self.run.held_out,
-            batch_rows=loop.micro_batch_rows,
-            group=self.group,
-            dtype=loop.dtype,
-        )
-        self._record({"step": self.step, "held_out": evaluation.to_json()})
-        return evaluation
+    def _evaluate(self) -> dict[str, Evaluation]:
+        """Evaluate on the held-out rows, under the name `HELD_OUT`, and on each corpus that is for it."""
+        loop, run = self.config.train, self.run
+        judged = {name: (reader, np.arange(len(reader.corpus))) for name, reader in run.eval_readers.items()}
+        on = {HELD_OUT: (run.reader, run.held_out)} | judged if len(run.held_out) else judged
+        found = {
+            name: evaluate_student(
+                self.student, reader, rows, batch_rows=loop.micro_batch_rows, group=self.group, dtype=loop.dtype
+            )
+            for name, (reader, rows) in on.items()
+        }
+        if found:
+            self._record({"step": self.step, **evaluations_to_json(found)})
+        return found
 
     def _record(self, record: Record) -> None:
         if self.writer is not None:
@@ -343,18 +350,19 @@ class _Session:
     def _save(self) -> None:
         loop = self.config.train
         if self.group.rank == 0:
-            cursor = self.step * loop.batch_rows
             # All that the rest of the run depends on, beside the weights and the optimizer.
             state = TrainState(
                 step=self.step,
                 seed=loop.seed,
-                epoch=self.run.order.epoch(cursor),
-                cursor=cursor,
-                corpus_fingerprint=self.run.corpus.fingerprint,
+                epoch=max(self.run.order.epochs(self.step * loop.batch_rows)),
+                cursor=self.step * loop.batch_rows,
+                corpus_fingerprint=self.run.fingerprint,
                 tokens=self.tokens,
                 seconds=self.seconds,
                 teachers={name: identity.to_json() for name, identity in self.run.teachers.items()},
                 held=self.run.held,
+                left_out=self.run.left_out,
+                prefix_ids=self.run.reader.prefix,
             )
             folder = self.config.run_dir / "checkpoints"
             save_checkpoint(folder, self.student, self.optimizer, state, keep=loop.keep_checkpoints)

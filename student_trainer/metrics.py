@@ -2,10 +2,12 @@
 
     {"step": 7, "loss": 6.1, "ce": 6.4, "kl": {"big": 1.2}, "lr": 3e-4, "grad_norm": 0.8, "epoch": 0,
      "tokens": 28672, "tokens_per_second": 3100.0, "seconds": 9.2}
-    {"step": 100, "held_out": {"rows": 64, "ce": 5.9, "teachers": {"big": {"kl": 0.9, ...}}}}
+    {"step": 100, "held_out": {"rows": 64, "ce": 5.9, "teachers": {"big": {"kl": 0.9, ...}}},
+     "evaluations": {"wiki": {"rows": ...}}}
 
-Losses are nats per token. Lines of steps after the checkpoint that a run resumes from are dropped and
-written again.
+Losses are nats per token. `tokens` are targets learnt: neither padding, nor a prefix, nor what the corpus's loss mask
+leaves out. With several corpora `epoch` is an object, by corpus. Lines of steps after the checkpoint that a run resumes
+from are dropped and written again.
 """
 
 from __future__ import annotations
@@ -81,7 +83,7 @@ class MetricsFollower:
     def _is_new(self, record: Record) -> bool:
         # A step's own record comes before its evaluation; the first evaluation has no step before it.
         step = record["step"]
-        if "held_out" in record:
+        if "loss" not in record:
             return bool(step >= self._after_step)
         new = bool(step > self._after_step)
         self._after_step = max(self._after_step, step)

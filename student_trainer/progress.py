@@ -30,8 +30,8 @@ def showing(total_steps: int, console: Console) -> Iterator[Callable[[Record], N
 
         def show(record: Record) -> None:
             nonlocal held_out
-            if "held_out" in record:
-                held_out = f"  held-out {nats(record['held_out']['ce'], 3)}"
+            if "loss" not in record:
+                held_out = f"  held-out {nats(record['held_out']['ce'], 3)}" if "held_out" in record else ""
                 return
             text = f"loss {record['loss']:.3f}{held_out}  {record['tokens_per_second']:,.0f} tokens/s"
             progress.update(task, completed=record["step"], text=text)
@@ -45,8 +45,8 @@ def _lines(total_steps: int, console: Console) -> Callable[[Record], None]:
     def show(record: Record) -> None:
         nonlocal next_line
         text = f"step {record['step']}/{total_steps}"
-        if "held_out" in record:
-            text += f"  held-out {held_out_text(record['held_out'])}"
+        if "loss" not in record:
+            text += evaluations_text(record)
         elif time.monotonic() < next_line and record["step"] != total_steps:
             return
         else:
@@ -61,6 +61,12 @@ def _lines(total_steps: int, console: Console) -> Callable[[Record], None]:
 def nats(value: float | None, digits: int = 4) -> str:
     """Write a loss with so many digits; `-` where there is none, as no token has a label."""
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def evaluations_text(record: Record) -> str:
+    """Put a record's evaluations into words, each behind two spaces and its name."""
+    found = {"held-out": record["held_out"]} if record.get("held_out") else {}
+    return "".join(f"  {name} {held_out_text(one)}" for name, one in (found | record.get("evaluations", {})).items())
 
 
 def held_out_text(held_out: Record) -> str:

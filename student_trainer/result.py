@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ from potstill.student_trainer.run_folder import read_config
 
 SUMMARY = "summary.json"
 """Name of the file in a finished run's folder that holds its result."""
+
+HELD_OUT = ""
+"""Name of the evaluation on the held-out rows, which no corpus has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,9 +38,12 @@ class Evaluation:
 
     rows: int
     tokens: int
+    """Targets that count, by the corpus's loss mask."""
     ce: float | None
     """Cross-entropy, nats per labelled token; None where no token has a label."""
     teachers: dict[str, TeacherAgreement]
+    documents: int | None = None
+    """Documents that the rows are of; None in what an earlier version wrote."""
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Evaluation:
@@ -59,18 +65,29 @@ class TrainResult:
     """False when it was stopped; the same call goes on from `step`."""
     step: int
     tokens: int
-    """Positions trained on since the start of the run."""
+    """Targets learnt since the start of the run."""
     seconds: float
     """Time since the start of the run, over all sessions, evaluations included."""
     held_out: Evaluation | None
     """Evaluation of the final model; None without held-out rows, or when stopped."""
+    evaluations: Mapping[str, Evaluation] = field(default_factory=dict)
+    """Evaluations of the final model on `data.eval_corpora`, by name; none when stopped."""
     problem: str = ""
     """Cause of a stop that nobody asked for: a service that does not answer."""
 
     def to_json(self) -> dict[str, JSON]:
         """The object that `SUMMARY` holds."""
-        value: dict[str, JSON] = asdict(self)
-        return {key: value[key] for key in ("step", "tokens", "seconds", "held_out")}
+        told: dict[str, JSON] = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "held_out": None}
+        held_out = {} if self.held_out is None else {HELD_OUT: self.held_out}
+        return told | evaluations_to_json({**held_out, **self.evaluations})
+
+
+def evaluations_to_json(found: Mapping[str, Evaluation]) -> dict[str, JSON]:
+    """Write evaluations as they lie in metrics and summary: on held-out rows as `held_out`, others in `evaluations`."""
+    told: dict[str, JSON] = {name: evaluation.to_json() for name, evaluation in found.items()}
+    held_out: dict[str, JSON] = {"held_out": told.pop(HELD_OUT)} if HELD_OUT in told else {}
+    others: dict[str, JSON] = {"evaluations": told} if told else {}
+    return held_out | others
 
 
 def finished_result(config: TrainConfig) -> TrainResult | None:
@@ -88,7 +105,8 @@ def finished_result(config: TrainConfig) -> TrainResult | None:
             return None
         held_out = None if value["held_out"] is None else Evaluation.from_json(value["held_out"])
         told = {name: value[name] for name in ("step", "tokens", "seconds")}
-        return TrainResult(run_dir=config.run_dir, finished=True, **told, held_out=held_out)
+        others = {name: Evaluation.from_json(found) for name, found in value.get("evaluations", {}).items()}
+        return TrainResult(run_dir=config.run_dir, finished=True, **told, held_out=held_out, evaluations=others)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(f"{str(file)!r} cannot be read: {error!r}") from error
 

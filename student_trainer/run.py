@@ -8,24 +8,29 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from potstill.cache.cache import Cache
 from potstill.cache.corpus import Corpus
-from potstill.cache.errors import InvalidInput, NotFound, StoreError, Unavailable
+from potstill.cache.errors import InvalidInput, NotFound, StoreError, Unavailable, UnknownTeacher
 from potstill.cache.types import TeacherIdentity
-from potstill.student_trainer.checkpoint import newest_checkpoint
-from potstill.student_trainer.config import TrainConfig
+from potstill.clients.http_targets import HttpCache
+from potstill.student_trainer.checkpoint import load_state, newest_checkpoint
+from potstill.student_trainer.config import CorpusConfig, DataConfig, TeacherConfig, TrainConfig
 from potstill.student_trainer.data import BatchReader
 from potstill.student_trainer.data.held_out import choose_held_out, with_copies
+from potstill.student_trainer.data.joined import JoinedCorpora
+from potstill.student_trainer.data.mixture import MixtureOrder
 from potstill.student_trainer.data.order import SampleOrder
-from potstill.student_trainer.data.sources import open_cache, open_sources
+from potstill.student_trainer.data.sources import common_prefix, open_cache, open_sources
 from potstill.student_trainer.evaluate import evaluate_student
 from potstill.student_trainer.group import default_device
 from potstill.student_trainer.models import load_student
@@ -38,13 +43,24 @@ _LOCK_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OpenRun:
-    """The corpus, the order of its rows, and a reader of rows with all teachers' targets."""
+    """The corpora, the order of their rows, and readers of rows with all teachers' targets."""
 
-    corpus: Corpus
+    corpora: JoinedCorpora
+    fingerprint: str
+    """sha256 of all that is trained and evaluated on, in hex."""
     held_out: NDArray[np.int64]
     """[H] rows to evaluate on, rising."""
-    order: SampleOrder
+    left_out: str
+    """sha256 of the rows of each corpus that are not trained on, in hex; empty where there are none."""
+    order: MixtureOrder
     reader: BatchReader
+    eval_readers: Mapping[str, BatchReader]
+    """Readers of the corpora to evaluate on beside the held-out rows, by name."""
+
+    @property
+    def corpus(self) -> Corpus:
+        """The first corpus, whose tokenizer is that of all."""
+        return self.corpora.corpora[0]
 
     @property
     def teachers(self) -> dict[str, TeacherIdentity]:
@@ -56,25 +72,106 @@ class OpenRun:
         """K and encoding that are read of each teacher's targets, by name."""
         return {source.name: source.held for source in self.reader.sources}
 
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of the longest row that the student sees, with its prefix."""
+        return max(reader.longest_row for reader in (self.reader, *self.eval_readers.values()))
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id of the tokenizer and of the prefix."""
+        return max(self.corpus.vocab_size, *(token + 1 for token in self.reader.prefix), 0)
+
+    def epochs(self, step: int) -> int | dict[str, int]:
+        """Tell the epoch of the last row before the end of `step` steps; of several corpora, each one's by name."""
+        epochs = self.order.epochs(step * self.order.batch_rows)
+        names = (corpus.name for corpus in self.corpora.corpora)
+        return epochs[0] if len(epochs) == 1 else dict(zip(names, epochs, strict=True))
+
 
 @contextmanager
 def open_run(config: TrainConfig) -> Iterator[OpenRun]:
     """Open the cache and the teachers, check that they fit, close them at the end.
 
     Raises:
-        UnknownCorpus, UnknownTeacher, NotCommitted, SpecMismatch, UnsupportedField: corpus or targets are not there,
+        UnknownCorpus, UnknownTeacher, NotCommitted, SpecMismatch, UnsupportedField: corpora or targets are not there,
             not complete, or do not fit each other.
         InvalidInput: no training rows are left.
     """
-    with open_cache(config.data) as cache:
-        corpus = cache.corpus(config.data.corpus)
-        held_out = choose_held_out(len(corpus), config.data.held_out, config.data.held_out_seed)
-        left_out = with_copies(corpus, held_out)
-        if len(left_out) == len(corpus):
-            raise InvalidInput(f"data.held_out leaves no row to train on: all {len(corpus)} rows are copies of those")
-        order = SampleOrder(corpus.shard_rows, left_out, config.train.seed, config.data.window_shards)
-        with open_sources(config, cache, corpus) as sources:
-            yield OpenRun(corpus, held_out, order, BatchReader(corpus, sources, config.weights))
+    data = config.data
+    with open_cache(data) as cache, ExitStack() as stack:
+        corpora = JoinedCorpora(tuple(cache.corpus(each.name) for each in data.mixture))
+        held_out = [_held_out(data, each, corpus) for each, corpus in zip(data.mixture, corpora.corpora, strict=True)]
+        judges = tuple(cache.corpus(name) for name in data.eval_corpora)
+        everything = JoinedCorpora((*corpora.corpora, *judges))
+        left_out = _left_out(corpora, held_out, judges)
+        shards = (corpus.shard_rows for corpus in corpora.corpora)
+        orders = (
+            SampleOrder(rows, never, config.train.seed, data.window_shards)
+            for rows, never in zip(shards, left_out, strict=True)
+        )
+        order = MixtureOrder(
+            tuple(orders),
+            corpora.first_rows,
+            tuple(each.points for each in data.mixture),
+            config.train.batch_rows,
+            config.train.seed,
+        )
+        opened = [stack.enter_context(open_sources(config.teachers, cache, corpus)) for corpus in corpora.corpora]
+        sources = tuple(corpora.source(parts) for parts in zip(*opened, strict=True))
+        reader = BatchReader(corpora, sources, config.weights, common_prefix(sources, data.prefix_ids))
+        judged = {judge.name: _eval_reader(config, cache, judge, reader, stack) for judge in judges}
+        rows = corpora.joined(held_out)
+        yield OpenRun(corpora, everything.fingerprint, rows, _hashed(left_out), order, reader, judged)
+
+
+def _held_out(data: DataConfig, of: CorpusConfig, corpus: Corpus) -> NDArray[np.int64]:
+    share = data.held_out if of.held_out is None else of.held_out
+    if share == 0:
+        return np.zeros(0, dtype=np.int64)
+    return choose_held_out(corpus.document_rows, share, data.held_out_seed, corpus.name)
+
+
+def _left_out(
+    corpora: JoinedCorpora, held_out: Sequence[NDArray[np.int64]], judges: Sequence[Corpus]
+) -> list[NDArray[np.int64]]:
+    """Rows of each corpus that may not be trained on: those to evaluate on, here and in `judges`, and their copies."""
+    judged = [np.arange(len(judge), dtype=np.int64) for judge in judges]
+    left_out = with_copies([*corpora.corpora, *judges], [*held_out, *judged])[: len(corpora.corpora)]
+    for corpus, rows in zip(corpora.corpora, left_out, strict=True):
+        if len(rows) == len(corpus):
+            raise InvalidInput(
+                f"no row of corpus {corpus.name!r} is left to train on: all {len(corpus):,} are evaluated on, or have "
+                "the tokens of one that is"
+            )
+    return left_out
+
+
+def _hashed(left_out: Sequence[NDArray[np.int64]]) -> str:
+    if not any(map(len, left_out)):
+        return ""
+    digest = hashlib.sha256()
+    for rows in left_out:
+        digest.update(np.array([len(rows), *rows], dtype="<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _eval_reader(
+    config: TrainConfig, cache: Cache | HttpCache, corpus: Corpus, training: BatchReader, stack: ExitStack
+) -> BatchReader:
+    """A reader of a corpus to evaluate on, with the teachers that have targets for it; services answer for any."""
+    there = [each for each in config.teachers if each.source == "service" or _has_targets(cache, each, corpus)]
+    sources = stack.enter_context(open_sources(there, cache, corpus))
+    weights = tuple(weight for each, weight in zip(config.teachers, config.weights, strict=True) if each in there)
+    return replace(training, corpus=JoinedCorpora((corpus,)), sources=sources, weights=weights)
+
+
+def _has_targets(cache: Cache | HttpCache, teacher: TeacherConfig, corpus: Corpus) -> bool:
+    try:
+        cache.targets(teacher.name, corpus.name)
+    except UnknownTeacher:
+        return False
+    return True
 
 
 @contextmanager
@@ -108,18 +205,22 @@ def evaluate_run(run_dir: Path) -> Evaluation:
     """Evaluate a run's final model, or its newest checkpoint, on the run's held-out rows.
 
     Raises:
-        NotFound: no run, or nothing trained yet, in the folder.
+        NotFound: no run, or nothing trained yet, in the folder. InvalidInput: it holds no rows out.
+        SpecMismatch: an earlier version chose other rows, so that these were trained on.
         PotstillError: whatever opening the cache or the teachers raises.
     """
     config = read_config(run_dir)
-    folder = run_dir / "model"
+    folder, checkpoint = run_dir / "model", newest_checkpoint(run_dir / "checkpoints")
     # A run that goes on after it was finished has newer checkpoints than its model.
     if finished_result(config) is None or not folder.exists():
-        checkpoint = newest_checkpoint(run_dir / "checkpoints")
         if checkpoint is None:
             raise NotFound(f"run {str(run_dir)!r} has no model and no complete checkpoint yet")
         folder = checkpoint / "model"
     with open_run(config) as run:
+        if checkpoint is not None:
+            load_state(checkpoint).check_rows(run.left_out, run.reader.prefix)
+        if not len(run.held_out):
+            raise InvalidInput(f"run {str(run_dir)!r} has no held-out rows: its data.held_out is 0")
         model = load_student(folder).to(default_device())
         loop = config.train
         return evaluate_student(model, run.reader, run.held_out, batch_rows=loop.micro_batch_rows, dtype=loop.dtype)

@@ -69,10 +69,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _print_result(result: TrainResult) -> None:
     from potstill.cache.plurals import counted
-    from potstill.student_trainer.progress import held_out_text
+    from potstill.student_trainer.progress import evaluations_text
 
     print(f"trained on {counted(result.tokens, 'token')} in {result.seconds:,.0f} s")
-    if result.held_out is not None:
-        print(f"held-out {held_out_text(result.held_out.to_json())}")
+    if told := evaluations_text(result.to_json()):
+        print(told.strip())
     model = result.run_dir / "model"
     print(f"model: {model}")

@@ -1,4 +1,7 @@
-"""Rows with their targets: `order` says which come, `held_out` which never do; `sources` have targets, `batch` pads."""
+"""Rows with their targets: `mixture` and `order` say which come, `held_out` which never do; `batch` pads them.
+
+`sources` have one corpus's targets; `joined` makes one of several corpora.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,10 @@
 
 Reading is the same for every source, order and number of workers: row indexes go in, a `Batch` comes out.
 
-Shape legend:  B rows, T tokens of the longest row, K kept ids, V vocabulary.
+A teacher that sees a prefix (BOS) in front of each row teaches a student that sees it, too. No target is the prefix's:
+the first label of a row is its second token, as without a prefix.
+
+Shape legend:  B rows, T tokens of the longest row with its prefix, K kept ids, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from potstill.cache.errors import TeacherFailed
 from potstill.cache.forks import PerProcess
 from potstill.cache.types import Targets, Tokens
 from potstill.clients.patience import Patience
+from potstill.student_trainer.data.joined import JoinedCorpora
 from potstill.student_trainer.data.sources import TargetSource
 from potstill.student_trainer.losses import NO_LABEL, TeacherTargets
 
@@ -36,22 +40,23 @@ class Batch:
     """Some rows, padded on the right."""
 
     tokens: Tensor
-    """[B, T] int64; 0 where padded."""
+    """[B, T] int64, the prefix in front; 0 where padded."""
     mask: Tensor
-    """[B, T] bool; False where padded."""
+    """[B, T] bool, true where the target is learnt; False at the prefix, where padded and where the corpus says so."""
     labels: Tensor
-    """[B, T] int64: the next token; `NO_LABEL` at the last token of a row and where padded."""
+    """[B, T] int64: the next token; `NO_LABEL` at the last token of a row and where `mask` is False."""
     teachers: tuple[TeacherTargets, ...]
-    """One per source: ids int32 [B, T, K], logprobs and log_tail float32; nothing (-inf) where padded."""
+    """One per source: ids int32 [B, T, K], logprobs and log_tail float32; nothing (-inf) at the prefix and where
+    padded."""
 
     @property
     def num_positions(self) -> int:
-        """Tokens that are not padding: as many as there are targets."""
+        """Targets that are learnt."""
         return int(self.mask.sum())
 
     @property
     def num_labels(self) -> int:
-        """Positions with a next token."""
+        """Targets that are learnt and have a next token."""
         return int((self.labels != NO_LABEL).sum())
 
     def to(self, device: torch.device) -> Batch:
@@ -66,14 +71,23 @@ class Batch:
 class BatchReader:
     """Reads rows of a corpus with every source's targets."""
 
-    corpus: Corpus
+    corpus: Corpus | JoinedCorpora
     sources: tuple[TargetSource, ...] = ()
     weights: tuple[float, ...] = ()
     """One per source."""
+    prefix: tuple[int, ...] = ()
+    """Token ids in front of every row; those of its teachers (`common_prefix`)."""
     lock: PerProcess[threading.Lock] = field(default_factory=lambda: PerProcess(threading.Lock), repr=False)
     """Training reads ahead while evaluation reads: corpus and sources see one caller at a time."""
     patience: Patience | None = field(default=None, repr=False)
     """With sources that do not answer; without one their errors are raised at once."""
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest row, with its prefix."""
+        corpus = self.corpus
+        longest = corpus.longest_row if isinstance(corpus, JoinedCorpora) else corpus.spec.longest_row
+        return longest + len(self.prefix)
 
     def without_targets(self) -> BatchReader:
         """A reader of the same rows that asks no source, for plain cross-entropy."""
@@ -87,27 +101,36 @@ class BatchReader:
             PotstillError: whatever a source raises.
         """
         wanted = [int(i) for i in indexes]
-        rows, answers = self._answer(lambda: self._read(wanted))
+        rows, masks, answers = self._answer(lambda: self._read(wanted))
         for source, targets in zip(self.sources, answers, strict=True):
             _check_lengths(source.name, rows, targets)
-        tokens, mask, labels = _pad_rows(rows)
+        tokens, mask, labels = _pad_rows(rows, masks, self.prefix)
         teachers = tuple(
-            _pad_targets(targets, tokens.shape[1], weight)
+            _pad_targets(targets, tokens.shape[1], weight, len(self.prefix))
             for targets, weight in zip(answers, self.weights, strict=True)
         )
         return Batch(tokens, mask, labels, teachers)
 
-    def num_positions(self, indexes: NDArray[np.int64]) -> int:
-        """Count the tokens of rows; raises as `read`."""
-        return int(np.diff(self._answer(lambda: self.corpus.row_ranges(indexes)), axis=1).sum())
+    def counts(self, indexes: NDArray[np.int64]) -> tuple[int, int]:
+        """Count the labels and the positions of rows, as of a `Batch`, without their targets; raises as `read`."""
+        return self._answer(lambda: self._counts(indexes))
+
+    def _counts(self, indexes: NDArray[np.int64]) -> tuple[int, int]:
+        with self.lock.get():
+            if not self.corpus.has_loss_mask:
+                num_positions = int(np.diff(self.corpus.row_ranges(indexes), axis=1).sum())
+                return num_positions - len(indexes), num_positions
+            masks = self.corpus.take_loss_mask(indexes.tolist())
+        return sum(int(mask[:-1].sum()) for mask in masks), sum(int(mask.sum()) for mask in masks)
 
     def _answer(self, ask: Callable[[], T]) -> T:
         return ask() if self.patience is None else self.patience.answer(ask)
 
-    def _read(self, wanted: Sequence[int]) -> tuple[list[Tokens], list[list[Targets]]]:
+    def _read(self, wanted: Sequence[int]) -> tuple[list[Tokens], list[NDArray[np.bool_]], list[list[Targets]]]:
         with self.lock.get():
             rows = self.corpus.take(wanted)
-            return rows, [source.read(wanted, rows) for source in self.sources]
+            masks = self.corpus.take_loss_mask(wanted) if self.corpus.has_loss_mask else _all_taught(rows)
+            return rows, masks, [source.read(wanted, rows) for source in self.sources]
 
 
 def _check_lengths(name: str, rows: Sequence[Tokens], answers: Sequence[Targets]) -> None:
@@ -118,26 +141,36 @@ def _check_lengths(name: str, rows: Sequence[Tokens], answers: Sequence[Targets]
             raise TeacherFailed(f"teacher {name!r} gave {targets.num_positions} targets for a row of {len(row)} tokens")
 
 
-def _pad_rows(rows: Sequence[Tokens]) -> tuple[Tensor, Tensor, Tensor]:
-    shape = (len(rows), max(len(row) for row in rows))
+def _all_taught(rows: Sequence[Tokens]) -> list[NDArray[np.bool_]]:
+    return [np.ones(len(row), dtype=np.bool_) for row in rows]
+
+
+def _pad_rows(
+    rows: Sequence[Tokens], masks: Sequence[NDArray[np.bool_]], prefix: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    first = len(prefix)
+    shape = (len(rows), first + max(len(row) for row in rows))
     tokens = np.zeros(shape, dtype=np.int64)
     mask = np.zeros(shape, dtype=np.bool_)
     labels = np.full(shape, NO_LABEL, dtype=np.int64)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = row
-        mask[i, : len(row)] = True
-        labels[i, : len(row) - 1] = row[1:]  # target t predicts the token after row[t]
+    tokens[:, :first] = prefix
+    for i, (row, taught) in enumerate(zip(rows, masks, strict=True)):
+        stop = first + len(row)
+        tokens[i, first:stop] = row
+        mask[i, first:stop] = taught
+        # Target t is of the token after row[t].
+        labels[i, first : stop - 1] = np.where(taught[:-1], tokens[i, first + 1 : stop], NO_LABEL)
     return torch.from_numpy(tokens), torch.from_numpy(mask), torch.from_numpy(labels)
 
 
-def _pad_targets(answers: Sequence[Targets], length: int, weight: float) -> TeacherTargets:
+def _pad_targets(answers: Sequence[Targets], length: int, weight: float, first: int) -> TeacherTargets:
     k = max(targets.k for targets in answers)
     ids = np.full((len(answers), length, k), _NO_ID, dtype=np.int32)
     logprobs = np.full((len(answers), length, k), -np.inf, dtype=np.float32)
     log_tail = np.full((len(answers), length), -np.inf, dtype=np.float32)
     for i, targets in enumerate(answers):
-        t = targets.num_positions
-        ids[i, :t, : targets.k] = targets.ids
-        logprobs[i, :t, : targets.k] = targets.logprobs
-        log_tail[i, :t] = targets.log_tail
+        stop = first + targets.num_positions
+        ids[i, first:stop, : targets.k] = targets.ids
+        logprobs[i, first:stop, : targets.k] = targets.logprobs
+        log_tail[i, first:stop] = targets.log_tail
     return TeacherTargets(torch.from_numpy(ids), torch.from_numpy(logprobs), torch.from_numpy(log_tail), weight)

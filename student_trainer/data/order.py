@@ -1,14 +1,15 @@
 """The order of training rows: a pure function of (seed, epoch, the corpus's shards), whatever the number of workers.
 
+This is the order within one corpus; `mixture` says which corpus a row of the run comes from.
+
 An epoch shuffles the shards, then the rows within each window of consecutive shuffled shards: fully random
 rows would read an object per row. Keys are a splitmix64 hash of (seed, epoch, index) sorted stably, not a
-library's random stream, so an order never changes under another version of anything. A global cursor counts
-rows since the start of the run; the resume state is (seed, epoch, cursor, corpus fingerprint), and the epoch
-follows from the cursor.
+library's random stream, so an order never changes under another version of anything. A cursor counts
+its rows since the start of the run, and the epoch follows from it.
 
 Held-out rows and rows of the same tokens belong to no epoch.
 
-Shape legend:  R rows of the corpus, S shards, H rows left out, B rows of a batch.
+Shape legend:  R rows of the corpus, S shards, H rows left out.
 """
 
 from __future__ import annotations
@@ -62,11 +63,6 @@ class SampleOrder:
             parts.append(part)
             cursor, count = cursor + len(part), count - len(part)
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
-
-    def rank_slice(self, step: int, batch_rows: int, rank: int, world_size: int) -> NDArray[np.int64]:
-        """The rows of global batch `step` that fall to `rank`: a contiguous, nearly equal part."""
-        start, stop = batch_rows * rank // world_size, batch_rows * (rank + 1) // world_size
-        return self.take(step * batch_rows + start, stop - start)
 
     def _take_in_epoch(self, epoch: int, offset: int, count: int) -> NDArray[np.int64]:
         shards, window_starts = self._plan(epoch)

@@ -19,7 +19,7 @@ from potstill.cache.types import Fields, Targets, TeacherIdentity, Tokens
 from potstill.clients.address import key_in
 from potstill.clients.http_targets import HttpCache, HttpTargets
 from potstill.clients.http_teacher import SyncHttpTeacher
-from potstill.student_trainer.config import DataConfig, TeacherConfig, TrainConfig
+from potstill.student_trainer.config import DataConfig, TeacherConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +76,10 @@ def open_cache(data: DataConfig) -> Iterator[Cache | HttpCache]:
 
 
 @contextmanager
-def open_sources(config: TrainConfig, cache: Cache | HttpCache, corpus: Corpus) -> Iterator[tuple[TargetSource, ...]]:
-    """Open the sources of all of the run's teachers, in the config's order, and check them against the corpus.
+def open_sources(
+    teachers: Sequence[TeacherConfig], cache: Cache | HttpCache, corpus: Corpus
+) -> Iterator[tuple[TargetSource, ...]]:
+    """Open the sources of teachers for a corpus, in their order, and check them against it.
 
     Raises:
         SpecMismatch: a teacher with another tokenizer than the corpus, or with another's name in the cache.
@@ -85,23 +87,38 @@ def open_sources(config: TrainConfig, cache: Cache | HttpCache, corpus: Corpus) 
         UnknownTeacher, UnsupportedField, Unavailable: as the cache or the service says.
     """
     with ExitStack() as stack:
-        yield tuple(_open(teacher, config.data.corpus, cache, corpus, stack) for teacher in config.teachers)
+        yield tuple(_open(teacher, cache, corpus, stack) for teacher in teachers)
 
 
-def _open(
-    teacher: TeacherConfig, corpus_name: str, cache: Cache | HttpCache, corpus: Corpus, stack: ExitStack
-) -> TargetSource:
+def common_prefix(sources: Sequence[TargetSource], chosen: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Find the token ids that the student sees in front of each row: the chosen ones, else those of its teachers.
+
+    Raises:
+        SpecMismatch: nothing is chosen, and the teachers have different ones.
+    """
+    if chosen is not None:
+        return chosen
+    prefixes = {source.name: source.identity.prefix_ids for source in sources}
+    if len(set(prefixes.values())) > 1:
+        theirs = ", ".join(f"{name!r} has {list(prefix)}" for name, prefix in prefixes.items())
+        raise SpecMismatch(
+            f"the teachers saw different prefixes: {theirs}; choose what the student sees by data.prefix_ids, like []"
+        )
+    return next(iter(prefixes.values()), ())
+
+
+def _open(teacher: TeacherConfig, cache: Cache | HttpCache, corpus: Corpus, stack: ExitStack) -> TargetSource:
     if teacher.source == "service":
         assert teacher.url is not None, "the config refuses a service without a url"
         key = key_in(teacher.api_key_env, "teachers.api_key_env")
         client = stack.enter_context(SyncHttpTeacher(teacher.url, teacher.name, api_key=key))
         source = service_source(teacher.name, client, teacher.k)
     else:
-        targets = cache.targets(teacher.name, corpus_name).top_k_only()
+        targets = cache.targets(teacher.name, corpus.name).top_k_only()
         teacher_k, kept = teacher.k or 1, targets.fields.k
         if teacher_k > kept:
             raise UnsupportedField(f"teachers.k is {teacher_k} for {teacher.name!r}, but the cache holds k={kept}")
-        _check_committed(teacher.name, targets)
+        _check_committed(teacher.name, corpus.name, targets)
         source = cache_source(teacher.name, targets, teacher.k)
     # The same id must be the same token to both, or the student would be taught noise.
     if isinstance(cache, Cache):
@@ -115,12 +132,12 @@ def _open(
     return source
 
 
-def _check_committed(name: str, targets: TargetSet | HttpTargets) -> None:
+def _check_committed(name: str, corpus: str, targets: TargetSet | HttpTargets) -> None:
     committed = targets.committed
     missing = int((~committed).sum())
     if missing:
         first = int(np.argmin(committed))
         raise NotCommitted(
-            f"teacher {name!r} lacks {missing:,} of {counted(committed.size, 'shard')}, the first is {first}; "
-            f"run `potstill prefill` for it"
+            f"teacher {name!r} lacks {missing:,} of {counted(committed.size, 'shard')}, the first is {first}, of "
+            f"corpus {corpus!r}; run `potstill prefill` for it"
         )

@@ -151,7 +151,7 @@ def _report(plan: DemoPlan, cache: Cache, corpus: Corpus, results: dict[str, Tra
 
     targets = cache.targets(TEACHER, CORPUS)
     commits = [commit for each in targets.sets for commit in each.commits.all()]
-    held_out = choose_held_out(len(corpus), plan.held_out_rows, 0)
+    held_out = choose_held_out(corpus.document_rows, plan.held_out_rows, 0, CORPUS)
     rows = [int(row) for row in held_out if len(corpus.row(int(row))) >= plan.row_tokens // 2][:4]
     models = {name: result.run_dir / "model" for name, result in results.items()}
     shown = samples(corpus, rows, targets.read_rows(rows), "teacher", models)

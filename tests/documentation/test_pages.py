@@ -64,6 +64,9 @@ def folder(tmp_path: Path, models: Path) -> Path:
     (folder / "path").mkdir(parents=True)
     (folder / "path" / "to").symlink_to(models)
     (folder / "book.txt").write_text("\n\n".join(topics(12)), encoding="utf-8")
+    (folder / "texts").mkdir()
+    for number, text in enumerate(topics(12)):
+        (folder / "texts" / f"{number}.txt").write_text(text, encoding="utf-8")
     lines = [json.dumps({"text": text, "source": "pydoc"}) for text in topics(30)[12:]]
     (folder / "pile.jsonl").write_text("\n".join(lines), encoding="utf-8")
     return folder

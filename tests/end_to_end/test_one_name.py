@@ -92,7 +92,7 @@ async def test_doctor_and_a_training_run_name_both_corpora_of_a_name_with_two_te
     )
     with (
         pytest.raises(SpecMismatch, match="another teacher's in this cache, whose targets corpus 'two'"),
-        open_sources(config, cache, cache.corpus("one")),
+        open_sources(config.teachers, cache, cache.corpus("one")),
     ):
         pass
 

@@ -243,7 +243,7 @@ def test_another_config_in_the_same_folder_is_refused(root: Path, tmp_path: Path
 def test_another_corpus_under_the_same_name_is_refused(root: Path, tmp_path: Path) -> None:
     train(config_of(root, tmp_path / "run", train={"steps": 1}))
     other = write_cache(tmp_path / "other", seed=1)
-    with pytest.raises(SpecMismatch, match=r"data\.corpus has fingerprint"):
+    with pytest.raises(SpecMismatch, match=r"the corpora have the fingerprint"):
         train(config_of(other, tmp_path / "run", train={"steps": 2}))
 
 

@@ -70,7 +70,7 @@ def scripted_reader(root: Path, *, drop: int = 0, fail_at: int = -1) -> tuple[Ba
 def test_a_batch_lines_up_tokens_labels_and_targets(root: Path, tmp_path: Path) -> None:
     cache = Cache.open(root)
     corpus = cache.corpus("docs")
-    with open_sources(with_teacher(root, tmp_path), cache, corpus) as sources:
+    with open_sources(with_teacher(root, tmp_path).teachers, cache, corpus) as sources:
         batch = BatchReader(corpus, sources, (0.7,)).read([5, 0, 11])
     targets = batch.teachers[0]
     assert targets.weight == 0.7
@@ -95,7 +95,7 @@ def test_a_service_gives_the_same_batch_as_the_cache(root: Path, tmp_path: Path)
     corpus = cache.corpus("docs")
 
     def read(config: TrainConfig) -> Batch:
-        with open_sources(config, cache, corpus) as sources:
+        with open_sources(config.teachers, cache, corpus) as sources:
             return BatchReader(corpus, sources, (1.0,)).read([3, 1, 4])
 
     with serving_teachers(hosted("fake", fake_teacher())) as url:
@@ -114,7 +114,7 @@ def test_a_teacher_of_another_tokenizer_is_refused(root: Path, tmp_path: Path) -
         config = with_teacher(root, tmp_path, source="service", url=url)
         with (
             pytest.raises(SpecMismatch, match="tokenizer"),
-            open_sources(config, cache, cache.corpus("docs")),
+            open_sources(config.teachers, cache, cache.corpus("docs")),
         ):
             pass
 
@@ -137,7 +137,7 @@ def test_what_is_not_there_is_said_before_training(
 ) -> None:
     cache = Cache.open(root)
     config = with_teacher(root, tmp_path, **teacher)
-    with pytest.raises(error, match=message), open_sources(config, cache, cache.corpus("docs")):
+    with pytest.raises(error, match=message), open_sources(config.teachers, cache, cache.corpus("docs")):
         pass
 
 
@@ -164,13 +164,14 @@ def pieces(count: int) -> Iterator[np.ndarray[tuple[int], np.dtype[np.int64]]]:
 
 def test_reading_ahead_keeps_the_order_and_its_bound(root: Path) -> None:
     reader, source = scripted_reader(root)
+    corpus = Cache.open(root).corpus("docs")
     with closing(read_ahead(reader.read, pieces(12), 2)) as batches:
         first = next(batches)
         time.sleep(0.5)
         assert source.calls <= 4, "one handed out, two waiting, one in hand"
         rest = list(batches)
     tokens = [batch.tokens[0].tolist() for batch in [first, *rest]]
-    assert tokens == [reader.corpus.row(i).tolist() for i in range(12)]
+    assert tokens == [corpus.row(i).tolist() for i in range(12)]
 
 
 def test_an_error_comes_where_its_batch_would_have(root: Path) -> None:

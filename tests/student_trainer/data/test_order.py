@@ -39,18 +39,6 @@ def test_any_cursor_continues_the_same_sequence(order: SampleOrder, cursor: int,
     np.testing.assert_array_equal(fresh.take(cursor, count), whole[cursor:])
 
 
-@given(order=orders(), step=st.integers(0, 30), batch_rows=st.integers(1, 17), data=st.data())
-def test_the_ranks_slices_make_up_the_global_batch(
-    order: SampleOrder, step: int, batch_rows: int, data: st.DataObject
-) -> None:
-    world_size = data.draw(st.integers(1, batch_rows))
-    parts = [order.rank_slice(step, batch_rows, rank, world_size) for rank in range(world_size)]
-    np.testing.assert_array_equal(np.concatenate(parts), order.take(step * batch_rows, batch_rows))
-    sizes = [len(part) for part in parts]
-    assert min(sizes) >= 1
-    assert max(sizes) - min(sizes) <= 1
-
-
 def test_rows_of_a_window_come_from_its_shards() -> None:
     order = order_of([10] * 20, [], window=4)
     rows = order.take(0, 200).reshape(5, 40)
