@@ -29,11 +29,23 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
+def _documents(about: dict[str, Any]) -> str:
+    return "-" if about["documents"] is None else f"{about['documents']:,}"
+
+
+def _taught(about: dict[str, Any]) -> str:
+    """Share of the targets that are to be learnt; a dash where there is no loss mask."""
+    taught, positions = about["taught_positions"], about["positions"]
+    return "-" if taught == positions else f"{taught / positions:.1%}"
+
+
 _CORPORA: _Columns = {
     "corpus": itemgetter("corpus"),
+    "documents": _documents,
     "rows": _count("rows"),
     "positions": _count("positions"),
     "shards": _count("shards"),
+    "taught": _taught,
     "duplicates": _count("duplicate_rows"),
     "bytes": _count("bytes"),
     "tokenizer": lambda about: about["tokenizer_sha256"][:12],

@@ -171,7 +171,7 @@ class Corpus:
         Target t is the distribution of the token after `row[t]`: it is the next token that is taught, or is not.
         """
         if not self.has_loss_mask:
-            return np.ones(len(range(self.num_positions)[start:stop]), np.bool_)
+            return np.ones(stop - start, np.bool_)
         self._reader.expect("loss_mask", (self.num_positions,), ("bool",))
         return self._reader.read("loss_mask", start, stop).astype(np.bool_, copy=False)
 

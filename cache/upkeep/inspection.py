@@ -168,6 +168,8 @@ def _describe_corpus(root: Root, corpus: Corpus) -> dict[str, Any]:
         "positions": corpus.num_positions,
         "shards": corpus.num_shards,
         "tokenizer_sha256": corpus.tokenizer_sha256,
+        "documents": corpus.spec.num_documents,
+        "taught_positions": corpus.num_positions if corpus.spec.num_taught is None else corpus.spec.num_taught,
         "duplicate_rows": corpus.spec.duplicate_rows,
         "sources": [asdict(source) for source in corpus.spec.sources],
         "bytes": sum(item.size for item in corpus.spec.objects),

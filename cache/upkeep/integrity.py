@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 
@@ -249,10 +250,25 @@ def _check_corpus(corpus: Corpus, *, decode: bool) -> list[str]:
     problems = corpus.corrupt_objects()
     if decode and not problems:
         assert len(corpus.shard_starts) == corpus.num_shards + 1, "checked as it was read"
-        _ = corpus.tokenizer
+        assert len(corpus.document_rows) == corpus.num_documents + 1, "checked as it was read"
+        _ = corpus.special_tokens
+        problems += _wrong_mask(corpus)
         for start in range(0, len(corpus), _DECODE_ROWS):
             problems += _wrong_keys(corpus, start, min(start + _DECODE_ROWS, len(corpus)))
     return problems
+
+
+def _wrong_mask(corpus: Corpus) -> list[str]:
+    """Check that the loss mask leaves as many targets as the seal says."""
+    if not corpus.has_loss_mask:
+        return []
+    cuts = [*range(0, corpus.num_positions, _DECODE_POSITIONS), corpus.num_positions]
+    taught = sum(int(corpus.loss_mask(start, stop).sum()) for start, stop in pairwise(cuts))
+    if taught == corpus.spec.num_taught:
+        return []
+    return [
+        f"{corpus_path(corpus.name)}: the loss mask leaves {taught} targets, the seal says {corpus.spec.num_taught}"
+    ]
 
 
 def _wrong_keys(corpus: Corpus, start: int, stop: int) -> list[str]:
