@@ -85,7 +85,7 @@ if __name__ == "__main__":
     print(
         "KL "
         + ", ".join(
-            f"{max(kl for case, kl in FOUND.items() if case.removesuffix(' HTTP') == kind):.5f} {kind}"
+            f"{max(abs(kl) for case, kl in FOUND.items() if case.removesuffix(' HTTP') == kind):.5f} {kind}"
             for kind in ("f32", "u8", "prefix f32", "prefix u8")
         )
     )

@@ -116,11 +116,11 @@ class BatchReader:
         return self._answer(lambda: self._counts(indexes))
 
     def _counts(self, indexes: NDArray[np.int64]) -> tuple[int, int]:
-        with self.lock.get():
-            if not self.corpus.has_loss_mask:
-                num_positions = int(np.diff(self.corpus.row_ranges(indexes), axis=1).sum())
-                return num_positions - len(indexes), num_positions
-            masks = self.corpus.take_loss_mask(indexes.tolist())
+        # Without the lock: training must not wait for what is read ahead, and corpora may be read by several threads.
+        if not self.corpus.has_loss_mask:
+            num_positions = int(np.diff(self.corpus.row_ranges(indexes), axis=1).sum())
+            return num_positions - len(indexes), num_positions
+        masks = self.corpus.take_loss_mask(indexes.tolist())
         return sum(int(mask[:-1].sum()) for mask in masks), sum(int(mask.sum()) for mask in masks)
 
     def _answer(self, ask: Callable[[], T]) -> T:

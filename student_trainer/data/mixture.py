@@ -22,7 +22,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 """2^64 / the golden ratio: its multiples, taken modulo 2^64, are spread most evenly (Weyl's sequence)."""
 _START = np.uint64(4)
 """The salt of the sequence's start."""
-_BLOCK_ROWS = 1 << 16
+_BLOCK_ROWS = 1 << 13
 
 Weight = tuple[tuple[float, float], ...]
 """Points (step, weight) of a corpus: linear between them, constant before the first and after the last."""
@@ -42,7 +42,7 @@ class MixtureOrder:
     """Rows of a step."""
     seed: int
     _counts: dict[int, NDArray[np.int64]] = field(default_factory=dict, init=False, repr=False)
-    """Rows [M] of each corpus before each block of `_BLOCK_ROWS` rows of the run."""
+    """Rows [M] of each corpus before each block of `_BLOCK_ROWS` rows of the run, for the first blocks."""
 
     def take(self, cursor: int, count: int) -> NDArray[np.int64]:
         """Give [count] rows of all corpora from the global cursor on."""
@@ -66,29 +66,29 @@ class MixtureOrder:
 
     def corpus_of(self, cursor: int, count: int) -> NDArray[np.int64]:
         """Name the corpus, 0 to M - 1, of each of [count] rows of the run from the cursor on."""
-        numbers = np.arange(cursor, cursor + count, dtype=np.int64)
         start = hashed(np.zeros(1, dtype=np.int64), self.seed, _START)
-        places = numbers.astype(np.uint64) * _GOLDEN + start
-        steps = numbers // self.batch_rows
-        bounds = self._bounds(np.arange(steps[0], steps[-1] + 1))[steps - steps[0]] if count else np.empty((0, 1))
+        places = np.arange(cursor, cursor + count, dtype=np.uint64) * _GOLDEN + start
         # 53 bits are as many as a float has, so that comparing is exact on every machine.
         fractions = (places >> np.uint64(11)).astype(np.float64) / 2.0**53
-        above: NDArray[np.int64] = np.count_nonzero(fractions[:, None] >= bounds, axis=1).astype(np.int64)
+        first, last = cursor // self.batch_rows, (cursor + count) // self.batch_rows
+        bounds = self._bounds(np.arange(first, last + 1))
+        if (bounds == bounds[0]).all():
+            return np.searchsorted(bounds[0], fractions, side="right")
+        steps = np.arange(cursor, cursor + count) // self.batch_rows - first
+        above: NDArray[np.int64] = np.count_nonzero(fractions[:, None] >= bounds[steps], axis=1).astype(np.int64)
         return above
 
     def counts(self, cursor: int) -> NDArray[np.int64]:
         """Count the rows [M] that come from each corpus before the cursor."""
         if len(self.orders) == 1:
             return np.array([cursor], dtype=np.int64)
-        block = cursor // _BLOCK_ROWS
-        known = max((b for b in list(self._counts) if b <= block), default=0)
-        total = self._counts.get(known, np.zeros(len(self.orders), dtype=np.int64))
-        for passed in range(known, block):
-            total = total + self._in_stretch(passed * _BLOCK_ROWS, _BLOCK_ROWS)
-            self._counts[passed + 1] = total  # two threads may both do it, and find the same
-        return total + self._in_stretch(block * _BLOCK_ROWS, cursor - block * _BLOCK_ROWS)
+        block, nothing = cursor // _BLOCK_ROWS, np.zeros(len(self.orders), dtype=np.int64)
+        for passed in range(len(self._counts), block + 1):  # two threads may both do it, and find the same
+            before = self._counts[passed - 1] + self._in_stretch((passed - 1) * _BLOCK_ROWS) if passed else nothing
+            self._counts[passed] = before
+        return self._counts[block] + self._in_stretch(block * _BLOCK_ROWS, cursor - block * _BLOCK_ROWS)
 
-    def _in_stretch(self, cursor: int, count: int) -> NDArray[np.int64]:
+    def _in_stretch(self, cursor: int, count: int = _BLOCK_ROWS) -> NDArray[np.int64]:
         return np.bincount(self.corpus_of(cursor, count), minlength=len(self.orders))
 
     def _bounds(self, steps: NDArray[np.int64]) -> NDArray[np.float64]:

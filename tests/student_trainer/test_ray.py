@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.edges.e16_mask_in_training import masked_corpus
 from potstill.cache.errors import InvalidInput, NotCommitted
 from potstill.student_trainer.loop import train
 from potstill.student_trainer.metrics import Record, read_metrics
@@ -54,6 +55,25 @@ def test_two_workers_train_like_one(root: Path, tmp_path: Path, ray_mark: str) -
     assert both.held_out.tokens == alone.held_out.tokens
     assert shown == read_metrics(tmp_path / "two")
     assert (tmp_path / "two" / "model" / "config.json").exists()
+
+
+def test_two_workers_train_a_mixture_with_a_mask_and_a_prefix_like_one(tmp_path: Path, ray_mark: str) -> None:
+    from potstill.student_trainer.ray_train import train_with_ray
+
+    root = masked_corpus(tmp_path)  # a row of it has no target that is learnt: a whole micro-batch of a worker
+    fill(root, "fake")
+    write_cache(tmp_path, documents=30, corpus="more")
+    corpora = [{"name": "docs", "weight": 0.4}, {"name": "more", "weight": 0.6}]
+    data = {"corpus": None, "corpora": corpora, "held_out": 2, "prefix_ids": [1]}
+    loop = {"batch_rows": 4, "micro_batch_rows": 1}
+    alone = train(config_of(root, tmp_path / "alone", data=data, train=loop))
+    both = train_with_ray(config_of(root, tmp_path / "two", data=data, train={**loop, "workers": 2}))
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "alone"), atol=1e-4, rtol=0)
+    assert both.tokens == alone.tokens
+    assert both.held_out is not None
+    assert alone.held_out is not None
+    assert both.held_out.tokens == alone.held_out.tokens
+    assert both.held_out.ce == pytest.approx(alone.held_out.ce, abs=1e-4)
 
 
 def test_a_wish_to_stop_reaches_the_workers_and_the_run_goes_on_alone(
