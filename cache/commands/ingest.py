@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING
 
 from potstill.cache.commands.progress import progress
 from potstill.cache.plurals import counted
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from potstill.cache.corpus import Corpus, IngestPlan
     from potstill.cache.corpus.plan import Found
 
@@ -42,6 +45,13 @@ def _add_documents(parser: argparse.ArgumentParser) -> None:
         "--text-field", default="text", metavar="F", help="key or column of records with text (default %(default)s)"
     )
     fields.add_argument("--ids-field", metavar="F", help="key or column of records with lists of token ids")
+    fields.add_argument(
+        "--messages-field",
+        metavar="F",
+        help="key or column of records with messages, for the chat template",
+    )
+    parser.add_argument("--append-eos", action="store_true", help="put the tokenizer's EOS behind each document")
+    parser.add_argument("--prepend-bos", action="store_true", help="put the tokenizer's BOS before each document")
     parser.add_argument(
         "--special-tokens",
         choices=["split", "keep", "refuse"],
@@ -57,30 +67,47 @@ def _add_documents(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Ingest, and print a summary."""
-    from potstill.cache.cache import Cache
+    from dataclasses import fields
+
     from potstill.cache.corpus import IngestPlan
-    from potstill.cache.corpus.ingest import IngestProgress, ingest
+    from potstill.cache.corpus.document_tokens import Around
+    from potstill.cache.corpus.framing import declared_bos
     from potstill.cache.corpus.plan import Found
     from potstill.cache.corpus.sources import list_sources
     from potstill.cache.corpus.tokenizer import load_tokenizer
     from potstill.cache.corpus.tokenizer_files import load_tokenizer_files
     from potstill.cache.store.root import check_name
 
-    options = ("row_tokens", "shard_positions", "text_field", "ids_field", "special_tokens", "skip_bad", "skip_unknown")
-    plan = IngestPlan(**{name: getattr(args, name) for name in options})
+    plan = IngestPlan(**{each.name: getattr(args, each.name) for each in fields(IngestPlan)})
     # All arguments are checked before a cache folder is made.
     check_name("corpus", args.corpus)
     list_sources(args.sources, plan.field, skip_unknown=plan.skip_unknown)
-    tokenizer = load_tokenizer(args.tokenizer)
-    files = load_tokenizer_files(args.tokenizer)
+    tokenizer, files, found = load_tokenizer(args.tokenizer), load_tokenizer_files(args.tokenizer), Found()
+    Around(tokenizer, files, plan, found)
+    bos = None if plan.prepend_bos else declared_bos(tokenizer, files)
+    # A text has none for sure, and its ingest may take hours.
+    if bos is not None and plan.field.kind == "text":
+        _warn_of_bos(tokenizer, bos)
+    corpus = _ingested(args, tokenizer, files, plan, found)
+    if bos is not None and plan.field.kind != "text" and not found.began_with_bos:
+        _warn_of_bos(tokenizer, bos)
+    print(_summary(corpus, plan, found))
+    return 0
+
+
+def _ingested(
+    args: argparse.Namespace, tokenizer: Tokenizer, files: dict[str, str], plan: IngestPlan, found: Found
+) -> Corpus:
+    from potstill.cache.cache import Cache
+    from potstill.cache.corpus.ingest import IngestProgress, ingest
+
     cache = Cache.open(args.cache, mode="r+")
-    found = Found()
     with progress("ingest", "tokens") as show:
 
         def on_progress(at: IngestProgress) -> None:
             show(at.tokens, None, f"{at.files_done}/{counted(at.files, 'file')}")
 
-        corpus = ingest(
+        return ingest(
             cache.root,
             args.corpus,
             args.sources,
@@ -90,8 +117,13 @@ def run(args: argparse.Namespace) -> int:
             found=found,
             on_progress=on_progress,
         )
-    print(_summary(corpus, plan, found))
-    return 0
+
+
+def _warn_of_bos(tokenizer: Tokenizer, bos: str) -> None:
+    sys.stderr.write(
+        f"warning: this tokenizer begins every text with {bos!r}, and these rows do not begin with it; say "
+        f"--prepend-bos, or give it to the teachers: prefill --option prefix_ids=[{tokenizer.token_to_id(bos)}]\n"
+    )
 
 
 def _summary(corpus: Corpus, plan: IngestPlan, found: Found) -> str:
@@ -111,4 +143,7 @@ def _summary(corpus: Corpus, plan: IngestPlan, found: Found) -> str:
     if found.control_tokens:
         done = "kept" if plan.special_tokens == "keep" else "taken as text"
         parts.append(f"control tokens in text {done}: {in_words(found.control_tokens)}")
+    for said, count in (("began with BOS", found.began_with_bos), ("ended with EOS", found.ended_with_eos)):
+        if count:
+            parts.append(f"{counted(count, 'document')} {said} already")
     return "; ".join(parts)

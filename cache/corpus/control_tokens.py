@@ -48,6 +48,10 @@ class ControlTokens:
         for match in self._pattern.finditer(rest):
             see(match[0], before + match.start())
 
+    def ends(self, text: str, start: int, stop: int) -> list[int]:
+        """The character behind each control token in part of a text."""
+        return [match.end() for match in self._pattern.finditer(text, start, stop)]
+
     def replaced(self, text: str, names: Callable[[str], str]) -> str:
         """Replace each control token in a text."""
         return self._pattern.sub(lambda match: names(match[0]), text)

@@ -1,66 +1,119 @@
-"""From documents to token ids: text through the tokenizer, ids as they are.
+"""From documents to token ids: text and conversations through the tokenizer, ids as they are; and what frames them.
 
 Shape legend:  T tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from potstill.cache.corpus.chat_template import ChatTemplate, template_names
 from potstill.cache.corpus.control_tokens import ControlTokens, Disguised
+from potstill.cache.corpus.conversations import ConversationTokens
+from potstill.cache.corpus.framing import Frame
 from potstill.cache.corpus.plan import Found, IngestPlan
-from potstill.cache.corpus.sources import BadRecords, Document, Ids, SourceFile, Text, documents
+from potstill.cache.corpus.sources import BadRecords, Conversation, Document, Ids, SourceFile, Text, documents
 from potstill.cache.corpus.tokenization import encode_documents
 from potstill.cache.corpus.tokenizer import num_ids
+from potstill.cache.corpus.tokenizer_files import SpecialTokens
 from potstill.cache.errors import InvalidInput
 from potstill.cache.types import Tokens
 
 
-class DocumentTokens:
-    """Makes token ids of files' documents as a plan says, and counts in `found` what it comes across."""
+@dataclass(frozen=True, slots=True)
+class DocumentIds:
+    """A document's token ids, in blocks that are read before the next document is asked for."""
 
-    def __init__(self, tokenizer: Tokenizer, plan: IngestPlan, found: Found) -> None:
+    blocks: Iterable[Tokens]
+    taught: NDArray[np.bool_] | None = None
+    """Bool [T] which targets are to be learnt, target t being of the token after token t; None for all."""
+
+
+class Around:
+    """What the files beside a tokenizer say of documents: what frames them, and the template of conversations.
+
+    Raises:
+        InvalidInput: they lack what the plan needs: a token that begins or ends texts, or a template.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, files: Mapping[str, str], plan: IngestPlan, found: Found) -> None:
+        """Take them from the texts of the files, by name."""
+        special = SpecialTokens.of(files, tokenizer)
+        self.eos = special.eos
+        self.frame = Frame(special, found, prepend_bos=plan.prepend_bos, append_eos=plan.append_eos)
+        self.template = _template(special, files) if plan.field.kind == "messages" else None
+
+
+class DocumentTokens:
+    """Makes token ids of files' documents as a plan says, and counts in `found` what it comes across.
+
+    Raises:
+        InvalidInput: as of `Around`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, files: Mapping[str, str], plan: IngestPlan, found: Found) -> None:
+        """Take the parts; `files` are the texts of the files beside the tokenizer, by name."""
+        around = Around(tokenizer, files, plan, found)
         self._plan = plan
         self._found = found
         self._vocab_size = num_ids(tokenizer)
+        self._eos = around.eos
+        self._frame = around.frame
         self._control = ControlTokens(tokenizer)
-        keep = plan.special_tokens == "keep"
-        self._of_text = tokenizer if keep else Disguised(tokenizer, self._control).tokenizer
+        disguised = None if plan.special_tokens == "keep" else Disguised(tokenizer, self._control)
+        self._of_text = tokenizer if disguised is None else disguised.tokenizer
+        self._conversations = None
+        if around.template is not None:
+            self._conversations = ConversationTokens(tokenizer, around.template, self._control, disguised, self._see)
 
-    def of_file(self, file: SourceFile) -> Iterator[Iterable[Tokens]]:
-        """Yield each document of a file as blocks of token ids [T], to be read before the next is asked for.
+    def of_file(self, file: SourceFile) -> Iterator[DocumentIds]:
+        """Yield the token ids of each document of a file.
 
         Raises:
             InvalidInput: the file or a record is bad, has an id that the tokenizer does not have, or a control token
                 that is refused.
         """
         bad = BadRecords(skip=self._plan.skip_bad)
-        found = documents(file, self._plan.field, bad, vocab_size=self._vocab_size)
-        if self._plan.field.kind == "text" and file.kind != "tokens":
+        found = documents(file, self._plan.field, bad, vocab_size=self._vocab_size, eos=self._eos)
+        if self._conversations is not None:
+            yield from self._of_conversations(found, self._conversations, bad)
+        elif self._plan.field.kind == "text" and file.kind != "tokens":
             texts = (self._watched(document) for document in found)
-            yield from encode_documents(self._of_text, texts, str(file.path))
+            for blocks in encode_documents(self._of_text, texts, str(file.path)):
+                yield DocumentIds(self._frame.around(blocks))
         else:
-            yield from (self._checked(document) for document in found)
+            yield from (DocumentIds(self._frame.around(self._checked(document))) for document in found)
         self._found.bad_records += bad.count
         self._found.first_bad = self._found.first_bad or bad.first
 
+    def _of_conversations(
+        self, found: Iterator[Document], tokens: ConversationTokens, bad: BadRecords
+    ) -> Iterator[DocumentIds]:
+        for said in tokens.said((each for each in found if isinstance(each, Conversation)), bad):
+            front, back = self._frame.ends(said.ids)
+            ids = np.concatenate([front, said.ids, back])
+            taught = np.zeros(len(ids), np.bool_)
+            # On the axis of targets: that of a token is the one before it.
+            taught[max(0, len(front) - 1) : len(front) + len(said.ids) - 1] = said.taught[0 if len(front) else 1 :]
+            yield DocumentIds((ids,), taught)
+
+    def _see(self, where: str, name: str, at: int) -> None:
+        if self._plan.special_tokens == "refuse":
+            raise InvalidInput(
+                f"{where} has the control token {name!r} at character {at}; take it out, or take it as text with "
+                "--special-tokens split"
+            )
+        self._found.control_tokens[name] += 1
+
     def _watched(self, document: Document) -> Iterator[str]:
         assert isinstance(document, Text)
-
-        def see(name: str, at: int) -> None:
-            if self._plan.special_tokens == "refuse":
-                raise InvalidInput(
-                    f"{document.where} has the control token {name!r} at character {at}; take it out, or take it as "
-                    "text with --special-tokens split"
-                )
-            self._found.control_tokens[name] += 1
-
-        return self._control.seen(document.pieces, see)
+        return self._control.seen(document.pieces, lambda name, at: self._see(document.where, name, at))
 
     def _checked(self, document: Document) -> Iterator[Tokens]:
         assert isinstance(document, Ids)
@@ -68,6 +121,15 @@ class DocumentTokens:
             if len(block) and (block.max() >= self._vocab_size or block.min() < 0):
                 raise _unknown_id(document.where, block, self._vocab_size)
             yield block.astype(np.uint32, copy=False)
+
+
+def _template(special: SpecialTokens, files: Mapping[str, str]) -> ChatTemplate:
+    if special.chat_template is None:
+        raise InvalidInput(
+            "--messages-field needs a chat template, and there is none beside the tokenizer; put one into "
+            "chat_template.jinja in its folder"
+        )
+    return ChatTemplate(special.chat_template, template_names(files))
 
 
 def _unknown_id(where: str, block: NDArray[Any], vocab_size: int) -> InvalidInput:

@@ -69,7 +69,7 @@ def ingest(
     found = found or Found()
     files, found.unknown_files = list_sources(sources, plan.field, skip_unknown=plan.skip_unknown)
     tokenizer = _plain_tokenizer(tokenizer)
-    tokens = DocumentTokens(tokenizer, plan, found)
+    tokens = DocumentTokens(tokenizer, tokenizer_files or {}, plan, found)
 
     def fill(spool: RowSpool) -> tuple[Source, ...]:
         return tuple(_ingest_files(files, tokens, plan, spool, on_progress))
@@ -183,10 +183,12 @@ def _ingest_files(
     rows = tokens = 0
     for number, file in enumerate(files):
         count = 0
-        for blocks in document_tokens.of_file(file):
+        for document in document_tokens.of_file(file):
             count += 1
-            for row in cut(blocks, plan.row_tokens):
-                spool.add(row)
+            at = 0
+            for row in cut(document.blocks, plan.row_tokens):
+                spool.add(row, None if document.taught is None else document.taught[at : at + len(row)])
+                at += len(row)
                 rows, tokens = rows + 1, tokens + len(row)
                 if rows % _PROGRESS_ROWS == 0:
                     on_progress(IngestProgress(number, len(files), tokens))

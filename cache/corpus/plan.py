@@ -29,9 +29,15 @@ class IngestPlan:
     """Most positions of a shard, the unit of work and of commit; a row that is longer gets a shard of its own. None
     for `fitting_shard_positions`."""
     text_field: str = "text"
-    """Key or column of records that holds text; not used where one of the next two is given."""
+    """Key or column of records that holds text; not used where one of the next two, of which one may be, is given."""
     ids_field: str | None = None
     """Key or column that holds lists of token ids."""
+    messages_field: str | None = None
+    """Key or column that holds lists of messages, for the tokenizer's chat template."""
+    append_eos: bool = False
+    """Put the tokenizer's EOS behind each document, before it is cut into rows."""
+    prepend_bos: bool = False
+    """Put the tokenizer's BOS before each document, before it is cut into rows."""
     special_tokens: SpecialTokensPolicy = "split"
     """What to do with control tokens that stand in a text: take them as the text that they are, keep them as control
     tokens, or refuse the text."""
@@ -41,6 +47,8 @@ class IngestPlan:
     """Leave out files of unknown kinds in folders."""
 
     def __post_init__(self) -> None:
+        if self.ids_field is not None and self.messages_field is not None:
+            raise InvalidInput("--ids-field and --messages-field name one place of documents each; give one")
         for name in ("row_tokens", "shard_positions"):
             option, size = f"--{name.replace('_', '-')}", getattr(self, name)
             if size is None:
@@ -55,6 +63,8 @@ class IngestPlan:
         """Where in records the documents are."""
         if self.ids_field is not None:
             return Field("ids", self.ids_field)
+        if self.messages_field is not None:
+            return Field("messages", self.messages_field)
         return Field("text", self.text_field)
 
 
@@ -66,5 +76,9 @@ class Found:
     first_bad: str = ""
     """What was wrong with the first of them."""
     unknown_files: int = 0
+    began_with_bos: int = 0
+    """Documents that had BOS at their beginning before it was put there."""
+    ended_with_eos: int = 0
+    """Documents that had EOS at their end before it was put there, where it was asked for."""
     control_tokens: Counter[str] = field(default_factory=Counter)
     """Number of times that each stood in a text, or in the contents of messages."""

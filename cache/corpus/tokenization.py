@@ -135,9 +135,18 @@ class _Window:
 
 
 def _tokenized(tokenizer: Tokenizer, texts: list[str], where: str) -> Iterator[_Window]:
-    for text, encoded in zip(texts, _encodings(tokenizer.encode_batch, texts, where), strict=True):
+    for text, encoded in zip(texts, encoded_texts(tokenizer, texts, where), strict=True):
         places = [(start, token) for (start, _), token in zip(encoded.offsets, encoded.ids, strict=True)]
         yield _Window(text, np.array(encoded.ids, dtype=np.uint32), places)
+
+
+def encoded_texts(tokenizer: Tokenizer, texts: list[str], where: str) -> list[Any]:
+    """Tokenize whole texts in one call; the `tokenizers.Encoding` of each, with places in characters.
+
+    Raises:
+        InvalidInput: the tokenizer cannot read one.
+    """
+    return _encodings(tokenizer.encode_batch, texts, where)
 
 
 def _encodings(encode: Any, texts: list[str], where: str) -> list[Any]:

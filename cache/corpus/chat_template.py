@@ -1,0 +1,158 @@
+"""Conversations as text, by a tokenizer's chat template, and which of its parts are the assistant's.
+
+The template is Jinja source that came with a model: it runs in Jinja's immutable sandbox, with what `transformers`
+gives it beside.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from potstill.cache.corpus.sources.documents import BadRecord
+from potstill.cache.errors import InvalidInput
+
+_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_ASSISTANT = "assistant"
+# What code of a template may raise on messages that it was not written for.
+_FAILURES = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """A conversation's text, and the spans [start, stop) in characters that are the assistant's."""
+
+    text: str
+    taught: tuple[tuple[int, int], ...]
+
+
+class ChatTemplate:
+    """A compiled template.
+
+    Raises:
+        InvalidInput: it is no template.
+    """
+
+    def __init__(self, source: str, names: Mapping[str, str]) -> None:
+        """Compile; `names` has the tokens that templates name, such as `bos_token`."""
+        self._names = dict(names)
+        self._tagged = _TAG.search(source) is not None
+        environment = _environment()
+        nonce = secrets.token_hex(16)
+        self._marks = re.compile(f"{nonce}([<>])")
+        environment.globals["_generation_mark"] = lambda side: f"{nonce}{side}"
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise InvalidInput(f"the tokenizer's chat template is no Jinja: {error}; mend its files") from error
+
+    def render(self, messages: Sequence[Mapping[str, Any]], where: str) -> Rendering:
+        """Write a conversation.
+
+        The assistant's parts are what the template has in `{% generation %}`. Where it has none, they are what a
+        conversation up to an assistant's message has more than the one before it with the prompt to generate.
+
+        Raises:
+            BadRecord: the template refuses the conversation, or writes a message otherwise when others follow.
+        """
+        text = self._text(messages, where)
+        return self._unmarked(text) if self._tagged else self._by_difference(text, messages, where)
+
+    def _text(self, messages: Sequence[Mapping[str, Any]], where: str, *, prompt: bool = False) -> str:
+        given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": prompt}
+        try:
+            return self._template.render(**self._names, **given)
+        except _FAILURES as error:
+            raise BadRecord(f"{where} is refused by the chat template: {error}") from error
+
+    def _unmarked(self, text: str) -> Rendering:
+        parts, spans, begun, at, length = [], [], 0, 0, 0
+        for match in self._marks.finditer(text):
+            parts.append(text[at : match.start()])
+            length += len(parts[-1])
+            at = match.end()
+            if match[1] == "<":
+                begun = length
+            else:
+                spans.append((begun, length))
+        return Rendering("".join([*parts, text[at:]]), tuple(spans))
+
+    def _by_difference(self, text: str, messages: Sequence[Mapping[str, Any]], where: str) -> Rendering:
+        spans = []
+        for number, message in enumerate(messages):
+            if message["role"] != _ASSISTANT:
+                continue
+            before = self._text(messages[:number], where, prompt=True)
+            up_to = text if number + 1 == len(messages) else self._text(messages[: number + 1], where)
+            if not (text.startswith(before) and text.startswith(up_to) and len(before) <= len(up_to)):
+                raise BadRecord(
+                    f"{where}: the chat template writes message {number} in another way alone than among the others, "
+                    "which hides where the assistant's part is; put {% generation %} around that in the template"
+                )
+            spans.append((len(before), len(up_to)))
+        return Rendering(text, tuple(spans))
+
+
+def template_names(files: Mapping[str, str]) -> dict[str, str]:
+    """The tokens that the texts of a tokenizer's files name for its template, such as `bos_token`."""
+    names: dict[str, str] = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):  # the later wins
+        for name, value in json.loads(files.get(file, "{}")).items():
+            token = value.get("content") if isinstance(value, dict) else value
+            if name in _NAMES and isinstance(token, str):
+                names[name] = token
+    return names
+
+
+class _Generation(Extension):
+    """Puts marks around what stands in `{% generation %}`; `transformers` has the same tag."""
+
+    tags = {"generation"}  # noqa: RUF012 -- as Jinja declares it
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """Parse the tag up to its end."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        # What the body sets is its own, as where `transformers` makes a macro of it.
+        return [self._mark("<", line), nodes.Scope(body), self._mark(">", line)]
+
+    def _mark(self, side: str, line: int) -> nodes.Node:
+        call = nodes.Call(nodes.Name("_generation_mark", "load"), [nodes.Const(side)], [], None, None)
+        return nodes.Output([call]).set_lineno(line)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,  # noqa: FBT001, FBT002 -- as templates call it
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,  # noqa: FBT001, FBT002
+) -> str:
+    """Write JSON without what Jinja's own filter escapes for web pages."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)

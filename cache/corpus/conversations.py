@@ -1,0 +1,166 @@
+"""From conversations to token ids, with which of them are to be learnt: those that the assistant says.
+
+Shape legend:  T tokens.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from potstill.cache.corpus.chat_template import ChatTemplate, Rendering
+from potstill.cache.corpus.control_tokens import ControlTokens, Disguised
+from potstill.cache.corpus.sources import BadRecords, Conversation
+from potstill.cache.corpus.sources.documents import BadRecord
+from potstill.cache.corpus.tokenization import encoded_texts
+from potstill.cache.types import Tokens
+
+_BATCH = 64  # conversations in one call of the tokenizer, which uses all cores
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """A conversation's token ids [T], and bool [T] which of them the assistant says."""
+
+    ids: Tokens
+    taught: NDArray[np.bool_]
+
+
+class ConversationTokens:
+    """Makes token ids of conversations by a tokenizer and its chat template."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        control: ControlTokens,
+        disguised: Disguised | None,
+        see: Callable[[str, str, int], None],
+    ) -> None:
+        """Take the parts.
+
+        Args:
+            tokenizer: it makes the ids where no message holds a control token.
+            template: that of the tokenizer.
+            control: the tokenizer's control tokens.
+            disguised: it makes the ids of the others; None if control tokens in messages are to stay.
+            see: told of each control token in a message: where, its name, and at what character of its text.
+        """
+        self._tokenizer = tokenizer
+        self._template = template
+        self._control = control
+        self._disguised = disguised
+        self._see = see
+        nonce = secrets.token_hex(8)
+        self._stand_ins = {name: f"{nonce}{number:06x}" for number, name in enumerate(control.names)}
+        meant = {stand_in: name for name, stand_in in self._stand_ins.items()}
+        if disguised is not None:
+            meant |= disguised.names
+        self._meant = meant
+        self._either = re.compile("|".join(map(re.escape, sorted(meant, key=len, reverse=True))) or r"(?!)")
+
+    def said(self, conversations: Iterable[Conversation], bad: BadRecords) -> Iterator[Said]:
+        """Tokenize conversations in order; `bad` is told of those that the template refuses."""
+        rendered = self._rendered(conversations, bad)
+        while batch := list(islice(rendered, _BATCH)):
+            plain = [rendering.text for _, rendering, disguised in batch if not disguised]
+            encoded = iter(encoded_texts(self._tokenizer, plain, batch[0][0]))
+            for where, rendering, disguised in batch:
+                if disguised:
+                    assert self._disguised is not None
+                    (found,) = encoded_texts(self._disguised.tokenizer, [rendering.text], where)
+                else:
+                    found = next(encoded)
+                yield _said(found, rendering)
+
+    def _rendered(
+        self, conversations: Iterable[Conversation], bad: BadRecords
+    ) -> Iterator[tuple[str, Rendering, bool]]:
+        """Where each is from, its text, and whether that is for the tokenizer with other names."""
+        for conversation in conversations:
+            seen = self._seen(conversation)
+            other = seen and self._disguised is not None
+            messages = self._replaced(conversation.messages) if other else conversation.messages
+            try:
+                rendering = self._template.render(messages, conversation.where)
+            except BadRecord as error:
+                bad.add(str(error))
+                continue
+            rendering = self._without_space_behind(rendering)
+            yield conversation.where, self._renamed(rendering) if other else rendering, other
+
+    def _seen(self, conversation: Conversation) -> bool:
+        """Tell of the control tokens in messages; True if there are some."""
+        found: list[tuple[str, int]] = []
+        for text in _texts(conversation.messages):
+            for _ in self._control.seen([text], lambda name, at: found.append((name, at))):
+                pass
+        for name, at in found:
+            self._see(conversation.where, name, at)
+        return bool(found)
+
+    def _replaced(self, value: Any) -> Any:
+        """Copy messages with stand-ins for control tokens, wherever text is."""
+        if isinstance(value, str):
+            return self._control.replaced(value, self._stand_ins.__getitem__)
+        if isinstance(value, list):
+            return [self._replaced(each) for each in value]
+        if isinstance(value, dict):
+            return {self._replaced(key): self._replaced(each) for key, each in value.items()}
+        return value
+
+    def _without_space_behind(self, rendering: Rendering) -> Rendering:
+        """End what is the assistant's with the token that ends a turn: a line break behind it is the template's."""
+        spans = []
+        for start, stop in rendering.taught:
+            ends = self._control.ends(rendering.text, start, stop)
+            last = ends[-1] if ends else stop
+            spans.append((start, last if rendering.text[last:stop].isspace() else stop))
+        return Rendering(rendering.text, tuple(spans))
+
+    def _renamed(self, rendering: Rendering) -> Rendering:
+        """Give the template's control tokens their other names, and text for the stand-ins."""
+        parts, ends, shifts, at, shift = [], [0], [0], 0, 0
+        for match in self._either.finditer(rendering.text):
+            meant = self._meant[match[0]]
+            parts += [rendering.text[at : match.start()], meant]
+            at = match.end()
+            shift += len(meant) - len(match[0])
+            ends.append(at)
+            shifts.append(shift)
+
+        def place(character: int) -> int:
+            return character + shifts[bisect_right(ends, character) - 1]
+
+        spans = tuple((place(start), place(stop)) for start, stop in rendering.taught)
+        return Rendering("".join([*parts, rendering.text[at:]]), spans)
+
+
+def _said(encoded: Any, rendering: Rendering) -> Said:
+    ids = np.array(encoded.ids, dtype=np.uint32)
+    starts, stops = np.array(encoded.offsets, dtype=np.int64).reshape(-1, 2).T
+    taught = np.zeros(len(ids), dtype=np.bool_)
+    for start, stop in rendering.taught:
+        taught |= (starts < stop) & (stops > start)
+    return Said(ids, taught)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for each in value:
+            yield from _texts(each)
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            yield from _texts(key)
+            yield from _texts(each)
