@@ -67,13 +67,14 @@ def _add_documents(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Ingest, and print a summary."""
+    import json
     from dataclasses import fields
 
     from potstill.cache.corpus import IngestPlan
     from potstill.cache.corpus.document_tokens import Around
-    from potstill.cache.corpus.framing import declared_bos
     from potstill.cache.corpus.plan import Found
     from potstill.cache.corpus.sources import list_sources
+    from potstill.cache.corpus.teacher_tokenizer import declared_bos
     from potstill.cache.corpus.tokenizer import load_tokenizer
     from potstill.cache.corpus.tokenizer_files import load_tokenizer_files
     from potstill.cache.store.root import check_name
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     list_sources(args.sources, plan.field, skip_unknown=plan.skip_unknown)
     tokenizer, files, found = load_tokenizer(args.tokenizer), load_tokenizer_files(args.tokenizer), Found()
     Around(tokenizer, files, plan, found)
-    bos = None if plan.prepend_bos else declared_bos(tokenizer, files)
+    bos = None if plan.prepend_bos else declared_bos(tokenizer, json.loads(files.get("tokenizer_config.json", "{}")))
     # A text has none for sure, and its ingest may take hours.
     if bos is not None and plan.field.kind == "text":
         _warn_of_bos(tokenizer, bos)
@@ -119,10 +120,10 @@ def _ingested(
         )
 
 
-def _warn_of_bos(tokenizer: Tokenizer, bos: str) -> None:
+def _warn_of_bos(tokenizer: Tokenizer, bos: int) -> None:
     sys.stderr.write(
-        f"warning: this tokenizer begins every text with {bos!r}, and these rows do not begin with it; say "
-        f"--prepend-bos, or give it to the teachers: prefill --option prefix_ids=[{tokenizer.token_to_id(bos)}]\n"
+        f"warning: this tokenizer begins every text with {tokenizer.id_to_token(bos)!r}, and these rows do not begin "
+        f"with it; say --prepend-bos, or give it to the teachers: prefill --option prefix_ids=[{bos}]\n"
     )
 
 

@@ -5,11 +5,9 @@ Shape legend:  T tokens.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from potstill.cache.corpus.plan import Found
 from potstill.cache.corpus.tokenizer_files import SpecialTokens
@@ -73,14 +71,3 @@ class Frame:
             self._found.ended_with_eos += 1
             return _NONE
         return np.array([self._eos], np.uint32)
-
-
-def declared_bos(tokenizer: Tokenizer, files: Mapping[str, str]) -> str | None:
-    """The token that a tokenizer itself puts before each text that `transformers` gives it, or None."""
-    special = SpecialTokens.of(files, tokenizer)
-    if special.bos is None:
-        return None
-    says = json.loads(files.get("tokenizer_config.json", "{}")).get("add_bos_token") is True
-    # As with Llama 3, where the configuration says nothing and the post-processor does it.
-    adds = tokenizer.encode("a").ids[:1] == [special.bos]
-    return tokenizer.id_to_token(special.bos) if says or adds else None

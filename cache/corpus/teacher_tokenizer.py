@@ -33,7 +33,7 @@ class TeacherTokenizer:
         """
         file = None if folder is None else folder / "tokenizer_config.json"
         config = _read(file) if file is not None and file.is_file() else {}
-        return cls(tokenizer, _bos_id(tokenizer, config))
+        return cls(tokenizer, declared_bos(tokenizer, config))
 
 
 @runtime_checkable
@@ -55,7 +55,8 @@ def _read(file: Path) -> Mapping[str, Any]:
     return config
 
 
-def _bos_id(tokenizer: Tokenizer, config: Mapping[str, Any]) -> int | None:
+def declared_bos(tokenizer: Tokenizer, config: Mapping[str, Any]) -> int | None:
+    """Id that a tokenizer puts before text by its `tokenizer_config.json`, or by its post-processor; None for none."""
     declared = config.get("add_bos_token")
     if declared is False:
         return None
