@@ -1,6 +1,9 @@
-"""Memory and speed of `potstill ingest`: one long document, a million short ones.
+"""Memory and speed of `potstill ingest`: one long document, a million short ones, conversations, token ids, `.zst`.
 
     python -m benchmarks.bench_ingest [--megabytes 500] [--documents 1000000] [--tokenizer FOLDER]
+
+Conversations have an eighth of the short documents' number, and are written by the tokenizer's chat template. Sizes are
+of what lies on disk, but for `.zst`, whose size is unpacked.
 
 Text is that of the standard library's sources, repeated with a number before each file so that no two rows are alike.
 Each ingest is a process of its own; its memory is the peak of what is resident. Exits 1 when one needs over 1 GiB.
@@ -19,6 +22,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from potstill.student_trainer.demo.smollm2 import default_models_folder, materialise
 
@@ -51,10 +58,40 @@ def many_documents(path: Path, count: int) -> None:
             file.write(json.dumps({"text": f"{number} {text}"}) + "\n")
 
 
-def measured(source: Path, tokenizer: str, folder: Path) -> tuple[float, int, str]:
+def conversations(path: Path, count: int) -> None:
+    """A JSONL file of conversations of four messages of some lines each."""
+    lines = (line for text in texts() for line in text.splitlines())
+    roles = ("user", "assistant", "user", "assistant")
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(count):
+            said = ["\n".join(itertools.islice(lines, 8)) for _ in roles]
+            messages = [{"role": role, "content": f"{number} {text}"} for role, text in zip(roles, said, strict=True)]
+            file.write(json.dumps({"messages": messages}) + "\n")
+
+
+def token_ids(path: Path, count: int) -> None:
+    """A Parquet file of documents of 100 token ids each."""
+    rng = np.random.default_rng(0)
+    schema = pa.schema({"input_ids": pa.list_(pa.int32())})
+    with pq.ParquetWriter(path, schema) as writer:
+        for start in range(0, count, 10_000):
+            some = min(10_000, count - start)
+            ids = pa.array(rng.integers(0, 10_000, 100 * some, dtype=np.int32))
+            offsets = pa.array(np.arange(0, 100 * some + 1, 100, dtype=np.int32))
+            writer.write_table(pa.table({"input_ids": pa.ListArray.from_arrays(offsets, ids)}, schema=schema))
+
+
+def packed(path: Path, source: Path) -> None:
+    """A file as `.zst`."""
+    with source.open("rb") as file, pa.CompressedOutputStream(str(path), "zstd") as out:
+        while block := file.read(1 << 20):
+            out.write(block)
+
+
+def measured(source: Path, tokenizer: str, folder: Path, *options: str) -> tuple[float, int, str]:
     """Ingest in a process of its own; returns seconds, bytes of its peak memory and its last line."""
     command = [sys.executable, "-m", "potstill.clients.cli", "ingest", str(source), "--cache", str(folder / "cache")]
-    command += ["--corpus", source.stem, "--tokenizer", tokenizer]
+    command += ["--corpus", source.name.replace(".", "-"), "--tokenizer", tokenizer, *options]
     begin = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
@@ -66,7 +103,7 @@ def measured(source: Path, tokenizer: str, folder: Path) -> tuple[float, int, st
 
 
 def main() -> int:
-    """Measure both; returns the exit status."""
+    """Measure each; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=500, help="size of the long document")
     parser.add_argument("--documents", type=int, default=1_000_000, help="number of the short ones")
@@ -74,13 +111,18 @@ def main() -> int:
     args = parser.parse_args()
     tokenizer = args.tokenizer or str(materialise(default_models_folder()))
     most = 0
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         one_document(folder / "long.txt", args.megabytes)
         many_documents(folder / "short.jsonl", args.documents)
-        for source in (folder / "long.txt", folder / "short.jsonl"):
-            seconds, peak, said = measured(source, tokenizer, folder)
-            size = source.stat().st_size
+        conversations(folder / "talks.jsonl", max(1, args.documents // 8))
+        token_ids(folder / "ids.parquet", args.documents)
+        packed(folder / "long.txt.zst", folder / "long.txt")
+        options = {"talks.jsonl": ("--messages-field", "messages"), "ids.parquet": ("--ids-field", "input_ids")}
+        for name in ("long.txt", "short.jsonl", "talks.jsonl", "ids.parquet", "long.txt.zst"):
+            source = folder / name
+            seconds, peak, said = measured(source, tokenizer, folder, *options.get(name, ()))
+            size = (folder / name.removesuffix(".zst")).stat().st_size
             print(f"{source.name}: {size / 1e6:,.0f} MB in {seconds:,.0f} s, {size / seconds / 1e6:.2f} MB/s,", end=" ")
             print(f"peak {peak / 2**20:,.0f} MiB; {said}", flush=True)
             most = max(most, peak)

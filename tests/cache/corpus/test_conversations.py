@@ -19,7 +19,7 @@ from potstill.cache.corpus.tokenizer import load_tokenizer
 from potstill.cache.corpus.tokenizer_files import load_tokenizer_files
 from potstill.cache.errors import InvalidInput
 from potstill.cache.store.root import Root
-from tests.support.chat_templates import END_OF_TURN, TEMPLATES, chat_tokenizer, write_conversations
+from tests.cache.corpus.chat_templates import END_OF_TURN, TEMPLATES, chat_tokenizer, write_conversations
 from tests.support.command_line import refused, run
 
 TALK = [
