@@ -21,25 +21,25 @@ _NEUTRAL = frozenset(
 """Keys, at any depth, that change no number. What is not known here counts: too many teachers beat mixed-up ones."""
 
 
-def config_sha256(folder: Path) -> str:
-    """SHA-256, in hex, of a model folder's `config.json` without its neutral keys and those that are null.
+def config_sha256(folder: Path, name: str = "config.json", neutral: frozenset[str] = _NEUTRAL) -> str:
+    """SHA-256, in hex, of a folder's `config.json`, or another file, without its neutral keys and those that are null.
 
     Raises:
         InvalidInput: it is no JSON object.
     """
     try:
-        config = json.loads((folder / "config.json").read_bytes())
+        config = json.loads((folder / name).read_bytes())
     except (ValueError, RecursionError) as error:
-        raise InvalidInput(f"config.json of the model folder {folder.name!r} is no JSON: {error}") from error
+        raise InvalidInput(f"{name} of the model folder {folder.name!r} is no JSON: {error}") from error
     if not isinstance(config, dict):
-        raise InvalidInput(f"config.json of the model folder {folder.name!r} is no JSON object")
-    return hashlib.sha256(json.dumps(_plain(config), sort_keys=True).encode()).hexdigest()
+        raise InvalidInput(f"{name} of the model folder {folder.name!r} is no JSON object")
+    return hashlib.sha256(json.dumps(_plain(config, neutral), sort_keys=True).encode()).hexdigest()
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, neutral: frozenset[str]) -> Any:
     """One form for each meaning: JSON writers differ in nulls, and in 10000 and 10000.0."""
     if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items() if key not in _NEUTRAL and each is not None}
+        return {key: _plain(each, neutral) for key, each in value.items() if key not in neutral and each is not None}
     if isinstance(value, list):
-        return [_plain(each) for each in value]
+        return [_plain(each, neutral) for each in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value

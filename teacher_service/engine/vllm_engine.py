@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -90,9 +91,10 @@ class VllmEngine:
         arguments: keyword arguments of `vllm.EngineArgs`; `max_logprobs` is the largest top-k of any caller, and
             `kv_cache_memory_bytes` is of a CPU platform.
         capture: the best capture path to take, by name, or `auto`.
+        lora: folder of the adapter that every row is scored with; empty for none.
     """
 
-    def __init__(self, arguments: dict[str, Any], *, capture: str = "auto") -> None:
+    def __init__(self, arguments: dict[str, Any], *, capture: str = "auto", lora: str = "") -> None:
         self._inside = "llvmlite" not in sys.modules and _INSIDE_THIS_PROCESS.acquire(blocking=False)
         try:
             with _ONE_START_AT_A_TIME:
@@ -100,6 +102,7 @@ class VllmEngine:
                 from potstill.teacher_service.capture import paths as capture_paths  # noqa: PLC0415 -- vLLM is set up only now
 
                 self._paths = capture_paths
+                self._lora = self._vllm.lora.request.LoRARequest("adapter", 1, lora) if lora else None
                 self._engine = self._start(arguments)
         except BaseException:
             self._free_process()
@@ -117,7 +120,9 @@ class VllmEngine:
         """Queue one row, for the path in use unless told otherwise. Raises ValueError when vLLM refuses it."""
         path = path or self._path
         prompt = self._vllm.inputs.tokens_input(asked.tokens)
-        path.added(self._engine, self._engine.add_request(request_id, prompt, path.sampling_params(asked)))
+        params = path.sampling_params(asked)
+        added = self._engine.add_request(request_id, prompt, params, lora_request=self._lora)
+        path.added(self._engine, added)
 
     def targets(self, output: Any, asked: Asked) -> Targets:
         """The targets of one finished request, by the path in use.
@@ -193,8 +198,12 @@ class VllmEngine:
         elif arguments["dtype"] == "auto" and not _has_bfloat16_instructions():
             arguments["dtype"] = "float32"  # bfloat16 is emulated there, and five times slower
         engine_args = self._vllm.EngineArgs(**arguments, additional_config={"potstill": Lifeline()})
-        with failing_with_the_cause():
-            engine = self._vllm.LLMEngine.from_engine_args(engine_args, enable_multiprocessing=not self._inside)
+        try:
+            with failing_with_the_cause():
+                engine = self._vllm.LLMEngine.from_engine_args(engine_args, enable_multiprocessing=not self._inside)
+        except ValueError as error:
+            _import_model(self._vllm, error)
+            raise
         engine.logger_manager = None  # nobody reads vLLM's own metrics
         return engine
 
@@ -284,9 +293,24 @@ def _import_vllm() -> Any:
     # torch's own wrapper around a deprecated name, met by vLLM's start on every machine without Triton.
     warnings.filterwarnings("ignore", "`torch.distributed.reduce_op` is deprecated", FutureWarning)
     import vllm.inputs  # noqa: PLC0415 -- only now, see above
+    import vllm.lora.request  # noqa: PLC0415
     import vllm.platforms  # noqa: PLC0415
 
     return vllm
+
+
+def _import_model(vllm: Any, refusal: ValueError) -> None:
+    """Import the class that vLLM could not look into, so that a missing package is told by its name, not "see the log".
+
+    Raises:
+        ImportError: the class cannot be imported.
+    """
+    if "failed to be inspected" not in str(refusal):
+        return
+    for architecture in re.findall(r"'(\w+)'", str(refusal)):
+        known = vllm.ModelRegistry.models.get(architecture)
+        if known is not None:
+            known.load_model_cls()
 
 
 def _has_bfloat16_instructions() -> bool:

@@ -13,8 +13,6 @@ Verified with vLLM 0.32.0 on CPUs against a plain float32 forward; it was not ru
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import fields
@@ -27,13 +25,20 @@ from pydantic import Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from potstill.cache.corpus.teacher_tokenizer import TeacherTokenizer
-from potstill.cache.corpus.tokenizer import fingerprint, load_tokenizer
+from potstill.cache.corpus.tokenizer import fingerprint
 from potstill.cache.errors import InvalidInput, LimitExceeded, UnsupportedField
-from potstill.cache.hub import hub_file, may_be_hub_name
 from potstill.cache.plurals import counted
 from potstill.cache.types import CONFIG_SHA256, JSON, Fields, Targets, TeacherIdentity, TeacherLimits, Tokens
 from potstill.teacher_service.capture.layout import Asked
+from potstill.teacher_service.engine.adapter import Adapter
 from potstill.teacher_service.engine.config_hash import config_sha256
+from potstill.teacher_service.engine.model_folder import (
+    checkpoint_dtype,
+    model_folder,
+    model_name,
+    model_tokenizer,
+    weights_sha256,
+)
 from potstill.teacher_service.engine.thread import EngineThread, Job
 from potstill.teacher_service.engine.vllm_engine import EngineFacts, VllmEngine
 
@@ -44,7 +49,6 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 1e3
 MAX_ROW_BYTES = 2**28
 """Most bytes of one row's draws and dense logprobs. The engine holds those of all rows of a batch at once."""
 
-_WEIGHT_KINDS = ("*.safetensors", "*.bin", "*.gguf")
 _Count: TypeAlias = Annotated[int, Field(ge=1, strict=True)]
 
 
@@ -53,7 +57,9 @@ class VllmOptions:
     """Options of one teacher."""
 
     model: str
-    """A model folder, or a name on the Hugging Face hub."""
+    """A model folder, a name on the Hugging Face hub, or the folder of a LoRA adapter."""
+    base: str = ""
+    """Of an adapter, its base model; empty for the one that its `adapter_config.json` names."""
     revision: str = ""
     """Revision of a model on the hub; empty for its default branch."""
     dtype: str = "auto"
@@ -134,14 +140,18 @@ class VllmTeacher:
             InvalidInput: no such model, or options that vLLM does not take.
             TeacherFailed: the engine did not start.
         """
-        folder = await asyncio.to_thread(_model_folder, options)
-        arguments = _engine_arguments(options, folder)
-        engine = EngineThread(_model_name(options), partial(VllmEngine, arguments, capture=options.capture))
+        adapter = await asyncio.to_thread(Adapter.find, options.model, options.base)
+        base = options.model if adapter is None else adapter.base
+        folder = await asyncio.to_thread(model_folder, base, options.revision)
+        arguments = _engine_arguments(options, base, folder, adapter)
+        lora = "" if adapter is None else str(adapter.folder.resolve())
+        engine = EngineThread(model_name(base), partial(VllmEngine, arguments, capture=options.capture, lora=lora))
         try:
             facts = await asyncio.wrap_future(engine.start())
             _check_prefix(options, facts)
-            tokenizer = await asyncio.to_thread(_tokenizer, folder)
-            identity = await asyncio.to_thread(_identity, options, facts, folder, tokenizer)
+            tokenizer = await asyncio.to_thread(model_tokenizer, folder)
+            described = await asyncio.to_thread(_identity, model_name(base), options, facts, folder, tokenizer)
+            identity = described if adapter is None else adapter.added_to(described)
         except BaseException:
             # Also where the caller is cancelled: nobody else knows of the engine.
             await asyncio.to_thread(engine.close)
@@ -252,11 +262,12 @@ async def open_vllm_teacher(spec: str, *, options: Mapping[str, JSON] | None = N
         await teacher.close()
 
 
-def _engine_arguments(options: VllmOptions, folder: Path) -> dict[str, Any]:
+def _engine_arguments(options: VllmOptions, base: str, folder: Path, adapter: Adapter | None) -> dict[str, Any]:
     """Keyword arguments of `vllm.EngineArgs`."""
     room = len(options.prefix_ids) + 1  # and the one token that vLLM samples, because it takes no request without
     return {
-        "model": options.model,
+        **({} if adapter is None else adapter.engine_arguments),
+        "model": base,
         "revision": options.revision or None,
         "dtype": _dtype(options, folder),
         "quantization": None if options.quantization == "none" else options.quantization,
@@ -283,12 +294,7 @@ def _dtype(options: VllmOptions, folder: Path) -> str:
     # vLLM's own `auto` would run a float32 checkpoint in bfloat16, which is 0.04 nats off on SmolLM2-135M.
     if options.dtype != "auto":
         return options.dtype
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        checkpoint = config.get("dtype", config.get("torch_dtype"))
-    except (OSError, ValueError, AttributeError) as error:
-        raise InvalidInput(f"the config.json of {_model_name(options)!r} cannot be read: {error}") from error
-    return "float32" if checkpoint == "float32" else "auto"
+    return "float32" if checkpoint_dtype(folder) == "float32" else "auto"
 
 
 def _check_prefix(options: VllmOptions, facts: EngineFacts) -> None:
@@ -297,33 +303,13 @@ def _check_prefix(options: VllmOptions, facts: EngineFacts) -> None:
         raise LimitExceeded(f"prefix_ids has {strange[0]}, outside the teacher's vocabulary of {facts.vocab_size}")
 
 
-def _model_name(options: VllmOptions) -> str:
-    """Name of the model in identities: of a folder its last component, never a machine's path; of the hub as it is."""
-    path = Path(options.model)
-    return path.resolve().name if path.exists() else options.model
-
-
-def _model_folder(options: VllmOptions) -> Path:
-    """The local folder, or that of the hub's snapshot with the config alone; vLLM puts the weights beside it."""
-    path = Path(options.model)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise InvalidInput(f"{options.model!r} is no model folder: it has no config.json")
-        _weight_files(path)
-        return path
-    if not may_be_hub_name(options.model):
-        raise InvalidInput(f"there is no model folder {options.model!r}")
-    try:
-        return hub_file(options.model, "config.json", revision=options.revision).parent
-    except InvalidInput as error:
-        raise InvalidInput(f"{options.model!r} is no model folder, and {error.detail}") from error
-
-
-def _identity(options: VllmOptions, facts: EngineFacts, folder: Path, tokenizer: TeacherTokenizer) -> TeacherIdentity:
+def _identity(
+    model: str, options: VllmOptions, facts: EngineFacts, folder: Path, tokenizer: TeacherTokenizer
+) -> TeacherIdentity:
     return TeacherIdentity(
-        model=_model_name(options),
+        model=model,
         revision=options.revision,
-        weights_sha256=_weights_sha256(folder),
+        weights_sha256=weights_sha256(folder),
         tokenizer_sha256=fingerprint(tokenizer.tokenizer),
         vocab_size=facts.vocab_size,
         dtype=facts.dtype,
@@ -332,35 +318,3 @@ def _identity(options: VllmOptions, facts: EngineFacts, folder: Path, tokenizer:
         overrides={CONFIG_SHA256: config_sha256(folder)},
         prefix_ids=options.prefix_ids,
     )
-
-
-def _weights_sha256(folder: Path) -> str:
-    """SHA-256, in hex, over the hex SHA-256s of the weight files in name order."""
-    digest = hashlib.sha256()
-    for file in _weight_files(folder):
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").hexdigest().encode())
-    return digest.hexdigest()
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """Weight files in name order, of the first kind there is in vLLM's order: safetensors, then bin, then gguf."""
-    files = next(filter(None, (sorted(folder.glob(pattern)) for pattern in _WEIGHT_KINDS)), [])
-    if not files:
-        raise InvalidInput(f"the model folder {folder.name!r} has no weights ({', '.join(_WEIGHT_KINDS)})")
-    return files
-
-
-def _tokenizer(folder: Path) -> TeacherTokenizer:
-    if (folder / "tokenizer.json").is_file():
-        return TeacherTokenizer.of(load_tokenizer(folder), folder)
-    from transformers import AutoTokenizer  # noqa: PLC0415 -- heavy, and seldom needed
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError) as error:
-        raise InvalidInput(f"the model folder {folder.name!r} has no tokenizer: {error}") from error
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise InvalidInput(f"the tokenizer of {folder.name!r} has no fast form; add its tokenizer.json")
-    return TeacherTokenizer.of(backend, folder)

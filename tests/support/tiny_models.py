@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 END_OF_TEXT = "<|endoftext|>"
+RANK, ALPHA = 4, 12
+TARGETS = ("q_proj", "v_proj", "gate_proj", "down_proj")
 
 
 def make_tiny_tokenizer(folder: Path, vocab_size: int = 512) -> Path:
@@ -65,4 +68,58 @@ def make_tiny_llama(
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
     model.save_pretrained(folder)
+    return folder
+
+
+def make_adapter(folder: Path, base: Path, *, merged: Path | None = None, **more: Any) -> Path:
+    """Save a random LoRA adapter of `base` as peft does, with the keys `more` in its configuration; the folder.
+
+    `merged` is where the base model with W + alpha / r B A, computed in float64, is saved.
+    """
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(3)
+    weights = {}
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in TARGETS:
+            a = torch.randn(RANK, module.in_features, generator=generator) * 0.3
+            b = torch.randn(module.out_features, RANK, generator=generator) * 0.3
+            weights[f"base_model.model.{name}.lora_A.weight"] = a
+            weights[f"base_model.model.{name}.lora_B.weight"] = b
+            module.weight.data = (module.weight.double() + ALPHA / RANK * (b.double() @ a.double())).float()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": list(TARGETS), "bias": "none"}
+    config |= {"base_model_name_or_path": str(base), "task_type": "CAUSAL_LM", **more}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    if merged is not None:
+        model.save_pretrained(merged)
+    return folder
+
+
+def make_nested(folder: Path) -> Path:
+    """Save an Idefics 3, whose `config.json` says what concerns text, its dtype too, in `text_config`; the folder."""
+    import torch
+    from transformers import Idefics3Config, Idefics3ForConditionalGeneration
+
+    make_tiny_tokenizer(folder)
+    text = {"model_type": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128}
+    text |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    text |= {"max_position_embeddings": 256, "initializer_range": 0.4}
+    text |= {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0, "tie_word_embeddings": False}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
+    vision |= {"image_size": 28, "patch_size": 14}
+    config = Idefics3Config(
+        text_config=text, vision_config=vision, image_token_id=511, tie_word_embeddings=False, pad_token_id=0
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        Idefics3ForConditionalGeneration(config).save_pretrained(folder)
+    saved = json.loads((folder / "config.json").read_text())
+    saved.pop("dtype", None)
+    saved["text_config"]["dtype"] = "float32"
+    (folder / "config.json").write_text(json.dumps(saved))
     return folder
