@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, Self, TypeVar
+
+from tokenizers import Tokenizer
 
 from potstill.cache.corpus import Corpus
 from potstill.cache.corpus.seal import list_corpora
@@ -98,6 +101,18 @@ class Cache:
         """Names of the teachers with targets for a corpus, complete or not."""
         return teachers_with_targets(self.root, corpus)
 
+    def compared_teachers(self, corpus: str) -> list[str]:
+        """Names of those with a tokenizer that differs from the corpus's in ids that no row uses.
+
+        Those whose targets cannot be read are left out.
+        """
+        found = []
+        for teacher in self.teachers(corpus):
+            with suppress(PotstillError):
+                if self.targets(teacher, corpus).unshared:
+                    found.append(teacher)
+        return found
+
     def targets(self, teacher: str, corpus: str) -> TargetSet:
         """Open a teacher's targets for a corpus.
 
@@ -107,7 +122,14 @@ class Cache:
         return TargetSet.open(self.root, teacher, self.corpus(corpus), self._reading)
 
     def plan_targets(
-        self, teacher: str, corpus: str, identity: TeacherIdentity, *, fields: Fields, encoding: str = "u8"
+        self,
+        teacher: str,
+        corpus: str,
+        identity: TeacherIdentity,
+        *,
+        fields: Fields,
+        encoding: str = "u8",
+        tokenizer: Tokenizer | None = None,
     ) -> TargetSet:
         """Plan the target set that is to be filled so that `fields` are there; see `TargetSet.plan`.
 
@@ -119,6 +141,6 @@ class Cache:
         if self.mode != "r+":
             raise InvalidInput(f"cache {self.root.url!r} was opened to read; open it with mode 'r+' to write")
         spec = SetSpec(identity=identity, fields=fields, encoding=encoding_by_name(encoding))
-        planned = TargetSet.plan(self.root, teacher, self.corpus(corpus), spec, self._reading)
+        planned = TargetSet.plan(self.root, teacher, self.corpus(corpus), spec, self._reading, tokenizer)
         require_one_identity(self.root, teacher, identity)
         return planned

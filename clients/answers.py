@@ -9,6 +9,7 @@ from potstill.cache.corpus.seal import CorpusSpec, check_spec
 from potstill.cache.encoding.fields import check_fields
 from potstill.cache.encoding.logprobs import check_targets
 from potstill.cache.errors import FormatError, InvalidInput, TeacherFailed
+from potstill.cache.targets.unshared_ids import UnsharedIds
 from potstill.cache.types import Fields, Targets, TeacherIdentity
 
 # Arrays of these lengths are made before anything that they are for has arrived.
@@ -29,6 +30,18 @@ def described_identity(value: Any, name: str, url: str) -> TeacherIdentity:
     except FormatError as error:
         raise TeacherFailed(f"{url} describes teacher {name!r} badly: {error.detail}") from error
     return identity
+
+
+def described_unshared(value: Any, name: str, url: str) -> UnsharedIds:
+    """Read the ids that mean other tokens to a teacher than to the corpus; none where the service is too old to tell.
+
+    Raises:
+        TeacherFailed: they are no ranges of ids.
+    """
+    try:
+        return UnsharedIds.from_json(value)
+    except FormatError as error:
+        raise TeacherFailed(f"{url} describes teacher {name!r} badly: {error.detail}") from error
 
 
 def described_corpus(description: dict[str, Any], url: str) -> CorpusSpec:

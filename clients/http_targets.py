@@ -25,7 +25,7 @@ from potstill.cache.types import Fields, Targets
 from potstill.cache.wanted import wanted_fields
 from potstill.cache.wire import StreamHead
 from potstill.cache.wire.stream import write_row_numbers
-from potstill.clients.answers import check_answer, described_identity
+from potstill.clients.answers import check_answer, described_identity, described_unshared
 from potstill.clients.http_corpus import HttpCorpus, corpus_route, require_corpus
 from potstill.clients.retry import RetryPolicy, Tries
 from potstill.clients.sync_connection import BLOCK_BYTES, SyncConnection
@@ -60,6 +60,7 @@ class HttpTargets:
         self._route = f"{corpus_route(corpus.name)}/targets/{quote(teacher, safe='')}"
         description = connection.json(self._route)
         self.identity = described_identity(description.get("identity"), teacher, connection.url)
+        self.unshared = described_unshared(description.get("unshared_ids"), teacher, connection.url)
         sets = self._sets(description)
         self.fields = reduce(Fields.joined, (each.fields for each in sets))
         self.encoding = next((each for each in sets if each.fields.k), sets[0]).encoding

@@ -151,9 +151,22 @@ def _print_tables(found: dict[str, Any]) -> None:
     journals = [{"teacher": teacher, **about} for teacher, about in found["journals"].items()]
     print_table(_CORPORA, [{"corpus": name, **about} for name, about in found["corpora"].items()], title="corpora")
     print_table(_TARGETS, targets, title="targets")
+    _print_unshared(targets)
     if sets:
         print_table(_SETS, sets, title="segment sets: fields that were scored together")
         print_table(_PROVENANCE, made, title="captured by: what computed the targets, and when")
     if journals:
         about = "journals: rows that were asked for over HTTP and belong to no corpus"
         print_table(_JOURNALS, journals, title=about)
+
+
+def _print_unshared(targets: list[dict[str, Any]]) -> None:
+    from potstill.cache.targets.unshared_ids import UnsharedIds
+
+    lines = [
+        f"{of['teacher']} on {of['corpus']}: the tokenizer differs in {unshared.text} that no row uses"
+        for of in targets
+        if (unshared := UnsharedIds.from_json(of["unshared_ids"]))
+    ]
+    if lines:
+        print("\n".join(lines) + "\n")

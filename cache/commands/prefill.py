@@ -97,10 +97,6 @@ async def prefill(
         LimitExceeded, SpecMismatch: the teacher does not fit the corpus or the targets; nothing was written.
         PotstillError: whatever opening, scoring or writing raises; committed shards stay.
     """
-    from potstill.cache.corpus.teacher_tokenizer import HasTokenizer
-    from potstill.cache.fill.loop import require_within_limits
-    from potstill.cache.targets.prefixes import prefix_warning
-
     corpus = cache.corpus(corpus_name)
     held = _held_identity(cache, corpus, name)
     if held is not None and _agrees(held, options or {}):
@@ -109,11 +105,7 @@ async def prefill(
             return None
     print(f"{name}: opening the teacher {without_login(spec)}", flush=True)
     async with open_teacher(spec, options=options) as teacher:
-        tokenizer = teacher.tokenizer if isinstance(teacher, HasTokenizer) else None
-        targets = cache.plan_targets(name, corpus_name, teacher.identity, fields=fields, encoding=encoding)
-        require_within_limits(teacher, targets)
-        if warning := prefix_warning(name, corpus, teacher.identity, tokenizer):
-            print(f"warning: {warning}", file=sys.stderr, flush=True)
+        targets = _planned(cache, corpus, name, teacher, fields=fields, encoding=encoding)
         if targets.fields != fields:
             print(f"{name}: {_difference(fields, targets.fields)}", flush=True)
         report = await fill_with_progress(teacher, targets, plan)
@@ -121,6 +113,24 @@ async def prefill(
     stored = sum(commit.num_bytes for commit in commits) / max(corpus.num_positions, 1)
     print(_summary(name, targets, report) + f"; {stored:.1f} bytes/position")
     return report
+
+
+def _planned(cache: Cache, corpus: Corpus, name: str, teacher: Teacher, *, fields: Fields, encoding: str) -> TargetSet:
+    """Plan the targets of an open teacher, and print what its tokenizer has to do with the corpus."""
+    from potstill.cache.corpus.teacher_tokenizer import HasTokenizer
+    from potstill.cache.fill.loop import require_within_limits
+    from potstill.cache.targets.prefixes import prefix_warning
+
+    own = teacher.tokenizer if isinstance(teacher, HasTokenizer) else None
+    table = None if own is None else own.tokenizer
+    targets = cache.plan_targets(name, corpus.name, teacher.identity, fields=fields, encoding=encoding, tokenizer=table)
+    require_within_limits(teacher, targets)
+    if targets.unshared:
+        differs = f"its tokenizer differs from the corpus's in {targets.unshared.text} that no row uses"
+        print(f"{name}: {differs}", flush=True)
+    if warning := prefix_warning(name, corpus, teacher.identity, own):
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    return targets
 
 
 def _held_identity(cache: Cache, corpus: Corpus, name: str) -> TeacherIdentity | None:

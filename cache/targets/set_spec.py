@@ -6,7 +6,8 @@ The record is created if absent, then only compared.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from potstill.cache.corpus import Corpus
 from potstill.cache.encoding import Encoding
@@ -14,6 +15,7 @@ from potstill.cache.encoding.logprobs import encoding_by_name
 from potstill.cache.errors import CorruptSegment, FormatError, SpecMismatch
 from potstill.cache.store import Root
 from potstill.cache.store.record import group_metadata, parse_group_metadata, values_read
+from potstill.cache.targets.unshared_ids import UnsharedIds
 from potstill.cache.types import Fields, TeacherIdentity
 
 
@@ -24,6 +26,8 @@ class SetSpec:
     identity: TeacherIdentity
     fields: Fields
     encoding: Encoding
+    unshared: UnsharedIds = field(default_factory=UnsharedIds)
+    """Ids that mean other tokens to the teacher than to the corpus, and that no row uses."""
 
     @property
     def fill_options(self) -> str:
@@ -84,13 +88,15 @@ class SpecRecord:
         """
         if self.is_begun():
             return
-        record = {
+        record: dict[str, Any] = {
             "teacher": self.path.split("/")[1],
             "corpus": {"name": self.corpus.name, "fingerprint": self.corpus.fingerprint},
             "identity": self.spec.identity.to_json(),
             "fields": self.spec.fields.to_json(),
             "encoding": self.spec.encoding.to_json(),
         }
+        if self.spec.unshared:
+            record["unshared_ids"] = self.spec.unshared.to_json()
         self.root.create(f"{self.path}/zarr.json", group_metadata("targets", record))
         # Whoever won the race, the record that is there now decides.
         begun = self.is_begun()
@@ -138,6 +144,7 @@ def _parse_spec(path: str, data: bytes, corpus: Corpus) -> SetSpec:
             identity=TeacherIdentity.from_json(record["identity"]),
             fields=Fields.from_json(record["fields"]),
             encoding=encoding_by_name(record["encoding"]["name"]),
+            unshared=UnsharedIds.from_json(record.get("unshared_ids")),
         )
         teacher, (name, fingerprint) = record["teacher"], (record["corpus"]["name"], record["corpus"]["fingerprint"])
         if not isinstance(fingerprint, str):

@@ -16,6 +16,7 @@ from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from potstill.cache.corpus import Corpus
 from potstill.cache.encoding import Encoding
@@ -29,6 +30,7 @@ from potstill.cache.targets.ranks import pilot_rows
 from potstill.cache.targets.segment import SegmentRange, read_segment_ranges
 from potstill.cache.targets.segment_set import SegmentSet
 from potstill.cache.targets.set_spec import SetSpec, require_same
+from potstill.cache.targets.unshared_ids import UnsharedIds, unshared_ids
 from potstill.cache.types import Fields, Provenance, Targets, TeacherIdentity
 from potstill.cache.wanted import wanted_fields
 
@@ -63,22 +65,32 @@ class TargetSet:
         return cls(teacher, corpus, sets)
 
     @classmethod
-    def plan(cls, root: Root, teacher: str, corpus: Corpus, spec: SetSpec, reading: Reading) -> TargetSet:
+    def plan(
+        cls,
+        root: Root,
+        teacher: str,
+        corpus: Corpus,
+        spec: SetSpec,
+        reading: Reading,
+        tokenizer: Tokenizer | None = None,
+    ) -> TargetSet:
         """Plan the segment sets to fill so that the fields of `spec` are there; nothing is stored before a shard is.
 
         Fields that exist keep their segment set, the others get a new one. The answer has the sets that are not
-        complete, or all of them when all are.
+        complete, or all of them when all are. With the teacher's `tokenizer` one that differs from the corpus's only in
+        ids that no row uses is no obstacle; once such a set is there, it is none without, either.
 
         Raises:
             SpecMismatch: the teacher has another identity, a field exists with other settings or another encoding, or
                 the teacher's tokenizer or vocabulary does not fit the corpus.
             InvalidInput: the encoding has no room for so many entries or draws.
         """
-        _check_fits(teacher, corpus, spec.identity)
         check_kept(spec.fields, spec.encoding)
+        opened = _open_sets(root, teacher, corpus, reading)
+        spec = replace(spec, unshared=_unshared(teacher, corpus, spec.identity, opened, tokenizer))
         sets = []
         missing: Fields | None = spec.fields
-        for found in _open_sets(root, teacher, corpus, reading):
+        for found in opened:
             left = None if missing is None else missing.without(found.spec.fields)
             held = left != missing
             # All sets must be of one teacher; encodings need to agree only where fields are shared.
@@ -105,6 +117,11 @@ class TargetSet:
     def identity(self) -> TeacherIdentity:
         """Identity of the teacher."""
         return self.sets[0].spec.identity
+
+    @property
+    def unshared(self) -> UnsharedIds:
+        """Ids that mean other tokens to the teacher than to the corpus, and that no row uses."""
+        return self.sets[0].spec.unshared
 
     @property
     def fields(self) -> Fields:
@@ -336,14 +353,29 @@ def _open_sets(root: Root, teacher: str, corpus: Corpus, reading: Reading) -> li
     return [each for each in opened if each is not None]
 
 
-def _check_fits(teacher: str, corpus: Corpus, identity: TeacherIdentity) -> None:
-    if identity.tokenizer_sha256 != corpus.tokenizer_sha256:
-        raise SpecMismatch(
-            f"teacher {teacher!r} has tokenizer {identity.tokenizer_sha256[:12]}, corpus {corpus.name!r} was made with "
-            f"{corpus.tokenizer_sha256[:12]}; ingest the text again with the teacher's tokenizer"
-        )
+def _unshared(
+    teacher: str,
+    corpus: Corpus,
+    identity: TeacherIdentity,
+    opened: Sequence[SegmentSet],
+    tokenizer: Tokenizer | None,
+) -> UnsharedIds:
+    """Refuse a teacher to whom the ids of the rows mean other tokens, or that has no logprob for them."""
     if corpus.spec.max_token_id >= identity.vocab_size:
         raise SpecMismatch(
             f"corpus {corpus.name!r} has token id {corpus.spec.max_token_id}, teacher {teacher!r} knows "
             f"{identity.vocab_size} ids; ingest the text again with the teacher's tokenizer"
         )
+    theirs = identity.tokenizer_sha256
+    if theirs == corpus.tokenizer_sha256:
+        return UnsharedIds()
+    for each in opened:
+        if each.spec.identity.tokenizer_sha256 == theirs:
+            return each.spec.unshared
+    if tokenizer is not None:
+        return unshared_ids(teacher, corpus, identity, tokenizer)
+    raise SpecMismatch(
+        f"teacher {teacher!r} has tokenizer {theirs[:12]}, corpus {corpus.name!r} was made with "
+        f"{corpus.tokenizer_sha256[:12]}; ingest the text again with the teacher's tokenizer, or `potstill "
+        "prefill` with the model's folder, which sees whether they differ only in ids that no row uses"
+    )

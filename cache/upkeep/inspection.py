@@ -193,6 +193,7 @@ def _describe_targets(targets: TargetSet, sets: list[SetSummary]) -> dict[str, A
             worst[name] = max(worst.get(name, value), value)
     return {
         "identity": targets.identity.to_json(),
+        "unshared_ids": targets.unshared.to_json(),
         "fields": targets.fields.to_json(),
         "encoding": targets.encoding.to_json(),
         "shards_committed": int(covered.sum()),

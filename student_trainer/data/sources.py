@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -15,11 +15,15 @@ from potstill.cache.errors import NotCommitted, SpecMismatch, UnsupportedField
 from potstill.cache.plurals import counted
 from potstill.cache.targets import TargetSet
 from potstill.cache.targets.names import require_one_identity
+from potstill.cache.targets.unshared_ids import UnsharedIds
 from potstill.cache.types import Fields, Targets, TeacherIdentity, Tokens
 from potstill.clients.address import key_in
 from potstill.clients.http_targets import HttpCache, HttpTargets
 from potstill.clients.http_teacher import SyncHttpTeacher
 from potstill.student_trainer.config import DataConfig, TeacherConfig
+
+_ELSEWHERE = np.uint32(np.iinfo(np.int32).max)
+"""An id over any vocabulary, whose mass joins the tail."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +54,16 @@ def cache_source(name: str, targets: TargetSet | HttpTargets, k: int | None = No
 def _read_kept(
     targets: TargetSet | HttpTargets, fields: Fields, rows: Sequence[int], _: Sequence[Tokens]
 ) -> list[Targets]:
-    return targets.read_rows(rows, fields=fields)
+    answers = targets.read_rows(rows, fields=fields)
+    return [_shared_only(each, targets.unshared) for each in answers] if targets.unshared else answers
+
+
+def _shared_only(targets: Targets, unshared: UnsharedIds) -> Targets:
+    """Put an id over any vocabulary in the place of those that are another token to the student.
+
+    The losses add its mass to the tail.
+    """
+    return replace(targets, ids=np.where(unshared.holds(targets.ids), _ELSEWHERE, targets.ids))
 
 
 def service_source(name: str, teacher: SyncHttpTeacher, k: int | None = None) -> TargetSource:
@@ -108,6 +121,7 @@ def common_prefix(sources: Sequence[TargetSource], chosen: tuple[int, ...] | Non
 
 
 def _open(teacher: TeacherConfig, cache: Cache | HttpCache, corpus: Corpus, stack: ExitStack) -> TargetSource:
+    compared = False
     if teacher.source == "service":
         assert teacher.url is not None, "the config refuses a service without a url"
         key = key_in(teacher.api_key_env, "teachers.api_key_env")
@@ -120,11 +134,12 @@ def _open(teacher: TeacherConfig, cache: Cache | HttpCache, corpus: Corpus, stac
             raise UnsupportedField(f"teachers.k is {teacher_k} for {teacher.name!r}, but the cache holds k={kept}")
         _check_committed(teacher.name, corpus.name, targets)
         source = cache_source(teacher.name, targets, teacher.k)
+        compared = bool(targets.unshared)
     # The same id must be the same token to both, or the student would be taught noise.
     if isinstance(cache, Cache):
         require_one_identity(cache.root, source.name, source.identity)
     theirs = source.identity.tokenizer_sha256
-    if theirs != corpus.tokenizer_sha256:
+    if theirs != corpus.tokenizer_sha256 and not compared:
         raise SpecMismatch(
             f"teacher {source.name!r} has tokenizer {theirs[:12]}, but the corpus was made with "
             f"{corpus.tokenizer_sha256[:12]}; use a corpus of the teacher's tokenizer"

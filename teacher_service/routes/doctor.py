@@ -87,6 +87,7 @@ def _facts(cache: Cache, name: str) -> dict[str, JSON]:
         "tokenizer_sha256": corpus.tokenizer_sha256,
         "vocab_size": corpus.vocab_size,
         "teachers": list(cache.teachers(name)),
+        "compared": list(cache.compared_teachers(name)),
     }
 
 

@@ -59,6 +59,7 @@ def describe_targets(targets: TargetSet, limits: LimitSettings) -> dict[str, Any
         "corpus": targets.corpus.name,
         "corpus_fingerprint": targets.corpus.fingerprint,
         "identity": targets.identity.to_json(),
+        "unshared_ids": targets.unshared.to_json(),
         "fields": targets.fields.to_json(),
         "names": [each.name for each in targets.fields.asked],
         "encoding": targets.encoding.to_json(),

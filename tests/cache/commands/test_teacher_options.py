@@ -52,7 +52,7 @@ def test_an_unknown_option_is_refused_before_the_engine_starts(
     (tmp_path / "model").mkdir()
     prefill = ["prefill", "--cache", tmp_path / "c", "--corpus", "docs", "--teacher", f"t={tmp_path / 'model'}"]
     line = refused(capsys, *prefill, "--option", "prefix=[1]")
-    assert line.startswith("invalid_input: a vLLM teacher has no option 'prefix'; known are revision, dtype, ")
+    assert line.startswith("invalid_input: a vLLM teacher has no option 'prefix'; known are base, revision, dtype, ")
     assert "prefix_ids" in line
     assert refused(capsys, *prefill, "--option", "prefix_ids=[1").startswith("invalid_input: prefix_ids is '[1': ")
     assert refused(capsys, *prefill, "--option", "u.dtype=half").startswith("invalid_input: --option 'u.dtype=half' is")

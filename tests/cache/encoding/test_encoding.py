@@ -102,6 +102,17 @@ def test_a_saturated_gap_is_made_up_for_and_reported() -> None:
     assert 0 < error.saturated_mass < 1e-8
 
 
+def test_entries_without_mass_come_back_next_to_none_and_are_counted() -> None:
+    """The bound is of the others; what is said of the error says how many these are."""
+    exact = targets_from_dense(np.array([[-0.1, -2.4, -9.6, -np.inf, -np.inf]]), 5)
+    decoded = round_trip(exact, ENCODINGS["u8"], RankTable.plain(5))
+    np.testing.assert_allclose(decoded.logprobs[0, 3:], [-9.5 - 15.94, -9.5 - 31.88], atol=0.1)
+    error = measure_error(exact, decoded)
+    assert (error.saturated, error.saturated_mass) == (2, 0.0)
+    assert error.max_abs <= ENCODINGS["u8"].max_abs_error
+    assert error.mean_kl < 1e-3
+
+
 def test_the_whole_vocabulary_has_no_tail() -> None:
     exact = targets_from_dense(np.random.default_rng(1).normal(size=(4, 9)), 9)
     assert np.isneginf(exact.log_tail).all()
