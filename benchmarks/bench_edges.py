@@ -48,7 +48,8 @@ def main() -> int:
     parser.add_argument("--only", type=int, metavar="NUMBER", help="the cases of this number")
     parser.add_argument("--before", default="", metavar="REVISION", help="also by the code of this revision")
     args = parser.parse_args()
-    cases = sorted(CASES.glob(f"e{args.only:02}_*.py" if args.only is not None else "e??_*.py"))
+    pattern = f"e{args.only:02}_*.py" if args.only is not None else "e??_*.py"
+    cases = sorted(CASES.rglob(pattern), key=lambda case: case.name)
     console = Console(width=160)
     table = Table("#", "tried", *(["before"] if args.before else []), "now", show_lines=True)
     with code_of(args.before) as old:

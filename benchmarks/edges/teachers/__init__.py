@@ -1,0 +1,1 @@
+"""Cases of teachers: how they are opened, and what is kept of them."""
