@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
-from potstill.cache.errors import FormatError, SpecMismatch, StoreError
+from potstill.cache.corpus import Corpus
+from potstill.cache.errors import FormatError, InvalidInput, SpecMismatch, StoreError
 from potstill.cache.store.local_files import flush_tree, fsync
 from potstill.cache.types import JSON, TeacherIdentity
+from potstill.student_trainer.config import LoopConfig
+from potstill.student_trainer.corpus_tokenizer import save_tokenizer
 from potstill.student_trainer.models import save_student
 from potstill.student_trainer.run_folder import PARTIAL
 
@@ -52,10 +54,24 @@ class TrainState:
     """Identity of each teacher, by name."""
     held: dict[str, str]
     """K and encoding that are read of each teacher's targets, by name."""
+    stored_dtype: str = "float32"
+    """Dtype of the checkpoint that the student was made of; float32 for random weights."""
     left_out: str = ""
     """sha256 of the rows that are not trained on, in hex; empty for none, and where an earlier version wrote it."""
     prefix_ids: Sequence[int] = ()
     """Token ids that the student sees in front of each row."""
+
+    def check_steps(self, train: LoopConfig) -> None:
+        """Check that the run has not taken more steps than it is to have.
+
+        Raises:
+            InvalidInput: it has.
+        """
+        if self.step > train.steps:
+            raise InvalidInput(
+                f"train.steps is {train.steps}, but the run in {train.out!r} has taken {self.step}; ask for as many or "
+                "more, or choose another train.out"
+            )
 
     def check_rows(self, left_out: str, prefix_ids: Sequence[int]) -> None:
         """Check that the run holds out the same rows and sees them with the same prefix as when it began.
@@ -160,15 +176,21 @@ def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
         raise FormatError(f"{str(file)!r} holds more than tensors and is not read") from error
 
 
-def publish_model(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer) -> None:
-    """Save the final model with the corpus's tokenizer at `folder`, in place of one that is there.
+def publish_model(folder: Path, model: PreTrainedModel, corpus: Corpus, dtype: str) -> None:
+    """Save the final model with the corpus's whole tokenizer at `folder`, in place of one that is there.
+
+    Args:
+        folder: where.
+        model: the student; its weights are of `dtype` from here on.
+        corpus: the one that it was trained on.
+        dtype: `float32`, `bfloat16` or `float16`.
 
     Raises:
         StoreError: the disk does not take it.
     """
     with _replaced(folder) as partial:
-        save_student(model, partial)
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(partial)
+        save_student(model.to(getattr(torch, dtype)), partial)
+        save_tokenizer(corpus, partial)
 
 
 @contextmanager

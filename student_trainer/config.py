@@ -50,6 +50,7 @@ _FREE_ON_RESUME = frozenset(
         "train.micro_batch_rows",
         "train.eval_every",
         "train.checkpoint_every",
+        "train.save_dtype",
         "train.keep_checkpoints",
         "train.workers",
         "train.max_failures",
@@ -230,6 +231,8 @@ class LoopConfig(_Frozen):
     """The newest ones; older ones are removed."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the forward pass; weights and optimizer stay float32."""
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Precision of the published model; by default that of `student.checkpoint`, or float32 for random weights."""
     workers: _Count = 1
     """Ray workers, one GPU each where there are GPUs."""
     max_failures: Annotated[int, Field(ge=0, strict=True)] = 3

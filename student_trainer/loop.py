@@ -41,6 +41,7 @@ from potstill.student_trainer.checkpoint import (
     save_checkpoint,
 )
 from potstill.student_trainer.config import TrainConfig
+from potstill.student_trainer.corpus_tokenizer import special_ids
 from potstill.student_trainer.data import Batch
 from potstill.student_trainer.data.order import hashed
 from potstill.student_trainer.evaluate import autocast, evaluate_student
@@ -48,6 +49,7 @@ from potstill.student_trainer.group import Group
 from potstill.student_trainer.losses import distillation_loss
 from potstill.student_trainer.metrics import MetricsWriter, Record
 from potstill.student_trainer.models import build_student, load_student
+from potstill.student_trainer.models.router import RouterLoss, router_loss_of
 from potstill.student_trainer.optimizer import learning_rate, make_optimizer, warn_of_jump
 from potstill.student_trainer.result import (
     HELD_OUT,
@@ -136,21 +138,19 @@ class _Session:
         self.step = 0 if state is None else state.step
         self.tokens = 0 if state is None else state.tokens
         if checkpoint is None or state is None:
-            self.student = build_student(
+            self.student, self.stored_dtype = build_student(
                 config.student,
                 seed=config.train.seed,
                 vocab_size=run.vocab_size,
                 row_tokens=run.row_tokens,
+                special_ids=special_ids(run.corpus),
             )
         else:
             state.check_same(run.fingerprint, run.teachers, run.held)
             state.check_rows(run.left_out, run.reader.prefix)
-            if state.step > config.train.steps:
-                raise InvalidInput(
-                    f"train.steps is {config.train.steps}, but the run in {config.train.out!r} has taken {state.step}; "
-                    "ask for as many or more, or choose another train.out"
-                )
-            self.student = load_student(checkpoint / "model")
+            state.check_steps(config.train)
+            self.student, self.stored_dtype = load_student(checkpoint / "model"), state.stored_dtype
+        self.router = router_loss_of(self.student)
         self.student.train()
         self.model = group.wrap(self.student)  # the student, or a DistributedDataParallel around it
         self.optimizer = make_optimizer(self.student, config.train)
@@ -215,7 +215,8 @@ class _Session:
     def _end(self, found: Mapping[str, Evaluation]) -> TrainResult:
         result = self._result(found)
         if result.finished and self.group.rank == 0:
-            publish_model(self.config.run_dir / "model", self.student, self.run.corpus.tokenizer)
+            dtype = self.config.train.save_dtype or self.stored_dtype
+            publish_model(self.config.run_dir / "model", self.student, self.run.corpus, dtype)
             write_json(result.run_dir / SUMMARY, result.to_json())
         self.group.barrier()
         return result
@@ -223,30 +224,34 @@ class _Session:
     def _step(self, batches: Iterator[Batch], should_stop: Callable[[], bool]) -> tuple[dict[str, Any], bool]:
         """Take one optimizer step; return its record, over all workers, and True if one of them wants to stop."""
         loop, began = self.config.train, time.monotonic()
-        # Dropout of a step depends on (seed, rank, step) only, so that a resumed run draws what a straight one does.
-        torch.manual_seed(int(hashed(np.array([self.step]), loop.seed, self.group.rank)[0]))
+        self._seed()
         num_labels, num_positions = self._global_counts()
         num_pieces = len(self._rank_pieces(self.step))
         num_teachers = len(self.config.teachers) if loop.alpha > 0 else 0
-        # CE, a KL per teacher, and how many workers want to stop: one reduction for all.
-        sums = torch.zeros(2 + num_teachers, dtype=torch.float64, device=self.group.device)
+        # CE, a KL per teacher, the router loss, and how many workers want to stop: one reduction for all.
+        sums = torch.zeros(3 + num_teachers, dtype=torch.float64, device=self.group.device)
         self.optimizer.zero_grad(set_to_none=True)
+        experts = None
+        if self.router is not None:
+            batches, experts = self._count_experts(self.router, batches, num_pieces)
         unread = None
         try:
             for _ in range(num_pieces - 1):
                 with self._unsent_gradients():
-                    sums[:-1] += self._forward_backward(next(batches), num_labels, num_positions)
+                    sums[:-1] += self._forward_backward(next(batches), num_labels, num_positions, experts)
             last = next(batches)
         except PotstillError as error:
             if not has_no_answer(error):
                 raise
             unread = error
         self._require_read(unread)
-        sums[:-1] += self._forward_backward(last, num_labels, num_positions)
+        sums[:-1] += self._forward_backward(last, num_labels, num_positions, experts)
         sums[-1] = float(should_stop())
         self.group.all_reduce_sum(sums)
-        ce_sum, *kl_sums, stop = sums.tolist()
+        ce_sum, *kl_sums, router, stop = sums.tolist()
         record = self._means(ce_sum / max(num_labels, 1), [kl / max(num_positions, 1) for kl in kl_sums])
+        if self.router is not None:
+            record |= {"loss": record["loss"] + self.router.coefficient * router, "router_loss": router}
         record |= self._update(record["loss"])
         self.tokens += num_positions
         record["tokens"] = self.tokens
@@ -291,14 +296,36 @@ class _Session:
         self.step += 1
         return {"lr": rate, "grad_norm": grad_norm, "epoch": self.run.epochs(self.step)}
 
-    def _forward_backward(self, batch: Batch, num_labels: int, num_positions: int) -> Tensor:
-        """Add one micro-batch's gradient; return its undivided CE and KLs, float64 [1 + M]."""
+    def _seed(self) -> None:
+        """Begin the step's dropout; it depends on (seed, rank, step) only, so that a resumed run draws the same."""
+        torch.manual_seed(int(hashed(np.array([self.step]), self.config.train.seed, self.group.rank)[0]))
+
+    def _count_experts(
+        self, router: RouterLoss, batches: Iterator[Batch], num_pieces: int
+    ) -> tuple[Iterator[Batch], Tensor]:
+        """Read this worker's micro-batches of a step; return them, and the global batch's positions by expert, [E]."""
+        read: list[Batch] = []
+        unread = None
+        try:
+            while len(read) < num_pieces:
+                read.append(next(batches).to(self.group.device))
+        except PotstillError as error:
+            if not has_no_answer(error):
+                raise
+            unread = error
+        self._require_read(unread)
+        counts = router.count_all(self.student, read, self.config.train.dtype)
+        self._seed()  # the second forward pass draws the dropout of this one
+        return iter(read), self.group.all_reduce_sum(counts)
+
+    def _forward_backward(self, batch: Batch, num_labels: int, num_positions: int, experts: Tensor | None) -> Tensor:
+        """Add one micro-batch's gradient; return its undivided CE and KLs and its router loss, float64 [2 + M]."""
         batch = batch.to(self.group.device)
         # Rows are padded on the right, where a causal model's real positions never look: no attention mask.
         with autocast(self.group.device, self.config.train.dtype):
-            logits = self.model(input_ids=batch.tokens, use_cache=False).logits
+            out = self.model(input_ids=batch.tokens, use_cache=False)
         loss = distillation_loss(
-            logits,
+            out.logits,
             batch.labels,
             batch.teachers,
             alpha=self.config.train.alpha,
@@ -306,9 +333,13 @@ class _Session:
             num_labels=num_labels,
             num_positions=num_positions,
         )
+        total, router = loss.total, torch.zeros_like(loss.ce_sum)
+        if self.router is not None and experts is not None:
+            part = self.router.of_part(out.router_logits, batch.real, experts)
+            total, router = total + self.router.coefficient * part, part.detach().double()
         # DistributedDataParallel averages over workers; the counts are global, so the sum is wanted.
-        (loss.total * self.group.world_size).backward()  # type: ignore[no-untyped-call]
-        return torch.cat([loss.ce_sum[None], loss.kl_sums])
+        (total * self.group.world_size).backward()  # type: ignore[no-untyped-call]
+        return torch.cat([loss.ce_sum[None], loss.kl_sums, router[None]])
 
     def _unsent_gradients(self) -> AbstractContextManager[None]:
         """Keep gradients here: they go to the other workers once a step, with the last micro-batch."""
@@ -363,6 +394,7 @@ class _Session:
                 held=self.run.held,
                 left_out=self.run.left_out,
                 prefix_ids=self.run.reader.prefix,
+                stored_dtype=self.stored_dtype,
             )
             folder = self.config.run_dir / "checkpoints"
             save_checkpoint(folder, self.student, self.optimizer, state, keep=loop.keep_checkpoints)

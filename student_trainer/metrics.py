@@ -5,6 +5,8 @@
     {"step": 100, "held_out": {"rows": 64, "ce": 5.9, "teachers": {"big": {"kl": 0.9, ...}}},
      "evaluations": {"wiki": {"rows": ...}}}
 
+A student with experts that has `output_router_logits` adds `router_loss`, before its coefficient.
+
 Losses are nats per token. `tokens` are targets learnt: neither padding, nor a prefix, nor what the corpus's loss mask
 leaves out. With several corpora `epoch` is an object, by corpus. Lines of steps after the checkpoint that a run resumes
 from are dropped and written again.

@@ -48,6 +48,13 @@ class Batch:
     teachers: tuple[TeacherTargets, ...]
     """One per source: ids int32 [B, T, K], logprobs and log_tail float32; nothing (-inf) at the prefix and where
     padded."""
+    lengths: Tensor
+    """[B] int64: tokens of each row, the prefix among them, without padding."""
+
+    @property
+    def real(self) -> Tensor:
+        """[B, T] bool, False where padded."""
+        return torch.arange(self.tokens.shape[1], device=self.tokens.device) < self.lengths[:, None]
 
     @property
     def num_positions(self) -> int:
@@ -64,7 +71,8 @@ class Batch:
         if device == self.tokens.device:
             return self
         teachers = tuple(teacher.each(lambda tensor: tensor.to(device)) for teacher in self.teachers)
-        return Batch(self.tokens.to(device), self.mask.to(device), self.labels.to(device), teachers)
+        tokens, mask, labels = self.tokens.to(device), self.mask.to(device), self.labels.to(device)
+        return Batch(tokens, mask, labels, teachers, self.lengths.to(device))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,7 +117,8 @@ class BatchReader:
             _pad_targets(targets, tokens.shape[1], weight, len(self.prefix))
             for targets, weight in zip(answers, self.weights, strict=True)
         )
-        return Batch(tokens, mask, labels, teachers)
+        lengths = torch.tensor([len(self.prefix) + len(row) for row in rows])
+        return Batch(tokens, mask, labels, teachers, lengths)
 
     def counts(self, indexes: NDArray[np.int64]) -> tuple[int, int]:
         """Count the labels and the positions of rows, as of a `Batch`, without their targets; raises as `read`."""

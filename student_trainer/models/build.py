@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from potstill.cache.errors import InvalidInput, LimitExceeded
 from potstill.cache.plurals import counted
 from potstill.student_trainer.config import StudentConfig
+from potstill.student_trainer.models.settings import set_special_ids, student_settings
+
+SAVE_DTYPES = ("float32", "bfloat16", "float16")
 
 
-def build_student(student: StudentConfig, *, seed: int, vocab_size: int, row_tokens: int) -> PreTrainedModel:
+def build_student(
+    student: StudentConfig,
+    *,
+    seed: int,
+    vocab_size: int,
+    row_tokens: int,
+    special_ids: Mapping[str, int] | None = None,
+) -> tuple[PreTrainedModel, str]:
     """Build a float32 model on the CPU; random weights depend on the config and the seed only.
 
     Args:
@@ -27,30 +37,30 @@ def build_student(student: StudentConfig, *, seed: int, vocab_size: int, row_tok
         vocab_size: the corpus's; the student needs at least as many ids, and takes it where its config
             names none.
         row_tokens: the corpus's longest row, in tokens.
+        special_ids: the tokenizer's `bos_token_id`, `eos_token_id` and `pad_token_id`, as far as it has them; the
+            student takes those that its own config leaves open.
+
+    Returns:
+        The model, and the dtype in which the checkpoint was stored; float32 for random weights.
 
     Raises:
-        InvalidInput: transformers cannot make a causal language model of it, or the vocabulary is too small.
+        InvalidInput: transformers cannot make a causal language model of it, the vocabulary is too small, an id is
+            not of it, or a key has no effect.
         LimitExceeded: rows are longer than the student's positions.
     """
     with quiet_transformers():
         try:
-            model = _load(student, seed, vocab_size)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+            settings = student_settings(student, vocab_size)
+            stored = str(settings.get_text_config().dtype or settings.dtype).removeprefix("torch.")
+            model = _load(student, settings, seed)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError) as error:
             raise InvalidInput(
-                f"student cannot be built from {student.checkpoint or student.config!r}: {error}"
+                f"student cannot be built from {student.checkpoint or student.config!r}: {_first_lines(error)}"
             ) from error
-    config = model.config
-    if config.vocab_size < vocab_size:
-        raise InvalidInput(
-            f"student vocab_size is {config.vocab_size}; the corpus's tokenizer has {vocab_size} ids: use at least that"
-        )
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and positions < row_tokens:
-        raise LimitExceeded(
-            f"student max_position_embeddings is {positions}, but the corpus has a row of "
-            f"{counted(row_tokens, 'token')}"
-        )
-    return model
+    _check_size(model.config.get_text_config(), vocab_size, row_tokens)
+    set_special_ids(model, special_ids or {})
+    _train_text(model)
+    return model, stored if student.checkpoint is not None and stored in SAVE_DTYPES else "float32"
 
 
 def load_student(folder: Path) -> PreTrainedModel:
@@ -59,6 +69,7 @@ def load_student(folder: Path) -> PreTrainedModel:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
         )
+    _train_text(model)
     return model
 
 
@@ -80,31 +91,53 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _load(student: StudentConfig, seed: int, vocab_size: int) -> PreTrainedModel:
+def _load(student: StudentConfig, settings: Any, seed: int) -> PreTrainedModel:
     if student.checkpoint is not None:
         loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             student.checkpoint, dtype=torch.float32, use_safetensors=True
         )
         return loaded
-    config = _config(student, vocab_size)
+    text = settings.get_text_config()
+    # Weights of a padding id would begin as zeros, where gradients are a hundred times those of other ids.
+    padding, text.pad_token_id = getattr(text, "pad_token_id", None), None
     # The caller's random stream stays as it was: building a student must not change the dropout of another.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
+    model.config.get_text_config().pad_token_id = padding
     return model
 
 
-def _config(student: StudentConfig, vocab_size: int) -> Any:
-    if not isinstance(student.config, dict):
-        return AutoConfig.from_pretrained(student.config)
-    config = AutoConfig.for_model(**{"vocab_size": vocab_size, **student.config})
-    # A key that a model type does not have is kept as it is, unread: a typo would go unseen.
-    known = {
-        *inspect.signature(type(config).__init__).parameters,
-        *PretrainedConfig().to_dict(),
-        *config.attribute_map,
-    }
-    unknown = sorted(student.config.keys() & config.to_dict().keys() - known)
-    if unknown:
-        raise ValueError(f"model_type {config.model_type!r} has no key {unknown[0]!r}")
-    return config
+def _first_lines(error: Exception) -> str:
+    """What transformers says, without its list of every class that it knows."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    known = "Unrecognized configuration class"
+    return f"it is no causal language model: {lines[0]}" if lines[0].startswith(known) else " ".join(lines)
+
+
+def _check_size(config: Any, vocab_size: int, row_tokens: int) -> None:
+    if config.vocab_size < vocab_size:
+        raise InvalidInput(
+            f"student vocab_size is {config.vocab_size}; the corpus's tokenizer has {vocab_size} ids: use at least that"
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and positions < row_tokens:
+        raise LimitExceeded(
+            f"student max_position_embeddings is {positions}, but the corpus has a row of "
+            f"{counted(row_tokens, 'token')}"
+        )
+
+
+def _train_text(model: PreTrainedModel) -> None:
+    """Choose what is trained: every token's embedding, and of a model with towers for images its text model."""
+    embeddings = model.get_input_embeddings()
+    if isinstance(embeddings, nn.Embedding):
+        # Padding that also ends texts is in rows, and without this its embedding would stay as it is.
+        embeddings.padding_idx = None
+    if model.config.get_text_config() is model.config:
+        return
+    # What text does not reach has no gradient, and workers would wait for it.
+    parts = (model.get_decoder(), model.get_output_embeddings())
+    text = {id(weight) for part in parts if part is not None for weight in part.parameters()}
+    for weight in model.parameters():
+        weight.requires_grad_(id(weight) in text)

@@ -97,7 +97,7 @@ def test_a_run_learns_and_leaves_everything_it_promised(root: Path, tmp_path: Pa
 
 def test_held_out_numbers_are_those_of_a_plain_computation(root: Path, tmp_path: Path) -> None:
     config = config_of(root, tmp_path / "run")
-    model = build_student(config.student, seed=3, vocab_size=VOCAB, row_tokens=12).eval()
+    model = build_student(config.student, seed=3, vocab_size=VOCAB, row_tokens=12)[0].eval()
     corpus = Cache.open(root).corpus("docs")
     rows = [4, 17, 40]
     ce, agreed, labels, positions = 0.0, 0, 0, 0

@@ -99,7 +99,7 @@ def test_the_gradient_of_every_loss_is_that_of_taught_positions(root: Path, alph
 
 
 def test_evaluation_is_of_taught_positions(root: Path, tmp_path: Path) -> None:
-    model = build_student(config_of(root, tmp_path).student, seed=3, vocab_size=VOCAB, row_tokens=10).eval()
+    model = build_student(config_of(root, tmp_path).student, seed=3, vocab_size=VOCAB, row_tokens=10)[0].eval()
     corpus, ce, labels = Cache.open(root).corpus("docs"), 0.0, 0
     for row, mask in zip(corpus.take(range(ROWS)), taught(root), strict=True):
         with torch.no_grad():
