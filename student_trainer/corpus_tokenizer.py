@@ -27,6 +27,6 @@ def save_tokenizer(corpus: Corpus, folder: Path) -> None:
         PreTrainedTokenizerFast(tokenizer_object=corpus.tokenizer).save_pretrained(folder)
         return
     # As they were: loaded and saved again, they would be what one version of transformers makes of them.
-    (folder / "tokenizer.json").write_bytes(b"".join(corpus.tokenizer_text()))
+    corpus.tokenizer.save(str(folder / "tokenizer.json"))
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")

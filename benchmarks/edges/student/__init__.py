@@ -1,0 +1,1 @@
+"""Cases of students: what is trained, and what comes out."""
