@@ -10,6 +10,7 @@ record and sleep while `gc` removes all garbage however young; then they are run
 is broken, or a row that was kept is not answered as at first.
 
     python -m benchmarks.bench_kills [--kills 500] [--stalls 20] [--store local|s3|both] [--writers 3] [--job-kills 200]
+        [--jobs ingest journal compact fill]
 """
 
 from __future__ import annotations
@@ -245,6 +246,7 @@ def main() -> int:
     parser.add_argument("--store", choices=("local", "s3", "both"), default="both")
     parser.add_argument("--writers", type=int, default=3)
     parser.add_argument("--job-kills", type=int, default=200, help="of each kind of job, and as many sleeps past gc")
+    parser.add_argument("--jobs", nargs="+", choices=[job.name for job in JOBS], default=[job.name for job in JOBS])
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     CONTEXT.set_forkserver_preload(
@@ -272,7 +274,8 @@ def main() -> int:
             url, environment = roots[name]()
             place = job_kills.Place(f"{url}-jobs", environment, CONTEXT)
             if args.job_kills:
-                good += [job_kills.disturb(place, each, random.Random(args.seed), args.job_kills) for each in JOBS]
+                jobs = [job for job in JOBS if job.name in args.jobs]
+                good += [job_kills.disturb(place, each, random.Random(args.seed), args.job_kills) for each in jobs]
             if not args.kills:
                 continue
             make_corpus(url, folder)
