@@ -110,9 +110,8 @@ def run_session(
     if finished is not None:
         return finished
     with ExitStack() as stack:
-        run = stack.enter_context(open_run(config))
         patience = Patience(config.data.patience, _LOG.warning, given_up=should_stop)
-        run = replace(run, reader=replace(run.reader, patience=patience))
+        run = stack.enter_context(open_run(config)).patient(patience)
         if group.rank == 0:
             stack.enter_context(only_trainer(config.run_dir))
         group.barrier()  # the folder is ours before anybody reads a checkpoint from it
@@ -225,7 +224,6 @@ class _Session:
         """Take one optimizer step; return its record, over all workers, and True if one of them wants to stop."""
         loop, began = self.config.train, time.monotonic()
         self._seed()
-        num_labels, num_positions = self._global_counts()
         num_pieces = len(self._rank_pieces(self.step))
         num_teachers = len(self.config.teachers) if loop.alpha > 0 else 0
         # CE, a KL per teacher, the router loss, and how many workers want to stop: one reduction for all.
@@ -234,8 +232,9 @@ class _Session:
         experts = None
         if self.router is not None:
             batches, experts = self._count_experts(self.router, batches, num_pieces)
-        unread = None
+        unread, num_labels, num_positions = None, 0, 0
         try:
+            num_labels, num_positions = self._global_counts()
             for _ in range(num_pieces - 1):
                 with self._unsent_gradients():
                     sums[:-1] += self._forward_backward(next(batches), num_labels, num_positions, experts)

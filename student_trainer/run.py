@@ -23,6 +23,7 @@ from potstill.cache.corpus import Corpus
 from potstill.cache.errors import InvalidInput, NotFound, StoreError, Unavailable, UnknownTeacher
 from potstill.cache.types import TeacherIdentity
 from potstill.clients.http_targets import HttpCache
+from potstill.clients.patience import Patience
 from potstill.student_trainer.checkpoint import load_state, newest_checkpoint
 from potstill.student_trainer.config import CorpusConfig, DataConfig, TeacherConfig, TrainConfig
 from potstill.student_trainer.data import BatchReader
@@ -81,6 +82,11 @@ class OpenRun:
     def vocab_size(self) -> int:
         """One more than the largest id of the tokenizer and of the prefix."""
         return max(self.corpus.vocab_size, *(token + 1 for token in self.reader.prefix), 0)
+
+    def patient(self, patience: Patience) -> OpenRun:
+        """A copy whose readers all go on asking sources that do not answer."""
+        judged = {name: replace(reader, patience=patience) for name, reader in self.eval_readers.items()}
+        return replace(self, reader=replace(self.reader, patience=patience), eval_readers=judged)
 
     def epochs(self, step: int) -> int | dict[str, int]:
         """Tell the epoch of the last row before the end of `step` steps; of several corpora, each one's by name."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -14,18 +16,21 @@ import torch
 from safetensors.torch import load_file
 from starlette.responses import JSONResponse
 
+from benchmarks.edges.e16_mask_in_training import masked_corpus
 from potstill.cache.cache import Cache
 from potstill.cache.errors import InvalidInput, Unavailable
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.data import Batch
-from potstill.student_trainer.loop import train
+from potstill.student_trainer.group import Group
+from potstill.student_trainer.loop import run_session, train
 from potstill.student_trainer.metrics import read_metrics
+from potstill.student_trainer.result import TrainResult
 from potstill.student_trainer.run import open_run
 from potstill.teacher_service.app import create_app
 from potstill.teacher_service.hosting.service import Service
 from tests.support.fakes import FakeTeacher
 from tests.support.processes.servers import hosted, serving, serving_teachers
-from tests.support.tiny_runs import config_of, write_cache
+from tests.support.tiny_runs import config_of, fill, write_cache
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -88,14 +93,14 @@ def test_a_run_goes_on_over_http_where_it_stopped_on_files(root: Path, url: str,
     assert read_metrics(tmp_path / "a")[-1]["step"] == 10
 
 
-def without_answers(root: Path, first: int, last: float) -> Any:
-    """A service of the cache that answers neither the `first` to the `last` request for targets."""
+def without_answers(root: Path, first: int, last: float, of: str = "/targets/fake/rows") -> Any:
+    """A service of the cache that answers neither the `first` to the `last` request to paths that end with `of`."""
     service = create_app(Service([hosted("other", FakeTeacher())], cache=Cache.open(root)))
     asked = 0
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         nonlocal asked
-        if scope["type"] == "http" and scope["path"].endswith("/targets/fake/rows"):
+        if scope["type"] == "http" and scope["path"].endswith(of):
             asked += 1
             if first <= asked <= last:
                 refusal = {"kind": "deadline_exceeded", "detail": "scripted"}
@@ -125,6 +130,51 @@ def test_a_run_outlasts_a_service_that_is_away(root: Path, tmp_path: Path) -> No
     )
     assert all(torch.equal(straight[name], waited[name]) for name in straight)
     assert all(torch.equal(straight[name], again[name]) for name in straight)
+
+
+def test_evaluation_on_another_corpus_outlasts_a_service_that_is_away(tmp_path: Path) -> None:
+    write_cache(tmp_path)
+    root = write_cache(tmp_path, documents=4, corpus="judge", seed=2)
+    with serving(without_answers(root, 2, 3, of="/judge/targets/fake/rows")) as url:
+        data = {"cache": url, "patience": 60.0, "eval_corpora": ["judge"]}
+        result = train(config_of(Path("unused"), tmp_path / "run", data=data))
+    assert set(result.evaluations["judge"].teachers) == {"fake"}
+
+
+class TwoThreads(Group):
+    """A worker of two, each in a thread; their gradients stay apart."""
+
+    meeting = threading.Barrier(2, timeout=30.0)
+    given: ClassVar[dict[int, torch.Tensor]] = {}
+
+    def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.given[self.rank] = tensor.clone()
+        self.meeting.wait()
+        tensor.copy_(self.given[0] + self.given[1])
+        self.meeting.wait()
+        return tensor
+
+    def barrier(self) -> None:
+        self.meeting.wait()
+
+
+@pytest.mark.parametrize("first", [8, 9])
+def test_a_worker_without_an_answer_stops_the_other_too(tmp_path: Path, first: int) -> None:
+    """The 8th question for a loss mask is of a batch that is read ahead, the 9th of the counts of a step."""
+    root = masked_corpus(tmp_path)
+    fill(root, "fake")
+
+    def stopped(rank: int, cache: str) -> TrainResult:
+        data = {"cache": cache, "patience": 0.3, "held_out": 0, "prefetch": 4}
+        steps = {"steps": 30, "batch_rows": 4, "micro_batch_rows": 2, "eval_every": 99, "checkpoint_every": 99}
+        config = config_of(Path("unused"), tmp_path / "run", data=data, train=steps)
+        return run_session(config, TwoThreads(rank=rank, world_size=2), should_stop=lambda: False)
+
+    with serving(without_answers(root, first, math.inf, of="/loss_mask")) as url, ThreadPoolExecutor(2) as threads:
+        one, other = threads.map(stopped, (0, 1), (str(root), url))
+    assert one.step == other.step > 0
+    assert "another worker got no answer" in one.problem
+    assert "no answer for 0.3 s" in other.problem
 
 
 def test_a_key_that_is_not_set_is_named(tmp_path: Path) -> None:
