@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 from potstill.cache.errors import InvalidInput
 
@@ -21,10 +20,15 @@ def hub_file(name: str, file: str, *, revision: str = "") -> Path:
     Raises:
         InvalidInput: the hub has no such model or file, or cannot be reached and the copy lacks it.
     """
+    # Set before it is imported: five lines of its retries would come before our one.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    from huggingface_hub import errors, hf_hub_download  # noqa: PLC0415 -- files and folders do without it
+
     try:
-        return _found(name, file, revision)
-    except (OSError, ValueError, _errors().HfHubHTTPError) as error:
-        raise InvalidInput(f"{file} of {name!r} cannot be had from the Hugging Face hub: {_reason(error)}") from error
+        return Path(hf_hub_download(name, file, revision=revision or None))
+    except (OSError, ValueError, errors.HfHubHTTPError) as error:
+        reason = re.split(r"\n|\. ", str(error).strip())[0].rstrip(".")
+        raise InvalidInput(f"{file} of {name!r} cannot be had from the Hugging Face hub: {reason}") from error
 
 
 def optional_hub_file(name: str, file: str) -> Path | None:
@@ -35,41 +39,18 @@ def optional_hub_file(name: str, file: str) -> Path | None:
     Raises:
         InvalidInput: the hub cannot be reached, and the local copy lacks the file.
     """
-    errors = _errors()
+    from huggingface_hub import constants, errors  # noqa: PLC0415 -- files and folders do without it
+
     try:
-        return _found(name, file, "")
-    except errors.LocalEntryNotFoundError as error:
-        if _is_offline():
+        return hub_file(name, file)
+    except InvalidInput as error:
+        cause = error.__cause__
+        unasked = isinstance(cause, errors.LocalEntryNotFoundError) and not constants.HF_HUB_OFFLINE
+        if unasked:
+            raise InvalidInput(
+                f"whether {name!r} has a {file} cannot be asked of the Hugging Face hub; set HF_HUB_OFFLINE=1 to do "
+                "with the local copy"
+            ) from error
+        if isinstance(cause, errors.EntryNotFoundError):
             return None
-        raise InvalidInput(
-            f"whether {name!r} has a {file} cannot be asked of the Hugging Face hub; set HF_HUB_OFFLINE=1 to do with "
-            "the local copy"
-        ) from error
-    except errors.EntryNotFoundError:
-        return None
-    except (OSError, ValueError, errors.HfHubHTTPError) as error:
-        raise InvalidInput(f"{file} of {name!r} cannot be had from the Hugging Face hub: {_reason(error)}") from error
-
-
-def _found(name: str, file: str, revision: str) -> Path:
-    # Set before it is imported: five lines of its retries would come before our one.
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    from huggingface_hub import hf_hub_download  # noqa: PLC0415 -- files and folders do without it
-
-    return Path(hf_hub_download(name, file, revision=revision or None))
-
-
-def _errors() -> Any:
-    from huggingface_hub import errors  # noqa: PLC0415 -- files and folders do without it
-
-    return errors
-
-
-def _is_offline() -> bool:
-    from huggingface_hub import constants  # noqa: PLC0415 -- files and folders do without it
-
-    return bool(constants.HF_HUB_OFFLINE)
-
-
-def _reason(error: Exception) -> str:
-    return re.split(r"\n|\. ", str(error).strip())[0].rstrip(".")
+        raise

@@ -1,7 +1,8 @@
-"""Reading of text files that a person named; errors say in one line which file and what is wrong."""
+"""Reading of files that a person named, as text, TOML or JSON; errors say in one line which and what is wrong."""
 
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -35,3 +36,32 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         return tomllib.loads(read_named(path))
     except (ValueError, RecursionError) as error:  # the latter by brackets within brackets; also numbers too long
         raise InvalidInput(f"{path}: not TOML: {error}") from error
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """Read a JSON object from a file of a model's folder; errors name the two alone, as they may go to other machines.
+
+    Raises:
+        InvalidInput: it cannot be read, or is none.
+    """
+    where = f"{file.parent.name}/{file.name}"
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise InvalidInput(f"{where} cannot be read: {error.strerror or error}") from error
+    return json_object(data, where)
+
+
+def json_object(data: str | bytes, where: str) -> dict[str, Any]:
+    """Parse a JSON object, which errors call `where`.
+
+    Raises:
+        InvalidInput: it is none.
+    """
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise InvalidInput(f"{where} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InvalidInput(f"{where} is not a JSON object; mend it, or take it away")
+    return value

@@ -67,16 +67,14 @@ def _add_documents(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Ingest, and print a summary."""
-    import json
     from dataclasses import fields
 
     from potstill.cache.corpus import IngestPlan
-    from potstill.cache.corpus.document_tokens import Around
+    from potstill.cache.corpus.document_tokens import DocumentTokens
     from potstill.cache.corpus.plan import Found
     from potstill.cache.corpus.sources import list_sources
-    from potstill.cache.corpus.teacher_tokenizer import declared_bos
     from potstill.cache.corpus.tokenizer import load_tokenizer
-    from potstill.cache.corpus.tokenizer_files import load_tokenizer_files
+    from potstill.cache.corpus.tokenizer_files import declared_bos, load_tokenizer_files
     from potstill.cache.store.root import check_name
 
     plan = IngestPlan(**{each.name: getattr(args, each.name) for each in fields(IngestPlan)})
@@ -84,8 +82,8 @@ def run(args: argparse.Namespace) -> int:
     check_name("corpus", args.corpus)
     list_sources(args.sources, plan.field, skip_unknown=plan.skip_unknown)
     tokenizer, files, found = load_tokenizer(args.tokenizer), load_tokenizer_files(args.tokenizer), Found()
-    Around(tokenizer, files, plan, found)
-    bos = None if plan.prepend_bos else declared_bos(tokenizer, json.loads(files.get("tokenizer_config.json", "{}")))
+    DocumentTokens(tokenizer, files, plan, found)
+    bos = None if plan.prepend_bos else declared_bos(tokenizer, files)
     # A text has none for sure, and its ingest may take hours.
     if bos is not None and plan.field.kind == "text":
         _warn_of_bos(tokenizer, bos)

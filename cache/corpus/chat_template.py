@@ -23,7 +23,6 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from potstill.cache.corpus.sources.documents import BadRecord
 from potstill.cache.errors import InvalidInput
 
-_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _ASSISTANT = "assistant"
 # What code of a template may raise on messages that it was not written for.
@@ -103,17 +102,6 @@ class ChatTemplate:
                 )
             spans.append((len(before), len(up_to)))
         return Rendering(text, tuple(spans))
-
-
-def template_names(files: Mapping[str, str]) -> dict[str, str]:
-    """The tokens that the texts of a tokenizer's files name for its template, such as `bos_token`."""
-    names: dict[str, str] = {}
-    for file in ("special_tokens_map.json", "tokenizer_config.json"):  # the later wins
-        for name, value in json.loads(files.get(file, "{}")).items():
-            token = value.get("content") if isinstance(value, dict) else value
-            if name in _NAMES and isinstance(token, str):
-                names[name] = token
-    return names
 
 
 class _Generation(Extension):

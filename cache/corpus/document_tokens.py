@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from potstill.cache.corpus.chat_template import ChatTemplate, template_names
+from potstill.cache.corpus.chat_template import ChatTemplate
 from potstill.cache.corpus.control_tokens import ControlTokens, Disguised
 from potstill.cache.corpus.conversations import ConversationTokens
 from potstill.cache.corpus.framing import Frame
@@ -21,7 +21,7 @@ from potstill.cache.corpus.plan import Found, IngestPlan
 from potstill.cache.corpus.sources import BadRecords, Conversation, Document, Ids, SourceFile, Text, documents
 from potstill.cache.corpus.tokenization import encode_documents
 from potstill.cache.corpus.tokenizer import num_ids
-from potstill.cache.corpus.tokenizer_files import SpecialTokens
+from potstill.cache.corpus.tokenizer_files import SpecialTokens, named_tokens
 from potstill.cache.errors import InvalidInput
 from potstill.cache.types import Tokens
 
@@ -35,42 +35,29 @@ class DocumentIds:
     """Bool [T] which targets are to be learnt, target t being of the token after token t; None for all."""
 
 
-class Around:
-    """What the files beside a tokenizer say of documents: what frames them, and the template of conversations.
-
-    Raises:
-        InvalidInput: they lack what the plan needs: a token that begins or ends texts, or a template.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, files: Mapping[str, str], plan: IngestPlan, found: Found) -> None:
-        """Take them from the texts of the files, by name."""
-        special = SpecialTokens.of(files, tokenizer)
-        self.eos = special.eos
-        self.frame = Frame(special, found, prepend_bos=plan.prepend_bos, append_eos=plan.append_eos)
-        self.template = _template(special, files) if plan.field.kind == "messages" else None
-
-
 class DocumentTokens:
     """Makes token ids of files' documents as a plan says, and counts in `found` what it comes across.
 
     Raises:
-        InvalidInput: as of `Around`.
+        InvalidInput: the tokenizer's files lack what the plan needs: a token that begins or ends texts, or a template;
+            or its control tokens cannot be told from text.
     """
 
     def __init__(self, tokenizer: Tokenizer, files: Mapping[str, str], plan: IngestPlan, found: Found) -> None:
         """Take the parts; `files` are the texts of the files beside the tokenizer, by name."""
-        around = Around(tokenizer, files, plan, found)
+        special = SpecialTokens.of(files, tokenizer)
         self._plan = plan
         self._found = found
         self._vocab_size = num_ids(tokenizer)
-        self._eos = around.eos
-        self._frame = around.frame
+        self._eos = special.eos
+        self._frame = Frame(special, found, prepend_bos=plan.prepend_bos, append_eos=plan.append_eos)
         self._control = ControlTokens(tokenizer)
         disguised = None if plan.special_tokens == "keep" else Disguised(tokenizer, self._control)
         self._of_text = tokenizer if disguised is None else disguised.tokenizer
         self._conversations = None
-        if around.template is not None:
-            self._conversations = ConversationTokens(tokenizer, around.template, self._control, disguised, self._see)
+        if plan.field.kind == "messages":
+            template = _template(special, files)
+            self._conversations = ConversationTokens(tokenizer, template, self._control, disguised, self._see)
 
     def of_file(self, file: SourceFile) -> Iterator[DocumentIds]:
         """Yield the token ids of each document of a file.
@@ -129,7 +116,7 @@ def _template(special: SpecialTokens, files: Mapping[str, str]) -> ChatTemplate:
             "--messages-field needs a chat template, and there is none beside the tokenizer; put one into "
             "chat_template.jinja in its folder"
         )
-    return ChatTemplate(special.chat_template, template_names(files))
+    return ChatTemplate(special.chat_template, named_tokens(files))
 
 
 def _unknown_id(where: str, block: NDArray[Any], vocab_size: int) -> InvalidInput:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from tokenizers import Tokenizer
 
-from potstill.cache.errors import InvalidInput
-
-_PROBE = "a"
-"""Text of which a tokenizer makes at least one token."""
+from potstill.cache.corpus.tokenizer_files import declared_bos, load_tokenizer_files
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,14 +21,12 @@ class TeacherTokenizer:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, folder: Path | None = None) -> TeacherTokenizer:
-        """Join a tokenizer with what the `tokenizer_config.json` of the model's folder, if there is one, says.
+        """Join a tokenizer with what the files beside it in the model's folder say.
 
         Raises:
-            InvalidInput: the file is no JSON object.
+            InvalidInput: as of `load_tokenizer_files`.
         """
-        file = None if folder is None else folder / "tokenizer_config.json"
-        config = _read(file) if file is not None and file.is_file() else {}
-        return cls(tokenizer, declared_bos(tokenizer, config))
+        return cls(tokenizer, declared_bos(tokenizer, {} if folder is None else load_tokenizer_files(folder)))
 
 
 @runtime_checkable
@@ -43,28 +36,3 @@ class HasTokenizer(Protocol):
     @property
     def tokenizer(self) -> TeacherTokenizer:
         """The model's tokenizer."""
-
-
-def _read(file: Path) -> Mapping[str, Any]:
-    try:
-        config = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise InvalidInput(f"{file.parent.name}/{file.name} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise InvalidInput(f"{file.parent.name}/{file.name} is no JSON object")
-    return config
-
-
-def declared_bos(tokenizer: Tokenizer, config: Mapping[str, Any]) -> int | None:
-    """Id that a tokenizer puts before text by its `tokenizer_config.json`, or by its post-processor; None for none."""
-    declared = config.get("add_bos_token")
-    if declared is False:
-        return None
-    if declared is True:
-        named = config.get("bos_token")
-        text = named.get("content") if isinstance(named, dict) else named
-        if isinstance(text, str) and (bos := tokenizer.token_to_id(text)) is not None:
-            return int(bos)
-    plain = tokenizer.encode(_PROBE, add_special_tokens=False).ids
-    whole = tokenizer.encode(_PROBE).ids
-    return int(whole[0]) if len(whole) > len(plain) and whole[:1] != plain[:1] else None

@@ -18,13 +18,16 @@ from tokenizers import Tokenizer
 from potstill.cache.corpus.tokenizer import sealed_text
 from potstill.cache.errors import FormatError, InvalidInput
 from potstill.cache.hub import may_be_hub_name, optional_hub_file
-from potstill.cache.named_files import read_named
+from potstill.cache.named_files import json_object, read_named
 from potstill.cache.store import GroupReader
 
 SEALED_FILES = "tokenizer_files"
 """Name of the array of a corpus that holds the files."""
 _CONFIG, _TOKEN_MAP = "tokenizer_config.json", "special_tokens_map.json"
 _TEMPLATE, _TEMPLATE_JSON = "chat_template.jinja", "chat_template.json"
+_TOKENS = frozenset(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+_PROBE = "a"
+"""Text of which a tokenizer makes at least one token."""
 FILE_NAMES = (_CONFIG, _TOKEN_MAP, _TEMPLATE, _TEMPLATE_JSON)
 MAX_FILE_BYTES = 4 * 2**20
 """Most bytes of one file; the configurations of the largest vocabularies have a fourth."""
@@ -50,9 +53,46 @@ class SpecialTokens:
             InvalidInput: a file is no JSON object, names a token that the tokenizer lacks, or has a template that is
                 no text.
         """
-        objects = {name: _json_object(text, name) for name, text in files.items() if name.endswith(".json")}
-        named = {key: _named_token(objects, f"{key}_token", tokenizer) for key in ("bos", "eos", "pad")}
-        return cls(**named, chat_template=_chat_template(files, objects))
+        named = named_tokens(files)
+        ids = {key: _id(tokenizer, f"{key}_token", named.get(f"{key}_token")) for key in ("bos", "eos", "pad")}
+        return cls(**ids, chat_template=_chat_template(files))
+
+
+def named_tokens(files: Mapping[str, str]) -> dict[str, str]:
+    """Texts of the tokens that a tokenizer's files name, by key, such as `bos_token`.
+
+    Raises:
+        InvalidInput: a file is no JSON object, or names something else.
+    """
+    tokens = {}
+    for file in (_TOKEN_MAP, _CONFIG):  # the later wins
+        for key, value in _object(files, file).items():
+            # An added token is spelt as its text, or as an object that has it as its content.
+            token = value.get("content") if isinstance(value, dict) else value
+            if key not in _TOKENS or token is None:
+                continue
+            if not isinstance(token, str):
+                raise InvalidInput(f"{file} names {token!r:.80} as {key}, which is no text; mend the file")
+            tokens[key] = token
+    return tokens
+
+
+def declared_bos(tokenizer: Tokenizer, files: Mapping[str, str]) -> int | None:
+    """Id that a tokenizer puts before text by its `tokenizer_config.json`, or by its post-processor; None for none.
+
+    Raises:
+        InvalidInput: a file is no JSON object, or names something else than a text as a token.
+    """
+    declared = _object(files, _CONFIG).get("add_bos_token")
+    if declared is False:
+        return None
+    if declared is True and (named := named_tokens(files).get("bos_token")):
+        bos = tokenizer.token_to_id(named)
+        if bos is not None:
+            return int(bos)
+    plain = tokenizer.encode(_PROBE, add_special_tokens=False).ids
+    whole = tokenizer.encode(_PROBE).ids
+    return int(whole[0]) if len(whole) > len(plain) and whole[:1] != plain[:1] else None
 
 
 def load_tokenizer_files(path: str | Path) -> dict[str, str]:
@@ -112,43 +152,30 @@ def _text(file: Path) -> str:
         raise InvalidInput(f"{file} has {size} bytes; a corpus keeps at most {MAX_FILE_BYTES}: take out what is large")
     text = read_named(file)
     if file.suffix == ".json":
-        _json_object(text, str(file))
+        json_object(text, str(file))
     return text
 
 
-def _json_object(text: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InvalidInput(f"{where} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InvalidInput(f"{where} is not a JSON object; mend it, or take it away")
-    return value
+def _object(files: Mapping[str, str], name: str) -> dict[str, Any]:
+    return json_object(files.get(name, "{}"), name)
 
 
-def _named_token(objects: Mapping[str, dict[str, Any]], key: str, tokenizer: Tokenizer) -> int | None:
-    for name in (_CONFIG, _TOKEN_MAP):
-        value = objects.get(name, {}).get(key)
-        # An added token is spelt as its text, or as an object that has it as its content.
-        token = value.get("content") if isinstance(value, dict) else value
-        if token is None:
-            continue
-        found = tokenizer.token_to_id(token) if isinstance(token, str) else None
-        if found is None:
-            raise InvalidInput(
-                f"{name} names {token!r:.80} as {key}, and the tokenizer has no such token; mend the file, or give the "
-                "tokenizer.json that belongs to it"
-            )
-        return int(found)
-    return None
+def _id(tokenizer: Tokenizer, key: str, token: str | None) -> int | None:
+    found = None if token is None else tokenizer.token_to_id(token)
+    if token is not None and found is None:
+        raise InvalidInput(
+            f"a file beside the tokenizer names {token!r:.80} as {key}, and the tokenizer has no such token; mend the "
+            "file, or give the tokenizer.json that belongs to it"
+        )
+    return found
 
 
-def _chat_template(files: Mapping[str, str], objects: Mapping[str, dict[str, Any]]) -> str | None:
+def _chat_template(files: Mapping[str, str]) -> str | None:
     """The template that `transformers` takes where none is named: a file of its own comes first."""
     if _TEMPLATE in files:
         return files[_TEMPLATE]
     for name in (_CONFIG, _TEMPLATE_JSON):
-        template = objects.get(name, {}).get("chat_template")
+        template = _object(files, name).get("chat_template")
         if isinstance(template, list):
             named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
             template = named.get("default")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from potstill.cache.errors import InvalidInput
+from potstill.cache.named_files import read_json_object
 from potstill.cache.types import TeacherIdentity
 from potstill.teacher_service.engine.config_hash import config_sha256
 from potstill.teacher_service.engine.model_folder import weights_sha256
@@ -68,7 +69,7 @@ class Adapter:
             if base:
                 raise InvalidInput(f"base is {base!r}, but {model!r} is no adapter: it has no {ADAPTER_CONFIG}")
             return None
-        config = _read(folder)
+        config = read_json_object(folder / ADAPTER_CONFIG)
         named = base or config.get("base_model_name_or_path")
         if not isinstance(named, str) or not named:
             raise InvalidInput(
@@ -82,7 +83,7 @@ class Adapter:
                 f"the adapter {folder.name!r} {reason}; merge it first: peft's PeftModel.from_pretrained(base, adapter)"
                 ".merge_and_unload().save_pretrained(FOLDER), and give that folder, with the tokenizer"
             )
-        digest = hashlib.sha256((weights_sha256(folder) + config_sha256(folder, ADAPTER_CONFIG, _NEUTRAL)).encode())
+        digest = hashlib.sha256((weights_sha256(folder) + config_sha256(config, _NEUTRAL)).encode())
         room = next(room for room in _RANKS if room >= max(ranks))
         return cls(folder, named, room, tuple(sorted(modules)), digest.hexdigest())
 
@@ -100,16 +101,6 @@ class Adapter:
     def added_to(self, base: TeacherIdentity) -> TeacherIdentity:
         """Make the identity of the two together from that of the base model."""
         return replace(base, model=f"{base.model}+{self.folder.resolve().name}", adapters=(self.sha256,))
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_bytes())
-    except (OSError, ValueError) as error:
-        raise InvalidInput(f"the {ADAPTER_CONFIG} of {folder.name!r} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise InvalidInput(f"the {ADAPTER_CONFIG} of {folder.name!r} is no JSON object")
-    return config
 
 
 def _modules(weights: Path) -> set[str]:

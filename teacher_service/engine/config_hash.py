@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
-
-from potstill.cache.errors import InvalidInput
 
 _NEUTRAL = frozenset(
     (
@@ -21,18 +19,8 @@ _NEUTRAL = frozenset(
 """Keys, at any depth, that change no number. What is not known here counts: too many teachers beat mixed-up ones."""
 
 
-def config_sha256(folder: Path, name: str = "config.json", neutral: frozenset[str] = _NEUTRAL) -> str:
-    """SHA-256, in hex, of a folder's `config.json`, or another file, without its neutral keys and those that are null.
-
-    Raises:
-        InvalidInput: it is no JSON object.
-    """
-    try:
-        config = json.loads((folder / name).read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise InvalidInput(f"{name} of the model folder {folder.name!r} is no JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise InvalidInput(f"{name} of the model folder {folder.name!r} is no JSON object")
+def config_sha256(config: Mapping[str, Any], neutral: frozenset[str] = _NEUTRAL) -> str:
+    """SHA-256, in hex, of what a `config.json` holds, without its neutral keys and those that are null."""
     return hashlib.sha256(json.dumps(_plain(config, neutral), sort_keys=True).encode()).hexdigest()
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
 from potstill.cache.corpus.teacher_tokenizer import TeacherTokenizer
 from potstill.cache.corpus.tokenizer import load_tokenizer
 from potstill.cache.errors import InvalidInput
 from potstill.cache.hub import hub_file, may_be_hub_name
+from potstill.cache.named_files import read_json_object
 
 _WEIGHT_KINDS = ("*.safetensors", "*.bin", "*.gguf")
 _TEXT_PARTS = ("text_config", "llm_config", "language_config")
@@ -48,12 +48,9 @@ def checkpoint_dtype(folder: Path) -> str:
     Raises:
         InvalidInput: the file cannot be read.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        parts = [config, *(config[name] for name in _TEXT_PARTS if isinstance(config.get(name), dict))]
-        said = [part.get("dtype") or part.get("torch_dtype") for part in parts]
-    except (OSError, ValueError, AttributeError) as error:
-        raise InvalidInput(f"the config.json of {folder.name!r} cannot be read: {error}") from error
+    config = read_json_object(folder / "config.json")
+    parts = [config, *(config[name] for name in _TEXT_PARTS if isinstance(config.get(name), dict))]
+    said = [part.get("dtype") or part.get("torch_dtype") for part in parts]
     return str(next(filter(None, said), ""))
 
 

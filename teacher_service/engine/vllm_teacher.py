@@ -27,6 +27,7 @@ from pydantic.dataclasses import dataclass
 from potstill.cache.corpus.teacher_tokenizer import TeacherTokenizer
 from potstill.cache.corpus.tokenizer import fingerprint
 from potstill.cache.errors import InvalidInput, LimitExceeded, UnsupportedField
+from potstill.cache.named_files import read_json_object
 from potstill.cache.plurals import counted
 from potstill.cache.types import CONFIG_SHA256, JSON, Fields, Targets, TeacherIdentity, TeacherLimits, Tokens
 from potstill.teacher_service.capture.layout import Asked
@@ -315,6 +316,6 @@ def _identity(
         dtype=facts.dtype,
         head_dtype=facts.head_dtype,
         quantization=options.quantization,
-        overrides={CONFIG_SHA256: config_sha256(folder)},
+        overrides={CONFIG_SHA256: config_sha256(read_json_object(folder / "config.json"))},
         prefix_ids=options.prefix_ids,
     )

@@ -111,8 +111,8 @@ def test_weights_that_are_not_of_the_layers_are_to_be_merged(
 @pytest.mark.parametrize(
     ("name", "content", "line"),
     [
-        ("adapter_config.json", b"{", "the adapter_config.json of 'it' cannot be read"),
-        ("adapter_config.json", b"[]", "the adapter_config.json of 'it' is no JSON object"),
+        ("adapter_config.json", b"{", "it/adapter_config.json is not JSON"),
+        ("adapter_config.json", b"[]", "it/adapter_config.json is not a JSON object"),
         ("adapter_config.json", b"{}", "the adapter_config.json of 'it' names no base model; give the option base"),
         ("adapter_model.safetensors", b"\xff" * 64, "adapter_model.safetensors of 'it' cannot be read"),
         ("adapter_model.safetensors", b"\x02" + b"\0" * 7 + b"[]", "the adapter 'it' has no adapter_model.safetensors"),
