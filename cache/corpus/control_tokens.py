@@ -25,9 +25,7 @@ class ControlTokens:
     def __init__(self, tokenizer: Tokenizer) -> None:
         added = tokenizer.get_added_tokens_decoder().values()
         self.names = sorted({token.content for token in added if token.special and token.content})
-        # The longest first, as one may begin with another.
-        longest_first = sorted(self.names, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._pattern = any_of(self.names)
         self._longest = max(map(len, self.names), default=1)
 
     def seen(self, pieces: Iterable[str], see: Callable[[str, int], None]) -> Iterator[str]:
@@ -45,8 +43,12 @@ class ControlTokens:
             cut = max(at, sure, 0)
             rest, before = text[cut:], before + cut
             yield piece
-        for match in self._pattern.finditer(rest):
-            see(match[0], before + match.start())
+        for name, at in self.found(rest):
+            see(name, before + at)
+
+    def found(self, text: str) -> Iterator[tuple[str, int]]:
+        """Yield each control token in a text, and at what character it begins."""
+        return ((match[0], match.start()) for match in self._pattern.finditer(text))
 
     def ends(self, text: str, start: int, stop: int) -> list[int]:
         """The character behind each control token in part of a text."""
@@ -65,9 +67,7 @@ class Disguised:
     """
 
     def __init__(self, tokenizer: Tokenizer, control: ControlTokens) -> None:
-        nonce = secrets.token_hex(8)
-        self.names = {name: f"{nonce}{number:06x}" for number, name in enumerate(control.names)}
-        """Name in text to the other name; all are equally long."""
+        self.names = other_names(control.names)
         self.tokenizer = self._renamed(tokenizer) if self.names else tokenizer
 
     def _renamed(self, tokenizer: Tokenizer) -> Tokenizer:
@@ -100,6 +100,17 @@ def _made_of_others(what: str) -> InvalidInput:
     return InvalidInput(
         f"the tokenizer's control tokens cannot be told from its text ({what}); say --special-tokens keep"
     )
+
+
+def other_names(names: Iterable[str]) -> dict[str, str]:
+    """Other names by name, which stand in no text and are equally long."""
+    nonce = secrets.token_hex(8)
+    return {name: f"{nonce}{number:06x}" for number, name in enumerate(names)}
+
+
+def any_of(names: Iterable[str]) -> re.Pattern[str]:
+    """Compile a pattern of any of some names; of two that begin alike, the longer."""
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")
 
 
 def in_words(counts: Counter[str], most: int = 3) -> str:

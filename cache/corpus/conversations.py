@@ -5,8 +5,6 @@ Shape legend:  T tokens.
 
 from __future__ import annotations
 
-import re
-import secrets
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -18,9 +16,10 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from potstill.cache.corpus.chat_template import ChatTemplate, Rendering
-from potstill.cache.corpus.control_tokens import ControlTokens, Disguised
+from potstill.cache.corpus.control_tokens import ControlTokens, Disguised, any_of, other_names
 from potstill.cache.corpus.sources import BadRecords, Conversation
 from potstill.cache.corpus.sources.documents import BadRecord
+from potstill.cache.corpus.sources.records import texts_in
 from potstill.cache.corpus.tokenization import encoded_texts
 from potstill.cache.types import Tokens
 
@@ -60,13 +59,11 @@ class ConversationTokens:
         self._control = control
         self._disguised = disguised
         self._see = see
-        nonce = secrets.token_hex(8)
-        self._stand_ins = {name: f"{nonce}{number:06x}" for number, name in enumerate(control.names)}
-        meant = {stand_in: name for name, stand_in in self._stand_ins.items()}
+        self._stand_ins = other_names(control.names)
+        self._meant = {stand_in: name for name, stand_in in self._stand_ins.items()}
         if disguised is not None:
-            meant |= disguised.names
-        self._meant = meant
-        self._either = re.compile("|".join(map(re.escape, sorted(meant, key=len, reverse=True))) or r"(?!)")
+            self._meant |= disguised.names
+        self._either = any_of(self._meant)
 
     def said(self, conversations: Iterable[Conversation], bad: BadRecords) -> Iterator[Said]:
         """Tokenize conversations in order; `bad` is told of those that the template refuses."""
@@ -100,10 +97,7 @@ class ConversationTokens:
 
     def _seen(self, conversation: Conversation) -> bool:
         """Tell of the control tokens in messages; True if there are some."""
-        found: list[tuple[str, int]] = []
-        for text in _texts(conversation.messages):
-            for _ in self._control.seen([text], lambda name, at: found.append((name, at))):
-                pass
+        found = [each for text in texts_in(conversation.messages) for each in self._control.found(text)]
         for name, at in found:
             self._see(conversation.where, name, at)
         return bool(found)
@@ -152,15 +146,3 @@ def _said(encoded: Any, rendering: Rendering) -> Said:
     for start, stop in rendering.taught:
         taught |= (starts < stop) & (stops > start)
     return Said(ids, taught)
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
-        for each in value:
-            yield from _texts(each)
-    elif isinstance(value, dict):
-        for key, each in value.items():
-            yield from _texts(key)
-            yield from _texts(each)

@@ -88,34 +88,33 @@ def num_ids(tokenizer: Tokenizer) -> int:
 
 def fingerprint(tokenizer: Tokenizer) -> str:
     """Hash (sha256, hex) of the table from ids to bytes and of which ids are special."""
-    special = {i for i, added in tokenizer.get_added_tokens_decoder().items() if added.special}
     digest = hashlib.sha256()
-    for token_id, data in sorted(token_bytes(tokenizer).items()):
+    for token_id, (data, special) in sorted(token_table(tokenizer).items()):
         digest.update(token_id.to_bytes(4, "little"))
         # With its length, so that bytes cannot move from one token to the next unseen.
         digest.update(len(data).to_bytes(4, "little") + data)
-        digest.update(b"\x01" if token_id in special else b"\x00")
+        digest.update(b"\x01" if special else b"\x00")
     return digest.hexdigest()
 
 
-def token_bytes(tokenizer: Tokenizer) -> dict[int, bytes]:
-    """Bytes that each id stands for.
+def token_table(tokenizer: Tokenizer) -> dict[int, tuple[bytes, bool]]:
+    """Bytes that each id stands for, and whether it is special.
 
     Byte-level vocabularies (GPT-2 and its heirs) spell bytes as printable characters. SentencePiece vocabularies
     write a space as U+2581, and bytes that are no character as `<0xNN>`. Added tokens are spelt as they are.
     """
     added = tokenizer.get_added_tokens_decoder()
     byte_level = "ByteLevel" in (str(tokenizer.decoder) + str(tokenizer.pre_tokenizer))
-    table: dict[int, bytes] = {}
+    table: dict[int, tuple[bytes, bool]] = {}
     for token, token_id in tokenizer.get_vocab(with_added_tokens=True).items():
         if token_id in added:
-            table[token_id] = added[token_id].content.encode()
+            table[token_id] = added[token_id].content.encode(), added[token_id].special
         elif byte_level:
-            table[token_id] = _byte_level_bytes(token)
+            table[token_id] = _byte_level_bytes(token), False
         elif match := _BYTE_TOKEN.fullmatch(token):
-            table[token_id] = bytes([int(match[1], 16)])
+            table[token_id] = bytes([int(match[1], 16)]), False
         else:
-            table[token_id] = token.replace("\u2581", " ").encode()
+            table[token_id] = token.replace("\u2581", " ").encode(), False
     return table
 
 

@@ -7,7 +7,6 @@ teacher may give them mass, and to the corpus's tokenizer they mean something el
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeAlias
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from potstill.cache.corpus import Corpus
-from potstill.cache.corpus.tokenizer import token_bytes
+from potstill.cache.corpus.tokenizer import token_table
 from potstill.cache.errors import FormatError, SpecMismatch
 from potstill.cache.plurals import counted
 from potstill.cache.types import TeacherIdentity
@@ -99,7 +98,7 @@ def unshared_ids(teacher: str, corpus: Corpus, identity: TeacherIdentity, tokeni
         SpecMismatch: a row, or the teacher's prefix, has an id that means different tokens to the two.
         CorruptSegment: stored bytes are damaged.
     """
-    ours, theirs = _table(corpus.tokenizer), _table(tokenizer)
+    ours, theirs = token_table(corpus.tokenizer), token_table(tokenizer)
     differing = np.array(sorted(i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i)), np.int64)
     uses = _uses(corpus, differing)
     for token_id in identity.prefix_ids:
@@ -115,11 +114,6 @@ def unshared_ids(teacher: str, corpus: Corpus, identity: TeacherIdentity, tokeni
     return UnsharedIds.of(differing)
 
 
-def _table(tokenizer: Tokenizer) -> _Table:
-    special = {i for i, added in tokenizer.get_added_tokens_decoder().items() if added.special}
-    return {token_id: (data, token_id in special) for token_id, data in token_bytes(tokenizer).items()}
-
-
 def _uses(corpus: Corpus, differing: NDArray[np.int64]) -> dict[int, int]:
     """Count the positions of each differing id that a row uses, by rising id."""
     size = corpus.spec.max_token_id + 1
@@ -129,14 +123,10 @@ def _uses(corpus: Corpus, differing: NDArray[np.int64]) -> dict[int, int]:
     wanted = np.zeros(size, bool)
     wanted[inside] = True
     counts = np.zeros(size, np.int64)
-    for tokens in _blocks(corpus):
+    for start in range(0, corpus.num_positions, _BLOCK):
+        tokens = corpus.tokens(start, min(start + _BLOCK, corpus.num_positions))
         counts += np.bincount(tokens[wanted[tokens]], minlength=size)
     return {token_id: int(counts[token_id]) for token_id in inside.tolist() if counts[token_id]}
-
-
-def _blocks(corpus: Corpus) -> Iterator[NDArray[np.uint32]]:
-    for start in range(0, corpus.num_positions, _BLOCK):
-        yield corpus.tokens(start, min(start + _BLOCK, corpus.num_positions))
 
 
 def _told(token_id: int, ours: _Table, theirs: _Table, count: int) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -49,18 +51,20 @@ def _messages(value: list[Any], where: str) -> list[dict[str, Any]]:
             raise BadRecord(f"{where} has messages with from and value; convert them to role and content first")
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise BadRecord(f"{where} has no role in message {number}; a message has role and content")
-        for text in _strings(message):
+        for text in texts_in(message):
             _encodable(text, where)
     if not value:
         raise BadRecord(f"{where} has no message")
     return value
 
 
-def _strings(value: Any) -> list[str]:
+def texts_in(value: Any) -> Iterator[str]:
+    """Yield all texts in a value of JSON, the keys of objects among them."""
     if isinstance(value, str):
-        return [value]
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [text for each in inner for text in _strings(each)]
+        yield value
+    inner = chain(*value.items()) if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for each in inner:
+        yield from texts_in(each)
 
 
 def _encodable(text: str, where: str) -> str:
