@@ -27,11 +27,12 @@ Relative paths are taken from the current folder, like those on the command line
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from potstill.cache.errors import InvalidInput, SpecMismatch
@@ -76,6 +77,14 @@ def _whole_or_share(held_out: float | None) -> float | None:
 _HeldOut = Annotated[int | float, Field(ge=0), AfterValidator(_whole_or_share)]
 _Weight = Annotated[float, Field(ge=0)]
 
+Points: TypeAlias = tuple[tuple[int, float], ...]
+"""A weight over the run as pairs (step, weight)."""
+
+
+def weights_at(points: Points, steps: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float64]:
+    """Give the weight at each step: linear between the points, constant before the first and after the last."""
+    return np.interp(steps, [step for step, _ in points], [weight for _, weight in points])
+
 
 class CorpusConfig(_Frozen):
     """One corpus of a mixture."""
@@ -97,13 +106,9 @@ class CorpusConfig(_Frozen):
         return self
 
     @property
-    def points(self) -> tuple[tuple[int, float], ...]:
+    def points(self) -> Points:
         """The weight as (step, weight) pairs, of which a constant has one."""
         return self.weight if isinstance(self.weight, tuple) else ((0, self.weight),)
-
-    def weight_at(self, step: int) -> float:
-        """Tell the weight of a step."""
-        return float(np.interp(step, [at for at, _ in self.points], [weight for _, weight in self.points]))
 
 
 class DataConfig(_Frozen):
@@ -139,8 +144,9 @@ class DataConfig(_Frozen):
         names = [each.name for each in self.mixture]
         if len({*names, *self.eval_corpora}) != len(names) + len(self.eval_corpora):
             raise ValueError("corpora and eval_corpora must have different names")
-        for step in sorted({step for each in self.mixture for step, _ in each.points}):
-            if not any(each.weight_at(step) for each in self.mixture):
+        steps = sorted({step for each in self.mixture for step, _ in each.points})
+        for step, *weights in zip(steps, *(weights_at(each.points, steps) for each in self.mixture), strict=True):
+            if not any(weights):
                 raise ValueError(f"the weights of all corpora are 0 at step {step}")
         return self
 

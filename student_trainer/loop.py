@@ -7,29 +7,25 @@
 3. Gradients are summed over micro-batches and workers, clipped, and AdamW takes a step.
 4. Now and then the student is evaluated on held-out rows, and a checkpoint is written.
 
+`learner` has 2 and 3; here is what goes on around the steps.
+
 Nothing but (seed, step) decides what step s does, so a run that resumes from a checkpoint on one CPU worker
 continues bit for bit. When asked to stop, it finishes the step, writes a checkpoint and returns.
-
-Shape legend:  B rows, T tokens, V vocabulary, M teachers.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from potstill.cache.errors import InvalidInput, PotstillError, Unavailable
+from potstill.cache.errors import PotstillError, Unavailable
 from potstill.cache.targets.stream import read_ahead
 from potstill.clients.patience import Patience, has_no_answer
 from potstill.student_trainer.checkpoint import (
@@ -43,14 +39,12 @@ from potstill.student_trainer.checkpoint import (
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.corpus_tokenizer import special_ids
 from potstill.student_trainer.data import Batch
-from potstill.student_trainer.data.order import hashed
-from potstill.student_trainer.evaluate import autocast, evaluate_student
+from potstill.student_trainer.evaluate import evaluate_student
 from potstill.student_trainer.group import Group
-from potstill.student_trainer.losses import distillation_loss
+from potstill.student_trainer.learner import Learner
 from potstill.student_trainer.metrics import MetricsWriter, Record
 from potstill.student_trainer.models import build_student, load_student
-from potstill.student_trainer.models.router import RouterLoss, router_loss_of
-from potstill.student_trainer.optimizer import learning_rate, make_optimizer, warn_of_jump
+from potstill.student_trainer.optimizer import warn_of_jump
 from potstill.student_trainer.result import (
     HELD_OUT,
     SUMMARY,
@@ -137,7 +131,7 @@ class _Session:
         self.step = 0 if state is None else state.step
         self.tokens = 0 if state is None else state.tokens
         if checkpoint is None or state is None:
-            self.student, self.stored_dtype = build_student(
+            student, self.stored_dtype = build_student(
                 config.student,
                 seed=config.train.seed,
                 vocab_size=run.vocab_size,
@@ -148,13 +142,10 @@ class _Session:
             state.check_same(run.fingerprint, run.teachers, run.held)
             state.check_rows(run.left_out, run.reader.prefix)
             state.check_steps(config.train)
-            self.student, self.stored_dtype = load_student(checkpoint / "model"), state.stored_dtype
-        self.router = router_loss_of(self.student)
-        self.student.train()
-        self.model = group.wrap(self.student)  # the student, or a DistributedDataParallel around it
-        self.optimizer = make_optimizer(self.student, config.train)
+            student, self.stored_dtype = load_student(checkpoint / "model"), state.stored_dtype
+        self.learner = Learner.of(config, group, run, student)
         if checkpoint is not None:
-            load_optimizer(checkpoint, self.optimizer)
+            load_optimizer(checkpoint, self.learner.optimizer)
         self.writer: MetricsWriter | None = None
         if group.rank == 0:
             (config.run_dir / SUMMARY).unlink(missing_ok=True)  # the run goes on: it no longer ends there
@@ -215,156 +206,33 @@ class _Session:
         result = self._result(found)
         if result.finished and self.group.rank == 0:
             dtype = self.config.train.save_dtype or self.stored_dtype
-            publish_model(self.config.run_dir / "model", self.student, self.run.corpus, dtype)
+            publish_model(self.config.run_dir / "model", self.learner.student, self.run.corpus, dtype)
             write_json(result.run_dir / SUMMARY, result.to_json())
         self.group.barrier()
         return result
 
-    def _step(self, batches: Iterator[Batch], should_stop: Callable[[], bool]) -> tuple[dict[str, Any], bool]:
-        """Take one optimizer step; return its record, over all workers, and True if one of them wants to stop."""
-        loop, began = self.config.train, time.monotonic()
-        self._seed()
-        num_pieces = len(self._rank_pieces(self.step))
-        num_teachers = len(self.config.teachers) if loop.alpha > 0 else 0
-        # CE, a KL per teacher, the router loss, and how many workers want to stop: one reduction for all.
-        sums = torch.zeros(3 + num_teachers, dtype=torch.float64, device=self.group.device)
-        self.optimizer.zero_grad(set_to_none=True)
-        experts = None
-        if self.router is not None:
-            batches, experts = self._count_experts(self.router, batches, num_pieces)
-        unread, num_labels, num_positions = None, 0, 0
-        try:
-            num_labels, num_positions = self._global_counts()
-            for _ in range(num_pieces - 1):
-                with self._unsent_gradients():
-                    sums[:-1] += self._forward_backward(next(batches), num_labels, num_positions, experts)
-            last = next(batches)
-        except PotstillError as error:
-            if not has_no_answer(error):
-                raise
-            unread = error
-        self._require_read(unread)
-        sums[:-1] += self._forward_backward(last, num_labels, num_positions, experts)
-        sums[-1] = float(should_stop())
-        self.group.all_reduce_sum(sums)
-        ce_sum, *kl_sums, router, stop = sums.tolist()
-        record = self._means(ce_sum / max(num_labels, 1), [kl / max(num_positions, 1) for kl in kl_sums])
-        if self.router is not None:
-            record |= {"loss": record["loss"] + self.router.coefficient * router, "router_loss": router}
-        record |= self._update(record["loss"])
-        self.tokens += num_positions
-        record["tokens"] = self.tokens
-        record["tokens_per_second"] = round(num_positions / (time.monotonic() - began), 1)
-        record["seconds"] = round(self.seconds, 3)
-        return record, stop > 0
-
-    def _require_read(self, unread: PotstillError | None) -> None:
-        """Give the step up on all workers if one of them could not read its rows; it has not begun to send gradients.
-
-        Raises:
-            PotstillError: the error, or Unavailable for that of another worker.
-        """
-        lacking = torch.tensor(float(unread is not None), device=self.group.device)
-        self.group.all_reduce_sum(lacking)
-        if unread is not None:
-            raise unread
-        if lacking.item() > 0:
-            raise Unavailable("another worker got no answer")
-
-    def _means(self, ce: float, kls: list[float]) -> dict[str, Any]:
-        """Losses of the step, before the update: nats per token of the global batch."""
-        alpha = self.config.train.alpha
-        weighted = sum(w * kl for w, kl in zip(self.config.weights, kls, strict=False))
-        names = (teacher.name for teacher in self.config.teachers)
-        loss = (1 - alpha) * ce + alpha * weighted
-        return {"step": self.step + 1, "loss": loss, "ce": ce, "kl": dict(zip(names, kls, strict=False))}
-
-    def _update(self, loss: float) -> dict[str, Any]:
-        """Clip the gradient, take the optimizer's step and count it."""
-        grad_norm = float(nn.utils.clip_grad_norm_(self.student.parameters(), self.config.train.grad_clip))
-        # Before the step: NaN in the weights would also be in the next checkpoint.
-        if not math.isfinite(loss + grad_norm):
-            raise InvalidInput(
-                f"at step {self.step + 1} the loss is {loss} and the gradient norm {grad_norm}; "
-                "try a lower train.lr or a longer train.warmup"
-            )
-        rate = learning_rate(self.step, self.config.train)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
+    def _step(self, batches: Iterator[Batch], should_stop: Callable[[], bool]) -> tuple[Record, bool]:
+        """Take one optimizer step and count it; return its record, and True if a worker wants to stop."""
+        began = time.monotonic()
+        record, num_positions, stop = self.learner.step(self.step, batches, should_stop)
         self.step += 1
-        return {"lr": rate, "grad_norm": grad_norm, "epoch": self.run.epochs(self.step)}
-
-    def _seed(self) -> None:
-        """Begin the step's dropout; it depends on (seed, rank, step) only, so that a resumed run draws the same."""
-        torch.manual_seed(int(hashed(np.array([self.step]), self.config.train.seed, self.group.rank)[0]))
-
-    def _count_experts(
-        self, router: RouterLoss, batches: Iterator[Batch], num_pieces: int
-    ) -> tuple[Iterator[Batch], Tensor]:
-        """Read this worker's micro-batches of a step; return them, and the global batch's positions by expert, [E]."""
-        read: list[Batch] = []
-        unread = None
-        try:
-            while len(read) < num_pieces:
-                read.append(next(batches).to(self.group.device))
-        except PotstillError as error:
-            if not has_no_answer(error):
-                raise
-            unread = error
-        self._require_read(unread)
-        counts = router.count_all(self.student, read, self.config.train.dtype)
-        self._seed()  # the second forward pass draws the dropout of this one
-        return iter(read), self.group.all_reduce_sum(counts)
-
-    def _forward_backward(self, batch: Batch, num_labels: int, num_positions: int, experts: Tensor | None) -> Tensor:
-        """Add one micro-batch's gradient; return its undivided CE and KLs and its router loss, float64 [2 + M]."""
-        batch = batch.to(self.group.device)
-        # Rows are padded on the right, where a causal model's real positions never look: no attention mask.
-        with autocast(self.group.device, self.config.train.dtype):
-            out = self.model(input_ids=batch.tokens, use_cache=False)
-        loss = distillation_loss(
-            out.logits,
-            batch.labels,
-            batch.teachers,
-            alpha=self.config.train.alpha,
-            mask=batch.mask,
-            num_labels=num_labels,
-            num_positions=num_positions,
-        )
-        total, router = loss.total, torch.zeros_like(loss.ce_sum)
-        if self.router is not None and experts is not None:
-            part = self.router.of_part(out.router_logits, batch.real, experts)
-            total, router = total + self.router.coefficient * part, part.detach().double()
-        # DistributedDataParallel averages over workers; the counts are global, so the sum is wanted.
-        (total * self.group.world_size).backward()  # type: ignore[no-untyped-call]
-        return torch.cat([loss.ce_sum[None], loss.kl_sums, router[None]])
-
-    def _unsent_gradients(self) -> AbstractContextManager[None]:
-        """Keep gradients here: they go to the other workers once a step, with the last micro-batch."""
-        return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
-
-    def _global_counts(self) -> tuple[int, int]:
-        """Count labels and positions of this step's global batch."""
-        return self.run.reader.counts(self.run.order.rank_slice(self.step, rank=0, world_size=1))
-
-    def _rank_pieces(self, step: int) -> list[NDArray[np.int64]]:
-        loop = self.config.train
-        rows = self.run.order.rank_slice(step, self.group.rank, self.group.world_size)
-        return [rows[i : i + loop.micro_batch_rows] for i in range(0, len(rows), loop.micro_batch_rows)]
+        self.tokens += num_positions
+        now = time.monotonic()
+        rate, seconds = round(num_positions / (now - began), 1), round(now - self.began, 3)
+        return {**record, "tokens": self.tokens, "tokens_per_second": rate, "seconds": seconds}, stop
 
     def _pieces(self) -> Iterator[NDArray[np.int64]]:
         for step in range(self.step, self.config.train.steps):
-            yield from self._rank_pieces(step)
+            yield from self.learner.pieces(step)
 
     def _evaluate(self) -> dict[str, Evaluation]:
         """Evaluate on the held-out rows, under the name `HELD_OUT`, and on each corpus that is for it."""
         loop, run = self.config.train, self.run
-        judged = {name: (reader, np.arange(len(reader.corpus))) for name, reader in run.eval_readers.items()}
-        on = {HELD_OUT: (run.reader, run.held_out)} | judged if len(run.held_out) else judged
+        on = {HELD_OUT: (run.reader, run.held_out)} if len(run.held_out) else {}
+        on |= {name: (reader, np.arange(len(reader.corpus))) for name, reader in run.eval_readers.items()}
         found = {
             name: evaluate_student(
-                self.student, reader, rows, batch_rows=loop.micro_batch_rows, group=self.group, dtype=loop.dtype
+                self.learner.student, reader, rows, batch_rows=loop.micro_batch_rows, group=self.group, dtype=loop.dtype
             )
             for name, (reader, rows) in on.items()
         }
@@ -396,4 +264,4 @@ class _Session:
                 stored_dtype=self.stored_dtype,
             )
             folder = self.config.run_dir / "checkpoints"
-            save_checkpoint(folder, self.student, self.optimizer, state, keep=loop.keep_checkpoints)
+            save_checkpoint(folder, self.learner.student, self.learner.optimizer, state, keep=loop.keep_checkpoints)

@@ -85,8 +85,8 @@ class OpenRun:
 
     def patient(self, patience: Patience) -> OpenRun:
         """A copy whose readers all go on asking sources that do not answer."""
-        judged = {name: replace(reader, patience=patience) for name, reader in self.eval_readers.items()}
-        return replace(self, reader=replace(self.reader, patience=patience), eval_readers=judged)
+        others = {name: replace(reader, patience=patience) for name, reader in self.eval_readers.items()}
+        return replace(self, reader=replace(self.reader, patience=patience), eval_readers=others)
 
     def epochs(self, step: int) -> int | dict[str, int]:
         """Tell the epoch of the last row before the end of `step` steps; of several corpora, each one's by name."""
@@ -108,9 +108,9 @@ def open_run(config: TrainConfig) -> Iterator[OpenRun]:
     with open_cache(data) as cache, ExitStack() as stack:
         corpora = JoinedCorpora(tuple(cache.corpus(each.name) for each in data.mixture))
         held_out = [_held_out(data, each, corpus) for each, corpus in zip(data.mixture, corpora.corpora, strict=True)]
-        judges = tuple(cache.corpus(name) for name in data.eval_corpora)
-        everything = JoinedCorpora((*corpora.corpora, *judges))
-        left_out = _left_out(corpora, held_out, judges)
+        eval_corpora = tuple(cache.corpus(name) for name in data.eval_corpora)
+        everything = JoinedCorpora((*corpora.corpora, *eval_corpora))
+        left_out = _left_out(corpora, held_out, eval_corpora)
         shards = (corpus.shard_rows for corpus in corpora.corpora)
         orders = (
             SampleOrder(rows, never, config.train.seed, data.window_shards)
@@ -126,9 +126,9 @@ def open_run(config: TrainConfig) -> Iterator[OpenRun]:
         opened = [stack.enter_context(open_sources(config.teachers, cache, corpus)) for corpus in corpora.corpora]
         sources = tuple(corpora.source(parts) for parts in zip(*opened, strict=True))
         reader = BatchReader(corpora, sources, config.weights, common_prefix(sources, data.prefix_ids))
-        judged = {judge.name: _eval_reader(config, cache, judge, reader, stack) for judge in judges}
+        eval_readers = {each.name: _eval_reader(config, cache, each, reader, stack) for each in eval_corpora}
         rows = corpora.joined(held_out)
-        yield OpenRun(corpora, everything.fingerprint, rows, _hashed(left_out), order, reader, judged)
+        yield OpenRun(corpora, everything.fingerprint, rows, _hashed(left_out), order, reader, eval_readers)
 
 
 def _held_out(data: DataConfig, of: CorpusConfig, corpus: Corpus) -> NDArray[np.int64]:
@@ -139,11 +139,11 @@ def _held_out(data: DataConfig, of: CorpusConfig, corpus: Corpus) -> NDArray[np.
 
 
 def _left_out(
-    corpora: JoinedCorpora, held_out: Sequence[NDArray[np.int64]], judges: Sequence[Corpus]
+    corpora: JoinedCorpora, held_out: Sequence[NDArray[np.int64]], eval_corpora: Sequence[Corpus]
 ) -> list[NDArray[np.int64]]:
-    """Rows of each corpus that may not be trained on: those to evaluate on, here and in `judges`, and their copies."""
-    judged = [np.arange(len(judge), dtype=np.int64) for judge in judges]
-    left_out = with_copies([*corpora.corpora, *judges], [*held_out, *judged])[: len(corpora.corpora)]
+    """Rows of each corpus that may not be trained on: held-out ones, those that are in `eval_corpora`, and copies."""
+    evaluated = [np.arange(len(each), dtype=np.int64) for each in eval_corpora]
+    left_out = with_copies([*corpora.corpora, *eval_corpora], [*held_out, *evaluated])[: len(corpora.corpora)]
     for corpus, rows in zip(corpora.corpora, left_out, strict=True):
         if len(rows) == len(corpus):
             raise InvalidInput(

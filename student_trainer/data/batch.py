@@ -26,13 +26,10 @@ from potstill.cache.forks import PerProcess
 from potstill.cache.types import Targets, Tokens
 from potstill.clients.patience import Patience
 from potstill.student_trainer.data.joined import JoinedCorpora
-from potstill.student_trainer.data.sources import TargetSource
+from potstill.student_trainer.data.sources import NO_ID, TargetSource
 from potstill.student_trainer.losses import NO_LABEL, TeacherTargets
 
 T = TypeVar("T")
-_NO_ID = np.iinfo(np.int32).max
-"""Pads the id axis where a row has fewer ids. It is over any vocabulary, so its mass of 0 joins the tail; a real id
-would be taken out of the student's tail."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -174,7 +171,7 @@ def _pad_rows(
 
 def _pad_targets(answers: Sequence[Targets], length: int, weight: float, first: int) -> TeacherTargets:
     k = max(targets.k for targets in answers)
-    ids = np.full((len(answers), length, k), _NO_ID, dtype=np.int32)
+    ids = np.full((len(answers), length, k), NO_ID, dtype=np.int32)
     logprobs = np.full((len(answers), length, k), -np.inf, dtype=np.float32)
     log_tail = np.full((len(answers), length), -np.inf, dtype=np.float32)
     for i, targets in enumerate(answers):

@@ -10,12 +10,12 @@ Shape legend:  M corpora, N rows of the run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from potstill.student_trainer.config import Points, weights_at
 from potstill.student_trainer.data.order import SampleOrder, hashed
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -23,9 +23,6 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _START = np.uint64(4)
 """The salt of the sequence's start."""
 _BLOCK_ROWS = 1 << 13
-
-Weight = tuple[tuple[float, float], ...]
-"""Points (step, weight) of a corpus: linear between them, constant before the first and after the last."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,7 +33,7 @@ class MixtureOrder:
     """[M] the order within each corpus."""
     first_rows: NDArray[np.int64]
     """[M+1] rows at which each corpus begins, and all rows."""
-    weights: tuple[Weight, ...]
+    weights: tuple[Points, ...]
     """[M] relative weights over the steps."""
     batch_rows: int
     """Rows of a step."""
@@ -93,10 +90,6 @@ class MixtureOrder:
 
     def _bounds(self, steps: NDArray[np.int64]) -> NDArray[np.float64]:
         """Upper ends [steps, M - 1] of the corpora's shares of [0, 1); the last one's is 1."""
-        weights = np.stack([_at(points, steps) for points in self.weights], axis=1)
+        weights = np.stack([weights_at(points, steps) for points in self.weights], axis=1)
         ends = np.cumsum(weights, axis=1)
         return ends[:, :-1] / ends[:, -1:]
-
-
-def _at(points: Sequence[tuple[float, float]], steps: NDArray[np.int64]) -> NDArray[np.float64]:
-    return np.interp(steps, [step for step, _ in points], [weight for _, weight in points])

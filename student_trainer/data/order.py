@@ -9,7 +9,7 @@ its rows since the start of the run, and the epoch follows from it.
 
 Held-out rows and rows of the same tokens belong to no epoch.
 
-Shape legend:  R rows of the corpus, S shards, H rows left out.
+Shape legend:  R rows of the corpus, S shards, L rows left out.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class SampleOrder:
     shard_rows: NDArray[np.int64]
     """[S+1] first row of each shard, and the number of rows."""
     left_out: NDArray[np.int64]
-    """[H] rows that are never drawn, rising: those held out and their copies."""
+    """[L] rows that are never drawn, rising: those held out and their copies."""
     seed: int
     window_shards: int = 8
     _plans: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = field(default_factory=dict, init=False, repr=False)

@@ -22,8 +22,9 @@ from potstill.clients.http_targets import HttpCache, HttpTargets
 from potstill.clients.http_teacher import SyncHttpTeacher
 from potstill.student_trainer.config import DataConfig, TeacherConfig
 
-_ELSEWHERE = np.uint32(np.iinfo(np.int32).max)
-"""An id over any vocabulary, whose mass joins the tail."""
+NO_ID = np.iinfo(np.int32).max
+"""An id over any vocabulary, whose mass joins the tail: for ids that the student does not share, and where a row has
+fewer ids than others; a real one would be taken out of the student's tail."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +60,8 @@ def _read_kept(
 
 
 def _shared_only(targets: Targets, unshared: UnsharedIds) -> Targets:
-    """Put an id over any vocabulary in the place of those that are another token to the student.
-
-    The losses add its mass to the tail.
-    """
-    return replace(targets, ids=np.where(unshared.holds(targets.ids), _ELSEWHERE, targets.ids))
+    """Put `NO_ID` in the place of those that are another token to the student."""
+    return replace(targets, ids=np.where(unshared.holds(targets.ids), np.uint32(NO_ID), targets.ids))
 
 
 def service_source(name: str, teacher: SyncHttpTeacher, k: int | None = None) -> TargetSource:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,6 @@ import torch
 
 from benchmarks.edges.e16_mask_in_training import ROWS, cross_entropy_error, masked_corpus, reader_of
 from potstill.cache.cache import Cache
-from potstill.cache.types import Fields, Targets
 from potstill.student_trainer.data import BatchReader
 from potstill.student_trainer.data.sources import cache_source
 from potstill.student_trainer.evaluate import evaluate_student
@@ -120,9 +118,3 @@ def test_a_run_counts_the_targets_it_learnt(root: Path, tmp_path: Path) -> None:
     assert result.tokens == 2 * sum(int(m.sum()) for m in taught(root))
     records = [record for record in read_metrics(tmp_path / "run") if "loss" in record]
     assert sum(record["loss"] == record["grad_norm"] == 0 for record in records) == 2
-
-
-def test_targets_of_any_teacher_are_read_for_it(root: Path) -> None:
-    (scored,) = asyncio.run(fake_teacher().score(Cache.open(root).corpus("docs").rows(0, 1), Fields(k=K)))
-    assert isinstance(scored, Targets)
-    np.testing.assert_array_equal(reader(root).read([0]).teachers[0].ids[0], scored.ids)

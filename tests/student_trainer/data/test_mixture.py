@@ -7,20 +7,21 @@ from collections.abc import Sequence
 import numpy as np
 from hypothesis import given, strategies as st
 
-from potstill.student_trainer.data.mixture import MixtureOrder, Weight
+from potstill.student_trainer.config import Points
+from potstill.student_trainer.data.mixture import MixtureOrder
 from potstill.student_trainer.data.order import SampleOrder
 
 FROZEN_CORPORA = [1, 0, 1, 0, 0, 1, 0, 1, 0, 0, 1, 0]
 
 
-def mixture_of(rows: Sequence[int], weights: Sequence[Weight], *, batch_rows: int = 8, seed: int = 0) -> MixtureOrder:
+def mixture_of(rows: Sequence[int], weights: Sequence[Points], *, batch_rows: int = 8, seed: int = 0) -> MixtureOrder:
     nothing = np.zeros(0, dtype=np.int64)
     orders = tuple(SampleOrder(np.array([0, n // 2, n]), nothing, seed) for n in rows)
     first_rows = np.cumsum([0, *rows])
     return MixtureOrder(orders, first_rows, tuple(weights), batch_rows, seed)
 
 
-def constant(*weights: float) -> list[Weight]:
+def constant(*weights: float) -> list[Points]:
     return [((0, weight),) for weight in weights]
 
 
