@@ -56,16 +56,13 @@ def run(args: argparse.Namespace) -> int:
     form, fields = _format(args, targets, fields, folder)
     with progress("export", "positions") as show:
         report = export_shards(targets, folder, form, shards, fields=fields, on_progress=show)
+    left_out = args.format == "distillkit" and targets.corpus.has_loss_mask
     print(
         f"{args.to}: {counted(report.files_written, 'file')} written, {report.files_before} there before; "
         f"{counted(report.num_bytes, 'byte')} in all"
-        f"{'; the loss mask is left out: DistillKit has none' if _drops_mask(args, targets) else ''}"
+        f"{'; the loss mask is left out: DistillKit has none' if left_out else ''}"
     )
     return 0
-
-
-def _drops_mask(args: argparse.Namespace, targets: TargetSet) -> bool:
-    return args.format == "distillkit" and targets.corpus.has_loss_mask
 
 
 def _format(args: argparse.Namespace, targets: TargetSet, fields: Fields, folder: Path) -> tuple[RowFormat, Fields]:

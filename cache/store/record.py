@@ -17,11 +17,6 @@ from typing import Any
 from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput
 from potstill.cache.store.root import Root
 
-FORMAT_VERSION = 3
-"""The newest format of any kind of record."""
-# A kind is written with the newest format that changed it, so that older software goes on reading the rest.
-_VERSIONS = {"corpus": 3}
-_OTHER_VERSION = 2
 _HASH = "record_sha256"
 
 Record = dict[str, Any]
@@ -70,12 +65,13 @@ def values_read(what: str) -> Iterator[None]:
 
 
 def _sealed(kind: str, record: Record) -> Record:
-    content = {"format": _version(kind), "kind": kind, **record}
+    content = {"format": format_version(kind), "kind": kind, **record}
     return {**content, _HASH: _content_sha256(content)}
 
 
-def _version(kind: str) -> int:
-    return _VERSIONS.get(kind, _OTHER_VERSION)
+def format_version(kind: str) -> int:
+    """Newest format that changed a kind of record, in which it is written: older software goes on reading the rest."""
+    return 3 if kind == "corpus" else 2
 
 
 def _plain(value: Any) -> Any:
@@ -110,9 +106,10 @@ def _parse(path: str, data: bytes) -> Record:
 def _checked(record: Any, path: str, kind: str, data: bytes, written: Callable[[Record], bytes]) -> Record:
     if not isinstance(record, dict) or type(record.get("format")) is not int:
         raise FormatError(f"{path} was not written by potstill: it has no format version")
-    if record["format"] > _version(kind):
+    newest = format_version(kind)
+    if record["format"] > newest:
         raise FormatError(
-            f"{path} has format {record['format']}, this version reads up to {_version(kind)}; install a newer potstill"
+            f"{path} has format {record['format']}, this version reads up to {newest}; install a newer potstill"
         )
     if record.get("kind") != kind:
         raise FormatError(f"{path} is a record of kind {record.get('kind')!r}, not {kind!r}")

@@ -15,7 +15,6 @@ from potstill.cache.errors import NotCommitted, SpecMismatch, UnsupportedField
 from potstill.cache.plurals import counted
 from potstill.cache.targets import TargetSet
 from potstill.cache.targets.names import require_one_identity
-from potstill.cache.targets.unshared_ids import UnsharedIds
 from potstill.cache.types import Fields, Targets, TeacherIdentity, Tokens
 from potstill.clients.address import key_in
 from potstill.clients.http_targets import HttpCache, HttpTargets
@@ -55,13 +54,11 @@ def cache_source(name: str, targets: TargetSet | HttpTargets, k: int | None = No
 def _read_kept(
     targets: TargetSet | HttpTargets, fields: Fields, rows: Sequence[int], _: Sequence[Tokens]
 ) -> list[Targets]:
-    answers = targets.read_rows(rows, fields=fields)
-    return [_shared_only(each, targets.unshared) for each in answers] if targets.unshared else answers
-
-
-def _shared_only(targets: Targets, unshared: UnsharedIds) -> Targets:
-    """Put `NO_ID` in the place of those that are another token to the student."""
-    return replace(targets, ids=np.where(unshared.holds(targets.ids), np.uint32(NO_ID), targets.ids))
+    """Read them with `NO_ID` in the place of ids that are another token to the student."""
+    answers, other = targets.read_rows(rows, fields=fields), targets.unshared
+    if not other:
+        return answers
+    return [replace(each, ids=np.where(other.holds(each.ids), np.uint32(NO_ID), each.ids)) for each in answers]
 
 
 def service_source(name: str, teacher: SyncHttpTeacher, k: int | None = None) -> TargetSource:

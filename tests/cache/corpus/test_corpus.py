@@ -22,7 +22,7 @@ from potstill.cache.corpus.spool import SourceRow
 from potstill.cache.corpus.tokenizer import fingerprint, load_tokenizer
 from potstill.cache.corpus.writing import shard_bounds
 from potstill.cache.errors import AlreadyExists, CorruptSegment, FormatError, InvalidInput, UnknownCorpus
-from potstill.cache.store.record import FORMAT_VERSION
+from potstill.cache.store.record import format_version
 from potstill.cache.store.root import Root
 from tests.support.corpora import byte_tokenizer, make_corpus, texts_of, topics, write_texts
 from tests.support.paths import GOLDEN
@@ -148,7 +148,9 @@ def test_a_corpus_of_a_newer_format_is_refused_by_name(tmp_path: Path) -> None:
     metadata = json.loads(seal.read_text())
     metadata["attributes"]["potstill"]["format"] = 99
     seal.write_text(json.dumps(metadata))
-    with pytest.raises(FormatError, match=f"has format 99, this version reads up to {FORMAT_VERSION}; install"):
+    with pytest.raises(
+        FormatError, match=f"has format 99, this version reads up to {format_version('corpus')}; install"
+    ):
         Cache.open(tmp_path / "c").corpus("docs")
 
 
