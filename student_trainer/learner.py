@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,18 +87,12 @@ class Learner:
         experts = None
         if self.router is not None:
             batches, experts = self._count_experts(self.router, batches, step)
-        unread, num_labels, num_positions = None, 0, 0
-        try:
+        with self._all_have_read():
             num_labels, num_positions = self._global_counts(step)
             for _ in range(num_pieces - 1):
                 with self._unsent_gradients():
                     sums[:-1] += self._forward_backward(next(batches), num_labels, num_positions, experts)
             last = next(batches)
-        except PotstillError as error:
-            if not has_no_answer(error):
-                raise
-            unread = error
-        self._require_read(unread)
         sums[:-1] += self._forward_backward(last, num_labels, num_positions, experts)
         sums[-1] = float(should_stop())
         self.group.all_reduce_sum(sums)
@@ -109,12 +103,20 @@ class Learner:
         record |= self._update(step, record["loss"])
         return {"step": step + 1, **record}, num_positions, stop > 0
 
-    def _require_read(self, unread: PotstillError | None) -> None:
-        """Give the step up on all workers if one of them could not read its rows; it has not begun to send gradients.
+    @contextmanager
+    def _all_have_read(self) -> Iterator[None]:
+        """Give the step up on all workers if one could not read its rows in the block, which sends no gradients.
 
         Raises:
             PotstillError: the error, or Unavailable for that of another worker.
         """
+        unread = None
+        try:
+            yield
+        except PotstillError as error:
+            if not has_no_answer(error):
+                raise
+            unread = error
         lacking = torch.tensor(float(unread is not None), device=self.group.device)
         self.group.all_reduce_sum(lacking)
         if unread is not None:
@@ -151,15 +153,8 @@ class Learner:
 
     def _count_experts(self, router: RouterLoss, batches: Iterator[Batch], step: int) -> tuple[Iterator[Batch], Tensor]:
         """Read this worker's micro-batches of a step; return them, and the global batch's positions by expert, [E]."""
-        read: list[Batch] = []
-        unread = None
-        try:
-            read += (next(batches).to(self.group.device) for _ in self.pieces(step))
-        except PotstillError as error:
-            if not has_no_answer(error):
-                raise
-            unread = error
-        self._require_read(unread)
+        with self._all_have_read():
+            read = [next(batches).to(self.group.device) for _ in self.pieces(step)]
         counts = router.count_all(self.student, read, self.config.train.dtype)
         self._seed(step)  # the second forward pass draws the dropout of this one
         return iter(read), self.group.all_reduce_sum(counts)
