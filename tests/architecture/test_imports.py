@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.structure import circles
+from benchmarks.support.structure import circles
 from tests.support.paths import ROOT
 
 PACKAGES = ("cache", "clients", "student_trainer", "teacher_service")

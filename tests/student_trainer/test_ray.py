@@ -13,7 +13,7 @@ from benchmarks.edges.e16_mask_in_training import masked_corpus
 from potstill.cache.errors import InvalidInput, NotCommitted
 from potstill.student_trainer.loop import train
 from potstill.student_trainer.metrics import Record, read_metrics
-from tests.support.tiny_runs import config_of, fill, write_cache
+from tests.support.tiny_runs import STUDENT, config_of, fill, write_cache
 
 # Ray's own: Ray Train copies its Ray Data context to the controller, old settings and all.
 pytestmark = pytest.mark.filterwarnings("ignore:.* is deprecated:DeprecationWarning:ray.data.context")
@@ -74,6 +74,22 @@ def test_two_workers_train_a_mixture_with_a_mask_and_a_prefix_like_one(tmp_path:
     assert alone.held_out is not None
     assert both.held_out.tokens == alone.held_out.tokens
     assert both.held_out.ce == pytest.approx(alone.held_out.ce, abs=1e-4)
+
+
+def test_two_workers_balance_experts_over_the_rows_of_both(root: Path, tmp_path: Path, ray_mark: str) -> None:
+    from potstill.student_trainer.ray_train import train_with_ray
+
+    experts = {"num_key_value_heads": 1, "num_local_experts": 4, "output_router_logits": True}
+    mixtral = {**STUDENT, **experts, "model_type": "mixtral", "router_aux_loss_coef": 10.0, "initializer_range": 0.5}
+    student = {"config": mixtral}
+    train(config_of(root, tmp_path / "alone", student=student, train={"steps": 4}))
+    train_with_ray(config_of(root, tmp_path / "two", student=student, train={"steps": 4, "workers": 2}))
+    for name in ("loss", "router_loss", "grad_norm"):
+        alone, two = (
+            [record[name] for record in read_metrics(tmp_path / run) if name in record] for run in ("alone", "two")
+        )
+        assert len(alone) == 4
+        np.testing.assert_allclose(two, alone, rtol=1e-4, err_msg=name)
 
 
 def test_a_wish_to_stop_reaches_the_workers_and_the_run_goes_on_alone(

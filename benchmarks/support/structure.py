@@ -1,6 +1,6 @@
 """Facts about the house: crowded folders, arrows and circles between wings, long functions, docstrings, lines.
 
-    python -m benchmarks.structure [--before REVISION]
+    python -m benchmarks.support.structure [--before REVISION]
 
 Each fact is measured on the working tree's files and, beside it, on those of a revision.
 """
@@ -25,7 +25,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("cache", "clients", "student_trainer", "teacher_service")
 LONG_FUNCTION = 50
 MOST_FILES = 20

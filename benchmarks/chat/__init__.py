@@ -1,0 +1,1 @@
+"""Parts of `bench_chat_student`: conversations, and what other programs make of the student."""
