@@ -109,7 +109,7 @@ def _format(
 ) -> tuple[RowFormat, Fields, TeacherIdentity]:
     from potstill.cache.interchange.distillkit import CompressedRows
     from potstill.cache.interchange.distillkit_config import find_config
-    from potstill.cache.interchange.parquet import list_columns
+    from potstill.cache.interchange.parquet import list_columns, require_alike
 
     origin = files[0].origin
     if args.format == "distillkit":
@@ -121,6 +121,7 @@ def _format(
     if args.compression_config:
         raise InvalidInput("--compression-config is for --format distillkit; leave it away")
     identity = _identity(args, files, tokenizer, None)
+    require_alike([file.path for file in files])
     columns = list_columns(files[0].path, None if origin is None else origin.fields, identity.vocab_size)
     return columns, columns.fields, identity
 

@@ -204,6 +204,13 @@ def _require_same_rows(corpus: Corpus, reader: RowReader, tokenizer: Tokenizer) 
                 f"{source.path} row {source.first_row + int(wrong[0])} is not row {start + int(wrong[0])} of corpus "
                 f"{corpus.name!r}; import into another corpus"
             )
+        masked = None if rows.loss_mask is None else corpus.loss_mask(int(starts[0]), int(starts[-1]))
+        if masked is not None and len(other := np.flatnonzero(masked != rows.loss_mask)):
+            row = int(np.searchsorted(np.cumsum(lengths), other[0], side="right"))
+            raise SpecMismatch(
+                f"{source.path} row {source.first_row + row} has another loss mask than row {start + row} of corpus "
+                f"{corpus.name!r}; import into another corpus, or take the column out to keep the corpus's"
+            )
 
 
 def _require_one_origin(files: Sequence[RowFile], tokenizer_sha256: str) -> None:

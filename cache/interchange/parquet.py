@@ -24,6 +24,7 @@ Shape legend:  P positions, K kept entries, T temperatures, V vocabulary size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from potstill.cache.errors import InvalidInput
 from potstill.cache.fields import COLUMNS
 from potstill.cache.interchange.formats import Rows, RowSource
 from potstill.cache.interchange.row_files import reading, require_columns
@@ -195,6 +197,23 @@ def list_columns(path: Path, fields: Fields | None, vocab_size: int) -> ListColu
             require_columns(path, names, present)
     beside = tuple(name for name in (_ENDS, _MASK) if name in names)
     return ListColumns(fields=fields, vocab_size=vocab_size, present=present, beside=beside)
+
+
+def require_alike(paths: Sequence[Path]) -> None:
+    """Refuse files of which one has `ends_document` or `loss_mask` and another has not: its rows would all be learnt.
+
+    Raises:
+        InvalidInput: there are such.
+    """
+    having: dict[str, list[bool]] = {_ENDS: [], _MASK: []}
+    for path in paths:
+        with reading(path), pq.ParquetFile(path) as file:
+            for name, found in having.items():
+                found.append(name in file.schema_arrow.names)
+    for name, found in having.items():
+        if len(set(found)) > 1:
+            has, lacks = paths[found.index(True)], paths[found.index(False)]
+            raise InvalidInput(f"{has} has a column {name!r}, and {lacks} has none; add it there, or import one by one")
 
 
 def _bools(values: Any, name: str, source: RowSource) -> NDArray[np.bool_]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,30 @@ def test_documents_and_mask_come_back_from_parquet(
     capsys.readouterr()
     assert run(*export(tmp_path / "a", tmp_path / "kit"), "--format", "distillkit", "--top-k", 4) == 0
     assert "; the loss mask is left out: DistillKit has none" in capsys.readouterr().out
+
+
+def test_a_loss_mask_is_not_lost_where_a_file_or_the_corpus_lacks_it(
+    tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = Cache.open(tmp_path / "a", mode="r+")
+    tokens = [np.arange(1, 21, dtype=np.uint32)] * 20
+    plan = IngestPlan(row_tokens=20, shard_positions=100)
+    rows = [SourceRow(row, taught=row > 10, ends_document=True) for row in tokens]
+    corpus = ingest_rows(cache.root, "docs", rows, byte_tokenizer(), plan)
+    teacher = teacher_for(corpus)
+    fill_all(cache.plan_targets("fake", "docs", teacher.identity, fields=Fields(k=K), encoding="f32"), teacher)
+    assert run(*export(tmp_path / "a", tmp_path / "files")) == 0
+    bare = ingest_rows(Cache.open(tmp_path / "b", mode="r+").root, "docs", tokens, byte_tokenizer(), plan)
+    assert not bare.has_loss_mask
+    again = take(tmp_path / "files", tmp_path / "b", tokenizer, "--encoding", "f32")
+    assert "row 0 has another loss mask than row 0 of corpus 'docs'" in refused(capsys, *again)
+    for lacking in ("shard-000000.parquet", "shard-000002.parquet"):
+        folder = tmp_path / lacking
+        shutil.copytree(tmp_path / "files", folder)
+        pq.write_table(pq.read_table(folder / lacking).drop_columns(["loss_mask"]), folder / lacking)
+        told = refused(capsys, *take(folder, tmp_path / "c", tokenizer, "--encoding", "f32"))
+        assert "has a column 'loss_mask', and " in told
+        assert f"{lacking} has none" in told
 
 
 def test_plain_pyarrow_and_pandas_read_what_the_columns_say(tmp_path: Path) -> None:
