@@ -26,7 +26,16 @@ from potstill.cache.errors import InvalidInput
 _TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _ASSISTANT = "assistant"
 # What code of a template may raise on messages that it was not written for.
-_FAILURES = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+_FAILURES = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +63,8 @@ class ChatTemplate:
         environment.globals["_generation_mark"] = lambda side: f"{nonce}{side}"
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise InvalidInput(f"the tokenizer's chat template is no Jinja: {error}; mend its files") from error
+        except (*_FAILURES, SyntaxError) as error:  # Jinja makes Python of it, and works constants out
+            raise InvalidInput(f"the tokenizer's chat template is no Jinja: {_told(error)}; mend its files") from error
 
     def render(self, messages: Sequence[Mapping[str, Any]], where: str) -> Rendering:
         """Write a conversation.
@@ -67,17 +76,20 @@ class ChatTemplate:
             BadRecord: the template refuses the conversation, or writes a message otherwise when others follow.
         """
         text = self._text(messages, where)
-        return self._unmarked(text) if self._tagged else self._by_difference(text, messages, where)
+        return self._unmarked(text, where) if self._tagged else self._by_difference(text, messages, where)
 
     def _text(self, messages: Sequence[Mapping[str, Any]], where: str, *, prompt: bool = False) -> str:
         given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": prompt}
         try:
             return self._template.render(**self._names, **given)
         except _FAILURES as error:
-            raise BadRecord(f"{where} is refused by the chat template: {error}") from error
+            raise BadRecord(f"{where} is refused by the chat template: {_told(error)}") from error
 
-    def _unmarked(self, text: str) -> Rendering:
+    def _unmarked(self, text: str, where: str) -> Rendering:
         parts, spans, begun, at, length = [], [], 0, 0, 0
+        sides = "".join(match[1] for match in self._marks.finditer(text))
+        if sides.replace("<>", ""):  # as of a tag that is left by a break
+            raise BadRecord(f"{where}: the chat template begins and ends {{% generation %}} not in turn")
         for match in self._marks.finditer(text):
             parts.append(text[at : match.start()])
             length += len(parts[-1])
@@ -102,6 +114,10 @@ class ChatTemplate:
                 )
             spans.append((len(before), len(up_to)))
         return Rendering(text, tuple(spans))
+
+
+def _told(error: BaseException) -> str:
+    return str(error) or type(error).__name__
 
 
 class _Generation(Extension):

@@ -88,6 +88,8 @@ class ConversationTokens:
             other = seen and self._disguised is not None
             messages = self._replaced(conversation.messages) if other else conversation.messages
             try:
+                if self._disguised is not None:
+                    self._require_whole(conversation)
                 rendering = self._template.render(messages, conversation.where)
             except BadRecord as error:
                 bad.add(str(error))
@@ -101,6 +103,25 @@ class ConversationTokens:
         for name, at in found:
             self._see(conversation.where, name, at)
         return bool(found)
+
+    def _require_whole(self, conversation: Conversation) -> None:
+        """Refuse a control token that arises where a template puts the parts of a message together.
+
+        Raises:
+            BadRecord: there is one.
+        """
+        for number, message in enumerate(conversation.messages):
+            content = message.get("content")
+            parts = content if isinstance(content, list) else []
+            texts = [part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
+            whole = "".join(texts)
+            if len(self._control.ends(whole, 0, len(whole))) != sum(
+                len(self._control.ends(text, 0, len(text))) for text in texts
+            ):
+                raise BadRecord(
+                    f"{conversation.where} has a control token in message {number} that begins in one part of its "
+                    "content and ends in another; put the parts together"
+                )
 
     def _replaced(self, value: Any) -> Any:
         """Copy messages with stand-ins for control tokens, wherever text is."""

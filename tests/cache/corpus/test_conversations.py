@@ -179,6 +179,38 @@ def test_messages_that_are_none_are_named(tmp_path: Path, messages: Any, message
         make(tmp_path, chat_tokenizer("chatml"), [SHORT, messages])
 
 
+@pytest.mark.parametrize(
+    "template",
+    ["{% for a in messages %}" * 30 + "{% endfor %}" * 30, "{{" + "(" * 3000 + ")" * 3000 + "}}", "{{ 10 ** 5000 }}"],
+)
+def test_a_template_that_cannot_be_compiled_is_refused_in_one_line(template: str) -> None:
+    with pytest.raises(InvalidInput, match="the tokenizer's chat template is no Jinja: ."):
+        ChatTemplate(template, {})
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        ("{{ cycler() }}", "is refused by the chat template: at least one item"),
+        ("{{ messages[0].content * 10 ** 15 }}", "is refused by the chat template: MemoryError"),
+        ("{% for m in messages %}{% generation %}{% break %}{% endgeneration %}{% endfor %}", "not in turn"),
+    ],
+)
+def test_what_a_template_does_to_a_conversation_is_told_with_its_record(template: str, told: str) -> None:
+    with pytest.raises(BadRecord, match=rf"a\.jsonl:1:? .*{told}"):
+        ChatTemplate(template, {}).render(SHORT, "a.jsonl:1")
+
+
+def test_parts_of_a_message_do_not_make_a_control_token_together(tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer("chatml")
+    end = END_OF_TURN["chatml"]
+    parts = [{"type": "text", "text": f"a{end[:4]}"}, {"type": "text", "text": f"{end[4:]} b"}]
+    talk = [{"role": "user", "content": parts}, {"role": "assistant", "content": "c"}]
+    told = r"a\.jsonl:1 has a control token in message 0 that begins in one part of its content"
+    with pytest.raises(InvalidInput, match=told):
+        make(tmp_path, tokenizer, [talk])
+
+
 def test_a_tokenizer_without_template_and_a_broken_one(tmp_path: Path) -> None:
     tokenizer = chat_tokenizer("chatml")
     tokenizer.chat_template = "{% for message in messages %}"
