@@ -135,7 +135,7 @@ def parse_tokenizer_files(data: bytes | str, where: str) -> dict[str, str]:
     """Read what `sealed_bytes` wrote; `where` names it in errors.
 
     Raises:
-        FormatError: it is no JSON object from name to text.
+        FormatError: it is no JSON object from name to text, or has a name that is none of `FILE_NAMES`.
     """
     try:
         files = json.loads(data)
@@ -143,6 +143,9 @@ def parse_tokenizer_files(data: bytes | str, where: str) -> dict[str, str]:
         raise FormatError(f"{where} is not JSON: {error}") from error
     if not isinstance(files, dict) or not all(isinstance(text, str) for text in files.values()):
         raise FormatError(f"{where} is no JSON object from the names of files to their texts")
+    # They are written into folders under these names, and whoever made the corpus could name any path.
+    for name in files.keys() - set(FILE_NAMES):
+        raise FormatError(f"{where} has a file {name!r:.80}, which is none of {', '.join(FILE_NAMES)}")
     return files
 
 

@@ -138,3 +138,11 @@ def test_sealed_files_that_are_none_are_refused(tmp_path: Path) -> None:
     for data in (b"[]", b'{"a": 1}', b"\xff", b"[" * 100_000):
         with pytest.raises(FormatError, match="here is no"):
             parse_tokenizer_files(data, "here")
+
+
+def test_a_corpus_names_no_path_to_write_to(tmp_path: Path) -> None:
+    """A student's folder gets these files, and the corpus may be a stranger's."""
+    for number, name in enumerate(("../escaped", str(tmp_path / "escaped"), "config.json")):
+        corpus = made(tmp_path / str(number), {name: "{}"})
+        with pytest.raises(FormatError, match="has a file '.*, which is none of tokenizer_config"):
+            _ = corpus.tokenizer_files
