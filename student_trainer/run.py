@@ -158,7 +158,8 @@ def _hashed(left_out: Sequence[NDArray[np.int64]]) -> str:
         return ""
     digest = hashlib.sha256()
     for rows in left_out:
-        digest.update(np.array([len(rows), *rows], dtype="<i8").tobytes())
+        digest.update(np.array([len(rows)], dtype="<i8").tobytes())
+        digest.update(rows.astype("<i8", copy=False).tobytes())
     return digest.hexdigest()
 
 

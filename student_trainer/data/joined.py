@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potstill.cache.corpus import Corpus
-from potstill.cache.errors import SpecMismatch
+from potstill.cache.errors import SpecMismatch, TeacherFailed
+from potstill.cache.plurals import counted
 from potstill.cache.types import Targets, Tokens
 from potstill.student_trainer.data.sources import TargetSource
 
@@ -110,12 +111,17 @@ class JoinedCorpora:
     def _gathered(
         self, rows: Sequence[int] | NDArray[np.int64], read: Callable[[int, list[int], list[int]], list[T]]
     ) -> list[T]:
-        """Ask each corpus by `read(corpus, places among rows, rows of it)`; returns the answers in their order."""
+        """Ask each corpus by `read(corpus, places among rows, rows of it)`; returns the answers in their order.
+
+        Raises:
+            TeacherFailed: there is not one answer a row.
+        """
         found: dict[int, T] = {}
         for m, at, own in self._split(np.asarray(rows, dtype=np.int64)):
             answers = read(m, at, own)
             if len(answers) != len(at):
-                return answers  # the caller knows of whom, and says so
+                name = self.corpora[m].name
+                raise TeacherFailed(f"{counted(len(at), 'row')} of corpus {name!r} got {len(answers)} answers")
             found.update(zip(at, answers, strict=True))
         return [found[i] for i in range(len(rows))]
 

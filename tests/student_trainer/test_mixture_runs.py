@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,11 @@ import pytest
 from benchmarks.edges.e18_held_out_documents import shared_rows
 from benchmarks.edges.e19_mixture import mixed, resumed_is_straight, rows_drawn
 from potstill.cache.cache import Cache
-from potstill.cache.errors import InvalidInput, NotFound, SpecMismatch, UnknownTeacher
+from potstill.cache.errors import InvalidInput, NotFound, SpecMismatch, TeacherFailed, UnknownTeacher
 from potstill.student_trainer.checkpoint import newest_checkpoint
+from potstill.student_trainer.data import BatchReader
+from potstill.student_trainer.data.joined import JoinedCorpora
+from potstill.student_trainer.data.sources import cache_source
 from potstill.student_trainer.loop import train
 from potstill.student_trainer.metrics import read_metrics
 from potstill.student_trainer.run import evaluate_run, open_run
@@ -58,6 +62,16 @@ def test_batches_are_the_rows_and_targets_of_their_corpora(folder: Path) -> None
             assert batch.tokens[i, : len(tokens)].tolist() == tokens.tolist()
             np.testing.assert_array_equal(batch.teachers[0].logprobs[i, : len(tokens)], targets.logprobs)
         assert run.reader.counts(np.array([first + 3, 5, first])) == (batch.num_labels, batch.num_positions)
+
+
+def test_answers_for_more_rows_than_one_corpus_was_asked_for_are_not_taken_for_anothers(folder: Path) -> None:
+    cache = Cache.open(folder / "cache")
+    corpora = JoinedCorpora((cache.corpus("docs"), cache.corpus("more")))
+    docs, more = (cache_source("fake", cache.targets("fake", name)) for name in ("docs", "more"))
+    twice = replace(docs, read=lambda rows, tokens: docs.read([*rows, *rows], [*tokens, *tokens]))
+    reader = BatchReader(corpora, (corpora.source([twice, more]),), (1.0,))
+    with pytest.raises(TeacherFailed, match="2 rows of corpus 'docs' got 4 answers"):
+        reader.read([0, 1, len(corpora) - 2, len(corpora) - 1])
 
 
 def test_corpora_to_evaluate_on_are_measured_with_the_held_out_rows(folder: Path) -> None:
