@@ -39,7 +39,6 @@ from potstill.student_trainer.checkpoint import (
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.corpus_tokenizer import special_ids
 from potstill.student_trainer.data import Batch
-from potstill.student_trainer.evaluate import evaluate_student
 from potstill.student_trainer.group import Group
 from potstill.student_trainer.learner import Learner
 from potstill.student_trainer.metrics import MetricsWriter, Record
@@ -53,7 +52,7 @@ from potstill.student_trainer.result import (
     evaluations_to_json,
     finished_before,
 )
-from potstill.student_trainer.run import OpenRun, only_trainer, open_run
+from potstill.student_trainer.run import OpenRun, evaluate_on_all, only_trainer, open_run
 from potstill.student_trainer.run_folder import write_json
 
 _CLOSE_SECONDS = 5.0
@@ -226,16 +225,7 @@ class _Session:
             yield from self.learner.pieces(step)
 
     def _evaluate(self) -> dict[str, Evaluation]:
-        """Evaluate on the held-out rows, under the name `HELD_OUT`, and on each corpus that is for it."""
-        loop, run = self.config.train, self.run
-        on = {HELD_OUT: (run.reader, run.held_out)} if len(run.held_out) else {}
-        on |= {name: (reader, np.arange(len(reader.corpus))) for name, reader in run.eval_readers.items()}
-        found = {
-            name: evaluate_student(
-                self.learner.student, reader, rows, batch_rows=loop.micro_batch_rows, group=self.group, dtype=loop.dtype
-            )
-            for name, (reader, rows) in on.items()
-        }
+        found = evaluate_on_all(self.learner.student, self.run, self.config.train, self.group)
         if found:
             self._record({"step": self.step, **evaluations_to_json(found)})
         return found

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from potstill.cache.cache import Cache
 from potstill.cache.corpus import Corpus
@@ -25,7 +26,7 @@ from potstill.cache.types import TeacherIdentity
 from potstill.clients.http_targets import HttpCache
 from potstill.clients.patience import Patience
 from potstill.student_trainer.checkpoint import load_state, newest_checkpoint
-from potstill.student_trainer.config import CorpusConfig, DataConfig, TeacherConfig, TrainConfig
+from potstill.student_trainer.config import CorpusConfig, DataConfig, LoopConfig, TeacherConfig, TrainConfig
 from potstill.student_trainer.data import BatchReader
 from potstill.student_trainer.data.held_out import choose_held_out, with_copies
 from potstill.student_trainer.data.joined import JoinedCorpora
@@ -33,9 +34,9 @@ from potstill.student_trainer.data.mixture import MixtureOrder
 from potstill.student_trainer.data.order import SampleOrder
 from potstill.student_trainer.data.sources import common_prefix, open_cache, open_sources
 from potstill.student_trainer.evaluate import evaluate_student
-from potstill.student_trainer.group import default_device
+from potstill.student_trainer.group import Group, default_device
 from potstill.student_trainer.models import load_student
-from potstill.student_trainer.result import Evaluation, finished_result
+from potstill.student_trainer.result import HELD_OUT, Evaluation, finished_result
 from potstill.student_trainer.run_folder import read_config
 
 _LOCK_SECONDS = 5.0
@@ -208,11 +209,26 @@ def only_trainer(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def evaluate_run(run_dir: Path) -> Evaluation:
-    """Evaluate a run's final model, or its newest checkpoint, on the run's held-out rows.
+def evaluate_on_all(
+    model: nn.Module, run: OpenRun, loop: LoopConfig, group: Group | None = None
+) -> dict[str, Evaluation]:
+    """Evaluate on the held-out rows, under the name `HELD_OUT`, and on each corpus that is for it, under its own."""
+    judged = {name: (reader, np.arange(len(reader.corpus))) for name, reader in run.eval_readers.items()}
+    on = {HELD_OUT: (run.reader, run.held_out)} | judged if len(run.held_out) else judged
+    return {
+        name: evaluate_student(model, reader, rows, batch_rows=loop.micro_batch_rows, group=group, dtype=loop.dtype)
+        for name, (reader, rows) in on.items()
+    }
+
+
+def evaluate_run(run_dir: Path) -> dict[str, Evaluation]:
+    """Evaluate a run's final model, or its newest checkpoint, as the run itself does at its end.
+
+    Returns:
+        As `evaluate_on_all`; at least one.
 
     Raises:
-        NotFound: no run, or nothing trained yet, in the folder. InvalidInput: it holds no rows out.
+        NotFound: no run, or nothing trained yet, in the folder. InvalidInput: it has nothing to evaluate on.
         SpecMismatch: an earlier version chose other rows, so that these were trained on.
         PotstillError: whatever opening the cache or the teachers raises.
     """
@@ -226,8 +242,8 @@ def evaluate_run(run_dir: Path) -> Evaluation:
     with open_run(config) as run:
         if checkpoint is not None:
             load_state(checkpoint).check_rows(run.left_out, run.reader.prefix)
-        if not len(run.held_out):
-            raise InvalidInput(f"run {str(run_dir)!r} has no held-out rows: its data.held_out is 0")
-        model = load_student(folder).to(default_device())
-        loop = config.train
-        return evaluate_student(model, run.reader, run.held_out, batch_rows=loop.micro_batch_rows, dtype=loop.dtype)
+        if not len(run.held_out) and not run.eval_readers:
+            raise InvalidInput(
+                f"run {str(run_dir)!r} has no held-out rows: its data.held_out is 0, and it has no data.eval_corpora"
+            )
+        return evaluate_on_all(load_student(folder).to(default_device()), run, config.train)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-SUMMARY = "evaluate a trained student on held-out rows"
+SUMMARY = "evaluate a trained student on held-out rows and on its evaluation corpora"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,17 +20,21 @@ def run(args: argparse.Namespace) -> int:
 
     from potstill.cache.plurals import counted
     from potstill.student_trainer.progress import nats
+    from potstill.student_trainer.result import HELD_OUT, evaluations_to_json
     from potstill.student_trainer.run import evaluate_run
 
     found = evaluate_run(args.run_dir)
     if args.json:
-        print(json.dumps(found.to_json()))
+        held_out = found.pop(HELD_OUT).to_json() if HELD_OUT in found else {}
+        print(json.dumps(held_out | evaluations_to_json(found)))
         return 0
-    print(f"{counted(found.rows, 'held-out row')}, {counted(found.tokens, 'token')}")
-    print(f"cross-entropy {nats(found.ce)} nats/token")
-    for name, teacher in found.teachers.items():
-        print(
-            f"{name}: KL {teacher.kl:.4f} nats/token, same top-1 {teacher.top1_agreement:.1%}, "
-            f"student mass on its top-k {teacher.student_mass_on_top_k:.1%}"
-        )
+    for name, one in found.items():
+        rows = counted(one.rows, "held-out row") if name == HELD_OUT else f"{name}: {counted(one.rows, 'row')}"
+        print(f"{rows}, {counted(one.tokens, 'token')}")
+        print(f"cross-entropy {nats(one.ce)} nats/token")
+        for teacher, agreement in one.teachers.items():
+            print(
+                f"{teacher}: KL {agreement.kl:.4f} nats/token, same top-1 {agreement.top1_agreement:.1%}, "
+                f"student mass on its top-k {agreement.student_mass_on_top_k:.1%}"
+            )
     return 0

@@ -29,7 +29,7 @@ from potstill.student_trainer.evaluate import evaluate_student
 from potstill.student_trainer.loop import train
 from potstill.student_trainer.metrics import MetricsFollower, Record, read_metrics
 from potstill.student_trainer.models import build_student
-from potstill.student_trainer.result import TrainResult
+from potstill.student_trainer.result import HELD_OUT, TrainResult
 from potstill.student_trainer.run import evaluate_run, only_trainer
 from tests.support.fakes import FakeTeacher
 from tests.support.processes.servers import hosted, serving_teachers
@@ -90,7 +90,7 @@ def test_a_run_learns_and_leaves_everything_it_promised(root: Path, tmp_path: Pa
     model = AutoModelForCausalLM.from_pretrained(run / "model")
     assert model.config.hidden_size == STUDENT["hidden_size"]
     assert model.config.vocab_size == VOCAB
-    assert evaluate_run(run) == result.held_out
+    assert evaluate_run(run) == {HELD_OUT: result.held_out}
     assert train(config) == result, "a finished run is found, not repeated"
     assert read_metrics(run) == records
 
@@ -351,7 +351,7 @@ def test_evaluating_what_is_not_there(root: Path, tmp_path: Path) -> None:
         evaluate_run(tmp_path)
     config = config_of(root, tmp_path / "run")
     train_stopping_at(config, 3)
-    assert evaluate_run(tmp_path / "run").rows == 8, "the newest checkpoint of an unfinished run"
+    assert evaluate_run(tmp_path / "run")[HELD_OUT].rows == 8, "the newest checkpoint of an unfinished run"
 
 
 def test_following_a_file_that_another_process_writes(tmp_path: Path) -> None:

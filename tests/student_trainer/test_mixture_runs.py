@@ -13,6 +13,7 @@ from benchmarks.edges.e18_held_out_documents import shared_rows
 from benchmarks.edges.e19_mixture import mixed, resumed_is_straight, rows_drawn
 from potstill.cache.cache import Cache
 from potstill.cache.errors import InvalidInput, NotFound, SpecMismatch, TeacherFailed, UnknownTeacher
+from potstill.clients.cli import main
 from potstill.student_trainer.checkpoint import newest_checkpoint
 from potstill.student_trainer.data import BatchReader
 from potstill.student_trainer.data.joined import JoinedCorpora
@@ -23,6 +24,7 @@ from potstill.student_trainer.run import evaluate_run, open_run
 from tests.support.tiny_runs import config_of, write_cache
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
+_JUDGES = ["judge", "bare"]
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +76,10 @@ def test_answers_for_more_rows_than_one_corpus_was_asked_for_are_not_taken_for_a
         reader.read([0, 1, len(corpora) - 2, len(corpora) - 1])
 
 
-def test_corpora_to_evaluate_on_are_measured_with_the_held_out_rows(folder: Path) -> None:
-    config = mixed(folder, "judged", eval_corpora=["judge", "bare"], held_out=4)
+def test_corpora_to_evaluate_on_are_measured_with_the_held_out_rows(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = mixed(folder, "judged", eval_corpora=_JUDGES, held_out=4)
     result = train(config)
     records = [each for each in read_metrics(folder / "judged") if "loss" not in each]
     assert [each["step"] for each in records] == [0, 5, 10]
@@ -88,6 +92,22 @@ def test_corpora_to_evaluate_on_are_measured_with_the_held_out_rows(folder: Path
     summary = json.loads((folder / "judged" / "summary.json").read_text())
     assert summary["evaluations"] == records[-1]["evaluations"]
     assert train(config) == result, "found finished"
+    assert main(["evaluate", str(folder / "judged"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {**summary["held_out"], "evaluations": summary["evaluations"]}
+    assert main(["evaluate", str(folder / "judged")]) == 0
+    heads = [line.partition(", ")[0] for line in capsys.readouterr().out.splitlines() if " row" in line]
+    assert heads == ["8 held-out rows", *(f"{name}: {summary['evaluations'][name]['rows']} rows" for name in _JUDGES)]
+
+
+def test_a_run_without_held_out_rows_is_evaluated_on_other_corpora(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    data = {"held_out": 0, "eval_corpora": ["judge"]}
+    result = train(config_of(folder / "cache", run, data=data, train={"steps": 1}))
+    assert evaluate_run(run) == result.evaluations
+    assert set(result.evaluations) == {"judge"}
+    train(config_of(folder / "cache", tmp_path / "none", data={"held_out": 0}, train={"steps": 1}))
+    with pytest.raises(InvalidInput, match=r"held_out is 0, and it has no data\.eval_corpora"):
+        evaluate_run(tmp_path / "none")
 
 
 def test_rows_of_a_corpus_to_evaluate_on_are_not_trained_on(folder: Path, tmp_path: Path) -> None:

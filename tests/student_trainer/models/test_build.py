@@ -15,7 +15,7 @@ from potstill.student_trainer.config import StudentConfig
 from potstill.student_trainer.loop import train
 from potstill.student_trainer.metrics import read_metrics
 from potstill.student_trainer.models import build_student, load_student
-from potstill.student_trainer.result import TrainResult
+from potstill.student_trainer.result import HELD_OUT, TrainResult
 from potstill.student_trainer.run import evaluate_run
 from tests.support.tiny_runs import STUDENT, VOCAB, config_of, write_cache
 
@@ -134,7 +134,7 @@ def test_nested_configs_train_go_on_and_load(root: Path, tmp_path: Path, keys: d
     for steps in (2, 3):
         result = run_of(root, tmp_path / "run", steps=steps, student={"config": keys}, schedule_steps=3)
     run_of(root, tmp_path / "straight", steps=3, student={"config": keys})
-    assert result.held_out == evaluate_run(tmp_path / "run")
+    assert evaluate_run(tmp_path / "run") == {HELD_OUT: result.held_out}
     resumed, straight = (load_file(tmp_path / run / "model" / "model.safetensors") for run in ("run", "straight"))
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
