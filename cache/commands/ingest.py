@@ -139,10 +139,18 @@ def _summary(corpus: Corpus, plan: IngestPlan, found: Found) -> str:
         parts.append(f"{counted(found.unknown_files, 'file')} of unknown kinds left out")
     if found.bad_records:
         parts.append(f"{counted(found.bad_records, 'bad record')} left out (first: {found.first_bad})")
+    if found.empty.count:
+        parts.append(f"{counted(found.empty.count, 'empty document')} left out (first: {found.empty.first})")
+    if found.untaught.count:
+        have = "has" if found.untaught.count == 1 else "have"
+        parts.append(
+            f"{counted(found.untaught.count, 'conversation')} {have} nothing to learn (first: {found.untaught.first})"
+        )
     if found.control_tokens:
         done = "kept" if plan.special_tokens == "keep" else "taken as text"
         parts.append(f"control tokens in text {done}: {in_words(found.control_tokens)}")
-    for said, count in (("began with BOS", found.began_with_bos), ("ended with EOS", found.ended_with_eos)):
-        if count:
-            parts.append(f"{counted(count, 'document')} {said} already")
+    if plan.prepend_bos and found.began_with_bos:
+        parts.append(f"{counted(found.began_with_bos, 'document')} began with BOS already")
+    if found.ended_with_eos:
+        parts.append(f"{counted(found.ended_with_eos, 'document')} ended with EOS already")
     return "; ".join(parts)

@@ -24,7 +24,8 @@ from potstill.cache.corpus.sources.documents import BadRecord
 from potstill.cache.errors import InvalidInput
 
 _TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_ASSISTANT = "assistant"
+ASSISTANT = "assistant"
+"""Role of the messages that are learnt."""
 # What code of a template may raise on messages that it was not written for.
 _FAILURES = (
     jinja2.TemplateError,
@@ -83,7 +84,7 @@ class ChatTemplate:
         try:
             return self._template.render(**self._names, **given)
         except _FAILURES as error:
-            raise BadRecord(f"{where} is refused by the chat template: {_told(error)}") from error
+            raise BadRecord(f"{where} is refused by the chat template: {_told(error)}{_no_text(messages)}") from error
 
     def _unmarked(self, text: str, where: str) -> Rendering:
         parts, spans, begun, at, length = [], [], 0, 0, 0
@@ -103,7 +104,7 @@ class ChatTemplate:
     def _by_difference(self, text: str, messages: Sequence[Mapping[str, Any]], where: str) -> Rendering:
         spans = []
         for number, message in enumerate(messages):
-            if message["role"] != _ASSISTANT:
+            if message["role"] != ASSISTANT:
                 continue
             before = self._text(messages[:number], where, prompt=True)
             up_to = text if number + 1 == len(messages) else self._text(messages[: number + 1], where)
@@ -118,6 +119,16 @@ class ChatTemplate:
 
 def _told(error: BaseException) -> str:
     return str(error) or type(error).__name__
+
+
+def _no_text(messages: Sequence[Mapping[str, Any]]) -> str:
+    """Name the first message whose content is no text, the likely cause of what a template's code raises."""
+    for number, message in enumerate(messages):
+        content = message.get("content")
+        if not isinstance(content, str) and "tool_calls" not in message:
+            shown = "null" if content is None else "a list" if isinstance(content, list) else "no text"
+            return f" (the content of message {number} is {shown}; make it text)"
+    return ""
 
 
 class _Generation(Extension):

@@ -30,6 +30,8 @@ _BATCH = 64  # conversations in one call of the tokenizer, which uses all cores
 class Said:
     """A conversation's token ids [T], and bool [T] which of them the assistant says."""
 
+    where: str
+    """File and record."""
     ids: Tokens
     taught: NDArray[np.bool_]
 
@@ -52,7 +54,8 @@ class ConversationTokens:
             template: that of the tokenizer.
             control: the tokenizer's control tokens.
             disguised: it makes the ids of the others; None if control tokens in messages are to stay.
-            see: told of each control token in a message: where, its name, and at what character of its text.
+            see: told of each control token in a message: where, its name, and at what character of its text; it may
+                raise BadRecord.
         """
         self._tokenizer = tokenizer
         self._template = template
@@ -66,7 +69,7 @@ class ConversationTokens:
         self._either = any_of(self._meant)
 
     def said(self, conversations: Iterable[Conversation], bad: BadRecords) -> Iterator[Said]:
-        """Tokenize conversations in order; `bad` is told of those that the template refuses."""
+        """Tokenize conversations in order; `bad` is told of those that are refused."""
         rendered = self._rendered(conversations, bad)
         while batch := list(islice(rendered, _BATCH)):
             plain = [rendering.text for _, rendering, disguised in batch if not disguised]
@@ -77,17 +80,17 @@ class ConversationTokens:
                     (found,) = encoded_texts(self._disguised.tokenizer, [rendering.text], where)
                 else:
                     found = next(encoded)
-                yield _said(found, rendering)
+                yield _said(where, found, rendering)
 
     def _rendered(
         self, conversations: Iterable[Conversation], bad: BadRecords
     ) -> Iterator[tuple[str, Rendering, bool]]:
         """Where each is from, its text, and whether that is for the tokenizer with other names."""
         for conversation in conversations:
-            seen = self._seen(conversation)
-            other = seen and self._disguised is not None
-            messages = self._replaced(conversation.messages) if other else conversation.messages
             try:
+                seen = self._seen(conversation)
+                other = seen and self._disguised is not None
+                messages = self._replaced(conversation.messages) if other else conversation.messages
                 if self._disguised is not None:
                     self._require_whole(conversation)
                 rendering = self._template.render(messages, conversation.where)
@@ -160,10 +163,10 @@ class ConversationTokens:
         return Rendering("".join([*parts, rendering.text[at:]]), spans)
 
 
-def _said(encoded: Any, rendering: Rendering) -> Said:
+def _said(where: str, encoded: Any, rendering: Rendering) -> Said:
     ids = np.array(encoded.ids, dtype=np.uint32)
     starts, stops = np.array(encoded.offsets, dtype=np.int64).reshape(-1, 2).T
     taught = np.zeros(len(ids), dtype=np.bool_)
     for start, stop in rendering.taught:
         taught |= (starts < stop) & (stops > start)
-    return Said(ids, taught)
+    return Said(where, ids, taught)

@@ -5,6 +5,7 @@ Shape legend:  T tokens.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from potstill.cache.corpus.conversations import ConversationTokens
 from potstill.cache.corpus.framing import Frame
 from potstill.cache.corpus.plan import Found, IngestPlan
 from potstill.cache.corpus.sources import BadRecords, Conversation, Document, Ids, SourceFile, Text, documents
+from potstill.cache.corpus.sources.documents import BadRecord
 from potstill.cache.corpus.tokenization import encode_documents
 from potstill.cache.corpus.tokenizer import num_ids
 from potstill.cache.corpus.tokenizer_files import SpecialTokens, named_tokens
@@ -30,6 +32,8 @@ from potstill.cache.types import Tokens
 class DocumentIds:
     """A document's token ids, in blocks that are read before the next document is asked for."""
 
+    where: str
+    """File and record."""
     blocks: Iterable[Tokens]
     taught: NDArray[np.bool_] | None = None
     """Bool [T] which targets are to be learnt, target t being of the token after token t; None for all."""
@@ -63,44 +67,79 @@ class DocumentTokens:
         """Yield the token ids of each document of a file.
 
         Raises:
-            InvalidInput: the file or a record is bad, has an id that the tokenizer does not have, or a control token
-                that is refused.
+            InvalidInput: the file or a record is bad, or has an id that the tokenizer does not have; or a control
+                token is refused.
         """
         bad = BadRecords(skip=self._plan.skip_bad)
         found = documents(file, self._plan.field, bad, vocab_size=self._vocab_size, eos=self._eos)
         if self._conversations is not None:
             yield from self._of_conversations(found, self._conversations, bad)
         elif self._plan.field.kind == "text" and file.kind != "tokens":
-            texts = (self._watched(document) for document in found)
-            for blocks in encode_documents(self._of_text, texts, str(file.path)):
-                yield DocumentIds(self._frame.around(blocks))
+            yield from self._of_texts(found, file, bad)
         else:
-            yield from (DocumentIds(self._frame.around(self._checked(document))) for document in found)
+            for document in found:
+                yield DocumentIds(document.where, self._frame.around(self._checked(document)))
         self._found.bad_records += bad.count
         self._found.first_bad = self._found.first_bad or bad.first
+
+    def _of_texts(self, found: Iterator[Document], file: SourceFile, bad: BadRecords) -> Iterator[DocumentIds]:
+        places: deque[str] = deque()  # of documents that are read, and not yet tokenized
+
+        def texts() -> Iterator[Iterator[str]]:
+            for document in found:
+                assert isinstance(document, Text)
+                if self._accepted(document, bad):
+                    places.append(document.where)
+                    yield self._watched(document)
+
+        for blocks in encode_documents(self._of_text, texts(), str(file.path)):
+            yield DocumentIds(places.popleft(), self._frame.around(blocks))
 
     def _of_conversations(
         self, found: Iterator[Document], tokens: ConversationTokens, bad: BadRecords
     ) -> Iterator[DocumentIds]:
-        for said in tokens.said((each for each in found if isinstance(each, Conversation)), bad):
+        for said in tokens.said(self._with_roles(found), bad):
             front, back = self._frame.ends(said.ids)
             ids = np.concatenate([front, said.ids, back])
             taught = np.zeros(len(ids), np.bool_)
             # On the axis of targets: that of a token is the one before it.
             taught[max(0, len(front) - 1) : len(front) + len(said.ids) - 1] = said.taught[0 if len(front) else 1 :]
-            yield DocumentIds((ids,), taught)
+            yield DocumentIds(said.where, (ids,), taught)
+
+    def _with_roles(self, found: Iterator[Document]) -> Iterator[Conversation]:
+        for document in found:
+            assert isinstance(document, Conversation)
+            self._found.roles.update(message["role"] for message in document.messages)
+            yield document
 
     def _see(self, where: str, name: str, at: int) -> None:
+        """Count a control token.
+
+        Raises:
+            BadRecord: it is refused.
+        """
         if self._plan.special_tokens == "refuse":
-            raise InvalidInput(
-                f"{where} has the control token {name!r} at character {at}; take it out, or take it as text with "
-                "--special-tokens split"
+            raise BadRecord(
+                f"{where} has the control token {name!r} at character {at}, which --special-tokens split takes as text"
             )
         self._found.control_tokens[name] += 1
 
-    def _watched(self, document: Document) -> Iterator[str]:
-        assert isinstance(document, Text)
-        return self._control.seen(document.pieces, lambda name, at: self._see(document.where, name, at))
+    def _accepted(self, document: Text, bad: BadRecords) -> bool:
+        """Tell whether a record's text may stay; a text file is read only once, and may so far."""
+        if self._plan.special_tokens == "refuse" and isinstance(document.pieces, tuple):
+            try:
+                for name, at in self._control.found("".join(document.pieces)):
+                    self._see(document.where, name, at)
+            except BadRecord as error:
+                bad.add(str(error))
+                return False
+        return True
+
+    def _watched(self, document: Text) -> Iterator[str]:
+        try:
+            yield from self._control.seen(document.pieces, lambda name, at: self._see(document.where, name, at))
+        except BadRecord as error:
+            raise InvalidInput(f"{error}; take it out") from error
 
     def _checked(self, document: Document) -> Iterator[Tokens]:
         assert isinstance(document, Ids)
@@ -121,6 +160,10 @@ def _template(special: SpecialTokens, files: Mapping[str, str]) -> ChatTemplate:
 
 def _unknown_id(where: str, block: NDArray[Any], vocab_size: int) -> InvalidInput:
     wrong = block[(block >= vocab_size) | (block < 0)][0]
+    if wrong < 0:
+        return InvalidInput(
+            f"{where} has the token id {wrong}, below 0: is that column of labels? name one of ids with --ids-field"
+        )
     return InvalidInput(
         f"{where} has the token id {wrong}, the tokenizer's ids end at {vocab_size - 1}; "
         "give the tokenizer that made it"

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from potstill.cache.corpus.chat_template import ASSISTANT
 from potstill.cache.corpus.corpus import Corpus
 from potstill.cache.corpus.document_tokens import DocumentTokens
 from potstill.cache.corpus.plan import (
@@ -33,6 +34,7 @@ from potstill.cache.store.groups import attempt_name, removed_on_failure
 from potstill.cache.types import Tokens
 
 _PROGRESS_ROWS = 1024
+_NAMED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +74,10 @@ def ingest(
     tokens = DocumentTokens(tokenizer, tokenizer_files or {}, plan, found)
 
     def fill(spool: RowSpool) -> tuple[Source, ...]:
-        return tuple(_ingest_files(files, tokens, plan, spool, on_progress))
+        return tuple(_ingest_files(files, tokens, plan, spool, found, on_progress))
 
-    return _make_corpus(root, name, tokenizer, plan, fill, tokenizer_files or {}, what=", ".join(map(str, sources)))
+    what = ", ".join(map(str, sources))
+    return _make_corpus(root, name, tokenizer, plan, fill, tokenizer_files or {}, found, what=what)
 
 
 def ingest_rows(
@@ -112,7 +115,8 @@ def ingest_rows(
                 on_progress(IngestProgress(0, len(sources), tokens))
         return sources
 
-    return _make_corpus(root, name, _plain_tokenizer(tokenizer), plan, fill, tokenizer_files or {}, what="the rows")
+    plain = _plain_tokenizer(tokenizer)
+    return _make_corpus(root, name, plain, plan, fill, tokenizer_files or {}, Found(), what="the rows")
 
 
 def cut(blocks: Iterable[Tokens], row_tokens: int) -> Iterator[Tokens]:
@@ -146,6 +150,7 @@ def _make_corpus(
     plan: IngestPlan,
     fill: Callable[[RowSpool], tuple[Source, ...]],
     tokenizer_files: Mapping[str, str],
+    found: Found,
     *,
     what: str,
 ) -> Corpus:
@@ -159,7 +164,7 @@ def _make_corpus(
         if not spool.num_rows:
             raise InvalidInput(f"there is no token in {what}; a corpus cannot be empty")
         if spool.num_untaught == spool.num_positions:
-            raise InvalidInput(f"no token of {what} is to be learnt; a corpus needs one that its loss mask leaves")
+            raise _nothing_to_learn(what, found)
         group = f"{corpus_path(name)}/{attempt_name('data')}"
         with removed_on_failure(root, group):
             writer = GroupWriter(root, group)
@@ -178,13 +183,13 @@ def _ingest_files(
     document_tokens: DocumentTokens,
     plan: IngestPlan,
     spool: RowSpool,
+    found: Found,
     on_progress: Callable[[IngestProgress], None],
 ) -> Iterator[Source]:
     rows = tokens = 0
     for number, file in enumerate(files):
         count = 0
         for document in document_tokens.of_file(file):
-            count += 1
             at = 0
             for row in cut(document.blocks, plan.row_tokens):
                 spool.add(row, None if document.taught is None else document.taught[at : at + len(row)])
@@ -193,8 +198,24 @@ def _ingest_files(
                 if rows % _PROGRESS_ROWS == 0:
                     on_progress(IngestProgress(number, len(files), tokens))
             spool.end_document()
+            if not at:
+                found.empty.add(document.where)
+                continue
+            count += 1
+            if document.taught is not None and not document.taught.any():
+                found.untaught.add(document.where)
         yield Source(name=file.name, sha256=file_sha256(file.path), documents=count)
         on_progress(IngestProgress(number + 1, len(files), tokens))
+
+
+def _nothing_to_learn(what: str, found: Found) -> InvalidInput:
+    if not found.roles or ASSISTANT in found.roles:
+        return InvalidInput(f"no token of {what} is to be learnt; a corpus needs one that its loss mask leaves")
+    roles = ", ".join(repr(role) for role, _ in found.roles.most_common(_NAMED))
+    return InvalidInput(
+        f"no message of {what} has the role {ASSISTANT!r}, so nothing is to be learnt; the roles are {roles}: rename "
+        f"that of the messages to learn to {ASSISTANT!r}"
+    )
 
 
 def _plain_tokenizer(tokenizer: Tokenizer) -> Tokenizer:

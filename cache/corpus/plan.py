@@ -68,6 +68,19 @@ class IngestPlan:
         return Field("text", self.text_field)
 
 
+@dataclass(slots=True)
+class Places:
+    """Counts documents of one kind, and remembers where the first is."""
+
+    count: int = 0
+    first: str = ""
+
+    def add(self, where: str) -> None:
+        """Count one more."""
+        self.first = self.first or where
+        self.count += 1
+
+
 @dataclass(slots=True, kw_only=True)
 class Found:
     """Counts of what an ingest came across, which grow while it runs."""
@@ -75,6 +88,12 @@ class Found:
     bad_records: int = 0
     first_bad: str = ""
     """What was wrong with the first of them."""
+    empty: Places = field(default_factory=Places)
+    """Documents without a token, which the corpus does not have."""
+    untaught: Places = field(default_factory=Places)
+    """Conversations of which nothing is to be learnt."""
+    roles: Counter[str] = field(default_factory=Counter)
+    """Number of messages of each role."""
     unknown_files: int = 0
     began_with_bos: int = 0
     """Documents that had BOS at their beginning before it was put there."""

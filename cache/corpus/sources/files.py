@@ -70,7 +70,8 @@ def list_sources(
             files += known
         elif source.is_file():
             if (file := _source_file(source, source.name, field)) is None:
-                raise InvalidInput(f"{str(source)!r} is not {_endings(field)}; rename or convert it")
+                only = " (--skip-unknown holds for files in folders only)" if skip_unknown else ""
+                raise InvalidInput(f"{str(source)!r} is not {_endings(field)}; rename or convert it{only}")
             files.append(file)
         else:
             raise InvalidInput(f"source {str(source)!r} does not exist")

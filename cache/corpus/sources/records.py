@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from potstill.cache.corpus.sources.documents import BadRecord, Conversation, Document, Field, Ids, Text
 
 _NAMES = {"text": "text", "ids": "list of token ids", "messages": "list of messages"}
-_SHOWN = 40
+_SHOWN, _NAMED = 40, 20  # characters of a value, and keys
 
 
 def document(value: Any, field: Field, where: str) -> Document:
@@ -31,7 +31,22 @@ def document(value: Any, field: Field, where: str) -> Document:
         return Conversation(where, _messages(value, where))
     shown = repr(value)
     shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}…"
-    raise BadRecord(f"{where} has {shown} under {field.name!r}, which is no {_NAMES[field.kind]}")
+    hint = f"; --messages-field {field.name} reads it" if field.kind == "text" and _is_messages(value) else ""
+    raise BadRecord(f"{where} has {shown} under {field.name!r}, which is no {_NAMES[field.kind]}{hint}")
+
+
+def others(names: Iterable[str], field: Field) -> str:
+    """Say which keys or columns there are in place of the field's, and how to name one."""
+    names = list(names)
+    own = (field.option, "text" if field.kind == "text" else "")
+    hints = [own, ("--messages-field", "messages"), ("--ids-field", "input_ids")]
+    hint = next((f"{option} {name}" for option, name in hints if name in names), field.option)
+    shown = ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
+    return f"it has {shown or 'none'}: name one with {hint}"
+
+
+def _is_messages(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(each, dict) and "role" in each for each in value)
 
 
 def _ids(value: Any) -> NDArray[np.integer[Any]] | None:
@@ -48,7 +63,7 @@ def _ids(value: Any) -> NDArray[np.integer[Any]] | None:
 def _messages(value: list[Any], where: str) -> list[dict[str, Any]]:
     for number, message in enumerate(value):
         if isinstance(message, dict) and "from" in message and "value" in message:
-            raise BadRecord(f"{where} has messages with from and value; convert them to role and content first")
+            raise BadRecord(f"{where} has messages with from and value in place of role and content")
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise BadRecord(f"{where} has no role in message {number}; a message has role and content")
         for text in texts_in(message):

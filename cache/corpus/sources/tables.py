@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from potstill.cache.corpus.sources.documents import BadRecord, BadRecords, Document, Field
 from potstill.cache.corpus.sources.files import SourceFile
-from potstill.cache.corpus.sources.records import document
+from potstill.cache.corpus.sources.records import document, others
 from potstill.cache.errors import InvalidInput
 
 _BATCH_ROWS = 1024
@@ -52,8 +52,7 @@ def arrow_documents(file: SourceFile, field: Field, bad: BadRecords) -> Iterator
 
 def _require_column(file: SourceFile, field: Field, schema: pa.Schema) -> None:
     if field.name not in schema.names:
-        names = ", ".join(schema.names)
-        raise InvalidInput(f"{file.path} has no column {field.name!r}; it has {names}: name one with {field.option}")
+        raise InvalidInput(f"{file.path} has no column {field.name!r}; {others(schema.names, field)}")
 
 
 def _documents(columns: Iterator[Any], file: SourceFile, field: Field, bad: BadRecords) -> Iterator[Document]:

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 from potstill.cache.corpus.sources.documents import BadRecord, BadRecords, Document, Field
 from potstill.cache.corpus.sources.files import SourceFile
 from potstill.cache.corpus.sources.opening import MOST_RECORD_BYTES, opened
-from potstill.cache.corpus.sources.records import document
+from potstill.cache.corpus.sources.records import document, others
 from potstill.cache.errors import InvalidInput, LimitExceeded
 
 _PIECE_BYTES = 1 << 18
@@ -67,10 +67,11 @@ def json_records(file: SourceFile, field: Field, bad: BadRecords) -> Iterator[Do
 
 
 def _document(record: Any, field: Field, where: str) -> Document:
-    value = record.get(field.name) if isinstance(record, dict) else None
-    if value is None:
-        raise BadRecord(f"{where} has no {field.kind} under {field.name!r}, which {field.option} can change")
-    return document(value, field, where)
+    if not isinstance(record, dict):
+        raise BadRecord(f"{where} is no object with a key {field.name!r}")
+    if field.name not in record:
+        raise BadRecord(f"{where} has no {field.kind} under {field.name!r}; {others(record, field)}")
+    return document(record[field.name], field, where)
 
 
 def _lines(data: BinaryIO, where: str) -> Iterator[bytes]:

@@ -119,7 +119,16 @@ def test_each_policy_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFi
     assert run(*command, "keep", "--corpus", "keep") == 0
     assert "; control tokens in text kept: 1 <eos>\n" in capsys.readouterr().out
     said = refused(capsys, *command, "refuse", "--corpus", "refuse")
-    assert "a.jsonl:2 has the control token '<eos>' at character 8; take it out" in said
+    assert (
+        "a.jsonl:2 has the control token '<eos>' at character 8, which --special-tokens split takes as text; mend it"
+        in said
+    )
+    assert run(*command, "refuse", "--corpus", "skipped", "--skip-bad") == 0
+    assert "from 1 document of 1 file; 0 duplicate rows; 1 bad record left out (fir" in capsys.readouterr().out
+    (tmp_path / "a.txt").write_text("the tag <eos>")
+    command[1] = tmp_path / "a.txt"
+    said = refused(capsys, *command, "refuse", "--corpus", "file", "--skip-bad")
+    assert "a.txt has the control token '<eos>' at character 8, which --special-tokens split takes as text; ta" in said
     cache = Root.open(tmp_path / "c")
     assert eos not in Corpus.open(cache, "split").row(1)
     assert list(Corpus.open(cache, "keep").row(1)).count(eos) == 1

@@ -165,10 +165,10 @@ def test_what_a_template_refuses_is_named_or_left_out(tmp_path: Path, capsys: py
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([{"from": "human", "value": "x"}], "has messages with from and value; convert them to role and content"),
+        ([{"from": "human", "value": "x"}], "has messages with from and value in place of role and content; mend it"),
         ([{"content": "x"}], "has no role in message 0; a message has role and content"),
         ([], "has no message"),
-        (None, "has no messages under 'messages'"),
+        (None, "has no list of messages under 'messages'"),
         ("text", "has 'text' under 'messages', which is no list of messages"),
         ([*SHORT, "x"], "has no role in message 2"),
         ([{"role": "user", "content": "\ud800"}], "has half a surrogate pair"),
@@ -294,9 +294,35 @@ def test_found_counts_control_tokens_in_messages(tmp_path: Path) -> None:
     root = Root.open("memory://", create=True)
     plan = IngestPlan(messages_field="messages", special_tokens="refuse")
     files = load_tokenizer_files(folder)
-    with pytest.raises(InvalidInput, match=r"a\.jsonl:1 has the control token '<s>' at character 0; take it out"):
+    with pytest.raises(InvalidInput, match=r"a\.jsonl:1 has the control token '<s>' at character 0, which"):
         ingest(root, "docs", [source], load_tokenizer(folder), plan, tokenizer_files=files)
+    write_conversations(tmp_path / "a.jsonl", [talk, SHORT])
+    plan, found = IngestPlan(messages_field="messages", special_tokens="refuse", skip_bad=True), Found()
+    corpus = ingest(root, "skipped", [source], load_tokenizer(folder), plan, tokenizer_files=files, found=found)
+    assert (found.bad_records, len(corpus)) == (1, 1)
     write_conversations(tmp_path / "a.jsonl", [talk[:1], SHORT])
     plan, found = IngestPlan(messages_field="messages"), Found()
     ingest(root, "docs", [source], load_tokenizer(folder), plan, tokenizer_files=files, found=found)
     assert found.control_tokens == {"<s>": 1, "<|im_end|>": 1}
+
+
+def test_conversations_with_nothing_to_learn_are_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chat_tokenizer("chatml").save_pretrained(tmp_path / "t")
+    misspelt = [SHORT[0], {"role": "asistant", "content": "x"}]
+    source = write_conversations(tmp_path / "a.jsonl", [SHORT, misspelt, SHORT[:1]])
+    command = ["ingest", source, "--messages-field", "messages", "--cache", tmp_path / "c", "--tokenizer"]
+    command += [tmp_path / "t", "--corpus"]
+    assert run(*command, "some") == 0
+    assert f"; 2 conversations have nothing to learn (first: {source}:2)\n" in capsys.readouterr().out
+    write_conversations(source, [misspelt, SHORT[:1]])
+    said = refused(capsys, *command, "none")
+    assert f"no message of {source} has the role 'assistant', so nothing is to be learnt; the roles are 'user'," in said
+    assert said.endswith("'asistant': rename that of the messages to learn to 'assistant'")
+
+
+@pytest.mark.parametrize(("content", "shown"), [(None, "null"), ([{"type": "text", "text": "x"}], "a list")])
+def test_a_message_whose_content_a_template_cannot_write_is_named(content: object, shown: str) -> None:
+    talk: list[dict[str, Any]] = [SHORT[0], {"role": "assistant", "content": content}]
+    template = ChatTemplate("{% for m in messages %}{{ m.role + m.content }}{% endfor %}", {})
+    with pytest.raises(BadRecord, match=rf"the content of message 1 is {shown}; make it text\)$"):
+        template.render(talk, "x")

@@ -55,6 +55,26 @@ def test_ids_that_are_framed_already_stay_so_and_are_counted(
     assert rows_after(tmp_path, tmp_path / "a.parquet", *options) == [[BOS, 1, EOS], [BOS, 2, EOS], [BOS, EOS]]
     said = capsys.readouterr().out
     assert "; 2 documents began with BOS already; 1 document ended with EOS already\n" in said
+    assert f"from 3 documents of 1 file; 0 duplicate rows; 1 empty document left out (first: {tmp_path}/a.par" in said
+    command = ("ingest", tmp_path / "a.parquet", "--ids-field", "input_ids", "--tokenizer", tmp_path / "t")
+    assert run(*command, "--cache", tmp_path / "c", "--corpus", "plain") == 0
+    assert "already" not in capsys.readouterr().out
+    assert Cache.open(tmp_path / "c").corpus("plain").num_documents == 3
+
+
+def test_empty_texts_are_counted_and_are_no_documents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "a.jsonl").write_text('{"text": "one"}\n{"text": ""}\n' + '{"text": "more"}\n' * 300)
+    (tmp_path / "d" / "b.txt").write_text("")
+    rows_after(tmp_path, tmp_path / "d")
+    said = capsys.readouterr().out
+    assert (
+        f"from 301 documents of 2 files; 299 duplicate rows; 2 empty documents left out (first: {tmp_path}/d/" in said
+    )
+    assert "a.jsonl:2)" in said
+    corpus = Cache.open(tmp_path / "c").corpus("docs")
+    assert [each.documents for each in corpus.spec.sources] == [301, 0]
+    assert corpus.num_documents == 301
 
 
 def test_raw_tokens_end_documents_at_the_tokenizers_eos(tmp_path: Path) -> None:

@@ -86,3 +86,9 @@ def test_a_compressed_file_that_is_damaged_is_named(tmp_path: Path, name: str, d
     with pytest.raises(InvalidInput, match=message) as caught:
         texts_of(tmp_path / name)
     assert name in str(caught.value)
+
+
+def test_a_file_given_by_name_is_not_skipped(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("x")
+    with pytest.raises(InvalidInput, match=r"convert it \(--skip-unknown holds for files in folders only\)"):
+        list_sources([tmp_path / "a.csv"], Field(), skip_unknown=True)

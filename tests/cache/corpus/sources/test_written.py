@@ -38,8 +38,8 @@ def test_a_json_file_is_an_array_lines_or_records_one_after_the_other(
         ('[{"text": "a"}', "is not JSON: an array without an end"),
         ('[{"text": "a"} {"text": "b"}]', "is not JSON: no comma between records"),
         ('[{"text": "a"}] x', "is not JSON: there is more after its array"),
-        ('[{"text": "a"}, {"text": null}]', r"a\.json: record 1 has no text under 'text', which --text-field can"),
-        ('[{"text": "a"}, 3]', r"a\.json: record 1 has no text under 'text'"),
+        ('[{"text": "a"}, {"text": null}]', r"a\.json: record 1 has no text under 'text'; mend"),
+        ('[{"text": "a"}, 3]', r"a\.json: record 1 is no object with a key 'text'"),
         ('[{"text": "a"}, {"text": 3}]', r"a\.json: record 1 has 3 under 'text', which is no text"),
         ('{"text": "a"}\n{"text": 3}', r"a\.json:2 has 3 under 'text'"),
     ],
@@ -82,7 +82,7 @@ BAD_LINES = b"""{"text": "good"}
 def test_bad_lines_are_named_or_left_out_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "a.jsonl"
     lines = BAD_LINES.splitlines(keepends=True)
-    says = ["no text under", "no text under", "has 7 under", "is not JSON", "is not UTF-8", "half a", "no text"]
+    says = ["no text under", "no text under", "has 7 under", "is not JSON", "is not UTF-8", "half a", "no object"]
     for line, said in zip(lines[1:8], says, strict=True):
         path.write_bytes(lines[0] + line)
         with pytest.raises(InvalidInput, match=rf"a\.jsonl:2 .*{said}.*; mend it, or leave .* out with --skip-bad"):
@@ -93,3 +93,18 @@ def test_bad_lines_are_named_or_left_out_and_counted(tmp_path: Path, capsys: pyt
     command = ["ingest", path, "--cache", tmp_path / "c", "--corpus", "docs", "--tokenizer", tmp_path, "--skip-bad"]
     assert run(*command) == 0
     assert f"7 bad records left out (first: {path}:2 has no text under 'text'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("record", "told"),
+    [
+        ({"id": 1, "body": "x"}, "has no text under 'text'; it has id, body: name one with --text-field;"),
+        ({"id": 1, "messages": []}, "it has id, messages: name one with --messages-field messages;"),
+        ({"input_ids": [1]}, "it has input_ids: name one with --ids-field input_ids;"),
+        ({"text": [{"role": "user", "content": "x"}]}, "which is no text; --messages-field text reads it;"),
+    ],
+)
+def test_a_record_without_text_is_told_what_it_has(tmp_path: Path, record: dict[str, object], told: str) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(record))
+    with pytest.raises(InvalidInput, match=told):
+        texts_of(tmp_path / "a.jsonl")
