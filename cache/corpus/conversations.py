@@ -8,7 +8,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,11 @@ from potstill.cache.corpus.sources.records import texts_in
 from potstill.cache.corpus.tokenization import encoded_texts
 from potstill.cache.types import Tokens
 
-_BATCH = 64  # conversations in one call of the tokenizer, which uses all cores
+# Conversations, and characters of them, in one call of the tokenizer: it uses all cores, and 28 bytes a character.
+_BATCH = 64
+_BATCH_CHARACTERS = 1 << 20
+_LONGEST = 1 << 24
+"""Most characters of a conversation, which is tokenized as a whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +73,7 @@ class ConversationTokens:
 
     def said(self, conversations: Iterable[Conversation], bad: BadRecords) -> Iterator[Said]:
         """Tokenize conversations in order; `bad` is told of those that are refused."""
-        rendered = self._rendered(conversations, bad)
-        while batch := list(islice(rendered, _BATCH)):
+        for batch in _batches(self._rendered(conversations, bad)):
             plain = [rendering.text for _, rendering, disguised in batch if not disguised]
             encoded = iter(encoded_texts(self._tokenizer, plain, batch[0][0]))
             for where, rendering, disguised in batch:
@@ -94,6 +96,7 @@ class ConversationTokens:
                 if self._disguised is not None:
                     self._require_whole(conversation)
                 rendering = self._template.render(messages, conversation.where)
+                _require_bounded(rendering, conversation.where)
             except BadRecord as error:
                 bad.add(str(error))
                 continue
@@ -161,6 +164,25 @@ class ConversationTokens:
 
         spans = tuple((place(start), place(stop)) for start, stop in rendering.taught)
         return Rendering("".join([*parts, rendering.text[at:]]), spans)
+
+
+def _batches(rendered: Iterable[tuple[str, Rendering, bool]]) -> Iterator[list[tuple[str, Rendering, bool]]]:
+    batch: list[tuple[str, Rendering, bool]] = []
+    characters = 0
+    for each in rendered:
+        batch.append(each)
+        characters += len(each[1].text)
+        if len(batch) == _BATCH or characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _require_bounded(rendering: Rendering, where: str) -> None:
+    size = len(rendering.text)
+    if size > _LONGEST:
+        raise BadRecord(f"{where} has {size:,} characters; a conversation has at most {_LONGEST:,}: part it")
 
 
 def _said(where: str, encoded: Any, rendering: Rendering) -> Said:

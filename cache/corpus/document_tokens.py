@@ -104,6 +104,8 @@ class DocumentTokens:
             taught = np.zeros(len(ids), np.bool_)
             # On the axis of targets: that of a token is the one before it.
             taught[max(0, len(front) - 1) : len(front) + len(said.ids) - 1] = said.taught[0 if len(front) else 1 :]
+            # An answer that its template ends with no token is to end all the same.
+            taught[len(ids) - 2 : len(ids) - 1] |= bool(len(back) and said.taught[-1])
             yield DocumentIds(said.where, (ids,), taught)
 
     def _with_roles(self, found: Iterator[Document]) -> Iterator[Conversation]:

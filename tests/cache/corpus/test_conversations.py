@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from potstill.cache.corpus import conversations
 from potstill.cache.corpus.chat_template import ChatTemplate
 from potstill.cache.corpus.corpus import Corpus
 from potstill.cache.corpus.ingest import IngestPlan, ingest
@@ -146,6 +147,26 @@ def test_bos_and_eos_frame_a_conversation_and_are_not_taught(tmp_path: Path) -> 
         tokens = ids_of(make(tmp_path, chat_tokenizer(name), [TALK], **frame))[0]
         assert tokens[0] == bos != tokens[1]
         assert tokens[-1] == eos != tokens[-2]
+
+
+def test_an_answer_without_an_end_of_its_own_is_taught_to_end_with_eos(tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer("chatml")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}"
+    eos = tokenizer.convert_tokens_to_ids("</s>")
+    for talk, last in ((SHORT, True), (UNANSWERED, False)):
+        framed = make(tmp_path, tokenizer, [talk], append_eos=True)
+        assert ids_of(framed)[0][-1] == eos
+        assert (taught_of(framed)[0][-1] == eos) == last
+
+
+def test_conversations_are_tokenized_some_characters_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    talks = [[{"role": "user", "content": "word " * n}, *TALK[1:]] for n in range(1, 12)]
+    whole = make(tmp_path, chat_tokenizer("chatml"), talks)
+    monkeypatch.setattr(conversations, "_BATCH_CHARACTERS", 200)
+    assert make(tmp_path, chat_tokenizer("chatml"), talks).fingerprint == whole.fingerprint
+    monkeypatch.setattr(conversations, "_LONGEST", 150)
+    with pytest.raises(InvalidInput, match=r"a.jsonl:1 has \d+ characters; a conversation has at most 150: part it"):
+        make(tmp_path, chat_tokenizer("chatml"), talks)
 
 
 def test_what_a_template_refuses_is_named_or_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
