@@ -33,7 +33,16 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 from potstill.cache.errors import InvalidInput, SpecMismatch
 from potstill.cache.named_files import read_toml
@@ -77,6 +86,15 @@ def _whole_or_share(held_out: float | None) -> float | None:
 _HeldOut = Annotated[int | float, Field(ge=0), AfterValidator(_whole_or_share)]
 _Weight = Annotated[float, Field(ge=0)]
 
+
+def _weight_told(value: Any, validated: ValidatorFunctionWrapHandler) -> Any:
+    """Validate a weight, with one message instead of one for each kind that it may be of."""
+    try:
+        return validated(value)
+    except ValidationError as error:
+        raise ValueError("must be a number of 0 or more, or [step, weight] pairs whose steps rise") from error
+
+
 Points: TypeAlias = tuple[tuple[int, float], ...]
 """A weight over the run as pairs (step, weight)."""
 
@@ -91,7 +109,9 @@ class CorpusConfig(_Frozen):
 
     name: str = Field(min_length=1)
     """As `potstill inspect` lists it."""
-    weight: _Weight | tuple[tuple[Annotated[int, Field(ge=0, strict=True)], _Weight], ...] = 1.0
+    weight: Annotated[
+        _Weight | tuple[tuple[Annotated[int, Field(ge=0, strict=True)], _Weight], ...], WrapValidator(_weight_told)
+    ] = 1.0
     """Its share of the rows of a step, relative to the others'; or [step, weight] pairs, linear between them."""
     held_out: _HeldOut | None = None
     """In place of `data.held_out`, for this corpus."""
@@ -329,9 +349,10 @@ class TrainConfig(_Frozen):
         for key in sorted(ours.keys() | theirs.keys()):
             name = ".".join(part for part in key.split(".") if not part.isdigit())
             if name not in _FREE_ON_RESUME and ours.get(key) != theirs.get(key):
+                now, then = (repr(each[key]) if key in each else "not there" for each in (ours, theirs))
                 raise SpecMismatch(
-                    f"{key} is {ours.get(key)!r}, but the run in {self.train.out!r} was started with "
-                    f"{theirs.get(key)!r}; change it back, or choose another train.out"
+                    f"{key} is {now}, but it was {then} when the run in {self.train.out!r} was started; change it "
+                    "back, or choose another train.out"
                 )
 
 

@@ -60,7 +60,8 @@ class TargetSet:
             known = ", ".join(teachers_with_targets(root, corpus.name)) or "none"
             raise UnknownTeacher(
                 f"teacher {teacher!r} has no targets for corpus {corpus.name!r} in {root.url}; "
-                f"there are those of: {known}"
+                f"there are those of: {known}; make its own with "
+                f"`potstill prefill --cache {root.url} --corpus {corpus.name} --teacher {teacher}=MODEL_OR_URL`"
             )
         return cls(teacher, corpus, sets)
 

@@ -43,8 +43,7 @@ def choose_held_out(document_rows: NDArray[np.int64], held_out: float, seed: int
     wanted = int(held_out) if held_out >= 1 or held_out == 0 else max(1, round(held_out * num_rows))
     if wanted >= num_rows:
         raise InvalidInput(
-            f"data.held_out is {held_out!r}, {counted(wanted, 'row')}, of corpus {name!r} of {num_rows:,}; "
-            "leave some to train on"
+            f"data.held_out is {held_out!r}, but corpus {name!r} has {counted(num_rows, 'row')}; leave some to train on"
         )
     if wanted and wanted < sizes.min():
         one = len(sizes) == 1

@@ -126,7 +126,10 @@ def _open(teacher: TeacherConfig, cache: Cache | HttpCache, corpus: Corpus, stac
         targets = cache.targets(teacher.name, corpus.name).top_k_only()
         teacher_k, kept = teacher.k or 1, targets.fields.k
         if teacher_k > kept:
-            raise UnsupportedField(f"teachers.k is {teacher_k} for {teacher.name!r}, but the cache holds k={kept}")
+            raise UnsupportedField(
+                f"teachers.k is {teacher_k} for {teacher.name!r}, but the cache holds k={kept}; lower teachers.k, or "
+                f"prefill with --top-k {teacher_k}"
+            )
         _check_committed(teacher.name, corpus.name, targets)
         source = cache_source(teacher.name, targets, teacher.k)
         compared = bool(targets.unshared)

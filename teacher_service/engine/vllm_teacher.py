@@ -63,7 +63,7 @@ class VllmOptions:
     """Of an adapter, its base model; empty for the one that its `adapter_config.json` names."""
     revision: str = ""
     """Revision of a model on the hub; empty for its default branch."""
-    dtype: str = "auto"
+    dtype: Literal["auto", "half", "float16", "bfloat16", "float", "float32"] = "auto"
     """Type of the weights. `auto` is the checkpoint's own, and float32 on a CPU without bfloat16 instructions."""
     max_top_k: _Count = 256
     """The largest `Fields.k`; the vocabulary size where that is smaller."""
@@ -104,7 +104,9 @@ class VllmOptions:
             return cls(model=model, **values)
         except ValidationError as error:
             first = error.errors()[0]
-            raise InvalidInput(f"{first['loc'][0]} is {first['input']!r}: {first['msg']}") from error
+            option, value = first["loc"][0], first["input"]
+            hint = f"; write {option}=[{value}]" if first["type"] == "tuple_type" and isinstance(value, int) else ""
+            raise InvalidInput(f"{option} is {value!r}: {first['msg']}{hint}") from error
 
 
 class VllmTeacher:

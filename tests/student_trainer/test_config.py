@@ -113,11 +113,12 @@ def test_a_run_goes_on_under_what_does_not_change_it() -> None:
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
-        ({"train": {"lr": 5.0}}, r"^train\.lr is 5\.0, .* started with 0\.01"),
+        ({"train": {"lr": 5.0}}, r"^train\.lr is 5\.0, but it was 0\.01 when the run in"),
         ({"train": {"seed": 5}}, r"^train\.seed"),
         ({"student": {"config": {"model_type": "llama", "hidden_size": 64}}}, r"^student\.config\."),
         ({"teachers": [{"name": "fake"}, {"name": "new"}]}, r"^teachers\.1\."),
         ({"data": {"corpus": "other"}}, r"^data\.corpus is 'other'"),
+        ({"data": {"eval_corpora": ["judge"]}}, r"^data\.eval_corpora\.0 is 'judge', but it was not there when"),
     ],
 )
 def test_a_run_does_not_go_on_as_another(changes: dict[str, Any], key: str) -> None:

@@ -23,6 +23,8 @@ from potstill.student_trainer.metrics import read_metrics
 from potstill.student_trainer.run import evaluate_run, open_run
 from tests.support.tiny_runs import config_of, write_cache
 
+WEIGHT = r"^data\.corpora\.0\.weight is {}: must be a number of 0 or more, or \[step, weight\] pairs whose steps rise$"
+
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 _JUDGES = ["judge", "bare"]
 
@@ -141,6 +143,9 @@ def test_a_changed_mixture_is_another_run(folder: Path, tmp_path: Path) -> None:
         ({"corpora": [{"name": "docs", "weight": 0}]}, InvalidInput, "weight is never over 0"),
         ({"corpora": [{"name": "docs", "weight": [[5, 1], [5, 2]]}]}, InvalidInput, "whose steps rise"),
         ({"corpora": [{"name": "docs", "weight": [[0, 1], [9, 0]]}]}, InvalidInput, "all corpora are 0 at step 9"),
+        ({"corpora": [{"name": "docs", "weight": [0, 0.8]}]}, InvalidInput, WEIGHT.format(r"\[0, 0\.8\]")),
+        ({"corpora": [{"name": "docs", "weight": "half"}]}, InvalidInput, WEIGHT.format("'half'")),
+        ({"corpora": [{"name": "docs", "weight": -1}]}, InvalidInput, WEIGHT.format("-1")),
         ({"corpora": [{"name": "docs", "wieght": 1}]}, InvalidInput, "wieght is unknown; known are name, weight, held"),
         ({"corpora": [{"name": "docs", "held_out": 1.5}]}, InvalidInput, "whole number of rows"),
         ({"eval_corpora": ["docs"]}, InvalidInput, "different names"),

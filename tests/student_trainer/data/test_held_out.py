@@ -58,7 +58,7 @@ def test_held_out_counts_and_shares() -> None:
 @pytest.mark.parametrize(
     ("sizes", "held_out", "message"),
     [
-        ([1] * 10, 10, r"^data\.held_out is 10, 10 rows, of corpus 'docs' of 10; leave some"),
+        ([1] * 10, 10, r"^data\.held_out is 10, but corpus 'docs' has 10 rows; leave some"),
         (
             [9],
             0.5,

@@ -198,12 +198,13 @@ async def test_a_killed_engine_fails_its_waiters_and_later_calls(vllm_teacher: V
         ("/no/such/folder", {}, "there is no model folder '/no/such/folder'"),
         ("./nowhere", {}, "there is no model folder './nowhere'"),
         ("", {}, "model is empty"),
-        ("m", {"dtpye": "float32"}, "no option 'dtpye'; known are revision, dtype, max_top_k"),
+        ("m", {"dtpye": "float32"}, "no option 'dtpye'; known are base, revision, dtype, max_top_k"),
         ("m", {"model": "n"}, "no option 'model'"),
         ("m", {"max_top_k": "64"}, "max_top_k is '64': Input should be a valid integer"),
         ("m", {"max_top_k": 0}, "max_top_k is 0: Input should be greater than or equal to 1"),
         ("m", {"prefix_ids": [1, -2]}, "prefix_ids is -2: Input should be greater than or equal to 0"),
-        ("m", {"prefix_ids": 1}, "prefix_ids is 1: Input should be a valid tuple"),
+        ("m", {"prefix_ids": 1}, r"prefix_ids is 1: Input should be a valid tuple; write prefix_ids=\[1\]$"),
+        ("m", {"dtype": "bflaot16"}, "dtype is 'bflaot16': Input should be 'auto', 'half', 'float16', 'bfloat16', 'fl"),
     ],
 )
 async def test_bad_options_are_refused_at_once(spec: str, options: dict[str, Any], message: str) -> None:
