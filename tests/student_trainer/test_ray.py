@@ -57,6 +57,7 @@ def test_two_workers_train_like_one(root: Path, tmp_path: Path, ray_mark: str) -
     assert (tmp_path / "two" / "model" / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_two_workers_train_a_mixture_with_a_mask_and_a_prefix_like_one(tmp_path: Path, ray_mark: str) -> None:
     from potstill.student_trainer.ray_train import train_with_ray
 
@@ -76,6 +77,7 @@ def test_two_workers_train_a_mixture_with_a_mask_and_a_prefix_like_one(tmp_path:
     assert both.held_out.ce == pytest.approx(alone.held_out.ce, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_two_workers_balance_experts_over_the_rows_of_both(root: Path, tmp_path: Path, ray_mark: str) -> None:
     from potstill.student_trainer.ray_train import train_with_ray
 
