@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-SUMMARY = "evaluate a trained student on held-out rows and on its evaluation corpora"
+SUMMARY = "evaluate a student on held-out rows and evaluation corpora"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
