@@ -36,7 +36,7 @@ class Door:
 
     @property
     def trainer_lines(self) -> str:
-        """The same headers as the lines of a request that is written by hand."""
+        """Those headers as the lines of a request that is written by hand."""
         return "".join(f"{name}: {value}\r\n" for name, value in self.trainer.items())
 
     def connect(self, timeout: float = 60.0) -> socket.socket:

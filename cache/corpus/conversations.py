@@ -87,7 +87,7 @@ class ConversationTokens:
     def _rendered(
         self, conversations: Iterable[Conversation], bad: BadRecords
     ) -> Iterator[tuple[str, Rendering, bool]]:
-        """Where each is from, its text, and whether that is for the tokenizer with other names."""
+        """Give the place of each, its text, and True if that is for the tokenizer with other names."""
         for conversation in conversations:
             try:
                 seen = self._seen(conversation)

@@ -53,7 +53,7 @@ class Frame:
             yield self._back(int(last[-1]))
 
     def ends(self, ids: Tokens) -> tuple[Tokens, Tokens]:
-        """What is to stand before and behind a document [T] uint32."""
+        """Give the tokens that are to stand before and behind a document [T] uint32."""
         return (self._front(int(ids[0])), self._back(int(ids[-1]))) if len(ids) else (_NONE, _NONE)
 
     def _front(self, first: int) -> Tokens:

@@ -39,7 +39,7 @@ class IngestPlan:
     prepend_bos: bool = False
     """Put the tokenizer's BOS before each document, before it is cut into rows."""
     special_tokens: SpecialTokensPolicy = "split"
-    """What to do with control tokens that stand in a text: take them as the text that they are, keep them as control
+    """Treatment of control tokens that stand in a text: take them as the text that they are, keep them as control
     tokens, or refuse the text."""
     skip_bad: bool = False
     """Leave out records that hold no document, and count them."""
@@ -60,7 +60,7 @@ class IngestPlan:
 
     @property
     def field(self) -> Field:
-        """Where in records the documents are."""
+        """Place of the documents in records."""
         if self.ids_field is not None:
             return Field("ids", self.ids_field)
         if self.messages_field is not None:
@@ -87,7 +87,7 @@ class Found:
 
     bad_records: int = 0
     first_bad: str = ""
-    """What was wrong with the first of them."""
+    """Fault of the first of them."""
     empty: Places = field(default_factory=Places)
     """Documents without a token, which the corpus does not have."""
     untaught: Places = field(default_factory=Places)

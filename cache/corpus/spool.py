@@ -32,7 +32,7 @@ class SourceRow:
 
     tokens: Tokens
     taught: NDArray[np.bool_] | None = None
-    """Of each target whether it is to be learnt, bool [T]; None for all."""
+    """Targets that are to be learnt, bool [T]; None for all."""
     ends_document: bool = False
 
 

@@ -109,7 +109,7 @@ def _load(student: StudentConfig, settings: Any, seed: int) -> PreTrainedModel:
 
 
 def _first_lines(error: Exception) -> str:
-    """What transformers says, without its list of every class that it knows."""
+    """Give the words of transformers, without its list of every class that it knows."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     known = "Unrecognized configuration class"
     return f"it is no causal language model: {lines[0]}" if lines[0].startswith(known) else " ".join(lines)

@@ -60,7 +60,7 @@ class VllmOptions:
     model: str
     """A model folder, a name on the Hugging Face hub, or the folder of a LoRA adapter."""
     base: str = ""
-    """Of an adapter, its base model; empty for the one that its `adapter_config.json` names."""
+    """Base model of an adapter; empty for the one that its `adapter_config.json` names."""
     revision: str = ""
     """Revision of a model on the hub; empty for its default branch."""
     dtype: Literal["auto", "half", "float16", "bfloat16", "float", "float32"] = "auto"

@@ -41,7 +41,7 @@ class SourceFile:
 
     path: Path
     name: str
-    """What the corpus records, never an absolute path."""
+    """Name that the corpus records, never an absolute path."""
     kind: str
     compression: str | None = None
 

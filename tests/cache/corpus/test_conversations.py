@@ -50,7 +50,7 @@ def ids_of(corpus: Corpus) -> list[list[int]]:
 
 
 def taught_of(corpus: Corpus) -> list[list[int]]:
-    """Of each row the tokens that are to be learnt, each as the label of the target before it."""
+    """Give the tokens of each row that are to be learnt, each as the label of the target before it."""
     found = []
     for index in range(len(corpus)):
         start, stop = (int(at) for at in corpus.row_ranges([index])[0])

@@ -157,7 +157,7 @@ def test_doctor_knows_them(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("over_http", [False, True])
 def test_their_mass_joins_the_tail_for_a_student(tmp_path: Path, over_http: bool) -> None:
-    """What the teacher gives to tokens that the student does not have is told as the mass of all others."""
+    """Mass of the teacher on tokens that the student does not have is told as that of all others."""
     cache, corpus = corpus_of(tmp_path / "c")
     theirs = sibling("<audio>", "<more>", "<yet>")
     teacher = FakeTeacher(identity_of(theirs))
