@@ -101,9 +101,10 @@ class TargetSet:
                 sets.append(found)
             missing = left
         if missing is not None:
-            # The first set lies in the target set's own folder, as in format 1, which had no others.
+            # The first set lies in the target set's own folder, as in format 1, which had no others. The store is not
+            # asked again: another job may have begun that set since, and this one is to join it, or to be refused.
             path = targets_path(teacher, corpus.name)
-            if root.get(f"{path}/zarr.json") is not None:
+            if any(found.path == path for found in opened):
                 path = f"{path}/sets/{missing.label}"
             sets.append(SegmentSet.plan(root, path, corpus, replace(spec, fields=missing), reading))
         unfinished = [each for each in sets if not each.commits.committed.all()]

@@ -156,6 +156,28 @@ def test_of_many_writers_of_one_shard_one_wins_and_no_garbage_stays(tmp_path: Pa
     assert corrupt(cache, 0) == []
 
 
+class BegunMeanwhile(Root):
+    """A root in which another job begins the set of `fake`, right after this one found that there is none."""
+
+    def get(self, path: str) -> bytes | None:
+        found = super().get(path)
+        if path == "targets/fake/docs/zarr.json" and found is None:
+            other = Cache.open(self.url, mode="r+")
+            teacher = teacher_for(other.corpus("docs"))
+            plan_targets(other, teacher).make_ranks(teacher.distribution(other.corpus("docs").row(0), 16))
+        return found
+
+
+def test_a_set_that_another_job_begins_meanwhile_is_joined(tmp_path: Path) -> None:
+    _, corpus = make_corpus(tmp_path / "c")
+    teacher = teacher_for(corpus)
+    cache = Cache.open(tmp_path / "c", mode="r+")
+    cache.root = BegunMeanwhile.open(tmp_path / "c")
+    targets = plan_targets(cache, teacher)
+    write(targets, teacher, 0)
+    assert [each.path for each in Cache.open(tmp_path / "c").targets("fake", "docs").sets] == ["targets/fake/docs"]
+
+
 def test_another_spec_under_the_same_name_is_refused(two_shards: tuple[Cache, TargetSet, FakeTeacher]) -> None:
     cache, targets, teacher = two_shards
     with pytest.raises(SpecMismatch, match="k 16 is kept already, 8 was asked for"):

@@ -105,7 +105,13 @@ def test_too_many_fields_are_told_so_and_nothing_is_served(url: str) -> None:
 def test_trailers_behind_an_answer_get_none_of_their_own(url: str) -> None:
     with connected(url) as connection:
         connection.sendall(POST + b"content-type: text/plain\r\ntransfer-encoding: chunked\r\n\r\n0\r\n")
-        assert connection.recv(65_536).startswith(b"HTTP/1.1 415 ")
+        said = b""
+        # The head and the body of an answer may come apart.
+        while not said.endswith(b'"code":415}}'):
+            part = connection.recv(65_536)
+            assert part, said
+            said += part
+        assert said.startswith(b"HTTP/1.1 415 ")
         connection.sendall(b"a:\r\n" * 300 + b"\r\n")
         assert connection.recv(65_536) == b""
 
