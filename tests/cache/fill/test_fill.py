@@ -17,6 +17,7 @@ import pytest
 from potstill.cache import Fields, Targets
 from potstill.cache.errors import InvalidInput, TeacherFailed
 from potstill.cache.fill.loop import FillPlan, FillProgress, fill
+from potstill.cache.targets.ranks import pilot_rows
 from potstill.cache.targets.target_set import TargetSet
 from potstill.cache.types import Tokens
 from potstill.cache.upkeep.garbage import find_garbage, remove_garbage
@@ -24,7 +25,15 @@ from potstill.clients.cli import main
 from tests.support.corpora import make_corpus, plan_targets, teacher_for, topics
 from tests.support.fakes import FakeTeacher
 from tests.support.paths import ROOT
-from tests.support.processes.fill_job import assert_whole, begin_together, fill_job, report_of, segment_bytes, step_of
+from tests.support.processes.fill_job import (
+    assert_whole,
+    begin_together,
+    fill_job,
+    report_of,
+    row_name,
+    segment_bytes,
+    step_of,
+)
 from tests.support.waiting import eventually
 
 PLAN = FillPlan(batch_tokens=200, in_flight=2)
@@ -134,8 +143,10 @@ def test_the_pilot_is_scored_by_one_of_two_jobs_while_the_other_waits(tmp_path: 
     assert_whole(cache)
     assert segment_bytes(cache) == segment_bytes(undisturbed)
     assert sum(report["shards_committed"] for report in reports) == corpus.num_shards
-    # This corpus is its own pilot: one job has all its targets, the other scores what it takes.
-    assert sorted(len(report["rows"]) == len(corpus) for report in reports) == [False, True]
+    pilot = [row_name(corpus.row(row)) for row in pilot_rows(corpus, Fields(k=16))]
+    assert sorted(report["rows"][: len(pilot)] == pilot for report in reports) == [False, True]
+    # Who scored the pilot keeps its targets; the other job scores such a row again only in a shard of its own.
+    assert all(len(set(report["rows"])) == len(report["rows"]) for report in reports)
 
 
 def test_a_killed_jobs_shards_are_taken_over_at_once_by_who_waits_for_them(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 from potstill.cache import Cache, Fields
 from potstill.cache.fill.loop import FillPlan, FillProgress, fill
 from potstill.cache.targets.commit import segment_path
+from potstill.cache.types import Tokens
 from potstill.cache.upkeep.garbage import find_garbage
 from potstill.cache.upkeep.integrity import corrupt_shard_objects, corrupt_shared_objects
 from tests.support.corpora import teacher_for
@@ -52,8 +53,13 @@ def main() -> None:
         print("{}", flush=True)
         sys.stdin.readline()
     report = asyncio.run(fill(teacher, targets, plan, on_progress=show))
-    rows = [hashlib.sha256(row).hexdigest()[:16] for row in teacher.scored]
+    rows = [row_name(row) for row in teacher.scored]
     print(json.dumps({**asdict(report), "rows": rows}), flush=True)
+
+
+def row_name(row: Tokens | bytes) -> str:
+    """The name of a row in a job's report: rows of equal tokens have the same."""
+    return hashlib.sha256(row).hexdigest()[:16]
 
 
 @contextmanager
