@@ -18,7 +18,7 @@ from typing import Any
 
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.demo.plan import TEACHER, DemoPlan
-from potstill.student_trainer.loop import train
+from potstill.student_trainer.train.loop import train
 
 
 def main() -> int:

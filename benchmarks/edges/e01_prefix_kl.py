@@ -15,8 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from potstill.cache.cache import Cache
 from potstill.cache.types import Fields, Targets
-from potstill.student_trainer.loop import train
-from potstill.student_trainer.metrics import read_metrics
+from potstill.student_trainer.metrics.records import read_metrics
+from potstill.student_trainer.train.loop import train
 from tests.support.fakes import FakeTeacher
 from tests.support.processes.servers import hosted, serving_teachers
 from tests.support.tiny_runs import STUDENT, VOCAB, config_of, fake_teacher, write_cache

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from potstill.student_trainer.run import open_run
+from potstill.student_trainer.train.run import open_run
 from tests.support.tiny_runs import ROW_TOKENS, VOCAB, config_of, fill, write_texts_cache
 
 DOCUMENTS = 40

@@ -9,9 +9,9 @@ import numpy as np
 
 from potstill.cache.errors import PotstillError
 from potstill.student_trainer.config import TrainConfig
-from potstill.student_trainer.loop import train
-from potstill.student_trainer.metrics import read_metrics
-from potstill.student_trainer.run import open_run
+from potstill.student_trainer.metrics.records import read_metrics
+from potstill.student_trainer.train.loop import train
+from potstill.student_trainer.train.run import open_run
 from tests.support.tiny_runs import config_of, write_cache
 
 

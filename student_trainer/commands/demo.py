@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from potstill.student_trainer.demo.plan import DemoPlan
-    from potstill.student_trainer.result import TrainResult
+    from potstill.student_trainer.evaluate.result import TrainResult
 
 SUMMARY = "distil a real small teacher, from text to report"
 
@@ -40,9 +40,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(plan: DemoPlan, student: str, console: Console) -> TrainResult:
-    from potstill.student_trainer.interrupt import stop_on_signals
-    from potstill.student_trainer.progress import showing
-    from potstill.student_trainer.ray_train import train_with_ray
+    from potstill.student_trainer.launch.ray import train_with_ray
+    from potstill.student_trainer.metrics.progress import showing
+    from potstill.student_trainer.train.interrupt import stop_on_signals
 
     config = plan.train_config(student, plan.alpha if student == "distilled" else 0.0)
     with stop_on_signals() as stop, showing(config.train.steps, console) as show:

@@ -19,9 +19,9 @@ def run(args: argparse.Namespace) -> int:
     import json
 
     from potstill.cache.plurals import counted
-    from potstill.student_trainer.progress import nats
-    from potstill.student_trainer.result import HELD_OUT, evaluations_to_json
-    from potstill.student_trainer.run import evaluate_run
+    from potstill.student_trainer.evaluate.result import HELD_OUT, evaluations_to_json
+    from potstill.student_trainer.metrics.progress import nats
+    from potstill.student_trainer.train.run import evaluate_run
 
     found = evaluate_run(args.run_dir)
     if args.json:

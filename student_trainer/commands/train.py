@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from potstill.student_trainer.result import TrainResult
+    from potstill.student_trainer.evaluate.result import TrainResult
 
 SUMMARY = "train a student from cached or served teacher targets"
 
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from potstill.student_trainer.config import TrainConfig
-    from potstill.student_trainer.result import finished_before
+    from potstill.student_trainer.evaluate.result import finished_before
 
     config = TrainConfig.from_toml(args.config, out=args.out)
     if args.no_ray and config.train.workers > 1:
@@ -44,10 +44,10 @@ def run(args: argparse.Namespace) -> int:
         _print_result(finished)
         return 0
 
-    from potstill.student_trainer.checkpoint import newest_step
-    from potstill.student_trainer.interrupt import stop_on_signals
-    from potstill.student_trainer.loop import train
-    from potstill.student_trainer.progress import showing
+    from potstill.student_trainer.checkpoint.whole import newest_step
+    from potstill.student_trainer.metrics.progress import showing
+    from potstill.student_trainer.train.interrupt import stop_on_signals
+    from potstill.student_trainer.train.loop import train
 
     console = Console()
     begun = newest_step(config.run_dir / "checkpoints")
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         if args.no_ray:
             result = train(config, should_stop=stop, on_record=show)
         else:
-            from potstill.student_trainer.ray_train import train_with_ray
+            from potstill.student_trainer.launch.ray import train_with_ray
 
             result = train_with_ray(config, address=args.ray, should_stop=stop, on_record=show)
     if not result.finished:
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _print_result(result: TrainResult) -> None:
     from potstill.cache.plurals import counted
-    from potstill.student_trainer.progress import evaluations_text
+    from potstill.student_trainer.metrics.progress import evaluations_text
 
     print(f"trained on {counted(result.tokens, 'token')} in {result.seconds:,.0f} s")
     if told := evaluations_text(result.to_json()):

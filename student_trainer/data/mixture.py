@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from potstill.student_trainer.config import Points, weights_at
 from potstill.student_trainer.data.order import SampleOrder, hashed
+from potstill.student_trainer.data.settings import Points, weights_at
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 """2^64 / the golden ratio: its multiples, taken modulo 2^64, are spread most evenly (Weyl's sequence)."""

@@ -19,7 +19,7 @@ from potstill.cache.types import Fields, Targets, TeacherIdentity, Tokens
 from potstill.clients.address import key_in
 from potstill.clients.http_targets import HttpCache, HttpTargets
 from potstill.clients.http_teacher import SyncHttpTeacher
-from potstill.student_trainer.config import DataConfig, TeacherConfig
+from potstill.student_trainer.data.settings import DataConfig, TeacherConfig
 
 NO_ID = np.iinfo(np.int32).max
 """An id over any vocabulary, whose mass joins the tail: for ids that the student does not share, and where a row has

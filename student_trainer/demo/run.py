@@ -30,8 +30,8 @@ from potstill.student_trainer.demo.report import write_report
 from potstill.student_trainer.demo.service import running_service
 from potstill.student_trainer.demo.smollm2 import is_materialised, materialise
 from potstill.student_trainer.demo.text import write_text
-from potstill.student_trainer.metrics import read_metrics
-from potstill.student_trainer.result import TrainResult
+from potstill.student_trainer.evaluate.result import TrainResult
+from potstill.student_trainer.metrics.records import read_metrics
 
 _STAMP = ".potstill-demo.json"
 """Says that a folder is a demo's, and of which plan."""

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from potstill.cache import Targets
 from potstill.cache.corpus import Corpus
 from potstill.cache.types import Tokens
-from potstill.student_trainer.models import load_student
+from potstill.student_trainer.models.build import load_student
 
 _CONTEXT_TOKENS = 40
 _SHOWN = 5

@@ -15,8 +15,8 @@ from transformers.utils import logging as transformers_logging
 
 from potstill.cache.errors import InvalidInput, LimitExceeded
 from potstill.cache.plurals import counted
-from potstill.student_trainer.config import StudentConfig
-from potstill.student_trainer.models.settings import set_special_ids, student_settings
+from potstill.student_trainer.models.architecture import set_special_ids, student_settings
+from potstill.student_trainer.models.settings import StudentConfig
 
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
 

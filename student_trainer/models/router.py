@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from potstill.cache.errors import InvalidInput
 from potstill.student_trainer.data import Batch
-from potstill.student_trainer.evaluate import autocast
+from potstill.student_trainer.models.precision import autocast
 
 _RELATIVE_ERROR = 1e-4
 """Between our sum and the model's own: float32 in another order."""

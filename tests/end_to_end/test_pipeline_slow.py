@@ -73,7 +73,7 @@ def make_docs(folder: Path, model: Path, *, tokens: int, row_tokens: int, shard_
 
 def test_two_teachers_through_one_service_and_one_cache_into_one_student(tmp_path: Path) -> None:
     """SmolLM2, and a small model that is trained here and now with SmolLM2's tokenizer."""
-    from potstill.student_trainer.ray_train import train_with_ray
+    from potstill.student_trainer.launch.ray import train_with_ray
 
     big = materialise(default_models_folder())
     root = make_docs(tmp_path, big, tokens=2000, row_tokens=128, shard_positions=512)

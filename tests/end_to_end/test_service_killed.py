@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from potstill.student_trainer.metrics import read_metrics
+from potstill.student_trainer.metrics.records import read_metrics
 from tests.support.fakes import FakeTeacher
 from tests.support.processes.serve_process import Serving
 from tests.support.processes.servers import hosted, serving_teachers

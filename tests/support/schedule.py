@@ -17,7 +17,7 @@ LONG = (
     "ray_mark",  # mostly waits, so that the other processes have the cores
     "vllm_teacher",
     "tests/cache/upkeep/test_verify.py",
-    "tests/student_trainer/test_commands.py",
+    "tests/student_trainer/commands/test_commands.py",
     "tests/cache/store/test_s3.py",
     "tests/cache/encoding/test_archive.py",
     "tests/cache/upkeep/test_delete.py",

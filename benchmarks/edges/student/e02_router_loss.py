@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from potstill.cache.errors import PotstillError
-from potstill.student_trainer.loop import train
-from potstill.student_trainer.metrics import read_metrics
+from potstill.student_trainer.metrics.records import read_metrics
+from potstill.student_trainer.train.loop import train
 from tests.support.tiny_runs import STUDENT, config_of, write_cache
 
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from potstill.student_trainer.loop import train
+from potstill.student_trainer.train.loop import train
 from tests.support.tiny_runs import config_of, fill, write_texts_cache
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from potstill.student_trainer.loop import train
+from potstill.student_trainer.train.loop import train
 from tests.support.corpora import byte_tokenizer
 from tests.support.tiny_runs import config_of
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from potstill.cache.errors import PotstillError
-from potstill.student_trainer.loop import train
+from potstill.student_trainer.train.loop import train
 from tests.support.tiny_runs import config_of, write_cache
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from potstill.student_trainer.loop import train
+from potstill.student_trainer.train.loop import train
 from tests.support.tiny_runs import VOCAB, config_of, write_cache
 
 

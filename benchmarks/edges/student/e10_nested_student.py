@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from potstill.student_trainer.loop import train
+from potstill.student_trainer.train.loop import train
 from tests.support.tiny_runs import STUDENT, VOCAB, config_of, write_cache
 
 

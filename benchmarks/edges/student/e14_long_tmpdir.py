@@ -13,7 +13,7 @@ def main() -> None:
     folder.mkdir()
     os.environ["TMPDIR"] = str(folder)
     os.environ.pop("RAY_TMPDIR", None)
-    from potstill.student_trainer.ray_train import train_with_ray
+    from potstill.student_trainer.launch.ray import train_with_ray
 
     root = write_cache(Path.cwd(), documents=20)
     try:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from hypothesis import given, strategies as st
 
-from potstill.student_trainer.config import Points
 from potstill.student_trainer.data.mixture import MixtureOrder
 from potstill.student_trainer.data.order import SampleOrder
+from potstill.student_trainer.data.settings import Points
 
 FROZEN_CORPORA = [1, 0, 1, 0, 0, 1, 0, 1, 0, 0, 1, 0]
 

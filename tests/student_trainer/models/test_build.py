@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from potstill.cache.errors import InvalidInput, LimitExceeded
-from potstill.student_trainer.config import StudentConfig
-from potstill.student_trainer.loop import train
-from potstill.student_trainer.metrics import read_metrics
-from potstill.student_trainer.models import build_student, load_student
-from potstill.student_trainer.result import HELD_OUT, TrainResult
-from potstill.student_trainer.run import evaluate_run
+from potstill.student_trainer.evaluate.result import HELD_OUT, TrainResult
+from potstill.student_trainer.metrics.records import read_metrics
+from potstill.student_trainer.models.build import build_student, load_student
+from potstill.student_trainer.models.settings import StudentConfig
+from potstill.student_trainer.train.loop import train
+from potstill.student_trainer.train.run import evaluate_run
 from tests.support.tiny_runs import STUDENT, VOCAB, config_of, write_cache
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")

@@ -12,11 +12,11 @@ from torch.nn.utils import get_total_norm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from potstill.cache.errors import InvalidInput
-from potstill.student_trainer.loop import train
-from potstill.student_trainer.metrics import read_metrics
-from potstill.student_trainer.models import build_student
+from potstill.student_trainer.metrics.records import read_metrics
+from potstill.student_trainer.models.build import build_student
 from potstill.student_trainer.models.router import router_loss_of
-from potstill.student_trainer.run import open_run
+from potstill.student_trainer.train.loop import train
+from potstill.student_trainer.train.run import open_run
 from tests.support.tiny_runs import STUDENT, VOCAB, config_of, write_cache
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")

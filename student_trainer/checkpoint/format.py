@@ -1,0 +1,103 @@
+"""The progress of a run at a checkpoint, as `state.json` holds it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from potstill.cache.errors import FormatError, InvalidInput, SpecMismatch
+from potstill.cache.types import JSON, TeacherIdentity
+from potstill.student_trainer.train.settings import LoopConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainState:
+    """The progress of a run at a checkpoint. The next rows follow from seed, epoch, cursor and corpus."""
+
+    step: int
+    """Optimizer steps taken."""
+    seed: int
+    epoch: int
+    """The highest of its corpora."""
+    cursor: int
+    """Rows drawn since the start of the run."""
+    corpus_fingerprint: str
+    tokens: int
+    """Targets learnt since the start of the run."""
+    seconds: float
+    """Time spent training, over all sessions."""
+    teachers: dict[str, dict[str, JSON]]
+    """Identity of each teacher, by name."""
+    held: dict[str, str]
+    """K and encoding that are read of each teacher's targets, by name."""
+    stored_dtype: str = "float32"
+    """Dtype of the checkpoint that the student was made of; float32 for random weights."""
+    left_out: str = ""
+    """sha256 of the rows that are not trained on, in hex; empty for none, and where an earlier version wrote it."""
+    prefix_ids: Sequence[int] = ()
+    """Token ids that the student sees in front of each row."""
+
+    def check_steps(self, train: LoopConfig) -> None:
+        """Check that the run has not taken more steps than it is to have.
+
+        Raises:
+            InvalidInput: it has.
+        """
+        if self.step > train.steps:
+            raise InvalidInput(
+                f"train.steps is {train.steps}, but the run in {train.out!r} has taken {self.step}; ask for as many or "
+                "more, or choose another train.out"
+            )
+
+    def check_rows(self, left_out: str, prefix_ids: Sequence[int]) -> None:
+        """Check that the run holds out the same rows and sees them with the same prefix as when it began.
+
+        Raises:
+            SpecMismatch: it was started by a version that did otherwise.
+        """
+        if left_out != self.left_out:
+            raise SpecMismatch(
+                "the run was started with other held-out rows: earlier versions drew rows, now whole documents are "
+                "drawn, and some were trained on; go on with that version, or choose another train.out"
+            )
+        if list(prefix_ids) != list(self.prefix_ids):
+            raise SpecMismatch(
+                f"the student sees the prefix {list(prefix_ids)}, but the run was started with {list(self.prefix_ids)};"
+                " set data.prefix_ids to that, or choose another train.out"
+            )
+
+    def check_same(self, fingerprint: str, teachers: Mapping[str, TeacherIdentity], held: Mapping[str, str]) -> None:
+        """Check that a run resumes on the corpus and with the teachers it began with.
+
+        Raises:
+            SpecMismatch: one of them is another under the same name.
+        """
+        if fingerprint != self.corpus_fingerprint:
+            raise SpecMismatch(
+                f"the corpora have the fingerprint {fingerprint[:12]}, but the run was started on "
+                f"{self.corpus_fingerprint[:12]}; choose another train.out"
+            )
+        # Another teacher under the same name would change the loss in the middle of a run, and nobody would see it.
+        for name, identity in teachers.items():
+            differences = identity.differences(TeacherIdentity.from_json(self.teachers.get(name)))
+            if differences:
+                raise SpecMismatch(f"teacher {name!r} is not the one the run was started with: {differences}")
+            if held[name] != self.held.get(name):
+                raise SpecMismatch(
+                    f"the targets of teacher {name!r} have {held[name]}, but the run was started with "
+                    f"{self.held.get(name)}; choose another train.out"
+                )
+
+
+def load_state(checkpoint: Path) -> TrainState:
+    """Read the progress of the run at a checkpoint.
+
+    Raises:
+        FormatError: it was written by another version, or is damaged.
+    """
+    try:
+        return TrainState(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError) as error:
+        raise FormatError(f"{str(checkpoint / 'state.json')!r} cannot be read: {error}") from error

@@ -1,0 +1,143 @@
+"""The config of a training run: one frozen value, read once from TOML or built in Python.
+
+```toml
+[data]
+cache = "cache"            # folder or URL of the cache that holds the corpus, or http://host:port of a service
+corpus = "docs"
+held_out = 64              # at most so many rows, of whole documents, are kept for evaluation
+
+[[teachers]]
+name = "big"               # as `potstill inspect` lists it
+weight = 1.0
+
+[student]
+config = { model_type = "llama", hidden_size = 128, num_hidden_layers = 2, num_attention_heads = 4 }
+
+[train]
+out = "runs/first"
+steps = 1000
+batch_rows = 32
+alpha = 0.5                # share of the distillation loss; 0 is plain cross-entropy
+```
+
+With `[[data.corpora]]` (name, weight) in place of `corpus` the rows are a mixture.
+
+Relative paths are taken from the current folder, like those on the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ValidationError, model_validator
+
+from potstill.cache.errors import InvalidInput
+from potstill.cache.named_files import read_toml
+from potstill.cache.types import JSON
+from potstill.student_trainer.data.settings import CorpusConfig, DataConfig, TeacherConfig
+from potstill.student_trainer.models.settings import StudentConfig
+from potstill.student_trainer.settings import Frozen
+from potstill.student_trainer.train.settings import LoopConfig
+
+
+class TrainConfig(Frozen):
+    """A whole run."""
+
+    data: DataConfig
+    teachers: tuple[TeacherConfig, ...] = ()
+    student: StudentConfig
+    train: LoopConfig
+
+    @model_validator(mode="after")
+    def _teachers_match_alpha(self) -> Self:
+        if self.train.alpha > 0 and not self.teachers:
+            raise ValueError(f"train.alpha is {self.train.alpha} but there is no teacher: add one, or set it to 0")
+        names = [teacher.name for teacher in self.teachers]
+        if len(set(names)) != len(names):
+            raise ValueError("teachers must have different names")
+        return self
+
+    @classmethod
+    def of(cls, value: Mapping[str, Any]) -> TrainConfig:
+        """Make a config of a mapping in TOML's shape.
+
+        Raises:
+            InvalidInput: naming the first bad key, its value and the limit.
+        """
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            raise InvalidInput(_one_line(error)) from error
+
+    @classmethod
+    def from_toml(cls, path: str | Path, *, out: str | None = None) -> TrainConfig:
+        """Read a TOML file; `out` replaces its `train.out`.
+
+        Raises:
+            InvalidInput: no such file, not TOML, or a bad value.
+        """
+        value = read_toml(path)
+        if out is not None and isinstance(value.setdefault("train", {}), dict):
+            value["train"]["out"] = out
+        return cls.of(value)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The teachers' weights, summing to 1."""
+        total = sum(teacher.weight for teacher in self.teachers)
+        return tuple(teacher.weight / total for teacher in self.teachers)
+
+    @property
+    def run_dir(self) -> Path:
+        """`train.out` as a path."""
+        return Path(self.train.out)
+
+    def absolute(self) -> TrainConfig:
+        """A copy whose paths are absolute, for processes that start in another folder."""
+        student = self.student
+        paths = {name: _absolute(value) for name in ("config", "checkpoint") if (value := getattr(student, name))}
+        return self.model_copy(
+            update={
+                "data": self.data.model_copy(update={"cache": _absolute(self.data.cache, always=True)}),
+                "student": student.model_copy(update=paths),
+                "train": self.train.model_copy(update={"out": str(self.run_dir.absolute())}),
+            }
+        )
+
+    def to_json(self) -> dict[str, JSON]:
+        """A JSON object that `of` reads back to an equal config."""
+        return self.model_dump(mode="json")
+
+
+def _one_line(error: ValidationError) -> str:
+    errors = error.errors(include_url=False)
+    # A misspelt key leaves the right one missing: name the former, which is what was typed.
+    first = next((found for found in errors if found["type"] == "extra_forbidden"), errors[0])
+    key = ".".join(str(part) for part in first["loc"]) or "config"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        return f"{key} is unknown; known are {', '.join(_known_keys(first['loc'][0], first['loc']))}"
+    if isinstance(first["input"], dict | BaseModel):
+        return f"{key}: {message}"
+    return f"{key} is {first['input']!r}: {message}"
+
+
+def _known_keys(section: int | str, loc: tuple[int | str, ...]) -> Iterable[str]:
+    models: dict[int | str, type[BaseModel]] = {
+        "data": DataConfig,
+        "teachers": TeacherConfig,
+        "student": StudentConfig,
+        "train": LoopConfig,
+    }
+    if loc[:2] == ("data", "corpora"):
+        return CorpusConfig.model_fields
+    return (models[section] if len(loc) > 1 else TrainConfig).model_fields
+
+
+def _absolute(value: Any, *, always: bool = False) -> Any:
+    """A folder as an absolute path; a URL, a hub name or a table of keys as it is."""
+    if isinstance(value, str) and "://" not in value and (always or Path(value).exists()):
+        return str(Path(value).absolute())
+    return value

@@ -1,0 +1,109 @@
+"""Evaluation of a student on rows it never saw: its cross-entropy, and its distance from each teacher.
+
+Sums are float64 and reduced over the workers, so that the number of workers changes the result by the rounding of the
+forward passes only.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from potstill.student_trainer.data import Batch, BatchReader
+from potstill.student_trainer.data.held_out import num_documents
+from potstill.student_trainer.evaluate.result import Evaluation, TeacherAgreement
+from potstill.student_trainer.losses import NO_LABEL, kl_and_overlap
+from potstill.student_trainer.models.precision import autocast
+from potstill.student_trainer.parallel.group import Group
+
+_CHUNK_POSITIONS = 512
+"""Positions at a time, as a float32 copy of a whole batch's [B * T, V] logits may not fit beside them."""
+
+
+def evaluate_student(
+    model: nn.Module,
+    reader: BatchReader,
+    rows: Sequence[int] | NDArray[np.int64],
+    *,
+    batch_rows: int = 8,
+    group: Group | None = None,
+    dtype: str = "float32",
+) -> Evaluation:
+    """Evaluate on `rows` of the reader's corpus, against the reader's sources.
+
+    Args:
+        model: a causal language model on the group's device; left in the mode it was in.
+        reader: rows and targets; a reader without sources gives the cross-entropy only.
+        rows: row indexes, at least one.
+        batch_rows: rows of one forward pass.
+        group: the workers that share the rows; every one gets the result. By default this process alone.
+        dtype: of the forward pass, `float32` or `bfloat16`.
+
+    Raises:
+        PotstillError: whatever reading raises.
+    """
+    group = group or Group()
+    names = [source.name for source in reader.sources]
+    sums = torch.zeros(3 + 3 * len(names), dtype=torch.float64, device=group.device)
+    mine = np.asarray(rows)[group.rank :: group.world_size]
+    # No worker waits for another within the loop, so they need not have equally many batches.
+    with _evaluating(model):
+        for start in range(0, len(mine), batch_rows):
+            batch = reader.read(mine[start : start + batch_rows]).to(group.device)
+            with autocast(group.device, dtype):
+                logits = model(input_ids=batch.tokens, use_cache=False).logits
+            sums += _sums(logits, batch)
+    group.all_reduce_sum(sums)
+    ce, labels, positions, *rest = sums.tolist()
+    per_teacher = {
+        name: TeacherAgreement(
+            kl=rest[3 * m] / positions,
+            top1_agreement=rest[3 * m + 1] / positions,
+            student_mass_on_top_k=rest[3 * m + 2] / positions,
+        )
+        for m, name in enumerate(names if positions else ())
+    }
+    return Evaluation(
+        rows=len(rows),
+        documents=num_documents(reader.corpus.document_rows, np.asarray(rows)),
+        tokens=int(positions),
+        ce=ce / labels if labels else None,
+        teachers=per_teacher,
+    )
+
+
+def _sums(logits: Tensor, batch: Batch) -> Tensor:
+    """Sums over a batch, float64 [3 + 3 M]: CE, labels, positions, then KL, agreement and mass of each teacher."""
+    mask = batch.mask.reshape(-1)
+    flat = logits.reshape(-1, logits.shape[-1])[mask]
+    labels = batch.labels.reshape(-1)[mask]
+    teachers = [teacher.each(lambda tensor: tensor.flatten(0, 1)[mask]) for teacher in batch.teachers]
+    values = [flat.new_zeros((), dtype=torch.float64) for _ in range(3 * len(teachers))]
+    ce = flat.new_zeros((), dtype=torch.float64)
+    for start in range(0, len(labels), _CHUNK_POSITIONS):
+        part = slice(start, start + _CHUNK_POSITIONS)
+        z = flat[part].float()
+        ce += nn.functional.cross_entropy(z, labels[part], ignore_index=NO_LABEL, reduction="sum").double()
+        for m, teacher in enumerate(teachers):
+            found = kl_and_overlap(z, teacher.each(operator.itemgetter(part)))
+            for i, value in enumerate(found):
+                values[3 * m + i] += value.sum(dtype=torch.float64)
+    counts = [ce.new_tensor(float((labels != NO_LABEL).sum())), ce.new_tensor(float(len(labels)))]
+    return torch.stack([ce, *counts, *values])
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)

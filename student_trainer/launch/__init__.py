@@ -1,0 +1,1 @@
+"""Starting a run's workers on Ray, and again where they die."""

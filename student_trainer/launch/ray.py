@@ -1,0 +1,159 @@
+"""The training loop on Ray Train: one worker per process, restarted from the newest checkpoint when one dies.
+
+Ray places and restarts the workers and joins them into a process group; everything else is `loop.train`. The
+run's folder, the cache and a student's checkpoint must be where every worker sees them. While Ray works, this
+process follows `metrics.jsonl` for the caller's progress display, and passes a wish to stop on as a file.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+
+from potstill.cache.errors import PotstillError, Unavailable
+from potstill.cache.ray_folder import ray_folder
+from potstill.student_trainer.checkpoint.whole import newest_step
+from potstill.student_trainer.config import TrainConfig
+from potstill.student_trainer.evaluate.result import TrainResult, finished_before
+from potstill.student_trainer.metrics.records import MetricsFollower, Record
+from potstill.student_trainer.parallel.ddp import DdpGroup
+from potstill.student_trainer.train.loop import run_session
+from potstill.student_trainer.train.optimizer import warn_of_jump
+from potstill.student_trainer.train.run import open_run
+
+_STOP_FILE = ".stop"
+_POLL_SECONDS = 0.5
+
+
+def train_with_ray(
+    config: TrainConfig,
+    *,
+    address: str | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    on_record: Callable[[Record], None] = lambda _: None,
+) -> TrainResult:
+    """Train like `loop.train`, by `config.train.workers` Ray workers.
+
+    Args:
+        config: the run.
+        address: of a Ray cluster, like `auto` or `ray://host:10001`; None uses the Ray this process is
+            already connected to, or starts one on this machine for the duration of the call.
+        should_stop: asked twice a second; then the workers write a checkpoint and return.
+        on_record: called in this process with every record of `metrics.jsonl`.
+
+    Raises:
+        PotstillError: as `loop.train`; what cannot work is found before Ray starts.
+    """
+    config = config.absolute()
+    finished = finished_before(config)
+    if finished is not None:
+        return finished
+    warn_of_jump(config)
+    with open_run(config):
+        pass  # a missing corpus, teacher or shard is an error here, not three restarts later
+    stop_file = config.run_dir / _STOP_FILE
+    # A file, as the only channel that surely reaches workers on other machines: they share the run's folder anyway.
+    stop_file.unlink(missing_ok=True)
+    follower = MetricsFollower(config.run_dir, after_step=newest_step(config.run_dir / "checkpoints"))
+    with _ray(address, config.train.workers):
+        fit: Future[TrainResult] = Future()
+        # In the main thread `fit` would take over Ctrl-C and abort without a checkpoint.
+        threading.Thread(target=_fit, args=(_trainer(config), fit), name="ray-train", daemon=True).start()
+        while not fit.done():
+            wait([fit], _POLL_SECONDS)
+            for record in follower.read():
+                on_record(record)
+            if should_stop() and not stop_file.exists():
+                stop_file.touch()
+    stop_file.unlink(missing_ok=True)
+    try:
+        result = fit.result()
+    except ray.train.WorkerGroupError as error:
+        raise _cause(error) from error
+    if result.problem:
+        raise Unavailable(result.problem)
+    return result
+
+
+def _fit(trainer: ray.train.torch.TorchTrainer, found: Future[TrainResult]) -> None:
+    """Train to the end and give `found` what rank 0 returned, or the error."""
+    try:
+        found.set_result(trainer.fit().return_value)
+    except BaseException as error:  # noqa: BLE001 -- carried to the thread that waits, whatever it is
+        found.set_exception(error)
+
+
+def _worker(arguments: Mapping[str, Any]) -> TrainResult:
+    """Train as one worker of a group; Ray calls it in the worker's own process."""
+    config = TrainConfig.of(arguments["config"])
+    context = ray.train.get_context()
+    device, rank, size = ray.train.torch.get_device(), context.get_world_rank(), context.get_world_size()
+    group = DdpGroup(device=device, rank=rank, world_size=size)
+    stop_file = config.run_dir / _STOP_FILE
+    # An error would have Ray start the workers again, to find no service either.
+    return run_session(config, group, should_stop=stop_file.exists)
+
+
+def _trainer(config: TrainConfig) -> ray.train.torch.TorchTrainer:
+    workers, resources = config.train.workers, ray.cluster_resources()
+    use_gpu = resources.get("GPU", 0) >= workers
+    # Ray gives a worker as many torch threads as CPUs, and by default one.
+    cpus = 1 if use_gpu else max(1, int(resources.get("CPU", 1) / workers))
+    return ray.train.torch.TorchTrainer(
+        _worker,
+        train_loop_config={"config": config.to_json()},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": cpus, **({"GPU": 1} if use_gpu else {})}
+        ),
+        run_config=ray.train.RunConfig(
+            name=f"session-{uuid.uuid4().hex[:8]}",
+            storage_path=str(config.run_dir / "ray"),
+            failure_config=ray.train.FailureConfig(max_failures=config.train.max_failures),
+        ),
+    )
+
+
+@contextmanager
+def _ray(address: str | None, workers: int) -> Iterator[None]:
+    """Connect to Ray for the block; shut it down at the end only if it was connected here."""
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Without this Ray packs and uploads the current folder when this was started by `uv run`.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    address = address or os.environ.get("RAY_ADDRESS")
+    cpus = max(workers, os.cpu_count() or 1)  # more workers than cores are slow, not stuck
+    started_here: dict[str, Any] = (
+        {} if address else {"include_dashboard": False, "num_cpus": cpus, "_temp_dir": ray_folder()}
+    )
+    try:
+        ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **started_here)
+    except ConnectionError as error:
+        raise Unavailable(f"no Ray at {address!r}: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _cause(error: ray.train.WorkerGroupError) -> PotstillError:
+    """Find the error of ours that a worker raised; any other becomes one line."""
+    failures = list(error.worker_failures.values())
+    for failure in failures:
+        cause = getattr(failure, "cause", None) or failure.__cause__ or failure
+        if isinstance(cause, PotstillError):
+            return cause
+    first = failures[0] if failures else error
+    lines = str(first).strip().splitlines() or [type(first).__name__]
+    return PotstillError(f"training workers failed: {lines[-1]}")

@@ -1,0 +1,1 @@
+"""Workers that train one student together, and how its gradients come together."""

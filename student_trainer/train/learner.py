@@ -1,0 +1,191 @@
+"""A student on one worker, and the optimizer steps that it takes with those of the other workers.
+
+Shape legend:  M teachers, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from potstill.cache.errors import InvalidInput, PotstillError, Unavailable
+from potstill.clients.patience import has_no_answer
+from potstill.student_trainer.config import TrainConfig
+from potstill.student_trainer.data import Batch
+from potstill.student_trainer.data.order import hashed
+from potstill.student_trainer.losses import distillation_loss
+from potstill.student_trainer.models.precision import autocast
+from potstill.student_trainer.models.router import RouterLoss, router_loss_of
+from potstill.student_trainer.parallel.group import Group
+from potstill.student_trainer.train.optimizer import learning_rate, make_optimizer
+from potstill.student_trainer.train.run import OpenRun
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Learner:
+    """A student in training."""
+
+    config: TrainConfig
+    group: Group
+    run: OpenRun
+    student: PreTrainedModel
+    model: nn.Module
+    """The student, or a `DistributedDataParallel` around it."""
+    router: RouterLoss | None
+    optimizer: torch.optim.Optimizer
+
+    @classmethod
+    def of(cls, config: TrainConfig, group: Group, run: OpenRun, student: PreTrainedModel) -> Learner:
+        """Make a student on the CPU ready to learn.
+
+        Raises:
+            InvalidInput: its config asks for a router loss that it does not have, or that is not known.
+        """
+        router = router_loss_of(student)
+        student.train()
+        return cls(config, group, run, student, group.wrap(student), router, make_optimizer(student, config.train))
+
+    def pieces(self, step: int) -> list[NDArray[np.int64]]:
+        """Rows of this worker's micro-batches of the step that follows `step` steps."""
+        loop = self.config.train
+        rows = self.run.order.rank_slice(step, self.group.rank, self.group.world_size)
+        return [rows[i : i + loop.micro_batch_rows] for i in range(0, len(rows), loop.micro_batch_rows)]
+
+    def step(
+        self, step: int, batches: Iterator[Batch], should_stop: Callable[[], bool]
+    ) -> tuple[dict[str, Any], int, bool]:
+        """Take the optimizer step that follows `step` steps.
+
+        Args:
+            step: number of steps taken.
+            batches: the micro-batches of `pieces(step)` come next.
+            should_stop: asked once.
+
+        Returns:
+            Its record and the targets learnt, over all workers, and True if one of them wants to stop.
+
+        Raises:
+            InvalidInput: the loss is no longer a number.
+            PotstillError: whatever reading raises; Unavailable where another worker got no answer.
+        """
+        self._seed(step)
+        num_pieces = len(self.pieces(step))
+        num_teachers = len(self.config.teachers) if self.config.train.alpha > 0 else 0
+        # CE, a KL per teacher, the router loss, and how many workers want to stop: one reduction for all.
+        sums = torch.zeros(3 + num_teachers, dtype=torch.float64, device=self.group.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        experts = None
+        if self.router is not None:
+            batches, experts = self._count_experts(self.router, batches, step)
+        with self._all_have_read():
+            num_labels, num_positions = self._global_counts(step)
+            for _ in range(num_pieces - 1):
+                with self._unsent_gradients():
+                    sums[:-1] += self._forward_backward(next(batches), num_labels, num_positions, experts)
+            last = next(batches)
+        sums[:-1] += self._forward_backward(last, num_labels, num_positions, experts)
+        sums[-1] = float(should_stop())
+        self.group.all_reduce_sum(sums)
+        ce_sum, *kl_sums, router, stop = sums.tolist()
+        record = self._means(ce_sum / max(num_labels, 1), [kl / max(num_positions, 1) for kl in kl_sums])
+        if self.router is not None:
+            record |= {"loss": record["loss"] + self.router.coefficient * router, "router_loss": router}
+        record |= self._update(step, record["loss"])
+        return {"step": step + 1, **record}, num_positions, stop > 0
+
+    @contextmanager
+    def _all_have_read(self) -> Iterator[None]:
+        """Give the step up on all workers if one could not read its rows in the block, which sends no gradients.
+
+        Raises:
+            PotstillError: the error, or Unavailable for that of another worker.
+        """
+        unread = None
+        try:
+            yield
+        except PotstillError as error:
+            if not has_no_answer(error):
+                raise
+            unread = error
+        lacking = torch.tensor(float(unread is not None), device=self.group.device)
+        self.group.all_reduce_sum(lacking)
+        if unread is not None:
+            raise unread
+        if lacking.item() > 0:
+            raise Unavailable("another worker got no answer")
+
+    def _means(self, ce: float, kls: list[float]) -> dict[str, Any]:
+        """Losses of the step, before the update: nats per token of the global batch."""
+        alpha = self.config.train.alpha
+        weighted = sum(w * kl for w, kl in zip(self.config.weights, kls, strict=False))
+        names = (teacher.name for teacher in self.config.teachers)
+        loss = (1 - alpha) * ce + alpha * weighted
+        return {"loss": loss, "ce": ce, "kl": dict(zip(names, kls, strict=False))}
+
+    def _update(self, step: int, loss: float) -> dict[str, Any]:
+        """Clip the gradient and take the optimizer's step."""
+        grad_norm = float(nn.utils.clip_grad_norm_(self.student.parameters(), self.config.train.grad_clip))
+        # Before the step: NaN in the weights would also be in the next checkpoint.
+        if not math.isfinite(loss + grad_norm):
+            raise InvalidInput(
+                f"at step {step + 1} the loss is {loss} and the gradient norm {grad_norm}; "
+                "try a lower train.lr or a longer train.warmup"
+            )
+        rate = learning_rate(step, self.config.train)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        return {"lr": rate, "grad_norm": grad_norm, "epoch": self.run.epochs(step + 1)}
+
+    def _seed(self, step: int) -> None:
+        """Begin a step's dropout; it depends on (seed, rank, step) only, so that a resumed run draws the same."""
+        torch.manual_seed(int(hashed(np.array([step]), self.config.train.seed, self.group.rank)[0]))
+
+    def _count_experts(self, router: RouterLoss, batches: Iterator[Batch], step: int) -> tuple[Iterator[Batch], Tensor]:
+        """Read this worker's micro-batches of a step; return them, and the global batch's positions by expert, [E]."""
+        with self._all_have_read():
+            read = [next(batches).to(self.group.device) for _ in self.pieces(step)]
+        counts = router.count_all(self.student, read, self.config.train.dtype)
+        self._seed(step)  # the second forward pass draws the dropout of this one
+        return iter(read), self.group.all_reduce_sum(counts)
+
+    def _forward_backward(self, batch: Batch, num_labels: int, num_positions: int, experts: Tensor | None) -> Tensor:
+        """Add one micro-batch's gradient; return its undivided CE and KLs and its router loss, float64 [2 + M]."""
+        batch = batch.to(self.group.device)
+        # Rows are padded on the right, where a causal model's real positions never look: no attention mask.
+        with autocast(self.group.device, self.config.train.dtype):
+            out = self.model(input_ids=batch.tokens, use_cache=False)
+        loss = distillation_loss(
+            out.logits,
+            batch.labels,
+            batch.teachers,
+            alpha=self.config.train.alpha,
+            mask=batch.mask,
+            num_labels=num_labels,
+            num_positions=num_positions,
+        )
+        total, router = loss.total, torch.zeros_like(loss.ce_sum)
+        if self.router is not None and experts is not None:
+            part = self.router.of_part(out.router_logits, batch.real, experts)
+            total, router = total + self.router.coefficient * part, part.detach().double()
+        # DistributedDataParallel averages over workers; the counts are global, so the sum is wanted.
+        (total * self.group.world_size).backward()  # type: ignore[no-untyped-call]
+        return torch.cat([loss.ce_sum[None], loss.kl_sums, router[None]])
+
+    def _unsent_gradients(self) -> AbstractContextManager[None]:
+        """Keep gradients here: they go to the other workers once a step, with the last micro-batch."""
+        return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
+
+    def _global_counts(self, step: int) -> tuple[int, int]:
+        """Count labels and positions of a step's global batch."""
+        return self.run.reader.counts(self.run.order.rank_slice(step, rank=0, world_size=1))

@@ -1,0 +1,252 @@
+"""The training loop: plain PyTorch, alone or as one of several workers.
+
+1. The rows of step s are `order.take(s * batch_rows, batch_rows)`; each worker takes its slice and cuts it
+   into micro-batches, which a thread reads ahead.
+2. Every micro-batch's loss is a sum divided by the counts of the *global* batch, known before it is read, so
+   gradients add up: micro-batches and workers change the result by rounding only.
+3. Gradients are summed over micro-batches and workers, clipped, and AdamW takes a step.
+4. Now and then the student is evaluated on held-out rows, and a checkpoint is written.
+
+`learner` has 2 and 3; here is what goes on around the steps.
+
+Nothing but (seed, step) decides what step s does, so a run that resumes from a checkpoint on one CPU worker
+continues bit for bit. When asked to stop, it finishes the step, writes a checkpoint and returns.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from potstill.cache.errors import PotstillError, Unavailable
+from potstill.cache.targets.stream import read_ahead
+from potstill.clients.patience import Patience, has_no_answer
+from potstill.student_trainer.checkpoint.export import publish_model
+from potstill.student_trainer.checkpoint.format import TrainState, load_state
+from potstill.student_trainer.checkpoint.whole import load_optimizer, newest_checkpoint, save_checkpoint
+from potstill.student_trainer.config import TrainConfig
+from potstill.student_trainer.config.run_folder import write_json
+from potstill.student_trainer.data import Batch
+from potstill.student_trainer.evaluate.result import (
+    HELD_OUT,
+    SUMMARY,
+    Evaluation,
+    TrainResult,
+    evaluations_to_json,
+    finished_before,
+)
+from potstill.student_trainer.metrics.records import MetricsWriter, Record
+from potstill.student_trainer.models.build import build_student, load_student
+from potstill.student_trainer.models.corpus_tokenizer import special_ids
+from potstill.student_trainer.parallel.group import Group
+from potstill.student_trainer.train.learner import Learner
+from potstill.student_trainer.train.optimizer import warn_of_jump
+from potstill.student_trainer.train.run import OpenRun, evaluate_on_all, only_trainer, open_run
+
+_CLOSE_SECONDS = 5.0
+_LOG = logging.getLogger(__name__)
+
+
+def train(
+    config: TrainConfig,
+    group: Group | None = None,
+    *,
+    should_stop: Callable[[], bool] = lambda: False,
+    on_record: Callable[[Record], None] = lambda _: None,
+) -> TrainResult:
+    """Start, continue or find finished the run in `config.train.out`; every worker of the group calls it.
+
+    Args:
+        config: the run.
+        group: the workers; this process alone by default.
+        should_stop: asked after every step; when any worker's says yes, all write a checkpoint and return.
+        on_record: called on rank 0 with every record of `metrics.jsonl`.
+
+    Raises:
+        SpecMismatch: the folder holds a run of another config, corpus or teacher, or a teacher does not fit.
+        InvalidInput: the config asks for what cannot be, or the loss is no longer a number.
+        Unavailable: another process is training in the same folder; or a service did not answer for `data.patience`
+            seconds, and a checkpoint was written, from which the same call goes on.
+        PotstillError: whatever reading rows and targets raises.
+    """
+    group = group or Group()
+    if group.rank == 0:
+        warn_of_jump(config)
+    result = run_session(config, group, should_stop=should_stop, on_record=on_record)
+    if result.problem:
+        raise Unavailable(result.problem)
+    return result
+
+
+def run_session(
+    config: TrainConfig,
+    group: Group,
+    *,
+    should_stop: Callable[[], bool],
+    on_record: Callable[[Record], None] = lambda _: None,
+) -> TrainResult:
+    """Train like `train`, but return a result with a `problem` where a service does not answer."""
+    config = config.absolute()
+    finished = finished_before(config)
+    if finished is not None:
+        return finished
+    with ExitStack() as stack:
+        patience = Patience(config.data.patience, _LOG.warning, given_up=should_stop)
+        run = stack.enter_context(open_run(config)).patient(patience)
+        if group.rank == 0:
+            stack.enter_context(only_trainer(config.run_dir))
+        group.barrier()  # the folder is ours before anybody reads a checkpoint from it
+        # Dropout draws from torch's global stream, which is the caller's again afterwards.
+        stack.enter_context(torch.random.fork_rng([group.device] if group.device.type == "cuda" else []))
+        session = _Session(config, group, run, on_record)
+        if session.writer is not None:
+            stack.enter_context(closing(session.writer))
+            # Only now that all it needs is there: a folder with a config.json refuses any other run.
+            write_json(config.run_dir / "config.json", config.to_json())
+        return session.run_to_end(should_stop)
+
+
+class _Session:
+    """One process's part of a run, from a start or resume to the end or the next stop."""
+
+    def __init__(self, config: TrainConfig, group: Group, run: OpenRun, on_record: Callable[[Record], None]) -> None:
+        """Start at the newest checkpoint, or with a new student."""
+        self.config, self.group, self.run, self.on_record = config, group, run, on_record
+        checkpoint = newest_checkpoint(config.run_dir / "checkpoints")
+        group.barrier()  # all have seen the same newest checkpoint before one writes the next
+        state = None if checkpoint is None else load_state(checkpoint)
+        self.step = 0 if state is None else state.step
+        self.tokens = 0 if state is None else state.tokens
+        if checkpoint is None or state is None:
+            student, self.stored_dtype = build_student(
+                config.student,
+                seed=config.train.seed,
+                vocab_size=run.vocab_size,
+                row_tokens=run.row_tokens,
+                special_ids=special_ids(run.corpus),
+            )
+        else:
+            state.check_same(run.fingerprint, run.teachers, run.held)
+            state.check_rows(run.left_out, run.reader.prefix)
+            state.check_steps(config.train)
+            student, self.stored_dtype = load_student(checkpoint / "model"), state.stored_dtype
+        self.learner = Learner.of(config, group, run, student)
+        if checkpoint is not None:
+            load_optimizer(checkpoint, self.learner.optimizer)
+        self.writer: MetricsWriter | None = None
+        if group.rank == 0:
+            (config.run_dir / SUMMARY).unlink(missing_ok=True)  # the run goes on: it no longer ends there
+            self.writer = MetricsWriter(config.run_dir, step=self.step)
+        # On the monotonic clock, less what earlier sessions took.
+        self.began = time.monotonic() - (0.0 if state is None else state.seconds)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+    def run_to_end(self, should_stop: Callable[[], bool]) -> TrainResult:
+        loop = self.config.train
+        reader = self.run.reader if loop.alpha > 0 else self.run.reader.without_targets()
+        found: dict[str, Evaluation] = {}
+        stopped = False
+        # At the end already when it was cut off between its last checkpoint and its summary.
+        if self.step in (0, loop.steps):
+            found = self._evaluate()
+        # The only place where training waits for I/O. A read that hangs ends when the sources are closed.
+        reading = read_ahead(reader.read, self._pieces(), self.config.data.prefetch, close_seconds=_CLOSE_SECONDS)
+        try:
+            with closing(reading) as batches:
+                while self.step < loop.steps and not stopped:
+                    record, stopped = self._step(batches, should_stop)
+                    self._record(record)
+                    if self.step % loop.eval_every == 0 or self.step == loop.steps:
+                        found = self._evaluate()
+                    if self.step % loop.checkpoint_every == 0 or self.step == loop.steps or stopped:
+                        self._save()
+                        self.group.barrier()
+        except PotstillError as error:
+            if not has_no_answer(error):
+                raise
+            return self._given_up(error, asked=should_stop())
+        return self._end(found)
+
+    def _given_up(self, error: PotstillError, *, asked: bool) -> TrainResult:
+        """Stop between two steps, as nothing more can be read, or as somebody `asked` while it could not."""
+        # No barrier: a worker that was evaluating may be the only one to know.
+        self._save()
+        told = f"{error.detail}; a checkpoint of step {self.step} was written, and the same command goes on from there"
+        return replace(self._result({}), finished=False, problem="" if asked else told)
+
+    def _result(self, found: Mapping[str, Evaluation]) -> TrainResult:
+        finished = self.step >= self.config.train.steps
+        return TrainResult(
+            run_dir=self.config.run_dir,
+            finished=finished,
+            step=self.step,
+            tokens=self.tokens,
+            seconds=round(self.seconds, 3),
+            held_out=found.get(HELD_OUT) if finished else None,
+            evaluations={name: one for name, one in found.items() if finished and name != HELD_OUT},
+        )
+
+    def _end(self, found: Mapping[str, Evaluation]) -> TrainResult:
+        result = self._result(found)
+        if result.finished and self.group.rank == 0:
+            dtype = self.config.train.save_dtype or self.stored_dtype
+            publish_model(self.config.run_dir / "model", self.learner.student, self.run.corpus, dtype)
+            write_json(result.run_dir / SUMMARY, result.to_json())
+        self.group.barrier()
+        return result
+
+    def _step(self, batches: Iterator[Batch], should_stop: Callable[[], bool]) -> tuple[Record, bool]:
+        """Take one optimizer step and count it; return its record, and True if a worker wants to stop."""
+        began = time.monotonic()
+        record, num_positions, stop = self.learner.step(self.step, batches, should_stop)
+        self.step += 1
+        self.tokens += num_positions
+        now = time.monotonic()
+        rate, seconds = round(num_positions / (now - began), 1), round(now - self.began, 3)
+        return {**record, "tokens": self.tokens, "tokens_per_second": rate, "seconds": seconds}, stop
+
+    def _pieces(self) -> Iterator[NDArray[np.int64]]:
+        for step in range(self.step, self.config.train.steps):
+            yield from self.learner.pieces(step)
+
+    def _evaluate(self) -> dict[str, Evaluation]:
+        found = evaluate_on_all(self.learner.student, self.run, self.config.train, self.group)
+        if found:
+            self._record({"step": self.step, **evaluations_to_json(found)})
+        return found
+
+    def _record(self, record: Record) -> None:
+        if self.writer is not None:
+            self.writer.write(record)
+            self.on_record(record)
+
+    def _save(self) -> None:
+        loop = self.config.train
+        if self.group.rank == 0:
+            # All that the rest of the run depends on, beside the weights and the optimizer.
+            state = TrainState(
+                step=self.step,
+                seed=loop.seed,
+                epoch=max(self.run.order.epochs(self.step * loop.batch_rows)),
+                cursor=self.step * loop.batch_rows,
+                corpus_fingerprint=self.run.fingerprint,
+                tokens=self.tokens,
+                seconds=self.seconds,
+                teachers={name: identity.to_json() for name, identity in self.run.teachers.items()},
+                held=self.run.held,
+                left_out=self.run.left_out,
+                prefix_ids=self.run.reader.prefix,
+                stored_dtype=self.stored_dtype,
+            )
+            folder = self.config.run_dir / "checkpoints"
+            save_checkpoint(folder, self.learner.student, self.learner.optimizer, state, keep=loop.keep_checkpoints)

@@ -1,0 +1,252 @@
+"""The folder of a run, and the corpus and targets that a run reads.
+
+<run>/config.json     as given, with absolute paths
+<run>/metrics.jsonl   tensorboard/   checkpoints/   ray/
+<run>/model/          the final student       summary.json    its held-out numbers; only when finished
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from potstill.cache.cache import Cache
+from potstill.cache.corpus import Corpus
+from potstill.cache.errors import InvalidInput, NotFound, StoreError, Unavailable, UnknownTeacher
+from potstill.cache.types import TeacherIdentity
+from potstill.clients.http_targets import HttpCache
+from potstill.clients.patience import Patience
+from potstill.student_trainer.checkpoint.format import load_state
+from potstill.student_trainer.checkpoint.whole import newest_checkpoint
+from potstill.student_trainer.config import TrainConfig
+from potstill.student_trainer.config.run_folder import read_config
+from potstill.student_trainer.data import BatchReader
+from potstill.student_trainer.data.held_out import choose_held_out, with_copies
+from potstill.student_trainer.data.joined import JoinedCorpora
+from potstill.student_trainer.data.mixture import MixtureOrder
+from potstill.student_trainer.data.order import SampleOrder
+from potstill.student_trainer.data.settings import CorpusConfig, DataConfig, TeacherConfig
+from potstill.student_trainer.data.sources import common_prefix, open_cache, open_sources
+from potstill.student_trainer.evaluate.result import HELD_OUT, Evaluation, finished_result
+from potstill.student_trainer.evaluate.student import evaluate_student
+from potstill.student_trainer.models.build import load_student
+from potstill.student_trainer.parallel.group import Group, default_device
+from potstill.student_trainer.train.settings import LoopConfig
+
+_LOCK_SECONDS = 5.0
+"""Workers that Ray replaces may take so many seconds to be gone."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OpenRun:
+    """The corpora, the order of their rows, and readers of rows with all teachers' targets."""
+
+    corpora: JoinedCorpora
+    fingerprint: str
+    """sha256 of all that is trained and evaluated on, in hex."""
+    held_out: NDArray[np.int64]
+    """[H] rows to evaluate on, rising."""
+    left_out: str
+    """sha256 of the rows of each corpus that are not trained on, in hex; empty where there are none."""
+    order: MixtureOrder
+    reader: BatchReader
+    eval_readers: Mapping[str, BatchReader]
+    """Readers of the corpora to evaluate on beside the held-out rows, by name."""
+
+    @property
+    def corpus(self) -> Corpus:
+        """The first corpus, whose tokenizer is that of all."""
+        return self.corpora.corpora[0]
+
+    @property
+    def teachers(self) -> dict[str, TeacherIdentity]:
+        """Identity of each teacher, by name."""
+        return {source.name: source.identity for source in self.reader.sources}
+
+    @property
+    def held(self) -> dict[str, str]:
+        """K and encoding that are read of each teacher's targets, by name."""
+        return {source.name: source.held for source in self.reader.sources}
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of the longest row that the student sees, with its prefix."""
+        return max(reader.longest_row for reader in (self.reader, *self.eval_readers.values()))
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id of the tokenizer and of the prefix."""
+        return max(self.corpus.vocab_size, *(token + 1 for token in self.reader.prefix), 0)
+
+    def patient(self, patience: Patience) -> OpenRun:
+        """A copy whose readers all go on asking sources that do not answer."""
+        others = {name: replace(reader, patience=patience) for name, reader in self.eval_readers.items()}
+        return replace(self, reader=replace(self.reader, patience=patience), eval_readers=others)
+
+    def epochs(self, step: int) -> int | dict[str, int]:
+        """Tell the epoch of the last row before the end of `step` steps; of several corpora, each one's by name."""
+        epochs = self.order.epochs(step * self.order.batch_rows)
+        names = (corpus.name for corpus in self.corpora.corpora)
+        return epochs[0] if len(epochs) == 1 else dict(zip(names, epochs, strict=True))
+
+
+@contextmanager
+def open_run(config: TrainConfig) -> Iterator[OpenRun]:
+    """Open the cache and the teachers, check that they fit, close them at the end.
+
+    Raises:
+        UnknownCorpus, UnknownTeacher, NotCommitted, SpecMismatch, UnsupportedField: corpora or targets are not there,
+            not complete, or do not fit each other.
+        InvalidInput: no training rows are left.
+    """
+    data = config.data
+    with open_cache(data) as cache, ExitStack() as stack:
+        corpora = JoinedCorpora(tuple(cache.corpus(each.name) for each in data.mixture))
+        held_out = [_held_out(data, each, corpus) for each, corpus in zip(data.mixture, corpora.corpora, strict=True)]
+        eval_corpora = tuple(cache.corpus(name) for name in data.eval_corpora)
+        everything = JoinedCorpora((*corpora.corpora, *eval_corpora))
+        left_out = _left_out(corpora, held_out, eval_corpora)
+        shards = (corpus.shard_rows for corpus in corpora.corpora)
+        orders = (
+            SampleOrder(rows, never, config.train.seed, data.window_shards)
+            for rows, never in zip(shards, left_out, strict=True)
+        )
+        order = MixtureOrder(
+            tuple(orders),
+            corpora.first_rows,
+            tuple(each.points for each in data.mixture),
+            config.train.batch_rows,
+            config.train.seed,
+        )
+        opened = [stack.enter_context(open_sources(config.teachers, cache, corpus)) for corpus in corpora.corpora]
+        sources = tuple(corpora.source(parts) for parts in zip(*opened, strict=True))
+        reader = BatchReader(corpora, sources, config.weights, common_prefix(sources, data.prefix_ids))
+        eval_readers = {each.name: _eval_reader(config, cache, each, reader, stack) for each in eval_corpora}
+        rows = corpora.joined(held_out)
+        yield OpenRun(corpora, everything.fingerprint, rows, _hashed(left_out), order, reader, eval_readers)
+
+
+def _held_out(data: DataConfig, of: CorpusConfig, corpus: Corpus) -> NDArray[np.int64]:
+    share = data.held_out if of.held_out is None else of.held_out
+    if share == 0:
+        return np.zeros(0, dtype=np.int64)
+    return choose_held_out(corpus.document_rows, share, data.held_out_seed, corpus.name)
+
+
+def _left_out(
+    corpora: JoinedCorpora, held_out: Sequence[NDArray[np.int64]], eval_corpora: Sequence[Corpus]
+) -> list[NDArray[np.int64]]:
+    """Rows of each corpus that may not be trained on: held-out ones, those that are in `eval_corpora`, and copies."""
+    evaluated = [np.arange(len(each), dtype=np.int64) for each in eval_corpora]
+    left_out = with_copies([*corpora.corpora, *eval_corpora], [*held_out, *evaluated])[: len(corpora.corpora)]
+    for corpus, rows in zip(corpora.corpora, left_out, strict=True):
+        if len(rows) == len(corpus):
+            raise InvalidInput(
+                f"no row of corpus {corpus.name!r} is left to train on: all {len(corpus):,} are evaluated on, or have "
+                "the tokens of one that is"
+            )
+    return left_out
+
+
+def _hashed(left_out: Sequence[NDArray[np.int64]]) -> str:
+    if not any(map(len, left_out)):
+        return ""
+    digest = hashlib.sha256()
+    for rows in left_out:
+        digest.update(np.array([len(rows)], dtype="<i8").tobytes())
+        digest.update(rows.astype("<i8", copy=False).tobytes())
+    return digest.hexdigest()
+
+
+def _eval_reader(
+    config: TrainConfig, cache: Cache | HttpCache, corpus: Corpus, training: BatchReader, stack: ExitStack
+) -> BatchReader:
+    """A reader of a corpus to evaluate on, with the teachers that have targets for it; services answer for any."""
+    there = [each for each in config.teachers if each.source == "service" or _has_targets(cache, each, corpus)]
+    sources = stack.enter_context(open_sources(there, cache, corpus))
+    weights = tuple(weight for each, weight in zip(config.teachers, config.weights, strict=True) if each in there)
+    return replace(training, corpus=JoinedCorpora((corpus,)), sources=sources, weights=weights)
+
+
+def _has_targets(cache: Cache | HttpCache, teacher: TeacherConfig, corpus: Corpus) -> bool:
+    try:
+        cache.targets(teacher.name, corpus.name)
+    except UnknownTeacher:
+        return False
+    return True
+
+
+@contextmanager
+def only_trainer(run_dir: Path) -> Iterator[None]:
+    """Keep other processes from training in the run's folder; the lock of a killed one is gone with it.
+
+    Raises:
+        Unavailable: another process trains there, and still does after some seconds.
+        StoreError: the folder cannot be made.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"train.out {str(run_dir)!r} cannot be made: {error}") from error
+    with (run_dir / ".lock").open("w") as file:
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise Unavailable(
+                        f"another process is training in {str(run_dir)!r}; wait for it, or stop it"
+                    ) from error
+                time.sleep(0.1)
+        yield
+
+
+def evaluate_on_all(
+    model: nn.Module, run: OpenRun, loop: LoopConfig, group: Group | None = None
+) -> dict[str, Evaluation]:
+    """Evaluate on the held-out rows, under the name `HELD_OUT`, and on each corpus that is for it, under its own."""
+    judged = {name: (reader, np.arange(len(reader.corpus))) for name, reader in run.eval_readers.items()}
+    on = {HELD_OUT: (run.reader, run.held_out)} | judged if len(run.held_out) else judged
+    return {
+        name: evaluate_student(model, reader, rows, batch_rows=loop.micro_batch_rows, group=group, dtype=loop.dtype)
+        for name, (reader, rows) in on.items()
+    }
+
+
+def evaluate_run(run_dir: Path) -> dict[str, Evaluation]:
+    """Evaluate a run's final model, or its newest checkpoint, as the run itself does at its end.
+
+    Returns:
+        As `evaluate_on_all`; at least one.
+
+    Raises:
+        NotFound: no run, or nothing trained yet, in the folder. InvalidInput: it has nothing to evaluate on.
+        SpecMismatch: an earlier version chose other rows, so that these were trained on.
+        PotstillError: whatever opening the cache or the teachers raises.
+    """
+    config = read_config(run_dir)
+    folder, checkpoint = run_dir / "model", newest_checkpoint(run_dir / "checkpoints")
+    # A run that goes on after it was finished has newer checkpoints than its model.
+    if finished_result(config) is None or not folder.exists():
+        if checkpoint is None:
+            raise NotFound(f"run {str(run_dir)!r} has no model and no complete checkpoint yet")
+        folder = checkpoint / "model"
+    with open_run(config) as run:
+        if checkpoint is not None:
+            load_state(checkpoint).check_rows(run.left_out, run.reader.prefix)
+        if not len(run.held_out) and not run.eval_readers:
+            raise InvalidInput(
+                f"run {str(run_dir)!r} has no held-out rows: its data.held_out is 0, and it has no data.eval_corpora"
+            )
+        return evaluate_on_all(load_student(folder).to(default_device()), run, config.train)

@@ -1,0 +1,64 @@
+"""Settings of the training loop."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from potstill.student_trainer.settings import Count, Frozen, Share
+
+
+class LoopConfig(Frozen):
+    """Settings of the training loop. Lengths are in steps, batches in rows."""
+
+    out: str = Field(min_length=1)
+    """The run's folder; all workers must see the same one."""
+    steps: Count
+    """Optimizer steps; a longer run may go on from a shorter one."""
+    batch_rows: Count = 32
+    """Rows of one optimizer step, over all workers."""
+    micro_batch_rows: Count = 8
+    """Rows of one forward pass of one worker; fewer need less memory, and change the result by rounding only."""
+    lr: Annotated[float, Field(gt=0)] = 3e-4
+    """The highest learning rate."""
+    warmup: Annotated[int, Field(ge=0, strict=True)] = 0
+    """Steps of linear warm-up."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After warm-up: cosine to `min_lr`, constant, or constant with a linear fall over the last `decay` share."""
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate at which cosine and wsd end."""
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Share of all steps over which wsd falls."""
+    schedule_steps: Count | None = None
+    """Steps of the schedule, by default `steps`: a run that will be extended names its whole length from the start."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Weight decay of AdamW, on matrices only."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    """AdamW's."""
+    grad_clip: Annotated[float, Field(gt=0)] = 1.0
+    """Largest gradient norm."""
+    alpha: Share = 0.5
+    """(1 - alpha) * cross-entropy + alpha * distillation."""
+    seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
+    """Seed of the initial weights, the sample order and dropout."""
+    eval_every: Count = 100
+    """Steps between two looks at the held-out rows."""
+    checkpoint_every: Count = 500
+    """Steps between two checkpoints; one more is written on Ctrl-C and at the end."""
+    keep_checkpoints: Count = 2
+    """The newest ones; older ones are removed."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the forward pass; weights and optimizer stay float32."""
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Precision of the published model; by default that of `student.checkpoint`, or float32 for random weights."""
+    workers: Count = 1
+    """Ray workers, one GPU each where there are GPUs."""
+    max_failures: Annotated[int, Field(ge=0, strict=True)] = 3
+    """Number of times that killed workers are started again from the newest checkpoint."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.batch_rows < self.workers:
+            raise ValueError(f"batch_rows {self.batch_rows} is less than one row for each of {self.workers} workers")
+        return self

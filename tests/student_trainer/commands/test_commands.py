@@ -1,0 +1,123 @@
+"""`potstill train` and `potstill evaluate` as somebody runs them."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from potstill.clients.cli import main
+from potstill.student_trainer.metrics.records import read_metrics
+from tests.support.tiny_runs import STUDENT, write_cache
+
+CONFIG = """
+[data]
+cache = "{root}"
+corpus = "docs"
+held_out = 8
+
+[[teachers]]
+name = "fake"
+
+[student]
+config = {student}
+
+[train]
+out = "{out}"
+steps = {steps}
+batch_rows = 8
+lr = 1e-2
+eval_every = 100000
+checkpoint_every = 100000
+"""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_cache(tmp_path_factory.mktemp("cache"))
+
+
+def write_config(root: Path, folder: Path, *, steps: int) -> Path:
+    student = "{" + ", ".join(f"{key} = {json.dumps(value)}" for key, value in STUDENT.items()) + "}"
+    file = folder / "run.toml"
+    file.write_text(CONFIG.format(root=root, out=folder / "run", steps=steps, student=student))
+    return file
+
+
+def potstill(*arguments: str) -> list[str]:
+    return [sys.executable, "-c", "from potstill.clients.cli import main; raise SystemExit(main())", *arguments]
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def started(file: Path) -> subprocess.Popen[str]:
+    command = potstill("train", str(file), "--no-ray")
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    deadline = time.monotonic() + 300
+    while not any(record["step"] >= step for record in read_metrics(run)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_train_then_evaluate(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = finish(started(write_config(root, tmp_path, steps=5)))
+    assert status == 0, err
+    assert err == ""
+    assert "step 5/5  loss" in out
+    assert "held-out ce" in out
+    assert str(tmp_path / "run" / "model") in out
+    command = potstill("evaluate", str(tmp_path / "run"), "--json")
+    shown = subprocess.run(command, capture_output=True, text=True, check=True)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert json.loads(shown.stdout) == summary["held_out"]
+    assert main(["evaluate", str(tmp_path / "run")]) == 0
+    assert "fake: KL" in capsys.readouterr().out
+    # Neither torch nor Ray is needed to say that there is nothing left to do; what a newer version adds does no harm.
+    (tmp_path / "run" / "summary.json").write_text(json.dumps({**summary, "added_later": 1}))
+    code = (
+        "import sys; sys.modules.update(torch=None, ray=None)\n"
+        f"from potstill.clients.cli import main; raise SystemExit(main(['train', {str(tmp_path / 'run.toml')!r}]))"
+    )
+    again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (again.returncode, again.stderr) == (0, "")
+    assert again.stdout.startswith("finished before, at step 5; ask for more train.steps, or choose another --out\n")
+    assert again.stdout.splitlines()[1:] == out.splitlines()[-3:]
+
+
+# One handler takes both.
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_signal_writes_a_checkpoint_and_the_same_command_goes_on(
+    root: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    file = write_config(root, tmp_path, steps=100_000)
+    process = started(file)
+    wait_for_step(tmp_path / "run", 3)
+    process.send_signal(number)
+    status, out, err = finish(process)
+    assert (status, err) == (128 + number, "")
+    assert "the same command goes on from there" in out
+    last = read_metrics(tmp_path / "run")[-1]["step"]
+    assert f"stopped at step {last} of 100000" in out
+    status, out, _ = finish(started(write_config(root, tmp_path, steps=last + 2)))
+    assert status == 0
+    steps = [record["step"] for record in read_metrics(tmp_path / "run") if "loss" in record]
+    assert steps == list(range(1, last + 3))
+
+
+def test_errors_are_one_line(root: Path, tmp_path: Path) -> None:
+    file = write_config(tmp_path, tmp_path, steps=1)
+    status, _, err = finish(started(file))
+    assert status == 1
+    assert err.count("\n") == 1
+    assert err.startswith(("unknown_corpus: ", "invalid_input: "))

@@ -1,0 +1,138 @@
+"""Configs: what is accepted, and how what is not is named."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from potstill.cache.errors import InvalidInput, SpecMismatch
+from potstill.student_trainer.config import TrainConfig
+from potstill.student_trainer.config.resume import check_continues
+from tests.support.tiny_runs import config_of
+
+ROOT, OUT = Path("/cache"), Path("/run")
+
+TOML = """
+[data]
+cache = "cache"
+corpus = "docs"
+held_out = 64
+
+[[teachers]]
+name = "big"
+weight = 3.0
+
+[[teachers]]
+name = "small"
+source = "service"
+url = "http://127.0.0.1:8700"
+
+[student]
+config = { model_type = "llama", hidden_size = 128 }
+
+[train]
+out = "runs/first"
+steps = 1000
+schedule = "wsd"
+"""
+
+
+def test_a_file_is_read_and_written_back(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(TOML)
+    config = TrainConfig.from_toml(file)
+    assert config.weights == (0.75, 0.25)
+    assert config.data.held_out == 64
+    assert config.train.batch_rows == 32
+    assert TrainConfig.of(config.to_json()) == config
+    assert TrainConfig.from_toml(file, out="elsewhere").train.out == "elsewhere"
+
+
+def test_folders_become_absolute_and_names_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = config_of(Path("cache"), Path("run"), student={"config": None, "checkpoint": "org/model"}).absolute()
+    assert (config.data.cache, config.train.out) == (str(tmp_path / "cache"), str(tmp_path / "run"))
+    assert config.student.checkpoint == "org/model"
+    assert config_of(Path("s3:"), OUT, data={"cache": "s3://bucket/x"}).absolute().data.cache == "s3://bucket/x"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": {"step": 5}}, r"^train\.step is unknown; known are out, steps, batch_rows"),
+        ({"train": {"alpha": 1.5}}, r"^train\.alpha is 1\.5: .*less than or equal to 1$"),
+        ({"train": {"steps": 0}}, r"^train\.steps is 0: .*greater than or equal to 1$"),
+        ({"train": {"steps": True}}, r"^train\.steps is True"),
+        ({"train": {"lr": float("nan")}}, r"^train\.lr is nan"),
+        ({"train": {"schedule": "linear"}}, r"^train\.schedule is 'linear'"),
+        ({"train": {"workers": 9}}, r"batch_rows 8 is less than one row for each of 9 workers"),
+        ({"data": {"held_out": 1.5}}, r"whole number of rows, or a share below 1"),
+        ({"data": {"held_out": -1}}, r"^data\.held_out"),
+        ({"teachers": []}, r"train\.alpha is 0\.5 but there is no teacher"),
+        ({"teachers": [{"name": "a"}, {"name": "a"}]}, r"different names"),
+        ({"teachers": [{"name": "a", "weight": 0}]}, r"^teachers\.0\.weight is 0: .*greater than 0$"),
+        ({"teachers": [{"name": "a", "url": "http://x"}]}, r"url goes with source"),
+        ({"teachers": [{"name": "a", "source": "service"}]}, r"url goes with source"),
+        ({"student": {"checkpoint": "x"}}, r"exactly one of config and checkpoint"),
+        ({"student": {"config": {"hidden_size": 4}}}, r"model_type"),
+    ],
+)
+def test_a_bad_value_is_named_with_its_limit(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidInput, match=message) as error:
+        config_of(ROOT, OUT, **changes)
+    assert "\n" not in str(error.value)
+
+
+def test_cross_entropy_alone_needs_no_teacher() -> None:
+    assert config_of(ROOT, OUT, teachers=[], train={"alpha": 0}).weights == ()
+
+
+@pytest.mark.parametrize(("text", "told"), [("not toml", "not TOML: Expected"), (None, "there is no file")])
+def test_an_unreadable_file_is_named(tmp_path: Path, text: str | None, told: str) -> None:
+    file = tmp_path / "run.toml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(InvalidInput, match=r"run\.toml") as error:
+        TrainConfig.from_toml(file)
+    assert told in str(error.value)
+
+
+def test_a_run_goes_on_under_what_does_not_change_it() -> None:
+    before = config_of(ROOT, OUT)
+    changed = {"steps": 99, "checkpoint_every": 1, "workers": 2, "micro_batch_rows": 1}
+    moved = config_of(Path("/moved"), Path("/moved"), train={**changed, "out": "/moved"})
+    check_continues(moved, before)
+    assert {name: getattr(moved.train, name) for name in changed} == changed
+    with pytest.raises(SpecMismatch, match=r"^train\.lr"):
+        check_continues(
+            config_of(Path("/moved"), Path("/moved"), train={**changed, "out": "/moved", "lr": 5.0}), before
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"train": {"lr": 5.0}}, r"^train\.lr is 5\.0, but it was 0\.01 when the run in"),
+        ({"train": {"seed": 5}}, r"^train\.seed"),
+        ({"student": {"config": {"model_type": "llama", "hidden_size": 64}}}, r"^student\.config\."),
+        ({"teachers": [{"name": "fake"}, {"name": "new"}]}, r"^teachers\.1\."),
+        ({"data": {"corpus": "other"}}, r"^data\.corpus is 'other'"),
+        ({"data": {"eval_corpora": ["judge"]}}, r"^data\.eval_corpora\.0 is 'judge', but it was not there when"),
+    ],
+)
+def test_a_run_does_not_go_on_as_another(changes: dict[str, Any], key: str) -> None:
+    with pytest.raises(SpecMismatch, match=key):
+        check_continues(config_of(ROOT, OUT, **changes), config_of(ROOT, OUT))
+
+
+def test_importing_the_package_and_its_commands_is_cheap() -> None:
+    code = (
+        "import sys, potstill.student_trainer.commands.train, potstill.student_trainer.commands.evaluate;"
+        "print([m for m in ('torch', 'transformers', 'ray', 'zarr', 'pydantic', 'numpy') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
