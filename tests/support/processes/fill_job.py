@@ -59,7 +59,7 @@ def main() -> None:
 
 def row_name(row: Tokens | bytes) -> str:
     """The name of a row in a job's report: rows of equal tokens have the same."""
-    return hashlib.sha256(row).hexdigest()[:16]
+    return hashlib.sha256(row if isinstance(row, bytes) else row.tobytes()).hexdigest()[:16]
 
 
 @contextmanager
