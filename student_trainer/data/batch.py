@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from potstill.cache.corpus import Corpus
-from potstill.cache.errors import TeacherFailed
 from potstill.cache.forks import PerProcess
 from potstill.cache.types import Targets, Tokens
 from potstill.clients.patience import Patience
+from potstill.student_trainer.data.checks import check_alignment, check_lengths, check_mass
 from potstill.student_trainer.data.joined import JoinedCorpora
 from potstill.student_trainer.data.sources import NO_ID, TargetSource
 from potstill.student_trainer.losses import NO_LABEL, TeacherTargets
@@ -102,13 +102,14 @@ class BatchReader:
         """Read the rows at `indexes` as one batch, in that order.
 
         Raises:
-            TeacherFailed: a source answers with another number of rows or positions than it was asked for.
+            TeacherFailed: a source answers with another number of rows or positions than it was asked for, with NaN
+                or a mass over 1, or with targets that are not of the next tokens.
             PotstillError: whatever a source raises.
         """
         wanted = [int(i) for i in indexes]
         rows, masks, answers = self._answer(lambda: self._read(wanted))
         for source, targets in zip(self.sources, answers, strict=True):
-            _check_lengths(source.name, rows, targets)
+            self._check(source.name, wanted, rows, targets)
         tokens, mask, labels = _pad_rows(rows, masks, self.prefix)
         teachers = tuple(
             _pad_targets(targets, tokens.shape[1], weight, len(self.prefix))
@@ -129,6 +130,16 @@ class BatchReader:
         masks = self.corpus.take_loss_mask(indexes.tolist())
         return sum(int(mask[:-1].sum()) for mask in masks), sum(int(mask.sum()) for mask in masks)
 
+    def _check(self, teacher: str, wanted: Sequence[int], rows: Sequence[Tokens], answers: Sequence[Targets]) -> None:
+        def place(i: int) -> tuple[str, int]:
+            if isinstance(self.corpus, JoinedCorpora):
+                return self.corpus.place(wanted[i])
+            return self.corpus.name, wanted[i]
+
+        check_lengths(teacher, rows, answers)
+        check_mass(teacher, answers, place)
+        check_alignment(teacher, rows, answers, place)
+
     def _answer(self, ask: Callable[[], T]) -> T:
         return ask() if self.patience is None else self.patience.answer(ask)
 
@@ -137,14 +148,6 @@ class BatchReader:
             rows = self.corpus.take(wanted)
             masks = self.corpus.take_loss_mask(wanted) if self.corpus.has_loss_mask else _all_taught(rows)
             return rows, masks, [source.read(wanted, rows) for source in self.sources]
-
-
-def _check_lengths(name: str, rows: Sequence[Tokens], answers: Sequence[Targets]) -> None:
-    if len(answers) != len(rows):
-        raise TeacherFailed(f"teacher {name!r} answered {len(answers)} rows of {len(rows)}")
-    for row, targets in zip(rows, answers, strict=True):
-        if targets.num_positions != len(row):
-            raise TeacherFailed(f"teacher {name!r} gave {targets.num_positions} targets for a row of {len(row)} tokens")
 
 
 def _all_taught(rows: Sequence[Tokens]) -> list[NDArray[np.bool_]]:

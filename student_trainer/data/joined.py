@@ -78,6 +78,11 @@ class JoinedCorpora:
         """Turn rising rows of each corpus into rows of all together, rising."""
         return np.concatenate([part + first for part, first in zip(rows, self.first_rows, strict=False)])
 
+    def place(self, row: int) -> tuple[str, int]:
+        """Name the corpus of a row of all together, and the row's number in it."""
+        m = int(np.searchsorted(self.first_rows[1:-1], row, side="right"))
+        return self.corpora[m].name, row - int(self.first_rows[m])
+
     def take(self, rows: Sequence[int]) -> list[Tokens]:
         """Read the tokens of rows in any order, each [T] uint32; raises as `Corpus.take`."""
         return self._gathered(rows, lambda m, _, own: self.corpora[m].take(own))

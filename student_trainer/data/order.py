@@ -15,12 +15,18 @@ Shape legend:  R rows of the corpus, S shards, L rows left out.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 # Salts, so that the uses of one seed share no random numbers; 3 is that of held-out rows.
 _SHARDS, _ROWS = np.uint64(1), np.uint64(2)
+_FEW = 4
+"""Windows, and plans of epochs, that are kept: of those who read ahead, who train and who evaluate."""
+
+K = TypeVar("K")
+T = TypeVar("T")
 
 
 def hashed(indexes: NDArray[np.int64], *salt: int | np.uint64) -> NDArray[np.uint64]:
@@ -43,7 +49,7 @@ class SampleOrder:
     window_shards: int = 8
     _plans: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = field(default_factory=dict, init=False, repr=False)
     _windows: dict[tuple[int, int], NDArray[np.int64]] = field(default_factory=dict, init=False, repr=False)
-    """Epoch and window that the last call ended in, as the next one mostly begins there; without, they are computed."""
+    """The last few windows that were asked for, by epoch and window; without, they are computed."""
 
     @property
     def rows_per_epoch(self) -> int:
@@ -64,20 +70,26 @@ class SampleOrder:
             cursor, count = cursor + len(part), count - len(part)
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
+    def window_at(self, cursor: int) -> NDArray[np.int64]:
+        """Give the rows of the window of shards, in their order, that the row at `cursor` is in."""
+        epoch, offset = divmod(cursor, self.rows_per_epoch)
+        return self._window_in_epoch(epoch, offset)[0]
+
     def _take_in_epoch(self, epoch: int, offset: int, count: int) -> NDArray[np.int64]:
+        rows, start = self._window_in_epoch(epoch, offset)
+        return rows[offset - start : offset - start + count]
+
+    def _window_in_epoch(self, epoch: int, offset: int) -> tuple[NDArray[np.int64], int]:
+        """Give the rows of a window, and where in the epoch it starts."""
         shards, window_starts = self._plan(epoch)
         window = int(np.searchsorted(window_starts, offset, side="right")) - 1
-        rows = self._window(epoch, window, shards)
-        start = offset - int(window_starts[window])
-        return rows[start : start + count]
+        return self._window(epoch, window, shards), int(window_starts[window])
 
     def _plan(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The epoch's shards in order [S], and where in the epoch each window of them starts."""
         plan = self._plans.get(epoch)
         if plan is None:
-            plan = self._new_plan(epoch)
-            self._plans.clear()
-            self._plans[epoch] = plan
+            plan = _kept(self._plans, epoch, self._new_plan(epoch))
         return plan
 
     def _new_plan(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -98,10 +110,16 @@ class SampleOrder:
             rows = np.concatenate([np.arange(a, b, dtype=np.int64) for a, b in bounds])
             rows = rows[~np.isin(rows, self.left_out, assume_unique=True)]
             order = np.argsort(hashed(rows, self.seed, epoch, _ROWS), kind="stable")
-            found = rows[order]
-            self._windows.clear()  # two threads may ask: each goes on with what it found or made
-            self._windows[epoch, window] = found
+            found = _kept(self._windows, (epoch, window), rows[order])
         return found
+
+
+def _kept(few: dict[K, T], key: K, made: T) -> T:
+    """Keep what was made with the last few before it; threads may ask at once: each goes on with what it made."""
+    few[key] = made
+    for oldest in list(few)[:-_FEW]:
+        few.pop(oldest, None)
+    return made
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

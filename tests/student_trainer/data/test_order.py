@@ -61,3 +61,13 @@ def test_the_order_never_changes() -> None:
     """Runs resume under newer versions of everything: these numbers are frozen."""
     assert hashed(np.arange(3), 7).tolist() == FROZEN_HASHES
     assert order_of([4, 3, 5], [2, 9], seed=7).take(0, 12).tolist() == FROZEN_ROWS
+
+
+def test_readers_at_several_windows_do_not_take_them_from_each_other() -> None:
+    order = order_of([5] * 40, [], window=2)
+    windows = [order.window_at(cursor) for cursor in (0, 12, 25)]
+    for ahead in (0, 12, 25) * 3:
+        order.take(ahead, 1)
+    assert all(order.window_at(cursor) is kept for cursor, kept in zip((0, 12, 25), windows, strict=True))
+    order.take(0, 200)
+    assert order.window_at(0) is not windows[0], "only a few are kept"
