@@ -47,8 +47,8 @@ def reader_of(corpora: Sequence[Corpus], change: Change, only_in: str = "") -> B
 
 def moved(targets: Targets, by: int, *, labels: bool = True) -> Targets:
     """The targets `by` positions later, from the first again at the end."""
-    names = ("ids", "logprobs", "log_tail", *(["label_logprob"] if labels else []))
-    return replace(targets, **{name: np.roll(getattr(targets, name), -by, axis=0) for name in names})
+    later = Targets.concat([targets[by:], targets[:by]])
+    return later if labels else replace(later, label_logprob=targets.label_logprob)
 
 
 def with_labels_of_top_k(targets: Targets, row: Tokens) -> Targets:
@@ -117,9 +117,10 @@ def test_shifted_targets_without_labels_are_found_by_their_tokens(by: int) -> No
     from potstill.student_trainer.data.checks import check_alignment
 
     random = np.random.default_rng(0)
-    # One number in five is another than the next, so that some label is not among the top-k.
-    rows = [(np.arange(40) + random.integers(40)) % 40 for _ in range(12)]
-    rows = [np.where(random.random(40) < 0.1, random.integers(0, 40, 40), row).astype(np.uint32) for row in rows]
+    # One number in ten is another than the next, so that some label is not among the top-k.
+    starts = random.integers(0, 40, 12, dtype=np.uint32)
+    rows = [(np.arange(40, dtype=np.uint32) + start) % 40 for start in starts]
+    rows = [np.where(random.random(40) < 0.1, random.integers(0, 40, 40, dtype=np.uint32), row) for row in rows]
     answers = [CountingTeacher().targets(row) for row in rows]
     shifted = [
         with_labels_of_top_k(moved(each, by, labels=False), row) for each, row in zip(answers, rows, strict=True)
