@@ -165,7 +165,8 @@ def test_plain_cross_entropy_shares_rows_and_initial_weights(root: Path, tmp_pat
     train(plain)
     ours, theirs = (read_metrics(tmp_path / name) for name in ("kd", "ce"))
     assert ours[0]["held_out"]["ce"] == theirs[0]["held_out"]["ce"], "the same weights before step 1"
-    assert ours[1]["ce"] == theirs[1]["ce"], "the same rows in step 1"
+    # With teachers the log-sum-exp is taken apart at their ids: the same to the last digits of float32.
+    assert ours[1]["ce"] == pytest.approx(theirs[1]["ce"], rel=1e-6), "the same rows in step 1"
     assert ours[2]["ce"] != theirs[2]["ce"]
     assert theirs[1]["kl"] == theirs[0]["held_out"]["teachers"] == {}
     assert theirs[1]["loss"] == theirs[1]["ce"]

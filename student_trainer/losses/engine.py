@@ -1,0 +1,217 @@
+"""The gradient of every loss that sees the student through log p on some ids K and log p of the rest.
+
+Let p = softmax(z) over the vocabulary, and p_r the mass outside K. Of a loss f(log p_K, log p_r) with derivatives
+ga [K] and gb, and s = sum(ga) + gb,
+
+    df/dz_j = ga_j - s p_j                          j in K
+            = (gb - s p_r) exp(z_j - LSE_tail)      otherwise
+
+where LSE_tail is the log-sum-exp of the logits outside K. (The second is p_j (gb / p_r - s), which is inf * 0 where
+p_r underflows; as written it is exact.) A loss is thus a few lines on small arrays, and what follows is written once.
+
+Several losses of one position, each with its own K, are summed by one pass over the row. The logits in the union of
+all K are set to -inf, e_j = exp(z_j - max) is written over the others, and `rest` is the log of their sum. Each tail is
+`rest` and the few logits that are in the union but not in its own K, and outside the union every gradient is a number
+of the row times e_j. So there is one exponential for each logit, no second array of their size, and no difference of
+two large sums: a student that puts all but e**-60 on one id keeps an exact tail.
+
+Shape legend:  n positions, V vocabulary, K ids of one loss, U those of all losses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Aim:
+    """What one loss holds the student to, at n positions: t on K, and r outside."""
+
+    ids: Tensor
+    """[n, K] int64, without repeats; V for an id that the student does not have, and has no part in the loss."""
+    log_t: Tensor
+    """[n, K]; -inf for no mass."""
+    log_r: Tensor
+    """[n]; -inf for no mass."""
+    scale: Tensor
+    """[n] factor of the loss's gradient at each position."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Compared:
+    """An aim and a student at n positions. Ids that the student lacks have no mass in either."""
+
+    log_t: Tensor  # [n, K]
+    log_r: Tensor  # [n]; -inf where K is all of the vocabulary: mass there cannot be learnt
+    log_p: Tensor  # [n, K]
+    log_p_r: Tensor  # [n]; as `log_r` where the loss does not ask for the tail
+
+    @property
+    def t(self) -> Tensor:
+        """Mass, [n, K]."""
+        return self.log_t.exp()
+
+    @property
+    def r(self) -> Tensor:
+        """Mass, [n]."""
+        return self.log_r.exp()
+
+    @property
+    def p(self) -> Tensor:
+        """Mass, [n, K]."""
+        return self.log_p.exp()
+
+    @property
+    def p_r(self) -> Tensor:
+        """Mass, [n]."""
+        return self.log_p_r.exp()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Measured:
+    """A loss at n positions, and its derivatives."""
+
+    value: Tensor
+    """[n]"""
+    by_log_p: Tensor
+    """[n, K]; a constant times p may be left out, here and below, as it has no effect on the gradient."""
+    by_log_p_r: Tensor | None = None
+    """[n]; None where the loss does not depend on it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """A loss as the engine takes it."""
+
+    measure: Callable[[Compared], Measured]
+    has_tail: bool = True
+    """False for a loss that does not look at the rest: then nothing is done to know it."""
+
+
+def scratch(num_positions: int, vocab: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Make an array [n, V + 1] for logits, whose last column stands for ids that the student does not have."""
+    z = like.new_empty((num_positions, vocab + 1), dtype=dtype)
+    z[:, vocab] = -math.inf
+    return z
+
+
+def turn_into_gradient(
+    z: Tensor, labels: Tensor, label_scale: Tensor, aims: Sequence[Aim], divergence: Divergence
+) -> tuple[Tensor, list[Tensor]]:
+    """Write the gradient of cross-entropy and of each aim's divergence, by their scales, over the logits.
+
+    Args:
+        z: [n, V + 1] logits in `scratch`; float32 or float64.
+        labels: [n] int64; V where there is none.
+        label_scale: [n] factor of the gradient of cross-entropy; 0 where there is no label.
+        aims: what the divergence is measured to.
+        divergence: the loss of each aim.
+
+    Returns:
+        Cross-entropy [n] in nats, of no meaning where there is no label, and the divergence [n] of each aim.
+    """
+    labels = labels[:, None]
+    label_z = z.gather(-1, labels).squeeze(-1)
+    kept = [z.gather(-1, aim.ids) for aim in aims]
+    union = _Union.taken_from(z, [aim.ids for aim in aims], kept) if divergence.has_tail else _Union.empty(z)
+    e_sum, rest = _exponentials(z)
+    lse = torch.logaddexp(rest, union.lse())
+    total_s, at_rest, at_union = -label_scale, torch.zeros_like(rest), torch.zeros_like(union.z)
+    values, by_id = [], []
+    for m, (aim, z_kept) in enumerate(zip(aims, kept, strict=True)):
+        tail = torch.logaddexp(rest, union.lse(outside=m)) if divergence.has_tail else torch.full_like(rest, -math.inf)
+        found = divergence.measure(_compared(aim, z_kept, tail, lse))
+        values.append(found.value)
+        by_id.append(aim.scale[:, None] * found.by_log_p)
+        total_s = total_s + by_id[-1].sum(dim=-1)
+        if found.by_log_p_r is not None:
+            by_rest, finite_tail = aim.scale * found.by_log_p_r, tail.masked_fill(tail == -math.inf, 0.0)
+            total_s = total_s + by_rest
+            at_rest += by_rest * torch.exp(rest - finite_tail)
+            at_union += by_rest[:, None] * union.shares(m, finite_tail)
+    factor = (at_rest - total_s * torch.exp(rest - lse)) / e_sum
+    z.mul_(factor.masked_fill(e_sum == 0, 0.0)[:, None])
+    at_union -= total_s[:, None] * torch.exp(union.z - lse[:, None])
+    z.scatter_add_(-1, union.ids, at_union)
+    for aim, by_log_p in zip(aims, by_id, strict=True):
+        z.scatter_add_(-1, aim.ids, by_log_p)
+    z.scatter_add_(-1, labels, -label_scale[:, None])
+    return lse - label_z, values
+
+
+def compare(z: Tensor, aim: Aim) -> Compared:
+    """Compare one aim with a student, without gradient; z [n, V + 1] is of no use afterwards."""
+    kept = z.gather(-1, aim.ids)
+    z.scatter_(-1, aim.ids, -math.inf)
+    tail = torch.logsumexp(z, dim=-1)
+    lse = torch.logaddexp(tail, torch.logsumexp(kept, dim=-1))
+    return _compared(aim, kept, tail, lse)
+
+
+def _compared(aim: Aim, kept: Tensor, tail: Tensor, lse: Tensor) -> Compared:
+    # Where K is all of the vocabulary, mass outside it has nowhere to go and cannot be learnt: it is dropped.
+    log_r = aim.log_r.masked_fill(tail == -math.inf, -math.inf)
+    return Compared(aim.log_t, log_r, kept - lse[:, None], tail - lse)
+
+
+def _exponentials(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Write exp(z - max) over z; return its sum [n] and the log-sum-exp [n] of z."""
+    top = z.amax(dim=-1)
+    top = top.masked_fill(top == -math.inf, 0.0)  # nothing is left where K is all of the vocabulary
+    e_sum = z.sub_(top[:, None]).exp_().sum(dim=-1)
+    return e_sum, top + e_sum.log()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Union:
+    """The ids of all aims, side by side."""
+
+    ids: Tensor  # [n, U] int64
+    z: Tensor  # [n, U] logits; -inf where the id stands further left already, so that each counts once
+    members: Tensor | None  # [n, U] int64, bit m set for an id of aim m; None for one aim, which has them all
+
+    @classmethod
+    def empty(cls, z: Tensor) -> _Union:
+        none = z.new_empty((len(z), 0))
+        return cls(none.long(), none, None)
+
+    @classmethod
+    def taken_from(cls, z: Tensor, ids: Sequence[Tensor], kept: Sequence[Tensor]) -> _Union:
+        """Collect the ids, and set their logits in `z` to -inf."""
+        if not ids:
+            return cls.empty(z)
+        all_ids, z_union = torch.cat(list(ids), dim=-1), torch.cat(list(kept), dim=-1)
+        members = None
+        if len(ids) > 1:
+            # z's own columns tell which aims have an id: without sorting, and for as many accesses as there are ids.
+            z.scatter_(-1, all_ids, 0.0)
+            for m, each in enumerate(ids):
+                z.scatter_add_(-1, each, torch.full_like(kept[m], 2.0**m))
+            members = z.gather(-1, all_ids).long()
+            own = torch.cat([torch.full_like(each[:1], 2**m) for m, each in enumerate(ids)], dim=-1)
+            z_union = z_union.masked_fill(members % own != 0, -math.inf)
+        z.scatter_(-1, all_ids, -math.inf)
+        return cls(all_ids, z_union, members)
+
+    def lse(self, outside: int | None = None) -> Tensor:
+        """[n] log-sum-exp of the logits, or of those that are not in one aim."""
+        if outside is None:
+            return torch.logsumexp(self.z, dim=-1)
+        if self.members is None:
+            return self.z.new_full((len(self.z),), -math.inf)
+        return torch.logsumexp(self.z.masked_fill(self._in(outside), -math.inf), dim=-1)
+
+    def shares(self, m: int, tail: Tensor) -> Tensor:
+        """[n, U] share of each id in the tail [n] of aim m, of which its own ids have none."""
+        if self.members is None:
+            return torch.zeros_like(self.z)
+        return torch.exp(self.z - tail[:, None]).masked_fill(self._in(m), 0.0)
+
+    def _in(self, m: int) -> Tensor:
+        assert self.members is not None, "one aim has all ids"
+        return (self.members >> m) % 2 == 1
