@@ -95,7 +95,7 @@ class FakeTeacher:
     def targets(self, row: Tokens, want: Fields) -> Targets:
         """Everything that is wanted of one row, computed plainly in float64."""
         dense = self.dense_logprobs(row)
-        top_k = self.distribution(row, want.k) if want.k else self.distribution(row, 1).without_top_k()
+        top_k = _top_k(dense, row, want.k) if want.k else _top_k(dense, row, 1).without_top_k()
         tempered = [np.logaddexp.reduce(dense / t, axis=1) for t in want.temperatures]
         return replace(
             top_k,
@@ -107,20 +107,23 @@ class FakeTeacher:
 
     def distribution(self, row: Tokens, k: int) -> Targets:
         """The top `k` of one row."""
-        dense = self.dense_logprobs(row)
-        ids = np.argsort(-dense, axis=1, kind="stable")[:, :k]
-        logprobs = np.take_along_axis(dense, ids, axis=1)
-        tail = 1.0 - np.exp(logprobs).sum(axis=1)
-        log_tail = np.full(len(row), -np.inf)
-        np.log(tail, out=log_tail, where=tail > 1e-12)
-        label = np.full(len(row), np.nan)
-        label[:-1] = dense[np.arange(len(row) - 1), row[1:]]
-        return Targets(
-            ids=ids.astype(np.uint32),
-            logprobs=logprobs.astype(np.float32),
-            log_tail=log_tail.astype(np.float32),
-            label_logprob=label.astype(np.float32),
-        )
+        return _top_k(self.dense_logprobs(row), row, k)
+
+
+def _top_k(dense: np.ndarray[tuple[int, int], np.dtype[np.float64]], row: Tokens, k: int) -> Targets:
+    ids = np.argsort(-dense, axis=1, kind="stable")[:, :k]
+    logprobs = np.take_along_axis(dense, ids, axis=1)
+    tail = 1.0 - np.exp(logprobs).sum(axis=1)
+    log_tail = np.full(len(row), -np.inf)
+    np.log(tail, out=log_tail, where=tail > 1e-12)
+    label = np.full(len(row), np.nan)
+    label[:-1] = dense[np.arange(len(row) - 1), row[1:]]
+    return Targets(
+        ids=ids.astype(np.uint32),
+        logprobs=logprobs.astype(np.float32),
+        log_tail=log_tail.astype(np.float32),
+        label_logprob=label.astype(np.float32),
+    )
 
 
 class GatedTeacher(FakeTeacher):
