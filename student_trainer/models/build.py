@@ -1,4 +1,4 @@
-"""Students: any causal language model of `transformers`, from a config or a checkpoint."""
+"""Students: any causal language model of `transformers`, from a config, a checkpoint or some of its layers."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from potstill.cache.errors import InvalidInput, LimitExceeded
 from potstill.cache.plurals import counted
 from potstill.student_trainer.models.architecture import set_special_ids, student_settings
+from potstill.student_trainer.models.layers import keep_layers
 from potstill.student_trainer.models.settings import StudentConfig
 
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
@@ -96,7 +97,7 @@ def _load(student: StudentConfig, settings: Any, seed: int) -> PreTrainedModel:
         loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             student.checkpoint, dtype=torch.float32, use_safetensors=True
         )
-        return loaded
+        return loaded if student.layers is None else keep_layers(loaded, student.layers)
     text = settings.get_text_config()
     # Weights of a padding id would begin as zeros, where gradients are a hundred times those of other ids.
     padding, text.pad_token_id = getattr(text, "pad_token_id", None), None

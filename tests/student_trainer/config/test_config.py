@@ -79,6 +79,8 @@ def test_folders_become_absolute_and_names_do_not(tmp_path: Path, monkeypatch: p
         ({"teachers": [{"name": "a", "source": "service"}]}, r"url goes with source"),
         ({"student": {"checkpoint": "x"}}, r"exactly one of config and checkpoint"),
         ({"student": {"config": {"hidden_size": 4}}}, r"model_type"),
+        ({"student": {"layers": [0]}}, r"layers are taken from a checkpoint; give one in place of config"),
+        ({"student": {"config": None, "checkpoint": "x", "layers": []}}, r"student\.layers"),
     ],
 )
 def test_a_bad_value_is_named_with_its_limit(changes: dict[str, Any], message: str) -> None:

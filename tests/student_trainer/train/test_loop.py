@@ -28,7 +28,7 @@ from potstill.student_trainer.data import BatchReader
 from potstill.student_trainer.evaluate.result import HELD_OUT, TrainResult
 from potstill.student_trainer.evaluate.student import evaluate_student
 from potstill.student_trainer.metrics.records import MetricsFollower, Record, read_metrics
-from potstill.student_trainer.models.build import build_student
+from potstill.student_trainer.models.build import build_student, load_student
 from potstill.student_trainer.train.loop import train
 from potstill.student_trainer.train.run import evaluate_run, only_trainer
 from tests.support.fakes import FakeTeacher
@@ -209,6 +209,17 @@ def test_a_student_continues_from_a_checkpoint(root: Path, tmp_path: Path) -> No
     train(config_of(root, tmp_path / "next", student=checkpoint, train={"steps": 1}))
     last, first = read_metrics(tmp_path / "first")[-1], read_metrics(tmp_path / "next")[0]
     assert first["held_out"] == last["held_out"]
+
+
+def test_a_student_of_some_layers_resumes_and_is_published_with_them(root: Path, tmp_path: Path) -> None:
+    train(config_of(root, tmp_path / "larger", student={"config": {**STUDENT, "num_hidden_layers": 3}}))
+    layers = {"config": None, "checkpoint": str(tmp_path / "larger" / "model"), "layers": [0, 2]}
+    straight, resumed = (config_of(root, tmp_path / name, student=layers) for name in ("straight", "resumed"))
+    train(straight)
+    train_stopping_at(resumed, 4)
+    train(resumed)
+    assert same_weights(tmp_path / "straight", tmp_path / "resumed")
+    assert load_student(tmp_path / "straight" / "model").config.num_hidden_layers == 2
 
 
 def test_tied_embeddings_survive_a_resume(root: Path, tmp_path: Path) -> None:
