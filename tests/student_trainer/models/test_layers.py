@@ -32,7 +32,8 @@ def random_model(keys: dict[str, Any]) -> PreTrainedModel:
 
 def logits(model: PreTrainedModel) -> torch.Tensor:
     with torch.no_grad():
-        return model(input_ids=torch.arange(2 * 9).reshape(2, 9) * 7 % V).logits
+        found: torch.Tensor = model(input_ids=torch.arange(2 * 9).reshape(2, 9) * 7 % V).logits
+    return found
 
 
 @pytest.mark.parametrize("keys", KINDS, ids=lambda keys: str(keys["model_type"]))
