@@ -91,6 +91,7 @@ def test_a_prefill_that_cannot_be_leaves_the_cache_as_it_was(
     assert files(root) == before
 
 
+@pytest.mark.slow
 def test_a_row_over_the_context_is_refused_before_anything_is_written(
     tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

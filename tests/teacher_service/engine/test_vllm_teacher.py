@@ -31,6 +31,7 @@ def test_importing_the_module_imports_no_engine() -> None:
     assert done.stdout == "set()\n"
 
 
+@pytest.mark.slow
 def test_an_engine_starts_and_ends_without_a_warning(tiny_llama: Path) -> None:
     code = (
         "import asyncio\n"
@@ -134,6 +135,7 @@ def test_identity_names_the_model_and_no_path(vllm_teacher: VllmTeacher, tiny_ll
     assert (provenance.engine, provenance.device, provenance.capture_path) == ("vllm", "cpu", "sampler")
 
 
+@pytest.mark.slow
 async def test_another_teacher_in_the_same_process(
     vllm_teacher: VllmTeacher, tiny_forward: Forward, tmp_path: Path
 ) -> None:

@@ -277,6 +277,7 @@ def test_what_ends_a_thread_or_fails_in_a_finalizer_is_json_too() -> None:
     assert "ValueError: late" in finalizer["exception"]
 
 
+@pytest.mark.slow
 def test_what_vllm_logs_after_an_engine_has_set_up_its_loggers_is_json_too() -> None:
     _, lines = lines_of(
         "import vllm.logger\n"
