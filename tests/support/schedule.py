@@ -19,13 +19,16 @@ LONG = (
     "tests/cache/upkeep/test_verify.py",
     "tests/student_trainer/commands/test_commands.py",
     "tests/cache/store/test_s3.py",
-    "tests/cache/encoding/test_archive.py",
     "tests/cache/upkeep/test_delete.py",
     "tests/cache/commands/test_commands.py",
     "tests/cache/fill/test_fill.py",
     "tests/teacher_service/routes/test_page.py",
 )
-"""Groups that take half a minute or more: they begin first, so that no process is left alone with one at the end."""
+"""Groups that take half a minute or more: they begin first, so that no process is left alone with one at the end.
+
+`test_verify` is the first of them that compiles the archive's code, in half a minute where nothing is compiled yet; the
+tests of the archive itself come later, and find it on disk.
+"""
 
 
 def group_of(nodeid: str) -> str:
