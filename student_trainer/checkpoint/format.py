@@ -38,6 +38,8 @@ class TrainState:
     """sha256 of the rows that are not trained on, in hex; empty for none, and where an earlier version wrote it."""
     prefix_ids: Sequence[int] = ()
     """Token ids that the student sees in front of each row."""
+    format: int = 1
+    """2 where the mark of the checkpoint has hashes; 1 where an earlier version wrote it."""
 
     def check_steps(self, train: LoopConfig) -> None:
         """Check that the run has not taken more steps than it is to have.

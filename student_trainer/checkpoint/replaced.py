@@ -1,11 +1,13 @@
-"""Folders that take the place of others as a whole."""
+"""Folders that take the place of others as a whole, and what is left of those that did not."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from potstill.cache.errors import StoreError
 from potstill.cache.store.local_files import flush_tree, fsync
@@ -13,11 +15,11 @@ from potstill.student_trainer.config.run_folder import PARTIAL
 
 
 @contextmanager
-def replaced(folder: Path, *, mark: str | None = None) -> Iterator[Path]:
-    """Give a new folder to write, which replaces `folder` when the block ends; a file `mark` is put into it last.
+def replaced(folder: Path, *, mark: Callable[[Path], None] | None = None) -> Iterator[Path]:
+    """Give a new folder to write, which replaces `folder` when the block ends; then `mark` is called with it.
 
     Raises:
-        StoreError: the disk does not take it.
+        StoreError: the disk does not take it; what was written is removed.
     """
     partial = folder.with_name(f"{PARTIAL}{folder.name}")
     try:
@@ -32,8 +34,26 @@ def replaced(folder: Path, *, mark: str | None = None) -> Iterator[Path]:
         partial.rename(folder)
         # Not every shared file system renames a folder in one step, so a mark that comes last says that it is whole.
         if mark is not None:
-            (folder / mark).touch()
+            mark(folder)
             fsync(folder)
         fsync(folder.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise StoreError(f"{str(folder)!r} could not be written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # a full disk has no room to keep it
+
+
+def remove_leftovers(run_dir: Path, is_whole: Callable[[Path], bool]) -> None:
+    """Remove what killed writers left in a run's folder and in its `checkpoints`. For whoever has the run's lock.
+
+    Args:
+        run_dir: the run's folder.
+        is_whole: tells of a folder in `checkpoints` whether to keep it.
+    """
+    checkpoints = run_dir / "checkpoints"
+    left = [path for path in checkpoints.glob("step-*") if path.is_dir() and not is_whole(path)]
+    for path in [*left, *run_dir.glob(f"{PARTIAL}*"), *checkpoints.glob(f"{PARTIAL}*")]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

@@ -21,6 +21,7 @@ FREE_ON_RESUME = frozenset(
         "train.save_dtype",
         "train.keep_checkpoints",
         "train.workers",
+        "train.device",
         "train.max_failures",
         "train.out",
     }

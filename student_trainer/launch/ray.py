@@ -22,9 +22,13 @@ import ray.train.torch
 
 from potstill.cache.errors import PotstillError, Unavailable
 from potstill.cache.ray_folder import ray_folder
-from potstill.student_trainer.checkpoint.whole import newest_step
+from potstill.clients.address import API_KEY_VARIABLE
+from potstill.clients.patience import has_no_answer
+from potstill.student_trainer.checkpoint.format import load_state
+from potstill.student_trainer.checkpoint.whole import newest_checkpoint
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.evaluate.result import TrainResult, finished_before
+from potstill.student_trainer.launch.placement import Node, Placement, place
 from potstill.student_trainer.metrics.records import MetricsFollower, Record
 from potstill.student_trainer.parallel.ddp import DdpGroup
 from potstill.student_trainer.train.loop import run_session
@@ -52,7 +56,8 @@ def train_with_ray(
         on_record: called in this process with every record of `metrics.jsonl`.
 
     Raises:
-        PotstillError: as `loop.train`; what cannot work is found before Ray starts.
+        PotstillError: as `loop.train`; what cannot work is found before Ray starts, or before any worker does where
+            the cluster has no place for them. Only what a restart may mend is tried again.
     """
     config = config.absolute()
     finished = finished_before(config)
@@ -64,11 +69,14 @@ def train_with_ray(
     stop_file = config.run_dir / _STOP_FILE
     # A file, as the only channel that surely reaches workers on other machines: they share the run's folder anyway.
     stop_file.unlink(missing_ok=True)
-    follower = MetricsFollower(config.run_dir, after_step=newest_step(config.run_dir / "checkpoints"))
+    # Checked here, too: workers' warnings are not shown, and records of steps after a damaged one are to be.
+    checkpoint = newest_checkpoint(config.run_dir / "checkpoints")
+    follower = MetricsFollower(config.run_dir, after_step=-1 if checkpoint is None else load_state(checkpoint).step)
     with _ray(address, config.train.workers):
+        trainer = _trainer(config)
         fit: Future[TrainResult] = Future()
         # In the main thread `fit` would take over Ctrl-C and abort without a checkpoint.
-        threading.Thread(target=_fit, args=(_trainer(config), fit), name="ray-train", daemon=True).start()
+        threading.Thread(target=_fit, args=(trainer, fit), name="ray-train", daemon=True).start()
         while not fit.done():
             wait([fit], _POLL_SECONDS)
             for record in follower.read():
@@ -76,9 +84,13 @@ def train_with_ray(
             if should_stop() and not stop_file.exists():
                 stop_file.touch()
     stop_file.unlink(missing_ok=True)
+    return _result(fit)
+
+
+def _result(fit: Future[TrainResult]) -> TrainResult:
     try:
         result = fit.result()
-    except ray.train.WorkerGroupError as error:
+    except ray.train.TrainingFailedError as error:
         raise _cause(error) from error
     if result.problem:
         raise Unavailable(result.problem)
@@ -93,32 +105,69 @@ def _fit(trainer: ray.train.torch.TorchTrainer, found: Future[TrainResult]) -> N
         found.set_exception(error)
 
 
-def _worker(arguments: Mapping[str, Any]) -> TrainResult:
-    """Train as one worker of a group; Ray calls it in the worker's own process."""
-    config = TrainConfig.of(arguments["config"])
-    context = ray.train.get_context()
-    device, rank, size = ray.train.torch.get_device(), context.get_world_rank(), context.get_world_size()
-    group = DdpGroup(device=device, rank=rank, world_size=size)
-    stop_file = config.run_dir / _STOP_FILE
-    # An error would have Ray start the workers again, to find no service either.
-    return run_session(config, group, should_stop=stop_file.exists)
+class _EndOnOurErrors(ray.train.UserCallback):  # type: ignore[misc]
+    """Ends the run where a worker raises an error that a restart cannot mend; Ray would start it again and again."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:  # noqa: ARG002 -- Ray's
+        for error in map(_ours, worker_exceptions.values()):
+            # Raised in Ray's controller, it ends the run: only errors of workers are tried again.
+            if error is not None and not has_no_answer(error):
+                raise error
+
+
+def _training(keys: Mapping[str, str]) -> Callable[[Mapping[str, Any]], TrainResult]:
+    """Make the function that Ray calls in each worker's own process to train as one of a group.
+
+    Args:
+        keys: API keys by environment variable. They travel in the function itself: Ray writes a `runtime_env` into its
+            logs, and the worker's arguments may be shown.
+    """
+
+    def worker(arguments: Mapping[str, Any]) -> TrainResult:
+        os.environ.update(keys)
+        config = TrainConfig.of(arguments["config"])
+        context = ray.train.get_context()
+        device, rank, size = ray.train.torch.get_device(), context.get_world_rank(), context.get_world_size()
+        group = DdpGroup(device=device, rank=rank, world_size=size)
+        stop_file = config.run_dir / _STOP_FILE
+        # An error would have Ray start the workers again, to find no service either.
+        return run_session(config, group, should_stop=stop_file.exists)
+
+    return worker
+
+
+def _keys(config: TrainConfig) -> dict[str, str]:
+    """The API keys that the run's services are asked with, by environment variable, as far as they are set here."""
+    named = (config.data.api_key_env, *(teacher.api_key_env for teacher in config.teachers))
+    names = {API_KEY_VARIABLE, *(name for name in named if name is not None)}
+    return {name: os.environ[name] for name in sorted(names) if name in os.environ}
+
+
+def _placement(config: TrainConfig) -> Placement:
+    """Choose what each worker gets on the nodes of the cluster that this process is connected to."""
+    nodes = [
+        Node(node["NodeManagerHostname"], *(node["Resources"].get(name, 0.0) for name in ("CPU", "GPU")))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    return place(nodes, config.train.workers, config.train.device)
 
 
 def _trainer(config: TrainConfig) -> ray.train.torch.TorchTrainer:
-    workers, resources = config.train.workers, ray.cluster_resources()
-    use_gpu = resources.get("GPU", 0) >= workers
+    placement = _placement(config)
     # Ray gives a worker as many torch threads as CPUs, and by default one.
-    cpus = 1 if use_gpu else max(1, int(resources.get("CPU", 1) / workers))
+    resources = {"CPU": placement.cpus, **({"GPU": 1} if placement.gpu else {})}
     return ray.train.torch.TorchTrainer(
-        _worker,
+        _training(_keys(config)),
         train_loop_config={"config": config.to_json()},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": cpus, **({"GPU": 1} if use_gpu else {})}
+            num_workers=config.train.workers, use_gpu=placement.gpu, resources_per_worker=resources
         ),
         run_config=ray.train.RunConfig(
             name=f"session-{uuid.uuid4().hex[:8]}",
             storage_path=str(config.run_dir / "ray"),
             failure_config=ray.train.FailureConfig(max_failures=config.train.max_failures),
+            callbacks=[_EndOnOurErrors()],
         ),
     )
 
@@ -147,13 +196,21 @@ def _ray(address: str | None, workers: int) -> Iterator[None]:
         ray.shutdown()
 
 
-def _cause(error: ray.train.WorkerGroupError) -> PotstillError:
-    """Find the error of ours that a worker raised; any other becomes one line."""
-    failures = list(error.worker_failures.values())
-    for failure in failures:
-        cause = getattr(failure, "cause", None) or failure.__cause__ or failure
-        if isinstance(cause, PotstillError):
-            return cause
+def _ours(failure: BaseException | None) -> PotstillError | None:
+    """Find the error of ours that a worker raised, or that ended the run; None if it was another."""
+    cause = getattr(failure, "cause", None) or getattr(failure, "__cause__", None) or failure
+    return cause if isinstance(cause, PotstillError) else None
+
+
+def _cause(error: ray.train.TrainingFailedError) -> PotstillError:
+    """Make one error of ours of Ray's."""
+    if isinstance(error, ray.train.ControllerError):
+        failures: list[Exception] = [error.controller_failure]
+    else:
+        failures = list(getattr(error, "worker_failures", {}).values())
+    ours = next((found for found in map(_ours, failures) if found is not None), None)
+    if ours is not None:
+        return ours
     first = failures[0] if failures else error
     lines = str(first).strip().splitlines() or [type(first).__name__]
     return PotstillError(f"training workers failed: {lines[-1]}")

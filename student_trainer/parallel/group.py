@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from potstill.cache.errors import InvalidInput
 
-def default_device() -> torch.device:
-    """The first GPU, or the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+def device_for(asked: Literal["auto", "cpu", "gpu"] = "auto") -> torch.device:
+    """Choose this process's device: the first GPU, or for `auto` the CPU where there is none.
+
+    Raises:
+        InvalidInput: a GPU is asked for, and there is none.
+    """
+    if asked == "gpu" and not torch.cuda.is_available():
+        raise InvalidInput('train.device is "gpu", but torch finds none here; set it to "auto" or "cpu"')
+    return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
     """A group of one worker, this process; a subclass joins several. All members make the same calls in one order."""
 
-    device: torch.device = field(default_factory=default_device)
+    device: torch.device = field(default_factory=device_for)
     """The device of this worker."""
     rank: int = 0
     """0 to world_size - 1; rank 0 writes files."""

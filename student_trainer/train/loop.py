@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from potstill.cache.targets.stream import read_ahead
 from potstill.clients.patience import Patience, has_no_answer
 from potstill.student_trainer.checkpoint.export import publish_model
 from potstill.student_trainer.checkpoint.format import TrainState, load_state
-from potstill.student_trainer.checkpoint.whole import load_optimizer, newest_checkpoint, save_checkpoint
+from potstill.student_trainer.checkpoint.whole import agreed_checkpoint, load_model, load_optimizer, save_checkpoint
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.config.run_folder import write_json
 from potstill.student_trainer.data import Batch
@@ -43,9 +44,9 @@ from potstill.student_trainer.evaluate.result import (
     finished_before,
 )
 from potstill.student_trainer.metrics.records import MetricsWriter, Record
-from potstill.student_trainer.models.build import build_student, load_student
+from potstill.student_trainer.models.build import build_student
 from potstill.student_trainer.models.corpus_tokenizer import special_ids
-from potstill.student_trainer.parallel.group import Group
+from potstill.student_trainer.parallel.group import Group, device_for
 from potstill.student_trainer.train.learner import Learner
 from potstill.student_trainer.train.optimizer import warn_of_jump
 from potstill.student_trainer.train.run import OpenRun, evaluate_on_all, only_trainer, open_run
@@ -71,12 +72,14 @@ def train(
 
     Raises:
         SpecMismatch: the folder holds a run of another config, corpus or teacher, or a teacher does not fit.
+        CorruptSegment: all checkpoints of the run are damaged.
+        StoreError: the disk does not take a checkpoint; the older ones stay.
         InvalidInput: the config asks for what cannot be, or the loss is no longer a number.
         Unavailable: another process is training in the same folder; or a service did not answer for `data.patience`
             seconds, and a checkpoint was written, from which the same call goes on.
         PotstillError: whatever reading rows and targets raises.
     """
-    group = group or Group()
+    group = group or Group(device=device_for(config.train.device))
     if group.rank == 0:
         warn_of_jump(config)
     result = run_session(config, group, should_stop=should_stop, on_record=on_record)
@@ -102,10 +105,10 @@ def run_session(
         run = stack.enter_context(open_run(config)).patient(patience)
         if group.rank == 0:
             stack.enter_context(only_trainer(config.run_dir))
-        group.barrier()  # the folder is ours before anybody reads a checkpoint from it
+        checkpoint = agreed_checkpoint(config.run_dir, group)
         # Dropout draws from torch's global stream, which is the caller's again afterwards.
         stack.enter_context(torch.random.fork_rng([group.device] if group.device.type == "cuda" else []))
-        session = _Session(config, group, run, on_record)
+        session = _Session(config, group, run, checkpoint, on_record)
         if session.writer is not None:
             stack.enter_context(closing(session.writer))
             # Only now that all it needs is there: a folder with a config.json refuses any other run.
@@ -116,13 +119,20 @@ def run_session(
 class _Session:
     """One process's part of a run, from a start or resume to the end or the next stop."""
 
-    def __init__(self, config: TrainConfig, group: Group, run: OpenRun, on_record: Callable[[Record], None]) -> None:
-        """Start at the newest checkpoint, or with a new student."""
+    def __init__(
+        self,
+        config: TrainConfig,
+        group: Group,
+        run: OpenRun,
+        checkpoint: Path | None,
+        on_record: Callable[[Record], None],
+    ) -> None:
+        """Start at a checkpoint, or with a new student."""
         self.config, self.group, self.run, self.on_record = config, group, run, on_record
-        checkpoint = newest_checkpoint(config.run_dir / "checkpoints")
-        group.barrier()  # all have seen the same newest checkpoint before one writes the next
         state = None if checkpoint is None else load_state(checkpoint)
         self.step = 0 if state is None else state.step
+        self.saved = -1 if state is None else state.step
+        """The step of the newest checkpoint."""
         self.tokens = 0 if state is None else state.tokens
         if checkpoint is None or state is None:
             student, self.stored_dtype = build_student(
@@ -136,7 +146,7 @@ class _Session:
             state.check_same(run.fingerprint, run.teachers, run.held)
             state.check_rows(run.left_out, run.reader.prefix)
             state.check_steps(config.train)
-            student, self.stored_dtype = load_student(checkpoint / "model"), state.stored_dtype
+            student, self.stored_dtype = load_model(checkpoint), state.stored_dtype
         self.learner = Learner.of(config, group, run, student)
         if checkpoint is not None:
             load_optimizer(checkpoint, self.learner.optimizer)
@@ -231,8 +241,9 @@ class _Session:
             self.on_record(record)
 
     def _save(self) -> None:
+        """Write a checkpoint, unless there is one of this step."""
         loop = self.config.train
-        if self.group.rank == 0:
+        if self.group.rank == 0 and self.saved < self.step:
             # All that the rest of the run depends on, beside the weights and the optimizer.
             state = TrainState(
                 step=self.step,
@@ -250,3 +261,4 @@ class _Session:
             )
             folder = self.config.run_dir / "checkpoints"
             save_checkpoint(folder, self.learner.student, self.learner.optimizer, state, keep=loop.keep_checkpoints)
+            self.saved = self.step

@@ -39,7 +39,7 @@ from potstill.student_trainer.data.sources import common_prefix, open_cache, ope
 from potstill.student_trainer.evaluate.result import HELD_OUT, Evaluation, finished_result
 from potstill.student_trainer.evaluate.student import evaluate_student
 from potstill.student_trainer.models.build import load_student
-from potstill.student_trainer.parallel.group import Group, default_device
+from potstill.student_trainer.parallel.group import Group, device_for
 from potstill.student_trainer.train.settings import LoopConfig
 
 _LOCK_SECONDS = 5.0
@@ -249,4 +249,4 @@ def evaluate_run(run_dir: Path) -> dict[str, Evaluation]:
             raise InvalidInput(
                 f"run {str(run_dir)!r} has no held-out rows: its data.held_out is 0, and it has no data.eval_corpora"
             )
-        return evaluate_on_all(load_student(folder).to(default_device()), run, config.train)
+        return evaluate_on_all(load_student(folder).to(device_for(config.train.device)), run, config.train)

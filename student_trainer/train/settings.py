@@ -53,9 +53,11 @@ class LoopConfig(Frozen):
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Precision of the published model; by default that of `student.checkpoint`, or float32 for random weights."""
     workers: Count = 1
-    """Ray workers, one GPU each where there are GPUs."""
+    """Ray workers, each on a `device` of its own."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """`gpu` is one GPU for each worker, or a refusal; `auto` is `gpu` where there are GPUs, and `cpu` elsewhere."""
     max_failures: Annotated[int, Field(ge=0, strict=True)] = 3
-    """Number of times that killed workers are started again from the newest checkpoint."""
+    """Number of times that killed workers are started again from the newest checkpoint; a bad setting ends the run."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

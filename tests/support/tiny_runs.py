@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +100,12 @@ def config_of(root: Path, out: Path, **changes: Any) -> TrainConfig:
     for section, change in changes.items():
         value[section] = {**value[section], **change} if isinstance(change, dict) else change
     return TrainConfig.of(value)
+
+
+def unhashed(checkpoint: Path, **changes: Any) -> Path:
+    """Make a checkpoint one of an earlier version, whose mark is empty, with `changes` to its state; None takes out."""
+    file = checkpoint / "state.json"
+    state = {**json.loads(file.read_text(encoding="utf-8")), "format": None, **changes}
+    file.write_text(json.dumps({name: value for name, value in state.items() if value is not None}), encoding="utf-8")
+    (checkpoint / ".complete").write_text("")
+    return checkpoint

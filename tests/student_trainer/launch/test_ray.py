@@ -10,9 +10,17 @@ import numpy as np
 import pytest
 
 from benchmarks.edges.e16_mask_in_training import masked_corpus
+from potstill.cache.cache import Cache
 from potstill.cache.errors import InvalidInput, NotCommitted
 from potstill.student_trainer.metrics.records import Record, read_metrics
 from potstill.student_trainer.train.loop import train
+from potstill.teacher_service.access.auth import Role
+from potstill.teacher_service.access.keys_file import add_key
+from potstill.teacher_service.access.middleware import Access
+from potstill.teacher_service.access.quotas import Quota
+from potstill.teacher_service.settings.service import AccessSettings
+from tests.support.fakes import FakeTeacher
+from tests.support.processes.servers import hosted, serving_teachers
 from tests.support.tiny_runs import STUDENT, config_of, fill, write_cache
 
 # Ray's own: Ray Train copies its Ray Data context to the controller, old settings and all.
@@ -112,19 +120,45 @@ def test_a_wish_to_stop_reaches_the_workers_and_the_run_goes_on_alone(
     assert len(losses(tmp_path / "run")) == result.step + 3
 
 
-def test_errors_come_back_as_what_they_are(root: Path, tmp_path: Path, ray_mark: str) -> None:
+def test_errors_come_back_as_what_they_are_and_once(
+    root: Path, tmp_path: Path, ray_mark: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the way, a worker reads from a service with a key that is not in the environment of Ray's node."""
     from ray._private.state import actors
 
     from potstill.student_trainer.launch.ray import train_with_ray
 
-    wild = {"lr": 1e18, "schedule": "constant", "warmup": 0, "max_failures": 0, "weight_decay": 0.0}
-    with pytest.raises(InvalidInput, match=r"lower train\.lr"):
-        train_with_ray(config_of(root, tmp_path / "wild", train=wild))
+    keys = tmp_path / "keys.toml"
+    key = add_key(keys, "trainer", Role.TRAINER, Quota())
+    monkeypatch.setenv("KEY_OF_THE_TEST", key)
+    before = set(actors())
+    wild = {"lr": 1e18, "schedule": "constant", "warmup": 0, "weight_decay": 0.0}
+    access = Access.of(AccessSettings(keys_file=str(keys)))
+    with serving_teachers(hosted("other", FakeTeacher()), cache=Cache.open(root), access=access) as url:
+        data = {"cache": url, "api_key_env": "KEY_OF_THE_TEST"}
+        with pytest.raises(InvalidInput, match=r"lower train\.lr"):
+            train_with_ray(config_of(root, tmp_path / "wild", train=wild, data=data))
+    started = [actors()[each]["ActorClassName"] for each in set(actors()) - before]
+    assert sum("TrainWorker" in name for name in started) == 1, f"a restart cannot mend it: {started}"
+    assert not [file for folder in (tmp_path / "wild", ray_session()) for file in files_with(folder, key)]
     fill(root, "partial", shards=1)
     before = set(actors())
     with pytest.raises(NotCommitted, match="lacks"):
         train_with_ray(config_of(root, tmp_path / "partial", teachers=[{"name": "partial"}]))
     assert set(actors()) == before, "it is told before any worker starts"
+
+
+def ray_session() -> Path:
+    """The folder of this Ray's logs."""
+    import ray._private.worker
+
+    return Path(ray._private.worker.global_worker.node.get_session_dir_path())
+
+
+def files_with(folder: Path, text: str) -> list[Path]:
+    found = [path for path in folder.rglob("*") if path.is_file()]
+    assert found
+    return [path for path in found if text.encode() in path.read_bytes()]
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from potstill.student_trainer.checkpoint.whole import newest_checkpoint
 from potstill.student_trainer.losses import NO_LABEL
 from potstill.student_trainer.train.loop import train
 from potstill.student_trainer.train.run import evaluate_run, open_run
-from tests.support.tiny_runs import STUDENT, K, config_of, fake_teacher, fill, write_cache
+from tests.support.tiny_runs import STUDENT, K, config_of, fake_teacher, fill, unhashed, write_cache
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -100,9 +100,7 @@ def test_a_run_without_the_prefix_does_not_go_on_with_it(root: Path, tmp_path: P
     train(config)
     checkpoint = newest_checkpoint(tmp_path / "run" / "checkpoints")
     assert checkpoint is not None
-    state = checkpoint / "state.json"
-    # As a version wrote it whose students never saw a prefix.
-    state.write_text(state.read_text().replace('"prefix_ids": [\n  1\n ]', '"prefix_ids": []'))
+    unhashed(checkpoint, prefix_ids=[])  # as a version wrote it whose students never saw a prefix
     longer = config_of(root, tmp_path / "run", teachers=[{"name": "bos"}], train={"steps": 2})
     with pytest.raises(SpecMismatch, match=r"sees the prefix \[1\], but the run was started with \[\]"):
         train(longer)

@@ -1,0 +1,30 @@
+"""A run on a real cluster whose nodes are smaller than all CPUs by all workers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.paths import ROOT
+from tests.support.tiny_runs import write_cache
+
+
+def told(root: Path, out: Path, workers: int) -> dict[str, object]:
+    """Run in a process of its own: this one may have another Ray."""
+    command = [sys.executable, "-m", "tests.support.processes.three_nodes", str(root), str(out), str(workers)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=True)
+    found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.slow
+def test_workers_are_placed_on_small_nodes_or_refused_in_one_line(tmp_path: Path) -> None:
+    root = write_cache(tmp_path)
+    # 4 CPUs for 2 workers: with 2 CPUs each there would be place for one, and Ray would wait for ever.
+    assert told(root, tmp_path / "two", 2) == {"step": 3}
+    refused = str(told(root, tmp_path / "five", 5)["error"])
+    assert refused.startswith("5 workers cannot be placed on 3 nodes (")
