@@ -30,6 +30,7 @@ from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput, Uns
 from potstill.cache.forks import cached
 from potstill.cache.plurals import counted
 from potstill.cache.store import GroupReader, Reading, Root
+from potstill.cache.store.chunks import read_together
 from potstill.cache.types import Tokens
 
 # Row starts are read in pages of this many: the chunk in which `ingest` writes them.
@@ -177,7 +178,10 @@ class Corpus:
 
     def take_loss_mask(self, rows: Sequence[int]) -> list[NDArray[np.bool_]]:
         """Read the loss mask of rows in any order, each [T] bool; raises as `take` does."""
-        return [self.loss_mask(start, stop) for start, stop in self.row_ranges(rows).tolist()]
+        if not self.has_loss_mask:
+            return [np.ones(stop - start, np.bool_) for start, stop in self.row_ranges(rows).tolist()]
+        self._reader.expect("loss_mask", (self.num_positions,), ("bool",))
+        return [found.astype(np.bool_, copy=False) for found in self._spans("loss_mask", rows)]
 
     def row(self, index: int) -> Tokens:
         """Read the tokens of one row, [T] uint32."""
@@ -199,7 +203,8 @@ class Corpus:
         Raises:
             InvalidInput: a row is not in the corpus.
         """
-        return [self.tokens(start, stop) for start, stop in self.row_ranges(rows).tolist()]
+        self._reader.expect("tokens", (self.num_positions,), ("uint32",))
+        return [found.astype(np.uint32, copy=False) for found in self._spans("tokens", rows)]
 
     def starts(self, start: int, stop: int) -> NDArray[np.int64]:
         """Read the positions [stop - start + 1] int64 at which rows `start` to `stop` start, then the last one's end.
@@ -325,6 +330,13 @@ class Corpus:
     def corrupt_objects(self) -> list[str]:
         """Read every object but those of annotations; one line for each that is not what was sealed."""
         return self._reader.corrupt_objects()
+
+    def _spans(self, name: str, rows: Sequence[int]) -> list[NDArray[Any]]:
+        """Read an array at the positions of rows in any order, of a store with all chunks at a time."""
+        ranges, reader = self.row_ranges(rows).tolist(), self._reader
+        if isinstance(reader, GroupReader):
+            return read_together([reader.request(name, start, stop) for start, stop in ranges])
+        return [reader.read(name, start, stop) for start, stop in ranges]
 
     @cached
     def _key_index(self) -> KeyIndex | KeysInMemory:

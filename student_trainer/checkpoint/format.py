@@ -38,6 +38,8 @@ class TrainState:
     """sha256 of the rows that are not trained on, in hex; empty for none, and where an earlier version wrote it."""
     prefix_ids: Sequence[int] = ()
     """Token ids that the student sees in front of each row."""
+    lacking: str = ""
+    """sha256 of the rows that are skipped for want of targets, in hex; empty where there are none."""
     format: int = 1
     """2 where the mark of the checkpoint has hashes; 1 where an earlier version wrote it."""
 
@@ -68,6 +70,18 @@ class TrainState:
             raise SpecMismatch(
                 f"the student sees the prefix {list(prefix_ids)}, but the run was started with {list(self.prefix_ids)};"
                 " set data.prefix_ids to that, or choose another train.out"
+            )
+
+    def check_lacking(self, lacking: str) -> None:
+        """Check that the run skips the rows that it skipped when it began, as the order of all others depends on it.
+
+        Raises:
+            SpecMismatch: shards were filled or deleted meanwhile.
+        """
+        if lacking != self.lacking:
+            raise SpecMismatch(
+                "other shards lack targets than when the run was started, which changes the order of rows; choose "
+                "another train.out, and fill the corpus before training where runs are to be resumed"
             )
 
     def check_same(self, fingerprint: str, teachers: Mapping[str, TeacherIdentity], held: Mapping[str, str]) -> None:

@@ -10,6 +10,9 @@ FREE_ON_RESUME = frozenset(
     {
         "data.cache",
         "data.api_key_env",
+        "data.packing",
+        "data.readers",
+        "data.prefetch",
         "data.patience",
         "teachers.url",
         "teachers.api_key_env",
@@ -26,7 +29,7 @@ FREE_ON_RESUME = frozenset(
         "train.out",
     }
 )
-"""Keys that may change when a run goes on: places of things, its length, and how often it evaluates and saves."""
+"""Keys that may change when a run goes on: places of things, how they are read, its length, evaluations and saves."""
 
 
 def check_continues(config: TrainConfig, before: TrainConfig) -> None:

@@ -57,6 +57,11 @@ class TrainConfig(Frozen):
         names = [teacher.name for teacher in self.teachers]
         if len(set(names)) != len(names):
             raise ValueError("teachers must have different names")
+        unused = [teacher.name for teacher in self.teachers if teacher.source == "cache" and teacher.url is not None]
+        if unused and self.data.missing != "ask":
+            raise ValueError(
+                f'the url of teacher {unused[0]!r} is not used: set its source to "service", or data.missing to "ask"'
+            )
         return self
 
     @classmethod

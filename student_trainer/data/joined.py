@@ -108,7 +108,8 @@ class JoinedCorpora:
                     f"the targets of teacher {part.name!r} in {corpus.name!r} are another's: {differences}"
                 )
         held = "; ".join(dict.fromkeys(part.held for part in parts))
-        return TargetSource(first.name, first.identity, held, partial(self._read, tuple(parts)))
+        stored = all(part.stored for part in parts)
+        return TargetSource(first.name, first.identity, held, partial(self._read, tuple(parts)), stored)
 
     def _read(self, parts: Sequence[TargetSource], rows: Sequence[int], tokens: Sequence[Tokens]) -> list[Targets]:
         return self._gathered(rows, lambda m, at, own: parts[m].read(own, [tokens[i] for i in at]))

@@ -10,6 +10,7 @@ Shape legend:  M corpora, N rows of the run.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -56,6 +57,18 @@ class MixtureOrder:
         """The rows of step `step` that fall to `rank`: a contiguous, nearly equal part."""
         start, stop = self.batch_rows * rank // world_size, self.batch_rows * (rank + 1) // world_size
         return self.take(step * self.batch_rows + start, stop - start)
+
+    def windows(self, cursor: int) -> list[tuple[int, int]]:
+        """[M] the window (`SampleOrder.window_number`) of the next row from each corpus, at `cursor`."""
+        return [order.window_number(int(n)) for order, n in zip(self.orders, self.counts(cursor), strict=True)]
+
+    def first_rows_of(self, windows: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
+        """List the first row of each shard of one window of each corpus."""
+        rows = [
+            first + order.shard_rows[order.shards_of(*window)]
+            for order, first, window in zip(self.orders, self.first_rows[:-1], windows, strict=True)
+        ]
+        return np.concatenate(rows)
 
     def epochs(self, cursor: int) -> list[int]:
         """[M] the epoch of the next row from each corpus, at `cursor`."""

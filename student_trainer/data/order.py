@@ -75,6 +75,18 @@ class SampleOrder:
         epoch, offset = divmod(cursor, self.rows_per_epoch)
         return self._window_in_epoch(epoch, offset)[0]
 
+    def window_number(self, cursor: int) -> tuple[int, int]:
+        """Number the window that the row at `cursor` is in: its epoch, and its place there."""
+        epoch, offset = divmod(cursor, self.rows_per_epoch)
+        return epoch, int(np.searchsorted(self._plan(epoch)[1], offset, side="right")) - 1
+
+    def shards_of(self, epoch: int, window: int) -> NDArray[np.int64]:
+        """List the shards of a window; the first one of the next epoch follows the last of one."""
+        shards, starts = self._plan(epoch)
+        if window == len(starts):
+            return self.shards_of(epoch + 1, 0)
+        return shards[window * self.window_shards : (window + 1) * self.window_shards]
+
     def _take_in_epoch(self, epoch: int, offset: int, count: int) -> NDArray[np.int64]:
         rows, start = self._window_in_epoch(epoch, offset)
         return rows[offset - start : offset - start + count]

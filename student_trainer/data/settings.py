@@ -37,6 +37,7 @@ def _weight_told(value: Any, validated: ValidatorFunctionWrapHandler) -> Any:
         raise ValueError("must be a number of 0 or more, or [step, weight] pairs whose steps rise") from error
 
 
+Missing: TypeAlias = Literal["fail", "skip", "ask"]
 Points: TypeAlias = tuple[tuple[int, float], ...]
 """A weight over the run as pairs (step, weight)."""
 
@@ -94,8 +95,14 @@ class DataConfig(Frozen):
     """Chooses the held-out documents; apart from `train.seed`, so that runs of several seeds compare."""
     window_shards: Count = 8
     """Rows are shuffled within so many (shuffled) shards at a time; more is more random and reads more objects."""
-    prefetch: Count = 4
-    """Micro-batches read ahead."""
+    missing: Missing = "fail"
+    """What to do about shards without targets: `fail`, `skip` their rows, or `ask` the teacher at `teachers.url`."""
+    packing: bool = True
+    """Rows share rows of a micro-batch where the student keeps them apart; else those of similar length go together."""
+    readers: Count = 4
+    """Micro-batches that are read at a time."""
+    prefetch: Count = 16
+    """Micro-batches read ahead, of at most 512 MiB."""
     patience: Annotated[float, Field(gt=0)] = 600.0
     """Seconds to go on asking a service that does not answer, before the run stops with a checkpoint."""
 
@@ -130,12 +137,12 @@ class TeacherConfig(Frozen):
     source: Literal["cache", "service"] = "cache"
     """`cache` reads committed targets; `service` asks a running one, row by row."""
     url: str | None = None
-    """URL of the service; only with source = "service"."""
+    """URL of the service: with source = "service", or for what the cache lacks with data.missing = "ask"."""
     api_key_env: str | None = None
     """Name of the environment variable that holds the service's key."""
 
     @model_validator(mode="after")
     def _url_with_service(self) -> Self:
-        if (self.source == "service") != (self.url is not None):
-            raise ValueError('url goes with source = "service", and only with it')
+        if self.source == "service" and self.url is None:
+            raise ValueError('source = "service" needs a url')
         return self

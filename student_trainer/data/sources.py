@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
+from numpy.typing import NDArray
 
 from potstill.cache.cache import Cache
 from potstill.cache.corpus import Corpus
@@ -19,7 +21,7 @@ from potstill.cache.types import Fields, Targets, TeacherIdentity, Tokens
 from potstill.clients.address import key_in
 from potstill.clients.http_targets import HttpCache, HttpTargets
 from potstill.clients.http_teacher import SyncHttpTeacher
-from potstill.student_trainer.data.settings import DataConfig, TeacherConfig
+from potstill.student_trainer.data.settings import DataConfig, Missing, TeacherConfig
 
 NO_ID = np.iinfo(np.int32).max
 """An id over any vocabulary, whose mass joins the tail: for ids that the student does not share, and where a row has
@@ -42,13 +44,25 @@ class TargetSource:
     Raises NotCommitted and CorruptSegment from a cache; Unavailable, Overloaded, DeadlineExceeded and TeacherFailed
     from a service.
     """
+    stored: bool = False
+    """True where it reads what is kept, so that opening it ahead of use costs no teacher anything."""
+    committed: NDArray[np.bool_] | None = None
+    """[S] bool, true for each shard that has targets; None where none lacks them."""
+
+
+def read_all(sources: Sequence[TargetSource], rows: Sequence[int], tokens: Sequence[Tokens]) -> list[list[Targets]]:
+    """Read rows from several sources side by side, in threads of this call; raises what the first of them raises."""
+    if len(sources) < 2:
+        return [source.read(rows, tokens) for source in sources]
+    with ThreadPoolExecutor(len(sources), thread_name_prefix="source") as threads:
+        return list(threads.map(lambda source: source.read(rows, tokens), sources))
 
 
 def cache_source(name: str, targets: TargetSet | HttpTargets, k: int | None = None) -> TargetSource:
     """Read committed targets of a corpus by row index; `k` of the kept ids, by default all."""
     fields = Fields(k=k or targets.fields.k)
     held = f"k={fields.k}, encoding {targets.encoding.name}"
-    return TargetSource(name, targets.identity, held, partial(_read_kept, targets, fields))
+    return TargetSource(name, targets.identity, held, partial(_read_kept, targets, fields), stored=True)
 
 
 def _read_kept(
@@ -69,6 +83,30 @@ def service_source(name: str, teacher: SyncHttpTeacher, k: int | None = None) ->
     )
 
 
+def asking_source(kept: TargetSource, live: TargetSource, corpus: Corpus) -> TargetSource:
+    """Read what is kept, and ask the running teacher for rows of shards that were not when this was opened.
+
+    Raises:
+        SpecMismatch: the running teacher is another one.
+    """
+    if differences := kept.identity.differences(live.identity):
+        raise SpecMismatch(f"the teacher {kept.name!r} at teachers.url is not the one in the cache: {differences}")
+    committed = kept.committed
+    assert committed is not None, "something is lacking"
+
+    def read(rows: Sequence[int], tokens: Sequence[Tokens]) -> list[Targets]:
+        shards = np.searchsorted(corpus.shard_rows, np.asarray(rows, dtype=np.int64), side="right") - 1
+        found: dict[int, Targets] = {}
+        for source, mask in ((kept, committed[shards]), (live, ~committed[shards])):
+            at = np.flatnonzero(mask).tolist()
+            if at:
+                answers = source.read([rows[i] for i in at], [tokens[i] for i in at])
+                found.update(zip(at, answers, strict=True))
+        return [found[i] for i in range(len(rows))]
+
+    return replace(kept, read=read, committed=None, stored=False)
+
+
 @contextmanager
 def open_cache(data: DataConfig) -> Iterator[Cache | HttpCache]:
     """Open the cache that the run names: a folder, an object store, or the URL of a service that has one.
@@ -85,17 +123,17 @@ def open_cache(data: DataConfig) -> Iterator[Cache | HttpCache]:
 
 @contextmanager
 def open_sources(
-    teachers: Sequence[TeacherConfig], cache: Cache | HttpCache, corpus: Corpus
+    teachers: Sequence[TeacherConfig], cache: Cache | HttpCache, corpus: Corpus, missing: Missing = "fail"
 ) -> Iterator[tuple[TargetSource, ...]]:
     """Open the sources of teachers for a corpus, in their order, and check them against it.
 
     Raises:
         SpecMismatch: a teacher with another tokenizer than the corpus, or with another's name in the cache.
-        NotCommitted: a target set with shards that are not there yet.
+        NotCommitted: shards without targets, where `missing` is "fail", or "ask" without a URL.
         UnknownTeacher, UnsupportedField, Unavailable: as the cache or the service says.
     """
     with ExitStack() as stack:
-        yield tuple(_open(teacher, cache, corpus, stack) for teacher in teachers)
+        yield tuple(_open(teacher, cache, corpus, missing, stack) for teacher in teachers)
 
 
 def common_prefix(sources: Sequence[TargetSource], chosen: tuple[int, ...] | None) -> tuple[int, ...]:
@@ -115,13 +153,12 @@ def common_prefix(sources: Sequence[TargetSource], chosen: tuple[int, ...] | Non
     return next(iter(prefixes.values()), ())
 
 
-def _open(teacher: TeacherConfig, cache: Cache | HttpCache, corpus: Corpus, stack: ExitStack) -> TargetSource:
+def _open(
+    teacher: TeacherConfig, cache: Cache | HttpCache, corpus: Corpus, missing: Missing, stack: ExitStack
+) -> TargetSource:
     compared = False
     if teacher.source == "service":
-        assert teacher.url is not None, "the config refuses a service without a url"
-        key = key_in(teacher.api_key_env, "teachers.api_key_env")
-        client = stack.enter_context(SyncHttpTeacher(teacher.url, teacher.name, api_key=key))
-        source = service_source(teacher.name, client, teacher.k)
+        source = _open_service(teacher, stack)
     else:
         targets = cache.targets(teacher.name, corpus.name).top_k_only()
         teacher_k, kept = teacher.k or 1, targets.fields.k
@@ -130,8 +167,11 @@ def _open(teacher: TeacherConfig, cache: Cache | HttpCache, corpus: Corpus, stac
                 f"teachers.k is {teacher_k} for {teacher.name!r}, but the cache holds k={kept}; lower teachers.k, or "
                 f"prefill with --top-k {teacher_k}"
             )
-        _check_committed(teacher.name, corpus.name, targets)
         source = cache_source(teacher.name, targets, teacher.k)
+        committed = targets.committed
+        if not committed.all():
+            asked = teacher.model_copy(update={"k": teacher.k or kept})
+            source = _with_missing(asked, replace(source, committed=committed), corpus, missing, stack)
         compared = bool(targets.unshared)
     # The same id must be the same token to both, or the student would be taught noise.
     if isinstance(cache, Cache):
@@ -145,12 +185,26 @@ def _open(teacher: TeacherConfig, cache: Cache | HttpCache, corpus: Corpus, stac
     return source
 
 
-def _check_committed(name: str, corpus: str, targets: TargetSet | HttpTargets) -> None:
-    committed = targets.committed
-    missing = int((~committed).sum())
-    if missing:
-        first = int(np.argmin(committed))
-        raise NotCommitted(
-            f"teacher {name!r} lacks {missing:,} of {counted(committed.size, 'shard')}, the first is {first}, of "
-            f"corpus {corpus!r}; run `potstill prefill` for it"
-        )
+def _open_service(teacher: TeacherConfig, stack: ExitStack) -> TargetSource:
+    assert teacher.url is not None, "the config refuses a service without a url"
+    key = key_in(teacher.api_key_env, "teachers.api_key_env")
+    client = stack.enter_context(SyncHttpTeacher(teacher.url, teacher.name, api_key=key))
+    return service_source(teacher.name, client, teacher.k)
+
+
+def _with_missing(
+    teacher: TeacherConfig, source: TargetSource, corpus: Corpus, missing: Missing, stack: ExitStack
+) -> TargetSource:
+    """Do what is asked for about shards without targets, of which there are some."""
+    if missing == "skip":
+        return source
+    if missing == "ask" and teacher.url is not None:
+        return asking_source(source, _open_service(teacher, stack), corpus)
+    committed = source.committed
+    assert committed is not None, "something is lacking"
+    lacking, first = int((~committed).sum()), int(np.argmin(committed))
+    way_out = f"set teachers.url of {teacher.name!r}" if missing == "ask" else "set data.missing to 'skip' or 'ask'"
+    raise NotCommitted(
+        f"teacher {teacher.name!r} lacks {lacking:,} of {counted(committed.size, 'shard')}, the first is {first}, of "
+        f"corpus {corpus.name!r}; run `potstill prefill` for it, or {way_out}"
+    )

@@ -73,12 +73,15 @@ class TrainResult:
     """Evaluation of the final model; None without held-out rows, or when stopped."""
     evaluations: Mapping[str, Evaluation] = field(default_factory=dict)
     """Evaluations of the final model on `data.eval_corpora`, by name; none when stopped."""
+    skipped_rows: int = 0
+    """Rows of the corpora that were never used, for want of targets (`data.missing`)."""
     problem: str = ""
     """Cause of a stop that nobody asked for: a service that does not answer."""
 
     def to_json(self) -> dict[str, JSON]:
         """The object that `SUMMARY` holds."""
         told: dict[str, JSON] = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "held_out": None}
+        told |= {"skipped_rows": self.skipped_rows} if self.skipped_rows else {}
         held_out = {} if self.held_out is None else {HELD_OUT: self.held_out}
         return told | evaluations_to_json({**held_out, **self.evaluations})
 
@@ -107,7 +110,15 @@ def finished_result(config: TrainConfig) -> TrainResult | None:
         held_out = None if value["held_out"] is None else Evaluation.from_json(value["held_out"])
         told = {name: value[name] for name in ("step", "tokens", "seconds")}
         others = {name: Evaluation.from_json(found) for name, found in value.get("evaluations", {}).items()}
-        return TrainResult(run_dir=config.run_dir, finished=True, **told, held_out=held_out, evaluations=others)
+        skipped = value.get("skipped_rows", 0)
+        return TrainResult(
+            run_dir=config.run_dir,
+            finished=True,
+            **told,
+            skipped_rows=skipped,
+            held_out=held_out,
+            evaluations=others,
+        )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(f"{str(file)!r} cannot be read: {error!r}") from error
 

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from potstill.student_trainer.data import Batch, BatchReader
 from potstill.student_trainer.data.held_out import num_documents
+from potstill.student_trainer.data.prefetch import Copies
+from potstill.student_trainer.data.repeated import RepeatedBatches
 from potstill.student_trainer.evaluate.result import Evaluation, TeacherAgreement
 from potstill.student_trainer.losses import NO_LABEL, kl_and_overlap
 from potstill.student_trainer.models.precision import autocast
@@ -34,6 +36,7 @@ def evaluate_student(
     batch_rows: int = 8,
     group: Group | None = None,
     dtype: str = "float32",
+    batches: RepeatedBatches | None = None,
 ) -> Evaluation:
     """Evaluate on `rows` of the reader's corpus, against the reader's sources.
 
@@ -44,6 +47,7 @@ def evaluate_student(
         batch_rows: rows of one forward pass.
         group: the workers that share the rows; every one gets the result. By default this process alone.
         dtype: of the forward pass, `float32` or `bfloat16`.
+        batches: of this worker's part of the rows, where they were read before (`batches_of`).
 
     Raises:
         PotstillError: whatever reading raises.
@@ -51,16 +55,35 @@ def evaluate_student(
     group = group or Group()
     names = [source.name for source in reader.sources]
     sums = torch.zeros(3 + 3 * len(names), dtype=torch.float64, device=group.device)
-    mine = np.asarray(rows)[group.rank :: group.world_size]
+    batches = batches or batches_of(reader, rows, batch_rows=batch_rows, group=group)
     # No worker waits for another within the loop, so they need not have equally many batches.
-    with _evaluating(model):
-        for start in range(0, len(mine), batch_rows):
-            batch = reader.read(mine[start : start + batch_rows]).to(group.device)
+    with _evaluating(model), batches.read() as found:
+        for batch in map(Copies(group.device).of, found):
             with autocast(group.device, dtype):
-                logits = model(input_ids=batch.tokens, use_cache=False).logits
+                logits = model(**batch.inputs).logits
             sums += _sums(logits, batch)
     group.all_reduce_sum(sums)
-    ce, labels, positions, *rest = sums.tolist()
+    documents = num_documents(reader.corpus.document_rows, np.asarray(rows))
+    return _evaluation(sums.tolist(), names, rows=len(rows), documents=documents)
+
+
+def batches_of(
+    reader: BatchReader,
+    rows: Sequence[int] | NDArray[np.int64],
+    *,
+    batch_rows: int,
+    group: Group,
+    pack: bool = False,
+    readers: int = 1,
+) -> RepeatedBatches:
+    """Make the batches of a worker's part of the rows to evaluate on; arguments as of `RepeatedBatches`."""
+    mine = np.asarray(rows)[group.rank :: group.world_size]
+    return RepeatedBatches(reader, mine, batch_rows, pack=pack, readers=readers)
+
+
+def _evaluation(sums: list[float], names: Sequence[str], *, rows: int, documents: int) -> Evaluation:
+    """Make means of the sums of all batches (`_sums`)."""
+    ce, labels, positions, *rest = sums
     per_teacher = {
         name: TeacherAgreement(
             kl=rest[3 * m] / positions,
@@ -70,8 +93,8 @@ def evaluate_student(
         for m, name in enumerate(names if positions else ())
     }
     return Evaluation(
-        rows=len(rows),
-        documents=num_documents(reader.corpus.document_rows, np.asarray(rows)),
+        rows=rows,
+        documents=documents,
         tokens=int(positions),
         ce=ce / labels if labels else None,
         teachers=per_teacher,

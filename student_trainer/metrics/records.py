@@ -1,15 +1,16 @@
 """Metrics of a run: one JSON line per step and per evaluation, and the numbers again for TensorBoard.
 
     {"step": 7, "loss": 6.1, "ce": 6.4, "kl": {"big": 1.2}, "lr": 3e-4, "grad_norm": 0.8, "epoch": 0,
-     "tokens": 28672, "tokens_per_second": 3100.0, "seconds": 9.2}
+     "padding": 0.01, "tokens": 28672, "tokens_per_second": 3100.0, "waiting_seconds": 0.0, "seconds": 9.2}
     {"step": 100, "held_out": {"rows": 64, "ce": 5.9, "teachers": {"big": {"kl": 0.9, ...}}},
      "evaluations": {"wiki": {"rows": ...}}}
 
 A student with experts that has `output_router_logits` adds `router_loss`, before its coefficient.
 
 Losses are nats per token. `tokens` are targets learnt: neither padding, nor a prefix, nor what the corpus's loss mask
-leaves out. With several corpora `epoch` is an object, by corpus. Lines of steps after the checkpoint that a run resumes
-from are dropped and written again.
+leaves out; `padding` is a share of all tokens. `waiting_seconds` were spent waiting for rows. With several corpora
+`epoch` is an object, by corpus. Lines of steps after the checkpoint that a run resumes from are dropped and written
+again.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ class RouterLoss:
         counts = torch.zeros(self.experts, dtype=torch.float64, device=model.device)
         with torch.no_grad(), autocast(model.device, dtype):
             for batch in batches:
-                out = model(input_ids=batch.tokens, use_cache=False)
+                out = model(**batch.inputs)
                 counts += self.count(out.router_logits, batch.real)
         return counts
 

@@ -6,14 +6,13 @@ Shape legend:  M teachers, E experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
@@ -23,6 +22,9 @@ from potstill.clients.patience import has_no_answer
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.data import Batch
 from potstill.student_trainer.data.order import hashed
+from potstill.student_trainer.data.packing import keeps_rows_apart
+from potstill.student_trainer.data.prefetch import Copies
+from potstill.student_trainer.data.steps import MicroBatch, Part, StepCounts, StepStream, read_steps
 from potstill.student_trainer.losses import distillation_loss
 from potstill.student_trainer.models.precision import autocast
 from potstill.student_trainer.models.router import RouterLoss, router_loss_of
@@ -43,6 +45,9 @@ class Learner:
     """The student, or a `DistributedDataParallel` around it."""
     router: RouterLoss | None
     optimizer: torch.optim.Optimizer
+    packs: bool
+    """Whether rows may share one of a micro-batch."""
+    copies: Copies
 
     @classmethod
     def of(cls, config: TrainConfig, group: Group, run: OpenRun, student: PreTrainedModel) -> Learner:
@@ -52,23 +57,32 @@ class Learner:
             InvalidInput: its config asks for a router loss that it does not have, or that is not known.
         """
         router = router_loss_of(student)
+        packs = _all_say(group, mine=config.data.packing and keeps_rows_apart(student))
         student.train()
-        return cls(config, group, run, student, group.wrap(student), router, make_optimizer(student, config.train))
+        model, optimizer = group.wrap(student), make_optimizer(student, config.train)
+        return cls(config, group, run, student, model, router, optimizer, packs, Copies(group.device))
 
-    def pieces(self, step: int) -> list[NDArray[np.int64]]:
-        """Rows of this worker's micro-batches of the step that follows `step` steps."""
-        loop = self.config.train
-        rows = self.run.order.rank_slice(step, self.group.rank, self.group.world_size)
-        return [rows[i : i + loop.micro_batch_rows] for i in range(0, len(rows), loop.micro_batch_rows)]
+    def read_steps(self, steps: Iterable[int]) -> StepStream:
+        """Read ahead this worker's micro-batches of the steps that follow so many steps each."""
+        loop, data = self.config.train, self.config.data
+        part = Part(
+            rank=self.group.rank,
+            world_size=self.group.world_size,
+            micro_batch_rows=loop.micro_batch_rows,
+            pack=self.packs,
+        )
+        reader = self.run.reader if loop.alpha > 0 else self.run.reader.without_targets()
+        pin = self.group.device.type == "cuda"
+        return read_steps(reader, self.run.order, steps, part, readers=data.readers, ahead=data.prefetch, pin=pin)
 
     def step(
-        self, step: int, batches: Iterator[Batch], should_stop: Callable[[], bool]
+        self, step: int, batches: Iterator[MicroBatch], should_stop: Callable[[], bool]
     ) -> tuple[dict[str, Any], int, bool]:
         """Take the optimizer step that follows `step` steps.
 
         Args:
             step: number of steps taken.
-            batches: the micro-batches of `pieces(step)` come next.
+            batches: the step's micro-batches come next.
             should_stop: asked once.
 
         Returns:
@@ -79,7 +93,6 @@ class Learner:
             PotstillError: whatever reading raises; Unavailable where another worker got no answer.
         """
         self._seed(step)
-        num_pieces = len(self.pieces(step))
         num_teachers = len(self.config.teachers) if self.config.train.alpha > 0 else 0
         # CE, a KL per teacher, the router loss, and how many workers want to stop: one reduction for all.
         sums = torch.zeros(3 + num_teachers, dtype=torch.float64, device=self.group.device)
@@ -88,20 +101,21 @@ class Learner:
         if self.router is not None:
             batches, experts = self._count_experts(self.router, batches, step)
         with self._all_have_read():
-            num_labels, num_positions = self._global_counts(step)
-            for _ in range(num_pieces - 1):
-                with self._unsent_gradients():
-                    sums[:-1] += self._forward_backward(next(batches), num_labels, num_positions, experts)
             last = next(batches)
-        sums[:-1] += self._forward_backward(last, num_labels, num_positions, experts)
+            counts = last.step
+            for _ in range(counts.micro_batches - 1):
+                with self._unsent_gradients():
+                    sums[:-1] += self._forward_backward(last.batch, counts, experts)
+                last = next(batches)
+        sums[:-1] += self._forward_backward(last.batch, counts, experts)
         sums[-1] = float(should_stop())
         self.group.all_reduce_sum(sums)
         ce_sum, *kl_sums, router, stop = sums.tolist()
-        record = self._means(ce_sum / max(num_labels, 1), [kl / max(num_positions, 1) for kl in kl_sums])
+        record = self._means(ce_sum / max(counts.num_labels, 1), [kl / max(counts.num_positions, 1) for kl in kl_sums])
         if self.router is not None:
             record |= {"loss": record["loss"] + self.router.coefficient * router, "router_loss": router}
         record |= self._update(step, record["loss"])
-        return {"step": step + 1, **record}, num_positions, stop > 0
+        return {"step": step + 1, **record, "padding": round(counts.padding, 4)}, counts.num_positions, stop > 0
 
     @contextmanager
     def _all_have_read(self) -> Iterator[None]:
@@ -151,28 +165,31 @@ class Learner:
         """Begin a step's dropout; it depends on (seed, rank, step) only, so that a resumed run draws the same."""
         torch.manual_seed(int(hashed(np.array([step]), self.config.train.seed, self.group.rank)[0]))
 
-    def _count_experts(self, router: RouterLoss, batches: Iterator[Batch], step: int) -> tuple[Iterator[Batch], Tensor]:
+    def _count_experts(
+        self, router: RouterLoss, batches: Iterator[MicroBatch], step: int
+    ) -> tuple[Iterator[MicroBatch], Tensor]:
         """Read this worker's micro-batches of a step; return them, and the global batch's positions by expert, [E]."""
         with self._all_have_read():
-            read = [next(batches).to(self.group.device) for _ in self.pieces(step)]
-        counts = router.count_all(self.student, read, self.config.train.dtype)
+            read = [next(batches)]
+            read += [next(batches) for _ in range(read[0].step.micro_batches - 1)]
+        read = [replace(each, batch=each.batch.to(self.group.device)) for each in read]
+        counts = router.count_all(self.student, [each.batch for each in read], self.config.train.dtype)
         self._seed(step)  # the second forward pass draws the dropout of this one
         return iter(read), self.group.all_reduce_sum(counts)
 
-    def _forward_backward(self, batch: Batch, num_labels: int, num_positions: int, experts: Tensor | None) -> Tensor:
+    def _forward_backward(self, batch: Batch, counts: StepCounts, experts: Tensor | None) -> Tensor:
         """Add one micro-batch's gradient; return its undivided CE and KLs and its router loss, float64 [2 + M]."""
-        batch = batch.to(self.group.device)
-        # Rows are padded on the right, where a causal model's real positions never look: no attention mask.
+        batch = self.copies.of(batch)
         with autocast(self.group.device, self.config.train.dtype):
-            out = self.model(input_ids=batch.tokens, use_cache=False)
+            out = self.model(**batch.inputs)
         loss = distillation_loss(
             out.logits,
             batch.labels,
             batch.teachers,
             alpha=self.config.train.alpha,
             mask=batch.mask,
-            num_labels=num_labels,
-            num_positions=num_positions,
+            num_labels=counts.num_labels,
+            num_positions=counts.num_positions,
         )
         total, router = loss.total, torch.zeros_like(loss.ce_sum)
         if self.router is not None and experts is not None:
@@ -186,6 +203,7 @@ class Learner:
         """Keep gradients here: they go to the other workers once a step, with the last micro-batch."""
         return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
 
-    def _global_counts(self, step: int) -> tuple[int, int]:
-        """Count labels and positions of a step's global batch."""
-        return self.run.reader.counts(self.run.order.rank_slice(step, rank=0, world_size=1))
+
+def _all_say(group: Group, *, mine: bool) -> bool:
+    """Tell whether every worker says yes."""
+    return group.all_reduce_sum(torch.tensor(float(mine), device=group.device)).item() == group.world_size

@@ -1,7 +1,7 @@
 """The training loop: plain PyTorch, alone or as one of several workers.
 
-1. The rows of step s are `order.take(s * batch_rows, batch_rows)`; each worker takes its slice and cuts it
-   into micro-batches, which a thread reads ahead.
+1. The rows of step s are `order.take(s * batch_rows, batch_rows)`; each worker takes its slice and packs it
+   into micro-batches, which threads read ahead.
 2. Every micro-batch's loss is a sum divided by the counts of the *global* batch, known before it is read, so
    gradients add up: micro-batches and workers change the result by rounding only.
 3. Gradients are summed over micro-batches and workers, clipped, and AdamW takes a step.
@@ -17,24 +17,21 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from potstill.cache.errors import PotstillError, Unavailable
-from potstill.cache.targets.stream import read_ahead
 from potstill.clients.patience import Patience, has_no_answer
 from potstill.student_trainer.checkpoint.export import publish_model
 from potstill.student_trainer.checkpoint.format import TrainState, load_state
 from potstill.student_trainer.checkpoint.whole import agreed_checkpoint, load_model, load_optimizer, save_checkpoint
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.config.run_folder import write_json
-from potstill.student_trainer.data import Batch
+from potstill.student_trainer.data.steps import StepStream
 from potstill.student_trainer.evaluate.result import (
     HELD_OUT,
     SUMMARY,
@@ -103,6 +100,7 @@ def run_session(
     with ExitStack() as stack:
         patience = Patience(config.data.patience, _LOG.warning, given_up=should_stop)
         run = stack.enter_context(open_run(config)).patient(patience)
+        _require_same_order(run, group)
         if group.rank == 0:
             stack.enter_context(only_trainer(config.run_dir))
         checkpoint = agreed_checkpoint(config.run_dir, group)
@@ -114,6 +112,18 @@ def run_session(
             # Only now that all it needs is there: a folder with a config.json refuses any other run.
             write_json(config.run_dir / "config.json", config.to_json())
         return session.run_to_end(should_stop)
+
+
+def _require_same_order(run: OpenRun, group: Group) -> None:
+    """Check that all workers skip the same rows.
+
+    Raises:
+        Unavailable: a shard was filled between the looks of two workers.
+    """
+    mine = int(run.lacking[:10] or "0", 16)
+    seen = group.all_reduce_sum(torch.tensor(float(mine), dtype=torch.float64, device=group.device))
+    if seen.item() != mine * group.world_size:
+        raise Unavailable("the workers found different shards without targets, as some are being filled; start again")
 
 
 class _Session:
@@ -145,6 +155,7 @@ class _Session:
         else:
             state.check_same(run.fingerprint, run.teachers, run.held)
             state.check_rows(run.left_out, run.reader.prefix)
+            state.check_lacking(run.lacking)
             state.check_steps(config.train)
             student, self.stored_dtype = load_model(checkpoint), state.stored_dtype
         self.learner = Learner.of(config, group, run, student)
@@ -163,16 +174,15 @@ class _Session:
 
     def run_to_end(self, should_stop: Callable[[], bool]) -> TrainResult:
         loop = self.config.train
-        reader = self.run.reader if loop.alpha > 0 else self.run.reader.without_targets()
         found: dict[str, Evaluation] = {}
         stopped = False
         # At the end already when it was cut off between its last checkpoint and its summary.
         if self.step in (0, loop.steps):
             found = self._evaluate()
         # The only place where training waits for I/O. A read that hangs ends when the sources are closed.
-        reading = read_ahead(reader.read, self._pieces(), self.config.data.prefetch, close_seconds=_CLOSE_SECONDS)
+        reading = self.learner.read_steps(range(self.step, loop.steps))
         try:
-            with closing(reading) as batches:
+            with reading.until_closed(_CLOSE_SECONDS) as batches:
                 while self.step < loop.steps and not stopped:
                     record, stopped = self._step(batches, should_stop)
                     self._record(record)
@@ -202,6 +212,7 @@ class _Session:
             step=self.step,
             tokens=self.tokens,
             seconds=round(self.seconds, 3),
+            skipped_rows=self.run.skipped_rows,
             held_out=found.get(HELD_OUT) if finished else None,
             evaluations={name: one for name, one in found.items() if finished and name != HELD_OUT},
         )
@@ -215,22 +226,21 @@ class _Session:
         self.group.barrier()
         return result
 
-    def _step(self, batches: Iterator[Batch], should_stop: Callable[[], bool]) -> tuple[Record, bool]:
+    def _step(self, batches: StepStream, should_stop: Callable[[], bool]) -> tuple[Record, bool]:
         """Take one optimizer step and count it; return its record, and True if a worker wants to stop."""
-        began = time.monotonic()
+        began, waited = time.monotonic(), batches.waited
         record, num_positions, stop = self.learner.step(self.step, batches, should_stop)
         self.step += 1
         self.tokens += num_positions
         now = time.monotonic()
         rate, seconds = round(num_positions / (now - began), 1), round(now - self.began, 3)
-        return {**record, "tokens": self.tokens, "tokens_per_second": rate, "seconds": seconds}, stop
-
-    def _pieces(self) -> Iterator[NDArray[np.int64]]:
-        for step in range(self.step, self.config.train.steps):
-            yield from self.learner.pieces(step)
+        waited = round(batches.waited - waited, 4)
+        times = {"tokens_per_second": rate, "waiting_seconds": waited, "seconds": seconds}
+        skipped = {"skipped_rows": self.run.skipped_rows} if self.run.skipped_rows else {}
+        return {**record, "tokens": self.tokens, **skipped, **times}, stop
 
     def _evaluate(self) -> dict[str, Evaluation]:
-        found = evaluate_on_all(self.learner.student, self.run, self.config.train, self.group)
+        found = evaluate_on_all(self.learner.student, self.run, self.config, self.group)
         if found:
             self._record({"step": self.step, **evaluations_to_json(found)})
         return found
@@ -256,6 +266,7 @@ class _Session:
                 teachers={name: identity.to_json() for name, identity in self.run.teachers.items()},
                 held=self.run.held,
                 left_out=self.run.left_out,
+                lacking=self.run.lacking,
                 prefix_ids=self.run.reader.prefix,
                 stored_dtype=self.stored_dtype,
             )

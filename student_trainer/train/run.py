@@ -12,7 +12,8 @@ import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,15 +33,17 @@ from potstill.student_trainer.config.run_folder import read_config
 from potstill.student_trainer.data import BatchReader
 from potstill.student_trainer.data.held_out import choose_held_out, with_copies
 from potstill.student_trainer.data.joined import JoinedCorpora
+from potstill.student_trainer.data.missing import lacking_rows
 from potstill.student_trainer.data.mixture import MixtureOrder
 from potstill.student_trainer.data.order import SampleOrder
+from potstill.student_trainer.data.packing import keeps_rows_apart
+from potstill.student_trainer.data.repeated import RepeatedBatches
 from potstill.student_trainer.data.settings import CorpusConfig, DataConfig, TeacherConfig
 from potstill.student_trainer.data.sources import common_prefix, open_cache, open_sources
 from potstill.student_trainer.evaluate.result import HELD_OUT, Evaluation, finished_result
-from potstill.student_trainer.evaluate.student import evaluate_student
+from potstill.student_trainer.evaluate.student import batches_of, evaluate_student
 from potstill.student_trainer.models.build import load_student
 from potstill.student_trainer.parallel.group import Group, device_for
-from potstill.student_trainer.train.settings import LoopConfig
 
 _LOCK_SECONDS = 5.0
 """Workers that Ray replaces may take so many seconds to be gone."""
@@ -57,10 +60,16 @@ class OpenRun:
     """[H] rows to evaluate on, rising."""
     left_out: str
     """sha256 of the rows of each corpus that are not trained on, in hex; empty where there are none."""
+    lacking: str
+    """sha256 of the rows of each corpus that are skipped for want of targets, in hex; empty where there are none."""
+    skipped_rows: int
+    """Number of those."""
     order: MixtureOrder
     reader: BatchReader
     eval_readers: Mapping[str, BatchReader]
     """Readers of the corpora to evaluate on beside the held-out rows, by name."""
+    judged_batches: dict[str, RepeatedBatches] = field(default_factory=dict, repr=False)
+    """What this worker evaluates on, by name; made at the first evaluation."""
 
     @property
     def corpus(self) -> Corpus:
@@ -111,6 +120,11 @@ def open_run(config: TrainConfig) -> Iterator[OpenRun]:
     data = config.data
     with open_cache(data) as cache, ExitStack() as stack:
         corpora = JoinedCorpora(tuple(cache.corpus(each.name) for each in data.mixture))
+        opened = [
+            stack.enter_context(open_sources(config.teachers, cache, corpus, data.missing))
+            for corpus in corpora.corpora
+        ]
+        lacking = [lacking_rows(corpus, parts) for corpus, parts in zip(corpora.corpora, opened, strict=True)]
         held_out = [_held_out(data, each, corpus) for each, corpus in zip(data.mixture, corpora.corpora, strict=True)]
         eval_corpora = tuple(cache.corpus(name) for name in data.eval_corpora)
         everything = JoinedCorpora((*corpora.corpora, *eval_corpora))
@@ -118,7 +132,7 @@ def open_run(config: TrainConfig) -> Iterator[OpenRun]:
         shards = (corpus.shard_rows for corpus in corpora.corpora)
         orders = (
             SampleOrder(rows, never, config.train.seed, data.window_shards)
-            for rows, never in zip(shards, left_out, strict=True)
+            for rows, never in zip(shards, _never(corpora, left_out, lacking), strict=True)
         )
         order = MixtureOrder(
             tuple(orders),
@@ -127,12 +141,21 @@ def open_run(config: TrainConfig) -> Iterator[OpenRun]:
             config.train.batch_rows,
             config.train.seed,
         )
-        opened = [stack.enter_context(open_sources(config.teachers, cache, corpus)) for corpus in corpora.corpora]
         sources = tuple(corpora.source(parts) for parts in zip(*opened, strict=True))
         reader = BatchReader(corpora, sources, config.weights, common_prefix(sources, data.prefix_ids))
         eval_readers = {each.name: _eval_reader(config, cache, each, reader, stack) for each in eval_corpora}
-        rows = corpora.joined(held_out)
-        yield OpenRun(corpora, everything.fingerprint, rows, _hashed(left_out), order, reader, eval_readers)
+        rows = corpora.joined([np.setdiff1d(*each) for each in zip(held_out, lacking, strict=True)])
+        yield OpenRun(
+            corpora,
+            everything.fingerprint,
+            rows,
+            _hashed(left_out),
+            _hashed(lacking),
+            sum(map(len, lacking)),
+            order,
+            reader,
+            eval_readers,
+        )
 
 
 def _held_out(data: DataConfig, of: CorpusConfig, corpus: Corpus) -> NDArray[np.int64]:
@@ -157,6 +180,20 @@ def _left_out(
     return left_out
 
 
+def _never(
+    corpora: JoinedCorpora, left_out: Sequence[NDArray[np.int64]], lacking: Sequence[NDArray[np.int64]]
+) -> list[NDArray[np.int64]]:
+    """Rows of each corpus that no step has."""
+    never = [np.union1d(*each) for each in zip(left_out, lacking, strict=True)]
+    for corpus, rows, skipped in zip(corpora.corpora, never, lacking, strict=True):
+        if len(rows) == len(corpus):
+            raise InvalidInput(
+                f"no row of corpus {corpus.name!r} is left to train on: {len(skipped):,} of {len(corpus):,} lack "
+                "targets, and the others are evaluated on; run `potstill prefill` for it"
+            )
+    return never
+
+
 def _hashed(left_out: Sequence[NDArray[np.int64]]) -> str:
     if not any(map(len, left_out)):
         return ""
@@ -172,7 +209,7 @@ def _eval_reader(
 ) -> BatchReader:
     """A reader of a corpus to evaluate on, with the teachers that have targets for it; services answer for any."""
     there = [each for each in config.teachers if each.source == "service" or _has_targets(cache, each, corpus)]
-    sources = stack.enter_context(open_sources(there, cache, corpus))
+    sources = stack.enter_context(open_sources(there, cache, corpus, config.data.missing))
     weights = tuple(weight for each, weight in zip(config.teachers, config.weights, strict=True) if each in there)
     return replace(training, corpus=JoinedCorpora((corpus,)), sources=sources, weights=weights)
 
@@ -212,15 +249,26 @@ def only_trainer(run_dir: Path) -> Iterator[None]:
         yield
 
 
+def _rows_with_targets(reader: BatchReader) -> NDArray[np.int64]:
+    rows = np.arange(len(reader.corpus), dtype=np.int64)
+    corpora = reader.corpus.corpora if isinstance(reader.corpus, JoinedCorpora) else (reader.corpus,)
+    return np.setdiff1d(rows, lacking_rows(corpora[0], reader.sources))
+
+
 def evaluate_on_all(
-    model: nn.Module, run: OpenRun, loop: LoopConfig, group: Group | None = None
+    model: nn.Module, run: OpenRun, config: TrainConfig, group: Group | None = None
 ) -> dict[str, Evaluation]:
     """Evaluate on the held-out rows, under the name `HELD_OUT`, and on each corpus that is for it, under its own."""
-    judged = {name: (reader, np.arange(len(reader.corpus))) for name, reader in run.eval_readers.items()}
+    loop, group = config.train, group or Group()
+    judged = {name: (reader, _rows_with_targets(reader)) for name, reader in run.eval_readers.items()}
     on = {HELD_OUT: (run.reader, run.held_out)} | judged if len(run.held_out) else judged
+    if not run.judged_batches:
+        pack = config.data.packing and keeps_rows_apart(model)
+        cut = partial(batches_of, batch_rows=loop.micro_batch_rows, group=group, pack=pack, readers=config.data.readers)
+        run.judged_batches.update({name: cut(*each) for name, each in on.items()})
     return {
-        name: evaluate_student(model, reader, rows, batch_rows=loop.micro_batch_rows, group=group, dtype=loop.dtype)
-        for name, (reader, rows) in on.items()
+        name: evaluate_student(model, *each, group=group, dtype=loop.dtype, batches=run.judged_batches[name])
+        for name, each in on.items()
     }
 
 
@@ -249,4 +297,4 @@ def evaluate_run(run_dir: Path) -> dict[str, Evaluation]:
             raise InvalidInput(
                 f"run {str(run_dir)!r} has no held-out rows: its data.held_out is 0, and it has no data.eval_corpora"
             )
-        return evaluate_on_all(load_student(folder).to(device_for(config.train.device)), run, config.train)
+        return evaluate_on_all(load_student(folder).to(device_for(config.train.device)), run, config)

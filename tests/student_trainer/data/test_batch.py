@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +19,6 @@ from potstill.cache.errors import (
     UnknownTeacher,
     UnsupportedField,
 )
-from potstill.cache.targets.stream import read_ahead
 from potstill.cache.types import Targets, Tokens
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.data import Batch, BatchReader
@@ -155,43 +151,3 @@ def test_the_cache_source_cuts_to_k(root: Path) -> None:
     np.testing.assert_allclose(np.exp(targets.logprobs).sum(1) + np.exp(targets.log_tail), 1.0, atol=1e-3)
     assert source.identity.tokenizer_sha256 == cache.corpus("docs").tokenizer_sha256
     assert source.held == "k=3, encoding f32"
-
-
-def pieces(count: int) -> Iterator[np.ndarray[tuple[int], np.dtype[np.int64]]]:
-    for i in range(count):
-        yield np.array([i], dtype=np.int64)
-
-
-def test_reading_ahead_keeps_the_order_and_its_bound(root: Path) -> None:
-    reader, source = scripted_reader(root)
-    corpus = Cache.open(root).corpus("docs")
-    with closing(read_ahead(reader.read, pieces(12), 2)) as batches:
-        first = next(batches)
-        time.sleep(0.5)
-        assert source.calls <= 4, "one handed out, two waiting, one in hand"
-        rest = list(batches)
-    tokens = [batch.tokens[0].tolist() for batch in [first, *rest]]
-    assert tokens == [corpus.row(i).tolist() for i in range(12)]
-
-
-def test_an_error_comes_where_its_batch_would_have(root: Path) -> None:
-    reader, _ = scripted_reader(root, fail_at=3)
-    with closing(read_ahead(reader.read, pieces(9), 4)) as batches:
-        assert next(batches).num_positions
-        assert next(batches).num_positions
-        with pytest.raises(CorruptSegment, match="segment 7"):
-            next(batches)
-
-
-def test_leaving_stops_the_thread(root: Path) -> None:
-    reader, _ = scripted_reader(root)
-    before = threading.active_count()
-
-    def interrupted() -> None:
-        with closing(read_ahead(reader.read, pieces(50), 1)) as batches:
-            next(batches)
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert threading.active_count() == before

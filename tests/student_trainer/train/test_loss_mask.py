@@ -41,7 +41,8 @@ def taught(root: Path) -> list[np.ndarray]:
 def test_counts_are_of_what_is_taught(root: Path) -> None:
     masks = taught(root)
     labels, positions = sum(int(m[:-1].sum()) for m in masks), sum(int(m.sum()) for m in masks)
-    assert reader(root).counts(np.arange(ROWS)) == (labels, positions)
+    counts = reader(root).measure(np.arange(ROWS))
+    assert (counts.num_labels, counts.num_positions) == (labels, positions)
     batch = reader(root).read(range(ROWS))
     assert (batch.num_labels, batch.num_positions) == (labels, positions)
     assert not masks[2].any()
@@ -61,7 +62,8 @@ def test_the_gradient_of_every_loss_is_that_of_taught_positions(root: Path, alph
     masks, rows = taught(root), Cache.open(root).corpus("docs").take(range(ROWS))
     logits = torch.from_numpy(np.random.default_rng(3).standard_normal((ROWS, 10, VOCAB)))
     dense, ours = logits.clone().requires_grad_(), torch.zeros_like(logits)
-    num_labels, num_positions = reader(root).counts(np.arange(ROWS))
+    counts = reader(root).measure(np.arange(ROWS))
+    num_labels, num_positions = counts.num_labels, counts.num_positions
     total = dense.new_zeros(())
     for i, (mask, row) in enumerate(zip(masks, rows, strict=True)):
         kept = fake_teacher().distribution(row, K)

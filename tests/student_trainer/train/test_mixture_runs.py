@@ -65,7 +65,9 @@ def test_batches_are_the_rows_and_targets_of_their_corpora(folder: Path) -> None
             (targets,) = cache.targets("fake", name).read_rows([row])
             assert batch.tokens[i, : len(tokens)].tolist() == tokens.tolist()
             np.testing.assert_array_equal(batch.teachers[0].logprobs[i, : len(tokens)], targets.logprobs)
-        assert run.reader.counts(np.array([first + 3, 5, first])) == (batch.num_labels, batch.num_positions)
+        counts = run.reader.measure(np.array([first + 3, 5, first]))
+        assert (counts.num_labels, counts.num_positions) == (batch.num_labels, batch.num_positions)
+        assert counts.lengths.tolist() == batch.lengths.tolist()
 
 
 def test_answers_for_more_rows_than_one_corpus_was_asked_for_are_not_taken_for_anothers(folder: Path) -> None:

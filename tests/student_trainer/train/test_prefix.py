@@ -56,7 +56,9 @@ def test_rows_have_the_prefix_in_front_and_no_target_there(root: Path, tmp_path:
         assert other.reader.prefix == (1, 2)
         assert other.row_tokens == one.row_tokens + 2
         there, here = one.reader.read([3, 0]), other.reader.read([3, 0])
-        assert one.reader.counts(torch.tensor([3, 0]).numpy()) == other.reader.counts(torch.tensor([3, 0]).numpy())
+        ours, theirs = (each.reader.measure(torch.tensor([3, 0]).numpy()) for each in (other, one))
+        assert (ours.num_labels, ours.num_positions) == (theirs.num_labels, theirs.num_positions)
+        assert (ours.lengths == theirs.lengths + 2).all()
     assert here.tokens[:, :2].tolist() == [[1, 2]] * 2
     assert torch.equal(here.tokens[:, 2:], there.tokens)
     assert not here.mask[:, :2].any()

@@ -1,0 +1,1 @@
+"""What a student in training costs."""

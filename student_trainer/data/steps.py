@@ -1,0 +1,103 @@
+"""One worker's micro-batches of the steps of a run, planned, read ahead and brought to its device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from potstill.student_trainer.data.batch import Batch, BatchReader
+from potstill.student_trainer.data.mixture import MixtureOrder
+from potstill.student_trainer.data.packing import num_slots, plan_micro_batches
+from potstill.student_trainer.data.prefetch import ReadAhead
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepCounts:
+    """Counts of a step's global batch, known before its targets are read."""
+
+    num_labels: int
+    num_positions: int
+    micro_batches: int
+    """Micro-batches of each worker."""
+    padding: float
+    """Share of the tokens of all workers that is padding."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MicroBatch:
+    """A worker's part of a step, or a part of that."""
+
+    batch: Batch
+    step: StepCounts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A worker's share of each step, and how it is cut."""
+
+    rank: int
+    world_size: int
+    micro_batch_rows: int
+    pack: bool
+    """Whether rows may share one (`potstill.student_trainer.data.packing`)."""
+
+
+Planned = tuple[list[list[int]], StepCounts]
+"""Rows of the corpus that share a row, for each row of a micro-batch; and the counts of its step."""
+
+StepStream = ReadAhead[Planned, MicroBatch]
+
+
+def plan_step(reader: BatchReader, order: MixtureOrder, step: int, part: Part) -> list[Planned]:
+    """Plan a worker's micro-batches of the step after `step` steps, from the lengths of all workers' rows."""
+    slices = [order.rank_slice(step, rank, part.world_size) for rank in range(part.world_size)]
+    counts = reader.measure(np.concatenate(slices))
+    lengths = np.split(counts.lengths, np.cumsum([len(each) for each in slices])[:-1])
+    plans = plan_micro_batches(lengths, part.micro_batch_rows, reader.longest_row, pack=part.pack)
+    slots = sum(num_slots(plan, each) for plan, each in zip(plans, lengths, strict=True))
+    mine, rows = plans[part.rank], slices[part.rank]
+    told = StepCounts(
+        num_labels=counts.num_labels,
+        num_positions=counts.num_positions,
+        micro_batches=len(mine),
+        padding=1 - int(counts.lengths.sum()) / max(slots, 1),
+    )
+    return [([rows[each].tolist() for each in bins], told) for bins in mine]
+
+
+def read_steps(
+    reader: BatchReader, order: MixtureOrder, steps: Iterable[int], part: Part, *, readers: int, ahead: int, pin: bool
+) -> StepStream:
+    """Read a worker's micro-batches of steps, in order; see `ReadAhead`.
+
+    Args:
+        reader: of the rows.
+        order: of all rows.
+        steps: numbers of steps taken before each.
+        part: the worker's.
+        readers: threads.
+        ahead: most micro-batches that wait beside the one in use.
+        pin: whether to put tensors where an accelerator copies them from by itself.
+    """
+    planned = _planned(reader, order, steps, part)
+
+    def read(wanted: Planned) -> MicroBatch:
+        batch = reader.read_packed(wanted[0])
+        return MicroBatch(batch.each(torch.Tensor.pin_memory) if pin else batch, wanted[1])
+
+    return ReadAhead(read, planned, readers=readers, ahead=ahead, size=lambda found: found.batch.num_bytes)
+
+
+def _planned(reader: BatchReader, order: MixtureOrder, steps: Iterable[int], part: Part) -> Iterator[Planned]:
+    """Plan steps; when a window of a corpus begins, the shards of the next one are opened ahead."""
+    opened: list[tuple[int, int]] = []
+    for step in steps:
+        windows = order.windows(step * order.batch_rows)
+        if windows != opened:
+            ahead = order.first_rows_of([(epoch, window + 1) for epoch, window in windows])
+            reader.open_ahead(ahead if opened else np.concatenate([order.first_rows_of(windows), ahead]))
+            opened = windows
+        yield from plan_step(reader, order, step, part)

@@ -1,0 +1,97 @@
+"""Shards without targets: refused, their rows left out and counted, or asked of the running teacher."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from potstill.cache.cache import Cache
+from potstill.cache.errors import InvalidInput, NotCommitted, SpecMismatch
+from potstill.student_trainer.data.missing import lacking_rows
+from potstill.student_trainer.data.sources import open_sources
+from potstill.student_trainer.metrics.records import read_metrics
+from potstill.student_trainer.train.loop import train
+from potstill.student_trainer.train.run import open_run
+from tests.support.processes.servers import hosted, serving_teachers
+from tests.support.tiny_runs import K, config_of, fake_teacher, fill, write_cache
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+PARTIAL = [{"name": "fake"}, {"name": "partial"}]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    root = write_cache(tmp_path)
+    fill(root, "partial", shards=3)
+    return root
+
+
+def test_skipped_rows_are_in_no_step_and_counted(root: Path, tmp_path: Path) -> None:
+    corpus = Cache.open(root).corpus("docs")
+    first = int(corpus.shard_rows[3])
+    config = config_of(root, tmp_path / "run", teachers=PARTIAL, data={"missing": "skip"})
+    with open_run(config) as run:
+        assert run.skipped_rows == len(corpus) - first
+        assert run.order.take(0, 3 * first).max() < first
+        assert len(run.held_out)
+        assert run.held_out.max() < first
+    result = train(config)
+    records = read_metrics(tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert result.skipped_rows == summary["skipped_rows"] == records[1]["skipped_rows"] == len(corpus) - first
+    assert train(config) == result, "a finished run is found"
+
+
+def test_a_run_is_refused_that_would_go_on_with_other_rows(root: Path, tmp_path: Path) -> None:
+    constant = {"steps": 2, "schedule": "constant"}
+    settings = {"teachers": PARTIAL, "data": {"missing": "skip"}}
+    train(config_of(root, tmp_path / "run", train=constant, **settings))
+    fill(root, "partial", shards=5)
+    with pytest.raises(SpecMismatch, match="other shards lack targets than when the run was started"):
+        train(config_of(root, tmp_path / "run", train={**constant, "steps": 4}, **settings))
+
+
+def test_what_is_missing_is_asked_of_the_running_teacher(root: Path, tmp_path: Path) -> None:
+    cache = Cache.open(root)
+    corpus, teacher = cache.corpus("docs"), fake_teacher("partial")
+    rows = [0, len(corpus) - 1, 3, len(corpus) - 2]
+    with serving_teachers(hosted("partial", teacher)) as url:
+        teachers = [{"name": "partial", "url": url}]
+        config = config_of(root, tmp_path / "run", teachers=teachers, data={"missing": "ask"})
+        with open_sources(config.teachers, cache, corpus, "ask") as [source]:
+            assert len(lacking_rows(corpus, [source])) == 0
+            assert source.held == f"k={K}, encoding f32"
+            answers = source.read(rows, corpus.take(rows))
+        asked = len(teacher.scored)
+        assert train(config_of(root, tmp_path / "run", teachers=teachers, data={"missing": "ask"})).finished
+    for row, found in zip(rows, answers, strict=True):
+        expected = teacher.distribution(corpus.row(row), K)
+        np.testing.assert_array_equal(found.ids, expected.ids)
+        np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-5)
+    assert asked == 2, "the rest is kept"
+
+
+def test_another_teacher_is_not_asked(root: Path, tmp_path: Path) -> None:
+    cache = Cache.open(root)
+    with serving_teachers(hosted("partial", fake_teacher("another"))) as url:
+        teachers = [{"name": "partial", "url": url}]
+        config = config_of(root, tmp_path / "run", teachers=teachers, data={"missing": "ask"})
+        with (
+            pytest.raises(
+                SpecMismatch, match=r"'partial' at teachers\.url is not the one in the cache: weights_sha256"
+            ),
+            open_sources(config.teachers, cache, cache.corpus("docs"), "ask"),
+        ):
+            pass
+
+
+def test_bad_settings_are_told(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(NotCommitted, match=r"lacks \d+ of \d+ shards.* or set data\.missing to 'skip' or 'ask'$"):
+        train(config_of(root, tmp_path / "run", teachers=PARTIAL))
+    with pytest.raises(NotCommitted, match=r"or set teachers\.url of 'partial'$"):
+        train(config_of(root, tmp_path / "run", teachers=PARTIAL, data={"missing": "ask"}))
+    with pytest.raises(InvalidInput, match=r"the url of teacher 'fake' is not used: .* data\.missing to \"ask\""):
+        config_of(root, tmp_path / "run", teachers=[{"name": "fake", "url": "http://127.0.0.1:9"}])
