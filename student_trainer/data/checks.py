@@ -21,6 +21,8 @@ _RELATIVE_LABEL_ERROR = 0.01
 _LEAST_KNOWN = 8
 """Labels from which a disagreement is no accident; one may be, where an encoding's gap is saturated."""
 _LEAST_COUNTED = 256
+_LOOKED_AT = 512
+"""Positions of a corpus in a batch that are looked at for a shift, and the rest of their last row."""
 _MORE_FOUND = 0.25
 """Share of tokens that a teacher finds more often at another place than at their own only when it is shifted."""
 
@@ -71,11 +73,13 @@ def check_alignment(teacher: str, rows: Sequence[Tokens], answers: Sequence[Targ
     Raises:
         TeacherFailed: the targets of a corpus are of other tokens, as if shifted by one.
     """
-    by_corpus: dict[str, list[int]] = {}
-    for i in range(len(rows)):
-        by_corpus.setdefault(place(i)[0], []).append(i)
-    for corpus, chosen in by_corpus.items():
-        pairs = [(rows[i], answers[i]) for i in chosen if len(rows[i]) > 2 and answers[i].k]
+    by_corpus: dict[str, list[tuple[Tokens, Targets]]] = {}
+    for i, (row, targets) in enumerate(zip(rows, answers, strict=True)):
+        pairs = by_corpus.setdefault(place(i)[0], [])
+        # A shift is in all rows of a corpus: a few of each batch tell it, and cost the readers little.
+        if len(row) > 2 and targets.k and sum(len(each) for each, _ in pairs) < _LOOKED_AT:
+            pairs.append((row, targets))
+    for corpus, pairs in by_corpus.items():
         told = _told_by_labels(pairs) or _told_by_tokens(pairs)
         if told:
             raise TeacherFailed(

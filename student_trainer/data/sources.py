@@ -45,7 +45,7 @@ class TargetSource:
     from a service.
     """
     stored: bool = False
-    """True where it reads what is kept, so that opening it ahead of use costs no teacher anything."""
+    """True where it reads a cache's objects, which are slow to open for the first time and cost no teacher anything."""
     committed: NDArray[np.bool_] | None = None
     """[S] bool, true for each shard that has targets; None where none lacks them."""
 
@@ -62,7 +62,9 @@ def cache_source(name: str, targets: TargetSet | HttpTargets, k: int | None = No
     """Read committed targets of a corpus by row index; `k` of the kept ids, by default all."""
     fields = Fields(k=k or targets.fields.k)
     held = f"k={fields.k}, encoding {targets.encoding.name}"
-    return TargetSource(name, targets.identity, held, partial(_read_kept, targets, fields), stored=True)
+    return TargetSource(
+        name, targets.identity, held, partial(_read_kept, targets, fields), isinstance(targets, TargetSet)
+    )
 
 
 def _read_kept(
