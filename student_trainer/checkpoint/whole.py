@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,16 @@ _LOG = logging.getLogger(__name__)
 
 
 def save_checkpoint(
-    folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, state: TrainState, *, keep: int
+    folder: Path, model: PreTrainedModel, optimizer: Mapping[str, Any], state: TrainState, *, keep: int
 ) -> Path:
     """Write a checkpoint below `folder`, then remove all but the newest `keep`; return its folder. For rank 0 only.
+
+    Args:
+        folder: of all checkpoints.
+        model: the whole student.
+        optimizer: the whole state of the optimizer.
+        state: the progress of the run.
+        keep: how many.
 
     Raises:
         StoreError: the disk does not take it; the older checkpoints stay.
@@ -113,11 +121,11 @@ def load_model(checkpoint: Path) -> PreTrainedModel:
         raise FormatError(f"{str(checkpoint / 'model')!r} cannot be loaded: {error}") from error
 
 
-def _save_optimizer(optimizer: torch.optim.Optimizer, file: Path) -> None:
+def _save_optimizer(state: Mapping[str, Any], file: Path) -> None:
     """Write an optimizer's state; a full disk is an OSError."""
     try:
         with file.open("wb") as out:
-            torch.save(optimizer.state_dict(), out)
+            torch.save(dict(state), out)
     except RuntimeError as error:
         # torch's writer tells of its own trouble only; what the disk said is what it met before.
         disk = error.__context__
@@ -126,7 +134,7 @@ def _save_optimizer(optimizer: torch.optim.Optimizer, file: Path) -> None:
         raise
 
 
-def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
+def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer, group: Group) -> None:
     """Give the optimizer its state of the checkpoint; nothing but tensors and plain values is read.
 
     Raises:
@@ -135,7 +143,7 @@ def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
     file = checkpoint / "optimizer.pt"
     try:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        optimizer.load_state_dict(state)
+        group.load_state(optimizer, state)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise FormatError(f"{str(file)!r} cannot be read: {error}") from error
     except Exception as error:

@@ -25,6 +25,8 @@ FREE_ON_RESUME = frozenset(
         "train.keep_checkpoints",
         "train.workers",
         "train.device",
+        "train.parallel",
+        "train.activation_checkpointing",
         "train.max_failures",
         "train.out",
     }

@@ -7,7 +7,7 @@ forward passes only.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -22,6 +22,7 @@ from potstill.student_trainer.data.repeated import RepeatedBatches
 from potstill.student_trainer.evaluate.result import Evaluation, TeacherAgreement
 from potstill.student_trainer.losses import NO_LABEL, kl_and_overlap
 from potstill.student_trainer.models.precision import autocast
+from potstill.student_trainer.parallel.agreement import all_have_read
 from potstill.student_trainer.parallel.group import Group
 
 _CHUNK_POSITIONS = 512
@@ -56,12 +57,17 @@ def evaluate_student(
     names = [source.name for source in reader.sources]
     sums = torch.zeros(3 + 3 * len(names), dtype=torch.float64, device=group.device)
     batches = batches or batches_of(reader, rows, batch_rows=batch_rows, group=group)
-    # No worker waits for another within the loop, so they need not have equally many batches.
+    # No worker waits for another within the loop, so they need not have equally many batches, unless each forward pass
+    # is one of all together.
     with _evaluating(model), batches.read() as found:
-        for batch in map(Copies(group.device).of, found):
+        together = _in_step(found, group, lambda: reader.read(rows[:1]))
+        copies = Copies(group.device)
+        for read, counts in together if group.in_step else ((one, True) for one in found):
+            batch = copies.of(read)
             with autocast(group.device, dtype):
                 logits = model(**batch.inputs).logits
-            sums += _sums(logits, batch)
+            if counts:
+                sums += _sums(logits, batch)
     group.all_reduce_sum(sums)
     documents = num_documents(reader.corpus.document_rows, np.asarray(rows))
     return _evaluation(sums.tolist(), names, rows=len(rows), documents=documents)
@@ -79,6 +85,23 @@ def batches_of(
     """Make the batches of a worker's part of the rows to evaluate on; arguments as of `RepeatedBatches`."""
     mine = np.asarray(rows)[group.rank :: group.world_size]
     return RepeatedBatches(reader, mine, batch_rows, pack=pack, readers=readers)
+
+
+def _in_step(batches: Iterator[Batch], group: Group, spare: Callable[[], Batch]) -> Iterator[tuple[Batch, bool]]:
+    """Give a worker's batches with True, then one with False until all other workers have given theirs, too.
+
+    Raises:
+        PotstillError: whatever reading raises, and on all workers when one got no answer.
+    """
+    last: Batch | None = None
+    while True:
+        with all_have_read(group):
+            batch = next(batches, None)
+            last = batch or last or spare()
+        more = group.all_reduce_sum(torch.tensor(float(batch is not None), device=group.device))
+        if not more.item():
+            return
+        yield last, batch is not None
 
 
 def _evaluation(sums: list[float], names: Sequence[str], *, rows: int, documents: int) -> Evaluation:

@@ -1,1 +1,1 @@
-"""Starting a run's workers on Ray, and again where they die."""
+"""Starting a run's workers: by Ray, which places them on nodes and starts them again where they die, or torchrun."""

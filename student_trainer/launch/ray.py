@@ -30,7 +30,7 @@ from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.evaluate.result import TrainResult, finished_before
 from potstill.student_trainer.launch.placement import Node, Placement, place
 from potstill.student_trainer.metrics.records import MetricsFollower, Record
-from potstill.student_trainer.parallel.ddp import DdpGroup
+from potstill.student_trainer.parallel.fsdp import group_class
 from potstill.student_trainer.train.loop import run_session
 from potstill.student_trainer.train.optimizer import warn_of_jump
 from potstill.student_trainer.train.run import open_run
@@ -128,7 +128,7 @@ def _training(keys: Mapping[str, str]) -> Callable[[Mapping[str, Any]], TrainRes
         config = TrainConfig.of(arguments["config"])
         context = ray.train.get_context()
         device, rank, size = ray.train.torch.get_device(), context.get_world_rank(), context.get_world_size()
-        group = DdpGroup(device=device, rank=rank, world_size=size)
+        group = group_class(config.train.parallel)(device=device, rank=rank, world_size=size)
         stop_file = config.run_dir / _STOP_FILE
         # An error would have Ray start the workers again, to find no service either.
         return run_session(config, group, should_stop=stop_file.exists)

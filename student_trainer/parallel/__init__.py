@@ -1,1 +1,1 @@
-"""Workers that train one student together, and how its gradients come together."""
+"""Workers that train one student together: `ddp` copies it to each, `fsdp` shares it among them."""

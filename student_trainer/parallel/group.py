@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from potstill.cache.errors import InvalidInput
 
@@ -42,3 +43,20 @@ class Group:
 
     def barrier(self) -> None:
         """Wait for all workers."""
+
+    @property
+    def in_step(self) -> bool:
+        """True where every forward pass is one of all workers together: each must make as many as the others."""
+        return False
+
+    def whole_student(self, student: PreTrainedModel) -> PreTrainedModel:
+        """The student with all its weights, for rank 0 to write."""
+        return student
+
+    def whole_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """The optimizer's whole state, for rank 0 to write."""
+        return optimizer.state_dict()
+
+    def load_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """Give the optimizer a whole state, as `whole_state` has it; raises what `Optimizer.load_state_dict` does."""
+        optimizer.load_state_dict(state)

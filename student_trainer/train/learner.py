@@ -6,19 +6,19 @@ Shape legend:  M teachers, E experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from potstill.cache.errors import InvalidInput, PotstillError, Unavailable
-from potstill.clients.patience import has_no_answer
+from potstill.cache.errors import InvalidInput
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.data import Batch
 from potstill.student_trainer.data.order import hashed
@@ -28,6 +28,8 @@ from potstill.student_trainer.data.steps import MicroBatch, Part, StepCounts, St
 from potstill.student_trainer.losses import distillation_loss
 from potstill.student_trainer.models.precision import autocast
 from potstill.student_trainer.models.router import RouterLoss, router_loss_of
+from potstill.student_trainer.parallel.activation import compute_again
+from potstill.student_trainer.parallel.agreement import all_have_read
 from potstill.student_trainer.parallel.group import Group
 from potstill.student_trainer.train.optimizer import learning_rate, make_optimizer
 from potstill.student_trainer.train.run import OpenRun
@@ -59,6 +61,8 @@ class Learner:
         router = router_loss_of(student)
         packs = _all_say(group, mine=config.data.packing and keeps_rows_apart(student))
         student.train()
+        if config.train.activation_checkpointing:
+            compute_again(student)
         model, optimizer = group.wrap(student), make_optimizer(student, config.train)
         return cls(config, group, run, student, model, router, optimizer, packs, Copies(group.device))
 
@@ -98,9 +102,12 @@ class Learner:
         sums = torch.zeros(3 + num_teachers, dtype=torch.float64, device=self.group.device)
         self.optimizer.zero_grad(set_to_none=True)
         experts = None
+        if self.router is not None or self.group.in_step:
+            batches = self._read_all(batches)
         if self.router is not None:
-            batches, experts = self._count_experts(self.router, batches, step)
-        with self._all_have_read():
+            read = list(batches)
+            batches, experts = iter(read), self._count_experts(self.router, read, step)
+        with all_have_read(self.group):
             last = next(batches)
             counts = last.step
             for _ in range(counts.micro_batches - 1):
@@ -117,27 +124,6 @@ class Learner:
         record |= self._update(step, record["loss"])
         return {"step": step + 1, **record, "padding": round(counts.padding, 4)}, counts.num_positions, stop > 0
 
-    @contextmanager
-    def _all_have_read(self) -> Iterator[None]:
-        """Give the step up on all workers if one could not read its rows in the block, which sends no gradients.
-
-        Raises:
-            PotstillError: the error, or Unavailable for that of another worker.
-        """
-        unread = None
-        try:
-            yield
-        except PotstillError as error:
-            if not has_no_answer(error):
-                raise
-            unread = error
-        lacking = torch.tensor(float(unread is not None), device=self.group.device)
-        self.group.all_reduce_sum(lacking)
-        if unread is not None:
-            raise unread
-        if lacking.item() > 0:
-            raise Unavailable("another worker got no answer")
-
     def _means(self, ce: float, kls: list[float]) -> dict[str, Any]:
         """Losses of the step, before the update: nats per token of the global batch."""
         alpha = self.config.train.alpha
@@ -148,7 +134,8 @@ class Learner:
 
     def _update(self, step: int, loss: float) -> dict[str, Any]:
         """Clip the gradient and take the optimizer's step."""
-        grad_norm = float(nn.utils.clip_grad_norm_(self.student.parameters(), self.config.train.grad_clip))
+        norm = nn.utils.clip_grad_norm_(self.student.parameters(), self.config.train.grad_clip)
+        grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         # Before the step: NaN in the weights would also be in the next checkpoint.
         if not math.isfinite(loss + grad_norm):
             raise InvalidInput(
@@ -165,17 +152,18 @@ class Learner:
         """Begin a step's dropout; it depends on (seed, rank, step) only, so that a resumed run draws the same."""
         torch.manual_seed(int(hashed(np.array([step]), self.config.train.seed, self.group.rank)[0]))
 
-    def _count_experts(
-        self, router: RouterLoss, batches: Iterator[MicroBatch], step: int
-    ) -> tuple[Iterator[MicroBatch], Tensor]:
-        """Read this worker's micro-batches of a step; return them, and the global batch's positions by expert, [E]."""
-        with self._all_have_read():
+    def _read_all(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+        """Read this worker's micro-batches of a step before its first forward pass."""
+        with all_have_read(self.group):
             read = [next(batches)]
             read += [next(batches) for _ in range(read[0].step.micro_batches - 1)]
-        read = [replace(each, batch=each.batch.to(self.group.device)) for each in read]
+        return iter([replace(each, batch=each.batch.to(self.group.device)) for each in read])
+
+    def _count_experts(self, router: RouterLoss, read: Sequence[MicroBatch], step: int) -> Tensor:
+        """Count the positions of the step's global batch by expert, [E]."""
         counts = router.count_all(self.student, [each.batch for each in read], self.config.train.dtype)
         self._seed(step)  # the second forward pass draws the dropout of this one
-        return iter(read), self.group.all_reduce_sum(counts)
+        return self.group.all_reduce_sum(counts)
 
     def _forward_backward(self, batch: Batch, counts: StepCounts, experts: Tensor | None) -> Tensor:
         """Add one micro-batch's gradient; return its undivided CE and KLs and its router loss, float64 [2 + M]."""

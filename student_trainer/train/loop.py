@@ -160,7 +160,7 @@ class _Session:
             student, self.stored_dtype = load_model(checkpoint), state.stored_dtype
         self.learner = Learner.of(config, group, run, student)
         if checkpoint is not None:
-            load_optimizer(checkpoint, self.learner.optimizer)
+            load_optimizer(checkpoint, self.learner.optimizer, group)
         self.writer: MetricsWriter | None = None
         if group.rank == 0:
             (config.run_dir / SUMMARY).unlink(missing_ok=True)  # the run goes on: it no longer ends there
@@ -219,9 +219,10 @@ class _Session:
 
     def _end(self, found: Mapping[str, Evaluation]) -> TrainResult:
         result = self._result(found)
-        if result.finished and self.group.rank == 0:
+        student = self.group.whole_student(self.learner.student) if result.finished else None
+        if student is not None and self.group.rank == 0:
             dtype = self.config.train.save_dtype or self.stored_dtype
-            publish_model(self.config.run_dir / "model", self.learner.student, self.run.corpus, dtype)
+            publish_model(self.config.run_dir / "model", student, self.run.corpus, dtype)
             write_json(result.run_dir / SUMMARY, result.to_json())
         self.group.barrier()
         return result
@@ -251,9 +252,14 @@ class _Session:
             self.on_record(record)
 
     def _save(self) -> None:
-        """Write a checkpoint, unless there is one of this step."""
+        """Write a checkpoint, unless there is one of this step. All workers call it, as all may have a part of it."""
         loop = self.config.train
-        if self.group.rank == 0 and self.saved < self.step:
+        if self.saved == self.step:
+            return
+        self.saved = self.step
+        student = self.group.whole_student(self.learner.student)
+        optimizer = self.group.whole_state(self.learner.optimizer)
+        if self.group.rank == 0:
             # All that the rest of the run depends on, beside the weights and the optimizer.
             state = TrainState(
                 step=self.step,
@@ -271,5 +277,4 @@ class _Session:
                 stored_dtype=self.stored_dtype,
             )
             folder = self.config.run_dir / "checkpoints"
-            save_checkpoint(folder, self.learner.student, self.learner.optimizer, state, keep=loop.keep_checkpoints)
-            self.saved = self.step
+            save_checkpoint(folder, student, optimizer, state, keep=loop.keep_checkpoints)

@@ -56,6 +56,10 @@ class LoopConfig(Frozen):
     """Ray workers, each on a `device` of its own."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """`gpu` is one GPU for each worker, or a refusal; `auto` is `gpu` where there are GPUs, and `cpu` elsewhere."""
+    activation_checkpointing: bool = False
+    """Compute a layer's activations again in the backward pass: less memory, about a third more time."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """`ddp` gives each worker the whole student; `fsdp` a part of it, for one that does not fit a GPU."""
     max_failures: Annotated[int, Field(ge=0, strict=True)] = 3
     """Number of times that killed workers are started again from the newest checkpoint; a bad setting ends the run."""
 
