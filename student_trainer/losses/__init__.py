@@ -7,6 +7,7 @@ are what a training loop calls.
 
 from potstill.student_trainer.losses.agreement import kl_and_overlap
 from potstill.student_trainer.losses.divergences import MIN_TAIL_MASS
+from potstill.student_trainer.losses.linear import Logits, linear_distillation_loss
 from potstill.student_trainer.losses.logits import distillation_loss
 from potstill.student_trainer.losses.objective import LOSSES, Objective
 from potstill.student_trainer.losses.targets import NO_LABEL, Loss, TeacherTargets
@@ -15,9 +16,11 @@ __all__ = [
     "LOSSES",
     "MIN_TAIL_MASS",
     "NO_LABEL",
+    "Logits",
     "Loss",
     "Objective",
     "TeacherTargets",
     "distillation_loss",
     "kl_and_overlap",
+    "linear_distillation_loss",
 ]

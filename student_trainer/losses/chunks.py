@@ -17,8 +17,9 @@ from potstill.student_trainer.losses.engine import Aim, Divergence, turn_into_gr
 from potstill.student_trainer.losses.objective import Objective
 from potstill.student_trainer.losses.targets import NO_LABEL, Loss, TeacherTargets
 
-CHUNK_ELEMENTS = 1 << 24
-"""Default [chunk, V] size: 16M float32, 64 MiB."""
+CHUNK_ELEMENTS = 1 << 25
+"""Default [chunk, V] size: 32M float32, 128 MiB. With half of it, going over a weight of 262k ids for every chunk took
+a tenth of the time."""
 
 _MOST_MASS = 1.01
 """Teacher mass at one position over which it is no distribution; rounding of kept logprobs stays far below."""

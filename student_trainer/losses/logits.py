@@ -48,7 +48,7 @@ def distillation_loss(
         mask: bool, shaped like `labels`; False (padding) excludes a position from everything.
         num_labels: labelled positions of the global batch.
         num_positions: masked-in positions of the global batch.
-        chunk_positions: positions computed at once; by default as many as fit 64 MiB of float32.
+        chunk_positions: positions computed at once; by default as many as fit 128 MiB of float32.
         objective: which divergence; by default the forward KL with the tail, at temperature 1.
 
     Raises:

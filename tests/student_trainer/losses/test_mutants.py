@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ def far(loss: Callable[..., Tensor]) -> tuple[float, float]:
     """How far a loss and its gradient are from the dense form, relative to it."""
     z, labels, mask, teachers = batch()
     exact, z = z.clone().requires_grad_(), z.requires_grad_()
-    counts = {"num_labels": int((labels != NO_LABEL).sum()), "num_positions": int(mask.sum())}
+    counts: dict[str, Any] = {"num_labels": int((labels != NO_LABEL).sum()), "num_positions": int(mask.sum())}
     expected = dense_loss(exact, labels, mask, teachers, Objective(), alpha=ALPHA, **counts)
     (expected_grad,) = torch.autograd.grad(expected, exact)
     found = loss(z, labels, mask, teachers)

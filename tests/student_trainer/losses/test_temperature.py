@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -26,7 +28,7 @@ def test_it_is_the_dense_form(name: str, temperature: float, alpha: float) -> No
     labels, mask = torch.tensor([1, 2, NO_LABEL, 4, 5]), torch.ones(N, dtype=torch.bool)
     objective, z = Objective(name, temperature=temperature), random_array(2, N, V)
     exact, z = z.clone().requires_grad_(), z.requires_grad_()
-    counts = {"num_labels": 4, "num_positions": 5}
+    counts: dict[str, Any] = {"num_labels": 4, "num_positions": 5}
     expected = dense_loss(exact, labels, mask, teachers, objective, alpha=alpha, **counts)
     (expected_grad,) = torch.autograd.grad(expected, exact)
     loss = distillation_loss(z, labels, teachers, alpha=alpha, mask=mask, objective=objective, **counts)
