@@ -52,7 +52,7 @@ class TrainConfig(Frozen):
 
     @model_validator(mode="after")
     def _teachers_match_alpha(self) -> Self:
-        if self.train.alpha > 0 and not self.teachers:
+        if self.train.distils and not self.teachers:
             raise ValueError(f"train.alpha is {self.train.alpha} but there is no teacher: add one, or set it to 0")
         names = [teacher.name for teacher in self.teachers]
         if len(set(names)) != len(names):

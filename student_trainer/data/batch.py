@@ -24,7 +24,7 @@ from torch import Tensor
 from potstill.cache.corpus import Corpus
 from potstill.cache.errors import PotstillError
 from potstill.cache.forks import PerProcess
-from potstill.cache.types import Targets, Tokens
+from potstill.cache.types import Draws, Targets, Tokens
 from potstill.clients.patience import Patience, has_no_answer
 from potstill.student_trainer.data.checks import check_alignment, check_lengths, check_mass
 from potstill.student_trainer.data.joined import JoinedCorpora
@@ -336,4 +336,44 @@ def _laid_targets(answers: Sequence[Targets], weight: float, prefix: int, places
         ids[i, first:stop, : targets.k] = targets.ids
         logprobs[i, first:stop, : targets.k] = targets.logprobs
         log_tail[i, first:stop] = targets.log_tail
-    return TeacherTargets(torch.from_numpy(ids), torch.from_numpy(logprobs), torch.from_numpy(log_tail), weight)
+    drawn_ids, drawn_counts = _laid_draws([each.draws for each in answers], prefix, places)
+    return TeacherTargets(
+        torch.from_numpy(ids),
+        torch.from_numpy(logprobs),
+        torch.from_numpy(log_tail),
+        weight,
+        drawn_ids,
+        drawn_counts,
+        _laid_numbers([None if each.log_z is None else each.log_z[:, 0] for each in answers], prefix, places),
+        _laid_numbers([each.entropy for each in answers], prefix, places),
+        _laid_numbers([each.label_logprob for each in answers], prefix, places, filler=np.nan),
+    )
+
+
+def _laid_numbers(
+    answers: Sequence[NDArray[np.float32] | None], prefix: int, places: _Places, *, filler: float = 0.0
+) -> Tensor | None:
+    """Numbers [B, T] of rows that all have some; else None."""
+    laid = np.full(places.shape, filler, dtype=np.float32)
+    for (i, start, stop), numbers in zip(places, answers, strict=True):
+        if numbers is None:
+            return None
+        laid[i, start + prefix : stop] = numbers
+    return torch.from_numpy(laid)
+
+
+def _laid_draws(
+    answers: Sequence[Draws | None], prefix: int, places: _Places
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Ids and counts [B, T, D] of rows that all have draws; else None."""
+    there = [each for each in answers if each is not None]
+    if len(there) < len(answers):
+        return None, None
+    most = max((int(np.diff(each.offsets).max(initial=0)) for each in there), default=0)
+    ids = np.full((*places.shape, most), NO_ID, dtype=np.int32)
+    counts = np.zeros((*places.shape, most), dtype=np.int32)
+    for (i, start, stop), draws in zip(places, there, strict=True):
+        drawn = np.arange(most) < np.diff(draws.offsets)[:, None]
+        at = slice(start + prefix, stop)
+        ids[i, at][drawn], counts[i, at][drawn] = draws.ids, draws.counts
+    return torch.from_numpy(ids), torch.from_numpy(counts)

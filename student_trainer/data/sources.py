@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -21,7 +21,11 @@ from potstill.cache.types import Fields, Targets, TeacherIdentity, Tokens
 from potstill.clients.address import key_in
 from potstill.clients.http_targets import HttpCache, HttpTargets
 from potstill.clients.http_teacher import SyncHttpTeacher
+from potstill.student_trainer.data.needed import for_student, needed_of_cache, needed_of_service
 from potstill.student_trainer.data.settings import DataConfig, Missing, TeacherConfig
+from potstill.student_trainer.losses.settings import LossConfig
+
+_PLAIN_LOSS = LossConfig()
 
 NO_ID = np.iinfo(np.int32).max
 """An id over any vocabulary, whose mass joins the tail: for ids that the student does not share, and where a row has
@@ -58,31 +62,39 @@ def read_all(sources: Sequence[TargetSource], rows: Sequence[int], tokens: Seque
         return list(threads.map(lambda source: source.read(rows, tokens), sources))
 
 
-def cache_source(name: str, targets: TargetSet | HttpTargets, k: int | None = None) -> TargetSource:
-    """Read committed targets of a corpus by row index; `k` of the kept ids, by default all."""
-    fields = Fields(k=k or targets.fields.k)
-    held = f"k={fields.k}, encoding {targets.encoding.name}"
+def cache_source(
+    name: str, targets: TargetSet | HttpTargets, k: int | None = None, loss: LossConfig = _PLAIN_LOSS
+) -> TargetSource:
+    """Read committed targets of a corpus by row index: `k` of the kept ids, by default all, and what a loss needs."""
+    fields = needed_of_cache(name, k or targets.fields.k, targets.fields, loss)
+    held = f"{_held(fields)}, encoding {targets.encoding.name}"
     return TargetSource(
-        name, targets.identity, held, partial(_read_kept, targets, fields), isinstance(targets, TargetSet)
+        name, targets.identity, held, partial(_read_kept, targets, fields, loss), isinstance(targets, TargetSet)
     )
 
 
 def _read_kept(
-    targets: TargetSet | HttpTargets, fields: Fields, rows: Sequence[int], _: Sequence[Tokens]
+    targets: TargetSet | HttpTargets, fields: Fields, loss: LossConfig, rows: Sequence[int], _: Sequence[Tokens]
 ) -> list[Targets]:
-    """Read them with `NO_ID` in the place of ids that are another token to the student."""
-    answers, other = targets.read_rows(rows, fields=fields), targets.unshared
-    if not other:
-        return answers
-    return [replace(each, ids=np.where(other.holds(each.ids), np.uint32(NO_ID), each.ids)) for each in answers]
+    answers = targets.read_rows(rows, fields=fields)
+    return [for_student(each, fields, loss, targets.unshared, NO_ID) for each in answers]
 
 
-def service_source(name: str, teacher: SyncHttpTeacher, k: int | None = None) -> TargetSource:
+def service_source(
+    name: str, teacher: SyncHttpTeacher, k: int | None = None, loss: LossConfig = _PLAIN_LOSS
+) -> TargetSource:
     """Ask a running service for every row by its tokens; which encoding it keeps answers in is up to the service."""
-    fields = Fields() if k is None else Fields(k=k)
-    return TargetSource(
-        name, teacher.identity, f"k={fields.k}, from a service", lambda _, rows: teacher.score(rows, fields)
-    )
+    fields = needed_of_service(name, k or Fields().k, loss)
+
+    def read(_: Sequence[int], rows: Sequence[Tokens]) -> list[Targets]:
+        return [for_student(each, fields, loss, None, NO_ID) for each in teacher.score(rows, fields)]
+
+    return TargetSource(name, teacher.identity, f"{_held(fields)}, from a service", read)
+
+
+def _held(fields: Fields) -> str:
+    more = ((each.text or each.name).format(**asdict(fields)) for each in fields.beside_top_k)
+    return ", ".join([f"k={fields.k}", *more])
 
 
 def asking_source(kept: TargetSource, live: TargetSource, corpus: Corpus) -> TargetSource:
@@ -125,9 +137,13 @@ def open_cache(data: DataConfig) -> Iterator[Cache | HttpCache]:
 
 @contextmanager
 def open_sources(
-    teachers: Sequence[TeacherConfig], cache: Cache | HttpCache, corpus: Corpus, missing: Missing = "fail"
+    teachers: Sequence[TeacherConfig],
+    cache: Cache | HttpCache,
+    corpus: Corpus,
+    missing: Missing = "fail",
+    loss: LossConfig = _PLAIN_LOSS,
 ) -> Iterator[tuple[TargetSource, ...]]:
-    """Open the sources of teachers for a corpus, in their order, and check them against it.
+    """Open the sources of teachers for a corpus, in their order; check them against it and what the loss needs.
 
     Raises:
         SpecMismatch: a teacher with another tokenizer than the corpus, or with another's name in the cache.
@@ -135,7 +151,7 @@ def open_sources(
         UnknownTeacher, UnsupportedField, Unavailable: as the cache or the service says.
     """
     with ExitStack() as stack:
-        yield tuple(_open(teacher, cache, corpus, missing, stack) for teacher in teachers)
+        yield tuple(_open(teacher, cache, corpus, missing, loss, stack) for teacher in teachers)
 
 
 def common_prefix(sources: Sequence[TargetSource], chosen: tuple[int, ...] | None) -> tuple[int, ...]:
@@ -156,11 +172,16 @@ def common_prefix(sources: Sequence[TargetSource], chosen: tuple[int, ...] | Non
 
 
 def _open(
-    teacher: TeacherConfig, cache: Cache | HttpCache, corpus: Corpus, missing: Missing, stack: ExitStack
+    teacher: TeacherConfig,
+    cache: Cache | HttpCache,
+    corpus: Corpus,
+    missing: Missing,
+    loss: LossConfig,
+    stack: ExitStack,
 ) -> TargetSource:
     compared = False
     if teacher.source == "service":
-        source = _open_service(teacher, stack)
+        source = _open_service(teacher, loss, stack)
     else:
         targets = cache.targets(teacher.name, corpus.name).top_k_only()
         teacher_k, kept = teacher.k or 1, targets.fields.k
@@ -169,11 +190,13 @@ def _open(
                 f"teachers.k is {teacher_k} for {teacher.name!r}, but the cache holds k={kept}; lower teachers.k, or "
                 f"prefill with --top-k {teacher_k}"
             )
-        source = cache_source(teacher.name, targets, teacher.k)
+        if loss.needs_more_than_top_k:
+            targets = cache.targets(teacher.name, corpus.name)
+        source = cache_source(teacher.name, targets, teacher.k, loss)
         committed = targets.committed
         if not committed.all():
             asked = teacher.model_copy(update={"k": teacher.k or kept})
-            source = _with_missing(asked, replace(source, committed=committed), corpus, missing, stack)
+            source = _with_missing(asked, replace(source, committed=committed), corpus, missing, loss, stack)
         compared = bool(targets.unshared)
     # The same id must be the same token to both, or the student would be taught noise.
     if isinstance(cache, Cache):
@@ -187,21 +210,26 @@ def _open(
     return source
 
 
-def _open_service(teacher: TeacherConfig, stack: ExitStack) -> TargetSource:
+def _open_service(teacher: TeacherConfig, loss: LossConfig, stack: ExitStack) -> TargetSource:
     assert teacher.url is not None, "the config refuses a service without a url"
     key = key_in(teacher.api_key_env, "teachers.api_key_env")
     client = stack.enter_context(SyncHttpTeacher(teacher.url, teacher.name, api_key=key))
-    return service_source(teacher.name, client, teacher.k)
+    return service_source(teacher.name, client, teacher.k, loss)
 
 
 def _with_missing(
-    teacher: TeacherConfig, source: TargetSource, corpus: Corpus, missing: Missing, stack: ExitStack
+    teacher: TeacherConfig,
+    source: TargetSource,
+    corpus: Corpus,
+    missing: Missing,
+    loss: LossConfig,
+    stack: ExitStack,
 ) -> TargetSource:
     """Do what is asked for about shards without targets, of which there are some."""
     if missing == "skip":
         return source
     if missing == "ask" and teacher.url is not None:
-        return asking_source(source, _open_service(teacher, stack), corpus)
+        return asking_source(source, _open_service(teacher, loss, stack), corpus)
     committed = source.committed
     assert committed is not None, "something is lacking"
     lacking, first = int((~committed).sum()), int(np.argmin(committed))

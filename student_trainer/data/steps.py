@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ class StepCounts:
     """Micro-batches of each worker."""
     padding: float
     """Share of the tokens of all workers that is padding."""
+    with_targets: bool = True
+    """False where the step needs no targets, and none are read."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,7 +71,15 @@ def plan_step(reader: BatchReader, order: MixtureOrder, step: int, part: Part) -
 
 
 def read_steps(
-    reader: BatchReader, order: MixtureOrder, steps: Iterable[int], part: Part, *, readers: int, ahead: int, pin: bool
+    reader: BatchReader,
+    order: MixtureOrder,
+    steps: Iterable[int],
+    part: Part,
+    *,
+    readers: int,
+    ahead: int,
+    pin: bool,
+    with_targets: Callable[[int], bool] = lambda _: True,
 ) -> StepStream:
     """Read a worker's micro-batches of steps, in order; see `ReadAhead`.
 
@@ -81,17 +91,20 @@ def read_steps(
         readers: threads.
         ahead: most micro-batches that wait beside the one in use.
         pin: whether to put tensors where an accelerator copies them from by itself.
+        with_targets: whether a step needs targets; of one that does not, none are read.
     """
-    planned = _planned(reader, order, steps, part)
+    planned, plain = _planned(reader, order, steps, part, with_targets), reader.without_targets()
 
     def read(wanted: Planned) -> MicroBatch:
-        batch = reader.read_packed(wanted[0])
+        batch = (reader if wanted[1].with_targets else plain).read_packed(wanted[0])
         return MicroBatch(batch.each(torch.Tensor.pin_memory) if pin else batch, wanted[1])
 
     return ReadAhead(read, planned, readers=readers, ahead=ahead, size=lambda found: found.batch.num_bytes)
 
 
-def _planned(reader: BatchReader, order: MixtureOrder, steps: Iterable[int], part: Part) -> Iterator[Planned]:
+def _planned(
+    reader: BatchReader, order: MixtureOrder, steps: Iterable[int], part: Part, with_targets: Callable[[int], bool]
+) -> Iterator[Planned]:
     """Plan steps; when a window of a corpus begins, the shards of the next one are opened ahead."""
     opened: list[tuple[int, int]] = []
     for step in steps:
@@ -100,4 +113,5 @@ def _planned(reader: BatchReader, order: MixtureOrder, steps: Iterable[int], par
             ahead = order.first_rows_of([(epoch, window + 1) for epoch, window in windows])
             reader.open_ahead(ahead if opened else np.concatenate([order.first_rows_of(windows), ahead]))
             opened = windows
-        yield from plan_step(reader, order, step, part)
+        for rows, counts in plan_step(reader, order, step, part):
+            yield rows, replace(counts, with_targets=with_targets(step))

@@ -65,7 +65,7 @@ class Shares:
         """
         if not 0.0 <= alpha <= 1.0:
             raise InvalidInput(f"alpha is {alpha!r}; it must be in [0, 1]")
-        return cls((1.0 - alpha) / max(num_labels, 1), alpha / max(num_positions, 1))
+        return cls((1.0 - alpha) / (num_labels or 1), alpha / (num_positions or 1))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

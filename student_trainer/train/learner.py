@@ -25,8 +25,11 @@ from potstill.student_trainer.data.order import hashed
 from potstill.student_trainer.data.packing import keeps_rows_apart
 from potstill.student_trainer.data.prefetch import Copies
 from potstill.student_trainer.data.steps import MicroBatch, Part, StepCounts, StepStream, read_steps
-from potstill.student_trainer.losses import distillation_loss
-from potstill.student_trainer.models.precision import autocast
+from potstill.student_trainer.losses.mix import alpha_at
+from potstill.student_trainer.losses.objective import Objective
+from potstill.student_trainer.losses.targets import TeacherTargets
+from potstill.student_trainer.losses.weighting import weighted
+from potstill.student_trainer.models.distilled import Distilled
 from potstill.student_trainer.models.router import RouterLoss, router_loss_of
 from potstill.student_trainer.parallel.activation import compute_again
 from potstill.student_trainer.parallel.agreement import all_have_read
@@ -44,7 +47,7 @@ class Learner:
     run: OpenRun
     student: PreTrainedModel
     model: nn.Module
-    """The student, or a `DistributedDataParallel` around it."""
+    """The student with its loss, or a `DistributedDataParallel` around it."""
     router: RouterLoss | None
     optimizer: torch.optim.Optimizer
     packs: bool
@@ -61,9 +64,10 @@ class Learner:
         router = router_loss_of(student)
         packs = _all_say(group, mine=config.data.packing and keeps_rows_apart(student))
         student.train()
-        if config.train.activation_checkpointing:
+        loop = config.train
+        if loop.activation_checkpointing:
             compute_again(student)
-        model, optimizer = group.wrap(student), make_optimizer(student, config.train)
+        model, optimizer = _with_loss(student, config, group), make_optimizer(student, loop)
         return cls(config, group, run, student, model, router, optimizer, packs, Copies(group.device))
 
     def read_steps(self, steps: Iterable[int]) -> StepStream:
@@ -75,9 +79,16 @@ class Learner:
             micro_batch_rows=loop.micro_batch_rows,
             pack=self.packs,
         )
-        reader = self.run.reader if loop.alpha > 0 else self.run.reader.without_targets()
-        pin = self.group.device.type == "cuda"
-        return read_steps(reader, self.run.order, steps, part, readers=data.readers, ahead=data.prefetch, pin=pin)
+        return read_steps(
+            self.run.reader,
+            self.run.order,
+            steps,
+            part,
+            readers=data.readers,
+            ahead=data.prefetch,
+            pin=self.group.device.type == "cuda",
+            with_targets=lambda step: alpha_at(loop, step) > 0,
+        )
 
     def step(
         self, step: int, batches: Iterator[MicroBatch], should_stop: Callable[[], bool]
@@ -97,9 +108,10 @@ class Learner:
             PotstillError: whatever reading raises; Unavailable where another worker got no answer.
         """
         self._seed(step)
-        num_teachers = len(self.config.teachers) if self.config.train.alpha > 0 else 0
-        # CE, a KL per teacher, the router loss, and how many workers want to stop: one reduction for all.
-        sums = torch.zeros(3 + num_teachers, dtype=torch.float64, device=self.group.device)
+        alpha = alpha_at(self.config.train, step)
+        num_teachers = len(self.config.teachers) if alpha > 0 else 0
+        # CE, what is distilled, a KL per teacher, the router loss, and how many workers want to stop: one reduction.
+        sums = torch.zeros(4 + num_teachers, dtype=torch.float64, device=self.group.device)
         self.optimizer.zero_grad(set_to_none=True)
         experts = None
         if self.router is not None or self.group.in_step:
@@ -112,24 +124,23 @@ class Learner:
             counts = last.step
             for _ in range(counts.micro_batches - 1):
                 with self._unsent_gradients():
-                    sums[:-1] += self._forward_backward(last.batch, counts, experts)
+                    sums[:-1] += self._forward_backward(last.batch, alpha, counts, experts)
                 last = next(batches)
-        sums[:-1] += self._forward_backward(last.batch, counts, experts)
+        sums[:-1] += self._forward_backward(last.batch, alpha, counts, experts)
         sums[-1] = float(should_stop())
         self.group.all_reduce_sum(sums)
-        ce_sum, *kl_sums, router, stop = sums.tolist()
-        record = self._means(ce_sum / max(counts.num_labels, 1), [kl / max(counts.num_positions, 1) for kl in kl_sums])
+        ce_sum, *distilled_sums, router, stop = sums.tolist()
+        distilled, *kls = [each / max(counts.num_positions, 1) for each in distilled_sums]
+        record = self._means(alpha, ce_sum / max(counts.num_labels, 1), distilled, kls)
         if self.router is not None:
             record |= {"loss": record["loss"] + self.router.coefficient * router, "router_loss": router}
         record |= self._update(step, record["loss"])
         return {"step": step + 1, **record, "padding": round(counts.padding, 4)}, counts.num_positions, stop > 0
 
-    def _means(self, ce: float, kls: list[float]) -> dict[str, Any]:
+    def _means(self, alpha: float, ce: float, distilled: float, kls: list[float]) -> dict[str, Any]:
         """Losses of the step, before the update: nats per token of the global batch."""
-        alpha = self.config.train.alpha
-        weighted = sum(w * kl for w, kl in zip(self.config.weights, kls, strict=False))
         names = (teacher.name for teacher in self.config.teachers)
-        loss = (1 - alpha) * ce + alpha * weighted
+        loss = (1 - alpha) * ce + alpha * distilled
         return {"loss": loss, "ce": ce, "kl": dict(zip(names, kls, strict=False))}
 
     def _update(self, step: int, loss: float) -> dict[str, Any]:
@@ -165,31 +176,43 @@ class Learner:
         self._seed(step)  # the second forward pass draws the dropout of this one
         return self.group.all_reduce_sum(counts)
 
-    def _forward_backward(self, batch: Batch, counts: StepCounts, experts: Tensor | None) -> Tensor:
-        """Add one micro-batch's gradient; return its undivided CE and KLs and its router loss, float64 [2 + M]."""
-        batch = self.copies.of(batch)
-        with autocast(self.group.device, self.config.train.dtype):
-            out = self.model(**batch.inputs)
-        loss = distillation_loss(
-            out.logits,
+    def _forward_backward(self, batch: Batch, alpha: float, counts: StepCounts, experts: Tensor | None) -> Tensor:
+        """Add one micro-batch's gradient; return its undivided CE, distilled loss, KLs and router loss, [3 + M]."""
+        batch, loop, world = self.copies.of(batch), self.config.train, self.group.world_size
+        teachers: Sequence[TeacherTargets] = ()
+        if alpha > 0:
+            teachers = weighted(batch.teachers, self.config.weights, loop.weighting, loop.weighting_beta)
+        # DistributedDataParallel averages over workers; the counts are global, so the sum is wanted.
+        loss, router_logits = self.model(
+            batch.inputs,
             batch.labels,
-            batch.teachers,
-            alpha=self.config.train.alpha,
-            mask=batch.mask,
-            num_labels=counts.num_labels,
-            num_positions=counts.num_positions,
+            batch.mask,
+            teachers,
+            alpha=alpha,
+            num_labels=counts.num_labels / world,
+            num_positions=counts.num_positions / world,
         )
         total, router = loss.total, torch.zeros_like(loss.ce_sum)
         if self.router is not None and experts is not None:
-            part = self.router.of_part(out.router_logits, batch.real, experts)
-            total, router = total + self.router.coefficient * part, part.detach().double()
-        # DistributedDataParallel averages over workers; the counts are global, so the sum is wanted.
-        (total * self.group.world_size).backward()  # type: ignore[no-untyped-call]
-        return torch.cat([loss.ce_sum[None], loss.kl_sums, router[None]])
+            part = self.router.of_part(router_logits, batch.real, experts)
+            total, router = total + self.router.coefficient * world * part, part.detach().double()
+        total.backward()
+        return torch.cat([loss.ce_sum[None], loss.distilled_sum[None], loss.kl_sums, router[None]])
 
     def _unsent_gradients(self) -> AbstractContextManager[None]:
         """Keep gradients here: they go to the other workers once a step, with the last micro-batch."""
         return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
+
+
+def _with_loss(student: PreTrainedModel, config: TrainConfig, group: Group) -> nn.Module:
+    """Join a student with its loss, for all workers; where they share its weights, logits are held."""
+    loop = config.train
+    objective = Objective(loop.loss, loop.jsd_beta, loop.temperature)
+    if not group.in_step:
+        return group.wrap(Distilled(student, loop.dtype, objective))
+    # Its weights come together in the student's own forward pass, which the fused layer passes by.
+    group.wrap(student)
+    return Distilled(student, loop.dtype, objective, fused=False)
 
 
 def _all_say(group: Group, *, mine: bool) -> bool:

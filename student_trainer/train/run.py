@@ -121,7 +121,7 @@ def open_run(config: TrainConfig) -> Iterator[OpenRun]:
     with open_cache(data) as cache, ExitStack() as stack:
         corpora = JoinedCorpora(tuple(cache.corpus(each.name) for each in data.mixture))
         opened = [
-            stack.enter_context(open_sources(config.teachers, cache, corpus, data.missing))
+            stack.enter_context(open_sources(config.teachers, cache, corpus, data.missing, config.train))
             for corpus in corpora.corpora
         ]
         lacking = [lacking_rows(corpus, parts) for corpus, parts in zip(corpora.corpora, opened, strict=True)]

@@ -6,10 +6,11 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from potstill.student_trainer.settings import Count, Frozen, Share
+from potstill.student_trainer.losses.settings import LossConfig
+from potstill.student_trainer.settings import Count
 
 
-class LoopConfig(Frozen):
+class LoopConfig(LossConfig):
     """Settings of the training loop. Lengths are in steps, batches in rows."""
 
     out: str = Field(min_length=1)
@@ -38,8 +39,6 @@ class LoopConfig(Frozen):
     """AdamW's."""
     grad_clip: Annotated[float, Field(gt=0)] = 1.0
     """Largest gradient norm."""
-    alpha: Share = 0.5
-    """(1 - alpha) * cross-entropy + alpha * distillation."""
     seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
     """Seed of the initial weights, the sample order and dropout."""
     eval_every: Count = 100

@@ -22,6 +22,7 @@ from tests.support.fakes import FakeTeacher, fake_identity
 VOCAB = 48
 ROW_TOKENS = 12
 K = 8
+TOP_K = Fields(k=K)
 STUDENT = {
     "model_type": "llama",
     "hidden_size": 32,
@@ -68,14 +69,22 @@ def write_texts_cache(folder: Path, texts: list[str], *, corpus: str = "docs") -
     return folder / "cache"
 
 
-def fill(root: Path, name: str, corpus: str = "docs", *, shards: int | None = None, encoding: str = "f32") -> None:
+def fill(
+    root: Path,
+    name: str,
+    corpus: str = "docs",
+    *,
+    shards: int | None = None,
+    encoding: str = "f32",
+    fields: Fields = TOP_K,
+) -> None:
     """Commit a fake teacher's targets for the first shards of a corpus, all by default."""
     teacher, cache = fake_teacher(name), Cache.open(root, "r+")
     rows = cache.corpus(corpus)
-    targets = cache.plan_targets(name, corpus, teacher.identity, fields=Fields(k=K), encoding=encoding)
+    targets = cache.plan_targets(name, corpus, teacher.identity, fields=fields, encoding=encoding)
     for shard in range(rows.num_shards if shards is None else shards):
         start, stop = (int(r) for r in rows.shard_rows[shard : shard + 2])
-        scored = asyncio.run(teacher.score(rows.rows(start, stop), Fields(k=K)))
+        scored = asyncio.run(teacher.score(rows.rows(start, stop), fields))
         assert targets.write_shard(shard, Targets.concat(scored), teacher.provenance) is not None
 
 

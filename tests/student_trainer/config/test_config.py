@@ -63,7 +63,7 @@ def test_folders_become_absolute_and_names_do_not(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train": {"step": 5}}, r"^train\.step is unknown; known are out, steps, batch_rows"),
+        ({"train": {"step": 5}}, r"^train\.step is unknown; known are alpha, .*, out, steps, batch_rows"),
         ({"train": {"alpha": 1.5}}, r"^train\.alpha is 1\.5: .*less than or equal to 1$"),
         ({"train": {"steps": 0}}, r"^train\.steps is 0: .*greater than or equal to 1$"),
         ({"train": {"steps": True}}, r"^train\.steps is True"),

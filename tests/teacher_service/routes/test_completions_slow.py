@@ -112,7 +112,7 @@ def test_a_released_trl_trains_the_same_from_either_server(
 ) -> None:
     if importlib.util.find_spec("trl") is None:
         pytest.skip("TRL is not installed; it is in the extra `dev` (trl==1.16.0)")
-    from benchmarks.trl_distillation import losses_of_a_run
+    from benchmarks.support.trl_distillation import losses_of_a_run
     from tests.support.tiny_models import make_tiny_llama
 
     student = make_tiny_llama(tmp_path / "student", seed=1)

@@ -1,6 +1,6 @@
 """A released TRL's server distillation, pointed at a vLLM server and at ours, by nothing but its URL.
 
-    python -m benchmarks.trl_distillation --steps 12
+    python -m benchmarks.support.trl_distillation --steps 12
 
 The trainer is `trl.experimental.server_distillation.ServerDistillationTrainer` of TRL 1.16.0, as it is. A tiny random
 student samples completions, the server scores them with the tiny random teacher, and the student learns from the top-k.

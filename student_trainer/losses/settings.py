@@ -1,0 +1,67 @@
+"""Settings of the loss; those of `[train]` begin with them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator, model_validator
+
+from potstill.student_trainer.settings import Count, Frozen, Share
+
+Points = tuple[tuple[Annotated[int, Field(ge=0, strict=True)], Share], ...]
+
+
+def _share_told(value: Any, validated: ValidatorFunctionWrapHandler) -> Any:
+    """Validate a share, with one message instead of one for each kind that it may be of."""
+    told = "must be [step, share] pairs whose steps rise, or greater than or equal to 0 and less than or equal to 1"
+    try:
+        found = validated(value)
+    except ValidationError as error:
+        raise ValueError(told) from error
+    if isinstance(found, tuple) and [step for step, _ in found] != sorted({step for step, _ in found} or {-1}):
+        raise ValueError(told)
+    return found
+
+
+class LossConfig(Frozen):
+    """Settings of the loss."""
+
+    alpha: Annotated[Share | Points, WrapValidator(_share_told)] = 0.5
+    """(1 - alpha) * cross-entropy + alpha * distillation; or [step, alpha] pairs, linear between them."""
+    distil_every: Count = 1
+    """Distils on every n-th step, from the first on; the others are plain cross-entropy, and read no targets."""
+    loss: Literal["forward_kl", "reverse_kl", "jsd", "generalised_kl", "partial", "tvd", "draws", "hybrid"] = (
+        "forward_kl"
+    )
+    """The student's divergence from each teacher: of the top-k with its tail, or of draws, or of both."""
+    jsd_beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Of the loss `jsd`: towards 0 it has the direction of forward KL, towards 1 that of reverse KL."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """T at which student and teachers are compared; the divergence counts T * T times."""
+    weighting: Literal["fixed", "entropy", "label"] = "fixed"
+    """Teachers' weights: as given, or at each token by how sure a teacher is, or by how likely it finds the label."""
+    weighting_beta: Annotated[float, Field(gt=0)] = 1.0
+    """Nats that make one teacher count e times as much as another; only with a `weighting` by token."""
+
+    @model_validator(mode="after")
+    def _loss_fits(self) -> Self:
+        if self.temperature != 1.0 and self.loss in ("draws", "hybrid"):
+            raise ValueError(f"temperature {self.temperature:g} does not go with loss {self.loss!r}: draws are of 1")
+        if self.distil_every > 1 and not self.distils:
+            raise ValueError(f"distil_every is {self.distil_every}, but alpha is 0")
+        return self
+
+    @property
+    def alpha_points(self) -> tuple[tuple[int, float], ...]:
+        """Alpha as (step, share) pairs, of which a constant has one."""
+        return self.alpha if isinstance(self.alpha, tuple) else ((0, self.alpha),)
+
+    @property
+    def distils(self) -> bool:
+        """True if alpha is ever over 0."""
+        return any(share for _, share in self.alpha_points)
+
+    @property
+    def needs_more_than_top_k(self) -> bool:
+        """True if the top-k with its tail and labels is not all that is read of a teacher's targets."""
+        return self.loss in ("draws", "hybrid") or self.temperature != 1.0 or self.weighting == "entropy"

@@ -1,0 +1,135 @@
+"""Runs with each loss, what they read for it, and what they refuse where the cache lacks it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from potstill.cache.cache import Cache
+from potstill.cache.errors import InvalidInput, UnsupportedField
+from potstill.cache.types import Fields
+from potstill.student_trainer.data import BatchReader
+from potstill.student_trainer.data.sources import cache_source
+from potstill.student_trainer.losses.mix import alpha_at
+from potstill.student_trainer.losses.settings import LossConfig
+from potstill.student_trainer.metrics.records import read_metrics
+from potstill.student_trainer.train.loop import train
+from tests.support.tiny_runs import K, config_of, fill, write_cache
+
+EVERYTHING = Fields(k=K, draws=6, seed=3, entropy=True, temperatures=(0.5, 2.0))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache whose teacher `rich` has every field, and `fake` only a top-k."""
+    folder = write_cache(tmp_path_factory.mktemp("losses"), documents=20)
+    fill(folder, "rich", fields=EVERYTHING)
+    return folder
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"loss": "reverse_kl"},
+    {"loss": "jsd", "jsd_beta": 0.3},
+    {"loss": "generalised_kl"},
+    {"loss": "partial"},
+    {"loss": "tvd"},
+    {"loss": "draws"},
+    {"loss": "hybrid"},
+    {"temperature": 2.0},
+    {"weighting": "label", "weighting_beta": 0.5},
+    {"alpha": [[0, 1.0], [2, 0.0]], "distil_every": 2},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_a_run_with_each_setting(root: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    short = {"steps": 3, "batch_rows": 4, "micro_batch_rows": 4, "eval_every": 3, "checkpoint_every": 3}
+    config = config_of(root, tmp_path / "run", teachers=[{"name": "rich"}], train={**short, **settings})
+    assert train(config).finished
+    records = [record for record in read_metrics(tmp_path / "run") if "loss" in record]
+    assert all(math.isfinite(record["loss"]) for record in records)
+    assert [bool(record["kl"]) for record in records] == [alpha_at(config.train, step) > 0 for step in range(3)]
+
+
+def test_two_teachers_by_entropy(root: Path, tmp_path: Path) -> None:
+    fill(root, "other", fields=EVERYTHING)
+    short = {"steps": 1, "batch_rows": 4, "eval_every": 1, "checkpoint_every": 1, "weighting": "entropy", "alpha": 1.0}
+    config = config_of(root, tmp_path / "run", teachers=[{"name": "rich"}, {"name": "other"}], train=short)
+    assert train(config).finished
+    record = read_metrics(tmp_path / "run")[1]
+    assert min(record["kl"].values()) <= record["loss"] <= max(record["kl"].values())
+
+
+def test_a_batch_has_what_the_loss_needs(root: Path) -> None:
+    cache = Cache.open(root)
+    targets = cache.targets("rich", "docs")
+    loss = LossConfig(loss="hybrid", weighting="entropy")
+    reader = BatchReader(cache.corpus("docs"), (cache_source("rich", targets, 5, loss),), (1.0,))
+    batch = reader.read([1, 0])
+    (teacher,) = batch.teachers
+    assert teacher.drawn_counts is not None
+    assert teacher.drawn_ids is not None
+    assert teacher.entropy is not None
+    assert teacher.log_z is None
+    for i, kept in enumerate(targets.read_rows([1, 0])):
+        draws, length = kept.draws, kept.num_positions
+        assert draws is not None
+        assert (teacher.drawn_counts[i, :length].sum(-1) == 6).all()
+        found = teacher.drawn_counts[i, :length] > 0
+        np.testing.assert_array_equal(teacher.drawn_ids[i, :length][found], draws.ids)
+        np.testing.assert_array_equal(teacher.entropy[i, :length], kept.entropy)
+        assert teacher.label_logprob is not None
+        np.testing.assert_array_equal(teacher.label_logprob[i, :length], kept.label_logprob)
+    warm = cache_source("rich", targets, 5, LossConfig(temperature=2.0))
+    (teacher,) = BatchReader(cache.corpus("docs"), (warm,), (1.0,)).read([2]).teachers
+    (kept,) = targets.read_rows([2])
+    assert teacher.log_z is not None
+    assert kept.log_z is not None
+    np.testing.assert_array_equal(teacher.log_z[0], kept.log_z[:, 1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"loss": "draws"}, r"train.loss 'draws' needs draws, which the cache has not of 'fake'; .* --draws 50"),
+        ({"temperature": 2.0}, r"train.temperature 2 needs log Z at it, .* 'fake'; .* --temperatures 2"),
+        ({"weighting": "entropy"}, r"train.weighting 'entropy' needs entropies, .* 'fake'; .* with --entropy"),
+    ],
+)
+def test_a_field_that_the_cache_lacks_is_refused_at_the_start(
+    root: Path, tmp_path: Path, settings: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(UnsupportedField, match=told):
+        train(config_of(root, tmp_path / "run", train=settings))
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_another_temperature_than_those_kept(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedField, match=r"log Z at it, which the cache has not of 'rich', only at 0\.5, 2"):
+        train(config_of(root, tmp_path / "run", teachers=[{"name": "rich"}], train={"temperature": 3.0}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"alpha": [[3, 0.5], [1, 0.5]]}, r"train.alpha is .*: must be \[step, share\] pairs whose steps rise, or"),
+        ({"alpha": [[0, 1.5]]}, r"train.alpha is .*less than or equal to 1$"),
+        ({"alpha": []}, r"train.alpha is \[\]"),
+        ({"loss": "kl"}, r"train.loss is 'kl': "),
+        ({"loss": "jsd", "jsd_beta": 1.0}, r"train.jsd_beta is 1.0"),
+        ({"loss": "draws", "temperature": 2.0}, r"temperature 2 does not go with loss 'draws'"),
+        ({"alpha": 0.0, "distil_every": 4}, r"distil_every is 4, but alpha is 0"),
+    ],
+)
+def test_settings_that_cannot_be(settings: dict[str, Any], told: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=told):
+        config_of(tmp_path, tmp_path / "run", train=settings)
+
+
+def test_alpha_goes_from_point_to_point() -> None:
+    loss = LossConfig(alpha=((2, 1.0), (6, 0.0)), distil_every=2)
+    assert [alpha_at(loss, step) for step in range(8)] == [1.0, 0.0, 1.0, 0.0, 0.5, 0.0, 0.0, 0.0]
