@@ -1,6 +1,6 @@
 """The student's stream: padding of real text, and waiting of a paced consumer for a store that takes 50 ms a call.
 
-    python -m benchmarks.student.bench_stream [--seconds 20] [--rate 200000] [--readers 8]
+    python -m benchmarks.student.bench_stream [--seconds 20] [--rate 200000] [--readers 8] [--ahead 64]
 
 Padding: the help topics of the standard library by SmolLM2's tokenizer, in rows of 512 and 2,048 tokens, steps of 64
 rows, micro-batches of 8; in the order of the rows, in rows of similar length, and packed.
@@ -8,7 +8,8 @@ rows, micro-batches of 8; in the order of the rows, in rows of similar length, a
 Waiting: synthetic targets (V = 32,768, K = 64, `u8`) in rows of 512, shards of 262,144 positions and windows of two,
 read as from an object store (zarr's stock pipeline, 50 ms before each object or range). The consumer sleeps for each
 micro-batch as long as a student of `--rate` positions a second would compute. Every 20 steps it evaluates on 64 rows.
-Reported: seconds waited of all seconds, after the first micro-batch, and the CPU seconds that reading took of them.
+Reported: seconds waited of all seconds, after the first evaluation and the first `--ahead` micro-batches, and the CPU
+seconds that reading took of them.
 """
 
 from __future__ import annotations
@@ -53,13 +54,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--rate", type=float, default=200_000.0, help="positions a second of the consumer")
-    parser.add_argument("--readers", type=int, default=8)
+    parser.add_argument("--readers", type=int, default=8, help="as data.readers")
+    parser.add_argument("--ahead", type=int, default=64, help="as data.prefetch")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         good = [show_padding(Path(folder) / str(tokens), tokens) for tokens in (512, 2048)]
         rows = int(args.seconds * args.rate / ROW_TOKENS) + EVALUATION_ROWS
         build(Path(folder) / "stream", rows)
-        good.append(show_waiting(Path(folder) / "stream", args.rate, args.readers))
+        good.append(show_waiting(Path(folder) / "stream", args.rate, args.readers, args.ahead))
     return int(not all(good))
 
 
@@ -121,7 +123,7 @@ class SlowStore(LocalStore):
         return await super().get(*args, **kwargs)
 
 
-def show_waiting(folder: Path, rate: float, readers: int) -> bool:
+def show_waiting(folder: Path, rate: float, readers: int, ahead: int) -> bool:
     vars(pipelines)["LocalStore"] = SlowStore  # in the place of an object store
     cache = Cache.open(folder, pipeline="stock")
     corpus = cache.corpus("bench")
@@ -134,11 +136,14 @@ def show_waiting(folder: Path, rate: float, readers: int) -> bool:
     steps = range(order.rows_per_epoch // BATCH_ROWS)
     held = RepeatedBatches(reader, held_out, MICRO_BATCH_ROWS, pack=True, readers=readers)
     consumer = Consumer(rate)
-    stream = read_steps(reader, orders, steps, part, readers=readers, ahead=2 * readers, pin=False)
+    stream = read_steps(reader, orders, steps, part, readers=readers, ahead=ahead, pin=False)
     with stream.until_closed() as batches:
-        next(batches)
+        with held.read() as evaluated:  # as a run does before its first step
+            consumer.take(evaluated)
+        consumer.take(each.batch for each in islice(batches, ahead))
+        consumer.waited, consumer.positions = 0.0, 0
         began, cpu = time.monotonic(), time.process_time()
-        evaluations = len(steps) // EVALUATE_EVERY
+        evaluations = (len(steps) - 1 - ahead * MICRO_BATCH_ROWS // BATCH_ROWS) // EVALUATE_EVERY
         for _ in range(evaluations):
             consumer.take(each.batch for each in islice(batches, EVALUATE_EVERY * BATCH_ROWS // MICRO_BATCH_ROWS))
             with held.read() as evaluated:
@@ -148,7 +153,7 @@ def show_waiting(folder: Path, rate: float, readers: int) -> bool:
     print(
         f"waiting for a store of {CALL_SECONDS * 1000:.0f} ms a call: {share:.1%} of {seconds:.0f} s at "
         f"{consumer.positions / seconds:,.0f} positions/s; {corpus.num_shards} shards in {windows:.1f} windows, "
-        f"{evaluations} evaluations, {readers} readers, {(time.process_time() - cpu) / seconds:.2f} CPUs"
+        f"{evaluations} evaluations, {readers} readers, {ahead} ahead, {(time.process_time() - cpu) / seconds:.2f} CPUs"
     )
     return share < MOST_WAITING
 

@@ -181,7 +181,7 @@ class BatchReader:
             return []
         rows, masks, answers = self._answer(lambda: self._read(wanted))
         for source, targets in zip(self.sources, answers, strict=True):
-            self._check(source.name, wanted, rows, targets)
+            self._check(source, wanted, rows, targets)
         by_row = zip(*answers, strict=True) if answers else [()] * len(rows)
         return [Example(*each) for each in zip(rows, masks, by_row, strict=True)]
 
@@ -225,15 +225,18 @@ class BatchReader:
         masks = self.corpus.take_loss_mask(indexes.tolist())
         return RowCounts(seen, sum(int(mask[:-1].sum()) for mask in masks), sum(int(mask.sum()) for mask in masks))
 
-    def _check(self, teacher: str, wanted: Sequence[int], rows: Sequence[Tokens], answers: Sequence[Targets]) -> None:
+    def _check(
+        self, source: TargetSource, wanted: Sequence[int], rows: Sequence[Tokens], answers: Sequence[Targets]
+    ) -> None:
         def place(i: int) -> tuple[str, int]:
             if isinstance(self.corpus, JoinedCorpora):
                 return self.corpus.place(wanted[i])
             return self.corpus.name, wanted[i]
 
-        check_lengths(teacher, rows, answers)
-        check_mass(teacher, answers, place)
-        check_alignment(teacher, rows, answers, place)
+        check_lengths(source.name, rows, answers)
+        if not source.normalised:
+            check_mass(source.name, answers, place)
+        check_alignment(source.name, rows, answers, place)
 
     def _answer(self, ask: Callable[[], T]) -> T:
         if self.patience is None:

@@ -32,6 +32,10 @@ NO_ID = np.iinfo(np.int32).max
 fewer ids than others; a real one would be taken out of the student's tail."""
 
 
+_NORMALISED = ("u8", "archive")
+"""Encodings whose decoded top-k is scaled to what the tail leaves, from codes that have no NaN."""
+
+
 @dataclass(frozen=True, slots=True)
 class TargetSource:
     """One teacher's targets of any rows of one corpus."""
@@ -50,6 +54,8 @@ class TargetSource:
     """
     stored: bool = False
     """True where it reads a cache's objects, which are slow to open for the first time and cost no teacher anything."""
+    normalised: bool = False
+    """True where every answer is a distribution by how it is decoded, or was checked to be one when it arrived."""
     committed: NDArray[np.bool_] | None = None
     """[S] bool, true for each shard that has targets; None where none lacks them."""
 
@@ -68,8 +74,14 @@ def cache_source(
     """Read committed targets of a corpus by row index: `k` of the kept ids, by default all, and what a loss needs."""
     fields = needed_of_cache(name, k or targets.fields.k, targets.fields, loss)
     held = f"{_held(fields)}, encoding {targets.encoding.name}"
+    stored = isinstance(targets, TargetSet)
     return TargetSource(
-        name, targets.identity, held, partial(_read_kept, targets, fields, loss), isinstance(targets, TargetSet)
+        name,
+        targets.identity,
+        held,
+        partial(_read_kept, targets, fields, loss),
+        stored=stored,
+        normalised=not stored or targets.encoding.name in _NORMALISED,
     )
 
 
