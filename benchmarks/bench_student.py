@@ -28,7 +28,7 @@ from potstill.student_trainer.losses.chunks import CHUNK_ELEMENTS
 
 K = 64
 HIDDEN = 512
-POSITIONS = {32_768: 2048, 131_072: 640, 262_144: 384}
+POSITIONS = {32_768: 1920, 131_072: 500, 262_144: 375}
 """Positions of a step by vocabulary: several chunks, and some seconds."""
 TEACHER_AIM, FUSED_AIM = 1.05, 1.10
 
@@ -162,7 +162,8 @@ def memory(step: Step) -> list[str]:
             torch.autograd.grad(form(), [step.hidden, step.weight])
         shown.append(f"{name} {live.peak_bytes / 2**20:.0f} MiB")
         if name.startswith("fused"):
-            chunk = min(n, CHUNK_ELEMENTS // (vocab + 16 * K))
+            num_chunks = -(-n // (CHUNK_ELEMENTS // (vocab + 16 * K)))
+            chunk = -(-n // num_chunks)
             chunks = live.most(elements=chunk * (vocab + 1), dtype=torch.float32)
             shown[-1] += f" ({chunks} [{chunk}, V] of float32)"
             whole = sum(live.most(elements=n * columns, dtype=torch.float32) for columns in (vocab, vocab + 1))

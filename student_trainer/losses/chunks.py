@@ -123,8 +123,11 @@ class Positions:
     def parts(self) -> Iterator[slice | Tensor]:
         """Give the positions that count, chunk by chunk, as what indexes an array of all."""
         count = len(self.labels if self.rows is None else self.rows)
-        for start in range(0, count, self.chunk):
-            part = slice(start, min(start + self.chunk, count))
+        # Of even sizes, as a last chunk of few positions goes over the whole weight for little.
+        num_chunks = -(-count // self.chunk)
+        size = -(-count // max(num_chunks, 1))
+        for start in range(0, count, max(size, 1)):
+            part = slice(start, min(start + size, count))
             yield part if self.rows is None else self.rows[part]
 
     def turn_into_gradient(self, z: Tensor, part: slice | Tensor, sums: Sums) -> Tensor:
