@@ -104,6 +104,8 @@ def ray_mark() -> Iterator[str]:
     mark = uuid.uuid4().hex
     os.environ["RAY_OF_THE_TESTS"] = mark
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # On a busy machine Ray Train's own minute is not enough for workers to start, and others would be started.
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = "600"
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield mark
     ray.shutdown()

@@ -141,8 +141,8 @@ class BatchReader:
     """Token ids in front of every row; those of its teachers (`common_prefix`)."""
     waiting: PerProcess[threading.Lock] = field(default_factory=lambda: PerProcess(threading.Lock), repr=False)
     """Of the one reader that goes on asking a source that does not answer."""
-    given_up: PerProcess[threading.Event] = field(default_factory=lambda: PerProcess(threading.Event), repr=False)
-    """Set when that one had no patience left: the others need not try theirs."""
+    given_up: PerProcess[list[PotstillError]] = field(default_factory=lambda: PerProcess(list), repr=False)
+    """The error of that one, if it had no patience left: the others need not try theirs."""
     patience: Patience | None = field(default=None, repr=False)
     """With sources that do not answer; without one their errors are raised at once."""
 
@@ -249,13 +249,13 @@ class BatchReader:
             first = error
         # One reader at a time goes on asking, so that a service that comes back is not met by all, nor told of by each.
         with self.waiting.get():
-            if self.given_up.get().is_set():
-                raise first
+            for told in self.given_up.get():
+                raise told from first
             try:
                 return self.patience.answer(ask)
             except PotstillError as error:
                 if has_no_answer(error):
-                    self.given_up.get().set()
+                    self.given_up.get().append(error)
                 raise
 
     def _read(self, wanted: Sequence[int]) -> _Read:

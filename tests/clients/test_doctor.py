@@ -83,16 +83,16 @@ class Drifting(FakeTeacher):
 
     nats = 0.3
 
-    def distribution(self, row: Tokens, k: int) -> Targets:
-        right = super().distribution(row, k)
+    def targets(self, row: Tokens, want: Fields) -> Targets:
+        right = super().targets(row, want)
         if len(self.scored) % 2:
             return right
         return replace(right, logprobs=right.logprobs - np.float32(self.nats))
 
 
 class Unnormalised(FakeTeacher):
-    def distribution(self, row: Tokens, k: int) -> Targets:
-        right = super().distribution(row, k)
+    def targets(self, row: Tokens, want: Fields) -> Targets:
+        right = super().targets(row, want)
         return replace(right, logprobs=right.logprobs - np.float32(0.1))
 
 

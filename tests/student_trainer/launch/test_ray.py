@@ -102,6 +102,7 @@ def test_two_workers_balance_experts_over_the_rows_of_both(root: Path, tmp_path:
         np.testing.assert_allclose(two, alone, rtol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_wish_to_stop_reaches_the_workers_and_the_run_goes_on_alone(
     root: Path, tmp_path: Path, ray_mark: str
 ) -> None:
@@ -120,6 +121,7 @@ def test_a_wish_to_stop_reaches_the_workers_and_the_run_goes_on_alone(
     assert len(losses(tmp_path / "run")) == result.step + 3
 
 
+@pytest.mark.slow
 def test_errors_come_back_as_what_they_are_and_once(
     root: Path, tmp_path: Path, ray_mark: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,6 +46,7 @@ def numbers(run: Path, name: str) -> list[float]:
     return [record[name] for record in read_metrics(run) if name in record]
 
 
+@pytest.mark.slow
 def test_two_that_share_a_student_train_like_one_and_one_goes_on(root: Path, tmp_path: Path) -> None:
     # Tied weights, held-out rows that two workers cannot share evenly, and a stop between two checkpoints.
     student = {"config": {**STUDENT, "num_hidden_layers": 2, "tie_word_embeddings": True}}

@@ -175,6 +175,7 @@ async def test_another_teacher_in_the_same_process(
     assert_matches(targets, tiny_forward(rows[-1]), rows[-1])
 
 
+@pytest.mark.slow
 async def test_a_killed_engine_fails_its_waiters_and_later_calls(vllm_teacher: VllmTeacher, tiny_llama: Path) -> None:
     before = set(multiprocessing.active_children())
     teacher = await VllmTeacher.open(VllmOptions(model=str(tiny_llama), dtype="float32", max_batch_tokens=64))
