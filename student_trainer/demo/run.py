@@ -38,6 +38,7 @@ _STAMP = ".potstill-demo.json"
 
 _DISTILLED = "distilled"
 _STUDENTS = ("cross-entropy", _DISTILLED)
+_WRITTEN_ROWS = 3
 
 
 @dataclass(slots=True)
@@ -86,7 +87,7 @@ def run_demo(plan: DemoPlan, console: Console, train: Callable[[DemoPlan, str], 
         with stages.stage(student, f"train the {student} student on Ray, {plan.steps} steps"):
             results[student] = train(plan, student)
     with stages.stage("report", "compare the two students and write the report"):
-        report = _report(plan, cache, corpus, results)
+        report = _report(plan, cache, corpus, results, model)
     report["saved"] = _saved(filled, results)
     report["seconds"] = stages.seconds
     write_report(plan.out, report)
@@ -145,16 +146,20 @@ async def _ask_service(url: str, corpus: Corpus) -> str:
     return f"row 0 over HTTP from the cache: {targets.num_positions} positions in {1000 * seconds:.0f} ms"
 
 
-def _report(plan: DemoPlan, cache: Cache, corpus: Corpus, results: dict[str, TrainResult]) -> dict[str, Any]:
+def _report(
+    plan: DemoPlan, cache: Cache, corpus: Corpus, results: dict[str, TrainResult], teacher: Path
+) -> dict[str, Any]:
     from potstill.student_trainer.data.held_out import choose_held_out
-    from potstill.student_trainer.demo.samples import samples
+    from potstill.student_trainer.demo.samples import samples, writings
+    from potstill.student_trainer.models.build import load_student
 
     targets = cache.targets(TEACHER, CORPUS)
     commits = [commit for each in targets.sets for commit in each.commits.all()]
     held_out = choose_held_out(corpus.document_rows, plan.held_out_rows, 0, CORPUS)
     rows = [int(row) for row in held_out if len(corpus.row(int(row))) >= plan.row_tokens // 2][:4]
-    models = {name: result.run_dir / "model" for name, result in results.items()}
-    shown = samples(corpus, rows, targets.read_rows(rows), "teacher", models)
+    students = {name: load_student(result.run_dir / "model") for name, result in results.items()}
+    written = writings(corpus, rows[:_WRITTEN_ROWS], {"teacher": load_student(teacher), **students})
+    shown = samples(corpus, rows, targets.read_rows(rows), "teacher", students)
     return {
         "teacher": targets.identity.to_json(),
         "corpus": {"rows": len(corpus), "positions": corpus.num_positions, "shards": corpus.num_shards},
@@ -167,6 +172,7 @@ def _report(plan: DemoPlan, cache: Cache, corpus: Corpus, results: dict[str, Tra
         },
         "students": {name: _student(result) for name, result in results.items()},
         "plan": {name: getattr(plan, name) for name in _PLAN_NUMBERS},
+        "writings": [asdict(writing) for writing in written],
         "samples": [asdict(sample) for sample in shown],
     }
 
@@ -180,7 +186,7 @@ def _saved(filled: FillReport | None, results: dict[str, TrainResult]) -> dict[s
     }
 
 
-_PLAN_NUMBERS = ("row_tokens", "held_out_rows", "steps", "batch_rows", "lr", "alpha", "seed", "hidden_size", "layers")
+_PLAN_NUMBERS = ("row_tokens", "held_out_rows", "steps", "batch_rows", "lr", "alpha", "seed", "layers")
 
 
 def _student(result: TrainResult) -> dict[str, JSON]:

@@ -1,22 +1,22 @@
-"""Samples of a few held-out positions: the text so far, and the next tokens that teacher and students expect."""
+"""Samples of held-out text: the next tokens that teacher and students expect at a few places, and what they write."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
+from transformers import PreTrainedModel
 
 from potstill.cache import Targets
 from potstill.cache.corpus import Corpus
 from potstill.cache.types import Tokens
-from potstill.student_trainer.models.build import load_student
 
 _CONTEXT_TOKENS = 40
 _SHOWN = 5
+_WRITTEN_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +37,48 @@ class Sample:
     """The likeliest next tokens, by the name of the teacher or student."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Writing:
+    """The beginning of a held-out row, and how it goes on."""
+
+    prompt: str
+    goes_on: dict[str, str]
+    """The likeliest text, token by token, by the name of who writes it; and the row's own."""
+
+
+def writings(corpus: Corpus, rows: Sequence[int], models: Mapping[str, PreTrainedModel]) -> list[Writing]:
+    """Have each model write on from the beginning of each row."""
+    found = []
+    for index in rows:
+        row = corpus.row(index)
+        prompt, real = row[:_CONTEXT_TOKENS].tolist(), row[_CONTEXT_TOKENS:][:_WRITTEN_TOKENS].tolist()
+        goes_on = {"the text itself": real} | {name: _written(model, prompt) for name, model in models.items()}
+        decode = corpus.tokenizer.decode
+        found.append(Writing(prompt=decode(prompt), goes_on={name: decode(ids) for name, ids in goes_on.items()}))
+    return found
+
+
+def _written(model: PreTrainedModel, prompt: list[int]) -> list[int]:
+    with torch.no_grad():
+        ids = torch.tensor([prompt])
+        out: torch.Tensor = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=_WRITTEN_TOKENS, do_sample=False
+        )
+    return out[0, len(prompt) :].tolist()
+
+
 def samples(
-    corpus: Corpus, rows: Sequence[int], targets: Sequence[Targets], teacher: str, students: Mapping[str, Path]
+    corpus: Corpus,
+    rows: Sequence[int],
+    targets: Sequence[Targets],
+    teacher: str,
+    students: Mapping[str, PreTrainedModel],
 ) -> list[Sample]:
     """Sample two positions of each row: after a half and after four fifths of it."""
-    models = {name: load_student(path) for name, path in students.items()}
     found = []
     for index, of_row in zip(rows, targets, strict=True):
         row = corpus.row(index)
-        guesses_of = {name: _top(model, row) for name, model in models.items()}
+        guesses_of = {name: _top(model, row) for name, model in students.items()}
         for position in (len(row) // 2, len(row) * 4 // 5):
             kept = zip(of_row.ids[position, :_SHOWN], np.exp(of_row.logprobs[position, :_SHOWN]), strict=True)
             guesses = {teacher: _guesses(corpus.tokenizer, kept)}
