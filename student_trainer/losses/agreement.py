@@ -1,4 +1,4 @@
-"""How near a student is to a teacher at each position, without a gradient."""
+"""Nearness of a student to a teacher at each position, without a gradient."""
 
 from __future__ import annotations
 

@@ -24,6 +24,9 @@ a tenth of the time."""
 _MOST_MASS = 1.01
 """Teacher mass at one position over which it is no distribution; rounding of kept logprobs stays far below."""
 
+_MOST_TEACHERS = 24
+"""Teachers of one call; the engine tells whose ids are whose by as many bits, which float32 holds exactly."""
+
 _LABELS_ONLY = Divergence(cross_entropy, has_tail=False)
 
 
@@ -51,7 +54,7 @@ class Sums:
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """What a position's cross-entropy and its divergences count in the loss."""
+    """Factors of a position's cross-entropy and of its divergences in the loss."""
 
     ce: float
     kl: float
@@ -96,7 +99,7 @@ class Positions:
         """Check and flatten what a loss is called with; see `distillation_loss`.
 
         Raises:
-            InvalidInput: shapes that do not agree.
+            InvalidInput: shapes that do not agree, or too many teachers.
             UnsupportedField: a teacher lacks what the objective needs.
         """
         _check_shapes(labels, teachers)
@@ -206,6 +209,8 @@ def check_agree(name: str, given: Tensor, labels: Tensor, mask: Tensor) -> None:
 
 def _check_shapes(labels: Tensor, teachers: Sequence[TeacherTargets]) -> None:
     positions = labels.shape
+    if len(teachers) > _MOST_TEACHERS:
+        raise InvalidInput(f"there are {len(teachers)} teachers; a loss takes at most {_MOST_TEACHERS}")
     for m, t in enumerate(teachers):
         if t.log_tail.shape != positions or t.ids.shape[:-1] != positions or t.logprobs.shape != t.ids.shape:
             raise InvalidInput(
@@ -214,5 +219,5 @@ def _check_shapes(labels: Tensor, teachers: Sequence[TeacherTargets]) -> None:
             )
         for name in ("drawn_ids", "drawn_counts", "log_z", "entropy", "label_logprob", "weight"):
             value = getattr(t, name)
-            if isinstance(value, Tensor) and value.shape[: len(positions)] != positions:
+            if isinstance(value, Tensor) and value.shape[: value.ndim - name.startswith("drawn_")] != positions:
                 raise InvalidInput(f"teacher {m}: {name} {list(value.shape)} does not fit labels {list(positions)}")

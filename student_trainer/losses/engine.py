@@ -30,7 +30,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Aim:
-    """What one loss holds the student to, at n positions: t on K, and r outside."""
+    """The masses that one loss holds the student to, at n positions: t on K, and r outside."""
 
     ids: Tensor
     """[n, K] int64, without repeats; V for an id that the student does not have, and has no part in the loss."""

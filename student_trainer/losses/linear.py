@@ -27,7 +27,7 @@ from potstill.student_trainer.losses.targets import Loss, TeacherTargets
 
 @dataclass(frozen=True, slots=True)
 class Logits:
-    """What becomes of a linear layer's output y: `cap * tanh(scale * y / cap)`, or `scale * y` without a cap."""
+    """The way from a linear layer's output y to logits: `cap * tanh(scale * y / cap)`, or `scale * y` without a cap."""
 
     scale: float = 1.0
     soft_cap: float | None = None

@@ -34,7 +34,7 @@ class Objective:
     loss: str = "forward_kl"
     """One of `LOSSES`."""
     beta: float = 0.5
-    """Of `jsd`, in (0, 1): towards 0 it is the forward KL's direction, towards 1 the reverse KL's."""
+    """Beta of `jsd`, in (0, 1): towards 0 it is the forward KL's direction, towards 1 the reverse KL's."""
     temperature: float = 1.0
     """T at which both distributions are compared; the divergence counts T**2 times, so that its gradient keeps its
     size beside that of cross-entropy (arXiv 1503.02531)."""

@@ -1,4 +1,4 @@
-"""What a loss is given and gives: teachers' targets as tensors, and a loss with its parts.
+"""The input and the output of a loss: teachers' targets as tensors, and a loss with its parts.
 
 Shape legend:  [...] the axes of positions, K kept ids, D most different ids drawn at a position, M teachers.
 """
