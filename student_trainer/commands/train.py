@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from potstill.student_trainer.config import TrainConfig
     from potstill.student_trainer.evaluate.result import TrainResult
 
 SUMMARY = "train a student from cached or served teacher targets"
@@ -33,10 +34,8 @@ def run(args: argparse.Namespace) -> int:
     from potstill.student_trainer.evaluate.result import finished_before
 
     config = TrainConfig.from_toml(args.config, out=args.out)
-    if args.no_ray and config.train.workers > 1:
-        from potstill.cache.errors import InvalidInput
-
-        raise InvalidInput(f"train.workers is {config.train.workers}, but --no-ray trains with 1; set it to 1")
+    if args.no_ray:
+        _check_alone(config)
 
     finished = finished_before(config)
     if finished is not None:
@@ -65,6 +64,15 @@ def run(args: argparse.Namespace) -> int:
         return 128 + stop.signal_number
     _print_result(result)
     return 0
+
+
+def _check_alone(config: TrainConfig) -> None:
+    from potstill.cache.errors import InvalidInput
+
+    if config.train.workers > 1:
+        raise InvalidInput(f"train.workers is {config.train.workers}, but --no-ray trains with 1; set it to 1")
+    if config.train.parallel == "fsdp":
+        raise InvalidInput('train.parallel is "fsdp", but --no-ray trains with 1 worker; leave it out')
 
 
 def _print_result(result: TrainResult) -> None:

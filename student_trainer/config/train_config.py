@@ -54,6 +54,12 @@ class TrainConfig(Frozen):
     def _teachers_match_alpha(self) -> Self:
         if self.train.distils and not self.teachers:
             raise ValueError(f"train.alpha is {self.train.alpha} but there is no teacher: add one, or set it to 0")
+        if self.train.weighting != "fixed" and len(self.teachers) < 2:
+            raise ValueError(f"train.weighting is {self.train.weighting!r}, but there is one teacher; leave it out")
+        if self.data.missing != "fail" and all(teacher.source == "service" for teacher in self.teachers):
+            raise ValueError(
+                f"data.missing is {self.data.missing!r}, but no teacher is read from a cache; leave it out"
+            )
         names = [teacher.name for teacher in self.teachers]
         if len(set(names)) != len(names):
             raise ValueError("teachers must have different names")

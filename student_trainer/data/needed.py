@@ -43,7 +43,7 @@ def needed_of_service(name: str, k: int, loss: LossConfig) -> Fields:
     """
     if _draws(loss):
         raise UnsupportedField(
-            f"train.loss {loss.loss!r} reads draws from a cache, but teacher {name!r} has source = 'service'; prefill "
+            f"train.loss {loss.loss!r} reads draws from a cache, but a service is asked for teacher {name!r}; prefill "
             "with --draws 50 and read the cache"
         )
     return Fields(

@@ -23,6 +23,10 @@ def _share_told(value: Any, validated: ValidatorFunctionWrapHandler) -> Any:
     return found
 
 
+_OF_DISTILLATION = ("distil_every", "loss", "temperature", "weighting")
+"""Settings without effect where nothing is distilled."""
+
+
 class LossConfig(Frozen):
     """Settings of the loss."""
 
@@ -35,7 +39,7 @@ class LossConfig(Frozen):
     )
     """The student's divergence from each teacher: of the top-k with its tail, or of draws, or of both."""
     jsd_beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """Of the loss `jsd`: towards 0 it has the direction of forward KL, towards 1 that of reverse KL."""
+    """Beta of the loss `jsd`: towards 0 it has the direction of forward KL, towards 1 that of reverse KL."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """T at which student and teachers are compared; the divergence counts T * T times."""
     weighting: Literal["fixed", "entropy", "label"] = "fixed"
@@ -47,8 +51,13 @@ class LossConfig(Frozen):
     def _loss_fits(self) -> Self:
         if self.temperature != 1.0 and self.loss in ("draws", "hybrid"):
             raise ValueError(f"temperature {self.temperature:g} does not go with loss {self.loss!r}: draws are of 1")
-        if self.distil_every > 1 and not self.distils:
-            raise ValueError(f"distil_every is {self.distil_every}, but alpha is 0")
+        if self.jsd_beta != _default("jsd_beta") and self.loss != "jsd":
+            raise ValueError(f"jsd_beta is {self.jsd_beta:g}, but loss is {self.loss!r}; leave it out")
+        if self.weighting_beta != _default("weighting_beta") and self.weighting == "fixed":
+            raise ValueError(f"weighting_beta is {self.weighting_beta:g}, but weighting is 'fixed'; leave it out")
+        unused = [name for name in _OF_DISTILLATION if getattr(self, name) != _default(name)]
+        if unused and not self.distils:
+            raise ValueError(f"{unused[0]} is {getattr(self, unused[0])!r}, but alpha is 0; leave it out")
         return self
 
     @property
@@ -65,3 +74,7 @@ class LossConfig(Frozen):
     def needs_more_than_top_k(self) -> bool:
         """True if the top-k with its tail and labels is not all that is read of a teacher's targets."""
         return self.loss in ("draws", "hybrid") or self.temperature != 1.0 or self.weighting == "entropy"
+
+
+def _default(name: str) -> object:
+    return LossConfig.model_fields[name].default

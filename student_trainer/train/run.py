@@ -22,7 +22,7 @@ from torch import nn
 
 from potstill.cache.cache import Cache
 from potstill.cache.corpus import Corpus
-from potstill.cache.errors import InvalidInput, NotFound, StoreError, Unavailable, UnknownTeacher
+from potstill.cache.errors import CorruptSegment, InvalidInput, NotFound, StoreError, Unavailable, UnknownTeacher
 from potstill.cache.types import TeacherIdentity
 from potstill.clients.http_targets import HttpCache
 from potstill.clients.patience import Patience
@@ -69,7 +69,7 @@ class OpenRun:
     eval_readers: Mapping[str, BatchReader]
     """Readers of the corpora to evaluate on beside the held-out rows, by name."""
     judged_batches: dict[str, RepeatedBatches] = field(default_factory=dict, repr=False)
-    """What this worker evaluates on, by name; made at the first evaluation."""
+    """Batches that this worker evaluates on, by name; made at the first evaluation."""
 
     @property
     def corpus(self) -> Corpus:
@@ -145,6 +145,11 @@ def open_run(config: TrainConfig) -> Iterator[OpenRun]:
         reader = BatchReader(corpora, sources, config.weights, common_prefix(sources, data.prefix_ids))
         eval_readers = {each.name: _eval_reader(config, cache, each, reader, stack) for each in eval_corpora}
         rows = corpora.joined([np.setdiff1d(*each) for each in zip(held_out, lacking, strict=True)])
+        if not len(rows) and any(map(len, held_out)):
+            raise InvalidInput(
+                f"all {sum(map(len, held_out)):,} held-out rows lack targets; run `potstill prefill` for them, or "
+                "choose others by data.held_out_seed"
+            )
         yield OpenRun(
             corpora,
             everything.fingerprint,
@@ -284,9 +289,16 @@ def evaluate_run(run_dir: Path) -> dict[str, Evaluation]:
         PotstillError: whatever opening the cache or the teachers raises.
     """
     config = read_config(run_dir)
-    folder, checkpoint = run_dir / "model", newest_checkpoint(run_dir / "checkpoints")
+    folder = run_dir / "model"
     # A run that goes on after it was finished has newer checkpoints than its model.
-    if finished_result(config) is None or not folder.exists():
+    finished = finished_result(config) is not None and folder.exists()
+    try:
+        checkpoint = newest_checkpoint(run_dir / "checkpoints")
+    except CorruptSegment:
+        if not finished:
+            raise
+        checkpoint = None  # the model is whole without them
+    if not finished:
         if checkpoint is None:
             raise NotFound(f"run {str(run_dir)!r} has no model and no complete checkpoint yet")
         folder = checkpoint / "model"

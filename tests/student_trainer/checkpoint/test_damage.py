@@ -20,6 +20,7 @@ from potstill.student_trainer.checkpoint.whole import newest_checkpoint, save_ch
 from potstill.student_trainer.metrics.records import read_metrics
 from potstill.student_trainer.models.build import load_student
 from potstill.student_trainer.train.loop import train
+from potstill.student_trainer.train.run import evaluate_run
 from tests.support.tiny_runs import config_of, unhashed, write_cache
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -116,6 +117,16 @@ def test_without_a_good_one_the_run_ends_and_names_all(root: Path, run: Path) ->
     with pytest.raises(CorruptSegment, match=f"{NEWEST}.*optimizer.*{OLDER}.*another train.out") as caught:
         train(config_of(root, run, train={"steps": 12}))
     assert "\n" not in caught.value.detail
+
+
+def test_a_finished_run_is_evaluated_without_its_checkpoints(run: Path) -> None:
+    before = evaluate_run(run)
+    for step in (OLDER, NEWEST):
+        damaged(run / "checkpoints" / step / "optimizer.pt", "short")
+    assert evaluate_run(run) == before
+    shutil.rmtree(run / "model")
+    with pytest.raises(CorruptSegment):
+        evaluate_run(run)
 
 
 def test_a_checkpoint_of_an_earlier_version_is_read(root: Path, run: Path) -> None:

@@ -95,6 +95,13 @@ def test_train_then_evaluate(root: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert again.stdout.splitlines()[1:] == out.splitlines()[-3:]
 
 
+def test_a_student_is_not_shared_with_nobody(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_config(root, tmp_path, steps=5)
+    file.write_text(file.read_text() + 'parallel = "fsdp"\n')
+    assert main(["train", str(file), "--no-ray"]) == 1
+    assert 'train.parallel is "fsdp", but --no-ray trains with 1 worker; leave it out' in capsys.readouterr().err
+
+
 # One handler takes both.
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_writes_a_checkpoint_and_the_same_command_goes_on(

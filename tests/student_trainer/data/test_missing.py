@@ -10,6 +10,7 @@ import pytest
 
 from potstill.cache.cache import Cache
 from potstill.cache.errors import InvalidInput, NotCommitted, SpecMismatch
+from potstill.student_trainer.data.held_out import choose_held_out
 from potstill.student_trainer.data.missing import lacking_rows
 from potstill.student_trainer.data.sources import open_sources
 from potstill.student_trainer.metrics.records import read_metrics
@@ -95,3 +96,17 @@ def test_bad_settings_are_told(root: Path, tmp_path: Path) -> None:
         train(config_of(root, tmp_path / "run", teachers=PARTIAL, data={"missing": "ask"}))
     with pytest.raises(InvalidInput, match=r"the url of teacher 'fake' is not used: .* data\.missing to \"ask\""):
         config_of(root, tmp_path / "run", teachers=[{"name": "fake", "url": "http://127.0.0.1:9"}])
+    served = [{"name": "fake", "source": "service", "url": "http://127.0.0.1:9"}]
+    with pytest.raises(InvalidInput, match=r"data\.missing is 'skip', but no teacher is read from a cache"):
+        config_of(root, tmp_path / "run", teachers=served, data={"missing": "skip"})
+
+
+def test_held_out_rows_that_all_lack_targets_are_told(root: Path, tmp_path: Path) -> None:
+    """Without a word there would be no evaluation, and `evaluate` would say that `data.held_out` is 0."""
+    fill(root, "first", shards=1)
+    corpus = Cache.open(root).corpus("docs")
+    held_out = (choose_held_out(corpus.document_rows, 4, seed, "docs") for seed in range(99))
+    seed = next(seed for seed, rows in enumerate(held_out) if rows.min() >= corpus.shard_rows[1])
+    data = {"missing": "skip", "held_out": 4, "held_out_seed": seed}
+    with pytest.raises(InvalidInput, match=r"all \d held-out rows lack targets; run `potstill prefill` for them"):
+        train(config_of(root, tmp_path / "run", teachers=[{"name": "first"}], data=data))

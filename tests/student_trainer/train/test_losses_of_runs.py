@@ -40,7 +40,6 @@ SETTINGS: list[dict[str, Any]] = [
     {"loss": "draws"},
     {"loss": "hybrid"},
     {"temperature": 2.0},
-    {"weighting": "label", "weighting_beta": 0.5},
     {"alpha": [[0, 1.0], [2, 0.0]], "distil_every": 2},
 ]
 
@@ -55,10 +54,12 @@ def test_a_run_with_each_setting(root: Path, tmp_path: Path, settings: dict[str,
     assert [bool(record["kl"]) for record in records] == [alpha_at(config.train, step) > 0 for step in range(3)]
 
 
-def test_two_teachers_by_entropy(root: Path, tmp_path: Path) -> None:
-    fill(root, "other", fields=EVERYTHING)
-    short = {"steps": 1, "batch_rows": 4, "eval_every": 1, "checkpoint_every": 1, "weighting": "entropy", "alpha": 1.0}
-    config = config_of(root, tmp_path / "run", teachers=[{"name": "rich"}, {"name": "other"}], train=short)
+@pytest.mark.parametrize("weighting", ["entropy", "label"])
+def test_two_teachers_by_token(root: Path, tmp_path: Path, weighting: str) -> None:
+    fill(root, f"other-{weighting}", fields=EVERYTHING)
+    by_token = {"weighting": weighting, "weighting_beta": 0.5, "alpha": 1.0}
+    short = {"steps": 1, "batch_rows": 4, "eval_every": 1, "checkpoint_every": 1, **by_token}
+    config = config_of(root, tmp_path / "run", teachers=[{"name": "rich"}, {"name": f"other-{weighting}"}], train=short)
     assert train(config).finished
     record = read_metrics(tmp_path / "run")[1]
     assert min(record["kl"].values()) <= record["loss"] <= max(record["kl"].values())
@@ -104,7 +105,7 @@ def test_a_field_that_the_cache_lacks_is_refused_at_the_start(
     root: Path, tmp_path: Path, settings: dict[str, Any], told: str
 ) -> None:
     with pytest.raises(UnsupportedField, match=told):
-        train(config_of(root, tmp_path / "run", train=settings))
+        train(config_of(root, tmp_path / "run", teachers=[{"name": "fake"}, {"name": "rich"}], train=settings))
     assert not (tmp_path / "run" / "config.json").exists()
 
 
@@ -123,6 +124,10 @@ def test_another_temperature_than_those_kept(root: Path, tmp_path: Path) -> None
         ({"loss": "jsd", "jsd_beta": 1.0}, r"train.jsd_beta is 1.0"),
         ({"loss": "draws", "temperature": 2.0}, r"temperature 2 does not go with loss 'draws'"),
         ({"alpha": 0.0, "distil_every": 4}, r"distil_every is 4, but alpha is 0"),
+        ({"alpha": 0.0, "loss": "tvd"}, r"loss is 'tvd', but alpha is 0"),
+        ({"jsd_beta": 0.3}, r"jsd_beta is 0.3, but loss is 'forward_kl'"),
+        ({"weighting_beta": 2.0}, r"weighting_beta is 2, but weighting is 'fixed'"),
+        ({"weighting": "label"}, r"train.weighting is 'label', but there is one teacher"),
     ],
 )
 def test_settings_that_cannot_be(settings: dict[str, Any], told: str, tmp_path: Path) -> None:
