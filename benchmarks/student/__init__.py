@@ -1,1 +1,1 @@
-"""What a student in training costs."""
+"""Costs of a student in training."""

@@ -140,7 +140,7 @@ class BatchReader:
     prefix: tuple[int, ...] = ()
     """Token ids in front of every row; those of its teachers (`common_prefix`)."""
     waiting: PerProcess[threading.Lock] = field(default_factory=lambda: PerProcess(threading.Lock), repr=False)
-    """Of the one reader that goes on asking a source that does not answer."""
+    """Lock of the one reader that goes on asking a source that does not answer."""
     given_up: PerProcess[list[PotstillError]] = field(default_factory=lambda: PerProcess(list), repr=False)
     """The error of that one, if it had no patience left: the others need not try theirs."""
     patience: Patience | None = field(default=None, repr=False)
@@ -270,7 +270,7 @@ def _all_taught(rows: Sequence[Tokens]) -> list[NDArray[np.bool_]]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Places:
-    """Where rows lie in the tensors of a batch."""
+    """Places of rows in the tensors of a batch."""
 
     bins: NDArray[np.int64]
     """[N] row of the tensors."""

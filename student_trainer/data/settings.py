@@ -96,7 +96,7 @@ class DataConfig(Frozen):
     window_shards: Count = 8
     """Rows are shuffled within so many (shuffled) shards at a time; more is more random and reads more objects."""
     missing: Missing = "fail"
-    """What to do about shards without targets: `fail`, `skip` their rows, or `ask` the teacher at `teachers.url`."""
+    """Way to treat shards without targets: `fail`, `skip` their rows, or `ask` the teacher at `teachers.url`."""
     packing: bool = True
     """Rows share rows of a micro-batch where the student keeps them apart; else those of similar length go together."""
     readers: Count = 4

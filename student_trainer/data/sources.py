@@ -130,7 +130,8 @@ def asking_source(kept: TargetSource, live: TargetSource, corpus: Corpus) -> Tar
                 found.update(zip(at, answers, strict=True))
         return [found[i] for i in range(len(rows))]
 
-    return replace(kept, read=read, committed=None, stored=False)
+    normalised = kept.normalised and live.normalised
+    return replace(kept, read=read, committed=None, stored=False, normalised=normalised)
 
 
 @contextmanager

@@ -44,7 +44,7 @@ class Part:
     world_size: int
     micro_batch_rows: int
     pack: bool
-    """Whether rows may share one (`potstill.student_trainer.data.packing`)."""
+    """True if rows may share one (`potstill.student_trainer.data.packing`)."""
 
 
 Planned = tuple[list[list[int]], StepCounts]

@@ -51,15 +51,15 @@ def evaluate_student(
         batches: of this worker's part of the rows, where they were read before (`batches_of`).
 
     Raises:
-        PotstillError: whatever reading raises.
+        PotstillError: whatever reading raises, and on all workers when one got no answer.
     """
     group = group or Group()
     names = [source.name for source in reader.sources]
     sums = torch.zeros(3 + 3 * len(names), dtype=torch.float64, device=group.device)
     batches = batches or batches_of(reader, rows, batch_rows=batch_rows, group=group)
     # No worker waits for another within the loop, so they need not have equally many batches, unless each forward pass
-    # is one of all together.
-    with _evaluating(model), batches.read() as found:
+    # is one of all together. One that got no answer tells the others, who would wait for its sums.
+    with _evaluating(model), all_have_read(group), batches.read() as found:
         together = _in_step(found, group, lambda: reader.read(rows[:1]))
         copies = Copies(group.device)
         for read, counts in together if group.in_step else ((one, True) for one in found):

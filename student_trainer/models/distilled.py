@@ -100,9 +100,10 @@ def _fused_parts(student: PreTrainedModel) -> _Fused | None:
     config = student.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
     logits = Logits(scale, getattr(config, "final_logit_softcapping", None))
-    tokens = torch.arange(6, device=head.weight.device).remainder(config.vocab_size)[None]
+    most = min(6, getattr(config, "max_position_embeddings", None) or 6)
+    tokens = torch.arange(most, device=head.weight.device).remainder(config.vocab_size)[None]
     # So large and spread that every cap and factor shows.
-    probe = torch.linspace(-200.0, 200.0, head.out_features, device=tokens.device).expand(1, 6, -1).contiguous()
+    probe = torch.linspace(-200.0, 200.0, head.out_features, device=tokens.device).expand(1, most, -1).contiguous()
     seen: list[Tensor] = []
 
     def replaced(_: nn.Module, inputs: tuple[Tensor, ...], __: Tensor) -> Tensor:

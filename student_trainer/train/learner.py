@@ -51,7 +51,7 @@ class Learner:
     router: RouterLoss | None
     optimizer: torch.optim.Optimizer
     packs: bool
-    """Whether rows may share one of a micro-batch."""
+    """True if rows may share one of a micro-batch."""
     copies: Copies
 
     @classmethod

@@ -199,7 +199,6 @@ class _Session:
 
     def _given_up(self, error: PotstillError, *, asked: bool) -> TrainResult:
         """Stop between two steps, as nothing more can be read, or as somebody `asked` while it could not."""
-        # No barrier: a worker that was evaluating may be the only one to know.
         self._save()
         told = f"{error.detail}; a checkpoint of step {self.step} was written, and the same command goes on from there"
         return replace(self._result({}), finished=False, problem="" if asked else told)

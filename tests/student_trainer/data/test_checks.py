@@ -142,3 +142,11 @@ def test_every_encoding_passes(root: Path, encoding: str) -> None:
     for k in (None, 3, 1):
         source = cache_source(encoding, cache.targets(encoding, "docs"), k)
         assert BatchReader(corpus, (source,), (1.0,)).read(range(len(corpus))).num_positions
+
+
+def test_what_the_encoding_scales_is_not_checked_in_a_run_either(root: Path) -> None:
+    fill(root, "coded", encoding="u8")
+    corpus, cache = Cache.open(root).corpus("docs"), Cache.open(root)
+    joined = JoinedCorpora((corpus,))
+    sources = [joined.source([cache_source(name, cache.targets(name, "docs"))]) for name in ("coded", "fake")]
+    assert [source.normalised for source in sources] == [True, False]

@@ -18,7 +18,8 @@ from potstill.cache.cache import Cache
 from potstill.student_trainer.data import Batch, BatchReader
 from potstill.student_trainer.data.packing import keeps_rows_apart, num_slots, plan_micro_batches
 from potstill.student_trainer.data.sources import cache_source
-from potstill.student_trainer.losses import distillation_loss
+from potstill.student_trainer.losses import Objective, distillation_loss
+from potstill.student_trainer.models.distilled import Distilled
 from tests.support.tiny_runs import ROW_TOKENS, STUDENT, VOCAB, write_cache
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -118,6 +119,12 @@ def test_a_student_without_attention_is_found_out() -> None:
     model = model_of(RECURRENT).train()
     assert not keeps_rows_apart(model)
     assert model.training
+
+
+def test_a_student_of_few_positions_is_tried_within_them() -> None:
+    model = model_of({"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 4})
+    assert not keeps_rows_apart(model)
+    assert Distilled(model, "float32", Objective()).fused
 
 
 def test_a_worker_with_fewer_rows_learns_nothing_from_an_empty_part(reader: BatchReader) -> None:

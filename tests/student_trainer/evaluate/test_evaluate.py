@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from potstill.cache.cache import Cache
+from potstill.cache.errors import Unavailable
+from potstill.cache.types import Targets, Tokens
 from potstill.clients.cli import main
+from potstill.student_trainer.data import BatchReader
+from potstill.student_trainer.data.sources import TargetSource
+from potstill.student_trainer.evaluate.student import evaluate_student
 from potstill.student_trainer.metrics.records import read_metrics
+from potstill.student_trainer.parallel.group import Group
 from potstill.student_trainer.train.loop import train
-from tests.support.tiny_runs import config_of, fill, write_texts_cache
+from tests.support.tiny_runs import STUDENT, VOCAB, K, config_of, fake_teacher, fill, write_cache, write_texts_cache
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -28,3 +42,39 @@ def test_rows_without_a_label_have_no_cross_entropy(tmp_path: Path, capsys: pyte
     assert "cross-entropy - nats/token" in capsys.readouterr().out
     assert main(["evaluate", str(tmp_path / "run"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["ce"] is None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThreadGroup(Group):
+    """A worker that is a thread."""
+
+    met: threading.Barrier
+    given: list[Tensor]
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        self.met.wait(60)
+        self.given[self.rank] = tensor.clone()
+        self.met.wait(60)
+        return tensor.copy_(torch.stack(self.given).sum(dim=0))
+
+
+def test_all_workers_learn_that_one_got_no_answer(tmp_path: Path) -> None:
+    """One that did not would wait for the others' sums for ever."""
+    corpus = Cache.open(write_cache(tmp_path, documents=10, teachers=())).corpus("docs")
+    student = LlamaForCausalLM(LlamaConfig(**STUDENT, vocab_size=VOCAB))
+    met, given = threading.Barrier(2), [torch.zeros(())] * 2
+
+    def evaluated(rank: int) -> str:
+        def read(_: Sequence[int], rows: Sequence[Tokens]) -> list[Targets]:
+            if rank:
+                raise Unavailable("no answer")
+            return [fake_teacher().distribution(row, K) for row in rows]
+
+        reader = BatchReader(corpus, (TargetSource("fake", fake_teacher().identity, "", read),), (1.0,))
+        group = ThreadGroup(device=torch.device("cpu"), rank=rank, world_size=2, met=met, given=given)
+        with pytest.raises(Unavailable) as caught:
+            evaluate_student(student, reader, range(8), group=group)
+        return caught.value.detail
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(evaluated, range(2))) == ["another worker got no answer", "no answer"]
