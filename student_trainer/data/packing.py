@@ -67,8 +67,10 @@ def keeps_rows_apart(model: nn.Module) -> bool:
 
     Draws no random numbers. False also where a row would not show what it sees of another.
     """
-    device = next(model.parameters()).device
-    if (getattr(getattr(model, "config", None), "max_position_embeddings", None) or 8) < 8:
+    config, device = getattr(model, "config", None), next(model.parameters()).device
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        return False  # chunks are counted from the beginning of the tensors, further on than is tried
+    if (getattr(config, "max_position_embeddings", None) or 8) < 8:
         return False  # the two rows without position ids would leave its table of positions
     first, second, third = (torch.arange(start, start + 4, device=device)[None] % 7 for start in (1, 2, 4))
     packed = torch.cat([torch.cat([first, second], dim=1), torch.cat([second, third], dim=1)])

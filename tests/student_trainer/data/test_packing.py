@@ -121,6 +121,13 @@ def test_a_student_without_attention_is_found_out() -> None:
     assert model.training
 
 
+def test_chunks_of_attention_are_not_those_of_rows() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "intermediate_size_mlp": 16, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2, "num_hidden_layers": 2}
+    chunks = {"layer_types": ["chunked_attention", "full_attention"], "attention_chunk_size": 8}
+    assert not keeps_rows_apart(model_of({"model_type": "llama4_text", **sizes, **heads, **chunks}))
+
+
 def test_a_student_of_few_positions_is_tried_within_them() -> None:
     model = model_of({"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 4})
     assert not keeps_rows_apart(model)
