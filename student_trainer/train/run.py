@@ -144,12 +144,7 @@ def open_run(config: TrainConfig) -> Iterator[OpenRun]:
         sources = tuple(corpora.source(parts) for parts in zip(*opened, strict=True))
         reader = BatchReader(corpora, sources, config.weights, common_prefix(sources, data.prefix_ids))
         eval_readers = {each.name: _eval_reader(config, cache, each, reader, stack) for each in eval_corpora}
-        rows = corpora.joined([np.setdiff1d(*each) for each in zip(held_out, lacking, strict=True)])
-        if not len(rows) and any(map(len, held_out)):
-            raise InvalidInput(
-                f"all {sum(map(len, held_out)):,} held-out rows lack targets; run `potstill prefill` for them, or "
-                "choose others by data.held_out_seed"
-            )
+        rows = corpora.joined(_judged(held_out, lacking))
         yield OpenRun(
             corpora,
             everything.fingerprint,
@@ -168,6 +163,17 @@ def _held_out(data: DataConfig, of: CorpusConfig, corpus: Corpus) -> NDArray[np.
     if share == 0:
         return np.zeros(0, dtype=np.int64)
     return choose_held_out(corpus.document_rows, share, data.held_out_seed, corpus.name)
+
+
+def _judged(held_out: Sequence[NDArray[np.int64]], lacking: Sequence[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
+    """Held-out rows of each corpus that have targets."""
+    judged = [np.setdiff1d(*each) for each in zip(held_out, lacking, strict=True)]
+    if any(map(len, held_out)) and not any(map(len, judged)):
+        raise InvalidInput(
+            f"all {sum(map(len, held_out)):,} held-out rows lack targets; run `potstill prefill` for them, or choose "
+            "others by data.held_out_seed"
+        )
+    return judged
 
 
 def _left_out(
