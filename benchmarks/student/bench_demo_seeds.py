@@ -18,20 +18,18 @@ from typing import Any
 
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.demo.plan import TEACHER, DemoPlan
-from potstill.student_trainer.demo.smollm2 import default_models_folder
 from potstill.student_trainer.train.loop import train
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, default=Path("demo"))
-    parser.add_argument("--models", type=Path, default=default_models_folder(), help="as of `potstill demo`")
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     if not (args.demo / "report.json").is_file():
         print(f"no finished demo in {args.demo}: run `make demo` first", file=sys.stderr)
         return 1
-    plan = DemoPlan(out=args.demo, models=args.models)
+    plan = DemoPlan(out=args.demo, models=args.demo)
     print("seed  student         held-out loss (best)   KL to teacher   same top-1")
     worse = 0
     for seed in range(args.seeds):

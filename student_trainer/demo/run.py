@@ -186,7 +186,7 @@ def _saved(filled: FillReport | None, results: dict[str, TrainResult]) -> dict[s
     }
 
 
-_PLAN_NUMBERS = ("row_tokens", "held_out_rows", "steps", "batch_rows", "lr", "alpha", "seed", "layers")
+_PLAN_NUMBERS = ("row_tokens", "held_out_rows", "steps", "batch_rows", "lr", "alpha", "seed", "hidden_size", "layers")
 
 
 def _student(result: TrainResult) -> dict[str, JSON]:

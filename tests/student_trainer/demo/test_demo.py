@@ -50,7 +50,7 @@ def report(tokens_per_second: float | None) -> dict[str, Any]:
             "mean_kl": 6e-5,
         },
         "students": students,
-        "plan": {"layers": [0, 29], "steps": 80, "held_out_rows": 10},
+        "plan": {"layers": 2, "steps": 80, "held_out_rows": 10},
         "writings": [{"prompt": "text so ", "goes_on": {"teacher": " far\n<i>", "distilled": " the the"}}],
         "samples": [
             {"context": "text so ", "next_text": " far", "guesses": {"teacher": guesses, "distilled": guesses}}
