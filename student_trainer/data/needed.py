@@ -19,13 +19,13 @@ def needed_of_cache(name: str, k: int, held: Fields, loss: LossConfig) -> Fields
         UnsupportedField: the loss needs more; the option of `potstill prefill` that adds it is named.
     """
     if _draws(loss) and not held.draws:
-        raise _lacking(f"train.loss {loss.loss!r} needs draws", name, "--draws 50")
+        raise _lacking(f"train.loss {loss.loss!r} needs draws", name, "--top-k 0 --draws 50")
     if loss.temperature != 1.0 and loss.temperature not in held.temperatures:
         kept = f", only at {', '.join(f'{t:g}' for t in held.temperatures)}" if held.temperatures else ""
         told = f"train.temperature {loss.temperature:g} needs log Z at it"
-        raise _lacking(told, name, f"--temperatures {loss.temperature:g}", kept)
+        raise _lacking(told, name, f"--top-k 0 --temperatures {loss.temperature:g}", kept)
     if loss.weighting == "entropy" and not held.entropy:
-        raise _lacking("train.weighting 'entropy' needs entropies", name, "--entropy")
+        raise _lacking("train.weighting 'entropy' needs entropies", name, "--top-k 0 --entropy")
     return Fields(
         k=k,
         draws=held.draws if _draws(loss) else 0,

@@ -201,7 +201,7 @@ def _open(
         if teacher_k > kept:
             raise UnsupportedField(
                 f"teachers.k is {teacher_k} for {teacher.name!r}, but the cache holds k={kept}; lower teachers.k, or "
-                f"prefill with --top-k {teacher_k}"
+                f"prefill it under another name with --top-k {teacher_k}"
             )
         if loss.needs_more_than_top_k:
             targets = cache.targets(teacher.name, corpus.name)

@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from potstill.cache.errors import PotstillError, Unavailable
+from potstill.cache.plurals import counted
 from potstill.clients.patience import Patience, has_no_answer
 from potstill.student_trainer.checkpoint.export import publish_model
 from potstill.student_trainer.checkpoint.format import TrainState, load_state
@@ -103,6 +104,8 @@ def run_session(
         _require_same_order(run, group)
         if group.rank == 0:
             stack.enter_context(only_trainer(config.run_dir))
+            if run.skipped_rows:
+                _LOG.warning("%s without targets skipped, held-out ones among them", counted(run.skipped_rows, "row"))
         checkpoint = agreed_checkpoint(config.run_dir, group)
         # Dropout draws from torch's global stream, which is the caller's again afterwards.
         stack.enter_context(torch.random.fork_rng([group.device] if group.device.type == "cuda" else []))

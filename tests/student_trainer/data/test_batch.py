@@ -120,7 +120,11 @@ def test_a_teacher_of_another_tokenizer_is_refused(root: Path, tmp_path: Path) -
     [
         ({"name": "nobody"}, UnknownTeacher, "nobody"),
         ({"name": "partial"}, NotCommitted, "lacks .* shards, the first is 2"),
-        ({"k": K + 1}, UnsupportedField, f"k={K}; lower teachers.k, or prefill with --top-k {K + 1}$"),
+        (
+            {"k": K + 1},
+            UnsupportedField,
+            f"k={K}; lower teachers.k, or prefill it under another name with --top-k {K + 1}$",
+        ),
         (
             {"source": "service", "url": "http://127.0.0.1:9", "api_key_env": "NOT_SET_HERE"},
             InvalidInput,

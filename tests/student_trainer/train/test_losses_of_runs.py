@@ -98,7 +98,10 @@ def test_a_batch_has_what_the_loss_needs(root: Path) -> None:
     [
         ({"loss": "draws"}, r"train.loss 'draws' needs draws, which the cache has not of 'fake'; .* --draws 50"),
         ({"temperature": 2.0}, r"train.temperature 2 needs log Z at it, .* 'fake'; .* --temperatures 2"),
-        ({"weighting": "entropy"}, r"train.weighting 'entropy' needs entropies, .* 'fake'; .* with --entropy"),
+        (
+            {"weighting": "entropy"},
+            r"train.weighting 'entropy' needs entropies, .* 'fake'; .* with --top-k 0 --entropy",
+        ),
     ],
 )
 def test_a_field_that_the_cache_lacks_is_refused_at_the_start(
