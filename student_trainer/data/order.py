@@ -64,38 +64,36 @@ class SampleOrder:
         """Give [count] row indexes from the global cursor on; epochs follow each other without a gap."""
         parts: list[NDArray[np.int64]] = []
         while count > 0:
-            epoch, offset = divmod(cursor, self.rows_per_epoch)
-            part = self._take_in_epoch(epoch, offset, min(count, self.rows_per_epoch - offset))
+            epoch, number = self.window_number(cursor)
+            passed = cursor - epoch * self.rows_per_epoch - int(self._plan(epoch)[1][number])
+            part = self.window(epoch, number)[passed : passed + count]
             parts.append(part)
             cursor, count = cursor + len(part), count - len(part)
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
-
-    def window_at(self, cursor: int) -> NDArray[np.int64]:
-        """Give the rows of the window of shards, in their order, that the row at `cursor` is in."""
-        epoch, offset = divmod(cursor, self.rows_per_epoch)
-        return self._window_in_epoch(epoch, offset)[0]
 
     def window_number(self, cursor: int) -> tuple[int, int]:
         """Number the window that the row at `cursor` is in: its epoch, and its place there."""
         epoch, offset = divmod(cursor, self.rows_per_epoch)
         return epoch, int(np.searchsorted(self._plan(epoch)[1], offset, side="right")) - 1
 
-    def shards_of(self, epoch: int, window: int) -> NDArray[np.int64]:
+    def shards_of(self, epoch: int, number: int) -> NDArray[np.int64]:
         """List the shards of a window; the first one of the next epoch follows the last of one."""
-        shards, starts = self._plan(epoch)
-        if window == len(starts):
+        shards = self._plan(epoch)[0]
+        if number * self.window_shards >= len(shards):
             return self.shards_of(epoch + 1, 0)
-        return shards[window * self.window_shards : (window + 1) * self.window_shards]
+        return shards[number * self.window_shards : (number + 1) * self.window_shards]
 
-    def _take_in_epoch(self, epoch: int, offset: int, count: int) -> NDArray[np.int64]:
-        rows, start = self._window_in_epoch(epoch, offset)
-        return rows[offset - start : offset - start + count]
-
-    def _window_in_epoch(self, epoch: int, offset: int) -> tuple[NDArray[np.int64], int]:
-        """Give the rows of a window, and where in the epoch it starts."""
-        shards, window_starts = self._plan(epoch)
-        window = int(np.searchsorted(window_starts, offset, side="right")) - 1
-        return self._window(epoch, window, shards), int(window_starts[window])
+    def window(self, epoch: int, number: int) -> NDArray[np.int64]:
+        """Give the rows of a window of shards, in their order."""
+        found = self._windows.get((epoch, number))
+        if found is None:
+            chosen = self.shards_of(epoch, number)
+            bounds = zip(self.shard_rows[chosen], self.shard_rows[chosen + 1], strict=True)
+            rows = np.concatenate([np.arange(a, b, dtype=np.int64) for a, b in bounds])
+            rows = rows[~np.isin(rows, self.left_out, assume_unique=True)]
+            order = np.argsort(hashed(rows, self.seed, epoch, _ROWS), kind="stable")
+            found = _kept(self._windows, (epoch, number), rows[order])
+        return found
 
     def _plan(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The epoch's shards in order [S], and where in the epoch each window of them starts."""
@@ -113,17 +111,6 @@ class SampleOrder:
         starts = np.concatenate([[0], np.cumsum(kept)])[:: self.window_shards]
         # A window of left-out rows only is empty; searchsorted on the right skips it.
         return shards, starts.astype(np.int64)
-
-    def _window(self, epoch: int, window: int, shards: NDArray[np.int64]) -> NDArray[np.int64]:
-        found = self._windows.get((epoch, window))
-        if found is None:
-            chosen = shards[window * self.window_shards : (window + 1) * self.window_shards]
-            bounds = zip(self.shard_rows[chosen], self.shard_rows[chosen + 1], strict=True)
-            rows = np.concatenate([np.arange(a, b, dtype=np.int64) for a, b in bounds])
-            rows = rows[~np.isin(rows, self.left_out, assume_unique=True)]
-            order = np.argsort(hashed(rows, self.seed, epoch, _ROWS), kind="stable")
-            found = _kept(self._windows, (epoch, window), rows[order])
-        return found
 
 
 def _kept(few: dict[K, T], key: K, made: T) -> T:

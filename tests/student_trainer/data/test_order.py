@@ -65,9 +65,16 @@ def test_the_order_never_changes() -> None:
 
 def test_readers_at_several_windows_do_not_take_them_from_each_other() -> None:
     order = order_of([5] * 40, [], window=2)
-    windows = [order.window_at(cursor) for cursor in (0, 12, 25)]
+    numbers = [order.window_number(cursor) for cursor in (0, 12, 25)]
+    windows = [order.window(*number) for number in numbers]
     for ahead in (0, 12, 25) * 3:
         order.take(ahead, 1)
-    assert all(order.window_at(cursor) is kept for cursor, kept in zip((0, 12, 25), windows, strict=True))
+    assert all(order.window(*number) is kept for number, kept in zip(numbers, windows, strict=True))
     order.take(0, 200)
-    assert order.window_at(0) is not windows[0], "only a few are kept"
+    assert order.window(*numbers[0]) is not windows[0], "only a few are kept"
+
+
+def test_the_next_epochs_first_window_follows_the_last_of_one() -> None:
+    order = order_of([5] * 4, [], window=2)
+    assert order.shards_of(0, 2).tolist() == order.shards_of(1, 0).tolist()
+    assert len(order.shards_of(1, 0)) == 2

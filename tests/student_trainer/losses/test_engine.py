@@ -90,7 +90,7 @@ def test_a_student_that_is_sure_of_one_teachers_choice(name: str, nats: float, w
 @pytest.mark.parametrize("name", TOP_K_LOSSES)
 @pytest.mark.parametrize("nats", [20.0, 60.0])
 def test_gradients_that_vanish_with_the_students_doubts_keep_their_digits(name: str, nats: float) -> None:
-    """Where autograd's float64 is nothing but rounding, against differences of numbers of 100 digits."""
+    """Compare with differences of numbers of 100 digits: autograd's float64 is nothing but rounding there."""
     teachers = [teacher.each(lambda tensor: tensor[:1]) for teacher in two_teachers()]
     z = sure_student(two_teachers()[0], nats)[:1].float()
     labels, mask = torch.tensor([NO_LABEL]), torch.tensor([True])

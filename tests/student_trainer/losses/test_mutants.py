@@ -81,7 +81,7 @@ def _row(teacher: TeacherTargets, row: slice) -> TeacherTargets:
 
 
 def far(loss: Callable[..., Tensor]) -> tuple[float, float]:
-    """How far a loss and its gradient are from the dense form, relative to it."""
+    """Measure how far a loss and its gradient are from the dense form, relative to it."""
     z, labels, mask, teachers = batch()
     exact, z = z.clone().requires_grad_(), z.requires_grad_()
     counts: dict[str, Any] = {"num_labels": int((labels != NO_LABEL).sum()), "num_positions": int(mask.sum())}
