@@ -21,26 +21,40 @@ def replaced(folder: Path, *, mark: Callable[[Path], None] | None = None) -> Ite
     Raises:
         StoreError: the disk does not take it; what was written is removed.
     """
-    partial = folder.with_name(f"{PARTIAL}{folder.name}")
+    partial = partial_of(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         yield partial
-        # Before the rename, or a power cut could leave the final name with files that are empty.
-        flush_tree(partial, partial)
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
-        # Not every shared file system renames a folder in one step, so a mark that comes last says that it is whole.
-        if mark is not None:
-            mark(folder)
-            fsync(folder)
-        fsync(folder.parent)
+        take_place(partial, folder, mark)
     except (OSError, SafetensorError) as error:
         raise StoreError(f"{str(folder)!r} could not be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # a full disk has no room to keep it
+
+
+def partial_of(folder: Path) -> Path:
+    """The folder in which what will be `folder` is written."""
+    return folder.with_name(f"{PARTIAL}{folder.name}")
+
+
+def take_place(partial: Path, folder: Path, mark: Callable[[Path], None] | None = None) -> None:
+    """Flush a folder that is written, and put it in the place of `folder`; then `mark` is called with it.
+
+    Raises:
+        OSError, StoreError: the disk does not take it.
+    """
+    # Before the rename, or a power cut could leave the final name with files that are empty.
+    flush_tree(partial, partial)
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+    # Not every shared file system renames a folder in one step, so a mark that comes last says that it is whole.
+    if mark is not None:
+        mark(folder)
+        fsync(folder)
+    fsync(folder.parent)
 
 
 def remove_leftovers(run_dir: Path, is_whole: Callable[[Path], bool]) -> None:

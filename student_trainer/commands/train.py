@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from potstill.student_trainer.config import TrainConfig
-    from potstill.student_trainer.evaluate.result import TrainResult
 
 SUMMARY = "train a student from cached or served teacher targets"
 
@@ -32,7 +31,9 @@ def run(args: argparse.Namespace) -> int:
 
     from potstill.student_trainer.config import TrainConfig
     from potstill.student_trainer.evaluate.result import finished_before
+    from potstill.student_trainer.launch.ending import tell_end
 
+    _check_not_one_of_many()
     config = TrainConfig.from_toml(args.config, out=args.out)
     if args.no_ray:
         _check_alone(config)
@@ -40,30 +41,40 @@ def run(args: argparse.Namespace) -> int:
     finished = finished_before(config)
     if finished is not None:
         print(f"finished before, at step {finished.step}; ask for more train.steps, or choose another --out")
-        _print_result(finished)
+        tell_end(finished, config.train.steps)
         return 0
 
-    from potstill.student_trainer.checkpoint.whole import newest_step
     from potstill.student_trainer.metrics.progress import showing
     from potstill.student_trainer.train.interrupt import stop_on_signals
     from potstill.student_trainer.train.loop import train
 
     console = Console()
-    begun = newest_step(config.run_dir / "checkpoints")
     where = "in this process" if args.no_ray else "on Ray, whose start takes half a minute"
-    console.print(f"{f'resuming from step {begun}' if begun >= 0 else 'training'} {where}", highlight=False)
+
+    def begin(step: int) -> None:
+        console.print(f"{f'resuming from step {step}' if step >= 0 else 'training'} {where}", highlight=False)
+
     with stop_on_signals() as stop, showing(config.train.steps, console) as show:
         if args.no_ray:
-            result = train(config, should_stop=stop, on_record=show)
+            result = train(config, should_stop=stop, on_record=show, on_begin=begin)
         else:
             from potstill.student_trainer.launch.ray import train_with_ray
 
-            result = train_with_ray(config, address=args.ray, should_stop=stop, on_record=show)
-    if not result.finished:
-        print(f"stopped at step {result.step} of {config.train.steps}; the same command goes on from there")
-        return 128 + stop.signal_number
-    _print_result(result)
-    return 0
+            result = train_with_ray(config, address=args.ray, should_stop=stop, on_record=show, on_begin=begin)
+    tell_end(result, config.train.steps)
+    return 0 if result.finished else 128 + stop.signal_number
+
+
+def _check_not_one_of_many() -> None:
+    import os
+
+    from potstill.cache.errors import InvalidInput
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise InvalidInput(
+            "torchrun has started this process, and each of its workers would train alone; start it as `torchrun -m "
+            "potstill.student_trainer.launch.torchrun CONFIG.toml`, or without torchrun"
+        )
 
 
 def _check_alone(config: TrainConfig) -> None:
@@ -73,14 +84,3 @@ def _check_alone(config: TrainConfig) -> None:
         raise InvalidInput(f"train.workers is {config.train.workers}, but --no-ray trains with 1; set it to 1")
     if config.train.parallel == "fsdp":
         raise InvalidInput('train.parallel is "fsdp", but --no-ray trains with 1 worker; leave it out')
-
-
-def _print_result(result: TrainResult) -> None:
-    from potstill.cache.plurals import counted
-    from potstill.student_trainer.metrics.progress import evaluations_text
-
-    print(f"trained on {counted(result.tokens, 'token')} in {result.seconds:,.0f} s")
-    if told := evaluations_text(result.to_json()):
-        print(told.strip())
-    model = result.run_dir / "model"
-    print(f"model: {model}")

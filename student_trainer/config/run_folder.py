@@ -18,7 +18,7 @@ PARTIAL = ".partial-"
 
 
 def read_config(run_dir: Path) -> TrainConfig:
-    """Read the config that a run was started with.
+    """Read the config that a run was started with; its `train.out` is the folder where it lies now.
 
     Raises:
         NotFound: no run there. FormatError: not a config of this version.
@@ -27,11 +27,12 @@ def read_config(run_dir: Path) -> TrainConfig:
     if not file.exists():
         raise NotFound(f"no run in {str(run_dir)!r}: there is no config.json")
     try:
-        return TrainConfig.of(json.loads(file.read_text(encoding="utf-8")))
+        config = TrainConfig.of(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise FormatError(f"{str(file)!r} cannot be read: {error}") from error
     except InvalidInput as error:
         raise FormatError(f"{str(file)!r} is not the config of a run of `potstill train`: {error}") from error
+    return config.model_copy(update={"train": config.train.model_copy(update={"out": str(run_dir.absolute())})})
 
 
 def write_json(file: Path, value: object) -> None:

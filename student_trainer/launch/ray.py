@@ -24,8 +24,7 @@ from potstill.cache.errors import PotstillError, Unavailable
 from potstill.cache.ray_folder import ray_folder
 from potstill.clients.address import API_KEY_VARIABLE
 from potstill.clients.patience import has_no_answer
-from potstill.student_trainer.checkpoint.format import load_state
-from potstill.student_trainer.checkpoint.whole import newest_checkpoint
+from potstill.student_trainer.checkpoint.folders import newest_checkpoint, step_of
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.evaluate.result import TrainResult, finished_before
 from potstill.student_trainer.launch.placement import Node, Placement, place
@@ -45,6 +44,7 @@ def train_with_ray(
     address: str | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     on_record: Callable[[Record], None] = lambda _: None,
+    on_begin: Callable[[int], None] = lambda _: None,
 ) -> TrainResult:
     """Train like `loop.train`, by `config.train.workers` Ray workers.
 
@@ -54,6 +54,7 @@ def train_with_ray(
             already connected to, or starts one on this machine for the duration of the call.
         should_stop: asked twice a second; then the workers write a checkpoint and return.
         on_record: called in this process with every record of `metrics.jsonl`.
+        on_begin: called before Ray starts, with the step that the run goes on from, or -1.
 
     Raises:
         PotstillError: as `loop.train`; what cannot work is found before Ray starts, or before any worker does where
@@ -63,17 +64,18 @@ def train_with_ray(
     finished = finished_before(config)
     if finished is not None:
         return finished
-    warn_of_jump(config)
     with open_run(config):
         pass  # a missing corpus, teacher or shard is an error here, not three restarts later
     stop_file = config.run_dir / _STOP_FILE
     # A file, as the only channel that surely reaches workers on other machines: they share the run's folder anyway.
     stop_file.unlink(missing_ok=True)
-    # Checked here, too: workers' warnings are not shown, and records of steps after a damaged one are to be.
-    checkpoint = newest_checkpoint(config.run_dir / "checkpoints")
-    follower = MetricsFollower(config.run_dir, after_step=-1 if checkpoint is None else load_state(checkpoint).step)
+    # Chosen here, as workers' warnings are not shown, and records of steps after a damaged one are to be.
+    begun = step_of(newest_checkpoint(config.run_dir / "checkpoints"))
+    on_begin(begun)
+    warn_of_jump(config, begun)
+    follower = MetricsFollower(config.run_dir, after_step=begun)
     with _ray(address, config.train.workers):
-        trainer = _trainer(config)
+        trainer = _trainer(config, begun)
         fit: Future[TrainResult] = Future()
         # In the main thread `fit` would take over Ctrl-C and abort without a checkpoint.
         threading.Thread(target=_fit, args=(trainer, fit), name="ray-train", daemon=True).start()
@@ -130,8 +132,8 @@ def _training(keys: Mapping[str, str]) -> Callable[[Mapping[str, Any]], TrainRes
         device, rank, size = ray.train.torch.get_device(), context.get_world_rank(), context.get_world_size()
         group = group_class(config.train.parallel)(device=device, rank=rank, world_size=size)
         stop_file = config.run_dir / _STOP_FILE
-        # An error would have Ray start the workers again, to find no service either.
-        return run_session(config, group, should_stop=stop_file.exists)
+        # An error would have Ray start the workers again, to find no service either. The driver has read the newest.
+        return run_session(config, group, should_stop=stop_file.exists, good=arguments["good"])
 
     return worker
 
@@ -153,13 +155,13 @@ def _placement(config: TrainConfig) -> Placement:
     return place(nodes, config.train.workers, config.train.device)
 
 
-def _trainer(config: TrainConfig) -> ray.train.torch.TorchTrainer:
+def _trainer(config: TrainConfig, good: int) -> ray.train.torch.TorchTrainer:
     placement = _placement(config)
     # Ray gives a worker as many torch threads as CPUs, and by default one.
     resources = {"CPU": placement.cpus, **({"GPU": 1} if placement.gpu else {})}
     return ray.train.torch.TorchTrainer(
         _training(_keys(config)),
-        train_loop_config={"config": config.to_json()},
+        train_loop_config={"config": config.to_json(), "good": good},
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.train.workers, use_gpu=placement.gpu, resources_per_worker=resources
         ),

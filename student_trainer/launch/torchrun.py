@@ -18,7 +18,9 @@ from rich.console import Console
 from torch import distributed
 
 from potstill.cache.errors import InvalidInput, PotstillError
+from potstill.cache.plurals import counted
 from potstill.student_trainer.config import TrainConfig
+from potstill.student_trainer.launch.ending import tell_end
 from potstill.student_trainer.metrics.progress import showing
 from potstill.student_trainer.parallel.ddp import DdpGroup
 from potstill.student_trainer.parallel.fsdp import group_class
@@ -64,8 +66,15 @@ def _group(config: TrainConfig, device: torch.device) -> DdpGroup:
 def _follow(config: TrainConfig, group: DdpGroup) -> int:
     """Train, with progress on rank 0."""
     console = Console(quiet=group.rank != 0)
+
+    def begin(step: int) -> None:
+        told = f"resuming from step {step}" if step >= 0 else "training"
+        console.print(f"{told} with {counted(group.world_size, 'worker')} of torchrun", highlight=False)
+
     with stop_on_signals() as stop, showing(config.train.steps, console) as show:
-        result = train(config, group, should_stop=stop, on_record=show)
+        result = train(config, group, should_stop=stop, on_record=show, on_begin=begin)
+    if group.rank == 0:
+        tell_end(result, config.train.steps)
     return 0 if result.finished else 128 + stop.signal_number
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from potstill.cache.errors import InvalidInput, LimitExceeded
@@ -70,6 +70,17 @@ def load_student(folder: Path) -> PreTrainedModel:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
         )
+    _train_text(model)
+    return model
+
+
+def load_empty_student(folder: Path) -> PreTrainedModel:
+    """Build the student whose configs are in a folder, for weights that are elsewhere: float32, on the CPU."""
+    with quiet_transformers(), torch.random.fork_rng(devices=[]):
+        settings = AutoConfig.from_pretrained(folder, local_files_only=True)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
+        if (folder / "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     _train_text(model)
     return model
 

@@ -1,18 +1,18 @@
 """Workers that share a student's weights, gradients and optimizer state among them: FSDP2's `fully_shard`.
 
 Each has a part of every tensor, and a layer's weights come together on all of them while it computes: a student that
-does not fit one GPU trains on several. Checkpoints are those of any other run, gathered to rank 0.
+does not fit one GPU trains on several. Each writes its part of a checkpoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, Literal, cast
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
@@ -40,12 +40,6 @@ class FsdpGroup(DdpGroup):
         fully_shard(model, mesh=mesh)
         return model
 
-    def within(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """Gather the module's own weights, as of its embedding and head, for `forward`; their gradients are shared."""
-        module.forward_of_parts = forward  # type: ignore[assignment]
-        register_fsdp_forward_method(module, "forward_of_parts")
-        return cast("Callable[..., Any]", module.forward_of_parts)
-
     def whole_student(self, student: PreTrainedModel) -> PreTrainedModel:
         """Gather the weights: on rank 0 a copy of the student on the CPU; elsewhere the sharded one."""
         gathered: dict[int, Tensor] = {}
@@ -63,14 +57,6 @@ class FsdpGroup(DdpGroup):
         whole.load_state_dict(state, assign=True)
         whole.generation_config = student.generation_config
         return whole
-
-    def whole_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Gather the optimizer's state, as its `state_dict` is without sharding; whole on rank 0 alone."""
-        state = optimizer.state_dict()
-        found = {
-            index: {name: self._whole(value) for name, value in one.items()} for index, one in state["state"].items()
-        }
-        return {**state, "state": found}
 
     def load_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         """Give the optimizer this worker's part of a whole state, which every worker has read."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -38,10 +37,6 @@ class Group:
         """Move to the device; with several workers, a `DistributedDataParallel` that *averages* gradients."""
         return model.to(self.device)
 
-    def within(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:  # noqa: ARG002 -- of others
-        """Make a way through parts of a wrapped module one of its forward passes, in which it has all its weights."""
-        return forward
-
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over all workers in place, on each of them, and return it."""
         return tensor
@@ -58,10 +53,6 @@ class Group:
         """The student with all its weights, for rank 0 to write."""
         return student
 
-    def whole_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """The optimizer's whole state, for rank 0 to write."""
-        return optimizer.state_dict()
-
     def load_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """Give the optimizer a whole state, as `whole_state` has it; raises what `Optimizer.load_state_dict` does."""
+        """Give the optimizer a whole state, as its `state_dict` has it; raises what `load_state_dict` does."""
         optimizer.load_state_dict(state)

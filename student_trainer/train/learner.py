@@ -205,16 +205,14 @@ class Learner:
 
 
 def _with_loss(student: PreTrainedModel, config: TrainConfig, group: Group) -> nn.Module:
-    """Join a student with its loss, for all workers."""
+    """Join a student with its loss, for all workers; where they share its weights, logits are held."""
     loop = config.train
-    distilled = Distilled(student, loop.dtype, Objective(loop.loss, loop.jsd_beta, loop.temperature))
+    objective = Objective(loop.loss, loop.jsd_beta, loop.temperature)
     if not group.in_step:
-        return group.wrap(distilled)
-    # The student is what is shared, as evaluations pass by its loss; the fused layer takes it apart.
+        return group.wrap(Distilled(student, loop.dtype, objective))
+    # Its weights come together in the student's own forward pass, which the fused layer passes by.
     group.wrap(student)
-    if distilled.fused:
-        distilled.forward = group.within(student, distilled.forward)  # type: ignore[method-assign]
-    return distilled
+    return Distilled(student, loop.dtype, objective, fused=False)
 
 
 def _all_say(group: Group, *, mine: bool) -> bool:

@@ -27,9 +27,10 @@ import torch
 from potstill.cache.errors import PotstillError, Unavailable
 from potstill.cache.plurals import counted
 from potstill.clients.patience import Patience, has_no_answer
+from potstill.student_trainer.checkpoint.checkpoints import checkpoints_of, load_model, load_optimizer
 from potstill.student_trainer.checkpoint.export import publish_model
+from potstill.student_trainer.checkpoint.folders import agreed_checkpoint, step_of
 from potstill.student_trainer.checkpoint.format import TrainState, load_state
-from potstill.student_trainer.checkpoint.whole import agreed_checkpoint, load_model, load_optimizer, save_checkpoint
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.config.run_folder import write_json
 from potstill.student_trainer.data.steps import StepStream
@@ -59,6 +60,7 @@ def train(
     *,
     should_stop: Callable[[], bool] = lambda: False,
     on_record: Callable[[Record], None] = lambda _: None,
+    on_begin: Callable[[int], None] = lambda _: None,
 ) -> TrainResult:
     """Start, continue or find finished the run in `config.train.out`; every worker of the group calls it.
 
@@ -67,6 +69,7 @@ def train(
         group: the workers; this process alone by default.
         should_stop: asked after every step; when any worker's says yes, all write a checkpoint and return.
         on_record: called on rank 0 with every record of `metrics.jsonl`.
+        on_begin: called on rank 0 when all is checked, with the step that the run goes on from, or -1.
 
     Raises:
         SpecMismatch: the folder holds a run of another config, corpus or teacher, or a teacher does not fit.
@@ -78,9 +81,12 @@ def train(
         PotstillError: whatever reading rows and targets raises.
     """
     group = group or Group(device=device_for(config.train.device))
-    if group.rank == 0:
-        warn_of_jump(config)
-    result = run_session(config, group, should_stop=should_stop, on_record=on_record)
+
+    def begin(step: int) -> None:
+        on_begin(step)
+        warn_of_jump(config, step)
+
+    result = run_session(config, group, should_stop=should_stop, on_record=on_record, on_begin=begin)
     if result.problem:
         raise Unavailable(result.problem)
     return result
@@ -92,8 +98,13 @@ def run_session(
     *,
     should_stop: Callable[[], bool],
     on_record: Callable[[Record], None] = lambda _: None,
+    on_begin: Callable[[int], None] = lambda _: None,
+    good: int = -1,
 ) -> TrainResult:
-    """Train like `train`, but return a result with a `problem` where a service does not answer."""
+    """Train like `train`, but return a result with a `problem` where a service does not answer.
+
+    `good` is the step of a checkpoint that the caller has compared with its hashes.
+    """
     config = config.absolute()
     finished = finished_before(config)
     if finished is not None:
@@ -106,12 +117,14 @@ def run_session(
             stack.enter_context(only_trainer(config.run_dir))
             if run.skipped_rows:
                 _LOG.warning("%s without targets skipped, held-out ones among them", counted(run.skipped_rows, "row"))
-        checkpoint = agreed_checkpoint(config.run_dir, group)
+        checkpoint = agreed_checkpoint(config.run_dir, group, good=good)
         # Dropout draws from torch's global stream, which is the caller's again afterwards.
         stack.enter_context(torch.random.fork_rng([group.device] if group.device.type == "cuda" else []))
         session = _Session(config, group, run, checkpoint, on_record)
+        stack.enter_context(closing(session.checkpoints))
         if session.writer is not None:
             stack.enter_context(closing(session.writer))
+            on_begin(step_of(checkpoint))
             # Only now that all it needs is there: a folder with a config.json refuses any other run.
             write_json(config.run_dir / "config.json", config.to_json())
         return session.run_to_end(should_stop)
@@ -163,7 +176,8 @@ class _Session:
             student, self.stored_dtype = load_model(checkpoint), state.stored_dtype
         self.learner = Learner.of(config, group, run, student)
         if checkpoint is not None:
-            load_optimizer(checkpoint, self.learner.optimizer, group)
+            load_optimizer(checkpoint, student, self.learner.optimizer, group)
+        self.checkpoints = checkpoints_of(config.run_dir / "checkpoints", group, config.train.keep_checkpoints)
         self.writer: MetricsWriter | None = None
         if group.rank == 0:
             (config.run_dir / SUMMARY).unlink(missing_ok=True)  # the run goes on: it no longer ends there
@@ -179,12 +193,12 @@ class _Session:
         loop = self.config.train
         found: dict[str, Evaluation] = {}
         stopped = False
-        # At the end already when it was cut off between its last checkpoint and its summary.
-        if self.step in (0, loop.steps):
-            found = self._evaluate()
-        # The only place where training waits for I/O. A read that hangs ends when the sources are closed.
-        reading = self.learner.read_steps(range(self.step, loop.steps))
         try:
+            # At the end already when it was cut off between its last checkpoint and its summary.
+            if self.step in (0, loop.steps):
+                found = self._evaluate()
+            # The only place where training waits for I/O. A read that hangs ends when the sources are closed.
+            reading = self.learner.read_steps(range(self.step, loop.steps))
             with reading.until_closed(_CLOSE_SECONDS) as batches:
                 while self.step < loop.steps and not stopped:
                     record, stopped = self._step(batches, should_stop)
@@ -203,6 +217,7 @@ class _Session:
     def _given_up(self, error: PotstillError, *, asked: bool) -> TrainResult:
         """Stop between two steps, as nothing more can be read, or as somebody `asked` while it could not."""
         self._save()
+        self.checkpoints.wait()
         told = f"{error.detail}; a checkpoint of step {self.step} was written, and the same command goes on from there"
         return replace(self._result({}), finished=False, problem="" if asked else told)
 
@@ -220,6 +235,7 @@ class _Session:
         )
 
     def _end(self, found: Mapping[str, Evaluation]) -> TrainResult:
+        self.checkpoints.wait()
         result = self._result(found)
         student = self.group.whole_student(self.learner.student) if result.finished else None
         if student is not None and self.group.rank == 0:
@@ -259,24 +275,20 @@ class _Session:
         if self.saved == self.step:
             return
         self.saved = self.step
-        student = self.group.whole_student(self.learner.student)
-        optimizer = self.group.whole_state(self.learner.optimizer)
-        if self.group.rank == 0:
-            # All that the rest of the run depends on, beside the weights and the optimizer.
-            state = TrainState(
-                step=self.step,
-                seed=loop.seed,
-                epoch=max(self.run.order.epochs(self.step * loop.batch_rows)),
-                cursor=self.step * loop.batch_rows,
-                corpus_fingerprint=self.run.fingerprint,
-                tokens=self.tokens,
-                seconds=self.seconds,
-                teachers={name: identity.to_json() for name, identity in self.run.teachers.items()},
-                held=self.run.held,
-                left_out=self.run.left_out,
-                lacking=self.run.lacking,
-                prefix_ids=self.run.reader.prefix,
-                stored_dtype=self.stored_dtype,
-            )
-            folder = self.config.run_dir / "checkpoints"
-            save_checkpoint(folder, student, optimizer, state, keep=loop.keep_checkpoints)
+        # All that the rest of the run depends on, beside the weights and the optimizer.
+        state = TrainState(
+            step=self.step,
+            seed=loop.seed,
+            epoch=max(self.run.order.epochs(self.step * loop.batch_rows)),
+            cursor=self.step * loop.batch_rows,
+            corpus_fingerprint=self.run.fingerprint,
+            tokens=self.tokens,
+            seconds=self.seconds,
+            teachers={name: identity.to_json() for name, identity in self.run.teachers.items()},
+            held=self.run.held,
+            left_out=self.run.left_out,
+            lacking=self.run.lacking,
+            prefix_ids=self.run.reader.prefix,
+            stored_dtype=self.stored_dtype,
+        )
+        self.checkpoints.save(self.learner.student, self.learner.optimizer, state)

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from potstill.cache.plurals import counted
-from potstill.student_trainer.checkpoint.whole import newest_step
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.config.run_folder import read_config
 from potstill.student_trainer.train.settings import LoopConfig
@@ -37,13 +36,12 @@ def learning_rate(step: int, config: LoopConfig) -> float:
     return config.min_lr + (config.lr - config.min_lr) * share
 
 
-def schedule_jump(config: TrainConfig) -> str:
-    """Say how the rate jumps where the run in `config.train.out` goes on under another schedule; else empty.
+def schedule_jump(config: TrainConfig, step: int) -> str:
+    """Say how the rate jumps where a run goes on at a step under another schedule; else empty.
 
     Raises:
         FormatError: the run was written by another version.
     """
-    step = newest_step(config.run_dir / "checkpoints")
     if step < 1 or not (config.run_dir / "config.json").exists():
         return ""
     before, now = read_config(config.run_dir).train, config.train
@@ -58,9 +56,9 @@ def schedule_jump(config: TrainConfig) -> str:
     )
 
 
-def warn_of_jump(config: TrainConfig) -> None:
+def warn_of_jump(config: TrainConfig, step: int) -> None:
     """Log what `schedule_jump` has to say."""
-    told = schedule_jump(config)
+    told = schedule_jump(config, step)
     if told:
         _LOG.warning(told)
 

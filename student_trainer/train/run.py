@@ -26,8 +26,9 @@ from potstill.cache.errors import CorruptSegment, InvalidInput, NotFound, StoreE
 from potstill.cache.types import TeacherIdentity
 from potstill.clients.http_targets import HttpCache
 from potstill.clients.patience import Patience
+from potstill.student_trainer.checkpoint.checkpoints import load_model
+from potstill.student_trainer.checkpoint.folders import newest_checkpoint
 from potstill.student_trainer.checkpoint.format import load_state
-from potstill.student_trainer.checkpoint.whole import newest_checkpoint
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.config.run_folder import read_config
 from potstill.student_trainer.data import BatchReader
@@ -295,19 +296,16 @@ def evaluate_run(run_dir: Path) -> dict[str, Evaluation]:
         PotstillError: whatever opening the cache or the teachers raises.
     """
     config = read_config(run_dir)
-    folder = run_dir / "model"
     # A run that goes on after it was finished has newer checkpoints than its model.
-    finished = finished_result(config) is not None and folder.exists()
+    finished = finished_result(config) is not None and (run_dir / "model").exists()
     try:
         checkpoint = newest_checkpoint(run_dir / "checkpoints")
     except CorruptSegment:
         if not finished:
             raise
         checkpoint = None  # the model is whole without them
-    if not finished:
-        if checkpoint is None:
-            raise NotFound(f"run {str(run_dir)!r} has no model and no complete checkpoint yet")
-        folder = checkpoint / "model"
+    if not finished and checkpoint is None:
+        raise NotFound(f"run {str(run_dir)!r} has no model and no complete checkpoint yet")
     with open_run(config) as run:
         if checkpoint is not None:
             load_state(checkpoint).check_rows(run.left_out, run.reader.prefix)
@@ -315,4 +313,5 @@ def evaluate_run(run_dir: Path) -> dict[str, Evaluation]:
             raise InvalidInput(
                 f"run {str(run_dir)!r} has no held-out rows: its data.held_out is 0, and it has no data.eval_corpora"
             )
-        return evaluate_on_all(load_student(folder).to(device_for(config.train.device)), run, config)
+        student = load_student(run_dir / "model") if finished or checkpoint is None else load_model(checkpoint)
+        return evaluate_on_all(student.to(device_for(config.train.device)), run, config)

@@ -74,6 +74,7 @@ def test_train_then_evaluate(root: Path, tmp_path: Path, capsys: pytest.CaptureF
     status, out, err = finish(started(write_config(root, tmp_path, steps=5)))
     assert status == 0, err
     assert err == ""
+    assert out.startswith("training in this process\n")
     assert "step 5/5  loss" in out
     assert "held-out ce" in out
     assert str(tmp_path / "run" / "model") in out
@@ -102,6 +103,14 @@ def test_a_student_is_not_shared_with_nobody(root: Path, tmp_path: Path, capsys:
     assert 'train.parallel is "fsdp", but --no-ray trains with 1 worker; leave it out' in capsys.readouterr().err
 
 
+def test_many_processes_do_not_train_alone_in_one_folder(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")  # as torchrun does
+    assert main(["train", str(write_config(root, tmp_path, steps=5)), "--no-ray"]) == 1
+    assert "torchrun -m potstill.student_trainer.launch.torchrun" in capsys.readouterr().err
+
+
 # One handler takes both.
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_writes_a_checkpoint_and_the_same_command_goes_on(
@@ -124,7 +133,8 @@ def test_a_signal_writes_a_checkpoint_and_the_same_command_goes_on(
 
 def test_errors_are_one_line(root: Path, tmp_path: Path) -> None:
     file = write_config(tmp_path, tmp_path, steps=1)
-    status, _, err = finish(started(file))
+    status, out, err = finish(started(file))
     assert status == 1
     assert err.count("\n") == 1
     assert err.startswith(("unknown_corpus: ", "invalid_input: "))
+    assert out == ""

@@ -54,6 +54,8 @@ def test_two_that_share_a_student_train_like_one_and_one_goes_on(root: Path, tmp
     loop = {"parallel": "fsdp", "activation_checkpointing": True, "steps": 6, "schedule_steps": 10}
     done = torchrun(root, tmp_path / "two", 2, **same, train=loop)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("training with 2 workers of torchrun\n")
+    assert done.stdout.endswith(f"model: {tmp_path / 'two' / 'model'}\n")
     train(config_of(root, tmp_path / "two", **same, train={"schedule_steps": 10}))
     alone = train(config_of(root, tmp_path / "alone", **same))
     for name in ("loss", "grad_norm"):

@@ -132,6 +132,14 @@ def test_a_run_outlasts_a_service_that_is_away(root: Path, tmp_path: Path) -> No
     assert all(torch.equal(straight[name], again[name]) for name in straight)
 
 
+def test_a_run_that_gets_no_answer_at_its_first_evaluation_can_go_on(root: Path, tmp_path: Path) -> None:
+    with serving(without_answers(root, 1, math.inf)) as url:
+        config = config_of(Path("unused"), tmp_path / "run", data={"cache": url, "patience": 0.3})
+        result = run_session(config, Group(device=torch.device("cpu")), should_stop=lambda: False)
+    assert "a checkpoint of step 0 was written" in result.problem
+    assert train(config_of(root, tmp_path / "run")).finished
+
+
 def test_evaluation_on_another_corpus_outlasts_a_service_that_is_away(tmp_path: Path) -> None:
     write_cache(tmp_path)
     root = write_cache(tmp_path, documents=4, corpus="judge", seed=2)

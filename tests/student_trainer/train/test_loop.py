@@ -22,7 +22,7 @@ from potstill.cache.errors import (
     StoreError,
     Unavailable,
 )
-from potstill.student_trainer.checkpoint.whole import newest_checkpoint
+from potstill.student_trainer.checkpoint.folders import newest_checkpoint
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.data import BatchReader
 from potstill.student_trainer.evaluate.result import HELD_OUT, TrainResult

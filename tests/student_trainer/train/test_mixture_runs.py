@@ -14,7 +14,7 @@ from benchmarks.edges.e19_mixture import mixed, resumed_is_straight, rows_drawn
 from potstill.cache.cache import Cache
 from potstill.cache.errors import InvalidInput, NotFound, SpecMismatch, TeacherFailed, UnknownTeacher
 from potstill.clients.cli import main
-from potstill.student_trainer.checkpoint.whole import newest_checkpoint
+from potstill.student_trainer.checkpoint.folders import newest_checkpoint
 from potstill.student_trainer.data import BatchReader
 from potstill.student_trainer.data.joined import JoinedCorpora
 from potstill.student_trainer.data.sources import cache_source

@@ -13,7 +13,7 @@ from benchmarks.edges.e01_prefix_kl import measure
 from potstill.cache.cache import Cache
 from potstill.cache.errors import LimitExceeded, SpecMismatch
 from potstill.cache.types import Fields
-from potstill.student_trainer.checkpoint.whole import newest_checkpoint
+from potstill.student_trainer.checkpoint.folders import newest_checkpoint
 from potstill.student_trainer.losses import NO_LABEL
 from potstill.student_trainer.train.loop import train
 from potstill.student_trainer.train.run import evaluate_run, open_run

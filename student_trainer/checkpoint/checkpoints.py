@@ -1,0 +1,78 @@
+"""The two kinds of checkpoints behind one face: which a run writes, and what is read of either."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from potstill.cache.errors import FormatError
+from potstill.student_trainer.checkpoint.format import TrainState
+from potstill.student_trainer.checkpoint.sharded import (
+    SHARDS,
+    ShardedCheckpoints,
+    load_sharded_model,
+    load_sharded_optimizer,
+)
+from potstill.student_trainer.checkpoint.whole import WholeCheckpoints, load_whole_optimizer
+from potstill.student_trainer.models.build import load_student
+from potstill.student_trainer.parallel.group import Group
+
+
+class Checkpoints(Protocol):
+    """A writer of checkpoints, which removes all but the newest ones. All workers make the same calls."""
+
+    def save(self, student: PreTrainedModel, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
+        """Write a checkpoint, or begin to, as soon as the one before is complete.
+
+        Raises:
+            StoreError: the disk does not take it, or the one before; the older checkpoints stay.
+        """
+
+    def wait(self) -> None:
+        """Wait until what was saved is complete; raises as `save`."""
+
+    def close(self) -> None:
+        """Wait until nothing is being written; raises nothing."""
+
+
+def checkpoints_of(folder: Path, group: Group, keep: int) -> Checkpoints:
+    """Make the writer for a group: sharded where its workers share the student, else whole.
+
+    Args:
+        folder: of all checkpoints, which all workers see.
+        group: the workers, each of which makes one.
+        keep: how many checkpoints stay.
+    """
+    return ShardedCheckpoints(folder, group, keep) if group.in_step else WholeCheckpoints(folder, group, keep)
+
+
+def load_model(checkpoint: Path) -> PreTrainedModel:
+    """Load the student of a checkpoint of either kind, as `load_student`.
+
+    Raises:
+        FormatError: it cannot be loaded.
+    """
+    try:
+        return load_sharded_model(checkpoint) if _is_sharded(checkpoint) else load_student(checkpoint / "model")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise FormatError(f"the student of {str(checkpoint)!r} cannot be loaded: {error}") from error
+
+
+def load_optimizer(checkpoint: Path, student: PreTrainedModel, optimizer: torch.optim.Optimizer, group: Group) -> None:
+    """Give the optimizer, or a worker's part of it, its state of a checkpoint of either kind.
+
+    Raises:
+        FormatError: it cannot be read, or is that of another optimizer.
+    """
+    if _is_sharded(checkpoint):
+        load_sharded_optimizer(checkpoint, student, optimizer)
+    else:
+        load_whole_optimizer(checkpoint, optimizer, group)
+
+
+def _is_sharded(checkpoint: Path) -> bool:
+    return (checkpoint / SHARDS).is_dir()

@@ -1,0 +1,18 @@
+"""The last lines of a command that trains."""
+
+from __future__ import annotations
+
+from potstill.cache.plurals import counted
+from potstill.student_trainer.evaluate.result import TrainResult
+from potstill.student_trainer.metrics.progress import evaluations_text
+
+
+def tell_end(result: TrainResult, steps: int) -> None:
+    """Print what came of a run of so many steps: its numbers and its model, or where it was stopped."""
+    if not result.finished:
+        print(f"stopped at step {result.step} of {steps}; the same command goes on from there")  # noqa: T201 -- a command
+        return
+    lines = [f"trained on {counted(result.tokens, 'token')} in {result.seconds:,.0f} s"]
+    if told := evaluations_text(result.to_json()):
+        lines.append(told.strip())
+    print("\n".join([*lines, f"model: {result.run_dir / 'model'}"]))  # noqa: T201 -- a command
