@@ -31,9 +31,7 @@ from torch import Tensor, nn
 
 from potstill.student_trainer.losses import LOSSES, Logits, Objective, TeacherTargets, linear_distillation_loss
 from potstill.student_trainer.losses.logits import distillation_loss
-
-_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
-"""Dense bfloat16 operations a second, by what the device's name has; for the MFU."""
+from potstill.student_trainer.metrics.speed import PEAK_FLOPS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,7 +229,7 @@ def training_steps(device: torch.device, sizes: Sizes) -> dict[str, float]:
     step = statistics.median(seconds[2:] or seconds)
     # 6 operations for each parameter but the embedding's, and 12 L H T for attention (arXiv 2204.02311, appendix B).
     of_token = 6 * (num_parameters - vocab * sizes.hidden) + 12 * sizes.layers * sizes.hidden * sizes.row_tokens
-    peak_flops = next((flops for name, flops in _PEAK_FLOPS.items() if name in _name(device)), float("nan"))
+    peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if name in _name(device)), float("nan"))
     found = {
         "parameters": float(num_parameters),
         "tokens_per_second": num_tokens / step,

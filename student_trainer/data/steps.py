@@ -20,6 +20,8 @@ class StepCounts:
 
     num_labels: int
     num_positions: int
+    num_tokens: int
+    """Tokens that the students of all workers see, without padding."""
     micro_batches: int
     """Micro-batches of each worker."""
     padding: float
@@ -64,6 +66,7 @@ def plan_step(reader: BatchReader, order: MixtureOrder, step: int, part: Part) -
     told = StepCounts(
         num_labels=counts.num_labels,
         num_positions=counts.num_positions,
+        num_tokens=int(counts.lengths.sum()),
         micro_batches=len(mine),
         padding=1 - int(counts.lengths.sum()) / max(slots, 1),
     )

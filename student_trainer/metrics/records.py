@@ -1,15 +1,18 @@
-"""Metrics of a run: one JSON line per step and per evaluation, and the numbers again for TensorBoard.
+"""Metrics of a run: one JSON line per step and per evaluation, and the numbers again for trackers like TensorBoard.
 
     {"step": 7, "loss": 6.1, "ce": 6.4, "kl": {"big": 1.2}, "lr": 3e-4, "grad_norm": 0.8, "epoch": 0,
-     "padding": 0.01, "tokens": 28672, "tokens_per_second": 3100.0, "waiting_seconds": 0.0, "seconds": 9.2}
+     "padding": 0.01, "tokens": 28672, "tokens_per_second": 3100.0, "waiting_seconds": 0.0, "waiting_share": 0.0,
+     "peak_memory_bytes": 913408000, "mfu": 0.41, "seconds": 9.2}
     {"step": 100, "held_out": {"rows": 64, "ce": 5.9, "teachers": {"big": {"kl": 0.9, ...}}},
      "evaluations": {"wiki": {"rows": ...}}}
 
 A student with experts that has `output_router_logits` adds `router_loss`, before its coefficient.
 
 Losses are nats per token. `tokens` are targets learnt: neither padding, nor a prefix, nor what the corpus's loss mask
-leaves out; `padding` is a share of all tokens. `waiting_seconds` were spent waiting for rows. With several corpora
-`epoch` is an object, by corpus. Lines of steps after the checkpoint that a run resumes from are dropped and written
+leaves out; `padding` is a share of all tokens. `waiting_seconds` were spent waiting for rows, a `waiting_share` of the
+step's time; `peak_memory_bytes` are those of the run so far, of tensors on a GPU or else of the whole process, and
+`mfu` is there where the peak of the devices is known (`speed`). With several corpora `epoch` is an object, by corpus.
+Lines of steps after the checkpoint that a run resumes from are dropped and written
 again.
 """
 
@@ -17,41 +20,41 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 from potstill.student_trainer.config.leaves import leaves
 from potstill.student_trainer.config.run_folder import write_lines
+from potstill.student_trainer.metrics.trackers import Tracker
 
 Record = Mapping[str, Any]
 
 
 class MetricsWriter:
-    """Appends records to `metrics.jsonl` and `tensorboard/` of a run. Its owner closes it."""
+    """Appends records to `metrics.jsonl` of a run, and gives their numbers to trackers. Its owner closes it."""
 
-    def __init__(self, run_dir: Path, *, step: int) -> None:
+    def __init__(self, run_dir: Path, trackers: Sequence[Tracker] = (), *, step: int) -> None:
         """Start after `step`; records of later steps are from a session that was lost, and are dropped."""
         self._file = run_dir / "metrics.jsonl"
         kept = [line for line, record in _lines(self._file) if record["step"] <= step]
         write_lines(self._file, kept)
         self._out = self._file.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+        self._trackers = trackers
 
     def write(self, record: Record) -> None:
         """Append one record, which has a `step`."""
         self._out.write(json.dumps(record) + "\n")
         self._out.flush()  # another process follows the file
-        for name, value in leaves(record, "/"):
-            if name != "step" and value is not None:
-                self._board.add_scalar(name, value, record["step"])
+        numbers = {name: value for name, value in leaves(record, "/") if name != "step" and value is not None}
+        for tracker in self._trackers:
+            tracker.write(numbers, record["step"])
 
     def close(self) -> None:
-        """Flush and close both files."""
+        """Flush and close the file and the trackers."""
         self._out.close()
-        self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

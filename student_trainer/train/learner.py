@@ -92,7 +92,7 @@ class Learner:
 
     def step(
         self, step: int, batches: Iterator[MicroBatch], should_stop: Callable[[], bool]
-    ) -> tuple[dict[str, Any], int, bool]:
+    ) -> tuple[dict[str, Any], StepCounts, bool]:
         """Take the optimizer step that follows `step` steps.
 
         Args:
@@ -101,7 +101,7 @@ class Learner:
             should_stop: asked once.
 
         Returns:
-            Its record and the targets learnt, over all workers, and True if one of them wants to stop.
+            Its record, its counts over all workers, and True if one of them wants to stop.
 
         Raises:
             InvalidInput: the loss is no longer a number.
@@ -135,7 +135,7 @@ class Learner:
         if self.router is not None:
             record |= {"loss": record["loss"] + self.router.coefficient * router, "router_loss": router}
         record |= self._update(step, record["loss"])
-        return {"step": step + 1, **record, "padding": round(counts.padding, 4)}, counts.num_positions, stop > 0
+        return {"step": step + 1, **record, "padding": round(counts.padding, 4)}, counts, stop > 0
 
     def _means(self, alpha: float, ce: float, distilled: float, kls: list[float]) -> dict[str, Any]:
         """Losses of the step, before the update: nats per token of the global batch."""

@@ -43,6 +43,8 @@ from potstill.student_trainer.evaluate.result import (
     finished_before,
 )
 from potstill.student_trainer.metrics.records import MetricsWriter, Record
+from potstill.student_trainer.metrics.speed import Speed
+from potstill.student_trainer.metrics.trackers import open_trackers
 from potstill.student_trainer.models.build import build_student
 from potstill.student_trainer.models.corpus_tokenizer import special_ids
 from potstill.student_trainer.parallel.group import Group, device_for
@@ -175,13 +177,20 @@ class _Session:
             state.check_steps(config.train)
             student, self.stored_dtype = load_model(checkpoint), state.stored_dtype
         self.learner = Learner.of(config, group, run, student)
+        self.speed = Speed.of(
+            student,
+            group.device,
+            workers=group.world_size,
+            dtype=config.train.dtype,
+            peak_flops=config.train.peak_flops,
+        )
         if checkpoint is not None:
             load_optimizer(checkpoint, student, self.learner.optimizer, group)
         self.checkpoints = checkpoints_of(config.run_dir / "checkpoints", group, config.train.keep_checkpoints)
         self.writer: MetricsWriter | None = None
         if group.rank == 0:
             (config.run_dir / SUMMARY).unlink(missing_ok=True)  # the run goes on: it no longer ends there
-            self.writer = MetricsWriter(config.run_dir, step=self.step)
+            self.writer = MetricsWriter(config.run_dir, open_trackers(config, step=self.step), step=self.step)
         # On the monotonic clock, less what earlier sessions took.
         self.began = time.monotonic() - (0.0 if state is None else state.seconds)
 
@@ -248,13 +257,20 @@ class _Session:
     def _step(self, batches: StepStream, should_stop: Callable[[], bool]) -> tuple[Record, bool]:
         """Take one optimizer step and count it; return its record, and True if a worker wants to stop."""
         began, waited = time.monotonic(), batches.waited
-        record, num_positions, stop = self.learner.step(self.step, batches, should_stop)
+        record, counts, stop = self.learner.step(self.step, batches, should_stop)
         self.step += 1
-        self.tokens += num_positions
-        now = time.monotonic()
-        rate, seconds = round(num_positions / (now - began), 1), round(now - self.began, 3)
-        waited = round(batches.waited - waited, 4)
-        times = {"tokens_per_second": rate, "waiting_seconds": waited, "seconds": seconds}
+        self.tokens += counts.num_positions
+        seconds = time.monotonic() - began
+        times = {
+            "tokens_per_second": round(counts.num_positions / seconds, 1),
+            **self.speed.measure(
+                tokens=counts.num_tokens,
+                rows=self.config.train.batch_rows,
+                seconds=seconds,
+                waited=batches.waited - waited,
+            ),
+            "seconds": round(self.seconds, 3),
+        }
         skipped = {"skipped_rows": self.run.skipped_rows} if self.run.skipped_rows else {}
         return {**record, "tokens": self.tokens, **skipped, **times}, stop
 

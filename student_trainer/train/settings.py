@@ -59,6 +59,10 @@ class LoopConfig(LossConfig):
     """Compute a layer's activations again in the backward pass: less memory, about a third more time."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """`ddp` gives each worker the whole student; `fsdp` a part of it, for one that does not fit a GPU."""
+    trackers: tuple[Literal["wandb", "mlflow"], ...] = ()
+    """Services that get the numbers of `metrics.jsonl`, too; they are told where by their own environment variables."""
+    peak_flops: Annotated[float, Field(gt=0)] | None = None
+    """Operations a second of one device at its best, for `mfu`; by default known for some GPUs in bfloat16."""
     max_failures: Annotated[int, Field(ge=0, strict=True)] = 3
     """Number of times that killed workers are started again from the newest checkpoint; a bad setting ends the run."""
 

@@ -118,3 +118,9 @@ def unhashed(checkpoint: Path, **changes: Any) -> Path:
     file.write_text(json.dumps({name: value for name, value in state.items() if value is not None}), encoding="utf-8")
     (checkpoint / ".complete").write_text("")
     return checkpoint
+
+
+def without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records without what depends on the machine."""
+    of_the_machine = ("seconds", "tokens_per_second", "waiting_seconds", "waiting_share", "peak_memory_bytes")
+    return [{name: value for name, value in record.items() if name not in of_the_machine} for record in records]

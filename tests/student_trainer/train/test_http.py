@@ -30,7 +30,7 @@ from potstill.teacher_service.app import create_app
 from potstill.teacher_service.hosting.service import Service
 from tests.support.fakes import FakeTeacher
 from tests.support.processes.servers import hosted, serving, serving_teachers
-from tests.support.tiny_runs import config_of, fill, write_cache
+from tests.support.tiny_runs import config_of, fill, without_times, write_cache
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -74,10 +74,7 @@ def test_a_run_over_http_has_the_same_losses_and_weights(root: Path, url: str, t
     runs = {name: two_teachers(cache, tmp_path / name) for name, cache in (("files", root), ("http", url))}
     for config in runs.values():
         train(config)
-    records = [
-        [{k: v for k, v in record.items() if "second" not in k} for record in read_metrics(config.run_dir)]
-        for config in runs.values()
-    ]
+    records = [without_times(read_metrics(config.run_dir)) for config in runs.values()]
     assert records[0] == records[1]
     files, http = (load_file(config.run_dir / "model" / "model.safetensors") for config in runs.values())
     assert files.keys() == http.keys()

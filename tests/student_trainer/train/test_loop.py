@@ -33,7 +33,7 @@ from potstill.student_trainer.train.loop import train
 from potstill.student_trainer.train.run import evaluate_run, only_trainer
 from tests.support.fakes import FakeTeacher
 from tests.support.processes.servers import hosted, serving_teachers
-from tests.support.tiny_runs import STUDENT, VOCAB, config_of, fake_teacher, fill, unhashed, write_cache
+from tests.support.tiny_runs import STUDENT, VOCAB, config_of, fake_teacher, fill, unhashed, without_times, write_cache
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -62,10 +62,6 @@ def train_stopping_at(config: TrainConfig, step: int) -> TrainResult:
         return asked == step
 
     return train(config, should_stop=should_stop)
-
-
-def without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in record.items() if "second" not in k} for record in records]
 
 
 def test_a_run_learns_and_leaves_everything_it_promised(root: Path, tmp_path: Path) -> None:
