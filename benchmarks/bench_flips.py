@@ -171,6 +171,17 @@ def _peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def damages(objects: dict[str, bytes], num_flips: int, choose: random.Random) -> list[Fault]:
+    """Every fault of a disk or a careless hand: none has a hash that fits."""
+    return [
+        *flips(objects, num_flips, choose),
+        *cuts(objects, choose),
+        *copies(objects, choose),
+        *swaps(objects),
+        *group_swaps(objects),
+    ]
+
+
 def all_faults(objects: dict[str, bytes], num_flips: int, num_lies: int, seed: int) -> list[Fault]:
     """Every fault of a run, always the same for a seed; of all lies so many of each sort and kind of object."""
     choose = random.Random(seed)
@@ -179,11 +190,7 @@ def all_faults(objects: dict[str, bytes], num_flips: int, num_lies: int, seed: i
         lies[lie.name, lie.kind].append(lie)
     each = max(1, num_lies // len(lies))
     return [
-        *flips(objects, num_flips, choose),
-        *cuts(objects, choose),
-        *copies(objects, choose),
-        *swaps(objects),
-        *group_swaps(objects),
+        *damages(objects, num_flips, choose),
         *(lie for same in lies.values() for lie in choose.sample(same, min(each, len(same)))),
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def report_page(report: dict[str, Any]) -> str:
         _chart("KL to the teacher on held-out rows, nats a token", report["students"], "kl_to_teacher"),
     ]
     template = pages_of("potstill.student_trainer.demo").get_template("report.html.jinja")
-    return template.render(report=report, charts_of_students=charts, visible=_visible)
+    return template.render(report=report, charts_of_students=charts, visible=_visible, told=_told)
 
 
 def _chart(title: str, students: dict[str, Any], key: str) -> Chart:
@@ -37,3 +38,8 @@ def _chart(title: str, students: dict[str, Any], key: str) -> Chart:
 def _visible(token: str) -> str:
     """A token's text with white space that can be seen."""
     return token.replace("\n", "\u23ce") if token.strip(" ") else token.replace(" ", "\u2423")
+
+
+def _told(text: str) -> str:
+    """Text of a model with its runs of line ends counted: weak models write little else, and would fill the page."""
+    return re.sub(r"\n{3,}", lambda run: f"\u23ce \u00d7 {len(run[0])}\n", text)

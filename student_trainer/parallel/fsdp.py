@@ -6,13 +6,13 @@ does not fit one GPU trains on several. Each writes its part of a checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
@@ -39,6 +39,12 @@ class FsdpGroup(DdpGroup):
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
         return model
+
+    def within(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Gather the module's own weights, as of its embedding and head, for `forward`; their gradients are shared."""
+        module.forward_of_parts = forward  # type: ignore[assignment]
+        register_fsdp_forward_method(module, "forward_of_parts")
+        return cast("Callable[..., Any]", module.forward_of_parts)
 
     def whole_student(self, student: PreTrainedModel) -> PreTrainedModel:
         """Gather the weights: on rank 0 a copy of the student on the CPU; elsewhere the sharded one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -36,6 +37,10 @@ class Group:
     def wrap(self, model: nn.Module) -> nn.Module:
         """Move to the device; with several workers, a `DistributedDataParallel` that *averages* gradients."""
         return model.to(self.device)
+
+    def within(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:  # noqa: ARG002 -- of others
+        """Make a way through parts of a wrapped module one of its forward passes, in which it has all its weights."""
+        return forward
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over all workers in place, on each of them, and return it."""

@@ -205,14 +205,16 @@ class Learner:
 
 
 def _with_loss(student: PreTrainedModel, config: TrainConfig, group: Group) -> nn.Module:
-    """Join a student with its loss, for all workers; where they share its weights, logits are held."""
+    """Join a student with its loss, for all workers."""
     loop = config.train
-    objective = Objective(loop.loss, loop.jsd_beta, loop.temperature)
+    distilled = Distilled(student, loop.dtype, Objective(loop.loss, loop.jsd_beta, loop.temperature))
     if not group.in_step:
-        return group.wrap(Distilled(student, loop.dtype, objective))
-    # Its weights come together in the student's own forward pass, which the fused layer passes by.
+        return group.wrap(distilled)
+    # The student is what is shared, as evaluations pass by its loss; the fused layer takes it apart.
     group.wrap(student)
-    return Distilled(student, loop.dtype, objective, fused=False)
+    if distilled.fused:
+        distilled.forward = group.within(student, distilled.forward)  # type: ignore[method-assign]
+    return distilled
 
 
 def _all_say(group: Group, *, mine: bool) -> bool:

@@ -24,11 +24,7 @@ LONG = (
     "tests/cache/fill/test_fill.py",
     "tests/teacher_service/routes/test_page.py",
 )
-"""Groups that take half a minute or more: they begin first, so that no process is left alone with one at the end.
-
-`test_verify` is the first of them that compiles the archive's code, in half a minute where nothing is compiled yet; the
-tests of the archive itself come later, and find it on disk.
-"""
+"""Groups that take half a minute or more: they begin first, so that no process is left alone with one at the end."""
 
 
 def group_of(nodeid: str) -> str:

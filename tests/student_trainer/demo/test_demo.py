@@ -51,7 +51,7 @@ def report(tokens_per_second: float | None) -> dict[str, Any]:
         },
         "students": students,
         "plan": {"layers": 2, "steps": 80, "held_out_rows": 10},
-        "writings": [{"prompt": "text so ", "goes_on": {"teacher": " far\n<i>", "distilled": " the the"}}],
+        "writings": [{"prompt": "text so ", "goes_on": {"teacher": " far\n<i>", "distilled": " the" + "\n" * 31}}],
         "samples": [
             {"context": "text so ", "next_text": " far", "guesses": {"teacher": guesses, "distilled": guesses}}
         ],
@@ -88,6 +88,10 @@ def test_the_report_of_a_demo_that_went_on_says_nothing_of_the_teachers_speed() 
     page = report_page(report(None))
     assert "tokens/s" not in page
     assert "with the cache" not in page
+
+
+def test_a_student_that_writes_line_ends_alone_does_not_fill_the_page() -> None:
+    assert " the\u23ce \u00d7 31\n</span>" in report_page(report(None))
 
 
 def test_text_of_tokens_is_text_on_the_report() -> None:
