@@ -5,6 +5,7 @@ Pure functions of arrays; `archive` is the encoding for cold storage.
 
 from __future__ import annotations
 
+from potstill.cache.encoding.gaps import load_compiled
 from potstill.cache.encoding.logprobs import ENCODINGS, Encoding, RankTable, decode, encode
 
-__all__ = ["ENCODINGS", "Encoding", "RankTable", "decode", "encode"]
+__all__ = ["ENCODINGS", "Encoding", "RankTable", "decode", "encode", "load_compiled"]

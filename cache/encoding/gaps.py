@@ -5,6 +5,8 @@ Shape legend:  P positions, K kept entries.
 
 from __future__ import annotations
 
+import importlib
+import sys
 from functools import lru_cache
 from typing import TypeVar
 
@@ -20,6 +22,9 @@ BLOCK_ENTRIES = 1 << 16
 """Entries that are decoded together: their float64 stays in a core's L2 cache."""
 COMPILED_ENTRIES = 1 << 19
 """Least number of entries for which compiled code is loaded: it takes a few such reads to pay for itself."""
+LOADED_ENTRIES = 1 << 14
+"""Least number of entries for which compiled code is called once it is loaded."""
+_KERNELS = "potstill.cache.encoding.decode_kernels"
 # Weights are whole numbers, so that any order of summing gives the same bits; the sum of 2^18 fits into int64.
 _ONE = 2.0**44
 _Number = TypeVar("_Number", np.int32, np.float64)
@@ -63,7 +68,7 @@ def decode_gaps(gaps: NDArray[np.uint8], kept: NDArray[np.float64]) -> NDArray[n
 
     Batching does not change a bit, and neither does the choice between compiled code and numpy.
     """
-    if len(gaps) * (gaps.shape[1] + 1) >= COMPILED_ENTRIES:
+    if is_compiled_faster(len(gaps) * (gaps.shape[1] + 1)):
         return _decode_compiled(gaps, kept)
     logprobs = np.empty((gaps.shape[0], gaps.shape[1] + 1), np.float32)
     block = max(BLOCK_ENTRIES // logprobs.shape[1], 1)
@@ -71,6 +76,16 @@ def decode_gaps(gaps: NDArray[np.uint8], kept: NDArray[np.float64]) -> NDArray[n
         part = slice(start, start + block)
         logprobs[part] = _decode_block(gaps[part], kept[part])
     return logprobs
+
+
+def is_compiled_faster(num_entries: int) -> bool:
+    """Tell whether compiled code decodes so many entries faster, with the time that it takes to be loaded."""
+    return num_entries >= (LOADED_ENTRIES if _KERNELS in sys.modules else COMPILED_ENTRIES)
+
+
+def load_compiled() -> None:
+    """Load the compiled code, half a second, so that small reads are decoded by it, too: for who makes many."""
+    importlib.import_module(_KERNELS)
 
 
 def log1mexp(x: NDArray[np.float64]) -> NDArray[np.float64]:

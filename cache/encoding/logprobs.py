@@ -28,10 +28,10 @@ from numpy.typing import NDArray
 
 from potstill.cache.encoding.gaps import (
     BLOCK_ENTRIES,
-    COMPILED_ENTRIES,
     beyond_codes,
     decode_gaps,
     encode_gaps,
+    is_compiled_faster,
     log1mexp,
 )
 from potstill.cache.errors import FormatError, InvalidInput, TeacherFailed
@@ -281,7 +281,7 @@ def _gathered(table: NDArray[np.uint32], codes: NDArray[np.generic]) -> NDArray[
     """Look up `table[codes]` for codes [P, K] that were checked to be inside."""
     out = np.empty(codes.shape, np.uint32)
     # A teacher's own arrays may have a sign or another byte order, of which the compiled code knows nothing.
-    if codes.size >= COMPILED_ENTRIES and codes.dtype in (np.uint16, np.uint32) and table.dtype == np.uint32:
+    if is_compiled_faster(codes.size) and codes.dtype in (np.uint16, np.uint32) and table.dtype == np.uint32:
         from potstill.cache.encoding.decode_kernels import gather  # noqa: PLC0415 -- numba takes half a second to import
 
         gather(table, np.ascontiguousarray(codes), out)

@@ -68,6 +68,9 @@ class ChunkCache:
         """Pickle as an empty cache of the same size."""
         return type(self), (self.max_bytes,)
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._chunks
+
     def get(self, key: Hashable) -> NDArray[Any] | None:
         """The chunk under `key`, read-only, or None."""
         with self._lock.get():
@@ -132,6 +135,19 @@ class TiledArray:
     def kept(self, row: int, column: int) -> NDArray[Any] | None:
         """The chunk at a place of the chunk grid if the cache has it, else None."""
         return self._cache.get((self._key, row, column))
+
+    def held(self, start: int, stop: int, columns: int | None) -> NDArray[Any] | None:
+        """The answer of `read` as a view, where the cache has one chunk that holds all of it; else None."""
+        row = start // self.chunk[0]
+        width = 1 if len(self.shape) == 1 else min(columns or self.shape[1], self.shape[1])
+        if stop > (row + 1) * self.chunk[0] or width > self.chunk[-1]:
+            return None
+        key = (self._key, row, 0)
+        chunk = self._cache.get(key) if key in self._cache else None
+        if chunk is None:
+            return None
+        rows = chunk[start - row * self.chunk[0] : stop - row * self.chunk[0]]
+        return rows if rows.ndim == 1 else rows[:, :width]
 
     def keep(self, row: int, column: int, chunk: NDArray[Any]) -> None:
         """Keep a chunk for later reads."""
@@ -289,6 +305,8 @@ def read_together(requests: Sequence[ReadRequest]) -> list[NDArray[Any]]:
         assert 0 <= request.start <= request.stop <= request.array.shape[0], "a range inside the array"
         if 0 in request.shape:
             answers[index] = np.empty(request.shape, request.array.dtype)
+        elif (held := request.array.held(request.start, request.stop, request.columns)) is not None:
+            answers[index] = held
     # By position, so that requests which share a chunk land in the same fetch and it is decoded once.
     order = sorted((i for i in range(len(requests)) if i not in answers), key=lambda i: requests[i].start)
     for group in _fetches(requests, order):

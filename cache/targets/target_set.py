@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from potstill.cache.corpus import Corpus
-from potstill.cache.encoding import Encoding
+from potstill.cache.encoding import Encoding, load_compiled
 from potstill.cache.encoding.fields import check_kept
 from potstill.cache.errors import CorruptSegment, NotCommitted, SpecMismatch, UnknownTeacher, UnsupportedField
 from potstill.cache.fields import COLUMNS, FIELDS
@@ -184,6 +184,10 @@ class TargetSet:
             ranges = self.corpus.row_ranges(rows[first : first + _MANY_ROWS]).tolist()
             found.extend(self._read_ranges([(start, stop) for start, stop in ranges], want))
         return found
+
+    def load_compiled(self) -> None:
+        """Load what decodes small reads faster, which takes half a second: for who makes many."""
+        load_compiled()
 
     def commits_of(self, shards: Sequence[int], want: Fields) -> list[Commit]:
         """List the commits that hold the wanted fields of each shard, by shard and segment set; reads no target.

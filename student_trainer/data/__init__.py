@@ -1,9 +1,9 @@
 """Rows with their targets: `mixture` and `order` say which come, `held_out` which never do; `batch` makes tensors.
 
 `sources` have one corpus's targets, which `checks` looks at; `joined` makes one of several corpora. `steps` plans a
-run's micro-batches by `packing` and reads them ahead by `prefetch`; `repeated` has those of evaluations. `dataset` is
-for other people's loops. Importing this is fast: what needs torch is
-imported when it is first used.
+run's micro-batches by `packing` and reads them ahead by `prefetch`, into the `memory` of earlier ones; `repeated` has
+those of evaluations. `dataset` is for other people's loops. Importing this is fast: what needs torch is imported when
+it is first used.
 """
 
 from __future__ import annotations

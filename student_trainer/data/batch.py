@@ -331,19 +331,12 @@ def _laid_rows(examples: Sequence[Example], prefix: Sequence[int], places: _Plac
 
 def _laid_targets(answers: Sequence[Targets], weight: float, prefix: int, places: _Places) -> TeacherTargets:
     k = max((targets.k for targets in answers), default=1)
-    ids = np.full((*places.shape, k), NO_ID, dtype=np.int32)
-    logprobs = np.full((*places.shape, k), -np.inf, dtype=np.float32)
-    log_tail = np.full(places.shape, -np.inf, dtype=np.float32)
-    for (i, start, stop), targets in zip(places, answers, strict=True):
-        first = start + prefix
-        ids[i, first:stop, : targets.k] = targets.ids
-        logprobs[i, first:stop, : targets.k] = targets.logprobs
-        log_tail[i, first:stop] = targets.log_tail
     drawn_ids, drawn_counts = _laid_draws([each.draws for each in answers], prefix, places)
+    no_mass = np.float32(-np.inf)
     return TeacherTargets(
-        torch.from_numpy(ids),
-        torch.from_numpy(logprobs),
-        torch.from_numpy(log_tail),
+        _laid([each.ids for each in answers], np.int32(NO_ID), prefix, places, k),
+        _laid([each.logprobs for each in answers], no_mass, prefix, places, k),
+        _laid([each.log_tail for each in answers], no_mass, prefix, places),
         weight,
         drawn_ids,
         drawn_counts,
@@ -357,11 +350,24 @@ def _laid_numbers(
     answers: Sequence[NDArray[np.float32] | None], prefix: int, places: _Places, *, filler: float = 0.0
 ) -> Tensor | None:
     """Numbers [B, T] of rows that all have some; else None."""
-    laid = np.full(places.shape, filler, dtype=np.float32)
-    for (i, start, stop), numbers in zip(places, answers, strict=True):
-        if numbers is None:
-            return None
-        laid[i, start + prefix : stop] = numbers
+    there = [each for each in answers if each is not None]
+    return _laid(there, np.float32(filler), prefix, places) if len(there) == len(answers) else None
+
+
+def _laid(answers: Sequence[NDArray[Any]], filler: np.generic, prefix: int, places: _Places, *width: int) -> Tensor:
+    """Values [B, T] or [B, T, `width`] of rows [T] or [T, at most `width`], and `filler` where there are none."""
+    # Only what no row covers is filled: most of a step's values are written here, and once is enough.
+    laid = np.empty((*places.shape, *width), dtype=filler.dtype)
+    for i, filled in enumerate(places.filled.tolist()):
+        laid[i, filled:] = filler
+    for (i, start, stop), values in zip(places, answers, strict=True):
+        first = start + prefix
+        laid[i, start:first] = filler
+        if width and values.shape[1] < width[0]:
+            laid[i, first:stop, values.shape[1] :] = filler
+            laid[i, first:stop, : values.shape[1]] = values
+        else:
+            laid[i, first:stop] = values
     return torch.from_numpy(laid)
 
 

@@ -104,7 +104,7 @@ def _fullest(lengths: NDArray[np.int64], micro_batch_rows: int, row_tokens: int)
     longest_first = [(int(lengths[i]), i) for i in np.argsort(-lengths, kind="stable").tolist()]
     best, least = _alone(lengths), int(_ENOUGH * lengths.sum())
     fewest = num_slots(_parts(best, micro_batch_rows), lengths)
-    for bins in _ways(longest_first, row_tokens):
+    for bins in _ways(longest_first, row_tokens) if fewest > least else ():
         slots = sum(len(part) * part[0][0] for part in _parts(bins, micro_batch_rows))
         if slots < fewest:
             best, fewest = [rows for _, rows in bins], slots
@@ -115,8 +115,10 @@ def _fullest(lengths: NDArray[np.int64], micro_batch_rows: int, row_tokens: int)
 
 def _ways(longest_first: Sequence[tuple[int, int]], row_tokens: int) -> Iterator[list[_Filled]]:
     """Pack rows in one way after the other, in bins of at most an eighth more than the longest row."""
-    fitted = [_best_fit(longest_first, int(row_tokens * wider)) for wider in _WIDER]
-    yield from fitted
+    fitted: list[list[_Filled]] = []
+    for wider in _WIDER:
+        fitted.append(_best_fit(longest_first, int(row_tokens * wider)))
+        yield fitted[-1]
     for count in range(max(1, len(fitted[-1]) - 1), len(fitted[0]) + 1):
         bins = _evened(longest_first, count)
         if bins[0][0] <= int(row_tokens * _WIDER[-1]):

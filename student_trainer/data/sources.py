@@ -75,6 +75,8 @@ def cache_source(
     fields = needed_of_cache(name, k or targets.fields.k, targets.fields, loss)
     held = f"{_held(fields)}, encoding {targets.encoding.name}"
     stored = isinstance(targets, TargetSet)
+    if isinstance(targets, TargetSet):
+        targets.load_compiled()
     return TargetSource(
         name,
         targets.identity,

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from potstill.student_trainer.data.batch import Batch, BatchReader
+from potstill.student_trainer.data.memory import keep_freed_memory
 from potstill.student_trainer.data.mixture import MixtureOrder
 from potstill.student_trainer.data.packing import num_slots, plan_micro_batches
 from potstill.student_trainer.data.prefetch import ReadAhead
@@ -96,6 +97,7 @@ def read_steps(
         pin: whether to put tensors where an accelerator copies them from by itself.
         with_targets: whether a step needs targets; of one that does not, none are read.
     """
+    keep_freed_memory()
     planned, plain = _planned(reader, order, steps, part, with_targets), reader.without_targets()
 
     def read(wanted: Planned) -> MicroBatch:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from potstill.cache.encoding.gaps import COMPILED_ENTRIES, STEP, decode_gaps, log1mexp
+from potstill.cache.encoding.gaps import COMPILED_ENTRIES, LOADED_ENTRIES, STEP, decode_gaps, log1mexp
 from potstill.cache.encoding.logprobs import RankTable, decode, encoding_by_name
 
 
@@ -20,7 +20,7 @@ def some_gaps(num_positions: int, num_gaps: int) -> NDArray[np.uint8]:
 def test_many_positions_decode_to_the_bits_of_few(num_gaps: int) -> None:
     gaps = some_gaps(COMPILED_ENTRIES // num_gaps + 1, num_gaps)
     kept = np.log(np.random.default_rng(0).uniform(1e-6, 1.0, len(gaps)))
-    few = 999
+    few = (LOADED_ENTRIES - 1) // (num_gaps + 1)
     whole = decode_gaps(gaps, kept)
     parts = [decode_gaps(gaps[at : at + few], kept[at : at + few]) for at in range(0, len(gaps), few)]
     np.testing.assert_array_equal(whole, np.concatenate(parts))
