@@ -28,6 +28,8 @@ FREE_ON_RESUME = frozenset(
         "train.parallel",
         "train.activation_checkpointing",
         "train.max_failures",
+        "train.rollback_over",
+        "train.rollback_window",
         "train.trackers",
         "train.peak_flops",
         "train.out",

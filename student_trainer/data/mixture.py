@@ -39,6 +39,8 @@ class MixtureOrder:
     batch_rows: int
     """Rows of a step."""
     seed: int
+    skipped: tuple[int, ...] = ()
+    """Batches of `batch_rows` that no step has, by their number from 0 (`potstill.student_trainer.train.rollback`)."""
     _counts: dict[int, NDArray[np.int64]] = field(default_factory=dict, init=False, repr=False)
     """Rows [M] of each corpus before each block of `_BLOCK_ROWS` rows of the run, for the first blocks."""
 
@@ -53,10 +55,20 @@ class MixtureOrder:
             rows[here] = self.first_rows[m] + order.take(int(before[m]), len(here))
         return rows
 
+    def batch(self, step: int) -> int:
+        """Number the batch that is the step after `step` steps."""
+        for skipped in sorted(self.skipped):
+            step += skipped <= step
+        return step
+
+    def cursor(self, step: int) -> int:
+        """Number the row at which the step after `step` steps begins."""
+        return self.batch(step) * self.batch_rows
+
     def rank_slice(self, step: int, rank: int, world_size: int) -> NDArray[np.int64]:
         """The rows of step `step` that fall to `rank`: a contiguous, nearly equal part."""
         start, stop = self.batch_rows * rank // world_size, self.batch_rows * (rank + 1) // world_size
-        return self.take(step * self.batch_rows + start, stop - start)
+        return self.take(self.cursor(step) + start, stop - start)
 
     def windows(self, cursor: int) -> list[tuple[int, int]]:
         """[M] the window (`SampleOrder.window_number`) of the next row from each corpus, at `cursor`."""

@@ -113,7 +113,7 @@ def _planned(
     """Plan steps; when a window of a corpus begins, the shards of the next one are opened ahead."""
     opened: list[tuple[int, int]] = []
     for step in steps:
-        windows = order.windows(step * order.batch_rows)
+        windows = order.windows(order.cursor(step))
         if windows != opened:
             ahead = order.first_rows_of([(epoch, window + 1) for epoch, window in windows])
             reader.open_ahead(ahead if opened else np.concatenate([order.first_rows_of(windows), ahead]))

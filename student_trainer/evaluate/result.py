@@ -75,6 +75,8 @@ class TrainResult:
     """Evaluations of the final model on `data.eval_corpora`, by name; none when stopped."""
     skipped_rows: int = 0
     """Rows of the corpora that were never used, for want of targets (`data.missing`)."""
+    rollbacks: int = 0
+    """Loss spikes that the run went back from, each leaving out the rows of a step (`skipped.json`)."""
     problem: str = ""
     """Cause of a stop that nobody asked for: a service that does not answer."""
 
@@ -82,6 +84,7 @@ class TrainResult:
         """The object that `SUMMARY` holds."""
         told: dict[str, JSON] = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "held_out": None}
         told |= {"skipped_rows": self.skipped_rows} if self.skipped_rows else {}
+        told |= {"rollbacks": self.rollbacks} if self.rollbacks else {}
         held_out = {} if self.held_out is None else {HELD_OUT: self.held_out}
         return told | evaluations_to_json({**held_out, **self.evaluations})
 
@@ -116,6 +119,7 @@ def finished_result(config: TrainConfig) -> TrainResult | None:
             finished=True,
             **told,
             skipped_rows=skipped,
+            rollbacks=value.get("rollbacks", 0),
             held_out=held_out,
             evaluations=others,
         )

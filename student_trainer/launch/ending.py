@@ -13,6 +13,9 @@ def tell_end(result: TrainResult, steps: int) -> None:
         print(f"stopped at step {result.step} of {steps}; the same command goes on from there")  # noqa: T201 -- a command
         return
     lines = [f"trained on {counted(result.tokens, 'token')} in {result.seconds:,.0f} s"]
+    if result.rollbacks:
+        spikes = counted(result.rollbacks, "loss spike")
+        lines.append(f"went back from {spikes}; the rows that were left out are in {result.run_dir / 'skipped.json'}")
     if told := evaluations_text(result.to_json()):
         lines.append(told.strip())
     print("\n".join([*lines, f"model: {result.run_dir / 'model'}"]))  # noqa: T201 -- a command

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from potstill.cache.plurals import counted
+
 if TYPE_CHECKING:
     from potstill.student_trainer.metrics.records import Record
 
@@ -30,6 +32,9 @@ def showing(total_steps: int, console: Console) -> Iterator[Callable[[Record], N
 
         def show(record: Record) -> None:
             nonlocal held_out
+            if "rollback" in record:
+                progress.console.print(rollback_text(record), highlight=False, soft_wrap=True)
+                return
             if "loss" not in record:
                 held_out = f"  held-out {nats(record['held_out']['ce'], 3)}" if "held_out" in record else ""
                 return
@@ -45,7 +50,9 @@ def _lines(total_steps: int, console: Console) -> Callable[[Record], None]:
     def show(record: Record) -> None:
         nonlocal next_line
         text = f"step {record['step']}/{total_steps}"
-        if "loss" not in record:
+        if "rollback" in record:
+            text = rollback_text(record)
+        elif "loss" not in record:
             text += evaluations_text(record)
         elif time.monotonic() < next_line and record["step"] != total_steps:
             return
@@ -56,6 +63,15 @@ def _lines(total_steps: int, console: Console) -> Callable[[Record], None]:
         console.print(text, highlight=False, soft_wrap=True)
 
     return show
+
+
+def rollback_text(record: Record) -> str:
+    """Put a rollback into words."""
+    told = record["rollback"]
+    return (
+        f"back to step {record['step']} from step {told['from_step']}, where {told['why']}; its "
+        f"{counted(told['skipped_rows'], 'row')} are left out"
+    )
 
 
 def speed_text(record: Record) -> str:

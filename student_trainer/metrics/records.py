@@ -5,6 +5,7 @@
      "peak_memory_bytes": 913408000, "mfu": 0.41, "seconds": 9.2}
     {"step": 100, "held_out": {"rows": 64, "ce": 5.9, "teachers": {"big": {"kl": 0.9, ...}}},
      "evaluations": {"wiki": {"rows": ...}}}
+    {"step": 500, "rollback": {"from_step": 612, "skipped_rows": 32, "number": 1, "why": "the loss is 9.1, ..."}}
 
 A student with experts that has `output_router_logits` adds `router_loss`, before its coefficient.
 
@@ -46,7 +47,9 @@ class MetricsWriter:
         """Append one record, which has a `step`."""
         self._out.write(json.dumps(record) + "\n")
         self._out.flush()  # another process follows the file
-        numbers = {name: value for name, value in leaves(record, "/") if name != "step" and value is not None}
+        numbers = {
+            name: value for name, value in leaves(record, "/") if name != "step" and isinstance(value, int | float)
+        }
         for tracker in self._trackers:
             tracker.write(numbers, record["step"])
 
@@ -69,6 +72,7 @@ class MetricsFollower:
         """Begin after `after_step`; records up to that step are from an earlier session and are not returned."""
         self._file = run_dir / "metrics.jsonl"
         self._after_step = after_step
+        self._rollbacks = max((_rollback(record) for _, record in _lines(self._file)), default=0)
         self._inode = 0
         self._offset = 0
 
@@ -87,6 +91,11 @@ class MetricsFollower:
         return [record for line in complete.splitlines() if self._is_new(record := json.loads(line))]
 
     def _is_new(self, record: Record) -> bool:
+        if (number := _rollback(record)) > 0:
+            if number <= self._rollbacks:
+                return False
+            self._rollbacks, self._after_step = number, record["step"]  # the steps after it come again
+            return True
         # A step's own record comes before its evaluation; the first evaluation has no step before it.
         step = record["step"]
         if "loss" not in record:
@@ -94,6 +103,11 @@ class MetricsFollower:
         new = bool(step > self._after_step)
         self._after_step = max(self._after_step, step)
         return new
+
+
+def _rollback(record: Record) -> int:
+    """Number of the rollback that a record tells of; 0 for other records."""
+    return int(record["rollback"]["number"]) if "rollback" in record else 0
 
 
 def _lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -35,6 +35,7 @@ from potstill.student_trainer.parallel.activation import compute_again
 from potstill.student_trainer.parallel.agreement import all_have_read
 from potstill.student_trainer.parallel.group import Group
 from potstill.student_trainer.train.optimizer import learning_rate, make_optimizer
+from potstill.student_trainer.train.rollback import Spike
 from potstill.student_trainer.train.run import OpenRun
 
 
@@ -104,7 +105,7 @@ class Learner:
             Its record, its counts over all workers, and True if one of them wants to stop.
 
         Raises:
-            InvalidInput: the loss is no longer a number.
+            InvalidInput: the loss is no longer a number; Spike where the run goes back from that.
             PotstillError: whatever reading raises; Unavailable where another worker got no answer.
         """
         self._seed(step)
@@ -149,10 +150,10 @@ class Learner:
         grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         # Before the step: NaN in the weights would also be in the next checkpoint.
         if not math.isfinite(loss + grad_norm):
-            raise InvalidInput(
-                f"at step {step + 1} the loss is {loss} and the gradient norm {grad_norm}; "
-                "try a lower train.lr or a longer train.warmup"
-            )
+            told = f"the loss is {loss} and the gradient norm {grad_norm}"
+            if self.config.train.rollback_over is not None:
+                raise Spike(step + 1, told)
+            raise InvalidInput(f"at step {step + 1} {told}; try a lower train.lr or a longer train.warmup")
         rate = learning_rate(step, self.config.train)
         for group in self.optimizer.param_groups:
             group["lr"] = rate

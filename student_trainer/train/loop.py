@@ -1,13 +1,14 @@
 """The training loop: plain PyTorch, alone or as one of several workers.
 
-1. The rows of step s are `order.take(s * batch_rows, batch_rows)`; each worker takes its slice and packs it
+1. The rows of step s are `order.take(order.cursor(s), batch_rows)`; each worker takes its slice and packs it
    into micro-batches, which threads read ahead.
 2. Every micro-batch's loss is a sum divided by the counts of the *global* batch, known before it is read, so
    gradients add up: micro-batches and workers change the result by rounding only.
 3. Gradients are summed over micro-batches and workers, clipped, and AdamW takes a step.
 4. Now and then the student is evaluated on held-out rows, and a checkpoint is written.
+5. From a loss spike the run goes back to its last checkpoint, where that is asked for.
 
-`learner` has 2 and 3; here is what goes on around the steps.
+`learner` has 2 and 3, `rollback` what 5 is told by; here is what goes on around the steps.
 
 Nothing but (seed, step) decides what step s does, so a run that resumes from a checkpoint on one CPU worker
 continues bit for bit. When asked to stop, it finishes the step, writes a checkpoint and returns.
@@ -50,6 +51,7 @@ from potstill.student_trainer.models.corpus_tokenizer import special_ids
 from potstill.student_trainer.parallel.group import Group, device_for
 from potstill.student_trainer.train.learner import Learner
 from potstill.student_trainer.train.optimizer import warn_of_jump
+from potstill.student_trainer.train.rollback import Spike, SpikeWatch, skip
 from potstill.student_trainer.train.run import OpenRun, evaluate_on_all, only_trainer, open_run
 
 _CLOSE_SECONDS = 5.0
@@ -119,17 +121,20 @@ def run_session(
             stack.enter_context(only_trainer(config.run_dir))
             if run.skipped_rows:
                 _LOG.warning("%s without targets skipped, held-out ones among them", counted(run.skipped_rows, "row"))
-        checkpoint = agreed_checkpoint(config.run_dir, group, good=good)
         # Dropout draws from torch's global stream, which is the caller's again afterwards.
         stack.enter_context(torch.random.fork_rng([group.device] if group.device.type == "cuda" else []))
-        session = _Session(config, group, run, checkpoint, on_record)
-        stack.enter_context(closing(session.checkpoints))
-        if session.writer is not None:
-            stack.enter_context(closing(session.writer))
-            on_begin(step_of(checkpoint))
-            # Only now that all it needs is there: a folder with a config.json refuses any other run.
-            write_json(config.run_dir / "config.json", config.to_json())
-        return session.run_to_end(should_stop)
+        spike: Spike | None = None
+        while True:
+            checkpoint = agreed_checkpoint(config.run_dir, group, good=good)
+            session = _Session(config, group, run, checkpoint, on_record)
+            if session.writer is not None and spike is None:
+                on_begin(step_of(checkpoint))
+            try:
+                return session.run_to_end(should_stop, back_from=spike)
+            except Spike as error:
+                run = replace(run, order=skip(config.train, run.order, error, group))
+                spike = error.with_traceback(None)
+            del session  # with its student, before that of the next one is loaded
 
 
 def _require_same_order(run: OpenRun, group: Group) -> None:
@@ -156,7 +161,7 @@ class _Session:
         on_record: Callable[[Record], None],
     ) -> None:
         """Start at a checkpoint, or with a new student."""
-        self.config, self.group, self.run, self.on_record = config, group, run, on_record
+        self.config, self.group, self.opened, self.on_record = config, group, run, on_record
         state = None if checkpoint is None else load_state(checkpoint)
         self.step = 0 if state is None else state.step
         self.saved = -1 if state is None else state.step
@@ -190,7 +195,10 @@ class _Session:
         self.writer: MetricsWriter | None = None
         if group.rank == 0:
             (config.run_dir / SUMMARY).unlink(missing_ok=True)  # the run goes on: it no longer ends there
-            self.writer = MetricsWriter(config.run_dir, open_trackers(config, step=self.step), step=self.step)
+            # Before its first checkpoint a run begins anew, with all of its records.
+            after = -1 if state is None else state.step
+            self.writer = MetricsWriter(config.run_dir, open_trackers(config, step=after), step=after)
+        self.spikes = SpikeWatch(config.train, group, step=self.step)
         # On the monotonic clock, less what earlier sessions took.
         self.began = time.monotonic() - (0.0 if state is None else state.seconds)
 
@@ -198,7 +206,25 @@ class _Session:
     def seconds(self) -> float:
         return time.monotonic() - self.began
 
-    def run_to_end(self, should_stop: Callable[[], bool]) -> TrainResult:
+    def run_to_end(self, should_stop: Callable[[], bool], *, back_from: Spike | None) -> TrainResult:
+        """Train to the end, or to the next stop.
+
+        Raises:
+            Spike: the run is to go back.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(closing(self.checkpoints))
+            if self.writer is not None:
+                stack.enter_context(closing(self.writer))
+                # Only now that all it needs is there: a folder with a config.json refuses any other run.
+                write_json(self.config.run_dir / "config.json", self.config.to_json())
+            if back_from is not None:
+                rows, number = self.config.train.batch_rows, len(self.opened.order.skipped)
+                told = {"from_step": back_from.step, "skipped_rows": rows, "number": number, "why": back_from.told}
+                self._record({"step": self.step, "rollback": told})
+            return self._train(should_stop)
+
+    def _train(self, should_stop: Callable[[], bool]) -> TrainResult:
         loop = self.config.train
         found: dict[str, Evaluation] = {}
         stopped = False
@@ -238,7 +264,8 @@ class _Session:
             step=self.step,
             tokens=self.tokens,
             seconds=round(self.seconds, 3),
-            skipped_rows=self.run.skipped_rows,
+            skipped_rows=self.opened.skipped_rows,
+            rollbacks=len(self.opened.order.skipped),
             held_out=found.get(HELD_OUT) if finished else None,
             evaluations={name: one for name, one in found.items() if finished and name != HELD_OUT},
         )
@@ -249,7 +276,7 @@ class _Session:
         student = self.group.whole_student(self.learner.student) if result.finished else None
         if student is not None and self.group.rank == 0:
             dtype = self.config.train.save_dtype or self.stored_dtype
-            publish_model(self.config.run_dir / "model", student, self.run.corpus, dtype)
+            publish_model(self.config.run_dir / "model", student, self.opened.corpus, dtype)
             write_json(result.run_dir / SUMMARY, result.to_json())
         self.group.barrier()
         return result
@@ -258,6 +285,7 @@ class _Session:
         """Take one optimizer step and count it; return its record, and True if a worker wants to stop."""
         began, waited = time.monotonic(), batches.waited
         record, counts, stop = self.learner.step(self.step, batches, should_stop)
+        self.spikes.check(self.step + 1, record["loss"])
         self.step += 1
         self.tokens += counts.num_positions
         seconds = time.monotonic() - began
@@ -271,11 +299,11 @@ class _Session:
             ),
             "seconds": round(self.seconds, 3),
         }
-        skipped = {"skipped_rows": self.run.skipped_rows} if self.run.skipped_rows else {}
+        skipped = {"skipped_rows": self.opened.skipped_rows} if self.opened.skipped_rows else {}
         return {**record, "tokens": self.tokens, **skipped, **times}, stop
 
     def _evaluate(self) -> dict[str, Evaluation]:
-        found = evaluate_on_all(self.learner.student, self.run, self.config, self.group)
+        found = evaluate_on_all(self.learner.student, self.opened, self.config, self.group)
         if found:
             self._record({"step": self.step, **evaluations_to_json(found)})
         return found
@@ -295,16 +323,16 @@ class _Session:
         state = TrainState(
             step=self.step,
             seed=loop.seed,
-            epoch=max(self.run.order.epochs(self.step * loop.batch_rows)),
-            cursor=self.step * loop.batch_rows,
-            corpus_fingerprint=self.run.fingerprint,
+            epoch=max(self.opened.order.epochs(self.opened.order.cursor(self.step))),
+            cursor=self.opened.order.cursor(self.step),
+            corpus_fingerprint=self.opened.fingerprint,
             tokens=self.tokens,
             seconds=self.seconds,
-            teachers={name: identity.to_json() for name, identity in self.run.teachers.items()},
-            held=self.run.held,
-            left_out=self.run.left_out,
-            lacking=self.run.lacking,
-            prefix_ids=self.run.reader.prefix,
+            teachers={name: identity.to_json() for name, identity in self.opened.teachers.items()},
+            held=self.opened.held,
+            left_out=self.opened.left_out,
+            lacking=self.opened.lacking,
+            prefix_ids=self.opened.reader.prefix,
             stored_dtype=self.stored_dtype,
         )
         self.checkpoints.save(self.learner.student, self.learner.optimizer, state)

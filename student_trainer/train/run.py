@@ -45,6 +45,7 @@ from potstill.student_trainer.evaluate.result import HELD_OUT, Evaluation, finis
 from potstill.student_trainer.evaluate.student import batches_of, evaluate_student
 from potstill.student_trainer.models.build import load_student
 from potstill.student_trainer.parallel.group import Group, device_for
+from potstill.student_trainer.train.rollback import read_skipped
 
 _LOCK_SECONDS = 5.0
 """Workers that Ray replaces may take so many seconds to be gone."""
@@ -104,7 +105,7 @@ class OpenRun:
 
     def epochs(self, step: int) -> int | dict[str, int]:
         """Tell the epoch of the last row before the end of `step` steps; of several corpora, each one's by name."""
-        epochs = self.order.epochs(step * self.order.batch_rows)
+        epochs = self.order.epochs(self.order.cursor(step))
         names = (corpus.name for corpus in self.corpora.corpora)
         return epochs[0] if len(epochs) == 1 else dict(zip(names, epochs, strict=True))
 
@@ -141,6 +142,7 @@ def open_run(config: TrainConfig) -> Iterator[OpenRun]:
             tuple(each.points for each in data.mixture),
             config.train.batch_rows,
             config.train.seed,
+            tuple(each.batch for each in read_skipped(config.run_dir)),
         )
         sources = tuple(corpora.source(parts) for parts in zip(*opened, strict=True))
         reader = BatchReader(corpora, sources, config.weights, common_prefix(sources, data.prefix_ids))

@@ -39,6 +39,11 @@ class LoopConfig(LossConfig):
     """AdamW's."""
     grad_clip: Annotated[float, Field(gt=0)] = 1.0
     """Largest gradient norm."""
+    rollback_over: Annotated[float, Field(gt=0)] | None = None
+    """Goes back to the last checkpoint, and leaves a step's rows out, where its loss is no number or so many standard
+    deviations over the mean of those before it; by default it never does."""
+    rollback_window: Annotated[int, Field(ge=2, strict=True)] = 100
+    """Number of losses that a spike is told by."""
     seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
     """Seed of the initial weights, the sample order and dropout."""
     eval_every: Count = 100
@@ -68,6 +73,8 @@ class LoopConfig(LossConfig):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        if self.rollback_over is None and self.rollback_window != LoopConfig.model_fields["rollback_window"].default:
+            raise ValueError(f"rollback_window is {self.rollback_window}, but there is no rollback_over; leave it out")
         if self.batch_rows < self.workers:
             raise ValueError(f"batch_rows {self.batch_rows} is less than one row for each of {self.workers} workers")
         return self
