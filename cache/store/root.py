@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -217,6 +219,31 @@ class Root:
             for start in range(0, size, _HASH_BLOCK):
                 digest.update(obstore.get_range(self.store, path, start=start, end=min(start + _HASH_BLOCK, size)))
         return digest.hexdigest()
+
+    def put_file(self, path: str, file: Path) -> None:
+        """Put a file's bytes, of any number, under a name that nothing refers to; what is there is replaced."""
+        with self._access(path):
+            if self.folder is not None:
+                (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, self.folder / path)
+                return
+            obstore.put(self.store, path, file)
+
+    def get_file(self, path: str, file: Path) -> None:
+        """Write an object's bytes into a file, in blocks.
+
+        Raises:
+            StoreError: there is no such object, or it cannot be read; what is in the file is of no use.
+        """
+        with self._access(path), file.open("wb") as out:
+            if self.folder is not None:
+                with (self.folder / path).open("rb") as found:
+                    shutil.copyfileobj(found, out)
+                return
+            size = int(obstore.head(self.store, path)["size"])
+            for start in range(0, size, _HASH_BLOCK):
+                ask = partial(obstore.get_range, self.store, path, start=start, end=min(start + _HASH_BLOCK, size))
+                out.write(_whole(ask))
 
     def remove(self, path: str) -> None:
         """Remove one object if it is there."""

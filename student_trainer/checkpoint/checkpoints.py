@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -39,15 +40,19 @@ class Checkpoints(Protocol):
         """Wait until nothing is being written; raises nothing."""
 
 
-def checkpoints_of(folder: Path, group: Group, keep: int) -> Checkpoints:
+def checkpoints_of(
+    folder: Path, group: Group, keep: int, published: Callable[[Path], None] = lambda _: None
+) -> Checkpoints:
     """Make the writer for a group: sharded where its workers share the student, else whole.
 
     Args:
         folder: of all checkpoints, which all workers see.
         group: the workers, each of which makes one.
         keep: how many checkpoints stay.
+        published: called on rank 0 with each that is complete.
     """
-    return ShardedCheckpoints(folder, group, keep) if group.in_step else WholeCheckpoints(folder, group, keep)
+    kind = ShardedCheckpoints if group.in_step else WholeCheckpoints
+    return kind(folder, group, keep, published)
 
 
 def load_model(checkpoint: Path) -> PreTrainedModel:

@@ -23,7 +23,7 @@ def mark(folder: Path) -> None:
     Raises:
         StoreError: the disk does not take it. OSError: a file cannot be read.
     """
-    write_json(folder / COMPLETE, {"files": {name: _measured(file) for name, file in _files(folder).items()}})
+    write_json(folder / COMPLETE, {"files": {name: measured(file) for name, file in _files(folder).items()}})
 
 
 def damage(checkpoint: Path) -> str:
@@ -43,7 +43,7 @@ def _first_difference(expected: Mapping[str, Mapping[str, int | str]], files: Ma
     for name, written in expected.items():
         if name not in files:
             return f"{name} is missing"
-        found = _measured(files[name])
+        found = measured(files[name])
         if found["bytes"] != written["bytes"]:
             return f"{name} has {found['bytes']} bytes in place of {written['bytes']}"
         if found["sha256"] != written["sha256"]:
@@ -59,6 +59,7 @@ def _files(folder: Path) -> dict[str, Path]:
     }
 
 
-def _measured(file: Path) -> dict[str, int | str]:
+def measured(file: Path) -> dict[str, int | str]:
+    """Give a file's size and hash, as marks have them."""
     with file.open("rb") as opened:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}

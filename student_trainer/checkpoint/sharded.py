@@ -43,8 +43,8 @@ SHARDS = "shards"
 class ShardedCheckpoints:
     """Writes sharded checkpoints below a folder, one at a time, and keeps the newest `keep`. All workers make one."""
 
-    def __init__(self, folder: Path, group: Group, keep: int) -> None:
-        self._folder, self._group, self._keep = folder, group, keep
+    def __init__(self, folder: Path, group: Group, keep: int, published: Callable[[Path], None]) -> None:
+        self._folder, self._group, self._keep, self._published = folder, group, keep, published
         # Of its own, as steps use the other one meanwhile; on CPUs, as that is where copies are written from.
         self._peers = distributed.new_group(backend="gloo")
         self._writing: tuple[Future[Any], Path] | None = None
@@ -63,6 +63,7 @@ class ShardedCheckpoints:
             write_state(state, partial)
             take_place(partial, final, mark)
             keep_newest(final, self._keep)
+            self._published(final)
 
         tensors = {**_weights(student), **_states(student, optimizer)}
         writer = _Writer(partial / SHARDS, publish)

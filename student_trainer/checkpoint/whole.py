@@ -6,7 +6,7 @@ optimizer.pt    tensors and plain values, read with weights_only=True: nothing i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ class WholeCheckpoints:
     folder: Path
     group: Group
     keep: int
+    published: Callable[[Path], None]
 
     def save(self, student: PreTrainedModel, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
         """Write a checkpoint; see `Checkpoints`."""
@@ -41,6 +42,7 @@ class WholeCheckpoints:
             _save_optimizer(optimizer.state_dict(), partial / "optimizer.pt")
             write_state(state, partial)
         keep_newest(final, self.keep)
+        self.published(final)
 
     def wait(self) -> None:
         """Nothing: `save` returns when all is written."""

@@ -1,16 +1,15 @@
-"""`potstill evaluate RUN_DIR`: a student on the rows it never saw."""
+"""`potstill evaluate RUN`: a student on the rows it never saw."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 SUMMARY = "evaluate a student on held-out rows and evaluation corpora"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the folder of a run of `potstill train`")
+    parser.add_argument("run", metavar="RUN", help="the folder or URL of a run of `potstill train`")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -23,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
     from potstill.student_trainer.metrics.progress import nats
     from potstill.student_trainer.train.run import evaluate_run
 
-    found = evaluate_run(args.run_dir)
+    found = evaluate_run(args.run)
     if args.json:
         held_out = found.pop(HELD_OUT).to_json() if HELD_OUT in found else {}
         print(json.dumps(held_out | evaluations_to_json(found)))

@@ -29,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
     """Train until done or asked to stop. 0 when done; 128 + signal when stopped, with a checkpoint."""
     from rich.console import Console
 
+    from potstill.student_trainer.checkpoint.stored import bring_run
     from potstill.student_trainer.config import TrainConfig
     from potstill.student_trainer.evaluate.result import finished_before
     from potstill.student_trainer.launch.ending import tell_end
@@ -38,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     if args.no_ray:
         _check_alone(config)
 
+    bring_run(config)
     finished = finished_before(config)
     if finished is not None:
         print(f"finished before, at step {finished.step}; ask for more train.steps, or choose another --out")

@@ -5,14 +5,19 @@ Files are written under another name, flushed and renamed, so that a reader sees
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from potstill.cache.errors import FormatError, InvalidInput, NotFound, StoreError
+from potstill.cache.errors import FormatError, InvalidInput, NotFound, StoreError, Unavailable
 from potstill.cache.store.local_files import fsync
 from potstill.student_trainer.config import TrainConfig
 
+_LOCK_SECONDS = 5.0
+"""Workers that Ray replaces may take so many seconds to be gone."""
 PARTIAL = ".partial-"
 """Begins the name of a file or folder that is still being written."""
 
@@ -57,3 +62,30 @@ def write_lines(file: Path, lines: Sequence[str]) -> None:
         partial.replace(file)
     except OSError as error:
         raise StoreError(f"{str(file)!r} could not be written: {error}") from error
+
+
+@contextmanager
+def only_trainer(run_dir: Path) -> Iterator[None]:
+    """Keep other processes from training in the run's folder; the lock of a killed one is gone with it.
+
+    Raises:
+        Unavailable: another process trains there, and still does after some seconds.
+        StoreError: the folder cannot be made.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"train.out {str(run_dir)!r} cannot be made: {error}") from error
+    with (run_dir / ".lock").open("w") as file:
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise Unavailable(
+                        f"another process is training in {str(run_dir)!r}; wait for it, or stop it"
+                    ) from error
+                time.sleep(0.1)
+        yield

@@ -27,6 +27,8 @@ Relative paths are taken from the current folder, like those on the command line
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -102,8 +104,13 @@ class TrainConfig(Frozen):
 
     @property
     def run_dir(self) -> Path:
-        """`train.out` as a path."""
-        return Path(self.train.out)
+        """The run's folder; of a run in an object store, its copy on this machine."""
+        return local_copy(self.train.out) if self.in_store else Path(self.train.out)
+
+    @property
+    def in_store(self) -> bool:
+        """True where `train.out` is the URL of an object store."""
+        return "://" in self.train.out
 
     def absolute(self) -> TrainConfig:
         """A copy whose paths are absolute, for processes that start in another folder."""
@@ -113,13 +120,19 @@ class TrainConfig(Frozen):
             update={
                 "data": self.data.model_copy(update={"cache": _absolute(self.data.cache, always=True)}),
                 "student": student.model_copy(update=paths),
-                "train": self.train.model_copy(update={"out": str(self.run_dir.absolute())}),
+                "train": self.train.model_copy(update={"out": _absolute(self.train.out, always=True)}),
             }
         )
 
     def to_json(self) -> dict[str, JSON]:
         """A JSON object that `of` reads back to an equal config."""
         return self.model_dump(mode="json")
+
+
+def local_copy(url: str) -> Path:
+    """The folder that keeps a copy of the run at a URL: one of `$XDG_CACHE_HOME/potstill/runs`."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "potstill" / "runs" / hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
 
 
 def _one_line(error: ValidationError) -> str:

@@ -12,6 +12,7 @@ from typing import Literal
 
 from potstill.cache.errors import InvalidInput
 from potstill.cache.plurals import counted
+from potstill.student_trainer.config import TrainConfig
 
 _NAMED = 8
 
@@ -58,6 +59,19 @@ def place(nodes: Sequence[Node], workers: int, device: Literal["auto", "cpu", "g
     if not cpus:
         raise InvalidInput(f"{_told(nodes, workers)}: less than a CPU for each; lower train.workers, or add nodes")
     return Placement(cpus=cpus, gpu=False)
+
+
+def check_one_machine(config: TrainConfig, machines: int) -> None:
+    """Check that the workers of a run in an object store share the folder that is its copy.
+
+    Raises:
+        InvalidInput: they are on several machines.
+    """
+    if config.in_store and machines > 1:
+        raise InvalidInput(
+            f"train.out is {config.train.out!r}, but the workers are on {machines} machines, which share no copy of "
+            "it; set it to a folder that all of them see"
+        )
 
 
 def _told(nodes: Sequence[Node], workers: int) -> str:

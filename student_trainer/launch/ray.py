@@ -25,9 +25,10 @@ from potstill.cache.ray_folder import ray_folder
 from potstill.clients.address import API_KEY_VARIABLE
 from potstill.clients.patience import has_no_answer
 from potstill.student_trainer.checkpoint.folders import newest_checkpoint, step_of
+from potstill.student_trainer.checkpoint.stored import bring_run
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.evaluate.result import TrainResult, finished_before
-from potstill.student_trainer.launch.placement import Node, Placement, place
+from potstill.student_trainer.launch.placement import Node, Placement, check_one_machine, place
 from potstill.student_trainer.metrics.records import MetricsFollower, Record
 from potstill.student_trainer.parallel.fsdp import group_class
 from potstill.student_trainer.train.loop import run_session
@@ -61,6 +62,7 @@ def train_with_ray(
             the cluster has no place for them. Only what a restart may mend is tried again.
     """
     config = config.absolute()
+    bring_run(config)
     finished = finished_before(config)
     if finished is not None:
         return finished
@@ -152,6 +154,7 @@ def _placement(config: TrainConfig) -> Placement:
         for node in ray.nodes()
         if node["Alive"]
     ]
+    check_one_machine(config, len(nodes))
     return place(nodes, config.train.workers, config.train.device)
 
 

@@ -21,6 +21,7 @@ from potstill.cache.errors import InvalidInput, PotstillError
 from potstill.cache.plurals import counted
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.launch.ending import tell_end
+from potstill.student_trainer.launch.placement import check_one_machine
 from potstill.student_trainer.metrics.progress import showing
 from potstill.student_trainer.parallel.ddp import DdpGroup
 from potstill.student_trainer.parallel.fsdp import group_class
@@ -47,6 +48,7 @@ def _train(config: TrainConfig) -> int:
         raise InvalidInput("this process is no worker of torchrun; start it as `torchrun -m` and the module's name")
     value = config.model_dump()
     config = TrainConfig.of({**value, "train": {**value["train"], "workers": int(os.environ["WORLD_SIZE"])}})
+    check_one_machine(config, int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"]))
     device = device_for(config.train.device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

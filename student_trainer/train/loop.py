@@ -28,12 +28,13 @@ import torch
 from potstill.cache.errors import PotstillError, Unavailable
 from potstill.cache.plurals import counted
 from potstill.clients.patience import Patience, has_no_answer
-from potstill.student_trainer.checkpoint.checkpoints import checkpoints_of, load_model, load_optimizer
+from potstill.student_trainer.checkpoint.checkpoints import Checkpoints, checkpoints_of, load_model, load_optimizer
 from potstill.student_trainer.checkpoint.export import publish_model
 from potstill.student_trainer.checkpoint.folders import agreed_checkpoint, step_of
 from potstill.student_trainer.checkpoint.format import TrainState, load_state
+from potstill.student_trainer.checkpoint.stored import bring_run, stored_run
 from potstill.student_trainer.config import TrainConfig
-from potstill.student_trainer.config.run_folder import write_json
+from potstill.student_trainer.config.run_folder import only_trainer, write_json
 from potstill.student_trainer.data.steps import StepStream
 from potstill.student_trainer.evaluate.result import (
     HELD_OUT,
@@ -52,7 +53,7 @@ from potstill.student_trainer.parallel.group import Group, device_for
 from potstill.student_trainer.train.learner import Learner
 from potstill.student_trainer.train.optimizer import warn_of_jump
 from potstill.student_trainer.train.rollback import Spike, SpikeWatch, skip
-from potstill.student_trainer.train.run import OpenRun, evaluate_on_all, only_trainer, open_run
+from potstill.student_trainer.train.run import OpenRun, evaluate_on_all, open_run
 
 _CLOSE_SECONDS = 5.0
 _LOG = logging.getLogger(__name__)
@@ -85,6 +86,9 @@ def train(
         PotstillError: whatever reading rows and targets raises.
     """
     group = group or Group(device=device_for(config.train.device))
+    if group.rank == 0:
+        bring_run(config)
+    group.barrier()
 
     def begin(step: int) -> None:
         on_begin(step)
@@ -132,7 +136,7 @@ def run_session(
             try:
                 return session.run_to_end(should_stop, back_from=spike)
             except Spike as error:
-                run = replace(run, order=skip(config.train, run.order, error, group))
+                run = replace(run, order=skip(config, run.order, error, group))
                 spike = error.with_traceback(None)
             del session  # with its student, before that of the next one is loaded
 
@@ -191,16 +195,22 @@ class _Session:
         )
         if checkpoint is not None:
             load_optimizer(checkpoint, student, self.learner.optimizer, group)
-        self.checkpoints = checkpoints_of(config.run_dir / "checkpoints", group, config.train.keep_checkpoints)
+        self.stored = stored_run(config) if group.rank == 0 else None
+        self.checkpoints = self._checkpoints()
         self.writer: MetricsWriter | None = None
         if group.rank == 0:
             (config.run_dir / SUMMARY).unlink(missing_ok=True)  # the run goes on: it no longer ends there
             # Before its first checkpoint a run begins anew, with all of its records.
             after = -1 if state is None else state.step
             self.writer = MetricsWriter(config.run_dir, open_trackers(config, step=after), step=after)
-        self.spikes = SpikeWatch(config.train, group, step=self.step)
+        self.spikes = SpikeWatch(config, group, step=self.step)
         # On the monotonic clock, less what earlier sessions took.
         self.began = time.monotonic() - (0.0 if state is None else state.seconds)
+
+    def _checkpoints(self) -> Checkpoints:
+        published = (lambda _: None) if self.stored is None else self.stored.put_checkpoint
+        keep = self.config.train.keep_checkpoints
+        return checkpoints_of(self.config.run_dir / "checkpoints", self.group, keep, published)
 
     @property
     def seconds(self) -> float:
@@ -278,6 +288,8 @@ class _Session:
             dtype = self.config.train.save_dtype or self.stored_dtype
             publish_model(self.config.run_dir / "model", student, self.opened.corpus, dtype)
             write_json(result.run_dir / SUMMARY, result.to_json())
+            if self.stored is not None:
+                self.stored.put_result(self.step)
         self.group.barrier()
         return result
 

@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 
 from potstill.cache.errors import FormatError, InvalidInput
+from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.config.run_folder import write_json
 from potstill.student_trainer.data.mixture import MixtureOrder
 from potstill.student_trainer.metrics.records import read_metrics
 from potstill.student_trainer.parallel.group import Group
-from potstill.student_trainer.train.settings import LoopConfig
 
 MOST_ROLLBACKS = 10
 """Rollbacks of a run; one that needs more does not suffer from single batches."""
@@ -54,12 +54,12 @@ class Skipped:
 class SpikeWatch:
     """Compares each step's loss with those before it; rank 0 decides for all workers."""
 
-    def __init__(self, config: LoopConfig, group: Group, *, step: int) -> None:
+    def __init__(self, config: TrainConfig, group: Group, *, step: int) -> None:
         """Begin after `step` steps, whose losses are in the run's records."""
-        self._most, self._group = config.rollback_over, group
-        self._losses: deque[float] = deque(maxlen=config.rollback_window)
+        self._most, self._group = config.train.rollback_over, group
+        self._losses: deque[float] = deque(maxlen=config.train.rollback_window)
         if self._most is not None and group.rank == 0:
-            records = read_metrics(Path(config.out))
+            records = read_metrics(config.run_dir)
             self._losses.extend(each["loss"] for each in records if "loss" in each and each["step"] <= step)
 
     def check(self, step: int, loss: float) -> None:
@@ -96,7 +96,7 @@ def read_skipped(run_dir: Path) -> list[Skipped]:
         raise FormatError(f"{str(file)!r} cannot be read: {error}") from error
 
 
-def skip(config: LoopConfig, order: MixtureOrder, spike: Spike, group: Group) -> MixtureOrder:
+def skip(config: TrainConfig, order: MixtureOrder, spike: Spike, group: Group) -> MixtureOrder:
     """Leave out the batch of a spike: give the order without it, and on rank 0 write it down.
 
     Raises:
@@ -110,8 +110,7 @@ def skip(config: LoopConfig, order: MixtureOrder, spike: Spike, group: Group) ->
     rows = order.rank_slice(spike.step - 1, 0, 1).tolist()
     found = Skipped(batch=order.batch(spike.step - 1), step=spike.step, told=spike.told, rows=rows)
     if group.rank == 0:
-        run_dir = Path(config.out)
-        write_json(_file(run_dir), [asdict(each) for each in [*read_skipped(run_dir), found]])
+        write_json(_file(config.run_dir), [asdict(each) for each in [*read_skipped(config.run_dir), found]])
     return replace(order, skipped=(*order.skipped, found.batch))
 
 

@@ -7,14 +7,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,13 +21,14 @@ from torch import nn
 
 from potstill.cache.cache import Cache
 from potstill.cache.corpus import Corpus
-from potstill.cache.errors import CorruptSegment, InvalidInput, NotFound, StoreError, Unavailable, UnknownTeacher
+from potstill.cache.errors import CorruptSegment, InvalidInput, NotFound, UnknownTeacher
 from potstill.cache.types import TeacherIdentity
 from potstill.clients.http_targets import HttpCache
 from potstill.clients.patience import Patience
 from potstill.student_trainer.checkpoint.checkpoints import load_model
 from potstill.student_trainer.checkpoint.folders import newest_checkpoint
 from potstill.student_trainer.checkpoint.format import load_state
+from potstill.student_trainer.checkpoint.stored import StoredRun
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.config.run_folder import read_config
 from potstill.student_trainer.data import BatchReader
@@ -46,9 +46,6 @@ from potstill.student_trainer.evaluate.student import batches_of, evaluate_stude
 from potstill.student_trainer.models.build import load_student
 from potstill.student_trainer.parallel.group import Group, device_for
 from potstill.student_trainer.train.rollback import read_skipped
-
-_LOCK_SECONDS = 5.0
-"""Workers that Ray replaces may take so many seconds to be gone."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -236,33 +233,6 @@ def _has_targets(cache: Cache | HttpCache, teacher: TeacherConfig, corpus: Corpu
     return True
 
 
-@contextmanager
-def only_trainer(run_dir: Path) -> Iterator[None]:
-    """Keep other processes from training in the run's folder; the lock of a killed one is gone with it.
-
-    Raises:
-        Unavailable: another process trains there, and still does after some seconds.
-        StoreError: the folder cannot be made.
-    """
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StoreError(f"train.out {str(run_dir)!r} cannot be made: {error}") from error
-    with (run_dir / ".lock").open("w") as file:
-        deadline = time.monotonic() + _LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() > deadline:
-                    raise Unavailable(
-                        f"another process is training in {str(run_dir)!r}; wait for it, or stop it"
-                    ) from error
-                time.sleep(0.1)
-        yield
-
-
 def _rows_with_targets(reader: BatchReader) -> NDArray[np.int64]:
     rows = np.arange(len(reader.corpus), dtype=np.int64)
     corpora = reader.corpus.corpora if isinstance(reader.corpus, JoinedCorpora) else (reader.corpus,)
@@ -286,8 +256,11 @@ def evaluate_on_all(
     }
 
 
-def evaluate_run(run_dir: Path) -> dict[str, Evaluation]:
+def evaluate_run(run: Path | str) -> dict[str, Evaluation]:
     """Evaluate a run's final model, or its newest checkpoint, as the run itself does at its end.
+
+    Args:
+        run: its folder, or its URL in an object store.
 
     Returns:
         As `evaluate_on_all`; at least one.
@@ -297,6 +270,14 @@ def evaluate_run(run_dir: Path) -> dict[str, Evaluation]:
         SpecMismatch: an earlier version chose other rows, so that these were trained on.
         PotstillError: whatever opening the cache or the teachers raises.
     """
+    if "://" not in str(run):
+        return _evaluate_folder(Path(run))
+    with TemporaryDirectory(prefix="potstill-run-") as folder:
+        StoredRun.open(str(run), Path(folder), write=False).bring()
+        return _evaluate_folder(Path(folder))
+
+
+def _evaluate_folder(run_dir: Path) -> dict[str, Evaluation]:
     config = read_config(run_dir)
     # A run that goes on after it was finished has newer checkpoints than its model.
     finished = finished_result(config) is not None and (run_dir / "model").exists()

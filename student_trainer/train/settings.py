@@ -14,7 +14,7 @@ class LoopConfig(LossConfig):
     """Settings of the training loop. Lengths are in steps, batches in rows."""
 
     out: str = Field(min_length=1)
-    """The run's folder; all workers must see the same one."""
+    """The run's folder, which all workers must see; or its URL in an object store, for workers on one machine."""
     steps: Count
     """Optimizer steps; a longer run may go on from a shorter one."""
     batch_rows: Count = 32

@@ -24,13 +24,14 @@ from potstill.cache.errors import (
 )
 from potstill.student_trainer.checkpoint.folders import newest_checkpoint
 from potstill.student_trainer.config import TrainConfig
+from potstill.student_trainer.config.run_folder import only_trainer
 from potstill.student_trainer.data import BatchReader
 from potstill.student_trainer.evaluate.result import HELD_OUT, TrainResult
 from potstill.student_trainer.evaluate.student import evaluate_student
 from potstill.student_trainer.metrics.records import MetricsFollower, Record, read_metrics
 from potstill.student_trainer.models.build import build_student, load_student
 from potstill.student_trainer.train.loop import train
-from potstill.student_trainer.train.run import evaluate_run, only_trainer
+from potstill.student_trainer.train.run import evaluate_run
 from tests.support.fakes import FakeTeacher
 from tests.support.processes.servers import hosted, serving_teachers
 from tests.support.tiny_runs import STUDENT, VOCAB, config_of, fake_teacher, fill, unhashed, without_times, write_cache
@@ -294,7 +295,7 @@ def test_another_teacher_under_the_same_name_is_refused(root: Path, tmp_path: Pa
 
 
 def test_two_trainers_in_one_folder(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("potstill.student_trainer.train.run._LOCK_SECONDS", 0.2)
+    monkeypatch.setattr("potstill.student_trainer.config.run_folder._LOCK_SECONDS", 0.2)
     config = config_of(root, tmp_path / "run")
     (tmp_path / "run").mkdir()
     with only_trainer(tmp_path / "run"), pytest.raises(Unavailable, match="another process is training"):
