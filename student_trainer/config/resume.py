@@ -27,6 +27,7 @@ FREE_ON_RESUME = frozenset(
         "train.device",
         "train.parallel",
         "train.activation_checkpointing",
+        "train.compile",
         "train.max_failures",
         "train.rollback_over",
         "train.rollback_window",

@@ -35,7 +35,7 @@ class FsdpGroup(DdpGroup):
     def wrap(self, model: nn.Module) -> nn.Module:
         """Shard the model in place, layer by layer, onto the device; gradients come *averaged*."""
         mesh = init_device_mesh(self.device.type, (self.world_size,))
-        for layer in _layers(model):
+        for layer in repeated_layers(model):
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
         return model
@@ -80,13 +80,13 @@ class FsdpGroup(DdpGroup):
         return whole.cpu() if self.rank == 0 else whole[:0]
 
 
-def _layers(model: nn.Module) -> Iterator[nn.Module]:
+def repeated_layers(model: nn.Module) -> Iterator[nn.Module]:
     """The modules that repeat: those in lists which are in no such list themselves."""
     for child in model.children():
         if isinstance(child, nn.ModuleList):
             yield from child
         else:
-            yield from _layers(child)
+            yield from repeated_layers(child)
 
 
 def _part(value: Any, parameter: Tensor) -> Any:

@@ -29,6 +29,7 @@ from potstill.student_trainer.losses.mix import alpha_at
 from potstill.student_trainer.losses.objective import Objective
 from potstill.student_trainer.losses.targets import TeacherTargets
 from potstill.student_trainer.losses.weighting import weighted
+from potstill.student_trainer.models.compiled import compile_layers
 from potstill.student_trainer.models.distilled import Distilled
 from potstill.student_trainer.models.router import RouterLoss, router_loss_of
 from potstill.student_trainer.parallel.activation import compute_again
@@ -209,6 +210,8 @@ def _with_loss(student: PreTrainedModel, config: TrainConfig, group: Group) -> n
     """Join a student with its loss, for all workers."""
     loop = config.train
     distilled = Distilled(student, loop.dtype, Objective(loop.loss, loop.jsd_beta, loop.temperature))
+    if loop.compile:
+        compile_layers(student, group.device)
     if not group.in_step:
         return group.wrap(distilled)
     # The student is what is shared, as evaluations pass by its loss; the fused layer takes it apart.

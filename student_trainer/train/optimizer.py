@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -64,10 +65,22 @@ def warn_of_jump(config: TrainConfig, step: int) -> None:
 
 
 def make_optimizer(student: nn.Module, config: LoopConfig) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters; weight decay on matrices, not on norms and biases."""
+    """AdamW over the trainable parameters; weight decay on matrices, not on norms and biases.
+
+    On a GPU it is the fused one, whatever the optimizer was whose state it gets. That was not run on one.
+    """
     parameters = [p for p in student.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr, betas=config.betas)
+    fused = all(p.device.type == "cuda" for p in parameters) or None
+    there = [group for group in groups if group["params"]]
+    optimizer = torch.optim.AdamW(there, lr=config.lr, betas=config.betas, fused=fused)
+
+    def stay(_: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        # Of a device, not of a run: a state brings along how its own optimizer computed.
+        return {**state, "param_groups": [{**group, "fused": fused} for group in state["param_groups"]]}
+
+    optimizer.register_load_state_dict_pre_hook(stay)
+    return optimizer
