@@ -82,7 +82,7 @@ def _check_not_one_of_many() -> None:
 def _check_alone(config: TrainConfig) -> None:
     from potstill.cache.errors import InvalidInput
 
-    if config.train.workers > 1:
+    if config.train.workers_range[0] > 1:
         raise InvalidInput(f"train.workers is {config.train.workers}, but --no-ray trains with 1; set it to 1")
     if config.train.parallel == "fsdp":
         raise InvalidInput('train.parallel is "fsdp", but --no-ray trains with 1 worker; leave it out')

@@ -29,6 +29,8 @@ FREE_ON_RESUME = frozenset(
         "train.activation_checkpointing",
         "train.compile",
         "train.max_failures",
+        "train.max_preemptions",
+        "train.worker_runtime_env",
         "train.rollback_over",
         "train.rollback_window",
         "train.trackers",
@@ -48,9 +50,15 @@ def check_continues(config: TrainConfig, before: TrainConfig) -> None:
     ours, theirs = dict(leaves(config.to_json())), dict(leaves(before.to_json()))
     for key in sorted(ours.keys() | theirs.keys()):
         name = ".".join(part for part in key.split(".") if not part.isdigit())
-        if name not in FREE_ON_RESUME and ours.get(key) != theirs.get(key):
+        if not _is_free(name) and ours.get(key) != theirs.get(key):
             now, then = (repr(each[key]) if key in each else "not there" for each in (ours, theirs))
             raise SpecMismatch(
                 f"{key} is {now}, but it was {then} when the run in {config.train.out!r} was started; change it "
                 "back, or choose another train.out"
             )
+
+
+def _is_free(name: str) -> bool:
+    """Tell whether a key may change, or what it is in."""
+    parts = name.split(".")
+    return any(".".join(parts[:n]) in FREE_ON_RESUME for n in range(1, len(parts) + 1))

@@ -7,6 +7,7 @@ be placed is refused here: Ray would wait for it, silently and for ever.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,6 +60,18 @@ def place(nodes: Sequence[Node], workers: int, device: Literal["auto", "cpu", "g
     if not cpus:
         raise InvalidInput(f"{_told(nodes, workers)}: less than a CPU for each; lower train.workers, or add nodes")
     return Placement(cpus=cpus, gpu=False)
+
+
+def place_some(nodes: Sequence[Node], workers: tuple[int, int], device: Literal["auto", "cpu", "gpu"]) -> Placement:
+    """Choose the resources of each of as many workers as fit on the nodes, from the least to the most.
+
+    Raises:
+        InvalidInput: not even the least fit in any way.
+    """
+    for number in range(workers[1], workers[0], -1):
+        with suppress(InvalidInput):
+            return place(nodes, number, device)
+    return place(nodes, workers[0], device)
 
 
 def check_one_machine(config: TrainConfig, machines: int) -> None:

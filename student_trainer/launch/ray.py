@@ -28,7 +28,7 @@ from potstill.student_trainer.checkpoint.folders import newest_checkpoint, step_
 from potstill.student_trainer.checkpoint.stored import bring_run
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.evaluate.result import TrainResult, finished_before
-from potstill.student_trainer.launch.placement import Node, Placement, check_one_machine, place
+from potstill.student_trainer.launch.placement import Node, Placement, check_one_machine, place_some
 from potstill.student_trainer.metrics.records import MetricsFollower, Record
 from potstill.student_trainer.parallel.fsdp import group_class
 from potstill.student_trainer.train.loop import run_session
@@ -76,7 +76,7 @@ def train_with_ray(
     on_begin(begun)
     warn_of_jump(config, begun)
     follower = MetricsFollower(config.run_dir, after_step=begun)
-    with _ray(address, config.train.workers):
+    with _ray(address, config.train.workers_range[1]):
         trainer = _trainer(config, begun)
         fit: Future[TrainResult] = Future()
         # In the main thread `fit` would take over Ctrl-C and abort without a checkpoint.
@@ -135,7 +135,8 @@ def _training(keys: Mapping[str, str]) -> Callable[[Mapping[str, Any]], TrainRes
         group = group_class(config.train.parallel)(device=device, rank=rank, world_size=size)
         stop_file = config.run_dir / _STOP_FILE
         # An error would have Ray start the workers again, to find no service either. The driver has read the newest.
-        return run_session(config, group, should_stop=stop_file.exists, good=arguments["good"])
+        good, report = arguments["good"], ray.train.report
+        return run_session(config, group, should_stop=stop_file.exists, on_evaluation=report, good=good)
 
     return worker
 
@@ -155,24 +156,31 @@ def _placement(config: TrainConfig) -> Placement:
         if node["Alive"]
     ]
     check_one_machine(config, len(nodes))
-    return place(nodes, config.train.workers, config.train.device)
+    return place_some(nodes, config.train.workers_range, config.train.device)
 
 
 def _trainer(config: TrainConfig, good: int) -> ray.train.torch.TorchTrainer:
     placement = _placement(config)
     # Ray gives a worker as many torch threads as CPUs, and by default one.
     resources = {"CPU": placement.cpus, **({"GPU": 1} if placement.gpu else {})}
+    loop = config.train
+    # Ray is given no checkpoints, only evaluations: it would copy them, or take them out of our hands.
+    failures = ray.train.FailureConfig(
+        max_failures=loop.max_failures,
+        max_preemption_failures=-1 if loop.max_preemptions is None else loop.max_preemptions,
+    )
     return ray.train.torch.TorchTrainer(
         _training(_keys(config)),
         train_loop_config={"config": config.to_json(), "good": good},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.train.workers, use_gpu=placement.gpu, resources_per_worker=resources
+            num_workers=loop.workers, use_gpu=placement.gpu, resources_per_worker=resources
         ),
         run_config=ray.train.RunConfig(
             name=f"session-{uuid.uuid4().hex[:8]}",
             storage_path=str(config.run_dir / "ray"),
-            failure_config=ray.train.FailureConfig(max_failures=config.train.max_failures),
+            failure_config=failures,
             callbacks=[_EndOnOurErrors()],
+            worker_runtime_env=loop.worker_runtime_env,
         ),
     )
 

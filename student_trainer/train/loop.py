@@ -22,8 +22,10 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from potstill.cache.errors import PotstillError, Unavailable
 from potstill.cache.plurals import counted
@@ -107,11 +109,13 @@ def run_session(
     should_stop: Callable[[], bool],
     on_record: Callable[[Record], None] = lambda _: None,
     on_begin: Callable[[int], None] = lambda _: None,
+    on_evaluation: Callable[[dict[str, Any]], None] = lambda _: None,
     good: int = -1,
 ) -> TrainResult:
     """Train like `train`, but return a result with a `problem` where a service does not answer.
 
-    `good` is the step of a checkpoint that the caller has compared with its hashes.
+    `good` is the step of a checkpoint that the caller has compared with its hashes; `on_evaluation` is called on every
+    worker with the record of each.
     """
     config = config.absolute()
     finished = finished_before(config)
@@ -130,7 +134,7 @@ def run_session(
         spike: Spike | None = None
         while True:
             checkpoint = agreed_checkpoint(config.run_dir, group, good=good)
-            session = _Session(config, group, run, checkpoint, on_record)
+            session = _Session(config, group, run, checkpoint, on_record, on_evaluation)
             if session.writer is not None and spike is None:
                 on_begin(step_of(checkpoint))
             try:
@@ -153,6 +157,29 @@ def _require_same_order(run: OpenRun, group: Group) -> None:
         raise Unavailable("the workers found different shards without targets, as some are being filled; start again")
 
 
+def _student(
+    config: TrainConfig, run: OpenRun, checkpoint: Path | None, state: TrainState | None
+) -> tuple[PreTrainedModel, str]:
+    """Load the student of a checkpoint that fits the run, or build a new one; and the dtype in which it is published.
+
+    Raises:
+        SpecMismatch, InvalidInput: the checkpoint is of another run.
+    """
+    if checkpoint is None or state is None:
+        return build_student(
+            config.student,
+            seed=config.train.seed,
+            vocab_size=run.vocab_size,
+            row_tokens=run.row_tokens,
+            special_ids=special_ids(run.corpus),
+        )
+    state.check_same(run.fingerprint, run.teachers, run.held)
+    state.check_rows(run.left_out, run.reader.prefix)
+    state.check_lacking(run.lacking)
+    state.check_steps(config.train)
+    return load_model(checkpoint), state.stored_dtype
+
+
 class _Session:
     """One process's part of a run, from a start or resume to the end or the next stop."""
 
@@ -163,28 +190,17 @@ class _Session:
         run: OpenRun,
         checkpoint: Path | None,
         on_record: Callable[[Record], None],
+        on_evaluation: Callable[[dict[str, Any]], None],
     ) -> None:
         """Start at a checkpoint, or with a new student."""
-        self.config, self.group, self.opened, self.on_record = config, group, run, on_record
+        self.config, self.group, self.opened = config, group, run
+        self.on_record, self.on_evaluation = on_record, on_evaluation
         state = None if checkpoint is None else load_state(checkpoint)
         self.step = 0 if state is None else state.step
         self.saved = -1 if state is None else state.step
         """The step of the newest checkpoint."""
         self.tokens = 0 if state is None else state.tokens
-        if checkpoint is None or state is None:
-            student, self.stored_dtype = build_student(
-                config.student,
-                seed=config.train.seed,
-                vocab_size=run.vocab_size,
-                row_tokens=run.row_tokens,
-                special_ids=special_ids(run.corpus),
-            )
-        else:
-            state.check_same(run.fingerprint, run.teachers, run.held)
-            state.check_rows(run.left_out, run.reader.prefix)
-            state.check_lacking(run.lacking)
-            state.check_steps(config.train)
-            student, self.stored_dtype = load_model(checkpoint), state.stored_dtype
+        student, self.stored_dtype = _student(config, run, checkpoint, state)
         self.learner = Learner.of(config, group, run, student)
         self.speed = Speed.of(
             student,
@@ -317,7 +333,9 @@ class _Session:
     def _evaluate(self) -> dict[str, Evaluation]:
         found = evaluate_on_all(self.learner.student, self.opened, self.config, self.group)
         if found:
-            self._record({"step": self.step, **evaluations_to_json(found)})
+            record = {"step": self.step, **evaluations_to_json(found)}
+            self._record(record)
+            self.on_evaluation(record)
         return found
 
     def _record(self, record: Record) -> None:

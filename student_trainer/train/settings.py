@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from potstill.student_trainer.losses.settings import LossConfig
 from potstill.student_trainer.settings import Count
+
+
+def _workers(value: Any) -> Any:
+    numbers = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
+    if not all(type(number) is int and number > 0 for number in numbers):
+        raise ValueError("it is neither a whole number above 0 nor two of them, [least, most]")
+    return value
 
 
 class LoopConfig(LossConfig):
@@ -56,8 +63,8 @@ class LoopConfig(LossConfig):
     """Precision of the forward pass; weights and optimizer stay float32."""
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Precision of the published model; by default that of `student.checkpoint`, or float32 for random weights."""
-    workers: Count = 1
-    """Ray workers, each on a `device` of its own."""
+    workers: Annotated[int | tuple[int, int], BeforeValidator(_workers)] = 1
+    """Ray workers, each on a `device` of its own; `[least, most]` trains with as many as have a place at the time."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """`gpu` is one GPU for each worker, or a refusal; `auto` is `gpu` where there are GPUs, and `cpu` elsewhere."""
     activation_checkpointing: bool = False
@@ -72,11 +79,24 @@ class LoopConfig(LossConfig):
     """Operations a second of one device at its best, for `mfu`; by default known for some GPUs in bfloat16."""
     max_failures: Annotated[int, Field(ge=0, strict=True)] = 3
     """Number of times that killed workers are started again from the newest checkpoint; a bad setting ends the run."""
+    max_preemptions: Annotated[int, Field(ge=0, strict=True)] | None = None
+    """The same where Ray says that a node was taken away, which is counted by itself; by default without end."""
+    worker_runtime_env: dict[str, Any] = Field(default_factory=dict)
+    """Ray's, for the workers, like `{ env_vars = { NCCL_DEBUG = "INFO" } }`; no place for keys, as Ray logs it."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.rollback_over is None and self.rollback_window != LoopConfig.model_fields["rollback_window"].default:
             raise ValueError(f"rollback_window is {self.rollback_window}, but there is no rollback_over; leave it out")
-        if self.batch_rows < self.workers:
-            raise ValueError(f"batch_rows {self.batch_rows} is less than one row for each of {self.workers} workers")
+        if self.workers_range[0] > self.workers_range[1]:
+            raise ValueError(f"workers {list(self.workers_range)} are not the least and the most; turn them round")
+        if self.batch_rows < self.workers_range[1]:
+            raise ValueError(
+                f"batch_rows {self.batch_rows} is less than one row for each of {self.workers_range[1]} workers"
+            )
         return self
+
+    @property
+    def workers_range(self) -> tuple[int, int]:
+        """The least and the most workers."""
+        return (self.workers, self.workers) if isinstance(self.workers, int) else self.workers

@@ -70,6 +70,10 @@ def test_folders_become_absolute_and_names_do_not(tmp_path: Path, monkeypatch: p
         ({"train": {"lr": float("nan")}}, r"^train\.lr is nan"),
         ({"train": {"schedule": "linear"}}, r"^train\.schedule is 'linear'"),
         ({"train": {"workers": 9}}, r"batch_rows 8 is less than one row for each of 9 workers"),
+        ({"train": {"workers": 0}}, r"^train\.workers is 0: it is neither a whole number above 0 nor two of them"),
+        ({"train": {"workers": [0, 2]}}, r"^train\.workers is \[0, 2\]: it is neither"),
+        ({"train": {"workers": [3, 1]}}, r"workers \[3, 1\] are not the least and the most; turn them round"),
+        ({"train": {"workers": [1, 9]}}, r"batch_rows 8 is less than one row for each of 9 workers"),
         ({"data": {"held_out": 1.5}}, r"whole number of rows, or a share below 1"),
         ({"data": {"held_out": -1}}, r"^data\.held_out"),
         ({"teachers": []}, r"train\.alpha is 0\.5 but there is no teacher"),
@@ -108,6 +112,7 @@ def test_a_run_goes_on_under_what_does_not_change_it() -> None:
     changed = {"steps": 99, "checkpoint_every": 1, "workers": 2, "micro_batch_rows": 1}
     moved = config_of(Path("/moved"), Path("/moved"), train={**changed, "out": "/moved"})
     check_continues(moved, before)
+    check_continues(before, config_of(ROOT, OUT, train={"workers": [1, 3], "worker_runtime_env": {"env_vars": {}}}))
     assert {name: getattr(moved.train, name) for name in changed} == changed
     with pytest.raises(SpecMismatch, match=r"^train\.lr"):
         check_continues(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from potstill.cache.errors import InvalidInput
-from potstill.student_trainer.launch.placement import Node, Placement, place
+from potstill.student_trainer.launch.placement import Node, Placement, place, place_some
 
 
 def nodes(*cpus: float, gpus: float = 0) -> list[Node]:
@@ -56,3 +56,10 @@ def test_what_has_no_place_is_told_in_one_line(cpus: tuple[float, ...], workers:
 def test_of_many_nodes_some_are_named() -> None:
     with pytest.raises(InvalidInput, match="node-7 1 CPUs and 0 GPUs and 12 more"):
         place(nodes(*[1.0] * 20), 21, "auto")
+
+
+def test_as_many_as_fit_have_a_place() -> None:
+    assert place_some(nodes(1, 1, 2), (1, 5), "cpu") == place(nodes(1, 1, 2), 4, "cpu")
+    assert place_some(nodes(4, 4), (1, 2), "cpu") == Placement(cpus=4, gpu=False)
+    with pytest.raises(InvalidInput, match="^3 workers cannot be placed"):
+        place_some(nodes(1, 1), (3, 5), "cpu")
