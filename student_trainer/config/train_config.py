@@ -38,7 +38,7 @@ from pydantic import BaseModel, ValidationError, model_validator
 from potstill.cache.errors import InvalidInput
 from potstill.cache.named_files import read_toml
 from potstill.cache.types import JSON
-from potstill.student_trainer.data.settings import CorpusConfig, DataConfig, TeacherConfig
+from potstill.student_trainer.data.settings import CorpusConfig, DataConfig, TeacherConfig, weights_at
 from potstill.student_trainer.models.settings import StudentConfig
 from potstill.student_trainer.settings import Frozen
 from potstill.student_trainer.train.settings import LoopConfig
@@ -62,6 +62,13 @@ class TrainConfig(Frozen):
             raise ValueError(
                 f"data.missing is {self.data.missing!r}, but no teacher is read from a cache; leave it out"
             )
+        if self.train.dense and (cut := [teacher for teacher in self.teachers if teacher.k is not None]):
+            raise ValueError(
+                f"train.dense takes all ids, but teachers.k is {cut[0].k} for {cut[0].name!r}; leave it out"
+            )
+        for step in sorted({step for teacher in self.teachers for step, _ in teacher.points}):
+            if not any(self._weights_at(step)):
+                raise ValueError(f"the weights of all teachers are 0 at step {step}")
         names = [teacher.name for teacher in self.teachers]
         if len(set(names)) != len(names):
             raise ValueError("teachers must have different names")
@@ -96,11 +103,13 @@ class TrainConfig(Frozen):
             value["train"]["out"] = out
         return cls.of(value)
 
-    @property
-    def weights(self) -> tuple[float, ...]:
-        """The teachers' weights, summing to 1."""
-        total = sum(teacher.weight for teacher in self.teachers)
-        return tuple(teacher.weight / total for teacher in self.teachers)
+    def weights(self, step: int = 0) -> tuple[float, ...]:
+        """The teachers' weights, summing to 1, of the step that follows `step` steps."""
+        found = self._weights_at(step)
+        return tuple(weight / sum(found) for weight in found)
+
+    def _weights_at(self, step: int) -> list[float]:
+        return [float(weights_at(teacher.points, [step])[0]) for teacher in self.teachers]
 
     @property
     def run_dir(self) -> Path:

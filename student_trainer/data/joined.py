@@ -110,7 +110,8 @@ class JoinedCorpora:
         held = "; ".join(dict.fromkeys(part.held for part in parts))
         stored = all(part.stored for part in parts)
         read, normalised = partial(self._read, tuple(parts)), all(part.normalised for part in parts)
-        return TargetSource(first.name, first.identity, held, read, stored=stored, normalised=normalised)
+        top_k = all(part.top_k for part in parts)
+        return TargetSource(first.name, first.identity, held, read, stored=stored, normalised=normalised, top_k=top_k)
 
     def _read(self, parts: Sequence[TargetSource], rows: Sequence[int], tokens: Sequence[Tokens]) -> list[Targets]:
         return self._gathered(rows, lambda m, at, own: parts[m].read(own, [tokens[i] for i in at]))

@@ -20,7 +20,11 @@ def needed_of_cache(name: str, k: int, held: Fields, loss: LossConfig) -> Fields
     """
     if _draws(loss) and not held.draws:
         raise _lacking(f"train.loss {loss.loss!r} needs draws", name, "--top-k 0 --draws 50")
-    if loss.temperature != 1.0 and loss.temperature not in held.temperatures:
+    if loss.dense and not held.dense:
+        raise _lacking("train.dense needs the logprobs of all ids", name, "--top-k 0 --dense")
+    if loss.weighting == "label" and not k:
+        raise _lacking("train.weighting 'label' needs logprobs of labels", name, "--top-k 64")
+    if _needs_log_z(loss) and loss.temperature not in held.temperatures:
         kept = f", only at {', '.join(f'{t:g}' for t in held.temperatures)}" if held.temperatures else ""
         told = f"train.temperature {loss.temperature:g} needs log Z at it"
         raise _lacking(told, name, f"--top-k 0 --temperatures {loss.temperature:g}", kept)
@@ -30,8 +34,9 @@ def needed_of_cache(name: str, k: int, held: Fields, loss: LossConfig) -> Fields
         k=k,
         draws=held.draws if _draws(loss) else 0,
         seed=held.seed if _draws(loss) else 0,
-        temperatures=held.temperatures if loss.temperature != 1.0 else (),
+        temperatures=held.temperatures if _needs_log_z(loss) else (),
         entropy=loss.weighting == "entropy",
+        dense=loss.dense,
     )
 
 
@@ -48,14 +53,20 @@ def needed_of_service(name: str, k: int, loss: LossConfig) -> Fields:
         )
     return Fields(
         k=k,
-        temperatures=(loss.temperature,) if loss.temperature != 1.0 else (),
+        temperatures=(loss.temperature,) if _needs_log_z(loss) else (),
         entropy=loss.weighting == "entropy",
+        dense=loss.dense,
     )
 
 
 def for_student(answer: Targets, fields: Fields, loss: LossConfig, other: UnsharedIds | None, no_id: int) -> Targets:
-    """Keep of log Z the run's temperature, and put `no_id` for ids that are another token to the student."""
-    if answer.log_z is not None:
+    """Keep what the loss takes, and put `no_id` for ids that are another token to the student.
+
+    Of log Z that is the run's temperature. A dense answer becomes a top-k of all ids.
+    """
+    if loss.dense:
+        answer = _of_all_ids(answer, loss.temperature)
+    elif answer.log_z is not None:
         at = fields.temperatures.index(loss.temperature)
         answer = replace(answer, log_z=answer.log_z[:, at : at + 1])
     if not other:
@@ -64,6 +75,22 @@ def for_student(answer: Targets, fields: Fields, loss: LossConfig, other: Unshar
     if draws is not None:
         draws = replace(draws, ids=np.where(other.holds(draws.ids), np.uint32(no_id), draws.ids))
     return replace(answer, ids=np.where(other.holds(answer.ids), np.uint32(no_id), answer.ids), draws=draws)
+
+
+def _of_all_ids(answer: Targets, temperature: float) -> Targets:
+    assert answer.dense is not None, "asked for"
+    ids = np.broadcast_to(np.arange(answer.dense.shape[1], dtype=np.uint32), answer.dense.shape)
+    log_z = None
+    if temperature != 1.0:
+        cooled = answer.dense.astype(np.float64) / temperature
+        most = cooled.max(axis=1, keepdims=True)
+        log_z = (most + np.log(np.exp(cooled - most).sum(axis=1, keepdims=True))).astype(np.float32)
+    no_tail = np.full_like(answer.log_tail, -np.inf)
+    return replace(answer, ids=ids, logprobs=answer.dense, log_tail=no_tail, log_z=log_z, dense=None)
+
+
+def _needs_log_z(loss: LossConfig) -> bool:
+    return loss.temperature != 1.0 and not loss.dense
 
 
 def _draws(loss: LossConfig) -> bool:

@@ -47,25 +47,30 @@ def weights_at(points: Points, steps: Sequence[int] | NDArray[np.int64]) -> NDAr
     return np.interp(steps, [step for step, _ in points], [weight for _, weight in points])
 
 
+_Points: TypeAlias = tuple[tuple[Annotated[int, Field(ge=0, strict=True)], _Weight], ...]
+
+
+def _checked(points: Points, unused: str) -> None:
+    steps = [step for step, _ in points]
+    if not steps or steps != sorted(set(steps)):
+        raise ValueError("weight must be a number, or [step, weight] pairs whose steps rise")
+    if not any(weight for _, weight in points):
+        raise ValueError(f"weight is never over 0; leave the {unused} out")
+
+
 class CorpusConfig(Frozen):
     """One corpus of a mixture."""
 
     name: str = Field(min_length=1)
     """As `potstill inspect` lists it."""
-    weight: Annotated[
-        _Weight | tuple[tuple[Annotated[int, Field(ge=0, strict=True)], _Weight], ...], WrapValidator(_weight_told)
-    ] = 1.0
+    weight: Annotated[_Weight | _Points, WrapValidator(_weight_told)] = 1.0
     """Its share of the rows of a step, relative to the others'; or [step, weight] pairs, linear between them."""
     held_out: _HeldOut | None = None
     """In place of `data.held_out`, for this corpus."""
 
     @model_validator(mode="after")
     def _steps_rise(self) -> Self:
-        steps = [step for step, _ in self.points]
-        if not steps or steps != sorted(set(steps)):
-            raise ValueError("weight must be a number, or [step, weight] pairs whose steps rise")
-        if not any(weight for _, weight in self.points):
-            raise ValueError("weight is never over 0; leave the corpus out")
+        _checked(self.points, "corpus")
         return self
 
     @property
@@ -130,8 +135,8 @@ class TeacherConfig(Frozen):
 
     name: str = Field(min_length=1)
     """As `potstill inspect` lists it, or as the service calls it."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    """Relative weight of this teacher's KL: all weights are divided by their sum."""
+    weight: Annotated[_Weight | _Points, WrapValidator(_weight_told)] = 1.0
+    """Weight of its divergence, relative to the others'; or [step, weight] pairs, linear between them."""
     k: Count | None = None
     """Number of most likely ids to use; by default all that the cache holds, 64 from a service."""
     source: Literal["cache", "service"] = "cache"
@@ -141,8 +146,14 @@ class TeacherConfig(Frozen):
     api_key_env: str | None = None
     """Name of the environment variable that holds the service's key."""
 
+    @property
+    def points(self) -> Points:
+        """The weight as (step, weight) pairs, of which a constant has one."""
+        return self.weight if isinstance(self.weight, tuple) else ((0, self.weight),)
+
     @model_validator(mode="after")
     def _url_with_service(self) -> Self:
+        _checked(self.points, "teacher")
         if self.source == "service" and self.url is None:
             raise ValueError('source = "service" needs a url')
         return self

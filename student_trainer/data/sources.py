@@ -56,6 +56,8 @@ class TargetSource:
     """True where it reads a cache's objects, which are slow to open for the first time and cost no teacher anything."""
     normalised: bool = False
     """True where every answer is a distribution by how it is decoded, or was checked to be one when it arrived."""
+    top_k: bool = True
+    """False where it gives draws alone, by which a student is taught, but not measured."""
     committed: NDArray[np.bool_] | None = None
     """[S] bool, true for each shard that has targets; None where none lacks them."""
 
@@ -83,7 +85,9 @@ def cache_source(
         held,
         partial(_read_kept, targets, fields, loss),
         stored=stored,
-        normalised=not stored or targets.encoding.name in _NORMALISED,
+        # What is dense is kept as it came, whatever the top-k's encoding is.
+        normalised=not stored or (targets.encoding.name in _NORMALISED and not loss.dense),
+        top_k=fields.k > 0 or loss.dense,
     )
 
 
@@ -198,19 +202,20 @@ def _open(
     if teacher.source == "service":
         source = _open_service(teacher, loss, stack)
     else:
-        targets = cache.targets(teacher.name, corpus.name).top_k_only()
-        teacher_k, kept = teacher.k or 1, targets.fields.k
-        if teacher_k > kept:
+        targets = cache.targets(teacher.name, corpus.name)
+        kept = targets.fields.k
+        top_k = targets.top_k_only() if kept or loss.needs_top_k else targets
+        if (teacher.k or 0) > kept:
             raise UnsupportedField(
-                f"teachers.k is {teacher_k} for {teacher.name!r}, but the cache holds k={kept}; lower teachers.k, or "
-                f"prefill it under another name with --top-k {teacher_k}"
+                f"teachers.k is {teacher.k} for {teacher.name!r}, but the cache holds k={kept}; lower teachers.k, or "
+                f"prefill it under another name with --top-k {teacher.k}"
             )
-        if loss.needs_more_than_top_k:
-            targets = cache.targets(teacher.name, corpus.name)
+        if not loss.needs_more_than_top_k:
+            targets = top_k
         source = cache_source(teacher.name, targets, teacher.k, loss)
         committed = targets.committed
         if not committed.all():
-            asked = teacher.model_copy(update={"k": teacher.k or kept})
+            asked = teacher.model_copy(update={"k": teacher.k or kept or None})
             source = _with_missing(asked, replace(source, committed=committed), corpus, missing, loss, stack)
         compared = bool(targets.unshared)
     # The same id must be the same token to both, or the student would be taught noise.

@@ -54,7 +54,8 @@ def evaluate_student(
         PotstillError: whatever reading raises, and on all workers when one got no answer.
     """
     group = group or Group()
-    names = [source.name for source in reader.sources]
+    names = [source.name for source in reader.sources if source.top_k]
+    measured = [m for m, source in enumerate(reader.sources) if source.top_k]
     sums = torch.zeros(3 + 3 * len(names), dtype=torch.float64, device=group.device)
     batches = batches or batches_of(reader, rows, batch_rows=batch_rows, group=group)
     # No worker waits for another within the loop, so they need not have equally many batches, unless each forward pass
@@ -67,7 +68,7 @@ def evaluate_student(
             with autocast(group.device, dtype):
                 logits = model(**batch.inputs).logits
             if counts:
-                sums += _sums(logits, batch)
+                sums += _sums(logits, batch, measured)
     group.all_reduce_sum(sums)
     documents = num_documents(reader.corpus.document_rows, np.asarray(rows))
     return _evaluation(sums.tolist(), names, rows=len(rows), documents=documents)
@@ -124,12 +125,14 @@ def _evaluation(sums: list[float], names: Sequence[str], *, rows: int, documents
     )
 
 
-def _sums(logits: Tensor, batch: Batch) -> Tensor:
-    """Sums over a batch, float64 [3 + 3 M]: CE, labels, positions, then KL, agreement and mass of each teacher."""
+def _sums(logits: Tensor, batch: Batch, measured: Sequence[int]) -> Tensor:
+    """Sums over a batch, float64 [3 + 3 M]: CE, labels, positions; KL, agreement and mass of each measured teacher."""
     mask = batch.mask.reshape(-1)
     flat = logits.reshape(-1, logits.shape[-1])[mask]
     labels = batch.labels.reshape(-1)[mask]
-    teachers = [teacher.each(lambda tensor: tensor.flatten(0, 1)[mask]) for teacher in batch.teachers]
+    teachers = [
+        teacher.each(lambda tensor: tensor.flatten(0, 1)[mask]) for teacher in (batch.teachers[m] for m in measured)
+    ]
     values = [flat.new_zeros((), dtype=torch.float64) for _ in range(3 * len(teachers))]
     ce = flat.new_zeros((), dtype=torch.float64)
     for start in range(0, len(labels), _CHUNK_POSITIONS):

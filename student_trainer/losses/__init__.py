@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from potstill.student_trainer.losses.agreement import kl_and_overlap
-    from potstill.student_trainer.losses.dense import dense_targets
     from potstill.student_trainer.losses.divergences import MIN_TAIL_MASS
     from potstill.student_trainer.losses.linear import Logits, linear_distillation_loss
     from potstill.student_trainer.losses.logits import distillation_loss
@@ -31,7 +30,6 @@ __all__ = [
     "Loss",
     "Objective",
     "TeacherTargets",
-    "dense_targets",
     "distillation_loss",
     "kl_and_overlap",
     "linear_distillation_loss",
@@ -46,7 +44,6 @@ _HOMES = {
     "Loss": "targets",
     "Objective": "objective",
     "TeacherTargets": "targets",
-    "dense_targets": "dense",
     "distillation_loss": "logits",
     "kl_and_overlap": "agreement",
     "linear_distillation_loss": "linear",

@@ -23,7 +23,7 @@ def _share_told(value: Any, validated: ValidatorFunctionWrapHandler) -> Any:
     return found
 
 
-_OF_DISTILLATION = ("distil_every", "loss", "temperature", "weighting")
+_OF_DISTILLATION = ("distil_every", "loss", "dense", "temperature", "weighting")
 """Settings without effect where nothing is distilled."""
 
 
@@ -38,6 +38,8 @@ class LossConfig(Frozen):
         "forward_kl"
     )
     """The student's divergence from each teacher: of the top-k with its tail, or of draws, or of both."""
+    dense: bool = False
+    """Compares on the whole vocabulary, by the logprobs of all ids, which a small cache may keep beside the top-k."""
     jsd_beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Beta of the loss `jsd`: towards 0 it has the direction of forward KL, towards 1 that of reverse KL."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -51,6 +53,8 @@ class LossConfig(Frozen):
     def _loss_fits(self) -> Self:
         if self.temperature != 1.0 and self.loss in ("draws", "hybrid"):
             raise ValueError(f"temperature {self.temperature:g} does not go with loss {self.loss!r}: draws are of 1")
+        if self.dense and self.loss in ("draws", "hybrid"):
+            raise ValueError(f"dense does not go with loss {self.loss!r}, which takes draws for what a top-k lacks")
         if self.jsd_beta != _default("jsd_beta") and self.loss != "jsd":
             raise ValueError(f"jsd_beta is {self.jsd_beta:g}, but loss is {self.loss!r}; leave it out")
         if self.weighting_beta != _default("weighting_beta") and self.weighting == "fixed":
@@ -73,7 +77,13 @@ class LossConfig(Frozen):
     @property
     def needs_more_than_top_k(self) -> bool:
         """True if the top-k with its tail and labels is not all that is read of a teacher's targets."""
-        return self.loss in ("draws", "hybrid") or self.temperature != 1.0 or self.weighting == "entropy"
+        beside = self.dense or self.temperature != 1.0 or self.weighting == "entropy"
+        return beside or self.loss in ("draws", "hybrid")
+
+    @property
+    def needs_top_k(self) -> bool:
+        """True if the loss is of the top-k."""
+        return self.loss != "draws" and not self.dense
 
 
 def _default(name: str) -> object:

@@ -126,9 +126,9 @@ class Learner:
             counts = last.step
             for _ in range(counts.micro_batches - 1):
                 with self._unsent_gradients():
-                    sums[:-1] += self._forward_backward(last.batch, alpha, counts, experts)
+                    sums[:-1] += self._forward_backward(last.batch, step, counts, experts)
                 last = next(batches)
-        sums[:-1] += self._forward_backward(last.batch, alpha, counts, experts)
+        sums[:-1] += self._forward_backward(last.batch, step, counts, experts)
         sums[-1] = float(should_stop())
         self.group.all_reduce_sum(sums)
         ce_sum, *distilled_sums, router, stop = sums.tolist()
@@ -178,12 +178,13 @@ class Learner:
         self._seed(step)  # the second forward pass draws the dropout of this one
         return self.group.all_reduce_sum(counts)
 
-    def _forward_backward(self, batch: Batch, alpha: float, counts: StepCounts, experts: Tensor | None) -> Tensor:
+    def _forward_backward(self, batch: Batch, step: int, counts: StepCounts, experts: Tensor | None) -> Tensor:
         """Add one micro-batch's gradient; return its undivided CE, distilled loss, KLs and router loss, [3 + M]."""
         batch, loop, world = self.copies.of(batch), self.config.train, self.group.world_size
         teachers: Sequence[TeacherTargets] = ()
+        alpha, weights = alpha_at(loop, step), self.config.weights(step)
         if alpha > 0:
-            teachers = weighted(batch.teachers, self.config.weights, loop.weighting, loop.weighting_beta)
+            teachers = weighted(batch.teachers, weights, loop.weighting, loop.weighting_beta)
         # DistributedDataParallel averages over workers; the counts are global, so the sum is wanted.
         loss, router_logits = self.model(
             batch.inputs,

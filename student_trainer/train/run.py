@@ -142,7 +142,7 @@ def open_run(config: TrainConfig) -> Iterator[OpenRun]:
             tuple(each.batch for each in read_skipped(config.run_dir)),
         )
         sources = tuple(corpora.source(parts) for parts in zip(*opened, strict=True))
-        reader = BatchReader(corpora, sources, config.weights, common_prefix(sources, data.prefix_ids))
+        reader = BatchReader(corpora, sources, config.weights(), common_prefix(sources, data.prefix_ids))
         eval_readers = {each.name: _eval_reader(config, cache, each, reader, stack) for each in eval_corpora}
         rows = corpora.joined(_judged(held_out, lacking))
         yield OpenRun(
@@ -218,19 +218,18 @@ def _hashed(left_out: Sequence[NDArray[np.int64]]) -> str:
 def _eval_reader(
     config: TrainConfig, cache: Cache | HttpCache, corpus: Corpus, training: BatchReader, stack: ExitStack
 ) -> BatchReader:
-    """A reader of a corpus to evaluate on, with the teachers that have targets for it; services answer for any."""
+    """A reader of a corpus to evaluate on, with the teachers that have a top-k for it; services answer for any."""
     there = [each for each in config.teachers if each.source == "service" or _has_targets(cache, each, corpus)]
     sources = stack.enter_context(open_sources(there, cache, corpus, config.data.missing))
-    weights = tuple(weight for each, weight in zip(config.teachers, config.weights, strict=True) if each in there)
+    weights = tuple(weight for each, weight in zip(config.teachers, config.weights(), strict=True) if each in there)
     return replace(training, corpus=JoinedCorpora((corpus,)), sources=sources, weights=weights)
 
 
 def _has_targets(cache: Cache | HttpCache, teacher: TeacherConfig, corpus: Corpus) -> bool:
     try:
-        cache.targets(teacher.name, corpus.name)
+        return cache.targets(teacher.name, corpus.name).fields.k > 0
     except UnknownTeacher:
         return False
-    return True
 
 
 def _rows_with_targets(reader: BatchReader) -> NDArray[np.int64]:

@@ -45,7 +45,7 @@ def test_a_file_is_read_and_written_back(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text(TOML)
     config = TrainConfig.from_toml(file)
-    assert config.weights == (0.75, 0.25)
+    assert config.weights() == (0.75, 0.25)
     assert config.data.held_out == 64
     assert config.train.batch_rows == 32
     assert TrainConfig.of(config.to_json()) == config
@@ -78,7 +78,17 @@ def test_folders_become_absolute_and_names_do_not(tmp_path: Path, monkeypatch: p
         ({"data": {"held_out": -1}}, r"^data\.held_out"),
         ({"teachers": []}, r"train\.alpha is 0\.5 but there is no teacher"),
         ({"teachers": [{"name": "a"}, {"name": "a"}]}, r"different names"),
-        ({"teachers": [{"name": "a", "weight": 0}]}, r"^teachers\.0\.weight is 0: .*greater than 0$"),
+        ({"teachers": [{"name": "a", "weight": 0}]}, r"^teachers\.0: weight is never over 0; leave the teacher out$"),
+        ({"teachers": [{"name": "a", "weight": [[5, 1], [2, 1]]}]}, r"^teachers\.0: .*pairs whose steps rise$"),
+        (
+            {"teachers": [{"name": "a", "weight": [[0, 1], [9, 0]]}, {"name": "b", "weight": [[0, 1], [5, 0]]}]},
+            r"^config: the weights of all teachers are 0 at step 9$",
+        ),
+        (
+            {"teachers": [{"name": "a", "k": 4}], "train": {"dense": True}},
+            r"train\.dense takes all ids, but .* is 4 for",
+        ),
+        ({"train": {"dense": True, "loss": "draws"}}, r"dense does not go with loss 'draws'"),
         ({"teachers": [{"name": "a", "url": "http://x"}]}, r"the url of teacher 'a' is not used: set its source"),
         ({"teachers": [{"name": "a", "source": "service"}]}, r"^teachers\.0: source = \"service\" needs a url$"),
         ({"student": {"checkpoint": "x"}}, r"exactly one of config and checkpoint"),
@@ -94,7 +104,7 @@ def test_a_bad_value_is_named_with_its_limit(changes: dict[str, Any], message: s
 
 
 def test_cross_entropy_alone_needs_no_teacher() -> None:
-    assert config_of(ROOT, OUT, teachers=[], train={"alpha": 0}).weights == ()
+    assert config_of(ROOT, OUT, teachers=[], train={"alpha": 0}).weights() == ()
 
 
 @pytest.mark.parametrize(("text", "told"), [("not toml", "not TOML: Expected"), (None, "there is no file")])

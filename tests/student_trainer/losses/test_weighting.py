@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from potstill.cache.errors import UnsupportedField
-from potstill.student_trainer.losses import TeacherTargets, dense_targets, weighted
-from tests.student_trainer.losses.dense_forms import random_array
+from potstill.student_trainer.losses import TeacherTargets, weighted
 
 
 def teacher(entropy: list[float], label: list[float]) -> TeacherTargets:
@@ -39,6 +39,13 @@ def test_fixed_weights_are_those_given() -> None:
     assert [each.weight for each in weighted([FIRST, SECOND], [0.25, 0.75])] == [0.25, 0.75]
 
 
+def test_a_teacher_of_no_weight_has_none_whatever_it_knows() -> None:
+    first, second = weighted([FIRST, SECOND], [0.0, 1.0], "label")
+    assert isinstance(first.weight, torch.Tensor)
+    assert isinstance(second.weight, torch.Tensor)
+    assert (first.weight.tolist(), second.weight.tolist()) == ([0.0] * 3, [1.0] * 3)
+
+
 def test_a_teacher_that_is_sure_counts_more() -> None:
     first, second = weights("entropy", beta=2.0)
     for m, (h, k) in enumerate([(1.0, 3.0), (2.0, 2.0), (0.0, 0.5)]):
@@ -56,4 +63,4 @@ def test_a_teacher_that_finds_the_label_likely_counts_more() -> None:
 
 def test_what_is_not_there_is_refused() -> None:
     with pytest.raises(UnsupportedField, match="weighting 'entropy' needs entropy, which teacher 0 has not"):
-        weighted([dense_targets(torch.log_softmax(random_array(0, 2, 3), -1))], [1.0], "entropy")
+        weighted([replace(FIRST, entropy=None)], [1.0], "entropy")

@@ -18,7 +18,7 @@ from potstill.student_trainer.losses.mix import alpha_at
 from potstill.student_trainer.losses.settings import LossConfig
 from potstill.student_trainer.metrics.records import read_metrics
 from potstill.student_trainer.train.loop import train
-from tests.support.tiny_runs import K, config_of, fill, write_cache
+from tests.support.tiny_runs import VOCAB, K, config_of, fake_teacher, fill, write_cache
 
 EVERYTHING = Fields(k=K, draws=6, seed=3, entropy=True, temperatures=(0.5, 2.0))
 
@@ -136,6 +136,71 @@ def test_another_temperature_than_those_kept(root: Path, tmp_path: Path) -> None
 def test_settings_that_cannot_be(settings: dict[str, Any], told: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=told):
         config_of(tmp_path, tmp_path / "run", train=settings)
+
+
+def test_weights_of_teachers_go_from_point_to_point(root: Path, tmp_path: Path) -> None:
+    fill(root, "late", fields=EVERYTHING)
+    teachers = [{"name": "rich", "weight": [[0, 1.0], [2, 0.0]]}, {"name": "late", "weight": [[0, 0.0], [2, 3.0]]}]
+    short = {"steps": 3, "batch_rows": 4, "eval_every": 3, "checkpoint_every": 3, "alpha": 1.0}
+    config = config_of(root, tmp_path / "run", teachers=teachers, train=short)
+    assert [config.weights(step) for step in (0, 1, 2, 9)] == [(1.0, 0.0), (0.25, 0.75), (0.0, 1.0), (0.0, 1.0)]
+    train(config)
+    for record in read_metrics(tmp_path / "run"):
+        if "loss" in record:
+            first, second = config.weights(record["step"] - 1)
+            kl = record["kl"]
+            assert record["loss"] == pytest.approx(first * kl["rich"] + second * kl["late"])
+
+
+SHORT: dict[str, Any] = {"steps": 2, "batch_rows": 4, "eval_every": 2, "checkpoint_every": 2}
+
+
+def test_draws_alone_teach_and_are_not_measured_by(root: Path, tmp_path: Path) -> None:
+    fill(root, "drawn", fields=Fields(k=0, draws=6, seed=3))
+    for name in ("drawn", "rich"):
+        loop = {**SHORT, "loss": "draws"}
+        data = {"held_out": 8}
+        assert train(config_of(root, tmp_path / name, data=data, teachers=[{"name": name}], train=loop)).finished
+    ours, theirs = (read_metrics(tmp_path / name) for name in ("drawn", "rich"))
+    assert [record["loss"] for record in ours if "loss" in record] != []
+    assert ours[0]["held_out"]["ce"] == theirs[0]["held_out"]["ce"]
+    assert ours[0]["held_out"]["teachers"] == {}
+    assert set(theirs[0]["held_out"]["teachers"]) == {"rich"}
+    with pytest.raises(UnsupportedField, match="teacher 'drawn' has no top-k"):
+        train(config_of(root, tmp_path / "top-k", teachers=[{"name": "drawn"}], train=SHORT))
+    with pytest.raises(UnsupportedField, match=r"teachers\.k is 4 for 'drawn', but the cache holds k=0"):
+        train(config_of(root, tmp_path / "k", teachers=[{"name": "drawn", "k": 4}], train={**SHORT, "loss": "draws"}))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_dense_targets_are_the_whole_distribution(root: Path, tmp_path: Path, temperature: float) -> None:
+    cache = Cache.open(root)
+    if temperature == 1.0:
+        fill(root, "whole", fields=Fields(k=0, dense=True))
+    loss = LossConfig(dense=True, temperature=temperature)
+    source = cache_source("whole", cache.targets("whole", "docs"), None, loss)
+    corpus = cache.corpus("docs")
+    (teacher,) = BatchReader(corpus, (source,), (1.0,)).read([3]).teachers
+    exact = fake_teacher("whole").dense_logprobs(corpus.row(3))
+    np.testing.assert_allclose(teacher.logprobs[0], exact, atol=1e-5)
+    assert teacher.ids[0, 0].tolist() == list(range(VOCAB))
+    assert set(teacher.log_tail.flatten().tolist()) == {-math.inf}
+    if teacher.log_z is not None:
+        np.testing.assert_allclose(teacher.log_z[0], np.log(np.exp(exact / temperature).sum(1)), atol=1e-5)
+    config = config_of(
+        root,
+        tmp_path / "run",
+        teachers=[{"name": "whole"}],
+        train={**SHORT, "dense": True, "temperature": temperature},
+    )
+    result = train(config)
+    assert result.held_out is not None
+    assert result.held_out.teachers["whole"].student_mass_on_top_k == pytest.approx(1.0, abs=1e-5)
+
+
+def test_dense_targets_that_are_not_kept(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedField, match=r"train\.dense needs the logprobs of all ids, .* --top-k 0 --dense"):
+        train(config_of(root, tmp_path / "run", teachers=[{"name": "fake"}], train={"dense": True}))
 
 
 def test_alpha_goes_from_point_to_point() -> None:
