@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, TypeAlias
 
 import google_crc32c
 import numpy as np
@@ -27,6 +27,7 @@ from zarr.errors import BaseZarrError
 from potstill.cache.errors import CorruptSegment
 from potstill.cache.forks import PerProcess
 from potstill.cache.row_batches import row_batches, row_starts
+from potstill.cache.store.blosc_chunks import BloscChunks, Stored, blosc_chunks
 from potstill.cache.store.pipelines import encoded_chunks
 
 # What a damaged or lying object can make zarr, numcodecs or zarrs raise while decoding.
@@ -34,6 +35,10 @@ _DECODE_FAILURES = (BaseZarrError, ValueError, TypeError, KeyError, RuntimeError
 # Decoded bytes that one fetch may hold beside its answers: many chunks at a time hide the store's latency, but a
 # request for a whole shard must not hold it twice.
 _FETCH_BYTES = 64 << 20
+
+
+_Fetched: TypeAlias = NDArray[Any] | list[Stored]
+"""A block of an array, or its chunks as they are stored."""
 
 
 def chunk_checksums(data: NDArray[Any], chunk: tuple[int, ...]) -> NDArray[np.uint32]:
@@ -120,6 +125,7 @@ class TiledArray:
         self.dtype: np.dtype[Any] = array.dtype
         self._array = array
         self._encoded = encoded_chunks(array)
+        self._stored: BloscChunks | None = None if self._encoded else blosc_chunks(array)
         self._sums = None if checksums is None else checksums.reshape(rows, columns)
         self._cache = cache
         self._key = key
@@ -153,8 +159,10 @@ class TiledArray:
         """Keep a chunk for later reads."""
         self._cache.put((self._key, row, column), chunk)
 
-    async def fetch(self, wanted: _ChunkRange) -> NDArray[Any]:
-        """Read the chunks of a range as one block; their crc32c is not compared yet."""
+    async def fetch(self, wanted: _ChunkRange) -> _Fetched:
+        """Read the chunks of a range, to be `decoded`; their crc32c is not compared yet."""
+        if self._stored is not None:
+            return await self._stored.fetch(wanted.first, wanted.stop, wanted.columns)
         if self._encoded is not None:
             self._encoded.check(wanted.first, wanted.stop, wanted.columns)
         rows = slice(wanted.first * self.chunk[0], min(wanted.stop * self.chunk[0], self.shape[0]))
@@ -167,6 +175,13 @@ class TiledArray:
         except _DECODE_FAILURES as error:
             raise CorruptSegment(f"{self.path} cannot be read: {error}") from error
         return np.asarray(block)
+
+    def decoded(self, wanted: _ChunkRange, found: _Fetched) -> NDArray[Any]:
+        """Make one block of the chunks that `fetch` gave."""
+        if isinstance(found, np.ndarray):
+            return found
+        assert self._stored is not None, "it gave them"
+        return self._stored.decoded(wanted.first, wanted.columns, found)
 
     def check(self, row: int, column: int, chunk: NDArray[Any]) -> None:
         """Compare a decoded chunk with its recorded crc32c.
@@ -230,7 +245,7 @@ class _ChunkFetch:
         ranges = list(_chunk_ranges(self._missing(requests)))
         if ranges:
             for held, block in zip(ranges, sync(_fetch_all(ranges)), strict=True):
-                self._take(held, block, whole)
+                self._take(held, held.array.decoded(held, block), whole)
 
     def answer(self, request: ReadRequest) -> NDArray[Any]:
         """The array that was asked for; a view, not a copy, where one block or chunk holds all of it."""
@@ -341,10 +356,10 @@ def _chunk_ranges(missing: dict[TiledArray, dict[int, int]]) -> Iterator[_ChunkR
             yield held
 
 
-async def _fetch_all(ranges: Sequence[_ChunkRange]) -> list[NDArray[Any]]:
+async def _fetch_all(ranges: Sequence[_ChunkRange]) -> list[_Fetched]:
     # Waits for all of them also when one fails: nothing is left running behind the caller's back.
     blocks = await asyncio.gather(*(held.array.fetch(held) for held in ranges), return_exceptions=True)
-    found: list[NDArray[Any]] = []
+    found: list[_Fetched] = []
     for block in blocks:
         if isinstance(block, BaseException):
             raise block

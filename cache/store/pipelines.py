@@ -89,7 +89,7 @@ def open_array(store: Any, path: str, pipeline: str) -> zarr.Array[Any]:
         array = _open(_StoreErrors(zarr_store(store, read_only=True)), path, _STOCK_SETTINGS)
         if pipeline == "stock" or not isinstance(store, Path) or is_inherited("zarrs"):
             return array
-        if not _is_bounded_blosc(array):
+        if not is_bounded_blosc(array):
             return array
         # Strict: an encoding that zarrs does not know is an error here, not a warning and a silent detour.
         unsupported = importlib.import_module("zarrs.pipeline").UnsupportedMetadataError
@@ -115,7 +115,7 @@ class BoundedBlosc(BloscCodec):
     async def _decode_single(self, chunk_bytes: Buffer, chunk_spec: ArraySpec) -> Buffer:
         encoded = chunk_bytes.as_numpy_array()[: _BLOSC_HEADER.size].tobytes()
         dtype = chunk_spec.dtype.to_native_dtype()
-        problem = _blosc_problem(encoded, math.prod(chunk_spec.shape) * dtype.itemsize)
+        problem = blosc_problem(encoded, math.prod(chunk_spec.shape) * dtype.itemsize)
         if problem:
             raise ValueError(problem)
         return await super()._decode_single(chunk_bytes, chunk_spec)
@@ -159,7 +159,7 @@ class EncodedChunks:
                 index = self._index(coordinates, file.fileno(), size)
                 for offset, length in index[rows, :columns].reshape(-1, 2).tolist():
                     encoded = os.pread(file.fileno(), length, offset) if offset + length <= size else b""
-                    problem = _blosc_problem(encoded, self._nbytes) or _crc32c_problem(encoded)
+                    problem = blosc_problem(encoded, self._nbytes) or crc32c_problem(encoded)
                     if problem:
                         raise CorruptSegment(f"{path} cannot be read: {problem}")
         except FileNotFoundError as error:
@@ -186,7 +186,7 @@ def encoded_chunks(array: zarr.Array[Any]) -> EncodedChunks | None:
     return EncodedChunks(array, array.store.root / array.path)
 
 
-def _is_bounded_blosc(array: zarr.Array[Any]) -> bool:
+def is_bounded_blosc(array: zarr.Array[Any]) -> bool:
     """Tell whether an array is chunked and compressed as `GroupWriter` does it, so that headers are where we look."""
     metadata = array.metadata
     codecs = metadata.codecs if isinstance(metadata, ArrayV3Metadata) else ()
@@ -197,14 +197,16 @@ def _is_bounded_blosc(array: zarr.Array[Any]) -> bool:
     return at_end and kinds == (BytesCodec, BoundedBlosc, Crc32cCodec) and array.ndim <= 2
 
 
-def _blosc_problem(header: bytes, expected: int) -> str | None:
+def blosc_problem(header: bytes | NDArray[np.uint8], expected: int) -> str | None:
+    """Describe why a stored chunk cannot decode to so many bytes, by its header; None when it can."""
     if len(header) < _BLOSC_HEADER.size:
         return "a chunk is missing or cut short"
-    decoded = _BLOSC_HEADER.unpack_from(header)[0]
+    decoded = _BLOSC_HEADER.unpack(bytes(header[: _BLOSC_HEADER.size]))[0]
     return None if decoded == expected else f"a chunk would decode to {decoded} bytes instead of {expected}"
 
 
-def _crc32c_problem(encoded: bytes) -> str | None:
+def crc32c_problem(encoded: bytes | NDArray[np.uint8]) -> str | None:
+    """Describe stored bytes that are not those of the crc32c at their end; None when they are."""
     expected = int.from_bytes(encoded[-4:], "little")
     return None if google_crc32c.value(encoded[:-4]) == expected else "a chunk's crc32c differs"
 

@@ -38,7 +38,12 @@ HEAVY = {
         "teacher_service/replicas/ray_replica.py",
         "teacher_service/replicas/ray_serve.py",
     },
-    "zarr": {"cache/store/groups.py", "cache/store/chunks.py", "cache/store/pipelines.py"},
+    "zarr": {
+        "cache/store/blosc_chunks.py",
+        "cache/store/groups.py",
+        "cache/store/chunks.py",
+        "cache/store/pipelines.py",
+    },
     "obstore": {"cache/store/root.py", "cache/store/object_stores.py", "cache/store/pipelines.py"},
     "numba": {"cache/compiled.py", "teacher_service/capture/cpu/kernel.py"},
 }
