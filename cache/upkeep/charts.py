@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 408, 18, 160
 _MOST_STEPS = 5
+_NAMES, _ROW = 150, 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +59,19 @@ class Bar:
 
 
 @dataclass(frozen=True, slots=True)
+class Dot:
+    """One value with its interval, upright."""
+
+    x: float
+    y: float
+    low: float
+    high: float
+    radius: float
+
+
+@dataclass(frozen=True, slots=True)
 class Chart:
-    """Lines and bars on two axes, in the units of its drawing."""
+    """Lines, bars and dots on two axes, in the units of its drawing."""
 
     title: str
     x: Axis
@@ -69,6 +81,7 @@ class Chart:
     bars: tuple[Bar, ...] = ()
     bound: tuple[float, str] | None = None
     """Place of an upright line, and the text above it."""
+    dots: tuple[Dot, ...] = ()
 
     @property
     def x_ticks(self) -> list[tuple[float, str]]:
@@ -81,6 +94,47 @@ class Chart:
         return [(float(self.y.place(value, _BOTTOM, _TOP)), text) for value, text in self.y.ticks]
 
 
+@dataclass(frozen=True, slots=True)
+class NamedInterval:
+    """One value with its interval, lying, beside its name."""
+
+    name: str
+    y: float
+    x: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class IntervalChart:
+    """Values with intervals, one below the other, in the units of its drawing."""
+
+    title: str
+    x: Axis
+    rows: tuple[NamedInterval, ...]
+
+    @property
+    def bottom(self) -> float:
+        """Place of the lower axis."""
+        return _TOP + _ROW * len(self.rows)
+
+    @property
+    def x_ticks(self) -> list[tuple[float, str]]:
+        """Place of each tick of the axis, and its text."""
+        return [(float(self.x.place(value, _NAMES, _RIGHT)), text) for value, text in self.x.ticks]
+
+
+def interval_chart(title: str, label: str, values: Mapping[str, tuple[float, float]]) -> IntervalChart:
+    """Draw named values, each with half the width of its interval."""
+    ends = [edge for value, half in values.values() for edge in (value - half, value + half)]
+    x = Axis.around(label, ends)
+    rows = []
+    for i, (name, (value, half)) in enumerate(values.items()):
+        places = x.place([value, value - half, value + half], _NAMES, _RIGHT).tolist()
+        rows.append(NamedInterval(name, _TOP + _ROW * (i + 0.5), *places))
+    return IntervalChart(title, x, tuple(rows))
+
+
 def line_chart(title: str, x: Axis, y: Axis, lines: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Chart:
     """Draw lines, each of x and y values of one length."""
     points = {
@@ -90,6 +144,16 @@ def line_chart(title: str, x: Axis, y: Axis, lines: Mapping[str, tuple[ArrayLike
         for name, (xs, ys) in lines.items()
     }
     return Chart(title, x, y, points)
+
+
+def with_dots(chart: Chart, dots: Sequence[tuple[float, float, float, float]]) -> Chart:
+    """Add values to a chart, each x, y, half the width of its interval and its radius; cut at the axes."""
+    drawn = []
+    for x, y, half, radius in dots:
+        heights = np.clip([y, y - half, y + half], chart.y.low, chart.y.high)
+        place, (middle, low, high) = chart.x.place(x, _LEFT, _RIGHT), chart.y.place(heights, _BOTTOM, _TOP).tolist()
+        drawn.append(Dot(float(place), middle, low, high, radius))
+    return replace(chart, dots=tuple(drawn))
 
 
 def histogram(title: str, label: str, values: Sequence[float], *, bins: int, bound: float | None = None) -> Chart:
@@ -107,13 +171,13 @@ def histogram(title: str, label: str, values: Sequence[float], *, bins: int, bou
     return Chart(title, x, y, {}, bars, line)
 
 
-def pages_of(package: str) -> Environment:
-    """Load the templates in `pages/` of a package, which may import those of this one; every value is escaped."""
-    loaders = [PackageLoader(name, "pages") for name in (package, __package__ or "")]
+def pages_of(*packages: str) -> Environment:
+    """Load the templates in `pages/` of packages, which may import those of this one; every value is escaped."""
+    loaders = [PackageLoader(name, "pages") for name in (*packages, __package__ or "")]
     environment = Environment(
         loader=ChoiceLoader(loaders), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    frame: dict[str, Any] = {"left": _LEFT, "right": _RIGHT, "top": _TOP, "bottom": _BOTTOM}
+    frame: dict[str, Any] = {"left": _LEFT, "right": _RIGHT, "top": _TOP, "bottom": _BOTTOM, "names": _NAMES}
     environment.globals.update(frame=frame)
     return environment
 

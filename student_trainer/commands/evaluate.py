@@ -1,39 +1,127 @@
-"""`potstill evaluate RUN`: a student on the rows it never saw."""
+"""`potstill evaluate RUN|MODEL`: what a student knows of text that it never saw, and of its teachers."""
 
 from __future__ import annotations
 
 import argparse
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-SUMMARY = "evaluate a student on held-out rows and evaluation corpora"
+if TYPE_CHECKING:
+    from potstill.student_trainer.evaluate.evidence import Evidence
+    from potstill.student_trainer.evaluate.judged import Subject
+
+SUMMARY = "measure a student on rows that it never saw, and against its teachers"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("run", metavar="RUN", help="the folder or URL of a run of `potstill train`")
+    parser.add_argument(
+        "subject",
+        metavar="RUN|MODEL",
+        help="run of `potstill train`, its folder or URL, or a model that transformers loads",
+    )
+    parser.add_argument("--cache", metavar="ROOT", help="cache with the corpora; of a run, where it is now")
+    parser.add_argument(
+        "--corpus", metavar="NAME", action="append", default=[], help="(further) corpus to evaluate on; may be repeated"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--html", metavar="FILE", type=Path, help="also write a page with charts and samples")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate the final model, or the newest checkpoint of a run that is not finished."""
+    """Measure the final model of a run, or its newest checkpoint, or another model; print what was found."""
     import json
 
-    from potstill.cache.plurals import counted
-    from potstill.student_trainer.evaluate.result import HELD_OUT, evaluations_to_json
-    from potstill.student_trainer.metrics.progress import nats
-    from potstill.student_trainer.train.run import evaluate_run
+    from potstill.cache.commands.progress import progress
+    from potstill.student_trainer.evaluate.evidence import evidence_json
+    from potstill.student_trainer.evaluate.judged import judge
+    from potstill.student_trainer.evaluate.result import HELD_OUT
 
-    found = evaluate_run(args.run)
+    with _opened(args) as subject:
+        with progress("evaluate", "rows") as show:
+            found = judge(subject, lambda done: show(done, subject.num_rows))
+        if args.html is not None:
+            _write_page(args.html, subject, _titled(found))
     if args.json:
-        held_out = found.pop(HELD_OUT).to_json() if HELD_OUT in found else {}
-        print(json.dumps(held_out | evaluations_to_json(found)))
+        held_out = found.pop(HELD_OUT, None)
+        print(json.dumps(evidence_json(held_out, found, {"model": subject.name})))
         return 0
-    for name, one in found.items():
-        rows = counted(one.rows, "held-out row") if name == HELD_OUT else f"{name}: {counted(one.rows, 'row')}"
-        print(f"{rows}, {counted(one.tokens, 'token')}")
-        print(f"cross-entropy {nats(one.ce)} nats/token")
-        for teacher, agreement in one.teachers.items():
-            print(
-                f"{teacher}: KL {agreement.kl:.4f} nats/token, same top-1 {agreement.top1_agreement:.1%}, "
-                f"student mass on its top-k {agreement.student_mass_on_top_k:.1%}"
-            )
+    _print(_titled(found))
+    if args.html is not None:
+        print(f"page: {args.html}")
     return 0
+
+
+def _opened(args: argparse.Namespace) -> AbstractContextManager[Subject]:
+    """The run or the model that was asked for, with what to judge it by.
+
+    Raises:
+        NotFound: it is neither. InvalidInput: a model without a cache or a corpus.
+    """
+    from potstill.cache.errors import InvalidInput, NotFound
+    from potstill.cache.hub import may_be_hub_name
+
+    folder = Path(args.subject)
+    if "://" in args.subject or _is_run(folder):
+        from potstill.student_trainer.train.judged import run_to_judge
+
+        return run_to_judge(args.subject, cache=args.cache, corpora=args.corpus)
+    if not may_be_hub_name(args.subject) and not (folder / "config.json").is_file():
+        raise NotFound(f"{args.subject!r} is neither the folder of a run nor of a model: there is no config.json")
+    if args.cache is None or not args.corpus:
+        lacking = "--cache ROOT" if args.cache is None else "--corpus NAME"
+        raise InvalidInput(
+            f"{args.subject!r} is a model and no run, so what to evaluate it on is not known; add {lacking}"
+        )
+    from potstill.student_trainer.evaluate.other_model import model_to_judge
+
+    return model_to_judge(args.subject, args.cache, args.corpus)
+
+
+def _is_run(folder: Path) -> bool:
+    """Tell the `config.json` of a run from that of a model."""
+    import json
+
+    try:
+        value = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(value, dict) and "train" in value
+
+
+def _titled(found: dict[str, Evidence]) -> dict[str, Evidence]:
+    from potstill.student_trainer.evaluate.result import HELD_OUT
+
+    return {"held-out rows" if name == HELD_OUT else name: evidence for name, evidence in found.items()}
+
+
+def _print(found: dict[str, Evidence]) -> None:
+    from potstill.student_trainer.evaluate.tables import headline, parts, teachers
+
+    tables = [("", headline(found))]
+    for name, evidence in found.items():
+        tables += [(f"{name}: against teachers", teachers(evidence))] if evidence.teachers else []
+        tables.append((f"{name}: by kind of the next token", parts("next token", evidence.by_category)))
+        tables += [(f"{name}: by source", parts("source", evidence.by_source))] if evidence.by_source else []
+    for title, table in tables:
+        _print_table(title, table.headings, table.rows)
+    for note in dict.fromkeys(note for evidence in found.values() for note in evidence.notes):
+        print(f"note: {note}")
+
+
+def _print_table(title: str, headings: tuple[str, ...], rows: tuple[tuple[str, ...], ...]) -> None:
+    from operator import itemgetter
+
+    from potstill.cache.commands.tables import print_table
+
+    print_table({heading: itemgetter(i) for i, heading in enumerate(headings)}, rows, title=title)
+    if not title:
+        print()
+
+
+def _write_page(file: Path, subject: Subject, found: dict[str, Evidence]) -> None:
+    from potstill.student_trainer.evaluate.report import write_page
+    from potstill.student_trainer.evaluate.shown_rows import texts_of
+
+    write_page(file, subject.name, found, *texts_of(subject))

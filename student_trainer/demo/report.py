@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 from potstill.cache.upkeep.charts import Axis, Chart, line_chart, pages_of
+from potstill.student_trainer.evaluate.shown_text import FILTERS
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
@@ -22,8 +22,9 @@ def report_page(report: dict[str, Any]) -> str:
         _chart("held-out loss, nats a token", report["students"], "held_out_loss"),
         _chart("KL to the teacher on held-out rows, nats a token", report["students"], "kl_to_teacher"),
     ]
-    template = pages_of("potstill.student_trainer.demo").get_template("report.html.jinja")
-    return template.render(report=report, charts_of_students=charts, visible=_visible, told=_told)
+    pages = pages_of("potstill.student_trainer.demo", "potstill.student_trainer.evaluate")
+    pages.filters.update(FILTERS)
+    return pages.get_template("report.html.jinja").render(report=report, charts_of_students=charts)
 
 
 def _chart(title: str, students: dict[str, Any], key: str) -> Chart:
@@ -33,13 +34,3 @@ def _chart(title: str, students: dict[str, Any], key: str) -> Chart:
     }
     steps, values = ([number for line in lines.values() for number in line[axis]] for axis in (0, 1))
     return line_chart(title, Axis.around("step", [0, *steps]), Axis.around("", values), lines)
-
-
-def _visible(token: str) -> str:
-    """A token's text with white space that can be seen."""
-    return token.replace("\n", "\u23ce") if token.strip(" ") else token.replace(" ", "\u2423")
-
-
-def _told(text: str) -> str:
-    """Text of a model with its runs of line ends counted: weak models write little else, and would fill the page."""
-    return re.sub(r"\n{3,}", lambda run: f"\u23ce \u00d7 {len(run[0])}\n", text)

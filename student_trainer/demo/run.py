@@ -150,7 +150,7 @@ def _report(
     plan: DemoPlan, cache: Cache, corpus: Corpus, results: dict[str, TrainResult], teacher: Path
 ) -> dict[str, Any]:
     from potstill.student_trainer.data.held_out import choose_held_out
-    from potstill.student_trainer.demo.samples import samples, writings
+    from potstill.student_trainer.evaluate.samples import samples, writings
     from potstill.student_trainer.models.build import load_student
 
     targets = cache.targets(TEACHER, CORPUS)
@@ -159,7 +159,7 @@ def _report(
     rows = [int(row) for row in held_out if len(corpus.row(int(row))) >= plan.row_tokens // 2][:4]
     students = {name: load_student(result.run_dir / "model") for name, result in results.items()}
     written = writings(corpus, rows[:_WRITTEN_ROWS], {"teacher": load_student(teacher), **students})
-    shown = samples(corpus, rows, targets.read_rows(rows), "teacher", students)
+    shown = samples(corpus, rows, {"teacher": targets.read_rows(rows)}, students)
     return {
         "teacher": targets.identity.to_json(),
         "corpus": {"rows": len(corpus), "positions": corpus.num_positions, "shards": corpus.num_shards},

@@ -60,7 +60,7 @@ def evaluate_student(
     batches = batches or batches_of(reader, rows, batch_rows=batch_rows, group=group)
     # No worker waits for another within the loop, so they need not have equally many batches, unless each forward pass
     # is one of all together. One that got no answer tells the others, who would wait for its sums.
-    with _evaluating(model), all_have_read(group), batches.read() as found:
+    with evaluating(model), all_have_read(group), batches.read() as found:
         together = _in_step(found, group, lambda: reader.read(rows[:1]))
         copies = Copies(group.device)
         for read, counts in together if group.in_step else ((one, True) for one in found):
@@ -148,7 +148,8 @@ def _sums(logits: Tensor, batch: Batch, measured: Sequence[int]) -> Tensor:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into its mode of evaluation, without gradients, until the block ends."""
     training = model.training
     model.eval()
     try:

@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
+from transformers import PreTrainedModel
 
 from potstill.cache.cache import Cache
 from potstill.cache.corpus import Corpus
@@ -143,7 +144,7 @@ def open_run(config: TrainConfig) -> Iterator[OpenRun]:
         )
         sources = tuple(corpora.source(parts) for parts in zip(*opened, strict=True))
         reader = BatchReader(corpora, sources, config.weights(), common_prefix(sources, data.prefix_ids))
-        eval_readers = {each.name: _eval_reader(config, cache, each, reader, stack) for each in eval_corpora}
+        eval_readers = {each.name: eval_reader(config, cache, each, reader, stack) for each in eval_corpora}
         rows = corpora.joined(_judged(held_out, lacking))
         yield OpenRun(
             corpora,
@@ -215,10 +216,10 @@ def _hashed(left_out: Sequence[NDArray[np.int64]]) -> str:
     return digest.hexdigest()
 
 
-def _eval_reader(
+def eval_reader(
     config: TrainConfig, cache: Cache | HttpCache, corpus: Corpus, training: BatchReader, stack: ExitStack
 ) -> BatchReader:
-    """A reader of a corpus to evaluate on, with the teachers that have a top-k for it; services answer for any."""
+    """Open a reader of a corpus to evaluate on, with the teachers that have a top-k for it; services answer for any."""
     there = [each for each in config.teachers if each.source == "service" or _has_targets(cache, each, corpus)]
     sources = stack.enter_context(open_sources(there, cache, corpus, config.data.missing))
     weights = tuple(weight for each, weight in zip(config.teachers, config.weights(), strict=True) if each in there)
@@ -232,7 +233,8 @@ def _has_targets(cache: Cache | HttpCache, teacher: TeacherConfig, corpus: Corpu
         return False
 
 
-def _rows_with_targets(reader: BatchReader) -> NDArray[np.int64]:
+def rows_with_targets(reader: BatchReader) -> NDArray[np.int64]:
+    """List the rows of a reader's corpus that lack no teacher's targets, rising."""
     rows = np.arange(len(reader.corpus), dtype=np.int64)
     corpora = reader.corpus.corpora if isinstance(reader.corpus, JoinedCorpora) else (reader.corpus,)
     return np.setdiff1d(rows, lacking_rows(corpora[0], reader.sources))
@@ -243,7 +245,7 @@ def evaluate_on_all(
 ) -> dict[str, Evaluation]:
     """Evaluate on the held-out rows, under the name `HELD_OUT`, and on each corpus that is for it, under its own."""
     loop, group = config.train, group or Group()
-    judged = {name: (reader, _rows_with_targets(reader)) for name, reader in run.eval_readers.items()}
+    judged = {name: (reader, rows_with_targets(reader)) for name, reader in run.eval_readers.items()}
     on = {HELD_OUT: (run.reader, run.held_out)} | judged if len(run.held_out) else judged
     if not run.judged_batches:
         pack = config.data.packing and keeps_rows_apart(model)
@@ -255,29 +257,32 @@ def evaluate_on_all(
     }
 
 
-def evaluate_run(run: Path | str) -> dict[str, Evaluation]:
-    """Evaluate a run's final model, or its newest checkpoint, as the run itself does at its end.
+@contextmanager
+def opened_run(run: Path | str, cache: str | None = None) -> Iterator[tuple[TrainConfig, OpenRun, PreTrainedModel]]:
+    """Open a run to evaluate it: its config, what it reads, and its final model or newest checkpoint's.
 
     Args:
         run: its folder, or its URL in an object store.
-
-    Returns:
-        As `evaluate_on_all`; at least one.
+        cache: where the run's cache is now, if it is not where it was.
 
     Raises:
-        NotFound: no run, or nothing trained yet, in the folder. InvalidInput: it has nothing to evaluate on.
+        NotFound: no run, or nothing trained yet, in the folder.
         SpecMismatch: an earlier version chose other rows, so that these were trained on.
         PotstillError: whatever opening the cache or the teachers raises.
     """
-    if "://" not in str(run):
-        return _evaluate_folder(Path(run))
-    with TemporaryDirectory(prefix="potstill-run-") as folder:
-        StoredRun.open(str(run), Path(folder), write=False).bring()
-        return _evaluate_folder(Path(folder))
+    with ExitStack() as stack:
+        folder = Path(run)
+        if "://" in str(run):
+            folder = Path(stack.enter_context(TemporaryDirectory(prefix="potstill-run-")))
+            StoredRun.open(str(run), folder, write=False).bring()
+        yield stack.enter_context(_opened_folder(folder, cache))
 
 
-def _evaluate_folder(run_dir: Path) -> dict[str, Evaluation]:
+@contextmanager
+def _opened_folder(run_dir: Path, cache: str | None) -> Iterator[tuple[TrainConfig, OpenRun, PreTrainedModel]]:
     config = read_config(run_dir)
+    if cache is not None:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"cache": cache})})
     # A run that goes on after it was finished has newer checkpoints than its model.
     finished = finished_result(config) is not None and (run_dir / "model").exists()
     try:
@@ -291,9 +296,22 @@ def _evaluate_folder(run_dir: Path) -> dict[str, Evaluation]:
     with open_run(config) as run:
         if checkpoint is not None:
             load_state(checkpoint).check_rows(run.left_out, run.reader.prefix)
-        if not len(run.held_out) and not run.eval_readers:
-            raise InvalidInput(
-                f"run {str(run_dir)!r} has no held-out rows: its data.held_out is 0, and it has no data.eval_corpora"
-            )
         student = load_student(run_dir / "model") if finished or checkpoint is None else load_model(checkpoint)
-        return evaluate_on_all(student.to(device_for(config.train.device)), run, config)
+        yield config, run, student.to(device_for(config.train.device))
+
+
+def evaluate_run(run: Path | str) -> dict[str, Evaluation]:
+    """Evaluate a run's final model, or its newest checkpoint, as the run itself does at its end.
+
+    Returns:
+        As `evaluate_on_all`; at least one.
+
+    Raises:
+        InvalidInput: it has nothing to evaluate on. PotstillError: whatever `opened_run` raises.
+    """
+    with opened_run(run) as (config, opened, student):
+        if not len(opened.held_out) and not opened.eval_readers:
+            raise InvalidInput(
+                f"run {str(run)!r} has no held-out rows: its data.held_out is 0, and it has no data.eval_corpora"
+            )
+        return evaluate_on_all(student, opened, config)

@@ -77,9 +77,10 @@ def fill(
     shards: int | None = None,
     encoding: str = "f32",
     fields: Fields = TOP_K,
+    teacher: FakeTeacher | None = None,
 ) -> None:
     """Commit a fake teacher's targets for the first shards of a corpus, all by default."""
-    teacher, cache = fake_teacher(name), Cache.open(root, "r+")
+    teacher, cache = teacher or fake_teacher(name), Cache.open(root, "r+")
     rows = cache.corpus(corpus)
     targets = cache.plan_targets(name, corpus, teacher.identity, fields=fields, encoding=encoding)
     for shard in range(rows.num_shards if shards is None else shards):

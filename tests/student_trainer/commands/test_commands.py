@@ -81,9 +81,14 @@ def test_train_then_evaluate(root: Path, tmp_path: Path, capsys: pytest.CaptureF
     command = potstill("evaluate", str(tmp_path / "run"), "--json")
     shown = subprocess.run(command, capture_output=True, text=True, check=True)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert json.loads(shown.stdout) == summary["held_out"]
+    found, told = json.loads(shown.stdout), summary["held_out"]
+    assert found["held_out"]["loss"]["value"] == pytest.approx(told["ce"], rel=1e-5)
+    assert (found["held_out"]["rows"], found["held_out"]["documents"]) == (told["rows"], told["documents"])
+    against, before = found["teachers"]["fake"], told["teachers"]["fake"]
+    names = {"kl": "kl", "top1": "top1_agreement", "mass": "student_mass_on_top_k"}
+    assert {old: against[new]["value"] for new, old in names.items()} == pytest.approx(before, rel=1e-5)
     assert main(["evaluate", str(tmp_path / "run")]) == 0
-    assert "fake: KL" in capsys.readouterr().out
+    assert "held-out rows: against teachers" in capsys.readouterr().out
     # Neither torch nor Ray is needed to say that there is nothing left to do; what a newer version adds does no harm.
     (tmp_path / "run" / "summary.json").write_text(json.dumps({**summary, "added_later": 1}))
     code = (

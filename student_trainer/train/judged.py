@@ -1,0 +1,72 @@
+"""Runs to be judged: the student, its held-out rows, and the corpora that it was never trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potstill.cache.cache import Cache
+from potstill.cache.corpus import Corpus
+from potstill.cache.errors import InvalidInput
+from potstill.cache.plurals import counted
+from potstill.clients.http_targets import HttpCache
+from potstill.student_trainer.config import TrainConfig
+from potstill.student_trainer.data.held_out import with_copies
+from potstill.student_trainer.data.joined import JoinedCorpora
+from potstill.student_trainer.data.sources import open_cache
+from potstill.student_trainer.evaluate.judged import Judged, Subject
+from potstill.student_trainer.evaluate.result import HELD_OUT
+from potstill.student_trainer.train.run import OpenRun, eval_reader, opened_run, rows_with_targets
+
+
+@contextmanager
+def run_to_judge(run: Path | str, *, cache: str | None = None, corpora: Sequence[str] = ()) -> Iterator[Subject]:
+    """Open a run's final model, or its newest checkpoint, with what it is evaluated on and further corpora.
+
+    Args:
+        run: its folder, or its URL in an object store.
+        cache: where the run's cache is now, if it is not where it was.
+        corpora: names of further ones; their rows that are in a corpus of the run are left out.
+
+    Raises:
+        NotFound: no run, or nothing trained yet, in the folder.
+        InvalidInput: nothing to judge by is left.
+        PotstillError: whatever opening the cache or the teachers raises.
+    """
+    with opened_run(run, cache) as (config, read, student), open_cache(config.data) as opened, ExitStack() as stack:
+        judged = [Judged(HELD_OUT, read.corpora, read.reader, read.held_out)] if len(read.held_out) else []
+        for name, reader in read.eval_readers.items():
+            joined = JoinedCorpora((opened.corpus(name),))
+            judged.append(Judged(name, joined, reader, rows_with_targets(reader)))
+        further = [name for name in dict.fromkeys(corpora) if name not in read.eval_readers]
+        judged += [_further(config, read, opened, opened.corpus(name), stack) for name in further]
+        if not judged:
+            raise InvalidInput(
+                f"run {str(run)!r} has no held-out rows: its data.held_out is 0, and it has no data.eval_corpora; "
+                "name a corpus by --corpus"
+            )
+        yield Subject(str(run), student, config.train.dtype, opened, judged)
+
+
+def _further(config: TrainConfig, run: OpenRun, cache: Cache | HttpCache, corpus: Corpus, stack: ExitStack) -> Judged:
+    reader = eval_reader(config, cache, corpus, run.reader, stack)
+    rows, seen = rows_with_targets(reader), _of_the_run(run, corpus)
+    left = np.setdiff1d(rows, seen)
+    if not len(left):
+        raise InvalidInput(
+            f"no row of corpus {corpus.name!r} is left to evaluate on: {len(seen):,} of {counted(len(corpus), 'row')} "
+            "are in the run's own corpora, and others lack targets; name another by --corpus"
+        )
+    told = f"{counted(len(seen), 'row')} of corpus {corpus.name!r} are in the run's own corpora, and were left out"
+    return Judged(corpus.name, JoinedCorpora((corpus,)), reader, left, (told,) if len(seen) else ())
+
+
+def _of_the_run(run: OpenRun, corpus: Corpus) -> NDArray[np.int64]:
+    """Rows of a corpus that have the tokens of a row of the run's corpora, of which it may be one."""
+    own = run.corpora.corpora
+    every = [np.arange(len(each), dtype=np.int64) for each in own]
+    return with_copies([corpus, *own], [np.zeros(0, np.int64), *every])[0]

@@ -1,0 +1,55 @@
+"""`potstill evaluate RUN`: a cache elsewhere, further corpora, and a run with nothing to be judged by."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from potstill.clients.cli import main
+from potstill.student_trainer.train.loop import train
+from tests.support.tiny_runs import config_of, write_cache
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without held-out rows, whose cache was moved."""
+    folder = tmp_path_factory.mktemp("runs")
+    root = write_cache(folder, documents=20)
+    write_cache(folder, documents=4, corpus="other", seed=1)
+    write_cache(folder, documents=5, corpus="part")  # the first documents of the run's corpus
+    train(config_of(root, folder / "run", data={"held_out": 0}, train={"steps": 1, "eval_every": 1}))
+    root.rename(folder / "elsewhere")
+    return folder / "run"
+
+
+def test_a_run_is_judged_by_a_further_corpus_in_a_cache_that_was_moved(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(run), "--cache", str(run.parent / "elsewhere"), "--corpus", "other", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "held_out" not in found
+    assert found["corpora"]["other"]["documents"] == 4
+    assert found["corpora"]["other"]["teachers"]["fake"]["kl"]["value"] > 0
+
+
+@pytest.mark.parametrize(
+    ("corpora", "told"),
+    [
+        ([], "no held-out rows: its data.held_out is 0, and it has no data.eval_corpora; name a corpus by --corpus"),
+        (["part"], "no row of corpus 'part' is left to evaluate on: "),
+        (["none"], "no corpus 'none'"),
+    ],
+)
+def test_a_run_with_nothing_to_be_judged_by(
+    run: Path, capsys: pytest.CaptureFixture[str], corpora: list[str], told: str
+) -> None:
+    named = [word for name in corpora for word in ("--corpus", name)]
+    assert main(["evaluate", str(run), "--cache", str(run.parent / "elsewhere"), *named]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert told in shown.err
+    assert shown.err.count("\n") == 1
