@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from potstill.cache.errors import InvalidInput
 from potstill.student_trainer.data import Batch, BatchReader
+from potstill.student_trainer.data.joined import JoinedCorpora
 from potstill.student_trainer.evaluate.calibration import BINS, bin_of
 from potstill.student_trainer.evaluate.labels import NO_CATEGORY, LabelTable
 from potstill.student_trainer.evaluate.positions import KEPT, TEXT, WHOLE, of_labels, of_top_k, of_whole
@@ -84,7 +86,7 @@ def measure(
         on_progress: called with the number of rows that are done.
 
     Raises:
-        PotstillError: whatever reading raises.
+        InvalidInput: the model gives NaN. PotstillError: whatever reading raises.
     """
     of_row = np.searchsorted(reader.corpus.document_rows, rows, side="right") - 1
     documents, at = np.unique(of_row, return_inverse=True)
@@ -97,10 +99,20 @@ def measure(
             with autocast(model.device, dtype):
                 logits = model(**batch.inputs).logits
             for i, row in enumerate(part.tolist()):
+                if logits[i][batch.mask[i]].isnan().any():
+                    raise InvalidInput(
+                        f"the model gives NaN in {_place(reader, row)}; its weights are damaged, or diverged"
+                    )
                 found = _Row.of(batch, i, logits[i], len(reader.prefix), {n: w.read(row) for n, w in whole.items()})
                 _add(sums, int(at[start + i]), found, labels)
             on_progress(start + len(part))
     return sums
+
+
+def _place(reader: BatchReader, row: int) -> str:
+    corpus = reader.corpus
+    name, own = corpus.place(row) if isinstance(corpus, JoinedCorpora) else (corpus.name, row)
+    return f"row {own} of corpus {name!r}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

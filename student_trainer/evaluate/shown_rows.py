@@ -18,6 +18,8 @@ def texts_of(subject: Subject) -> tuple[list[Writing], list[Sample]]:
     """
     judged = subject.judged[0]
     corpus, rows = judged.corpora.corpora[0], _long_rows(judged)
+    if not rows:
+        return [], []
     tokens, prefix = corpus.take(rows), judged.reader.prefix
     # Rows of the first corpus have the same numbers among those of all.
     targets = {source.name: source.read(rows, tokens) for source in judged.reader.sources}

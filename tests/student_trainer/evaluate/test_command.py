@@ -244,3 +244,12 @@ def test_a_model_of_another_vocabulary(folder: Path, tmp_path: Path, capsys: pyt
     line = refused(capsys, folder / "model", "--cache", other, "--corpus", "docs")
     assert "has another tokenizer than corpus 'docs': id " in line
     assert line.endswith("ingest the text again with the model's tokenizer")
+
+
+def test_a_model_that_diverged(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    model.model.norm.weight.data[0] = math.nan
+    model.save_pretrained(tmp_path / "diverged")
+    capsys.readouterr()
+    line = refused(capsys, tmp_path / "diverged", "--cache", folder / "cache", "--corpus", "docs")
+    assert line.endswith("the model gives NaN in row 0 of corpus 'docs'; its weights are damaged, or diverged")
