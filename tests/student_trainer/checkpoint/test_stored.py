@@ -83,7 +83,7 @@ def test_a_run_is_finished_on_another_machine_and_evaluated_from_the_store(
     shutil.rmtree(local_copy(url))
     assert evaluate_run(url) == evaluate_run(tmp_path / "straight")
     assert main(["evaluate", url, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["ce"] > 0
+    assert json.loads(capsys.readouterr().out)["held_out"]["loss"]["value"] > 0
     assert train(config(root, url, 12)).held_out == result.held_out, "brought, not trained again"
 
 

@@ -147,7 +147,8 @@ def test_calibration_is_what_plain_bins_give(folder: Path, evaluated: Evaluated)
         right = np.concatenate([doc["right"] for doc in documents])
         sure, right = sure[~np.isnan(sure)], right[~np.isnan(right)]
         bins = np.digitize(sure, np.linspace(0, 1, 16)[1:-1])
-        return sum((bins == b).mean() * abs(right[bins == b].mean() - sure[bins == b].mean()) for b in np.unique(bins))
+        far = [abs(right[bins == b].mean() - sure[bins == b].mean()) * (bins == b).mean() for b in np.unique(bins)]
+        return float(np.sum(far))
 
     assert found["ece"]["value"] == pytest.approx(error(docs), rel=1e-5)
     without = [error(docs[:i] + docs[i + 1 :]) for i in range(len(docs))]
