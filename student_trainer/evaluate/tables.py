@@ -26,6 +26,7 @@ _TEACHER = {
     "overlap": "overlap of the top K",
     "mass": "student's mass on the top K",
 }
+_MOST_DIGITS = 6
 _SHARES = {"ece", "total_variation", "acceptance", "top1", "overlap", "mass"}
 
 
@@ -47,7 +48,9 @@ def measure_text(measure: Measure | None, *, share: bool = False) -> str:
         return f"{value:,.4g}{sign}"
     if error == 0.0:
         return f"{value:,.4g}{sign} \u00b1 0"
-    digits = min(6, max(0, 1 - math.floor(math.log10(error))))
+    digits = max(0, 1 - math.floor(math.log10(error)))
+    if digits > _MOST_DIGITS:
+        return f"{value:.4g}{sign} \u00b1 {error:.1g}"
     return f"{value:,.{digits}f}{sign} \u00b1 {error:,.{digits}f}"
 
 

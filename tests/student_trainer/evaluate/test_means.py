@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from potstill.student_trainer.evaluate.means import Measure, jackknife, perplexity, ratio
+from potstill.student_trainer.evaluate.tables import measure_text
 
 
 def test_documents_of_one_length_have_the_textbook_standard_error() -> None:
@@ -61,3 +62,20 @@ def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
     values = np.random.default_rng(3).normal(size=40)
     without = (values.sum() - values) / 39
     assert jackknife(float(values.mean()), without).stderr == pytest.approx(values.std(ddof=1) / math.sqrt(40))
+
+
+@pytest.mark.parametrize(
+    ("measure", "share", "text"),
+    [
+        (None, False, "-"),
+        (Measure(3.14159, None), False, "3.142"),
+        (Measure(3.14159, 0.0123), False, "3.142 ± 0.012"),
+        (Measure(1234.5, 98.7), False, "1,234 ± 99"),
+        (Measure(0.16, 0.0089), True, "16.00% ± 0.89"),
+        (Measure(0.0, 0.0), True, "0% ± 0"),
+        (Measure(6.6e-8, 1e-9), False, "6.6e-08 ± 1e-09"),
+        (Measure(math.inf, math.inf), False, "over 1e308"),
+    ],
+)
+def test_a_measure_is_written_with_two_digits_of_its_error(measure: Measure | None, share: bool, text: str) -> None:
+    assert measure_text(measure, share=share) == text
