@@ -112,7 +112,7 @@ def evidence_of(
         all=whole,
         ece=calibration_error(sums.bins),
         bins=reliability(sums.bins),
-        teachers={name: _teacher(sums, name) for name in sums.kept},
+        teachers={name: _teacher(sums, name) for name in dict.fromkeys([*sums.kept, *sums.whole])},
         by_category=_there(
             (name, _part(sums, everything, slice(group, group + 1), labels)) for group, name in enumerate(CATEGORIES)
         ),
@@ -150,12 +150,11 @@ def _part(sums: Sums, documents: NDArray[np.bool_], groups: slice, labels: Label
 
 
 def _teacher(sums: Sums, name: str) -> dict[str, Measure | None]:
-    kept = sums.kept[name].sum(axis=1)
-    found = {measure: ratio(kept[:, i], kept[:, 0]) for i, measure in enumerate(KEPT) if i}
-    if name not in sums.whole:
-        return found | dict.fromkeys(WHOLE[1:])
-    whole = sums.whole[name].sum(axis=1)
-    return found | {measure: ratio(whole[:, i], whole[:, 0]) for i, measure in enumerate(WHOLE) if i}
+    found: dict[str, Measure | None] = {}
+    for columns, sums_of in ((KEPT, sums.kept), (WHOLE, sums.whole)):
+        values = sums_of[name].sum(axis=1) if name in sums_of else np.zeros((len(sums.documents), len(columns)))
+        found |= {measure: ratio(values[:, i], values[:, 0]) for i, measure in enumerate(columns) if i}
+    return found
 
 
 def _there(parts: Iterable[tuple[str, Part]]) -> dict[str, Part]:

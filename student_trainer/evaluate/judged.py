@@ -80,6 +80,11 @@ def _more(on_progress: Callable[[int], None], before: int, rows: int) -> None:
 def _judged(subject: Subject, judged: Judged, labels: LabelTable, on_progress: Callable[[int], None]) -> Evidence:
     notes, whole = list(judged.notes), {}
     for source in judged.reader.sources:
+        if not source.top_k:
+            notes.append(
+                f"teacher {source.name!r} is read as draws alone, so what needs a top-k was not measured; "
+                "run `potstill prefill --top-k 64` for it"
+            )
         targets, problem = whole_targets(subject.cache, source.name, judged.corpora)
         if targets is not None:
             whole[source.name] = targets

@@ -44,7 +44,7 @@ class Sums:
     bins: NDArray[np.float64]
     """[D, B, 3] of `calibration`."""
     kept: dict[str, NDArray[np.float64]]
-    """[D, G, 5] columns `KEPT`, by teacher."""
+    """[D, G, 5] columns `KEPT`, by teacher that has a top-k."""
     whole: dict[str, NDArray[np.float64]]
     """[D, G, 5] columns `WHOLE`, by teacher that has whole distributions."""
 
@@ -90,7 +90,8 @@ def measure(
     """
     of_row = np.searchsorted(reader.corpus.document_rows, rows, side="right") - 1
     documents, at = np.unique(of_row, return_inverse=True)
-    sums = Sums.of(documents, [source.name for source in reader.sources], list(whole))
+    measured = [m for m, source in enumerate(reader.sources) if source.top_k]
+    sums = Sums.of(documents, [reader.sources[m].name for m in measured], list(whole))
     size = max(1, _LOGITS // (reader.longest_row * model.config.get_text_config().vocab_size))
     with evaluating(model):
         for start in range(0, len(rows), size):
@@ -103,7 +104,8 @@ def measure(
                     raise InvalidInput(
                         f"the model gives NaN in {_place(reader, row)}; its weights are damaged, or diverged"
                     )
-                found = _Row.of(batch, i, logits[i], len(reader.prefix), {n: w.read(row) for n, w in whole.items()})
+                dense = {name: each.read(row) for name, each in whole.items()}
+                found = _Row.of(batch, i, logits[i], measured, len(reader.prefix), dense)
                 _add(sums, int(at[start + i]), found, labels)
             on_progress(start + len(part))
     return sums
@@ -126,7 +128,13 @@ class _Row:
 
     @classmethod
     def of(
-        cls, batch: Batch, i: int, logits: Tensor, prefix: int, whole: Mapping[str, NDArray[np.float32] | None]
+        cls,
+        batch: Batch,
+        i: int,
+        logits: Tensor,
+        measured: Sequence[int],
+        prefix: int,
+        whole: Mapping[str, NDArray[np.float32] | None],
     ) -> _Row:
         mask = batch.mask[i]
         stop = int(batch.lengths[i])
@@ -134,7 +142,7 @@ class _Row:
         return cls(
             logits[mask],
             batch.labels[i][mask],
-            tuple(each.each(lambda tensor: tensor[i][mask]) for each in batch.teachers),
+            tuple(each.each(lambda tensor: tensor[i][mask]) for each in (batch.teachers[m] for m in measured)),
             {name: each[counts] for name, each in whole.items() if each is not None},
         )
 

@@ -111,7 +111,8 @@ def samples(
 
 
 def _kept(targets: Targets, position: int) -> list[tuple[int, float]]:
-    ids, logprobs = targets.ids[position, :_SHOWN], targets.logprobs[position, :_SHOWN]
+    likeliest = np.argsort(-targets.logprobs[position], kind="stable")[:_SHOWN]  # all ids come in their own order
+    ids, logprobs = targets.ids[position, likeliest], targets.logprobs[position, likeliest]
     return list(zip(ids.tolist(), np.exp(logprobs).tolist(), strict=True))
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from potstill.cache.types import Fields
 from potstill.clients.cli import main
 from potstill.student_trainer.train.loop import train
-from tests.support.tiny_runs import config_of, write_cache
+from tests.support.tiny_runs import config_of, fill, write_cache
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -53,3 +54,17 @@ def test_a_run_with_nothing_to_be_judged_by(
     assert shown.out == ""
     assert told in shown.err
     assert shown.err.count("\n") == 1
+
+
+def test_a_teacher_of_draws_alone_is_measured_by_its_whole_distributions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_cache(tmp_path, documents=12, teachers=())
+    fill(root, "fake", fields=Fields(k=0, draws=6))
+    fill(root, "fake", fields=Fields(k=0, dense=True))
+    train(config_of(root, tmp_path / "run", train={"steps": 1, "eval_every": 1, "loss": "draws"}))
+    assert main(["evaluate", str(tmp_path / "run"), "--json", "--html", str(tmp_path / "page.html")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["teachers"]["fake"]["kl"] is None
+    assert found["teachers"]["fake"]["full_kl"]["value"] > 0
+    assert any("teacher 'fake' is read as draws alone" in note for note in found["notes"])
