@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
@@ -19,6 +20,7 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
+import torch
 
 from potstill.cache.errors import PotstillError, Unavailable
 from potstill.cache.ray_folder import ray_folder
@@ -31,12 +33,15 @@ from potstill.student_trainer.evaluate.result import TrainResult, finished_befor
 from potstill.student_trainer.launch.placement import Node, Placement, check_one_machine, place_some
 from potstill.student_trainer.metrics.records import MetricsFollower, Record
 from potstill.student_trainer.parallel.fsdp import group_class
+from potstill.student_trainer.parallel.group import Group
 from potstill.student_trainer.train.loop import run_session
 from potstill.student_trainer.train.optimizer import warn_of_jump
 from potstill.student_trainer.train.run import open_run
 
 _STOP_FILE = ".stop"
 _POLL_SECONDS = 0.5
+_ASK_SECONDS = 5.0
+"""Seconds between two looks at the nodes, as long as Ray takes to see that one is to go."""
 
 
 def train_with_ray(
@@ -119,6 +124,25 @@ class _EndOnOurErrors(ray.train.UserCallback):  # type: ignore[misc]
                 raise error
 
 
+class _NodesLeaving:
+    """Asks Ray now and then, for all workers, whether nodes are about to be taken away; true once for each."""
+
+    def __init__(self, group: Group) -> None:
+        self._group, self._next = group, 0.0
+        self._known: set[str] = set()
+
+    def __call__(self) -> bool:
+        """Ask. All workers call it after each step, and only rank 0 looks at the clock: Ray waits for all of them."""
+        due = torch.tensor(float(self._group.rank == 0 and time.monotonic() >= self._next), device=self._group.device)
+        if not self._group.all_reduce_sum(due).item():
+            return False
+        self._next = time.monotonic() + _ASK_SECONDS
+        found = ray.train.get_preemption_info()
+        leaving = set() if found is None else set(found.preempted_node_ids) - self._known
+        self._known |= leaving
+        return bool(leaving)
+
+
 def _training(keys: Mapping[str, str]) -> Callable[[Mapping[str, Any]], TrainResult]:
     """Make the function that Ray calls in each worker's own process to train as one of a group.
 
@@ -136,7 +160,14 @@ def _training(keys: Mapping[str, str]) -> Callable[[Mapping[str, Any]], TrainRes
         stop_file = config.run_dir / _STOP_FILE
         # An error would have Ray start the workers again, to find no service either. The driver has read the newest.
         good, report = arguments["good"], ray.train.report
-        return run_session(config, group, should_stop=stop_file.exists, on_evaluation=report, good=good)
+        return run_session(
+            config,
+            group,
+            should_stop=stop_file.exists,
+            on_evaluation=report,
+            should_save=_NodesLeaving(group),
+            good=good,
+        )
 
     return worker
 

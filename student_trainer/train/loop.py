@@ -110,12 +110,13 @@ def run_session(
     on_record: Callable[[Record], None] = lambda _: None,
     on_begin: Callable[[int], None] = lambda _: None,
     on_evaluation: Callable[[dict[str, Any]], None] = lambda _: None,
+    should_save: Callable[[], bool] = lambda: False,
     good: int = -1,
 ) -> TrainResult:
     """Train like `train`, but return a result with a `problem` where a service does not answer.
 
     `good` is the step of a checkpoint that the caller has compared with its hashes; `on_evaluation` is called on every
-    worker with the record of each.
+    worker with the record of each. `should_save` is asked on every worker after a step, and answers all of them alike.
     """
     config = config.absolute()
     finished = finished_before(config)
@@ -138,7 +139,7 @@ def run_session(
             if session.writer is not None and spike is None:
                 on_begin(step_of(checkpoint))
             try:
-                return session.run_to_end(should_stop, back_from=spike)
+                return session.run_to_end(should_stop, should_save, back_from=spike)
             except Spike as error:
                 run = replace(run, order=skip(config, run.order, error, group))
                 spike = error.with_traceback(None)
@@ -232,7 +233,9 @@ class _Session:
     def seconds(self) -> float:
         return time.monotonic() - self.began
 
-    def run_to_end(self, should_stop: Callable[[], bool], *, back_from: Spike | None) -> TrainResult:
+    def run_to_end(
+        self, should_stop: Callable[[], bool], should_save: Callable[[], bool], *, back_from: Spike | None
+    ) -> TrainResult:
         """Train to the end, or to the next stop.
 
         Raises:
@@ -248,9 +251,9 @@ class _Session:
                 rows, number = self.config.train.batch_rows, len(self.opened.order.skipped)
                 told = {"from_step": back_from.step, "skipped_rows": rows, "number": number, "why": back_from.told}
                 self._record({"step": self.step, "rollback": told})
-            return self._train(should_stop)
+            return self._train(should_stop, should_save)
 
-    def _train(self, should_stop: Callable[[], bool]) -> TrainResult:
+    def _train(self, should_stop: Callable[[], bool], should_save: Callable[[], bool]) -> TrainResult:
         loop = self.config.train
         found: dict[str, Evaluation] = {}
         stopped = False
@@ -266,7 +269,7 @@ class _Session:
                     self._record(record)
                     if self.step % loop.eval_every == 0 or self.step == loop.steps:
                         found = self._evaluate()
-                    if self.step % loop.checkpoint_every == 0 or self.step == loop.steps or stopped:
+                    if self.step % loop.checkpoint_every == 0 or self.step == loop.steps or stopped or should_save():
                         self._save()
                         self.group.barrier()
         except PotstillError as error:

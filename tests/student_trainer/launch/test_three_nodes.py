@@ -47,3 +47,12 @@ def test_a_run_goes_on_with_fewer_workers_when_a_node_is_gone(tmp_path: Path) ->
         [record["loss"] for record in read_metrics(tmp_path / run) if "loss" in record] for run in ("elastic", "alone")
     )
     np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_node_that_is_to_be_taken_away_makes_a_checkpoint(tmp_path: Path) -> None:
+    root = write_cache(tmp_path)
+    command = [sys.executable, "-m", "tests.support.processes.leaving_node", str(root), str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {"finished": False, "saved": True, "further": True}
