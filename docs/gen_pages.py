@@ -22,6 +22,7 @@ from pydantic_core import PydanticUndefined
 
 from potstill.cache.entry_points import command_entry_points
 from potstill.cache.errors import PotstillError
+from potstill.student_trainer.ablate.grid import GridConfig
 from potstill.student_trainer.config import TrainConfig
 from potstill.teacher_service.app import create_app
 from potstill.teacher_service.engine.vllm_teacher import VllmOptions
@@ -141,6 +142,11 @@ def training_settings_page() -> str:
     return _settings_page("Settings of a training run", _TRAINING_HEAD, TrainConfig)
 
 
+def ablation_settings_page() -> str:
+    """The settings of `potstill ablate`."""
+    return _settings_page("Settings of an ablation", _ABLATION_HEAD, GridConfig)
+
+
 _SERVICE_HEAD = """\
 `potstill serve CONFIG.toml` reads these keys. An option of the command line wins over an environment variable
 (`POTSTILL_HOST`, `POTSTILL_PORT`, `POTSTILL_CACHE`), and that over the file. An unknown key is an error.
@@ -148,6 +154,12 @@ _SERVICE_HEAD = """\
 _TRAINING_HEAD = """\
 `potstill train CONFIG.toml` reads these keys. Relative paths are taken from the current folder. An unknown key is an
 error.
+"""
+
+
+_ABLATION_HEAD = """\
+`potstill ablate GRID.toml` reads these keys; [Ablations](../guide/ablating.md) shows a file. An unknown key is
+an error.
 """
 
 
@@ -297,6 +309,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "reference/commands.md": commands_page,
     "reference/service-settings.md": service_settings_page,
     "reference/training-settings.md": training_settings_page,
+    "reference/ablation-settings.md": ablation_settings_page,
     "reference/teacher-options.md": teacher_options_page,
     "reference/errors.md": errors_page,
     "reference/format.md": format_page,

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -89,7 +89,7 @@ class TrainConfig(Frozen):
         try:
             return cls.model_validate(value)
         except ValidationError as error:
-            raise InvalidInput(_one_line(error)) from error
+            raise InvalidInput(one_line(error, _known_keys)) from error
 
     @classmethod
     def from_toml(cls, path: str | Path, *, out: str | None = None) -> TrainConfig:
@@ -144,29 +144,35 @@ def local_copy(url: str) -> Path:
     return Path(base) / "potstill" / "runs" / hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
 
 
-def _one_line(error: ValidationError) -> str:
+def one_line(error: ValidationError, known: Callable[[Sequence[int | str]], Iterable[str]]) -> str:
+    """Put the first error of settings into words.
+
+    Args:
+        error: pydantic's.
+        known: gives the keys that there are beside one, by its place.
+    """
     errors = error.errors(include_url=False)
     # A misspelt key leaves the right one missing: name the former, which is what was typed.
     first = next((found for found in errors if found["type"] == "extra_forbidden"), errors[0])
     key = ".".join(str(part) for part in first["loc"]) or "config"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        return f"{key} is unknown; known are {', '.join(_known_keys(first['loc'][0], first['loc']))}"
+        return f"{key} is unknown; known are {', '.join(known(first['loc']))}"
     if isinstance(first["input"], dict | BaseModel):
         return f"{key}: {message}"
     return f"{key} is {first['input']!r}: {message}"
 
 
-def _known_keys(section: int | str, loc: tuple[int | str, ...]) -> Iterable[str]:
+def _known_keys(loc: Sequence[int | str]) -> Iterable[str]:
     models: dict[int | str, type[BaseModel]] = {
         "data": DataConfig,
         "teachers": TeacherConfig,
         "student": StudentConfig,
         "train": LoopConfig,
     }
-    if loc[:2] == ("data", "corpora"):
+    if tuple(loc[:2]) == ("data", "corpora"):
         return CorpusConfig.model_fields
-    return (models[section] if len(loc) > 1 else TrainConfig).model_fields
+    return (models[loc[0]] if len(loc) > 1 else TrainConfig).model_fields
 
 
 def _absolute(value: Any, *, always: bool = False) -> Any:

@@ -81,7 +81,7 @@ def train_with_ray(
     on_begin(begun)
     warn_of_jump(config, begun)
     follower = MetricsFollower(config.run_dir, after_step=begun)
-    with _ray(address, config.train.workers_range[1]):
+    with connected(address, config.train.workers_range[1]):
         trainer = _trainer(config, begun)
         fit: Future[TrainResult] = Future()
         # In the main thread `fit` would take over Ctrl-C and abort without a checkpoint.
@@ -172,8 +172,8 @@ def _training(keys: Mapping[str, str]) -> Callable[[Mapping[str, Any]], TrainRes
     return worker
 
 
-def _keys(config: TrainConfig) -> dict[str, str]:
-    """The API keys that the run's services are asked with, by environment variable, as far as they are set here."""
+def keys_of(config: TrainConfig) -> dict[str, str]:
+    """Collect the API keys that the run's services are asked with, by environment variable, where they are set."""
     named = (config.data.api_key_env, *(teacher.api_key_env for teacher in config.teachers))
     names = {API_KEY_VARIABLE, *(name for name in named if name is not None)}
     return {name: os.environ[name] for name in sorted(names) if name in os.environ}
@@ -201,7 +201,7 @@ def _trainer(config: TrainConfig, good: int) -> ray.train.torch.TorchTrainer:
         max_preemption_failures=-1 if loop.max_preemptions is None else loop.max_preemptions,
     )
     return ray.train.torch.TorchTrainer(
-        _training(_keys(config)),
+        _training(keys_of(config)),
         train_loop_config={"config": config.to_json(), "good": good},
         scaling_config=ray.train.ScalingConfig(
             num_workers=loop.workers, use_gpu=placement.gpu, resources_per_worker=resources
@@ -217,7 +217,7 @@ def _trainer(config: TrainConfig, good: int) -> ray.train.torch.TorchTrainer:
 
 
 @contextmanager
-def _ray(address: str | None, workers: int) -> Iterator[None]:
+def connected(address: str | None, workers: int) -> Iterator[None]:
     """Connect to Ray for the block; shut it down at the end only if it was connected here."""
     if ray.is_initialized():
         yield

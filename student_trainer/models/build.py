@@ -49,19 +49,21 @@ def build_student(
             not of it, or a key has no effect.
         LimitExceeded: rows are longer than the student's positions.
     """
-    with quiet_transformers():
-        try:
-            settings = student_settings(student, vocab_size)
-            stored = str(settings.get_text_config().dtype or settings.dtype).removeprefix("torch.")
-            model = _load(student, settings, seed)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError) as error:
-            raise InvalidInput(
-                f"student cannot be built from {student.checkpoint or student.config!r}: {_first_lines(error)}"
-            ) from error
+    with quiet_transformers(), _told(student):
+        settings = student_settings(student, vocab_size)
+        stored = str(settings.get_text_config().dtype or settings.dtype).removeprefix("torch.")
+        model = _load(student, settings, seed)
     _check_size(model.config.get_text_config(), vocab_size, row_tokens)
     set_special_ids(model, special_ids or {})
     _train_text(model)
     return model, stored if student.checkpoint is not None and stored in SAVE_DTYPES else "float32"
+
+
+def check_student(student: StudentConfig, *, vocab_size: int, row_tokens: int) -> None:
+    """Raise what `build_student` would, as far as the student's config tells; arguments as there."""
+    with _told(student):
+        config = student_settings(student, vocab_size).get_text_config()
+    _check_size(config, vocab_size, row_tokens)
 
 
 def load_student(folder: Path) -> PreTrainedModel:
@@ -101,6 +103,17 @@ def quiet_transformers() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def _told(student: StudentConfig) -> Iterator[None]:
+    """Turn what transformers raises into one line."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError) as error:
+        raise InvalidInput(
+            f"student cannot be built from {student.checkpoint or student.config!r}: {_first_lines(error)}"
+        ) from error
 
 
 def _load(student: StudentConfig, settings: Any, seed: int) -> PreTrainedModel:

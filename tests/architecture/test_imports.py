@@ -32,6 +32,7 @@ HEAVY = {
         "teacher_service/capture/worker.py",
     },
     "ray": {
+        "student_trainer/ablate/on_ray.py",
         "student_trainer/launch/ray.py",
         "teacher_service/replicas/ray_losses.py",
         "teacher_service/replicas/ray_pool.py",

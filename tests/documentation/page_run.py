@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Self
 
 from potstill.clients.cli import main
+from potstill.student_trainer.ablate.grid import GridConfig
 from potstill.student_trainer.config import TrainConfig
 from potstill.teacher_service.settings.service import ServiceSettings
 from tests.documentation.blocks import Block
@@ -152,9 +153,11 @@ class PageRun:
 
 
 def check_settings(text: str) -> None:
-    """Read a TOML block as what it is: settings of a run, else those of a service, to which one may be missing."""
+    """Read a TOML block as what it is: settings of an ablation, of a run, or of a service without teachers."""
     value = tomllib.loads(text)
-    if "train" in value or "student" in value or "data" in value:
+    if "baseline" in value:
+        GridConfig.model_validate(value)
+    elif "train" in value or "student" in value or "data" in value:
         TrainConfig.of(value)
     else:
         ServiceSettings.model_validate({"teachers": [{"name": "big", "model": "path/to/model"}], **value})

@@ -1,0 +1,105 @@
+"""Outcomes of the runs of an ablation: for each a small JSON file beside its folder, from which the table is made.
+
+<out>/runs/<cell>/<seed>/       the run, as `potstill train` leaves it
+<out>/outcomes/<cell>/<seed>.json
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from potstill.cache.errors import FormatError
+from potstill.cache.types import JSON
+from potstill.student_trainer.config.run_folder import write_json
+
+LOSS = "loss"
+"""Name of the cross-entropy among the measures of an outcome; the others end in a space and the teacher's name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One look at the held-out rows while a run trained."""
+
+    tokens: int
+    """Targets learnt until then."""
+    seconds: float
+    """Since the run began, over all sessions."""
+    loss: float
+    """Held-out cross-entropy, nats a token."""
+
+
+@dataclass(frozen=True, slots=True)
+class PerDocument:
+    """One measure of each held-out document, in the order of documents."""
+
+    counts: list[float]
+    """Positions that it was measured at."""
+    sums: list[float]
+    """Sum over them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """A run that came to its end."""
+
+    cell: str
+    seed: int
+    config: Mapping[str, JSON]
+    """The run's, as it was trained."""
+    tokens: int
+    """Targets learnt."""
+    seconds: float
+    measures: Mapping[str, PerDocument]
+    """`LOSS`, and for each teacher `kl NAME` in nats and `top1 NAME`."""
+    curve: list[Point]
+
+    def save(self, out: Path) -> None:
+        """Write it whole, under its name.
+
+        Raises:
+            StoreError: the disk does not take it.
+        """
+        file = outcome_file(out, self.cell, self.seed)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, asdict(self))
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A run that came to no end: an error, or a process that was killed once too often."""
+
+    cell: str
+    seed: int
+    detail: str
+
+
+def load_outcome(out: Path, cell: str, seed: int) -> Outcome | None:
+    """Read an outcome; None where there is none yet.
+
+    Raises:
+        FormatError: no outcome of this version.
+    """
+    file = outcome_file(out, cell, seed)
+    if not file.exists():
+        return None
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+        measures = {name: PerDocument(**found) for name, found in value["measures"].items()}
+        return Outcome(**{**value, "measures": measures, "curve": [Point(**point) for point in value["curve"]]})
+    except (OSError, TypeError, KeyError, ValueError) as error:
+        raise FormatError(
+            f"{str(file)!r} is no outcome of this version ({error!r}); delete it to judge again"
+        ) from error
+
+
+def outcome_file(out: Path, cell: str, seed: int) -> Path:
+    """The file of a run's outcome."""
+    return out / "outcomes" / cell / f"{seed}.json"
+
+
+def run_folder(out: Path, cell: str, seed: int) -> Path:
+    """The folder of a run."""
+    return out / "runs" / cell / str(seed)

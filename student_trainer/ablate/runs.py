@@ -1,0 +1,133 @@
+"""The runs of an ablation: every cell with every seed, checked before the first starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from potstill.cache.errors import InvalidInput, PotstillError
+from potstill.cache.named_files import read_toml
+from potstill.student_trainer.ablate.grid import GridConfig
+from potstill.student_trainer.ablate.judge import judge
+from potstill.student_trainer.ablate.outcome import Failure, Outcome, Point, load_outcome, run_folder
+from potstill.student_trainer.config import TrainConfig
+from potstill.student_trainer.config.resume import check_continues
+from potstill.student_trainer.metrics.records import Record, read_metrics
+from potstill.student_trainer.models.build import check_student
+from potstill.student_trainer.train.loop import train
+from potstill.student_trainer.train.run import OpenRun, open_run
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One cell with one seed."""
+
+    cell: str
+    seed: int
+    config: TrainConfig
+    base: TrainConfig
+    """The run that cells change, with whose teachers and held-out rows all are judged."""
+
+
+def plan_runs(grid: GridConfig) -> list[Run]:
+    """Make the runs, all cells of a seed after each other, and check that each can start.
+
+    Raises:
+        InvalidInput: naming every cell that cannot, or the file of the run that they change.
+    """
+    table, out = read_toml(grid.config), Path(grid.out).absolute()
+    table["train"] = {**table.get("train", {}), "out": str(out / "runs")}
+    base = TrainConfig.of(table).absolute()
+    runs: list[Run] = []
+    problems = []
+    with open_run(base) as opened:
+        if not len(opened.held_out):
+            raise InvalidInput(f"data.held_out of {grid.config!r} is 0, so that there is nothing to compare cells by")
+        for cell in grid.all_cells:
+            try:
+                configs = [cell.config(table, seed, str(run_folder(out, cell.name, seed))) for seed in grid.seeds]
+                _check(configs[0], opened)
+            except PotstillError as error:
+                problems.append(f"{cell.name}: {error.detail}")
+            else:
+                of_cell = zip(grid.seeds, configs, strict=True)
+                runs.extend(Run(cell.name, seed, config.absolute(), base) for seed, config in of_cell)
+    if problems:
+        raise InvalidInput(f"{len(problems)} of {len(grid.all_cells)} cells cannot run: {'; '.join(problems)}")
+    return sorted(runs, key=lambda run: grid.seeds.index(run.seed))
+
+
+def _check(config: TrainConfig, base: OpenRun) -> None:
+    """Check what one run needs, as far as it can be told without training."""
+    if config.train.workers_range[0] > 1:
+        raise InvalidInput(f"train.workers is {config.train.workers}, but runs of an ablation have one worker each")
+    with open_run(config) as opened:
+        if opened.left_out != base.left_out:
+            raise InvalidInput(
+                "it holds out other rows than the run that it changes; leave those of [data] as they are"
+            )
+        check_student(config.student, vocab_size=opened.vocab_size, row_tokens=opened.row_tokens)
+
+
+def outcomes_there(runs: Sequence[Run], out: Path) -> dict[tuple[str, int], Outcome]:
+    """Read the outcomes of earlier calls, by cell and seed.
+
+    Raises:
+        SpecMismatch: one is of a run under other settings, which are named.
+    """
+    found = {}
+    for run in runs:
+        outcome = load_outcome(out, run.cell, run.seed)
+        if outcome is None:
+            continue
+        before = TrainConfig.of(outcome.config)
+        check_continues(run.config, before)
+        if before.train.steps == run.config.train.steps:
+            found[run.cell, run.seed] = outcome
+    return found
+
+
+def run_here(
+    run: Run, out: Path, should_stop: Callable[[], bool], on_record: Callable[[Record], None]
+) -> Outcome | Failure | None:
+    """Do as `train_and_judge`, but return an error as what became of the run."""
+    try:
+        return train_and_judge(run, out, should_stop, on_record)
+    except PotstillError as error:
+        return Failure(run.cell, run.seed, f"{error.kind}: {error.detail}")
+
+
+def train_and_judge(
+    run: Run, out: Path, should_stop: Callable[[], bool], on_record: Callable[[Record], None] = lambda _: None
+) -> Outcome | None:
+    """Train a run to its end, or go on with it, and judge its student; None where it was stopped before.
+
+    Raises:
+        PotstillError: as `train`.
+    """
+    result = train(run.config, should_stop=should_stop, on_record=on_record)
+    if not result.finished:
+        return None
+    outcome = Outcome(
+        cell=run.cell,
+        seed=run.seed,
+        config=run.config.to_json(),
+        tokens=result.tokens,
+        seconds=result.seconds,
+        measures=judge(run.config.run_dir / "model", run.base),
+        curve=_curve(run.config),
+    )
+    outcome.save(out)
+    return outcome
+
+
+def _curve(config: TrainConfig) -> list[Point]:
+    """The looks at the held-out rows, with the tokens and seconds of the step before each."""
+    tokens, seconds, points = 0, 0.0, []
+    for record in read_metrics(config.run_dir):
+        if "loss" in record:
+            tokens, seconds = record["tokens"], record["seconds"]
+        elif "held_out" in record:
+            points.append(Point(tokens, seconds, record["held_out"]["ce"]))
+    return points

@@ -1,0 +1,171 @@
+"""`potstill ablate` on real runs of small students: its table, and what becomes of runs that fail or are killed."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from potstill.clients.cli import main
+from potstill.student_trainer.ablate.outcome import load_outcome
+from tests.support.tiny_runs import STUDENT, write_cache
+
+BASE = """
+[data]
+cache = "{root}"
+corpus = "docs"
+held_out = 20
+
+[[teachers]]
+name = "fake"
+
+[student]
+config = {student}
+
+[train]
+out = "unused"
+steps = {steps}
+batch_rows = 8
+lr = 1e-2
+eval_every = 2
+checkpoint_every = 2
+"""
+CELLS = """
+[cells]
+ce = { train.alpha = 0 }
+kd = { train.alpha = 1.0 }
+"""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_cache(tmp_path_factory.mktemp("cache"), documents=90)
+
+
+def write_grid(root: Path, folder: Path, cells: str = CELLS, *, steps: int = 4) -> Path:
+    student = "{" + ", ".join(f"{key} = {json.dumps(value)}" for key, value in STUDENT.items()) + "}"
+    base, grid = folder / "student.toml", folder / "grid.toml"
+    base.write_text(BASE.format(root=root, student=student, steps=steps))
+    grid.write_text(
+        f'config = "{base}"\nout = "{folder / "ablation"}"\nbaseline = "ce"\nseeds = [0, 1]\nresamples = 100\n{cells}'
+    )
+    return grid
+
+
+def told(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_cells_are_trained_paired_and_compared(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid = write_grid(root, tmp_path)
+    assert main(["ablate", str(grid), "--no-ray", "--json"]) == 0
+    first = told(capsys)
+    rows = {row["cell"]: row for row in first["rows"]}
+    assert list(rows) == ["ce", "kd"]
+    assert first["documents"] >= 10
+    assert set(rows["kd"]["differences"]) == {"loss", "kl fake", "top1 fake"}
+    assert rows["kd"]["differences"]["kl fake"]["value"] < 0, "it was taught by the teacher"
+    # Within a seed both begin with the same student.
+    curves = {
+        (cell, seed): outcome.curve[0].loss
+        for cell in rows
+        for seed in (0, 1)
+        if (outcome := load_outcome(tmp_path / "ablation", cell, seed)) is not None
+    }
+    assert curves["ce", 0] == curves["kd", 0] != curves["ce", 1] == curves["kd", 1]
+    summary = json.loads((tmp_path / "ablation/runs/kd/0/summary.json").read_text())
+    outcome = load_outcome(tmp_path / "ablation", "kd", 0)
+    assert outcome is not None
+    loss = outcome.measures["loss"]
+    assert sum(loss.sums) / sum(loss.counts) == pytest.approx(summary["held_out"]["ce"], rel=1e-5)
+    assert (tmp_path / "ablation/report.html").exists()
+    # Called again it has nothing to train, and says the same.
+    assert main(["ablate", str(grid), "--no-ray", "--json"]) == 0
+    assert told(capsys) == first
+
+
+def test_cells_that_cannot_run_are_all_named_before_the_first_starts(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = """
+    [cells]
+    ce = { train.alpha = 0 }
+    wide = { teachers.fake.k = 40 }
+    drawn = { train.loss = "draws" }
+    apart = { data.held_out_seed = 3 }
+    small = { student.config.vocab_size = 7 }
+    """
+    assert main(["ablate", str(write_grid(root, tmp_path, cells)), "--no-ray"]) == 1
+    line = capsys.readouterr().err
+    assert line.startswith(
+        "invalid_input: 4 of 5 cells cannot run: wide: teachers.k is 40 for 'fake', but the cache holds"
+    )
+    assert "drawn: " in line
+    assert "apart: it holds out other rows than the run that it changes" in line
+    assert "small: student vocab_size is 7" in line
+    assert line.count("\n") == 1
+    assert not (tmp_path / "ablation").exists()
+
+
+def test_a_run_that_fails_is_told_in_its_row_and_the_others_go_on(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = "[cells]\nnan = { train.lr = 1e30 }\nce = { train.alpha = 0 }\n"
+    assert main(["ablate", str(write_grid(root, tmp_path, cells)), "--no-ray"]) == 1
+    out = capsys.readouterr().out
+    assert "nan (0 of 2)" in out
+    assert "nan, seed 0: invalid_input: " in out
+    assert load_outcome(tmp_path / "ablation", "ce", 1) is not None
+
+
+def test_runs_under_other_settings_are_not_mixed_up(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["ablate", str(write_grid(root, tmp_path)), "--no-ray"]) == 0
+    changed = write_grid(root, tmp_path, CELLS.replace("1.0", "0.5"))
+    capsys.readouterr()
+    assert main(["ablate", str(changed), "--no-ray"]) == 1
+    assert "train.alpha is 0.5, but it was 1.0 when the run in " in capsys.readouterr().err
+
+
+def ablate(grid: Path, *more: str) -> list[str]:
+    command = "from potstill.clients.cli import main; raise SystemExit(main())"
+    return [sys.executable, "-c", command, "ablate", str(grid), "--json", *more]
+
+
+@pytest.mark.slow
+def test_killed_ten_times_it_ends_with_the_table_of_an_undisturbed_one(root: Path, tmp_path: Path) -> None:
+    def without_times(text: str) -> Any:
+        found = json.loads(text)
+        for row in found["rows"]:
+            row["seconds"], row["reached"] = 0.0, row["reached"] and {**row["reached"], "seconds": 0.0}
+        return found
+
+    folders = [tmp_path / "killed", tmp_path / "undisturbed"]
+    grids = []
+    for folder in folders:
+        folder.mkdir()
+        grids.append(write_grid(root, folder, steps=40))
+    choose, kills = random.Random(5), 0
+    while kills < 10:
+        process = subprocess.Popen(ablate(grids[0]), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        time.sleep(choose.uniform(12, 30))
+        kills += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert kills or process.returncode, "it was over before it could be killed: take more steps"
+        if process.returncode == 0:
+            break
+    tables = [
+        without_times(subprocess.run(ablate(each), capture_output=True, text=True, check=True).stdout) for each in grids
+    ]
+    assert tables[0] == tables[1]
+    assert kills == 10

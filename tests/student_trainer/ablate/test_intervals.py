@@ -1,0 +1,84 @@
+"""Intervals of differences: they cover the truth as often as they say, in simulated ablations."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from potstill.student_trainer.ablate.intervals import Difference, Interval, difference
+
+SEEDS, DOCUMENTS, EFFECT = 3, 60, 0.05
+
+
+def test_intervals_cover_the_truth_in_95_of_100_simulated_ablations() -> None:
+    """Each document and each seed has an effect of its own, and both together one more."""
+    random = np.random.default_rng(1)
+    over_seeds = over_documents = 0
+    for _ in range(1000):
+        tokens = random.integers(20, 400, DOCUMENTS).astype(float)
+        of_documents = EFFECT + random.normal(0, 0.08, DOCUMENTS)
+        of_seeds = random.normal(0, 0.03, SEEDS)
+        theirs = 3 + random.lognormal(0, 0.5, DOCUMENTS) + random.normal(0, 0.3, (SEEDS, 1))
+        ours = theirs + of_documents + of_seeds[:, None] + random.normal(0, 0.05, (SEEDS, DOCUMENTS))
+        found = difference(ours * tokens, theirs * tokens, tokens, resamples=500)
+        assert found.over_seeds is not None
+        assert found.over_documents is not None
+        # Other seeds on these documents; these students on other documents.
+        over_seeds += found.over_seeds.low <= of_documents @ tokens / tokens.sum() <= found.over_seeds.high
+        over_documents += found.over_documents.low <= EFFECT + of_seeds.mean() <= found.over_documents.high
+    assert 930 <= over_seeds <= 970
+    assert 930 <= over_documents <= 970
+
+
+def test_the_interval_over_seeds_is_scipys_paired_t() -> None:
+    random = np.random.default_rng(2)
+    ours, theirs, tokens = (
+        random.normal(2, 1, (5, 30)),
+        random.normal(2, 1, (5, 30)),
+        random.integers(1, 9, 30).astype(np.float64),
+    )
+    found = difference(ours, theirs, tokens, resamples=10).over_seeds
+    per_seed = [each.sum(axis=1) / tokens.sum() for each in (ours, theirs)]
+    right = stats.ttest_rel(*per_seed).confidence_interval(0.95)
+    assert found is not None
+    assert (found.low, found.high) == pytest.approx((right.low, right.high), rel=1e-12)
+
+
+def test_the_interval_over_documents_is_near_that_of_scipys_bootstrap_where_documents_are_many() -> None:
+    random = np.random.default_rng(3)
+    tokens = random.integers(20, 400, 2000).astype(np.float64)
+    apart = random.normal(0.1, 0.5, (2, 2000)) * tokens
+    found = difference(apart, np.zeros_like(apart), tokens, resamples=2000).over_documents
+    right = stats.bootstrap(
+        (apart.mean(axis=0), tokens),
+        lambda x, n, axis: x.sum(axis=axis) / n.sum(axis=axis),
+        paired=True,
+        method="BCa",
+        n_resamples=1000,
+        rng=np.random.default_rng(4),
+    ).confidence_interval
+    width = right.high - right.low
+    assert found is not None
+    assert (found.low, found.high) == pytest.approx((right.low, right.high), abs=width / 10)
+
+
+def test_what_is_within_the_noise_is_said_to_be() -> None:
+    clear, wide = Interval(0.1, 0.2), Interval(-0.1, 0.3)
+    assert Difference(0.15, clear, clear).within_noise is False
+    assert Difference(0.15, clear, wide).within_noise is True
+    assert Difference(0.15, wide, None).within_noise is True
+    assert Difference(0.15, clear, None).within_noise is None
+
+
+def test_students_that_do_not_differ_have_no_width() -> None:
+    same = np.ones((3, 20))
+    found = difference(same, same, np.ones(20), resamples=50)
+    assert found == Difference(0.0, Interval(0.0, 0.0), Interval(0.0, 0.0))
+    assert found.within_noise
+
+
+def test_too_few_documents_or_seeds_have_no_interval() -> None:
+    random = np.random.default_rng(5)
+    found = difference(random.normal(size=(1, 9)), np.zeros((1, 9)), np.ones(9), resamples=50)
+    assert (found.over_seeds, found.over_documents) == (None, None)
