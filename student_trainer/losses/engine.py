@@ -20,6 +20,7 @@ Shape legend:  n positions, V vocabulary, K ids of one loss, U those of all loss
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -115,9 +116,10 @@ def turn_into_gradient(
     Returns:
         Cross-entropy [n] in nats, of no meaning where there is no label, and the divergence [n] of each aim.
     """
-    labels = labels[:, None]
-    label_z = z.gather(-1, labels).squeeze(-1)
-    kept = [z.gather(-1, aim.ids) for aim in aims]
+    # Few large gathers and scatters: each goes over memory that no cache holds any more.
+    ids = torch.cat([*(aim.ids for aim in aims), labels[:, None]], dim=-1)
+    widths = [aim.ids.shape[-1] for aim in aims]
+    *kept, label_z = torch.split_with_sizes(z.gather(-1, ids), [*widths, 1], dim=-1)
     union = _Union.taken_from(z, [aim.ids for aim in aims], kept) if divergence.has_tail else _Union.empty(z)
     e_sum, rest = _exponentials(z)
     lse = torch.logaddexp(rest, union.lse())
@@ -133,15 +135,13 @@ def turn_into_gradient(
             by_rest, finite_tail = aim.scale * found.by_log_p_r, tail.masked_fill(tail == -math.inf, 0.0)
             total_s = total_s + by_rest
             at_rest += by_rest * torch.exp(rest - finite_tail)
-            at_union += by_rest[:, None] * union.shares(m, finite_tail)
+            union.add_shares(at_union, m, by_rest, finite_tail)
     factor = (at_rest - total_s * torch.exp(rest - lse)) / e_sum
     z.mul_(factor.masked_fill(e_sum == 0, 0.0)[:, None])
-    at_union -= total_s[:, None] * torch.exp(union.z - lse[:, None])
-    z.scatter_add_(-1, union.ids, at_union)
-    for aim, by_log_p in zip(aims, by_id, strict=True):
-        z.scatter_add_(-1, aim.ids, by_log_p)
-    z.scatter_add_(-1, labels, -label_scale[:, None])
-    return lse - label_z, values
+    added = torch.cat([*by_id, -label_scale[:, None]], dim=-1)
+    added[:, : union.z.shape[-1]] += at_union - total_s[:, None] * torch.exp(union.z - lse[:, None])
+    z.scatter_add_(-1, ids, added)
+    return lse - label_z.squeeze(-1), values
 
 
 def compare(z: Tensor, aim: Aim) -> Compared:
@@ -169,49 +169,68 @@ def _exponentials(z: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Union:
-    """The ids of all aims, side by side."""
+    """The logits of the ids of all aims, side by side."""
 
-    ids: Tensor  # [n, U] int64
     z: Tensor  # [n, U] logits; -inf where the id stands further left already, so that each counts once
-    members: Tensor | None  # [n, U] int64, bit m set for an id of aim m; None for one aim, which has them all
+    inside: tuple[Tensor, ...]  # [n, U] bool, by aim: true for an id that it has; none for one aim, which has them all
 
     @classmethod
     def empty(cls, z: Tensor) -> _Union:
-        none = z.new_empty((len(z), 0))
-        return cls(none.long(), none, None)
+        return cls(z.new_empty((len(z), 0)), ())
 
     @classmethod
     def taken_from(cls, z: Tensor, ids: Sequence[Tensor], kept: Sequence[Tensor]) -> _Union:
-        """Collect the ids, and set their logits in `z` to -inf."""
+        """Collect the logits `kept` of ids, and set them in `z` to -inf."""
         if not ids:
             return cls.empty(z)
         all_ids, z_union = torch.cat(list(ids), dim=-1), torch.cat(list(kept), dim=-1)
-        members = None
+        inside: tuple[Tensor, ...] = ()
         if len(ids) > 1:
-            # z's own columns tell which aims have an id: without sorting, and for as many accesses as there are ids.
-            z.scatter_(-1, all_ids, 0.0)
-            for m, each in enumerate(ids):
-                z.scatter_add_(-1, each, torch.full_like(kept[m], 2.0**m))
-            members = z.gather(-1, all_ids).long()
-            own = torch.cat([torch.full_like(each[:1], 2**m) for m, each in enumerate(ids)], dim=-1)
-            z_union = z_union.masked_fill(members % own != 0, -math.inf)
+            inside = _inside_by_comparing(ids) if _few(ids, z) else _inside_by_marking(z, ids, all_ids)
+            ends = itertools.accumulate(each.shape[-1] for each in ids)
+            twice = torch.zeros_like(inside[0])
+            for end, having in zip(ends, inside, strict=True):
+                twice[:, end:] |= having[:, end:]
+            z_union = z_union.masked_fill_(twice, -math.inf)
         z.scatter_(-1, all_ids, -math.inf)
-        return cls(all_ids, z_union, members)
+        return cls(z_union, inside)
 
     def lse(self, outside: int | None = None) -> Tensor:
         """[n] log-sum-exp of the logits, or of those that are not in one aim."""
         if outside is None:
             return torch.logsumexp(self.z, dim=-1)
-        if self.members is None:
+        if not self.inside:
             return self.z.new_full((len(self.z),), -math.inf)
-        return torch.logsumexp(self.z.masked_fill(self._in(outside), -math.inf), dim=-1)
+        return torch.logsumexp(self.z.masked_fill(self.inside[outside], -math.inf), dim=-1)
 
-    def shares(self, m: int, tail: Tensor) -> Tensor:
-        """[n, U] share of each id in the tail [n] of aim m, of which its own ids have none."""
-        if self.members is None:
-            return torch.zeros_like(self.z)
-        return torch.exp(self.z - tail[:, None]).masked_fill(self._in(m), 0.0)
+    def add_shares(self, to: Tensor, m: int, factor: Tensor, tail: Tensor) -> None:
+        """Add to [n, U] the share of each id in the tail [n] of aim m, by factors [n]; its own ids have none."""
+        if self.inside:
+            shares = torch.exp(self.z - tail[:, None]).masked_fill_(self.inside[m], 0.0)
+            to.addcmul_(shares, factor[:, None])
 
-    def _in(self, m: int) -> Tensor:
-        assert self.members is not None, "one aim has all ids"
-        return (self.members >> m) % 2 == 1
+
+def _few(ids: Sequence[Tensor], z: Tensor) -> bool:
+    """True if comparing all pairs of ids costs less than marking them among the logits."""
+    total = sum(each.shape[-1] for each in ids)
+    return total * total <= z.shape[-1]
+
+
+def _inside_by_comparing(ids: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Tell for each aim which ids [n, U] of all aims it has."""
+    small = [each.int() for each in ids]
+    parts = [[torch.ones_like(each, dtype=torch.bool) for each in ids] for _ in ids]
+    for a, b in itertools.combinations(range(len(ids)), 2):
+        same = small[a][:, :, None] == small[b][:, None, :]
+        parts[b][a], parts[a][b] = same.any(dim=2), same.any(dim=1)
+    return tuple(torch.cat(each, dim=-1) for each in parts)
+
+
+def _inside_by_marking(z: Tensor, ids: Sequence[Tensor], all_ids: Tensor) -> tuple[Tensor, ...]:
+    """Tell the same by marks in z's own columns, which are lost."""
+    # Without sorting, and for as many accesses as there are ids.
+    z.scatter_(-1, all_ids, 0.0)
+    for m, each in enumerate(ids):
+        z.scatter_add_(-1, each, torch.full_like(each, 2**m, dtype=z.dtype))
+    bits = z.gather(-1, all_ids).long()
+    return tuple((bits >> m) % 2 == 1 for m in range(len(ids)))
