@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from potstill.cache.errors import InvalidInput, UnsupportedField
@@ -32,6 +32,17 @@ def wanted_fields(held: Fields, k: int | None, fields: Fields | None, who: str) 
         kept = f"ask for what is kept, or fill under another teacher name: {names} cannot be changed"
         raise UnsupportedField(f"{who}: {problems}; {kept if names else _ADD_IT}")
     return want
+
+
+def holders(kept: Sequence[Fields], want: Fields) -> Iterator[tuple[int, Fields]]:
+    """Choose which of several sets to read wanted fields from: the place of each, and what to read there."""
+    left: Fields | None = want
+    for i, held in enumerate(kept):
+        part = left and left.only(field for field in FIELDS if field.serves(held, left))
+        if left and part:
+            yield i, part
+            # Jobs that add fields at the same moment may leave two sets with one field: it is read from the first.
+            left = left.without(part)
 
 
 def _problem(field: Field, held: Fields, want: Fields) -> str:

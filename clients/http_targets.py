@@ -22,7 +22,7 @@ from potstill.cache.encoding.logprobs import encoding_by_name
 from potstill.cache.errors import InvalidInput, SpecMismatch, TeacherFailed, UnsupportedField
 from potstill.cache.fields import COLUMNS
 from potstill.cache.types import Fields, Targets
-from potstill.cache.wanted import wanted_fields
+from potstill.cache.wanted import holders, wanted_fields
 from potstill.cache.wire import StreamHead
 from potstill.cache.wire.stream import write_row_numbers
 from potstill.clients.answers import check_answer, described_identity, described_unshared
@@ -47,8 +47,16 @@ class _Set:
 class HttpTargets:
     """One teacher's targets for one corpus over HTTP. May be shared between threads."""
 
-    def __init__(self, connection: SyncConnection, teacher: str, corpus: HttpCorpus, *, top_k: bool = False) -> None:
-        """Fetch identity, fields and encoding; with `top_k`, of the top-k alone.
+    def __init__(
+        self,
+        connection: SyncConnection,
+        teacher: str,
+        corpus: HttpCorpus,
+        *,
+        top_k: bool = False,
+        only: Fields | None = None,
+    ) -> None:
+        """Fetch identity, fields and encoding; with `top_k` or `only` of the segment sets with that, or these, alone.
 
         Raises:
             UnknownTeacher: there are no such targets. TeacherFailed: the service answers nonsense.
@@ -56,7 +64,7 @@ class HttpTargets:
         self.teacher = teacher
         self.corpus = corpus
         self._connection = connection
-        self._top_k = top_k
+        self._top_k, self._only = top_k, only
         self._route = f"{corpus_route(corpus.name)}/targets/{quote(teacher, safe='')}"
         description = connection.json(self._route)
         self.identity = described_identity(description.get("identity"), teacher, connection.url)
@@ -69,7 +77,7 @@ class HttpTargets:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as the address, which is asked again."""
-        return partial(type(self), top_k=self._top_k), (self._connection, self.teacher, self.corpus)
+        return partial(type(self), top_k=self._top_k, only=self._only), (self._connection, self.teacher, self.corpus)
 
     @property
     def committed(self) -> NDArray[np.bool_]:
@@ -89,6 +97,10 @@ class HttpTargets:
             UnsupportedField: there is no top-k.
         """
         return HttpTargets(self._connection, self.teacher, self.corpus, top_k=True)
+
+    def only(self, fields: Fields) -> HttpTargets:
+        """Reduce to the segment sets that hold these fields; as `TargetSet.only`. Sends a request."""
+        return HttpTargets(self._connection, self.teacher, self.corpus, only=self._wanted(None, fields))
 
     def read(self, start: int, stop: int, *, k: int | None = None, fields: Fields | None = None) -> Targets:
         """Read the targets of positions `start` to `stop`; arguments and errors as of `TargetSet.read`.
@@ -202,7 +214,9 @@ class HttpTargets:
             raise UnsupportedField(
                 f"teacher {self.teacher!r} has no top-k for corpus {self.corpus.name!r}; run `potstill prefill` for it"
             )
-        return chosen
+        if self._only is None:
+            return chosen
+        return [chosen[i] for i, _ in holders([each.fields for each in chosen], self._only)]
 
 
 class HttpCache(AbstractContextManager["HttpCache"]):

@@ -22,7 +22,7 @@ from potstill.cache.corpus import Corpus
 from potstill.cache.encoding import Encoding, load_compiled
 from potstill.cache.encoding.fields import check_kept
 from potstill.cache.errors import CorruptSegment, NotCommitted, SpecMismatch, UnknownTeacher, UnsupportedField
-from potstill.cache.fields import COLUMNS, FIELDS
+from potstill.cache.fields import COLUMNS
 from potstill.cache.store import Reading, Root
 from potstill.cache.store.root import check_name
 from potstill.cache.targets.commit import Commit
@@ -32,7 +32,7 @@ from potstill.cache.targets.segment_set import SegmentSet
 from potstill.cache.targets.set_spec import SetSpec, require_same
 from potstill.cache.targets.unshared_ids import UnsharedIds, unshared_ids
 from potstill.cache.types import Fields, Provenance, Targets, TeacherIdentity
-from potstill.cache.wanted import wanted_fields
+from potstill.cache.wanted import holders, wanted_fields
 
 # Rows that are read and decoded together: enough to spread the cost per call, few enough to bound memory.
 _MANY_ROWS = 256
@@ -160,6 +160,14 @@ class TargetSet:
             )
         return TargetSet(self.teacher, self.corpus, sets)
 
+    def only(self, fields: Fields) -> TargetSet:
+        """Reduce to the segment sets that hold these fields, so that uncommitted shards of others do not matter.
+
+        Raises:
+            UnsupportedField: a field is not kept.
+        """
+        return TargetSet(self.teacher, self.corpus, [each for each, _ in self._holders(self._wanted(None, fields))])
+
     def read(self, start: int, stop: int, *, k: int | None = None, fields: Fields | None = None) -> Targets:
         """Read the targets of positions `start` to `stop`.
 
@@ -280,13 +288,8 @@ class TargetSet:
 
     def _holders(self, want: Fields) -> Iterator[tuple[SegmentSet, Fields]]:
         """Segment sets that have some of the wanted fields, each with the fields to read from it."""
-        left: Fields | None = want
-        for each in self.sets:
-            part = left and left.only(field for field in FIELDS if field.serves(each.spec.fields, left))
-            if left and part:
-                yield each, part
-                # Jobs that add fields at the same moment may leave two sets with one field: it is read from the first.
-                left = left.without(part)
+        kept = [each.spec.fields for each in self.sets]
+        return ((self.sets[i], part) for i, part in holders(kept, want))
 
     @contextmanager
     def _way_out(self, segment_set: SegmentSet | None = None, ranges: Sequence[tuple[int, int]] = ()) -> Iterator[None]:

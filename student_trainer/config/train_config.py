@@ -69,6 +69,9 @@ class TrainConfig(Frozen):
         for step in sorted({step for teacher in self.teachers for step, _ in teacher.points}):
             if not any(self._weights_at(step)):
                 raise ValueError(f"the weights of all teachers are 0 at step {step}")
+        unasked = [teacher.name for teacher in self.teachers if teacher.url is None]
+        if unasked and self.data.missing == "ask":
+            raise ValueError(f"data.missing is 'ask', but teacher {unasked[0]!r} has no url; set teachers.url")
         names = [teacher.name for teacher in self.teachers]
         if len(set(names)) != len(names):
             raise ValueError("teachers must have different names")
@@ -144,6 +147,14 @@ def local_copy(url: str) -> Path:
     return Path(base) / "potstill" / "runs" / hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
 
 
+_SECTIONS: Mapping[str, type[BaseModel]] = {
+    "data": DataConfig,
+    "teachers": TeacherConfig,
+    "student": StudentConfig,
+    "train": LoopConfig,
+}
+
+
 def one_line(error: ValidationError, known: Callable[[Sequence[int | str]], Iterable[str]]) -> str:
     """Put the first error of settings into words.
 
@@ -157,6 +168,9 @@ def one_line(error: ValidationError, known: Callable[[Sequence[int | str]], Iter
     key = ".".join(str(part) for part in first["loc"]) or "config"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
+        belongs = [section for section, model in _SECTIONS.items() if first["loc"][-1] in model.model_fields]
+        if belongs and (len(first["loc"]) == 1 or first["loc"][0] in _SECTIONS):
+            return f"{key} is unknown; {first['loc'][-1]} belongs to [{'] or ['.join(belongs)}]"
         return f"{key} is unknown; known are {', '.join(known(first['loc']))}"
     if isinstance(first["input"], dict | BaseModel):
         return f"{key}: {message}"
@@ -164,15 +178,9 @@ def one_line(error: ValidationError, known: Callable[[Sequence[int | str]], Iter
 
 
 def _known_keys(loc: Sequence[int | str]) -> Iterable[str]:
-    models: dict[int | str, type[BaseModel]] = {
-        "data": DataConfig,
-        "teachers": TeacherConfig,
-        "student": StudentConfig,
-        "train": LoopConfig,
-    }
     if tuple(loc[:2]) == ("data", "corpora"):
         return CorpusConfig.model_fields
-    return (models[loc[0]] if len(loc) > 1 else TrainConfig).model_fields
+    return (_SECTIONS[str(loc[0])] if len(loc) > 1 else TrainConfig).model_fields
 
 
 def _absolute(value: Any, *, always: bool = False) -> Any:

@@ -46,7 +46,7 @@ def check_lengths(teacher: str, rows: Sequence[Tokens], answers: Sequence[Target
 
 
 def check_mass(teacher: str, answers: Sequence[Targets], place: Place) -> None:
-    """Check that each target is a distribution: no NaN, and no mass over 1 but by rounding.
+    """Check that each target is a distribution: no mass over 1 but by rounding, and no NaN, nor in what is beside it.
 
     Raises:
         TeacherFailed: one is not; names the teacher, the row and the position.
@@ -54,6 +54,9 @@ def check_mass(teacher: str, answers: Sequence[Targets], place: Place) -> None:
     for i, targets in enumerate(answers):
         with np.errstate(over="ignore"):
             mass = np.exp(targets.logprobs).sum(axis=1) + np.exp(targets.log_tail)
+        for more in (targets.log_z, targets.entropy):
+            if more is not None:
+                mass = np.where(np.isnan(more).reshape(len(mass), -1).any(axis=1), np.nan, mass)
         if not mass.max(initial=0.0) <= _MOST_MASS:  # NaN is neither over nor under
             position = int((~(mass <= _MOST_MASS)).argmax())
             corpus, row = place(i)

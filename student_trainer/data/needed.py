@@ -40,19 +40,12 @@ def needed_of_cache(name: str, k: int, held: Fields, loss: LossConfig) -> Fields
     )
 
 
-def needed_of_service(name: str, k: int, loss: LossConfig) -> Fields:
-    """Choose what to ask a service for.
-
-    Raises:
-        UnsupportedField: the loss needs draws, of which a cache says how many there are.
-    """
-    if _draws(loss):
-        raise UnsupportedField(
-            f"train.loss {loss.loss!r} reads draws from a cache, but a service is asked for teacher {name!r}; prefill "
-            "with --draws 50 and read the cache"
-        )
+def needed_of_service(k: int, draws: int, seed: int, loss: LossConfig) -> Fields:
+    """Choose what to ask a service for: `draws` under `seed` only where the loss needs them."""
     return Fields(
         k=k,
+        draws=draws if _draws(loss) else 0,
+        seed=seed if _draws(loss) else 0,
         temperatures=(loss.temperature,) if _needs_log_z(loss) else (),
         entropy=loss.weighting == "entropy",
         dense=loss.dense,

@@ -47,6 +47,7 @@ def weights_at(points: Points, steps: Sequence[int] | NDArray[np.int64]) -> NDAr
     return np.interp(steps, [step for step, _ in points], [weight for _, weight in points])
 
 
+_READERS = 4
 _Points: TypeAlias = tuple[tuple[Annotated[int, Field(ge=0, strict=True)], _Weight], ...]
 
 
@@ -104,12 +105,22 @@ class DataConfig(Frozen):
     """Way to treat shards without targets: `fail`, `skip` their rows, or `ask` the teacher at `teachers.url`."""
     packing: bool = True
     """Rows share rows of a micro-batch where the student keeps them apart; else those of similar length go together."""
-    readers: Count = 4
-    """Micro-batches that are read at a time."""
+    readers: Count = _READERS
+    """Micro-batches that are read at a time, at most `prefetch`."""
     prefetch: Count = 16
     """Micro-batches read ahead, of at most 512 MiB."""
     patience: Annotated[float, Field(gt=0)] = 600.0
     """Seconds to go on asking a service that does not answer, before the run stops with a checkpoint."""
+
+    @model_validator(mode="after")
+    def _readers_have_work(self) -> Self:
+        # The default may be more: it is in the configs that runs keep.
+        if self.readers > self.prefetch and self.readers != _READERS:
+            raise ValueError(
+                f"readers is {self.readers}, but only prefetch = {self.prefetch} micro-batches are read ahead; set "
+                f"prefetch to {self.readers} or more, or lower readers"
+            )
+        return self
 
     @model_validator(mode="after")
     def _corpora_fit(self) -> Self:
@@ -139,6 +150,8 @@ class TeacherConfig(Frozen):
     """Weight of its divergence, relative to the others'; or [step, weight] pairs, linear between them."""
     k: Count | None = None
     """Number of most likely ids to use; by default all that the cache holds, 64 from a service."""
+    draws: Count | None = None
+    """Draws at each position to ask a service for, where the loss needs some, by default 50; a cache's are its own."""
     source: Literal["cache", "service"] = "cache"
     """`cache` reads committed targets; `service` asks a running one, row by row."""
     url: str | None = None
@@ -156,4 +169,6 @@ class TeacherConfig(Frozen):
         _checked(self.points, "teacher")
         if self.source == "service" and self.url is None:
             raise ValueError('source = "service" needs a url')
+        if self.source == "cache" and self.draws is not None:
+            raise ValueError(f"draws is {self.draws}, but those of a cache are read as they are kept; leave it out")
         return self

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from potstill.cache.cache import Cache
 from potstill.cache.corpus import Corpus
-from potstill.cache.errors import NotCommitted, SpecMismatch, UnsupportedField
+from potstill.cache.errors import InvalidInput, NotCommitted, SpecMismatch, UnsupportedField
 from potstill.cache.plurals import counted
 from potstill.cache.targets import TargetSet
 from potstill.cache.targets.names import require_one_identity
@@ -32,6 +32,8 @@ NO_ID = np.iinfo(np.int32).max
 fewer ids than others; a real one would be taken out of the student's tail."""
 
 
+_DRAWS = 50
+"""As many as the papers on sampled distillation take; a gradient's noise falls with their square root."""
 _NORMALISED = ("u8", "archive")
 """Encodings whose decoded top-k is scaled to what the tail leaves, from codes that have no NaN."""
 
@@ -99,10 +101,19 @@ def _read_kept(
 
 
 def service_source(
-    name: str, teacher: SyncHttpTeacher, k: int | None = None, loss: LossConfig = _PLAIN_LOSS
+    name: str,
+    teacher: SyncHttpTeacher,
+    k: int | None = None,
+    loss: LossConfig = _PLAIN_LOSS,
+    *,
+    draws: int | None = None,
+    seed: int = 0,
 ) -> TargetSource:
-    """Ask a running service for every row by its tokens; which encoding it keeps answers in is up to the service."""
-    fields = needed_of_service(name, k or Fields().k, loss)
+    """Ask a running service for every row by its tokens; which encoding it keeps answers in is up to the service.
+
+    Where the loss needs draws, 50 are asked for by default, under `seed`.
+    """
+    fields = needed_of_service(k or Fields().k, draws or _DRAWS, seed, loss)
 
     def read(_: Sequence[int], rows: Sequence[Tokens]) -> list[Targets]:
         return [for_student(each, fields, loss, None, NO_ID) for each in teacher.score(rows, fields)]
@@ -173,13 +184,20 @@ def open_sources(
         yield tuple(_open(teacher, cache, corpus, missing, loss, stack) for teacher in teachers)
 
 
-def common_prefix(sources: Sequence[TargetSource], chosen: tuple[int, ...] | None) -> tuple[int, ...]:
+def common_prefix(sources: Sequence[TargetSource], chosen: tuple[int, ...] | None, vocab_size: int) -> tuple[int, ...]:
     """Find the token ids that the student sees in front of each row: the chosen ones, else those of its teachers.
 
     Raises:
         SpecMismatch: nothing is chosen, and the teachers have different ones.
+        InvalidInput: an id that is chosen is over the corpus's vocabulary.
     """
     if chosen is not None:
+        over = [token for token in chosen if token >= vocab_size]
+        if over:
+            raise InvalidInput(
+                f"data.prefix_ids has id {over[0]}, but the corpus's tokenizer has {counted(vocab_size, 'id')}; take "
+                f"ids up to {vocab_size - 1}"
+            )
         return chosen
     prefixes = {source.name: source.identity.prefix_ids for source in sources}
     if len(set(prefixes.values())) > 1:
@@ -210,13 +228,16 @@ def _open(
                 f"teachers.k is {teacher.k} for {teacher.name!r}, but the cache holds k={kept}; lower teachers.k, or "
                 f"prefill it under another name with --top-k {teacher.k}"
             )
-        if not loss.needs_more_than_top_k:
+        if loss.needs_more_than_top_k:
+            targets = targets.only(needed_of_cache(teacher.name, teacher.k or kept, targets.fields, loss))
+        else:
             targets = top_k
-        source = cache_source(teacher.name, targets, teacher.k, loss)
+        source, held = cache_source(teacher.name, targets, teacher.k, loss), targets.fields
         committed = targets.committed
         if not committed.all():
-            asked = teacher.model_copy(update={"k": teacher.k or kept or None})
-            source = _with_missing(asked, replace(source, committed=committed), corpus, missing, loss, stack)
+            asked = teacher.model_copy(update={"k": teacher.k or kept or None, "draws": held.draws or None})
+            source = replace(source, committed=committed)
+            source = _with_missing(asked, source, corpus, missing, loss, held.seed, stack)
         compared = bool(targets.unshared)
     # The same id must be the same token to both, or the student would be taught noise.
     if isinstance(cache, Cache):
@@ -230,11 +251,11 @@ def _open(
     return source
 
 
-def _open_service(teacher: TeacherConfig, loss: LossConfig, stack: ExitStack) -> TargetSource:
+def _open_service(teacher: TeacherConfig, loss: LossConfig, stack: ExitStack, seed: int = 0) -> TargetSource:
     assert teacher.url is not None, "the config refuses a service without a url"
     key = key_in(teacher.api_key_env, "teachers.api_key_env")
     client = stack.enter_context(SyncHttpTeacher(teacher.url, teacher.name, api_key=key))
-    return service_source(teacher.name, client, teacher.k, loss)
+    return service_source(teacher.name, client, teacher.k, loss, draws=teacher.draws, seed=seed)
 
 
 def _with_missing(
@@ -243,13 +264,14 @@ def _with_missing(
     corpus: Corpus,
     missing: Missing,
     loss: LossConfig,
+    seed: int,
     stack: ExitStack,
 ) -> TargetSource:
     """Do what is asked for about shards without targets, of which there are some."""
     if missing == "skip":
         return source
     if missing == "ask" and teacher.url is not None:
-        return asking_source(source, _open_service(teacher, loss, stack), corpus)
+        return asking_source(source, _open_service(teacher, loss, stack, seed), corpus)
     committed = source.committed
     assert committed is not None, "something is lacking"
     lacking, first = int((~committed).sum()), int(np.argmin(committed))

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from potstill.cache.errors import InvalidInput, LimitExceeded
+from potstill.cache.hub import require_reachable
 from potstill.cache.plurals import counted
 from potstill.student_trainer.models.architecture import set_special_ids, student_settings
 from potstill.student_trainer.models.layers import keep_layers
@@ -107,7 +108,9 @@ def quiet_transformers() -> Iterator[None]:
 
 @contextmanager
 def _told(student: StudentConfig) -> Iterator[None]:
-    """Turn what transformers raises into one line."""
+    """Turn what transformers raises into one line; a checkpoint that nobody can find is told before it is asked."""
+    if student.checkpoint is not None and not Path(student.checkpoint).exists():
+        require_reachable(student.checkpoint, "student.checkpoint")
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError) as error:
@@ -136,8 +139,10 @@ def _load(student: StudentConfig, settings: Any, seed: int) -> PreTrainedModel:
 def _first_lines(error: Exception) -> str:
     """Give the words of transformers, without its list of every class that it knows."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    known = "Unrecognized configuration class"
-    return f"it is no causal language model: {lines[0]}" if lines[0].startswith(known) else " ".join(lines)
+    if lines[0].startswith("Unrecognized configuration class"):
+        return f"it is no causal language model: {lines[0]}"
+    # Both words begin a list of every type that there is.
+    return " ".join(lines).partition(". Should contain one of")[0].partition(". Known types")[0]
 
 
 def _check_size(config: Any, vocab_size: int, row_tokens: int) -> None:

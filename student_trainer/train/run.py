@@ -143,7 +143,8 @@ def open_run(config: TrainConfig) -> Iterator[OpenRun]:
             tuple(each.batch for each in read_skipped(config.run_dir)),
         )
         sources = tuple(corpora.source(parts) for parts in zip(*opened, strict=True))
-        reader = BatchReader(corpora, sources, config.weights(), common_prefix(sources, data.prefix_ids))
+        prefix = common_prefix(sources, data.prefix_ids, corpora.corpora[0].vocab_size)
+        reader = BatchReader(corpora, sources, config.weights(), prefix)
         eval_readers = {each.name: eval_reader(config, cache, each, reader, stack) for each in eval_corpora}
         rows = corpora.joined(_judged(held_out, lacking))
         yield OpenRun(

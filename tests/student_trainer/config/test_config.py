@@ -64,6 +64,10 @@ def test_folders_become_absolute_and_names_do_not(tmp_path: Path, monkeypatch: p
     ("changes", "message"),
     [
         ({"train": {"step": 5}}, r"^train\.step is unknown; known are alpha, .*, out, steps, batch_rows"),
+        ({"train": {"held_out": 5}}, r"^train\.held_out is unknown; held_out belongs to \[data\]$"),
+        ({"teachers": [{"name": "a", "steps": 5}]}, r"^teachers\.0\.steps is unknown; steps belongs to \[train\]$"),
+        ({"data": {"readers": 8}}, r"^data: readers is 8, but only prefetch = 2 micro-batches are read ahead; set"),
+        ({"data": {"missing": "ask"}}, r"data\.missing is 'ask', but teacher 'fake' has no url; set teachers\.url$"),
         ({"train": {"alpha": 1.5}}, r"^train\.alpha is 1\.5: .*less than or equal to 1$"),
         ({"train": {"steps": 0}}, r"^train\.steps is 0: .*greater than or equal to 1$"),
         ({"train": {"steps": True}}, r"^train\.steps is True"),

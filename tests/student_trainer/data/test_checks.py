@@ -59,6 +59,17 @@ def with_labels_of_top_k(targets: Targets, row: Tokens) -> Targets:
     return replace(targets, label_logprob=np.append(labels, np.nan).astype(np.float32))
 
 
+@pytest.mark.parametrize("name", ["log_z", "entropy"])
+def test_nan_beside_the_top_k_is_named_with_its_row(root: Path, name: str) -> None:
+    def change(targets: Targets, _: Tokens) -> Targets:
+        numbers = np.zeros(targets.num_positions, np.float32)
+        numbers[2] = np.nan
+        return replace(targets, log_z=numbers[:, None]) if name == "log_z" else replace(targets, entropy=numbers)
+
+    with pytest.raises(TeacherFailed, match=r"teacher 'fake' has NaN at position 2 of row 3 of corpus 'docs'"):
+        reader_of([Cache.open(root).corpus("docs")], change).read([3])
+
+
 @pytest.mark.parametrize(
     ("value", "told"), [(np.nan, "NaN"), (0.5, r"a mass of \d+(\.\d+)?, over 1,"), (np.inf, "inf")]
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 
 from potstill.cache.cache import Cache
 from potstill.cache.errors import InvalidInput, NotCommitted, SpecMismatch
+from potstill.cache.types import Fields
+from potstill.clients.http_targets import HttpCache
 from potstill.student_trainer.data.held_out import choose_held_out
 from potstill.student_trainer.data.missing import lacking_rows
 from potstill.student_trainer.data.sources import open_sources
@@ -92,8 +95,8 @@ def test_another_teacher_is_not_asked(root: Path, tmp_path: Path) -> None:
 def test_bad_settings_are_told(root: Path, tmp_path: Path) -> None:
     with pytest.raises(NotCommitted, match=r"lacks \d+ of \d+ shards.* or set data\.missing to 'skip' or 'ask'$"):
         train(config_of(root, tmp_path / "run", teachers=PARTIAL))
-    with pytest.raises(NotCommitted, match=r"or set teachers\.url of 'partial'$"):
-        train(config_of(root, tmp_path / "run", teachers=PARTIAL, data={"missing": "ask"}))
+    with pytest.raises(InvalidInput, match=r"data\.missing is 'ask', but teacher 'fake' has no url; set teachers\.url"):
+        config_of(root, tmp_path / "run", teachers=PARTIAL, data={"missing": "ask"})
     with pytest.raises(InvalidInput, match=r"the url of teacher 'fake' is not used: .* data\.missing to \"ask\""):
         config_of(root, tmp_path / "run", teachers=[{"name": "fake", "url": "http://127.0.0.1:9"}])
     served = [{"name": "fake", "source": "service", "url": "http://127.0.0.1:9"}]
@@ -110,3 +113,59 @@ def test_held_out_rows_that_all_lack_targets_are_told(root: Path, tmp_path: Path
     data = {"missing": "skip", "held_out": 4, "held_out_seed": seed}
     with pytest.raises(InvalidInput, match=r"all \d held-out rows lack targets; run `potstill prefill` for them"):
         train(config_of(root, tmp_path / "run", teachers=[{"name": "first"}], data=data))
+
+
+def test_fields_that_the_loss_does_not_need_may_be_missing(root: Path, tmp_path: Path) -> None:
+    """Here and over HTTP: draws of the first shards only, beside entropies of all."""
+    fill(root, "fake", fields=Fields(k=0, entropy=True))
+    fill(root, "fake", fields=Fields(k=0, draws=4), shards=2)
+    corpus = Cache.open(root).corpus("docs")
+    needs = {"teachers": [{"name": "fake"}, {"name": "other"}], "train": {"weighting": "entropy"}}
+    fill(root, "other", fields=Fields(k=K, entropy=True))
+    config = config_of(root, tmp_path / "run", **needs)
+    with open_sources(config.teachers, Cache.open(root), corpus, "fail", config.train) as sources:
+        assert len(lacking_rows(corpus, sources)) == 0
+    drawing = config_of(root, tmp_path / "run", train={"loss": "hybrid"})
+    with (
+        pytest.raises(NotCommitted, match=r"'fake' lacks \d+ of \d+ shards, the first is 2"),
+        open_sources(drawing.teachers, Cache.open(root), corpus, "fail", drawing.train),
+    ):
+        pass
+    with serving_teachers(hosted("fake", fake_teacher()), cache=Cache.open(root)) as url, HttpCache(url) as served:
+        targets = served.targets("fake", "docs")
+        assert not targets.committed.all()
+        assert targets.only(Fields(k=K, entropy=True)).committed.all()
+        assert targets.only(Fields(k=0, draws=4)).committed.sum() == 2
+
+
+def test_draws_of_missing_shards_are_asked_of_the_running_teacher(root: Path, tmp_path: Path) -> None:
+    """They are those that a prefill would keep: as many, under the same seed."""
+    fill(root, "partial", fields=Fields(k=0, draws=4, seed=7), shards=2)
+    cache = Cache.open(root)
+    corpus, teacher = cache.corpus("docs"), fake_teacher("partial")
+    rows = [0, len(corpus) - 1]
+    with serving_teachers(hosted("partial", teacher)) as url:
+        changes = {"teachers": [{"name": "partial", "url": url}], "data": {"missing": "ask"}}
+        config = config_of(root, tmp_path / "run", train={"loss": "draws"}, **changes)
+        with open_sources(config.teachers, cache, corpus, "ask", config.train) as [source]:
+            answers = source.read(rows, corpus.take(rows))
+        assert train(config).finished
+    for row, found in zip(rows, answers, strict=True):
+        [expected] = asyncio.run(teacher.score([corpus.row(row)], Fields(k=K, draws=4, seed=7)))
+        assert found.draws is not None
+        assert expected.draws is not None
+        np.testing.assert_array_equal(found.draws.ids, expected.draws.ids)
+        np.testing.assert_array_equal(found.draws.counts, expected.draws.counts)
+
+
+@pytest.mark.parametrize(("draws", "found"), [({}, 50), ({"draws": 9}, 9)])
+def test_draws_come_from_a_service(root: Path, tmp_path: Path, draws: dict[str, int], found: int) -> None:
+    with serving_teachers(hosted("fake", fake_teacher())) as url:
+        teachers = [{"name": "fake", "source": "service", "url": url, "k": K, **draws}]
+        config = config_of(root, tmp_path / "run", teachers=teachers, train={"loss": "hybrid", "steps": 1})
+        with open_run(config) as run:
+            assert run.held == {"fake": f"k={K}, {found} draws of seed 0, from a service"}
+            counts = run.reader.read([0]).teachers[0].drawn_counts
+            assert counts is not None
+            assert (counts[0].sum(dim=-1) == found).all()
+        assert train(config).finished

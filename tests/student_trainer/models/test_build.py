@@ -161,6 +161,28 @@ def test_a_wrapper_that_is_no_language_model_is_refused_in_one_line() -> None:
     assert len(str(error.value)) < 600
 
 
+def test_an_unknown_type_is_told_without_every_type_that_there_is() -> None:
+    with pytest.raises(InvalidInput, match="Unrecognized model identifier: lama") as error:
+        built({"model_type": "lama"})
+    assert len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("./no/such", r"there is no such folder here$"),
+        ("no/such/folder", r"there is no such folder here, and it is no name of the Hugging Face hub$"),
+        ("no/such", r"no such folder here, and the Hugging Face hub at http://127\.0\.0\.1:9 cannot be reached$"),
+    ],
+)
+def test_a_mistyped_checkpoint_is_told_at_once(name: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("potstill.cache.hub.getproxies", dict)
+    with pytest.raises(InvalidInput, match=rf"^student\.checkpoint is '{name}': .*{told}"):
+        build_student(StudentConfig(checkpoint=name), seed=0, vocab_size=VOCAB, row_tokens=8)
+
+
 def dtypes(run: Path) -> set[torch.dtype]:
     return {tensor.dtype for tensor in load_file(run / "model" / "model.safetensors").values()}
 
