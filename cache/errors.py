@@ -98,6 +98,10 @@ class StoreError(PotstillError, kind="store", status=507):
     """The store could not keep or give the bytes (disk full, permission, unreachable)."""
 
 
+class StoreSilent(StoreError, kind="store_silent", retryable=True):
+    """An object store that does not answer, and may do so later."""
+
+
 class FormatError(PotstillError, kind="format", status=500):
     """Metadata this version cannot read: written by a newer format, or not by this project."""
 

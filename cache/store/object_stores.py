@@ -17,7 +17,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import from_url
 
-from potstill.cache.errors import InvalidInput, StoreError
+from potstill.cache.errors import InvalidInput, StoreError, StoreSilent
 from potstill.cache.forks import is_inherited
 
 # Prefix of the environment variables that configure a store, by URL scheme.
@@ -105,6 +105,17 @@ def is_cut_short(error: BaseException) -> bool:
     return "body error" in _first_line(error)
 
 
+def store_error(what: str, error: BaseException) -> StoreError:
+    """Make the error of a failed read or write, `what` in front; StoreSilent where nobody answered."""
+    kind = StoreSilent if isinstance(error, BaseError) and _is_silent(error) else StoreError
+    return kind(f"{what}: {explain(error)}")
+
+
+def _is_silent(error: BaseException) -> bool:
+    text = str(error)
+    return "error sending request" in text or "timed out" in text or is_cut_short(error)
+
+
 def explain(error: BaseException) -> str:
     """Say in one line what the store answered, and what to do."""
     # obstore's exception classes are too coarse: a missing bucket and a missing object are the same class to it.
@@ -120,7 +131,7 @@ def explain(error: BaseException) -> str:
         return f"access is denied ({said}); check the credentials in the environment and the bucket's policy"
     if "builder error" in text:
         return "the endpoint cannot be used; check AWS_ENDPOINT_URL, and set AWS_ALLOW_HTTP=true if it is plain http"
-    if "error sending request" in text or "timed out" in text or is_cut_short(error):
+    if _is_silent(error):
         return "the store does not answer; check the network and AWS_ENDPOINT_URL, then run it again"
     return f"{said}; free space or mend access, then run it again"
 

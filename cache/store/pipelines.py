@@ -38,6 +38,7 @@ from zarr.storage import LocalStore, ObjectStore, WrapperStore
 
 from potstill.cache.errors import CorruptSegment, InvalidInput, StoreError
 from potstill.cache.forks import PerProcess, is_inherited
+from potstill.cache.store.object_stores import store_error
 
 PIPELINES: Final = ("stock", "zarrs")
 
@@ -232,7 +233,7 @@ class _StoreErrors(WrapperStore[Store]):
         except (BaseError, OSError) as error:
             if await self._is_outside(key, byte_range):
                 raise CorruptSegment(f"{key} is cut short: a chunk lies beyond its end") from error
-            raise StoreError(f"{key}: {error}; mend access, then run it again") from error
+            raise store_error(key, error) from error
         if not found and not key.endswith("zarr.json"):
             raise CorruptSegment(f"{key} is {'missing' if found is None else 'empty'}")
         if suffix is not None and found is not None:

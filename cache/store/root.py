@@ -24,7 +24,7 @@ from urllib.parse import unquote, urlsplit
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
 
-from potstill.cache.errors import InvalidInput, StoreError
+from potstill.cache.errors import InvalidInput
 from potstill.cache.store.local_files import (
     TEMPORARY,
     create_file,
@@ -35,7 +35,13 @@ from potstill.cache.store.local_files import (
     local_path,
     remove_tree,
 )
-from potstill.cache.store.object_stores import explain, is_absent, is_cut_short, open_object_store, require_not_forked
+from potstill.cache.store.object_stores import (
+    is_absent,
+    is_cut_short,
+    open_object_store,
+    require_not_forked,
+    store_error,
+)
 
 # One request of an object store has a minute to answer: small enough for a slow link.
 _HASH_BLOCK = 16 << 20
@@ -358,7 +364,7 @@ def store_errors(what: str) -> Iterator[None]:
     try:
         yield
     except (BaseError, OSError) as error:
-        raise StoreError(f"{what}: {explain(error)}") from error
+        raise store_error(what, error) from error
 
 
 def _whole(ask: Callable[[], _T]) -> _T:

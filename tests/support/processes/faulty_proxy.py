@@ -47,16 +47,18 @@ class FaultyProxy:
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One request a connection: the server closes it, so that every request can meet its own fault."""
-        with suppress(ConnectionError, asyncio.IncompleteReadError):
-            head, body = await _read_request(reader)
-            method, target, _ = head.split(b"\r\n", 1)[0].decode().split(" ", 2)
-            fault = self.choose(method, target)
-            if fault is not None:
-                self.met[fault] += 1
-            reply = await self._reply(fault, head, body)
-            writer.write(reply)
-            await writer.drain()
-        writer.close()
+        try:
+            with suppress(ConnectionError, asyncio.IncompleteReadError):
+                head, body = await _read_request(reader)
+                method, target, _ = head.split(b"\r\n", 1)[0].decode().split(" ", 2)
+                fault = self.choose(method, target)
+                if fault is not None:
+                    self.met[fault] += 1
+                reply = await self._reply(fault, head, body)
+                writer.write(reply)
+                await writer.drain()
+        finally:
+            writer.close()  # also when the proxy is stopped meanwhile
         with suppress(ConnectionError):
             await writer.wait_closed()
 
@@ -83,10 +85,12 @@ class FaultyProxy:
         reader, writer = await asyncio.open_connection(url.hostname, url.port)
         dropped = f"connection|{self.drop_header}" if self.drop_header else "connection"
         closing = re.sub(rf"(?i)\r\n({dropped}):[^\r]*".encode(), b"", head)[:-2] + b"Connection: close\r\n\r\n"
-        writer.write(closing + body)
-        await writer.drain()
-        reply = await reader.read(-1)
-        writer.close()
+        try:
+            writer.write(closing + body)
+            await writer.drain()
+            reply = await reader.read(-1)
+        finally:
+            writer.close()
         with suppress(ConnectionError):
             await writer.wait_closed()
         return reply
