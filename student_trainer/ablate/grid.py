@@ -128,9 +128,15 @@ class Cell:
             InvalidInput: a change does not fit the run.
         """
         changes = dict(self.changes)
+        own = {"seed": seed, "out": out}
+        train = changes.get("train")
+        if unused := sorted(own.keys() & train.keys()) if isinstance(train, Mapping) else []:
+            raise InvalidInput(
+                f"train.{unused[0]} of a cell is not used: `seeds` and `out` of the ablation are for all"
+            )
         teachers = _teachers(base.get("teachers", []), changes.pop("teachers", {}))
         merged = _merged({**base, "teachers": teachers}, changes)
-        return TrainConfig.of(_merged(merged, {"train": {"seed": seed, "out": out}}))
+        return TrainConfig.of(_merged(merged, {"train": own}))
 
 
 def _combined(values: Mapping[str, Any]) -> Cell:

@@ -49,6 +49,8 @@ class Outcome:
     seed: int
     config: Mapping[str, JSON]
     """The run's, as it was trained."""
+    base: Mapping[str, JSON]
+    """The run's that cells change, by whose teachers it was judged."""
     tokens: int
     """Targets learnt."""
     seconds: float

@@ -6,17 +6,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from potstill.cache.errors import InvalidInput, PotstillError
+from potstill.cache.errors import InvalidInput, PotstillError, SpecMismatch
 from potstill.cache.named_files import read_toml
 from potstill.student_trainer.ablate.grid import GridConfig
 from potstill.student_trainer.ablate.judge import judge
 from potstill.student_trainer.ablate.outcome import Failure, Outcome, Point, load_outcome, run_folder
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.config.resume import check_continues
+from potstill.student_trainer.config.run_folder import read_config
 from potstill.student_trainer.metrics.records import Record, read_metrics
 from potstill.student_trainer.models.build import check_student
 from potstill.student_trainer.train.loop import train
 from potstill.student_trainer.train.run import OpenRun, open_run
+
+_SAME_FOR_ALL = ("save_dtype", "rollback_over", "rollback_window")
+"""Keys of `train` that change what comes of a run, though one may go on under others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,16 @@ def _check(config: TrainConfig, base: OpenRun) -> None:
             raise InvalidInput(
                 "it holds out other rows than the run that it changes; leave those of [data] as they are"
             )
+        if opened.lacking != base.lacking:
+            raise InvalidInput(
+                "it skips other rows for want of targets than the run that it changes; run `potstill prefill` for them"
+            )
+        if opened.reader.prefix != base.reader.prefix:
+            ours, theirs = (list(each.reader.prefix) for each in (opened, base))
+            raise InvalidInput(
+                f"its student sees {ours} in front of each row, but is judged with {theirs}; set data.prefix_ids of "
+                "the run to what all cells are to see"
+            )
         check_student(config.student, vocab_size=opened.vocab_size, row_tokens=opened.row_tokens)
 
 
@@ -80,12 +94,34 @@ def outcomes_there(runs: Sequence[Run], out: Path) -> dict[tuple[str, int], Outc
     for run in runs:
         outcome = load_outcome(out, run.cell, run.seed)
         if outcome is None:
+            if (run.config.run_dir / "config.json").exists():
+                _check_same(run.config, read_config(run.config.run_dir))
             continue
         before = TrainConfig.of(outcome.config)
-        check_continues(run.config, before)
+        _check_same(run.config, before)
+        check_continues(run.base, TrainConfig.of(outcome.base))
         if before.train.steps == run.config.train.steps:
             found[run.cell, run.seed] = outcome
     return found
+
+
+def _check_same(config: TrainConfig, before: TrainConfig) -> None:
+    """Check that what comes of a run compares with what came of others, of which some may have begun only now.
+
+    Raises:
+        SpecMismatch: a key differs that a run alone may change when it goes on.
+    """
+    check_continues(config, before)
+    now, then = ({name: getattr(each.train, name) for name in _SAME_FOR_ALL} for each in (config, before))
+    if config.train.schedule != "constant":
+        for each, loop in ((now, config.train), (then, before.train)):
+            each["schedule_steps"] = loop.schedule_steps or loop.steps
+    name = next((name for name in now if now[name] != then[name]), None)
+    if name is not None:
+        raise SpecMismatch(
+            f"train.{name} is {now[name]!r}, but it was {then[name]!r} when the run in {config.train.out!r} was "
+            "started, and cells would no longer compare; change it back, or choose another out"
+        )
 
 
 def run_here(
@@ -113,6 +149,7 @@ def train_and_judge(
         cell=run.cell,
         seed=run.seed,
         config=run.config.to_json(),
+        base=run.base.to_json(),
         tokens=result.tokens,
         seconds=result.seconds,
         measures=judge(run.config.run_dir / "model", run.base),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -13,9 +14,12 @@ from typing import Any
 
 import pytest
 
+from potstill.cache.errors import InvalidInput, SpecMismatch
 from potstill.clients.cli import main
-from potstill.student_trainer.ablate.outcome import load_outcome
-from tests.support.tiny_runs import STUDENT, write_cache
+from potstill.student_trainer.ablate.grid import GridConfig
+from potstill.student_trainer.ablate.outcome import Outcome, PerDocument, load_outcome
+from potstill.student_trainer.ablate.runs import outcomes_there, plan_runs
+from tests.support.tiny_runs import STUDENT, fill, write_cache
 
 BASE = """
 [data]
@@ -102,15 +106,19 @@ def test_cells_that_cannot_run_are_all_named_before_the_first_starts(
     drawn = { train.loss = "draws" }
     apart = { data.held_out_seed = 3 }
     small = { student.config.vocab_size = 7 }
+    begun = { data.prefix_ids = [3] }
+    seeded = { train.seed = 7 }
     """
     assert main(["ablate", str(write_grid(root, tmp_path, cells)), "--no-ray"]) == 1
     line = capsys.readouterr().err
     assert line.startswith(
-        "invalid_input: 4 of 5 cells cannot run: wide: teachers.k is 40 for 'fake', but the cache holds"
+        "invalid_input: 6 of 7 cells cannot run: wide: teachers.k is 40 for 'fake', but the cache holds"
     )
     assert "drawn: " in line
     assert "apart: it holds out other rows than the run that it changes" in line
     assert "small: student vocab_size is 7" in line
+    assert "begun: its student sees [3] in front of each row, but is judged with []; set data.prefix_ids" in line
+    assert "seeded: train.seed of a cell is not used" in line
     assert line.count("\n") == 1
     assert not (tmp_path / "ablation").exists()
 
@@ -134,6 +142,48 @@ def test_runs_under_other_settings_are_not_mixed_up(
     capsys.readouterr()
     assert main(["ablate", str(changed), "--no-ray"]) == 1
     assert "train.alpha is 0.5, but it was 1.0 when the run in " in capsys.readouterr().err
+
+
+def test_cells_that_learn_from_other_rows_are_refused(tmp_path: Path) -> None:
+    root = write_cache(tmp_path, documents=40)
+    fill(root, "half", shards=2)
+    grid = write_grid(root, tmp_path, "[cells]\nce = { train.alpha = 0 }\nfewer = { teachers = ['fake'] }\n")
+    base = tmp_path / "student.toml"
+    more = "missing = 'skip'\n[[teachers]]\nname = 'half'\n[[teachers]]"
+    base.write_text(base.read_text().replace("\n[[teachers]]", more))
+    with pytest.raises(InvalidInput, match="1 of 2 cells cannot run: fewer: it skips other rows for want of targets"):
+        plan_runs(GridConfig.from_toml(grid))
+
+
+@pytest.mark.parametrize(
+    ("key", "setting", "told"),
+    [
+        ("[train]", "schedule_steps = 8", "train.schedule_steps is 8, but it was 4 when"),
+        ("[train]", 'save_dtype = "bfloat16"', "train.save_dtype is 'bfloat16', but it was None when"),
+        ("[[teachers]]", "k = 2", "teachers.0.k is 2, but it was"),
+    ],
+)
+def test_what_changes_an_outcome_is_the_same_for_runs_that_ended_and_those_to_come(
+    root: Path, tmp_path: Path, key: str, setting: str, told: str
+) -> None:
+    grid = write_grid(root, tmp_path, "[cells]\nce = { train.alpha = 0, teachers.fake.k = 4 }\nkd = {}\n")
+    plan = GridConfig.from_toml(grid)
+    first = plan_runs(plan)[0]
+    Outcome(
+        cell=first.cell,
+        seed=first.seed,
+        config=first.config.to_json(),
+        base=first.base.to_json(),
+        tokens=0,
+        seconds=0.0,
+        measures={"loss": PerDocument([], [])},
+        curve=[],
+    ).save(Path(plan.out))
+    assert list(outcomes_there(plan_runs(plan), Path(plan.out))) == [("ce", 0)]
+    base = tmp_path / "student.toml"
+    base.write_text(base.read_text().replace(f"{key}\n", f"{key}\n{setting}\n"))
+    with pytest.raises(SpecMismatch, match=re.escape(told)):
+        outcomes_there(plan_runs(plan), Path(plan.out))
 
 
 def ablate(grid: Path, *more: str) -> list[str]:

@@ -50,6 +50,7 @@ def outcomes() -> dict[tuple[str, int], Outcome]:
                 cell=cell,
                 seed=seed,
                 config={},
+                base={},
                 tokens=5000,
                 seconds=10.0,
                 measures={
