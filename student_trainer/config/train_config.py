@@ -169,7 +169,7 @@ def one_line(error: ValidationError, known: Callable[[Sequence[int | str]], Iter
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         belongs = [section for section, model in _SECTIONS.items() if first["loc"][-1] in model.model_fields]
-        if belongs and (len(first["loc"]) == 1 or first["loc"][0] in _SECTIONS):
+        if error.title == TrainConfig.__name__ and belongs and (len(first["loc"]) == 1 or first["loc"][0] in _SECTIONS):
             return f"{key} is unknown; {first['loc'][-1]} belongs to [{'] or ['.join(belongs)}]"
         return f"{key} is unknown; known are {', '.join(known(first['loc']))}"
     if isinstance(first["input"], dict | BaseModel):
