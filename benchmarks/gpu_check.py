@@ -2,12 +2,14 @@
 
     python -m benchmarks.gpu_check [--small]
 
-It needs torch and transformers beside our own code. It prints lines for a person and ends with one line of JSON.
+It needs torch, triton and transformers beside our own code. It prints lines for a person, and ends with one line of
+JSON.
 
 1. Loss and gradients on the device, in float32 and bfloat16, against float64 on the CPU, for every loss.
-2. Time and peak memory of the last linear layer with cross-entropy or distillation, forward and backward: fused, from
+2. Triton's kernels for the passes over a chunk of logits and plain torch: the error of both, and their time; CUDA only.
+3. Time and peak memory of the last linear layer with cross-entropy or distillation, forward and backward: fused, from
    logits, and as `torch.nn.functional.cross_entropy` has it.
-3. Steps of a Llama of LokiLM's shape (1.4B parameters) in bfloat16 with float32 masters: tokens/s, MFU, peak memory,
+4. Steps of a Llama of LokiLM's shape (1.4B parameters) in bfloat16 with float32 masters: tokens/s, MFU, peak memory,
    and the share of the time that copies of batches from pinned memory keep the device waiting.
 
 `--small` has sizes for a CPU: it shows that the script runs, and none of its times mean anything.
@@ -30,13 +32,15 @@ import torch
 from torch import Tensor, nn
 
 from potstill.student_trainer.losses import LOSSES, Logits, Objective, TeacherTargets, linear_distillation_loss
+from potstill.student_trainer.losses.chunks import CHUNK_ELEMENTS
 from potstill.student_trainer.losses.logits import distillation_loss
+from potstill.student_trainer.losses.rows import PLAIN, Rows, rows_for
 from potstill.student_trainer.metrics.speed import PEAK_FLOPS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """Sizes of the three parts."""
+    """Sizes of the parts."""
 
     vocabularies: tuple[int, ...]
     positions: int
@@ -157,6 +161,38 @@ def gradient_errors(device: torch.device, sizes: Sizes) -> dict[str, dict[str, f
             found[loss][str(dtype).removeprefix("torch.")] = max(errors)
         print(f"gradient of {loss:15s}" + "".join(f"  {name} {error:.1e}" for name, error in found[loss].items()))
     return found
+
+
+def kernels(device: torch.device, sizes: Sizes) -> dict[str, dict[str, list[float]]]:
+    """Measure the largest relative error and the milliseconds of both passes over a chunk, float32, interleaved."""
+    forms = {"Triton's kernels": rows_for(device), "plain torch": PLAIN}
+    if forms["Triton's kernels"] == PLAIN:
+        print("passes over a chunk: there are no Triton kernels here")
+        return {}
+    found: dict[str, dict[str, list[float]]] = {}
+    for vocab in sizes.vocabularies:
+        z = torch.randn(min(sizes.positions, CHUNK_ELEMENTS // vocab), vocab + 1, device=device) * 4
+        exact = _passes(PLAIN, z.double())
+        error = {name: float((_passes(form, z.clone()) / exact - 1).abs().max()) for name, form in forms.items()}
+        taken: dict[str, list[float]] = {name: [] for name in forms}
+        for _ in range(sizes.repeats):
+            for name, form in forms.items():
+                given = z.clone()
+                _wait(device)
+                began = time.perf_counter()
+                _passes(form, given)
+                _wait(device)
+                taken[name].append(1000 * (time.perf_counter() - began))
+        found[str(vocab)] = {name: [error[name], statistics.median(taken[name])] for name in forms}
+        for name, (far, milliseconds) in found[str(vocab)].items():
+            print(f"V = {vocab:7,}  passes over a chunk, {name:16s}  error {far:.1e}  {milliseconds:9.3f} ms")
+    return found
+
+
+def _passes(rows: Rows, z: Tensor) -> Tensor:
+    top, e_sum = rows.sums(z)
+    rows.write(z, top, 1 / e_sum)
+    return z
 
 
 def times(device: torch.device, sizes: Sizes) -> dict[str, dict[str, list[float]]]:
@@ -310,7 +346,7 @@ def _name(device: torch.device) -> str:
 
 
 def main() -> None:
-    """Run the three parts on the first GPU, or on the CPU with `--small`."""
+    """Run the parts on the first GPU, or on the CPU with `--small`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="sizes for a CPU, to see that the script runs")
     small = parser.parse_args().small
@@ -318,7 +354,9 @@ def main() -> None:
         parser.error("there is no GPU; --small runs on the CPU and shows only that the script works")
     device, sizes = torch.device("cpu" if small else "cuda"), SMALL if small else LARGE
     print(f"{_name(device)}, torch {torch.__version__}")
-    report = {"device": _name(device), "torch": torch.__version__, "gradients": gradient_errors(device, sizes)}
+    report: dict[str, Any] = {"device": _name(device), "torch": torch.__version__}
+    report["gradients"] = gradient_errors(device, sizes)
+    report["kernels"] = kernels(device, sizes)
     report |= {"times": times(device, sizes), "training": training_steps(device, sizes)}
     print(json.dumps(report))
 

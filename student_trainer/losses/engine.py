@@ -12,7 +12,7 @@ p_r underflows; as written it is exact.) A loss is thus a few lines on small arr
 Several losses of one position, each with its own K, are summed by one pass over the row. The logits in the union of
 all K are set to -inf, e_j = exp(z_j - max) is written over the others, and `rest` is the log of their sum. Each tail is
 `rest` and the few logits that are in the union but not in its own K, and outside the union every gradient is a number
-of the row times e_j. So there is one exponential for each logit, no second array of their size, and no difference of
+of the row times e_j; `rows` has these two passes. So there is no second array of the logits' size, and no difference of
 two large sums: a student that puts all but e**-60 on one id keeps an exact tail.
 
 Shape legend:  n positions, V vocabulary, K ids of one loss, U those of all losses.
@@ -27,6 +27,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from potstill.student_trainer.losses.rows import rows_for
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -121,7 +123,9 @@ def turn_into_gradient(
     widths = [aim.ids.shape[-1] for aim in aims]
     *kept, label_z = torch.split_with_sizes(z.gather(-1, ids), [*widths, 1], dim=-1)
     union = _Union.taken_from(z, [aim.ids for aim in aims], kept) if divergence.has_tail else _Union.empty(z)
-    e_sum, rest = _exponentials(z)
+    rows = rows_for(z.device)
+    top, e_sum = rows.sums(z)
+    rest = top + e_sum.log()
     lse = torch.logaddexp(rest, union.lse())
     total_s, at_rest, at_union = -label_scale, torch.zeros_like(rest), torch.zeros_like(union.z)
     values, by_id = [], []
@@ -137,7 +141,7 @@ def turn_into_gradient(
             at_rest += by_rest * torch.exp(rest - finite_tail)
             union.add_shares(at_union, m, by_rest, finite_tail)
     factor = (at_rest - total_s * torch.exp(rest - lse)) / e_sum
-    z.mul_(factor.masked_fill(e_sum == 0, 0.0)[:, None])
+    rows.write(z, top, factor.masked_fill(e_sum == 0, 0.0))
     added = torch.cat([*by_id, -label_scale[:, None]], dim=-1)
     added[:, : union.z.shape[-1]] += at_union - total_s[:, None] * torch.exp(union.z - lse[:, None])
     z.scatter_add_(-1, ids, added)
@@ -157,14 +161,6 @@ def _compared(aim: Aim, kept: Tensor, tail: Tensor, lse: Tensor) -> Compared:
     # Where K is all of the vocabulary, mass outside it has nowhere to go and cannot be learnt: it is dropped.
     log_r = aim.log_r.masked_fill(tail == -math.inf, -math.inf)
     return Compared(aim.log_t, log_r, kept - lse[:, None], tail - lse)
-
-
-def _exponentials(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Write exp(z - max) over z; return its sum [n] and the log-sum-exp [n] of z."""
-    top = z.amax(dim=-1)
-    top = top.masked_fill(top == -math.inf, 0.0)  # nothing is left where K is all of the vocabulary
-    e_sum = z.sub_(top[:, None]).exp_().sum(dim=-1)
-    return e_sum, top + e_sum.log()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
