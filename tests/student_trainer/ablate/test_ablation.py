@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +40,8 @@ out = "unused"
 steps = {steps}
 batch_rows = 8
 lr = 1e-2
-eval_every = 2
-checkpoint_every = 2
+eval_every = {every}
+checkpoint_every = {every}
 """
 CELLS = """
 [cells]
@@ -53,10 +55,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_cache(tmp_path_factory.mktemp("cache"), documents=90)
 
 
-def write_grid(root: Path, folder: Path, cells: str = CELLS, *, steps: int = 4) -> Path:
+def write_grid(root: Path, folder: Path, cells: str = CELLS, *, steps: int = 4, every: int = 2) -> Path:
     student = "{" + ", ".join(f"{key} = {json.dumps(value)}" for key, value in STUDENT.items()) + "}"
     base, grid = folder / "student.toml", folder / "grid.toml"
-    base.write_text(BASE.format(root=root, student=student, steps=steps))
+    base.write_text(BASE.format(root=root, student=student, steps=steps, every=every))
     grid.write_text(
         f'config = "{base}"\nout = "{folder / "ablation"}"\nbaseline = "ce"\nseeds = [0, 1]\nresamples = 100\n{cells}'
     )
@@ -191,31 +193,44 @@ def ablate(grid: Path, *more: str) -> list[str]:
     return [sys.executable, "-c", command, "ablate", str(grid), "--json", *more]
 
 
-@pytest.mark.slow
-def test_killed_ten_times_it_ends_with_the_table_of_an_undisturbed_one(root: Path, tmp_path: Path) -> None:
-    def without_times(text: str) -> Any:
-        found = json.loads(text)
-        for row in found["rows"]:
-            row["seconds"], row["reached"] = 0.0, row["reached"] and {**row["reached"], "seconds": 0.0}
-        return found
+def written(folder: Path) -> int:
+    """Bytes of all metrics of an ablation, and its outcomes: more of them are progress."""
+    files = [*folder.glob("ablation/runs/*/*/metrics.jsonl"), *folder.glob("ablation/outcomes/*/*.json")]
+    return sum(file.stat().st_size for file in files)
 
-    folders = [tmp_path / "killed", tmp_path / "undisturbed"]
+
+def killed_at_random(grid: Path, choose: random.Random) -> bool:
+    """Start an ablation, and kill all of it some seconds after it went on; False if it came to its end before."""
+    process = subprocess.Popen(ablate(grid), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+    before = written(grid.parent)
+    while written(grid.parent) == before and process.poll() is None:
+        time.sleep(0.1)
+    time.sleep(choose.uniform(0, 4))
+    ended = process.poll() is not None
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    return not ended
+
+
+def without_times(text: str) -> Any:
+    found = json.loads(text)
+    for row in found["rows"]:
+        row["seconds"] = 0.0
+        row["reached"] = row["reached"] and {**row["reached"], "seconds": 0.0}
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_killed_ten_times_it_ends_with_the_table_of_an_undisturbed_one(root: Path, tmp_path: Path) -> None:
     grids = []
-    for folder in folders:
-        folder.mkdir()
-        grids.append(write_grid(root, folder, steps=40))
-    choose, kills = random.Random(5), 0
-    while kills < 10:
-        process = subprocess.Popen(ablate(grids[0]), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        time.sleep(choose.uniform(12, 30))
-        kills += process.poll() is None
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert kills or process.returncode, "it was over before it could be killed: take more steps"
-        if process.returncode == 0:
-            break
-    tables = [
-        without_times(subprocess.run(ablate(each), capture_output=True, text=True, check=True).stdout) for each in grids
-    ]
-    assert tables[0] == tables[1]
-    assert kills == 10
+    for name in ("killed", "undisturbed"):
+        (tmp_path / name).mkdir()
+        grids.append(write_grid(root, tmp_path / name, steps=1500, every=50))
+    choose = random.Random(5)
+    assert [killed_at_random(grids[0], choose) for _ in range(10)] == [True] * 10, "it came to its end: take more steps"
+    tables = [subprocess.run(ablate(each), capture_output=True, text=True, check=False) for each in grids]
+    assert [each.returncode for each in tables] == [0, 0], tables
+    first, second = (without_times(each.stdout) for each in tables)
+    assert first == second
