@@ -17,10 +17,11 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from potstill.cache.errors import CorruptSegment, StoreError
+from potstill.cache.errors import CorruptSegment, StoreError, StoreSilent
 from potstill.cache.store import Root
 from potstill.student_trainer.checkpoint.marker import measured
 from potstill.student_trainer.config import TrainConfig
@@ -55,9 +56,10 @@ class StoredRun:
         Raises:
             StoreError: the store does not take it; the older ones stay.
         """
-        self._put("checkpoints", checkpoint.name, {"checkpoint": checkpoint, **self._records(_RECORDS)})
-        kept = {path.name for path in checkpoint.parent.glob("step-*")}
-        self._remove("checkpoints", [name for name in self._root.folders("checkpoints") if name not in kept])
+        with _lasting():
+            self._put("checkpoints", checkpoint.name, {"checkpoint": checkpoint, **self._records(_RECORDS)})
+            kept = {path.name for path in checkpoint.parent.glob("step-*")}
+            self._remove("checkpoints", [name for name in self._root.folders("checkpoints") if name not in kept])
 
     def put_result(self, step: int) -> None:
         """Put the result and the model of a finished run, and remove those of earlier steps.
@@ -66,8 +68,9 @@ class StoredRun:
             StoreError: the store does not take it.
         """
         name = f"step-{step:08d}"
-        self._put("results", name, self._records(_RESULT))
-        self._remove("results", [other for other in self._root.folders("results") if other != name])
+        with _lasting():
+            self._put("results", name, self._records(_RESULT))
+            self._remove("results", [other for other in self._root.folders("results") if other != name])
 
     def bring(self) -> None:
         """Bring the newest checkpoint that is what was put, and the result if there is none of an earlier step.
@@ -166,10 +169,30 @@ class StoredRun:
         write_lines(self._folder / f".stored-{kind}", [mark])
 
     def _has(self, kind: Kind, name: str, mark: bytes) -> bool:
-        """Tell whether the folder here has a group of the store, as that was put from here or brought before."""
+        """Tell whether the folder here has a group of the store whole, as that was put from here or brought before."""
         file = self._folder / f".stored-{kind}"
-        has = self._folder / (f"checkpoints/{name}" if kind == "checkpoints" else "summary.json")
-        return file.exists() and has.exists() and file.read_bytes() == mark + b"\n"
+        if not file.exists() or file.read_bytes() != mark + b"\n":
+            return False
+        if kind == "results" and not (self._folder / "summary.json").exists():
+            return False  # the run went on
+        # Records may have more lines here.
+        begin, folder = ("checkpoint/", f"checkpoints/{name}") if kind == "checkpoints" else ("run/model/", "model")
+        files: dict[str, Any] = json.loads(mark)["files"]
+        copies = {each: self._folder / folder / each.removeprefix(begin) for each in files if each.startswith(begin)}
+        return all(copy.is_file() and measured(copy) == files[each] for each, copy in copies.items())
+
+
+@contextmanager
+def _lasting() -> Iterator[None]:
+    """Make a store that does not answer an error that ends the run: nobody waits for it here.
+
+    As one that may be waited for it would pass for a read of rows, after which a run says that its checkpoint was
+    written, and this worker would leave the others waiting.
+    """
+    try:
+        yield
+    except StoreSilent as error:
+        raise StoreError(error.detail) from error
 
 
 def stored_run(config: TrainConfig) -> StoredRun | None:

@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from potstill.student_trainer.config.train_config import local_copy
 from potstill.student_trainer.metrics.records import read_metrics
 from potstill.student_trainer.train.loop import train
 from potstill.student_trainer.train.run import evaluate_run
+from tests.support.processes.faulty_proxy import Fault, faulty_proxy
 from tests.support.processes.s3 import S3Server, s3_server
 from tests.support.tiny_runs import config_of, write_cache
 
@@ -131,3 +133,33 @@ def test_a_store_that_goes_away_is_one_line_and_the_run_goes_on_later(
     begun: list[int] = []
     assert train(config(root, url, 12), on_begin=begun.append).finished
     assert begun == [3]
+
+
+def test_a_store_that_does_not_answer_is_not_said_to_have_the_checkpoint(
+    root: Path, server: S3Server, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def choose(_: str, target: str) -> Fault | None:
+        return "drop before" if "checkpoints/step-00000006" in target else None
+
+    monkeypatch.setattr("potstill.cache.store.object_stores._RETRIED", timedelta(milliseconds=200))
+    with faulty_proxy(server.endpoint, choose) as proxy:
+        for name, value in server.environment(proxy.endpoint).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(StoreError, match="step-00000006.*: the store does not answer") as caught:
+            train(config(root, url, 12))
+    assert caught.value.kind == "store", "as it may be waited for, the run would end as one that has a checkpoint there"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint)
+    assert groups(url) == ["checkpoints/step-00000003"]
+
+
+def test_a_copy_that_is_damaged_here_is_brought_again(root: Path, url: str) -> None:
+    result = train(config(root, url, 6))
+    for copy in ("checkpoints/step-00000006/optimizer.pt", "checkpoints/step-00000003/optimizer.pt"):
+        (result.run_dir / copy).write_bytes(b"x")
+    begun: list[int] = []
+    train(config(root, url, 9), on_begin=begun.append)
+    assert begun == [6]
+    shutil.rmtree(result.run_dir / "model")
+    assert train(config(root, url, 9), on_begin=begun.append).finished
+    assert (result.run_dir / "model").exists()
+    assert begun == [6], "brought, not trained again"
