@@ -92,7 +92,7 @@ class BloscChunks:
     def _decode(self, stored: Stored, at: NDArray[Any]) -> None:
         whole = at.shape == self._chunk and at.flags.c_contiguous
         chunk = at if whole else np.empty(self._chunk, dtype=self._dtype)
-        problem = blosc_problem(stored, chunk.nbytes) or crc32c_problem(stored)
+        problem = blosc_problem(stored[:-4], chunk.nbytes) or crc32c_problem(stored)
         if not problem:
             try:
                 blosc.decompress(stored[:-4], chunk)

@@ -111,12 +111,11 @@ def _open(store: Store, path: str, settings: dict[str, Any]) -> zarr.Array[Any]:
 
 
 class BoundedBlosc(BloscCodec):
-    """zarr's Blosc codec, which first refuses a chunk whose header states another decoded size than it must have."""
+    """zarr's Blosc codec, which first refuses a chunk whose header states other sizes than it must have."""
 
     async def _decode_single(self, chunk_bytes: Buffer, chunk_spec: ArraySpec) -> Buffer:
-        encoded = chunk_bytes.as_numpy_array()[: _BLOSC_HEADER.size].tobytes()
         dtype = chunk_spec.dtype.to_native_dtype()
-        problem = blosc_problem(encoded, math.prod(chunk_spec.shape) * dtype.itemsize)
+        problem = blosc_problem(chunk_bytes.as_numpy_array(), math.prod(chunk_spec.shape) * dtype.itemsize)
         if problem:
             raise ValueError(problem)
         return await super()._decode_single(chunk_bytes, chunk_spec)
@@ -160,7 +159,7 @@ class EncodedChunks:
                 index = self._index(coordinates, file.fileno(), size)
                 for offset, length in index[rows, :columns].reshape(-1, 2).tolist():
                     encoded = os.pread(file.fileno(), length, offset) if offset + length <= size else b""
-                    problem = blosc_problem(encoded, self._nbytes) or crc32c_problem(encoded)
+                    problem = blosc_problem(encoded[:-4], self._nbytes) or crc32c_problem(encoded)
                     if problem:
                         raise CorruptSegment(f"{path} cannot be read: {problem}")
         except FileNotFoundError as error:
@@ -198,12 +197,17 @@ def is_bounded_blosc(array: zarr.Array[Any]) -> bool:
     return at_end and kinds == (BytesCodec, BoundedBlosc, Crc32cCodec) and array.ndim <= 2
 
 
-def blosc_problem(header: bytes | NDArray[np.uint8], expected: int) -> str | None:
-    """Describe why a stored chunk cannot decode to so many bytes, by its header; None when it can."""
-    if len(header) < _BLOSC_HEADER.size:
+def blosc_problem(encoded: bytes | NDArray[np.uint8], expected: int) -> str | None:
+    """Describe why a chunk, without a crc32c, cannot decode to so many bytes, by its header; None when it can.
+
+    Blosc reads as many bytes as the header states, also beyond the end of the chunk.
+    """
+    if len(encoded) < _BLOSC_HEADER.size:
         return "a chunk is missing or cut short"
-    decoded = _BLOSC_HEADER.unpack(bytes(header[: _BLOSC_HEADER.size]))[0]
-    return None if decoded == expected else f"a chunk would decode to {decoded} bytes instead of {expected}"
+    decoded, _, stated = _BLOSC_HEADER.unpack(bytes(encoded[: _BLOSC_HEADER.size]))
+    if decoded != expected:
+        return f"a chunk would decode to {decoded} bytes instead of {expected}"
+    return None if stated == len(encoded) else f"a chunk has {len(encoded)} bytes, but its header says {stated}"
 
 
 def crc32c_problem(encoded: bytes | NDArray[np.uint8]) -> str | None:

@@ -4,6 +4,7 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import pytest
 import zarr
@@ -65,6 +66,16 @@ def test_a_chunk_that_the_index_lacks_is_damage(tmp_path: Path) -> None:
     assert NOT_THERE in (tmp_path / "group/values/c/0/0").read_bytes()
     with pytest.raises(CorruptSegment, match="group/values/c/0/0 cannot be read: a chunk is missing or cut short"):
         asyncio.run(chunks_of(tmp_path).fetch(0, 2, 1))
+
+
+def test_a_chunk_that_is_shorter_than_its_header_says_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    array_in(tmp_path, empty=False)
+    chunks = chunks_of(tmp_path)
+    (stored,) = asyncio.run(chunks.fetch(0, 1, 1))
+    short = stored[:100].tobytes()
+    with_crc = np.frombuffer(short + google_crc32c.value(short).to_bytes(4, "little"), np.uint8)
+    with pytest.raises(CorruptSegment, match=f"a chunk has 100 bytes, but its header says {len(stored) - 4}"):
+        chunks.decoded(0, 1, [with_crc])
 
 
 def test_an_array_of_another_layout_is_left_to_zarr(tmp_path: Path) -> None:
