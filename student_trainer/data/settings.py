@@ -47,7 +47,6 @@ def weights_at(points: Points, steps: Sequence[int] | NDArray[np.int64]) -> NDAr
     return np.interp(steps, [step for step, _ in points], [weight for _, weight in points])
 
 
-_READERS = 4
 _Points: TypeAlias = tuple[tuple[Annotated[int, Field(ge=0, strict=True)], _Weight], ...]
 
 
@@ -105,22 +104,12 @@ class DataConfig(Frozen):
     """Way to treat shards without targets: `fail`, `skip` their rows, or `ask` the teacher at `teachers.url`."""
     packing: bool = True
     """Rows share rows of a micro-batch where the student keeps them apart; else those of similar length go together."""
-    readers: Count = _READERS
+    readers: Count = 4
     """Micro-batches that are read at a time, at most `prefetch`."""
     prefetch: Count = 16
     """Micro-batches read ahead, of at most 512 MiB."""
     patience: Annotated[float, Field(gt=0)] = 600.0
     """Seconds to go on asking a service that does not answer, before the run stops with a checkpoint."""
-
-    @model_validator(mode="after")
-    def _readers_have_work(self) -> Self:
-        # The default may be more: it is in the configs that runs keep.
-        if self.readers > self.prefetch and self.readers != _READERS:
-            raise ValueError(
-                f"readers is {self.readers}, but only prefetch = {self.prefetch} micro-batches are read ahead; set "
-                f"prefetch to {self.readers} or more, or lower readers"
-            )
-        return self
 
     @model_validator(mode="after")
     def _corpora_fit(self) -> Self:

@@ -66,7 +66,6 @@ def test_folders_become_absolute_and_names_do_not(tmp_path: Path, monkeypatch: p
         ({"train": {"step": 5}}, r"^train\.step is unknown; known are alpha, .*, out, steps, batch_rows"),
         ({"train": {"held_out": 5}}, r"^train\.held_out is unknown; held_out belongs to \[data\]$"),
         ({"teachers": [{"name": "a", "steps": 5}]}, r"^teachers\.0\.steps is unknown; steps belongs to \[train\]$"),
-        ({"data": {"readers": 8}}, r"^data: readers is 8, but only prefetch = 2 micro-batches are read ahead; set"),
         ({"data": {"missing": "ask"}}, r"data\.missing is 'ask', but teacher 'fake' has no url; set teachers\.url$"),
         ({"train": {"alpha": 1.5}}, r"^train\.alpha is 1\.5: .*less than or equal to 1$"),
         ({"train": {"steps": 0}}, r"^train\.steps is 0: .*greater than or equal to 1$"),
@@ -105,6 +104,10 @@ def test_a_bad_value_is_named_with_its_limit(changes: dict[str, Any], message: s
     with pytest.raises(InvalidInput, match=message) as error:
         config_of(ROOT, OUT, **changes)
     assert "\n" not in str(error.value)
+
+
+def test_more_readers_than_are_read_ahead_harm_nothing_and_are_in_configs_of_earlier_runs() -> None:
+    assert config_of(ROOT, OUT, data={"readers": 8, "prefetch": 2}).data.readers == 8
 
 
 def test_cross_entropy_alone_needs_no_teacher() -> None:
