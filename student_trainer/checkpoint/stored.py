@@ -51,7 +51,7 @@ class StoredRun:
         return cls(Root.open(url, create=write), folder)
 
     def put_checkpoint(self, checkpoint: Path) -> None:
-        """Put a complete checkpoint; then those that are no longer in the folder here are removed there.
+        """Put a complete checkpoint; then earlier ones that are no longer in the folder here are removed there.
 
         Raises:
             StoreError: the store does not take it; the older ones stay.
@@ -59,7 +59,9 @@ class StoredRun:
         with _lasting():
             self._put("checkpoints", checkpoint.name, {"checkpoint": checkpoint, **self._records(_RECORDS)})
             kept = {path.name for path in checkpoint.parent.glob("step-*")}
-            self._remove("checkpoints", [name for name in self._root.folders("checkpoints") if name not in kept])
+            # Those of later steps may be another machine's, which went on while this one was thought to be gone.
+            there = self._root.folders("checkpoints")
+            self._remove("checkpoints", [name for name in there if name not in kept and name < checkpoint.name])
 
     def put_result(self, step: int) -> None:
         """Put the result and the model of a finished run, and remove those of earlier steps.

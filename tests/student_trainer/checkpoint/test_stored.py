@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from potstill.cache.errors import CorruptSegment, StoreError
 from potstill.cache.store.root import Root
 from potstill.clients.cli import main
+from potstill.student_trainer.checkpoint.stored import StoredRun
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.config.train_config import local_copy
 from potstill.student_trainer.metrics.records import read_metrics
@@ -163,3 +164,15 @@ def test_a_copy_that_is_damaged_here_is_brought_again(root: Path, url: str) -> N
     assert train(config(root, url, 9), on_begin=begun.append).finished
     assert (result.run_dir / "model").exists()
     assert begun == [6], "brought, not trained again"
+
+
+def test_a_machine_that_was_thought_to_be_gone_removes_no_later_checkpoint(tmp_path: Path) -> None:
+    for machine, step in (("in its place", 6), ("gone", 4), ("gone", 5)):
+        checkpoint = tmp_path / machine / f"checkpoints/step-{step:08d}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "state.json").write_text("{}")
+        for name in ("config.json", "metrics.jsonl"):
+            (tmp_path / machine / name).write_text("")
+        StoredRun.open(f"file://{tmp_path}/store", tmp_path / machine, write=True).put_checkpoint(checkpoint)
+        shutil.rmtree(checkpoint)
+    assert groups(f"file://{tmp_path}/store") == ["checkpoints/step-00000005", "checkpoints/step-00000006"]
