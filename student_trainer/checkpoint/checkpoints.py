@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -15,11 +16,11 @@ from potstill.student_trainer.checkpoint.format import TrainState
 from potstill.student_trainer.checkpoint.sharded import (
     SHARDS,
     ShardedCheckpoints,
-    load_sharded_model,
     load_sharded_optimizer,
+    load_weights,
 )
 from potstill.student_trainer.checkpoint.whole import WholeCheckpoints, load_whole_optimizer
-from potstill.student_trainer.models.build import load_student
+from potstill.student_trainer.models.build import load_empty_student, load_student
 from potstill.student_trainer.parallel.group import Group
 
 
@@ -55,16 +56,26 @@ def checkpoints_of(
     return kind(folder, group, keep, published)
 
 
-def load_model(checkpoint: Path) -> PreTrainedModel:
-    """Load the student of a checkpoint of either kind, as `load_student`.
+def load_model(checkpoint: Path, group: Group | None = None) -> PreTrainedModel:
+    """Load the student of a checkpoint of either kind, as `load_student`, or as a group shares it.
+
+    Where workers share a student and the checkpoint is sharded, each reads its own part of the weights only.
 
     Raises:
         FormatError: it cannot be loaded.
     """
-    try:
-        return load_sharded_model(checkpoint) if _is_sharded(checkpoint) else load_student(checkpoint / "model")
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise FormatError(f"the student of {str(checkpoint)!r} cannot be loaded: {error}") from error
+    sharded = _is_sharded(checkpoint)
+
+    def make() -> tuple[PreTrainedModel, str]:
+        load = load_empty_student if sharded else load_student
+        with _told(checkpoint):
+            return load(checkpoint / "model"), "float32"
+
+    student, _ = (group or Group()).share(make)
+    if sharded:
+        with _told(checkpoint):
+            load_weights(checkpoint, student)
+    return student
 
 
 def load_optimizer(checkpoint: Path, student: PreTrainedModel, optimizer: torch.optim.Optimizer, group: Group) -> None:
@@ -81,3 +92,12 @@ def load_optimizer(checkpoint: Path, student: PreTrainedModel, optimizer: torch.
 
 def _is_sharded(checkpoint: Path) -> bool:
     return (checkpoint / SHARDS).is_dir()
+
+
+@contextmanager
+def _told(checkpoint: Path) -> Iterator[None]:
+    """Turn what is raised by weights that cannot be loaded into one line."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise FormatError(f"the student of {str(checkpoint)!r} cannot be loaded: {error}") from error

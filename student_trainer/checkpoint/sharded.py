@@ -33,7 +33,6 @@ from potstill.student_trainer.checkpoint.folders import folder_of, keep_newest, 
 from potstill.student_trainer.checkpoint.format import TrainState
 from potstill.student_trainer.checkpoint.marker import mark
 from potstill.student_trainer.checkpoint.replaced import partial_of, take_place
-from potstill.student_trainer.models.build import load_empty_student
 from potstill.student_trainer.parallel.group import Group
 
 SHARDS = "shards"
@@ -115,15 +114,13 @@ class _Writer(HuggingFaceStorageWriter):
         self._publish()
 
 
-def load_sharded_model(checkpoint: Path) -> PreTrainedModel:
-    """Load the student of a sharded checkpoint, gathered: float32, bit for bit, on the CPU.
+def load_weights(checkpoint: Path, student: PreTrainedModel) -> None:
+    """Fill a student, or this worker's part of it, from a sharded checkpoint: bit for bit.
 
     Raises:
         OSError, ValueError, RuntimeError, SafetensorError: it cannot be loaded.
     """
-    student = load_empty_student(checkpoint / "model")
     _load(_weights(student), checkpoint)
-    return student
 
 
 def load_sharded_optimizer(checkpoint: Path, student: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:

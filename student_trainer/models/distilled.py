@@ -105,8 +105,11 @@ def _fused_parts(student: PreTrainedModel) -> _Fused | None:
     # So large and spread that every cap and factor shows.
     probe = torch.linspace(-200.0, 200.0, head.out_features, device=tokens.device).expand(1, most, -1).contiguous()
     seen: list[Tensor] = []
+    below: list[Any] = []
 
     def replaced(_: nn.Module, inputs: tuple[Tensor, ...], __: Tensor) -> Tensor:
+        # Here in the student's forward pass all of its own weights are together, where workers share them.
+        below.append(base(input_ids=tokens, use_cache=False))
         seen.append(inputs[0])
         return probe
 
@@ -116,11 +119,12 @@ def _fused_parts(student: PreTrainedModel) -> _Fused | None:
             out = student(input_ids=tokens, use_cache=False)
         finally:
             hook.remove()
-        below = base(input_ids=tokens, use_cache=False)
-    hidden = getattr(below, "last_hidden_state", None)
-    same = len(seen) == 1 and _near(hidden, seen[0]) and _near(out.logits, logits(probe))
-    if getattr(out, "router_logits", None) is not None and getattr(below, "router_logits", None) is None:
+    if len(seen) != 1:
         return None
+    hidden = getattr(below[0], "last_hidden_state", None)
+    if getattr(out, "router_logits", None) is not None and getattr(below[0], "router_logits", None) is None:
+        return None
+    same = _near(hidden, seen[0]) and _near(out.logits, logits(probe))
     return _Fused(base, head, logits) if same else None
 
 

@@ -2,6 +2,10 @@
 
 Each has a part of every tensor, and a layer's weights come together on all of them while it computes: a student that
 does not fit one GPU trains on several. Each writes its part of a checkpoint.
+
+Rank 0 makes the student, on its CPU, and is the only one that ever has all of it: the others get it without weights,
+on `meta`, and all shard that. Then the weights go round one tensor at a time, of which each keeps its part; no device
+holds more than its parts and one tensor. That was run on CPUs, not on GPUs.
 """
 
 from __future__ import annotations
@@ -10,12 +14,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils import swap_tensors
 from transformers import PreTrainedModel
 
+from potstill.cache.errors import PotstillError
 from potstill.student_trainer.parallel.ddp import DdpGroup
 
 
@@ -31,6 +37,31 @@ class FsdpGroup(DdpGroup):
     def in_step(self) -> bool:
         """True: every forward pass gathers weights from all workers."""
         return True
+
+    def share(self, make: Callable[[], tuple[PreTrainedModel, str]]) -> tuple[PreTrainedModel, str]:
+        """Make a student on rank 0's CPU, and give each worker its part, on its device; else as of `Group`.
+
+        Raises:
+            PotstillError: what `make` raised, on all workers.
+        """
+        told: list[Any] = [None]
+        whole: list[Tensor | None] = []
+        if self.rank == 0:
+            try:
+                told = [make()]
+                whole = _weights_taken(told[0][0])
+            except PotstillError as error:
+                told = [error]
+        # As it was made, not made again from its config: a checkpoint may say which weights are tied.
+        distributed.broadcast_object_list(told, device=self.device)
+        if isinstance(told[0], PotstillError):
+            raise told[0]
+        student, stored = told[0]
+        self.wrap(student)
+        tensors = _tensors(student)
+        for mine, sent in zip(tensors, whole or [None] * len(tensors), strict=True):
+            self._fill(mine, sent)
+        return student, stored
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Shard the model in place, layer by layer, onto the device; gradients come *averaged*."""
@@ -73,6 +104,15 @@ class FsdpGroup(DdpGroup):
         }
         optimizer.load_state_dict({**state, "state": found})
 
+    def _fill(self, mine: Tensor, whole: Tensor | None) -> None:
+        """Fill a buffer on `meta`, or this worker's part of a parameter, from the whole one, which rank 0 has."""
+        if whole is None:
+            sent = torch.empty(mine.shape, dtype=mine.dtype, device=self.device)
+        else:
+            sent = whole.detach().to(self.device)
+        distributed.broadcast(sent, 0)
+        swap_tensors(mine, _like(mine, _part(sent, mine)))  # type: ignore[no-untyped-call]
+
     def _whole(self, value: Any) -> Any:
         if not isinstance(value, DTensor):
             return value
@@ -89,8 +129,30 @@ def repeated_layers(model: nn.Module) -> Iterator[nn.Module]:
             yield from repeated_layers(child)
 
 
+def _tensors(model: nn.Module) -> list[Tensor]:
+    """Parameters and buffers, in one order for all workers; tied ones are one."""
+    return [*model.parameters(), *model.buffers()]
+
+
+def _weights_taken(student: nn.Module) -> list[Tensor | None]:
+    """Leave the student on `meta`, and return the tensors that it had."""
+    taken: list[Tensor | None] = []
+    for mine in _tensors(student):
+        other = _like(mine, torch.empty_like(mine, device="meta"))
+        swap_tensors(mine, other)  # type: ignore[no-untyped-call]  # not replaced: it may be tied
+        taken.append(other)
+    return taken
+
+
+def _like(tensor: Tensor, value: Tensor) -> Tensor:
+    """Make the value a parameter if the tensor is one, else a copy, which no message still refers to."""
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(value.detach(), requires_grad=tensor.requires_grad)
+    return value.clone()
+
+
 def _part(value: Any, parameter: Tensor) -> Any:
     if isinstance(value, Tensor) and isinstance(parameter, DTensor) and value.shape == parameter.shape:
-        placed = value.to(parameter.device)
+        placed = value if parameter.is_meta else value.to(parameter.device)
         return distribute_tensor(placed, parameter.device_mesh, parameter.placements, src_data_rank=None)
     return value

@@ -38,6 +38,10 @@ class Group:
         """Move to the device; with several workers, a `DistributedDataParallel` that *averages* gradients."""
         return model.to(self.device)
 
+    def share(self, make: Callable[[], tuple[PreTrainedModel, str]]) -> tuple[PreTrainedModel, str]:
+        """Make a student, and the dtype of its checkpoint; where each worker has a part of it, on rank 0 alone."""
+        return make()
+
     def within(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:  # noqa: ARG002 -- of others
         """Make a way through parts of a wrapped module one of its forward passes, in which it has all its weights."""
         return forward

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
@@ -58,7 +59,7 @@ class Learner:
 
     @classmethod
     def of(cls, config: TrainConfig, group: Group, run: OpenRun, student: PreTrainedModel) -> Learner:
-        """Make a student on the CPU ready to learn.
+        """Make a student ready to learn, which `group.share` gave. What is tried here, all workers try together.
 
         Raises:
             InvalidInput: its config asks for a router loss that it does not have, or that is not known.
@@ -215,8 +216,9 @@ def _with_loss(student: PreTrainedModel, config: TrainConfig, group: Group) -> n
         compile_layers(student, group.device)
     if not group.in_step:
         return group.wrap(distilled)
+    if isinstance(student, FSDPModule):
+        student.reshard()  # what was tried left whole weights in place of the parts that the optimizer is to have
     # The student is what is shared, as evaluations pass by its loss; the fused layer takes it apart.
-    group.wrap(student)
     if distilled.fused:
         distilled.forward = group.within(student, distilled.forward)  # type: ignore[method-assign]
     return distilled

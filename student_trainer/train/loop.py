@@ -159,7 +159,7 @@ def _require_same_order(run: OpenRun, group: Group) -> None:
 
 
 def _student(
-    config: TrainConfig, run: OpenRun, checkpoint: Path | None, state: TrainState | None
+    config: TrainConfig, group: Group, run: OpenRun, checkpoint: Path | None, state: TrainState | None
 ) -> tuple[PreTrainedModel, str]:
     """Load the student of a checkpoint that fits the run, or build a new one; and the dtype in which it is published.
 
@@ -167,18 +167,20 @@ def _student(
         SpecMismatch, InvalidInput: the checkpoint is of another run.
     """
     if checkpoint is None or state is None:
-        return build_student(
-            config.student,
-            seed=config.train.seed,
-            vocab_size=run.vocab_size,
-            row_tokens=run.row_tokens,
-            special_ids=special_ids(run.corpus),
+        return group.share(
+            lambda: build_student(
+                config.student,
+                seed=config.train.seed,
+                vocab_size=run.vocab_size,
+                row_tokens=run.row_tokens,
+                special_ids=special_ids(run.corpus),
+            )
         )
     state.check_same(run.fingerprint, run.teachers, run.held)
     state.check_rows(run.left_out, run.reader.prefix)
     state.check_lacking(run.lacking)
     state.check_steps(config.train)
-    return load_model(checkpoint), state.stored_dtype
+    return load_model(checkpoint, group), state.stored_dtype
 
 
 class _Session:
@@ -201,7 +203,7 @@ class _Session:
         self.saved = -1 if state is None else state.step
         """The step of the newest checkpoint."""
         self.tokens = 0 if state is None else state.tokens
-        student, self.stored_dtype = _student(config, run, checkpoint, state)
+        student, self.stored_dtype = _student(config, group, run, checkpoint, state)
         self.learner = Learner.of(config, group, run, student)
         self.speed = Speed.of(
             student,
