@@ -29,7 +29,7 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator, model_validator
 
 from potstill.cache.errors import InvalidInput
 from potstill.cache.named_files import read_toml
@@ -43,6 +43,18 @@ _LONGEST_NAME = 100
 _Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 
 
+def _seeds_told(value: Any, validated: ValidatorFunctionWrapHandler) -> tuple[int, ...]:
+    """Validate seeds, with one message for whatever is wrong."""
+    told = "must be two or more different whole numbers, like [0, 1, 2]"
+    try:
+        seeds: tuple[int, ...] = validated(value)
+    except ValidationError as error:
+        raise ValueError(told) from error
+    if len(seeds) < 2 or len(set(seeds)) < len(seeds):
+        raise ValueError(told)
+    return seeds
+
+
 class GridConfig(Frozen):
     """An ablation as its TOML has it."""
 
@@ -50,7 +62,7 @@ class GridConfig(Frozen):
     """TOML file of the run that every cell changes."""
     out: str = Field(min_length=1)
     """Folder of the ablation, which holds the runs."""
-    seeds: Annotated[tuple[_Seed, ...], Field(min_length=2)] = (0, 1, 2)
+    seeds: Annotated[tuple[_Seed, ...], WrapValidator(_seeds_told)] = (0, 1, 2)
     """Each cell is trained once with each of them as `train.seed`."""
     baseline: str
     """Name of the cell that the others are compared with."""
@@ -73,8 +85,6 @@ class GridConfig(Frozen):
     def _names_fit(self) -> Self:
         if "://" in self.out:
             raise ValueError(f"out is {self.out!r}: an ablation lies in a folder that its runs see, not at a URL")
-        if len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"seeds {list(self.seeds)} are not all different")
         names = [cell.name for cell in self.all_cells]
         if len(names) < 2:
             raise ValueError("there is nothing to compare: give two cells or more, in [cells] or by [grid]")

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 CONFIDENCE = 0.95
-_FEWEST_DOCUMENTS = 10
+FEWEST_DOCUMENTS = 10
 """Below this the bootstrap knows too few documents to say how others would differ."""
 _NUMBERS_AT_ONCE = 1 << 22
 
@@ -97,7 +97,7 @@ def _of_seeds(by_seed: NDArray[np.float64]) -> Interval | None:
 def _of_documents(sums: NDArray[np.float64], tokens: NDArray[np.float64], resamples: int, seed: int) -> Interval | None:
     """Bootstrap-t interval of the ratio of two sums [D] over documents."""
     number = len(sums)
-    if number < _FEWEST_DOCUMENTS:
+    if number < FEWEST_DOCUMENTS:
         return None
     draw = np.random.default_rng(seed)
     mean, error = (float(each[0]) for each in _ratio(sums[None], tokens[None]))

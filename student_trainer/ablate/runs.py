@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from potstill.cache.errors import InvalidInput, PotstillError, SpecMismatch
 from potstill.cache.named_files import read_toml
+from potstill.cache.plurals import counted
 from potstill.student_trainer.ablate.grid import GridConfig
+from potstill.student_trainer.ablate.intervals import FEWEST_DOCUMENTS
 from potstill.student_trainer.ablate.judge import judge
 from potstill.student_trainer.ablate.outcome import Failure, Outcome, Point, load_outcome, run_folder
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.config.resume import check_continues
 from potstill.student_trainer.config.run_folder import read_config
+from potstill.student_trainer.data.held_out import num_documents
 from potstill.student_trainer.metrics.records import Record, read_metrics
 from potstill.student_trainer.models.build import check_student
 from potstill.student_trainer.train.loop import train
 from potstill.student_trainer.train.run import OpenRun, open_run
 
+_LOG = logging.getLogger(__name__)
 _SAME_FOR_ALL = ("save_dtype", "rollback_over", "rollback_window")
 """Keys of `train` that change what comes of a run, though one may go on under others."""
 
@@ -48,6 +53,15 @@ def plan_runs(grid: GridConfig) -> list[Run]:
     with open_run(base) as opened:
         if not len(opened.held_out):
             raise InvalidInput(f"data.held_out of {grid.config!r} is 0, so that there is nothing to compare cells by")
+        documents = num_documents(opened.corpora.document_rows, opened.held_out)
+        if documents < FEWEST_DOCUMENTS:
+            _LOG.warning(
+                "%s held out: below %d no interval over documents is given, so no difference can be more than noise; "
+                "raise data.held_out of %r",
+                counted(documents, "document"),
+                FEWEST_DOCUMENTS,
+                grid.config,
+            )
         for cell in grid.all_cells:
             try:
                 configs = [cell.config(table, seed, str(run_folder(out, cell.name, seed))) for seed in grid.seeds]
@@ -93,16 +107,28 @@ def outcomes_there(runs: Sequence[Run], out: Path) -> dict[tuple[str, int], Outc
     found = {}
     for run in runs:
         outcome = load_outcome(out, run.cell, run.seed)
-        if outcome is None:
-            if (run.config.run_dir / "config.json").exists():
-                _check_same(run.config, read_config(run.config.run_dir))
-            continue
-        before = TrainConfig.of(outcome.config)
-        _check_same(run.config, before)
-        check_continues(run.base, TrainConfig.of(outcome.base))
-        if before.train.steps == run.config.train.steps:
+        try:
+            before = _before(run, outcome)
+        except SpecMismatch as error:
+            raise SpecMismatch(
+                f"cell {run.cell!r} was begun otherwise: {error.detail}; or give the changed cell another name"
+            ) from error
+        if outcome is not None and before is not None and before.train.steps == run.config.train.steps:
             found[run.cell, run.seed] = outcome
     return found
+
+
+def _before(run: Run, outcome: Outcome | None) -> TrainConfig | None:
+    """Find the config under which a run was begun, and check that it compares with what is to come."""
+    if outcome is None:
+        begun = (run.config.run_dir / "config.json").exists()
+        before = read_config(run.config.run_dir) if begun else None
+    else:
+        before = TrainConfig.of(outcome.config)
+        check_continues(run.base, TrainConfig.of(outcome.base))
+    if before is not None:
+        _check_same(run.config, before)
+    return before
 
 
 def _check_same(config: TrainConfig, before: TrainConfig) -> None:

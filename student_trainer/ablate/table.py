@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from potstill.student_trainer.ablate.comparison import Comparison, Row
+from potstill.student_trainer.ablate.comparison import Comparison, Reached, Row
 from potstill.student_trainer.ablate.intervals import Difference
 from potstill.student_trainer.ablate.outcome import LOSS
 
@@ -21,10 +21,13 @@ def notes(found: Comparison) -> list[str]:
     told = [
         f"{found.documents:,} held-out documents, {found.tokens:,} tokens, {found.seeds} seeds",
         f"differences from {found.baseline}, paired; 95% intervals: other seeds, and these students on other documents",
-        "noise: one of the intervals has zero in it",
+        "noise: one of the intervals has zero in it; unknown: one of them is not known, below 10 documents or 2 seeds",
     ]
     if found.target_loss is not None:
-        told.append(f"tokens: learnt until the held-out loss is {found.target_loss:.4f}")
+        told.append(
+            f"tokens: learnt until the held-out loss is {found.target_loss:.4f}, on a line between two evaluations, "
+            "as a mean over the seeds that came there"
+        )
     return told + [f"{row.cell}, {failure}" for row in found.rows for failure in row.failures]
 
 
@@ -57,7 +60,7 @@ def _table(found: Comparison, measure: str) -> Table:
 def _cells(row: Row, measure: str, seeds: int) -> list[str]:
     name = row.cell if row.seeds == seeds else f"{row.cell} ({row.seeds} of {seeds})"
     mean = f"{row.means[measure]:.4f}" if measure in row.means else "-"
-    reached = [] if measure != LOSS else ["-" if row.reached is None else f"{row.reached.tokens:,.0f}"]
+    reached = [] if measure != LOSS else ["-" if row.reached is None else _tokens(row.reached, seeds)]
     difference = row.differences.get(measure)
     if difference is None:
         return [name, mean, "", "", "", "", *reached]
@@ -67,3 +70,8 @@ def _cells(row: Row, measure: str, seeds: int) -> list[str]:
         "-" if by_document is None else f"{by_document.low:+.3f} to {by_document.high:+.3f}",
     )
     return [name, mean, f"{difference.value:+.4f}", *told, verdict(difference), *reached]
+
+
+def _tokens(reached: Reached, seeds: int) -> str:
+    some = "" if reached.seeds == seeds else f" ({reached.seeds} of {seeds})"
+    return f"{reached.tokens:,.0f}{some}"

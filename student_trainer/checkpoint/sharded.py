@@ -134,7 +134,7 @@ def load_sharded_optimizer(checkpoint: Path, student: PreTrainedModel, optimizer
         for name, parameter in _trained(student, optimizer):
             found = f"optimizer.{name}."
             state = {
-                key.removeprefix(found): _room(value.size, parameter)
+                key.removeprefix(found): _room(value.size, parameter, optimizer)
                 for key, value in kept.items()
                 if key.startswith(found) and isinstance(value, TensorStorageMetadata)
             }
@@ -179,6 +179,9 @@ def _states(student: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[
     }
 
 
-def _room(size: torch.Size, parameter: Tensor) -> Tensor:
+def _room(size: torch.Size, parameter: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
     """A tensor for a state of a parameter: of its shape and its parts, or a number of steps."""
-    return torch.zeros_like(parameter) if size == parameter.shape else torch.zeros(())
+    if size == parameter.shape:
+        return torch.zeros_like(parameter)
+    # A fused AdamW counts steps where the parameter is, any other on the CPU.
+    return torch.zeros((), device=parameter.device if optimizer.defaults.get("fused") else "cpu")

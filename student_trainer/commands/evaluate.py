@@ -34,10 +34,13 @@ def run(args: argparse.Namespace) -> int:
     import json
 
     from potstill.cache.commands.progress import progress
+    from potstill.cache.errors import InvalidInput
     from potstill.student_trainer.evaluate.evidence import evidence_json
     from potstill.student_trainer.evaluate.judged import judge
     from potstill.student_trainer.evaluate.result import HELD_OUT
 
+    if args.html is not None and not args.html.parent.is_dir():
+        raise InvalidInput(f"--html {str(args.html)!r} cannot be written: there is no folder {str(args.html.parent)!r}")
     with _opened(args) as subject:
         with progress("evaluate", "rows") as show:
             found = judge(subject, lambda done: show(done, subject.num_rows))
@@ -60,7 +63,7 @@ def _opened(args: argparse.Namespace) -> AbstractContextManager[Subject]:
         NotFound: it is neither. InvalidInput: a model without a cache or a corpus.
     """
     from potstill.cache.errors import InvalidInput, NotFound
-    from potstill.cache.hub import may_be_hub_name
+    from potstill.cache.hub import may_be_hub_name, require_reachable
 
     folder = Path(args.subject)
     if "://" in args.subject or _is_run(folder):
@@ -69,6 +72,8 @@ def _opened(args: argparse.Namespace) -> AbstractContextManager[Subject]:
         return run_to_judge(args.subject, cache=args.cache, corpora=args.corpus)
     if not may_be_hub_name(args.subject) and not (folder / "config.json").is_file():
         raise NotFound(f"{args.subject!r} is neither the folder of a run nor of a model: there is no config.json")
+    if not folder.exists():
+        require_reachable(args.subject, "RUN|MODEL")
     if args.cache is None or not args.corpus:
         lacking = "--cache ROOT" if args.cache is None else "--corpus NAME"
         raise InvalidInput(

@@ -318,7 +318,7 @@ class _Session:
         """Take one optimizer step and count it; return its record, and True if a worker wants to stop."""
         began, waited = time.monotonic(), batches.waited
         record, counts, stop = self.learner.step(self.step, batches, should_stop)
-        self.spikes.check(self.step + 1, record["loss"])
+        self.spikes.check(self.step + 1, record)
         self.step += 1
         self.tokens += counts.num_positions
         seconds = time.monotonic() - began

@@ -21,7 +21,7 @@ from potstill.cache.errors import FormatError, InvalidInput
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.config.run_folder import write_json
 from potstill.student_trainer.data.mixture import MixtureOrder
-from potstill.student_trainer.metrics.records import read_metrics
+from potstill.student_trainer.metrics.records import Record, read_metrics
 from potstill.student_trainer.parallel.group import Group
 
 MOST_ROLLBACKS = 10
@@ -60,16 +60,17 @@ class SpikeWatch:
         self._losses: deque[float] = deque(maxlen=config.train.rollback_window)
         if self._most is not None and group.rank == 0:
             records = read_metrics(config.run_dir)
-            self._losses.extend(each["loss"] for each in records if "loss" in each and each["step"] <= step)
+            self._losses.extend(each["ce"] for each in records if "loss" in each and each["step"] <= step)
 
-    def check(self, step: int, loss: float) -> None:
-        """Take the loss of a step, the first being 1.
+    def check(self, step: int, record: Record) -> None:
+        """Take the record of a step, the first being 1.
 
         Raises:
             Spike: it is too far over the losses before it, of which there are enough.
         """
         if self._most is None:
             return
+        loss = record["ce"]  # which no schedule of alpha or of weights moves
         mean, deviation = (
             (statistics.fmean(self._losses), statistics.stdev(self._losses))
             if len(self._losses) == self._losses.maxlen
@@ -77,7 +78,9 @@ class SpikeWatch:
         )
         spike = torch.tensor(float(loss > mean + self._most * deviation), device=self._group.device)
         if self._group.all_reduce_sum(spike).item() > 0:
-            raise Spike(step, f"the loss is {loss:.4g}, after a mean of {mean:.4g} and a deviation of {deviation:.3g}")
+            raise Spike(
+                step, f"the cross-entropy is {loss:.4g}, after a mean of {mean:.4g} and a deviation of {deviation:.3g}"
+            )
         self._losses.append(loss)
 
 

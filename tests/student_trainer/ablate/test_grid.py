@@ -56,7 +56,10 @@ def test_a_cell_may_have_some_of_the_teachers(tmp_path: Path) -> None:
         ('baseline = "a"\n[cells]\na = {}', "there is nothing to compare"),
         ('baseline = "c"\n[cells]\na = {}\nb = {}', "baseline 'c' is no cell; there are a, b"),
         ('baseline = "a"\n[cells]\na = {}\n"../b" = {}', "cell '../b': names are letters, digits"),
-        ('baseline = "a"\nseeds = [1, 1]\n[cells]\na = {}\nb = {}', r"seeds \[1, 1\] are not all different"),
+        (
+            'baseline = "a"\nseeds = [1, 1]\n[cells]\na = {}\nb = {}',
+            r"seeds is \[1, 1\]: must be two or more different",
+        ),
         ('baseline = "a"\nseed = [1, 2]\n[cells]\na = {}\nb = {}', "seed is unknown; known are config, out, seeds,"),
     ],
 )

@@ -20,8 +20,9 @@ from potstill.student_trainer.evaluate.result import finished_before
 from potstill.student_trainer.launch.ending import tell_end
 from potstill.student_trainer.metrics.progress import showing
 from potstill.student_trainer.metrics.records import MetricsFollower, MetricsWriter, Record, read_metrics
+from potstill.student_trainer.parallel.group import Group
 from potstill.student_trainer.train.loop import train
-from potstill.student_trainer.train.rollback import MOST_ROLLBACKS, read_skipped
+from potstill.student_trainer.train.rollback import MOST_ROLLBACKS, Spike, SpikeWatch, read_skipped
 from potstill.student_trainer.train.run import open_run
 from tests.support.tiny_runs import config_of, without_times, write_texts_cache
 
@@ -66,6 +67,14 @@ def odd_step(root: Path, out: Path) -> int:
 def weights(run: Path) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = load_file(run / "model" / "model.safetensors")
     return found
+
+
+def test_a_loss_that_a_schedule_moves_is_no_spike(root: Path, tmp_path: Path) -> None:
+    watch = SpikeWatch(config(root, tmp_path / "none"), Group(), step=0)
+    for step, (loss, ce) in enumerate([(0.5, 3.0), (0.51, 3.01), (0.5, 3.0), (0.51, 3.01), (2.9, 3.0), (2.9, 3.01)]):
+        watch.check(step + 1, {"loss": loss, "ce": ce})
+    with pytest.raises(Spike, match="the cross-entropy is 9, after a mean of 3"):
+        watch.check(7, {"loss": 2.9, "ce": 9.0})
 
 
 def test_a_run_goes_back_and_ends_as_if_it_had_known(
