@@ -15,6 +15,7 @@ from potstill.cache.errors import InvalidInput
 from potstill.cache.plurals import counted
 from potstill.clients.http_targets import HttpCache
 from potstill.student_trainer.config import TrainConfig
+from potstill.student_trainer.data import BatchReader
 from potstill.student_trainer.data.held_out import with_copies
 from potstill.student_trainer.data.joined import JoinedCorpora
 from potstill.student_trainer.data.sources import open_cache
@@ -41,7 +42,7 @@ def run_to_judge(run: Path | str, *, cache: str | None = None, corpora: Sequence
         judged = [Judged(HELD_OUT, read.corpora, read.reader, read.held_out)] if len(read.held_out) else []
         for name, reader in read.eval_readers.items():
             joined = JoinedCorpora((opened.corpus(name),))
-            judged.append(Judged(name, joined, reader, rows_with_targets(reader)))
+            judged.append(Judged(name, joined, reader, rows_with_targets(reader), _not_compared(config, reader, name)))
         further = [name for name in dict.fromkeys(corpora) if name not in read.eval_readers]
         judged += [_further(config, read, opened, opened.corpus(name), stack) for name in further]
         if not judged:
@@ -62,7 +63,19 @@ def _further(config: TrainConfig, run: OpenRun, cache: Cache | HttpCache, corpus
             "are in the run's own corpora, and others lack targets; name another by --corpus"
         )
     told = f"{counted(len(seen), 'row')} of corpus {corpus.name!r} are in the run's own corpora, and were left out"
-    return Judged(corpus.name, JoinedCorpora((corpus,)), reader, left, (told,) if len(seen) else ())
+    notes = (*([told] if len(seen) else []), *_not_compared(config, reader, corpus.name))
+    return Judged(corpus.name, JoinedCorpora((corpus,)), reader, left, notes)
+
+
+def _not_compared(config: TrainConfig, reader: BatchReader, corpus: str) -> tuple[str, ...]:
+    """Name the teachers of a run that a reader has not."""
+    there = {source.name for source in reader.sources}
+    return tuple(
+        f"teacher {teacher.name!r} has no top-k for corpus {corpus!r}, so it was not compared with; run `potstill "
+        f"prefill --cache ROOT --corpus {corpus} --teacher {teacher.name}=MODEL --top-k 64`"
+        for teacher in config.teachers
+        if teacher.name not in there
+    )
 
 
 def _of_the_run(run: OpenRun, corpus: Corpus) -> NDArray[np.int64]:

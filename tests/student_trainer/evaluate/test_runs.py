@@ -68,3 +68,18 @@ def test_a_teacher_of_draws_alone_is_measured_by_its_whole_distributions(
     assert found["teachers"]["fake"]["kl"] is None
     assert found["teachers"]["fake"]["full_kl"]["value"] > 0
     assert any("teacher 'fake' is read as draws alone" in note for note in found["notes"])
+
+
+def test_a_teacher_that_a_further_corpus_has_no_top_k_of_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_cache(tmp_path, documents=12)
+    write_cache(tmp_path, documents=4, teachers=(), corpus="small", seed=1)
+    fill(root, "fake", "small", fields=Fields(k=0, dense=True))
+    train(config_of(root, tmp_path / "run", train={"steps": 1, "eval_every": 1}))
+    assert main(["evaluate", str(tmp_path / "run"), "--corpus", "small", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["corpora"]["small"]
+    assert found["teachers"] == {}
+    assert any(
+        "teacher 'fake' has no top-k for corpus 'small', so it was not compared" in each for each in found["notes"]
+    )
