@@ -13,8 +13,7 @@ Losses are nats per token. `tokens` are targets learnt: neither padding, nor a p
 leaves out; `padding` is a share of all tokens. `waiting_seconds` were spent waiting for rows, a `waiting_share` of the
 step's time; `peak_memory_bytes` are those of the run so far, of tensors on a GPU or else of the whole process, and
 `mfu` is there where the peak of the devices is known (`speed`). With several corpora `epoch` is an object, by corpus.
-Lines of steps after the checkpoint that a run resumes from are dropped and written
-again.
+Lines of steps after the checkpoint that a run resumes from are dropped and written again.
 """
 
 from __future__ import annotations

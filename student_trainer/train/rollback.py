@@ -29,7 +29,7 @@ MOST_ROLLBACKS = 10
 
 
 class Spike(Exception):
-    """A step whose loss is out of line, to go back from."""
+    """A step whose loss or cross-entropy is out of line, to go back from."""
 
     def __init__(self, step: int, told: str) -> None:
         """Name the step, the first being 1, and what it met."""

@@ -47,10 +47,10 @@ class LoopConfig(LossConfig):
     grad_clip: Annotated[float, Field(gt=0)] = 1.0
     """Largest gradient norm."""
     rollback_over: Annotated[float, Field(gt=0)] | None = None
-    """Goes back to the last checkpoint, and leaves a step's rows out, where its loss is no number or so many standard
-    deviations over the mean of those before it; by default it never does."""
+    """Goes back to the last checkpoint, and leaves a step's rows out, where its loss is no number or its cross-entropy
+    so many standard deviations over the mean of those before it; by default it never does."""
     rollback_window: Annotated[int, Field(ge=2, strict=True)] = 100
-    """Number of losses that a spike is told by."""
+    """Number of steps whose cross-entropy a spike is told by."""
     seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
     """Seed of the initial weights, the sample order and dropout."""
     eval_every: Count = 100
@@ -80,7 +80,7 @@ class LoopConfig(LossConfig):
     max_failures: Annotated[int, Field(ge=0, strict=True)] = 3
     """Number of times that killed workers are started again from the newest checkpoint; a bad setting ends the run."""
     max_preemptions: Annotated[int, Field(ge=0, strict=True)] | None = None
-    """The same where Ray says that a node was taken away, which is counted by itself; by default without end."""
+    """As many where Ray says that a node was taken away, counted apart; by default without end."""
     worker_runtime_env: dict[str, Any] = Field(default_factory=dict)
     """Ray's, for the workers, like `{ env_vars = { NCCL_DEBUG = "INFO" } }`; no place for keys, as Ray logs it."""
 

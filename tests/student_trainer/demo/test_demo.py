@@ -32,7 +32,7 @@ def test_a_folder_that_is_not_a_demos_is_refused_and_untouched(tmp_path: Path) -
 
 
 def report(tokens_per_second: float | None) -> dict[str, Any]:
-    """What the demo reports, with a token that is markup."""
+    """Make what the demo reports, with a token that is markup."""
     falling = [{"step": 10 * i, "held_out_loss": 11.02 - 0.45 * i, "kl_to_teacher": 8.0 - 0.5 * i} for i in range(9)]
     students = {
         name: {"held_out_loss": loss, "kl_to_teacher": 4.3, "top1_agreement": 0.1, "curve": falling}

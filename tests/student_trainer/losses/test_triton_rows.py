@@ -39,7 +39,7 @@ assert rows.rows_for(torch.device("cpu")) == rows.PLAIN
 
 
 def run(*arguments: str, **variables: str) -> str:
-    """What a Python process writes to stderr."""
+    """Run a Python process, and return what it writes to stderr."""
     env = {**os.environ, **variables}
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
