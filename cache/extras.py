@@ -7,6 +7,7 @@ _WAYS_TO_GET = {
     "vllm": 'pip install "potstill[teacher-cpu]" for CPUs, or "potstill[teacher]" for GPUs',
     "ray": f'{_TRAINER} to train, or "potstill[ray]" to serve',
     "opentelemetry": 'pip install "potstill[otel]"',
+    "lm_eval": 'pip install "potstill[eval]"',
     **dict.fromkeys(("accelerate", "gguf", "safetensors", "scipy", "tensorboard", "torch", "transformers"), _TRAINER),
 }
 

