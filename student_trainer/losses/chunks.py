@@ -24,9 +24,6 @@ a tenth of the time."""
 _MOST_MASS = 1.01
 """Teacher mass at one position over which it is no distribution; rounding of kept logprobs stays far below."""
 
-_MOST_TEACHERS = 24
-"""Teachers of one call; the engine tells whose ids are whose by as many bits, which float32 holds exactly."""
-
 _LABELS_ONLY = Divergence(cross_entropy, has_tail=False)
 
 
@@ -99,7 +96,7 @@ class Positions:
         """Check and flatten what a loss is called with; see `distillation_loss`.
 
         Raises:
-            InvalidInput: shapes that do not agree, or too many teachers.
+            InvalidInput: shapes that do not agree.
             UnsupportedField: a teacher lacks what the objective needs.
         """
         _check_shapes(labels, teachers)
@@ -209,8 +206,6 @@ def check_agree(name: str, given: Tensor, labels: Tensor, mask: Tensor) -> None:
 
 def _check_shapes(labels: Tensor, teachers: Sequence[TeacherTargets]) -> None:
     positions = labels.shape
-    if len(teachers) > _MOST_TEACHERS:
-        raise InvalidInput(f"there are {len(teachers)} teachers; a loss takes at most {_MOST_TEACHERS}")
     for m, t in enumerate(teachers):
         if t.log_tail.shape != positions or t.ids.shape[:-1] != positions or t.logprobs.shape != t.ids.shape:
             raise InvalidInput(

@@ -182,7 +182,7 @@ class _Union:
         all_ids, z_union = torch.cat(list(ids), dim=-1), torch.cat(list(kept), dim=-1)
         inside: tuple[Tensor, ...] = ()
         if len(ids) > 1:
-            inside = _inside_by_comparing(ids) if _few(ids, z) else _inside_by_marking(z, ids, all_ids)
+            inside = _inside(ids)
             ends = itertools.accumulate(each.shape[-1] for each in ids)
             twice = torch.zeros_like(inside[0])
             for end, having in zip(ends, inside, strict=True):
@@ -206,27 +206,17 @@ class _Union:
             to.addcmul_(shares, factor[:, None])
 
 
-def _few(ids: Sequence[Tensor], z: Tensor) -> bool:
-    """True if comparing all pairs of ids costs less than marking them among the logits."""
-    total = sum(each.shape[-1] for each in ids)
-    return total * total <= z.shape[-1]
-
-
-def _inside_by_comparing(ids: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _inside(ids: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Tell for each aim which ids [n, U] of all aims it has."""
     small = [each.int() for each in ids]
-    parts = [[torch.ones_like(each, dtype=torch.bool) for each in ids] for _ in ids]
-    for a, b in itertools.combinations(range(len(ids)), 2):
-        same = small[a][:, :, None] == small[b][:, None, :]
-        parts[b][a], parts[a][b] = same.any(dim=2), same.any(dim=1)
-    return tuple(torch.cat(each, dim=-1) for each in parts)
+    return tuple(torch.cat([_has(one, each) for each in small], dim=-1) for one in small)
 
 
-def _inside_by_marking(z: Tensor, ids: Sequence[Tensor], all_ids: Tensor) -> tuple[Tensor, ...]:
-    """Tell the same by marks in z's own columns, which are lost."""
-    # Without sorting, and for as many accesses as there are ids.
-    z.scatter_(-1, all_ids, 0.0)
-    for m, each in enumerate(ids):
-        z.scatter_add_(-1, each, torch.full_like(each, 2**m, dtype=z.dtype))
-    bits = z.gather(-1, all_ids).long()
-    return tuple((bits >> m) % 2 == 1 for m in range(len(ids)))
+def _has(some: Tensor, asked: Tensor) -> Tensor:
+    """Tell which `asked` ids [n, L] are among `some` [n, K] of the same row."""
+    if asked is some:
+        return torch.ones_like(asked, dtype=torch.bool)
+    # Sorting a few ids costs a fraction of comparing all pairs, or of marks among logits that no cache holds.
+    in_order = some.sort(dim=-1).values
+    at = torch.searchsorted(in_order, asked).clamp_(max=some.shape[-1] - 1)
+    return in_order.gather(-1, at) == asked

@@ -105,11 +105,3 @@ def test_fields_of_another_shape(field: str) -> None:
 def test_a_weight_with_an_axis_too_many() -> None:
     with pytest.raises(InvalidInput, match=r"teacher 0: weight \[4, 1\] does not fit labels \[4\]"):
         loss_of(replace(teacher(), weight=torch.ones(N, 1)))
-
-
-def test_more_teachers_than_bits_tell_apart() -> None:
-    z, mask = random_array(0, N, V), torch.ones(N, dtype=torch.bool)
-    with pytest.raises(InvalidInput, match="there are 25 teachers; a loss takes at most 24"):
-        distillation_loss(
-            z, torch.full((N,), NO_LABEL), [teacher()] * 25, alpha=1, mask=mask, num_labels=0, num_positions=N
-        )

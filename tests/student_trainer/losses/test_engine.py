@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -60,10 +61,11 @@ def errors(z: Tensor, teachers: list[TeacherTargets], objective: Objective, alph
 
 @pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("name", TOP_K_LOSSES)
-@pytest.mark.parametrize("how_many", [1, 2])
+@pytest.mark.parametrize("how_many", [1, 2, 3])
 def test_each_loss_is_its_dense_form(name: str, dtype: torch.dtype, how_many: int) -> None:
     z = (2 * random_array(4, N, V)).to(dtype)
-    value, grad = errors(z, two_teachers()[:how_many], Objective(name))
+    a, b = two_teachers()
+    value, grad = errors(z, [a, b, replace(a, weight=0.2)][:how_many], Objective(name))
     assert value < (1e-12 if dtype == torch.float64 else 1e-5)
     assert grad < BOUNDS[dtype]
 
