@@ -8,6 +8,7 @@ With t and r the teacher's probabilities, p and p_r the student's, and sums over
     tvd              1/2 sum |p - t|                           1 less the acceptance rate of speculative decoding
     generalised_kl   sum over K of t log(t / p) - t + p        needs no tail, and is least at p = t on K
     partial          sum over K of t (log t - log p)           its best p is t over the mass of K: over-confident
+    renormalised     sum over K of s (log s - log p)           s is t over the mass of K: a top-k as if it were all
     cross_entropy    - sum over K of t log p                   of labels, and of draws
 
 Forward KL in distillation: Hinton et al., arXiv 1503.02531; truncated and merged targets: Anshumann et al., "Sparse
@@ -72,6 +73,15 @@ def partial(on: Compared) -> Measured:
     return Measured(_times(on.t, on.log_t - on.log_p).sum(dim=-1), -on.t)
 
 
+def renormalised(on: Compared) -> Measured:
+    """Measure the KL from t scaled to a mass of 1 on K, in nats."""
+    # A position of whose ids the student has none has nothing to teach: -inf less this stays -inf.
+    whole = torch.logsumexp(on.log_t, dim=-1, keepdim=True).clamp(min=torch.finfo(on.log_t.dtype).min)
+    log_s = on.log_t - whole
+    s = log_s.exp()
+    return Measured(_times(s, log_s - on.log_p).sum(dim=-1), -s)
+
+
 def cross_entropy(on: Compared) -> Measured:
     """Measure the cross-entropy of t on K in nats."""
     return Measured(-_times(on.t, on.log_p).sum(dim=-1), -on.t)
@@ -83,6 +93,7 @@ DIVERGENCES: Mapping[str, Divergence] = {
     "jsd": Divergence(jsd(0.5)),
     "generalised_kl": Divergence(generalised_kl, has_tail=False),
     "partial": Divergence(partial, has_tail=False),
+    "renormalised": Divergence(renormalised, has_tail=False),
     "tvd": Divergence(tvd),
 }
 """Those of a top-k with its tail, by name."""

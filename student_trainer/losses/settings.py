@@ -34,9 +34,9 @@ class LossConfig(Frozen):
     """(1 - alpha) * cross-entropy + alpha * distillation; or [step, alpha] pairs, linear between them."""
     distil_every: Count = 1
     """Distils on every n-th step, from the first on; the others are plain cross-entropy, and read no targets."""
-    loss: Literal["forward_kl", "reverse_kl", "jsd", "generalised_kl", "partial", "tvd", "draws", "hybrid"] = (
-        "forward_kl"
-    )
+    loss: Literal[
+        "forward_kl", "reverse_kl", "jsd", "generalised_kl", "partial", "renormalised", "tvd", "draws", "hybrid"
+    ] = "forward_kl"
     """The student's divergence from each teacher: of the top-k with its tail, or of draws, or of both."""
     dense: bool = False
     """Compares on the whole vocabulary, by the logprobs of all ids, which a small cache may keep beside the top-k."""

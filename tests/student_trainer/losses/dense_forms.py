@@ -13,7 +13,7 @@ from torch import Tensor
 
 from potstill.student_trainer.losses import MIN_TAIL_MASS, NO_LABEL, Objective, TeacherTargets
 
-TOP_K_LOSSES = ("forward_kl", "reverse_kl", "jsd", "generalised_kl", "partial", "tvd")
+TOP_K_LOSSES = ("forward_kl", "reverse_kl", "jsd", "generalised_kl", "partial", "renormalised", "tvd")
 
 
 def random_array(seed: int, *shape: int) -> Tensor:
@@ -44,6 +44,9 @@ def dense_values(z: Tensor, teacher: TeacherTargets, objective: Objective) -> Te
         t, p = log_t.exp(), on_k.exp()
         extra = p - t if name == "generalised_kl" else 0.0
         return (t * (log_t - on_k) + extra).sum(-1)
+    if name == "renormalised":
+        s = torch.softmax(log_t, -1)
+        return (s * (s.log() - on_k)).sum(-1)
     q, s = torch.cat([log_t, log_r], -1), torch.cat([on_k, rest], -1)
     if name == "forward_kl":
         return (q.exp() * (q - s)).sum(-1)
@@ -102,6 +105,9 @@ def _exact_value(p: list[Any], teacher: TeacherTargets, name: str) -> Any:
     if name in ("generalised_kl", "partial"):
         extra = mpmath.fsum(s[:-1]) - mpmath.fsum(q[:-1]) if name == "generalised_kl" else 0
         return mpmath.fsum(a * log(a / b) for a, b in zip(q[:-1], s, strict=False)) + extra
+    if name == "renormalised":
+        kept = mpmath.fsum(q[:-1])
+        return mpmath.fsum(a / kept * log(a / kept / b) for a, b in zip(q[:-1], s, strict=False))
     terms: dict[str, Callable[[Any, Any], Any]] = {
         "forward_kl": lambda a, b: a * log(a / b),
         "reverse_kl": lambda a, b: b * log(b / a),

@@ -36,6 +36,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"loss": "jsd", "jsd_beta": 0.3},
     {"loss": "generalised_kl"},
     {"loss": "partial"},
+    {"loss": "renormalised"},
     {"loss": "tvd"},
     {"loss": "draws"},
     {"loss": "hybrid"},
