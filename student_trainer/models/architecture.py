@@ -8,7 +8,9 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+import potstill.student_trainer.models.lokilm  # noqa: F401 -- makes it known to transformers
 from potstill.cache.errors import InvalidInput
+from potstill.student_trainer.models.presets import PRESETS
 from potstill.student_trainer.models.settings import StudentConfig
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -34,7 +36,9 @@ def student_settings(student: StudentConfig, vocab_size: int) -> Any:
         InvalidInput: a key without effect, or an id that the corpus's tokenizer does not have.
         ValueError, OSError, KeyError, ...: transformers does not take it.
     """
-    if isinstance(student.config, dict):
+    if student.preset is not None:
+        config = _of_keys(PRESETS[student.preset], vocab_size)
+    elif isinstance(student.config, dict):
         config = _of_keys(student.config, vocab_size)
     else:
         config = AutoConfig.from_pretrained(student.checkpoint or student.config)

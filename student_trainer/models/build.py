@@ -114,9 +114,8 @@ def _told(student: StudentConfig) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError) as error:
-        raise InvalidInput(
-            f"student cannot be built from {student.checkpoint or student.config!r}: {_first_lines(error)}"
-        ) from error
+        asked = student.checkpoint or student.preset or student.config
+        raise InvalidInput(f"student cannot be built from {asked!r}: {_first_lines(error)}") from error
 
 
 def _load(student: StudentConfig, settings: Any, seed: int) -> PreTrainedModel:

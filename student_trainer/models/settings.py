@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
 from potstill.student_trainer.settings import Frozen
 
+Preset: TypeAlias = Literal["lokilm-1.4b", "lokilm-tiny"]
+
 
 class StudentConfig(Frozen):
-    """Exactly one of a `transformers` config (random weights under `train.seed`) or a checkpoint, or layers of one."""
+    """Exactly one of a preset or a `transformers` config (random weights under `train.seed`) or a checkpoint.
 
+    Of a checkpoint some layers may be taken.
+    """
+
+    preset: Preset | None = None
+    """A config by its name: LokiLM's, or a small model of its kind; with the corpus's vocabulary."""
     config: str | dict[str, Any] | None = None
     """A folder or file with a config.json, or its keys (with model_type); vocab_size defaults to the corpus's."""
     checkpoint: str | None = None
@@ -21,10 +28,10 @@ class StudentConfig(Frozen):
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
-        if (self.config is None) == (self.checkpoint is None):
-            raise ValueError("give exactly one of config and checkpoint")
+        if [self.preset, self.config, self.checkpoint].count(None) != 2:
+            raise ValueError("give exactly one of preset, config and checkpoint")
         if self.layers is not None and self.checkpoint is None:
-            raise ValueError("layers are taken from a checkpoint; give one in place of config")
+            raise ValueError("layers are taken from a checkpoint; give one in place of a config or preset")
         if isinstance(self.config, dict) and "model_type" not in self.config:
             raise ValueError("config needs a model_type, like 'llama'")
         return self

@@ -94,9 +94,10 @@ def test_folders_become_absolute_and_names_do_not(tmp_path: Path, monkeypatch: p
         ({"train": {"dense": True, "loss": "draws"}}, r"dense does not go with loss 'draws'"),
         ({"teachers": [{"name": "a", "url": "http://x"}]}, r"the url of teacher 'a' is not used: set its source"),
         ({"teachers": [{"name": "a", "source": "service"}]}, r"^teachers\.0: source = \"service\" needs a url$"),
-        ({"student": {"checkpoint": "x"}}, r"exactly one of config and checkpoint"),
+        ({"student": {"checkpoint": "x"}}, r"exactly one of preset, config and checkpoint"),
+        ({"student": {"preset": "lokilm-tiny"}}, r"exactly one of preset, config and checkpoint"),
         ({"student": {"config": {"hidden_size": 4}}}, r"model_type"),
-        ({"student": {"layers": [0]}}, r"layers are taken from a checkpoint; give one in place of config"),
+        ({"student": {"layers": [0]}}, r"layers are taken from a checkpoint; give one in place of a config"),
         ({"student": {"config": None, "checkpoint": "x", "layers": []}}, r"student\.layers"),
     ],
 )

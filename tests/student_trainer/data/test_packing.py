@@ -29,6 +29,7 @@ ATTENTIVE: list[dict[str, Any]] = [
     {**STUDENT, "model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 16},
     {**STUDENT, "model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 3},
     {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32},
+    {**STUDENT, "model_type": "lokilm", "initializer_range": 0.4},
 ]
 RECURRENT: dict[str, Any] = {"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
 
