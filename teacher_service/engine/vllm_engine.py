@@ -41,6 +41,8 @@ from potstill.cache.types import Fields, Provenance, Targets
 from potstill.teacher_service.capture.check import MAX_PUBLIC_K, checked_fields, checked_row, disagreement
 from potstill.teacher_service.capture.layout import Asked
 from potstill.teacher_service.engine.core_process import Lifeline, failing_with_the_cause
+from potstill.teacher_service.engine.lokilm import ARCHITECTURE as LOKILM
+from potstill.teacher_service.engine.lokilm.check import compared_row, plain_logprobs, too_far
 
 if TYPE_CHECKING:
     from potstill.teacher_service.capture.paths import CapturePath
@@ -112,6 +114,8 @@ class VllmEngine:
             self._warm_up()
             self._path, why_not_better = self._choose_path(capture, max_top_k=int(arguments["max_logprobs"]))
             self.facts = self._facts(why_not_better)
+            if LOKILM in self._engine.model_config.architectures and self._lora is None:
+                self._compare_with_transformers(arguments)
         except BaseException:
             self.close()
             raise
@@ -237,6 +241,15 @@ class VllmEngine:
         except Exception as error:  # noqa: BLE001 -- whatever a private seam raises, there is another path
             return one_line(error)
         return disagreement(ours, theirs, want, np.asarray(row, np.uint32))
+
+    def _compare_with_transformers(self, arguments: dict[str, Any]) -> None:
+        row = compared_row(self._vocab_size, self.facts.max_model_len - 1)
+        k = min(64, int(arguments["max_logprobs"]), self._vocab_size)
+        ours = self._score_alone(self._path, Asked(tokens=row, num_prefix=0, want=Fields(k=k)))
+        plain = plain_logprobs(arguments["model"], arguments["revision"], np.asarray(row, np.uint32))
+        wrong = too_far(ours, plain, self.facts.dtype, arguments["quantization"])
+        if wrong:
+            raise TeacherFailed(wrong)
 
     def _score_alone(self, path: CapturePath, asked: Asked) -> Targets:
         self.add("alone", asked, path=path)

@@ -79,6 +79,8 @@ class VllmOptions:
     """The share of each GPU's memory that vLLM plans with."""
     tensor_parallel: _Count = 1
     """GPUs that share one engine."""
+    attention_backend: str = "auto"
+    """One of vLLM's attention backends, like `TRITON_ATTN`; `auto` is its own choice."""
     quantization: str = "none"
     """One of vLLM's quantisation methods."""
     cpu_kv_cache_gib: _Count = 1
@@ -273,6 +275,7 @@ def _engine_arguments(options: VllmOptions, base: str, folder: Path, adapter: Ad
         "model": base,
         "revision": options.revision or None,
         "dtype": _dtype(options, folder),
+        "attention_backend": None if options.attention_backend == "auto" else options.attention_backend,
         "quantization": None if options.quantization == "none" else options.quantization,
         # With -1 vLLM takes the longest that the model and the KV cache allow.
         "max_model_len": -1 if options.max_row_tokens is None else options.max_row_tokens + room,

@@ -28,6 +28,8 @@ FACE = {"cache", "cache.cache"}
 HEAVY = {
     "vllm": {
         "teacher_service/engine/vllm_engine.py",
+        "teacher_service/engine/lokilm/__init__.py",
+        "teacher_service/engine/lokilm/model.py",
         "teacher_service/capture/paths.py",
         "teacher_service/capture/worker.py",
     },

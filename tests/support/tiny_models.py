@@ -71,6 +71,23 @@ def make_tiny_llama(
     return folder
 
 
+def make_tiny_lokilm(folder: Path, *, context: int = 256) -> Path:
+    """Save a LokiLM with three heads, as `make_tiny_llama` a Llama; the folder."""
+    import torch
+
+    from potstill.student_trainer.models.lokilm import LokiLMConfig, LokiLMForCausalLM
+
+    make_tiny_tokenizer(folder)
+    sizes = {"vocab_size": 512, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2}
+    config = LokiLMConfig(
+        **sizes, num_attention_heads=3, max_position_embeddings=context, initializer_range=0.3, eos_token_id=0
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LokiLMForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
 def make_adapter(folder: Path, base: Path, *, merged: Path | None = None, **more: Any) -> Path:
     """Save a random LoRA adapter of `base` as peft does, with the keys `more` in its configuration; the folder.
 

@@ -1,4 +1,4 @@
-"""The real vLLM on models that are not one flat folder: a LoRA adapter, and a text model inside one that also sees."""
+"""The real vLLM on models that are not one flat Llama: an adapter, a text model in one that also sees, and LokiLM's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from potstill.cache.types import Fields
 from potstill.teacher_service.engine.vllm_teacher import VllmTeacher, open_vllm_teacher
 from tests.conftest import plain_forward
 from tests.support.forwards import assert_matches, random_row
-from tests.support.tiny_models import make_adapter, make_nested
+from tests.support.tiny_models import make_adapter, make_nested, make_tiny_lokilm
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -48,3 +48,14 @@ async def test_a_model_that_also_sees_is_scored_by_its_text_part(tmp_path: Path)
     with torch.no_grad():
         logits = model(torch.from_numpy(row.astype(np.int64))[None]).logits[0]
     assert_matches(targets, logits.log_softmax(-1).numpy(), row)
+
+
+async def test_a_lokilm_is_scored_as_by_transformers(tmp_path: Path) -> None:
+    folder = make_tiny_lokilm(tmp_path / "loki", context=1024)
+    forward = plain_forward(folder)
+    rows = [random_row(length) for length in (300, 1, 65, 1000)]
+    async with open_vllm_teacher(str(folder), options={"max_batch_tokens": 64}) as teacher:
+        assert (teacher.provenance.capture_path, teacher.identity.dtype) == ("sampler", "float32")
+        answers = await teacher.score(rows, Fields(k=64))
+    for row, targets in zip(rows, answers, strict=True):
+        assert_matches(targets, forward(row), row)
