@@ -30,8 +30,8 @@ _LOOKS = 2
 def config_of(plan: Plan, cell: Cell, seed: int, folder: Path, model: Path) -> TrainConfig:
     """Make the config of a run."""
     steps, dense = plan.wide_steps if cell.large else plan.steps, bool(cell.train.get("dense"))
-    # A row of all ids takes 150 MB while it is read.
-    reading = {"readers": 1, "prefetch": 2} if dense else {}
+    # A row of all ids takes 150 MB while it is read, and a look at all held-out rows as long as ten steps.
+    reading, looks = ({"readers": 1, "prefetch": 2}, 1) if dense else ({}, _LOOKS)
     return TrainConfig.of(
         {
             "data": {
@@ -39,6 +39,7 @@ def config_of(plan: Plan, cell: Cell, seed: int, folder: Path, model: Path) -> T
                 "corpus": SAMPLE,
                 "held_out": plan.held_out,
                 "held_out_seed": plan.seed,
+                "window_shards": 1 << 16,  # all: rows of one kind are neighbours
                 **reading,
             },
             "teachers": [dict(each) for each in cell.teachers],
@@ -51,7 +52,7 @@ def config_of(plan: Plan, cell: Cell, seed: int, folder: Path, model: Path) -> T
                 "micro_batch_rows": min(2 if dense else 4, plan.batch_rows),
                 "lr": plan.wide_lr if cell.large else plan.lr,
                 "warmup": steps // 10,
-                "eval_every": max(1, steps // _LOOKS),
+                "eval_every": max(1, steps // looks),
                 "checkpoint_every": max(1, steps // 5),
                 "keep_checkpoints": 1,
                 **cell.train,

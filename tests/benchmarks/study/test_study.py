@@ -15,11 +15,13 @@ import pytest
 
 from benchmarks.study.claims import NOT_RUN, judged
 from benchmarks.study.comparing import Results
+from benchmarks.study.corpora import SAMPLE, prepare_corpora
 from benchmarks.study.markup import groff_text, html_text, pod_text
-from benchmarks.study.plan import FEWER_DRAWS, Package, Plan
+from benchmarks.study.plan import FEWER_DRAWS, TEACHER, Package, Plan
 from benchmarks.study.results import load_results
 from benchmarks.study.study import Study
-from benchmarks.study.teachers import some_of
+from benchmarks.study.teachers import Scoring, Stopped, prepare_first, some_of
+from benchmarks.study.text import prepare_text
 from potstill.cache import Cache
 from potstill.cache.corpus.tokenizer import fingerprint, load_tokenizer
 from potstill.cache.errors import SpecMismatch
@@ -70,7 +72,7 @@ def test_a_study_stops_and_goes_on_and_its_page_says_what_is_there(tmp_path: Pat
     assert {file.name for file in results.iterdir()} == {"cross-entropy-0.json", "dense-0.json"}
     assert "2 of 6 runs" in study.write_page()
     page = (docs / "study.md").read_text()
-    assert "two-by-label (0)" in page.split("## Claims")[0], "what is not there is named"
+    assert "dense (1)" in page.split("## Claims")[0], "what is not there is named"
     first = (results / "dense-0.json").read_bytes()
 
     shutil.rmtree(results)  # those in docs are enough
@@ -138,3 +140,18 @@ def test_markup_is_taken_out() -> None:
         "two",
         "three",
     ]
+
+
+@pytest.mark.slow
+def test_the_real_engine_answers_in_a_process_of_its_own(tmp_path: Path) -> None:
+    model = make_tiny_llama(tmp_path / "model")
+    write_packages(tmp_path)
+    prepare_text(PLAN, tmp_path)
+    cache = prepare_corpora(PLAN, tmp_path, model)
+    with pytest.raises(Stopped):
+        prepare_first(PLAN, cache, model, Scoring(tmp_path, lambda: True))
+    prepare_first(PLAN, cache, model, Scoring(tmp_path, lambda: False))
+    found = cache.targets(TEACHER, SAMPLE).read(0, 96)
+    assert found.dense is not None
+    assert np.allclose(np.exp(found.dense).sum(axis=1), 1.0, atol=2e-3), "two bytes each"
+    assert (found.dense.argmax(axis=1) == found.ids[:, 0]).mean() > 0.99
