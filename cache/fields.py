@@ -32,6 +32,8 @@ class Field:
     """Format of its part of a folder's name, with attributes of `Fields` in braces; by default `name`."""
     text: str = ""
     """Format of its description for people; by default `label`."""
+    is_asked_of_teachers: bool = True
+    """False for one that no running teacher answers."""
 
     @property
     def asked_by(self) -> str:
@@ -85,6 +87,12 @@ FIELDS = (
         attributes={"dense": "keep all logprobs: for small evaluation splits"},
         shape=lambda _, vocab_size: (vocab_size,),
     ),
+    Field(
+        name="alignment",
+        attributes={"alignment": "how the tokens lie to those of a teacher with another tokenizer"},
+        shape=lambda _, __: (3,),
+        is_asked_of_teachers=False,
+    ),
 )
 """The table, in the order in which fields are named."""
 
@@ -108,6 +116,8 @@ class Fields:
     """Temperatures T for which the log of the sum of p**(1/T) is kept."""
     dense: bool = False
     """True for all V logprobs, which only small evaluation splits can afford."""
+    alignment: bool = False
+    """True where targets are projected from another tokenizer's: see `Targets.alignment`."""
 
     def __post_init__(self) -> None:
         # A tuple, as `from_json` makes it, so that fields equal their round trip.
@@ -129,8 +139,10 @@ class Fields:
                 raise InvalidInput(f"fields.{name} is {getattr(self, name)!r}; it must be true or false")
 
     def to_json(self) -> dict[str, Any]:
-        """Convert to a JSON object with one key per attribute."""
-        return {**asdict(self), "temperatures": list(self.temperatures)}
+        """Convert to a JSON object with one key per attribute; `alignment` is left out where it is not asked for."""
+        # Earlier software, which does not know it, refuses unknown keys.
+        beside = {} if self.alignment else {"alignment"}
+        return {name: value for name, value in self._plain().items() if name not in beside}
 
     @classmethod
     def from_json(cls, value: Any) -> Fields:
@@ -149,6 +161,9 @@ class Fields:
         if not isinstance(temperatures, list | tuple):
             raise InvalidInput(f"fields.temperatures is {temperatures!r}; it must be a list of numbers")
         return cls(**{**value, "temperatures": tuple(temperatures)})
+
+    def _plain(self) -> dict[str, Any]:
+        return {**asdict(self), "temperatures": list(self.temperatures)}
 
     @property
     def asked(self) -> tuple[Field, ...]:

@@ -9,6 +9,7 @@ of the provenance; in the words of `Provenance.whole_path`:
     sampler, journal partly of u8 within 0.0635   both kinds of a journal's rows
     sampler, import of u8 within 0.0635           an export of targets that were kept as u8
     sampler, import                               imported targets whose error is not known
+    sampler, projection                           targets of another tokenizer, decoded and projected
 
 Steps are in the provenance and not among the error figures, because a manifest keeps one list of figures for all
 commits of a set, and the shards of a set come from imports, journals and teachers.
@@ -25,10 +26,11 @@ from typing import Any
 from potstill.cache.errors import FormatError
 
 IMPORT = "import"
+PROJECTION = "projection"
 JOURNAL = "journal"
 # The text of `Step.__str__`, which records from before steps have in their capture path.
 _TOLD = re.compile(
-    rf"(?P<how>{IMPORT}|{JOURNAL})"
+    rf"(?P<how>{IMPORT}|{JOURNAL}|{PROJECTION})"
     r"(?:(?P<partly> partly)? of (?P<encoding>\w+) within (?P<bound>\d+(?:\.\d+)?(?:e-\d+)?))?"
 )
 
@@ -38,7 +40,7 @@ class Step:
     """One encoding that targets went through on their way from the teacher."""
 
     how: str
-    """`import` or `journal`, which decoded the targets again."""
+    """`import`, `journal` or `projection`, which decoded the targets again."""
     encoding: str = ""
     """Name of the encoding; empty for rows that were copied bit by bit, and where it is not known."""
     max_abs_error: float | None = 0.0
@@ -61,6 +63,11 @@ class Step:
         if isinstance(name, str) and name.isidentifier() and isinstance(bound, float) and 0 <= bound < math.inf:
             return cls(how=IMPORT, encoding=name, max_abs_error=bound)
         return cls(how=IMPORT, max_abs_error=None)
+
+    @classmethod
+    def projected(cls) -> Step:
+        """Make the step of a projection, which is no distance from what the teacher says of its own ids."""
+        return cls(how=PROJECTION, max_abs_error=None)
 
     @classmethod
     def from_json(cls, value: Any) -> Step:
@@ -96,7 +103,7 @@ def path_and_steps(path: str, steps: Any) -> tuple[str, tuple[Step, ...]]:
 def _step(told: re.Match[str]) -> Step:
     how, partly, encoding, bound = told.group("how", "partly", "encoding", "bound")
     if encoding is None:
-        return Step(how=how, max_abs_error=None if how == IMPORT else 0.0)
+        return Step(how=how, max_abs_error=0.0 if how == JOURNAL else None)
     return Step(how=how, encoding=encoding, max_abs_error=float(bound), partly=bool(partly))
 
 
@@ -111,6 +118,8 @@ class Handed:
     @classmethod
     def after(cls, steps: Sequence[Step]) -> Handed:
         """Describe the numbers that come out of these steps."""
+        if any(step.how == PROJECTION for step in steps):
+            return cls("what was projected from another tokenizer", None)
         if any(step.max_abs_error is None for step in steps):
             return cls("what was imported, of unknown error", None)
         lossy = [step for step in steps if step.max_abs_error]

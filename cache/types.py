@@ -29,6 +29,10 @@ Tokens: TypeAlias = NDArray[np.uint32]
 
 CONFIG_SHA256 = "config_sha256"
 """Key of `TeacherIdentity.overrides`."""
+PROJECTED_FROM = "projected_from"
+"""Key of `TeacherIdentity.overrides`: what the teacher itself has where its targets are projected."""
+ALIGNMENT = ("unresolved", "chunk_logprob", "chunk_tokens")
+"""Columns of `Targets.alignment`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -80,6 +84,26 @@ class TeacherIdentity:  # noqa: PLW1641 -- `overrides` has no hash
         if not isinstance(identity.vocab_size, int) or identity.vocab_size < 1:
             raise FormatError(f"a teacher identity has vocab_size {identity.vocab_size!r}; it must be > 0")
         return identity
+
+    def projected(self, tokenizer_sha256: str, vocab_size: int) -> TeacherIdentity:
+        """Make the identity of targets projected from this teacher's, over the ids of another tokenizer.
+
+        No prefix is in front of rows of that tokenizer.
+        """
+        own = {name: getattr(self, name) for name in ("tokenizer_sha256", "vocab_size", "prefix_ids")}
+        overrides = {**self.overrides, PROJECTED_FROM: _plain(own)}
+        return replace(
+            self, tokenizer_sha256=tokenizer_sha256, vocab_size=vocab_size, prefix_ids=(), overrides=overrides
+        )
+
+    @property
+    def source(self) -> TeacherIdentity:
+        """Identity of the teacher itself, from which projected targets came; this one where they are its own."""
+        own = self.overrides.get(PROJECTED_FROM)
+        if not isinstance(own, dict):
+            return self
+        overrides = {name: value for name, value in self.overrides.items() if name != PROJECTED_FROM}
+        return TeacherIdentity.from_json({**self.to_json(), **own, "overrides": overrides})
 
     def differences(self, other: TeacherIdentity) -> str:
         """List the keys that differ as `key: ours != theirs`; an empty string when none does."""
@@ -191,6 +215,13 @@ class Targets:
     """[P, V] logprobs of all tokens."""
     draws: Draws | None = None
     """N draws with replacement at each position."""
+    alignment: NDArray[np.float32] | None = None
+    """[P, 3] of targets projected from another tokenizer's, in the order of `ALIGNMENT`:
+
+    the mass of the top-k and tail of which it is not known which id it is of, and which is in the tail;
+    the teacher's log-likelihood of the chunk of text that ends with the row's next token, 0 where none does;
+    how many tokens of the row the chunk has, that one being the last, 0 where none ends.
+    """
 
     def __post_init__(self) -> None:
         num_positions, k = self.ids.shape

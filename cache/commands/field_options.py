@@ -8,6 +8,8 @@ from typing import Any
 from potstill.cache.errors import InvalidInput
 from potstill.cache.fields import FIELDS, Fields, option_of
 
+_ASKED = [field for field in FIELDS if field.is_asked_of_teachers]
+
 
 def add_field_options(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `fields_of`, and `--encoding`."""
@@ -17,7 +19,7 @@ def add_field_options(parser: argparse.ArgumentParser) -> None:
 
 def add_wish_options(parser: argparse.ArgumentParser) -> None:
     """Declare the options that choose fields: one for each attribute of `Fields`."""
-    for field in FIELDS:
+    for field in _ASKED:
         for name, told in field.attributes.items():
             default = getattr(Fields(), name)
             how: dict[str, Any] = {"type": int, "metavar": "N"}
@@ -36,7 +38,7 @@ def fields_of(args: argparse.Namespace) -> Fields:
     """
     if args.k < 0:
         raise InvalidInput(f"--top-k is {args.k}; it must be at least 0")
-    values = {name: getattr(args, name) for field in FIELDS for name in field.attributes}
+    values = {name: getattr(args, name) for field in _ASKED for name in field.attributes}
     return Fields(**{**values, "seed": args.seed if args.draws else 0})
 
 

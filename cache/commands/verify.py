@@ -16,6 +16,7 @@ from potstill.cache.commands.root_option import add_root_argument
 from potstill.cache.commands.teacher_options import add_teacher_options, teacher_options
 from potstill.cache.entry_points import name_and_model, open_teacher
 from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput, UnknownTeacher
+from potstill.cache.fields import option_of
 from potstill.cache.logins import without_login
 from potstill.cache.plurals import counted
 from potstill.cache.types import JSON
@@ -157,9 +158,14 @@ def _print_ways_out(root: str, found: _Summary) -> None:
     place = shlex.quote(without_login(root))
     for (path, options), shards in found.again.items():
         teacher, corpus = path.split("/")[1:3]
-        print(f"to score the damaged shards of {path} again, with the teacher that they are of:")
+        told = f"score the damaged shards of {path} again, with the teacher that they are of"
+        again = f"prefill --cache {place} --corpus {corpus} --teacher {teacher}=MODEL_OR_URL {options}"
+        if option_of("alignment") in options.split():
+            told = f"project the damaged shards of {path} again"
+            again = f"project --cache {place} --corpus {corpus} --teacher {teacher} --from CORPUS_OF_ITS_OWN"
+        print(f"to {told}:")
         print(f"  potstill delete {place} {set_arguments(path)} --shard {' '.join(map(str, shards))}")
-        print(f"  potstill prefill --cache {place} --corpus {corpus} --teacher {teacher}=MODEL_OR_URL {options}")
+        print(f"  potstill {again}")
     if found.corrupt:
         print("for any other damaged object see `What to do about damage` in cache/FORMAT.md")
 
@@ -177,6 +183,9 @@ def _run_live(args: argparse.Namespace) -> int:
         known = ", ".join(cache.root.folders("targets")) or "none"
         raise UnknownTeacher(f"teacher {name!r} has no targets in {args.cache}; there are those of: {known}")
     targets = {corpus: cache.targets(name, corpus).top_k_only() for corpus in corpora}
+    if not args.corpus:
+        # What was projected from another corpus is no teacher's answer to be compared with.
+        targets = {corpus: held for corpus, held in targets.items() if not held.fields.alignment} or targets
     drifts, corrupt = asyncio.run(_measure(spec, options, targets, args))
     ok = not corrupt and all(drift.within(args.tolerance) for drift in drifts.values())
     if args.json:

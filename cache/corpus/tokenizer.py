@@ -104,7 +104,7 @@ def token_table(tokenizer: Tokenizer) -> dict[int, tuple[bytes, bool]]:
     write a space as U+2581, and bytes that are no character as `<0xNN>`. Added tokens are spelt as they are.
     """
     added = tokenizer.get_added_tokens_decoder()
-    byte_level = "ByteLevel" in (str(tokenizer.decoder) + str(tokenizer.pre_tokenizer))
+    byte_level = is_byte_level(tokenizer)
     table: dict[int, tuple[bytes, bool]] = {}
     for token, token_id in tokenizer.get_vocab(with_added_tokens=True).items():
         if token_id in added:
@@ -118,15 +118,20 @@ def token_table(tokenizer: Tokenizer) -> dict[int, tuple[bytes, bool]]:
     return table
 
 
+def is_byte_level(tokenizer: Tokenizer) -> bool:
+    """Tell whether a vocabulary spells bytes as printable characters."""
+    return "ByteLevel" in (str(tokenizer.decoder) + str(tokenizer.pre_tokenizer))
+
+
 def _byte_level_bytes(token: str) -> bytes:
-    alphabet = _byte_alphabet()
+    alphabet = byte_alphabet()
     if all(char in alphabet for char in token):
         return bytes(alphabet[char] for char in token)
     return token.encode()
 
 
 @cache
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """The 256 printable characters of byte-level BPE (GPT-2's `bytes_to_unicode`), as char -> byte."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     rest = [byte for byte in range(256) if byte not in set(printable)]

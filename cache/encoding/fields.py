@@ -8,6 +8,7 @@
     log_z        [p, temperatures]  float16; float32 in `f32` or if any    0.004 nats
                                     temperature is below 0.5
     dense        [p, V]             float16; float32 in `f32`              0.016 nats down to -32 nats
+    alignment    [p, 3]             float16; float32 in `f32`              2**-11 of the value
 
 Draws are kept exactly. Within a position they are sorted by rising frequency rank; a gap is the number of ranks that
 are skipped since the one before, and the first gap is the first rank itself. The counts of a position sum to N, which
@@ -250,11 +251,26 @@ def _scaled(dense: NDArray[Any], _: Fields, __: int) -> NDArray[np.float32]:
     return np.concatenate([np.empty((0, dense.shape[1]), np.float32), *(part.astype(np.float32) for part in parts)])
 
 
+def _alignment_problem(values: NDArray[Any], _: Fields, __: int, slack: float) -> str:
+    unresolved, logprob, tokens = values.T
+    if not _within(unresolved, 0.0, 1.0, slack):
+        return "an unresolved mass is outside [0, 1]"
+    whole = np.isfinite(logprob).all() and (logprob <= slack).all() and (tokens >= 0).all()
+    if not whole or not np.array_equal(tokens, np.rint(tokens)) or (logprob[tokens == 0] != 0).any():
+        return "a chunk has no whole number of tokens, or a log-likelihood that is none"
+    return ""
+
+
+def _settled_alignment(values: NDArray[Any], _: Fields, __: int) -> NDArray[np.float32]:
+    return np.clip(values.astype(np.float32), (0.0, -np.inf, 0.0), (1.0, 0.0, np.inf)).astype(np.float32)
+
+
 CODECS: Mapping[str, FloatCodec] = {
     # The bounds of the entropy are those of log_z as its temperature grows without bound.
     "entropy": _bounded("entropy", lambda _: (math.inf,)),
     "log_z": _bounded("log_z", lambda fields: fields.temperatures),
     "dense": FloatCodec(_dense_problem, _scaled),
+    "alignment": FloatCodec(_alignment_problem, _settled_alignment),
 }
 """Codecs of the fields that are arrays of floats, by name."""
 

@@ -196,10 +196,10 @@ def export_shards(
     missing = [shard for shard in shards if not targets.is_committed(shard)]
     if missing:
         lacking = [each for each in targets.sets if any(each.commits.of(shard) is None for shard in missing)]
-        ways = ", and with ".join(each.spec.fill_options for each in lacking)
+        ways = ", and ".join(each.spec.way_to_fill for each in lacking)
         raise NotCommitted(
             f"teacher {targets.teacher!r} lacks {len(missing):,} of {counted(len(shards), 'shard')}, the first is "
-            f"{missing[0]}; run `potstill prefill` with {ways}, or take --shards that have"
+            f"{missing[0]}; run {ways}, or take --shards that have"
         )
     with store_errors(str(folder)):
         folder.mkdir(parents=True, exist_ok=True)

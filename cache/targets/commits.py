@@ -81,7 +81,7 @@ class Commits:
         if commit is None:
             raise NotCommitted(
                 f"shard {shard} of corpus {self._record.corpus.name!r} has no targets in {self._path} yet; "
-                f"run `potstill prefill` or `fill` with {self._record.spec.fill_options}"
+                f"run {self._record.spec.way_to_fill}"
             )
         return commit
 

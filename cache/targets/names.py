@@ -33,7 +33,7 @@ def require_one_identity(root: Root, teacher: str, identity: TeacherIdentity) ->
         SpecMismatch: those of a corpus are another's. StoreError: the store does not answer.
     """
     for corpus, stored in stored_identities(root, teacher).items():
-        differences = stored.differences(identity)
+        differences = stored.source.differences(identity.source)
         if differences:
             raise SpecMismatch(
                 f"the name {teacher!r} is another teacher's in this cache, whose targets corpus {corpus!r} has "

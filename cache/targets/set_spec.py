@@ -35,6 +35,13 @@ class SetSpec:
         encoding = [] if self.encoding.name == "u8" else [f"--encoding {self.encoding.name}"]
         return " ".join([*self.fields.options, *encoding])
 
+    @property
+    def way_to_fill(self) -> str:
+        """Commands that fill a set of this spec, in words."""
+        return (
+            "`potstill project`" if self.fields.alignment else f"`potstill prefill` or `fill` with {self.fill_options}"
+        )
+
 
 class SpecRecord:
     """The spec of one segment set, and the bytes that it is stored in once the set is begun."""
@@ -125,7 +132,12 @@ def require_same(path: str, wanted: SetSpec, found: SetSpec) -> None:
     for name in ("fields", "encoding"):
         mine, theirs = getattr(found, name).to_json(), getattr(wanted, name).to_json()
         if mine != theirs:
-            changed = [f"{key}: {mine[key]} != {theirs[key]}" for key in mine if mine[key] != theirs[key]]
+            # A field that is not asked for may be left out.
+            changed = [
+                f"{key}: {mine.get(key, False)} != {theirs.get(key, False)}"
+                for key in mine | theirs
+                if mine.get(key, False) != theirs.get(key, False)
+            ]
             differences += ("; " if differences else "") + f"{name}: {', '.join(changed)}"
     if differences:
         raise SpecMismatch(f"{path} exists with another spec ({differences}); use another teacher name")

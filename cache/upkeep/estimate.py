@@ -196,7 +196,7 @@ def modelled_bytes(fields: Fields, encoding: str, vocab_size: int) -> float:
     if fields.draws:
         total += _draw_bytes(fields.draws, doublings, packed=encoding_by_name(encoding).packed)
     number = _FLOAT32_BYTES if encoding == "f32" else _FLOAT16_BYTES
-    total += number * (fields.entropy + len(fields.temperatures))
+    total += number * (fields.entropy + len(fields.temperatures) + 3 * fields.alignment)
     return total + (vocab_size * (4 if encoding == "f32" else 2) * _DENSE_FRACTION if fields.dense else 0.0)
 
 

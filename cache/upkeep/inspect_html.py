@@ -37,7 +37,7 @@ _HUES = {
     "label_logprob": 3,
     **dict.fromkeys(("draw_gaps", "draws_coded", "draw_ids"), 4),
     **dict.fromkeys(("draw_counts", "draw_starts"), 5),
-    **dict.fromkeys(("entropy", "log_z", "dense"), 6),
+    **dict.fromkeys(("entropy", "log_z", "dense", "alignment"), 6),
 }
 
 

@@ -129,7 +129,7 @@ def name_findings(cache: Cache) -> list[Finding]:
     findings = []
     for name in cache.root.folders("targets"):
         for (first, one), (second, other) in pairwise(stored_identities(cache.root, name).items()):
-            differences = one.differences(other)
+            differences = one.source.differences(other.source)
             if differences:
                 told = f"it is one teacher on {first}, another on {second}: {differences}"
                 way_out = "`potstill delete` the targets of one, and fill them under a name of their own"

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from potstill.cache.projection.categories import CATEGORIES
 from potstill.cache.types import JSON
 from potstill.student_trainer.evaluate.calibration import Bin, calibration_error, reliability
-from potstill.student_trainer.evaluate.labels import CATEGORIES, LabelTable
+from potstill.student_trainer.evaluate.labels import LabelTable
 from potstill.student_trainer.evaluate.means import Measure, perplexity, ratio
 from potstill.student_trainer.evaluate.measuring import Sums
 from potstill.student_trainer.evaluate.positions import KEPT, TEXT, WHOLE

@@ -10,7 +10,6 @@ Shape legend:  V ids.
 from __future__ import annotations
 
 import json
-import unicodedata
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,9 +17,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from potstill.cache.corpus.tokenizer import num_ids, token_table
+from potstill.cache.projection.categories import CATEGORIES, SPECIAL, category_of
 
-CATEGORIES = ("words", "digits", "spaces", "punctuation and code", "non-Latin", "special")
-WORDS, DIGITS, SPACES, PUNCTUATION, NON_LATIN, SPECIAL = range(len(CATEGORIES))
 NO_CATEGORY = len(CATEGORIES)
 """Category of a position without a label."""
 
@@ -50,28 +48,6 @@ class LabelTable:
                 category[token] = category_of(data)
         problem = _dropped(tokenizer)
         return cls(None if problem else num_bytes, category, problem)
-
-
-def category_of(data: bytes) -> int:
-    """Tell the category of a token by its bytes: by its letters, without the spaces around them.
-
-    Parts of a character of several bytes are `NON_LATIN`, as most such characters are.
-    """
-    try:
-        text = data.decode().strip()
-    except UnicodeDecodeError:
-        return NON_LATIN
-    if not text:
-        return SPACES
-    if any(each.isalpha() and not _is_latin(each) for each in text):
-        return NON_LATIN
-    if text.isalpha():
-        return WORDS
-    return DIGITS if text.isdigit() else PUNCTUATION
-
-
-def _is_latin(letter: str) -> bool:
-    return letter.isascii() or "LATIN" in unicodedata.name(letter, "")
 
 
 def _dropped(tokenizer: Tokenizer) -> str:

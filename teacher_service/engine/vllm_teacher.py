@@ -202,6 +202,8 @@ class VllmTeacher:
         return await asyncio.wrap_future(job.done)
 
     def _check(self, want: Fields) -> None:
+        if strange := [each.name for each in want.asked if not each.is_asked_of_teachers]:
+            raise UnsupportedField(f"no teacher answers {strange[0]}: it comes of `potstill project`; ask without it")
         if not want.only_top_k and not self._facts.gives_every_field:
             names = ", ".join(each.asked_by for each in want.beside_top_k)
             reason = self._facts.why_not_better or "as its option `capture` says"

@@ -143,7 +143,7 @@ class OpenedSets:
 
         found = self._get(self._targets, (teacher, corpus), open_it)
         served = self._served(teacher)
-        differences = served and found.identity.differences(served)
+        differences = served and found.identity.source.differences(served)
         if differences:
             raise SpecMismatch(
                 f"targets of {teacher!r} for corpus {corpus!r} are not of the teacher that is served under this name "

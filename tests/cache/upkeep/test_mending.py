@@ -128,7 +128,7 @@ def test_who_reads_or_exports_what_a_set_lacks_is_told_the_prefill_that_fills_it
     told = refused(
         capsys, "export", two_sets.root.url, "--corpus", "docs", "--teacher", "fake", "--to", tmp_path / "files"
     )
-    assert "run `potstill prefill` with --top-k 0 --draws 5 --seed 3 --entropy, or take --shards" in told
+    assert "run `potstill prefill` or `fill` with --top-k 0 --draws 5 --seed 3 --entropy, or take --shards" in told
 
 
 def test_what_is_kept_otherwise_needs_another_teacher_name_and_what_is_not_kept_can_be_added(two_sets: Cache) -> None:

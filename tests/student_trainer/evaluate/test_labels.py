@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from potstill.student_trainer.evaluate.labels import CATEGORIES, LabelTable, category_of
+from potstill.cache.projection.categories import CATEGORIES, category_of
+from potstill.student_trainer.evaluate.labels import LabelTable
 from tests.support.tiny_runs import word_tokenizer
 
 MIXED = (

@@ -1,0 +1,1 @@
+"""Real tokenizers without models, as `tokenizers` takes them."""
