@@ -343,7 +343,18 @@ def _laid_targets(answers: Sequence[Targets], weight: float, prefix: int, places
         _laid_numbers([None if each.log_z is None else each.log_z[:, 0] for each in answers], prefix, places),
         _laid_numbers([each.entropy for each in answers], prefix, places),
         _laid_numbers([each.label_logprob for each in answers], prefix, places, filler=np.nan),
+        _laid_alignment(answers, prefix, places),
     )
+
+
+def _laid_alignment(answers: Sequence[Targets], prefix: int, places: _Places) -> Tensor | None:
+    """Alignments [B, T, 3] of rows some of which have one: the others' targets are of the student's own tokenizer."""
+    if all(each.alignment is None for each in answers):
+        return None
+    own = [
+        np.zeros((each.num_positions, 3), np.float32) if each.alignment is None else each.alignment for each in answers
+    ]
+    return _laid(own, np.float32(0.0), prefix, places, 3)
 
 
 def _laid_numbers(

@@ -37,6 +37,7 @@ def needed_of_cache(name: str, k: int, held: Fields, loss: LossConfig) -> Fields
         temperatures=held.temperatures if _needs_log_z(loss) else (),
         entropy=loss.weighting == "entropy",
         dense=loss.dense,
+        alignment=held.alignment,
     )
 
 

@@ -104,7 +104,12 @@ def scratch(num_positions: int, vocab: int, like: Tensor, dtype: torch.dtype) ->
 
 
 def turn_into_gradient(
-    z: Tensor, labels: Tensor, label_scale: Tensor, aims: Sequence[Aim], divergence: Divergence
+    z: Tensor,
+    labels: Tensor,
+    label_scale: Tensor,
+    aims: Sequence[Aim],
+    divergence: Divergence,
+    more_of_labels: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Write the gradient of cross-entropy and of each aim's divergence, by their scales, over the logits.
 
@@ -114,6 +119,8 @@ def turn_into_gradient(
         label_scale: [n] factor of the gradient of cross-entropy; 0 where there is no label.
         aims: what the divergence is measured to.
         divergence: the loss of each aim.
+        more_of_labels: gives for the cross-entropy [n] what is added to `label_scale`, as of a loss of labels that lie
+            at several positions.
 
     Returns:
         Cross-entropy [n] in nats, of no meaning where there is no label, and the divergence [n] of each aim.
@@ -127,6 +134,9 @@ def turn_into_gradient(
     top, e_sum = rows.sums(z)
     rest = top + e_sum.log()
     lse = torch.logaddexp(rest, union.lse())
+    ce = lse - label_z.squeeze(-1)
+    if more_of_labels is not None:
+        label_scale = label_scale + more_of_labels(ce)
     total_s, at_rest, at_union = -label_scale, torch.zeros_like(rest), torch.zeros_like(union.z)
     values, by_id = [], []
     for m, (aim, z_kept) in enumerate(zip(aims, kept, strict=True)):
@@ -145,7 +155,7 @@ def turn_into_gradient(
     added = torch.cat([*by_id, -label_scale[:, None]], dim=-1)
     added[:, : union.z.shape[-1]] += at_union - total_s[:, None] * torch.exp(union.z - lse[:, None])
     z.scatter_add_(-1, ids, added)
-    return lse - label_z.squeeze(-1), values
+    return ce, values
 
 
 def compare(z: Tensor, aim: Aim) -> Compared:

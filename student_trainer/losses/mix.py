@@ -13,3 +13,8 @@ def alpha_at(loss: LossConfig, step: int) -> float:
         return 0.0
     points = loss.alpha_points
     return float(np.interp(step, [at for at, _ in points], [share for _, share in points]))
+
+
+def distils_at(loss: LossConfig, step: int) -> bool:
+    """Tell whether the step that follows `step` steps reads targets."""
+    return not step % loss.distil_every and (loss.alm > 0 or alpha_at(loss, step) > 0)

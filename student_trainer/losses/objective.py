@@ -38,6 +38,8 @@ class Objective:
     temperature: float = 1.0
     """T at which both distributions are compared; the divergence counts T**2 times, so that its gradient keeps its
     size beside that of cross-entropy (arXiv 1503.02531)."""
+    alm: float = 0.0
+    """Weight of the likelihoods of chunks beside all else, for teachers with another tokenizer (`chunk_likelihood`)."""
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
@@ -46,6 +48,8 @@ class Objective:
             raise InvalidInput(f"beta is {self.beta!r}; it must be over 0 and below 1")
         if not 0.0 < self.temperature < math.inf:
             raise InvalidInput(f"temperature is {self.temperature!r}; it must be a positive number")
+        if not 0.0 <= self.alm < math.inf:
+            raise InvalidInput(f"alm is {self.alm!r}; it must be a number of at least 0")
         if self.temperature != 1.0 and self.loss in OF_DRAWS:
             raise InvalidInput(
                 f"temperature is {self.temperature:g}, but draws are of temperature 1; leave it out with {self.loss!r}"

@@ -44,6 +44,8 @@ class LossConfig(Frozen):
     """Beta of the loss `jsd`: towards 0 it has the direction of forward KL, towards 1 that of reverse KL."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """T at which student and teachers are compared; the divergence counts T * T times."""
+    alm: Annotated[float, Field(ge=0)] = 0.0
+    """Weight, beside both, of the likelihoods of chunks, by teachers with another tokenizer (`potstill project`)."""
     weighting: Literal["fixed", "entropy", "label"] = "fixed"
     """Teachers' weights: as given, or at each token by how sure a teacher is, or by how likely it finds the label."""
     weighting_beta: Annotated[float, Field(gt=0)] = 1.0
@@ -57,6 +59,8 @@ class LossConfig(Frozen):
             raise ValueError(f"dense does not go with loss {self.loss!r}, which takes draws for what a top-k lacks")
         if self.jsd_beta != _default("jsd_beta") and self.loss != "jsd":
             raise ValueError(f"jsd_beta is {self.jsd_beta:g}, but loss is {self.loss!r}; leave it out")
+        if self.alm and self.weighting != "fixed":
+            raise ValueError(f"alm does not go with weighting {self.weighting!r}: a chunk has several tokens")
         if self.weighting_beta != _default("weighting_beta") and self.weighting == "fixed":
             raise ValueError(f"weighting_beta is {self.weighting_beta:g}, but weighting is 'fixed'; leave it out")
         unused = [name for name in _OF_DISTILLATION if getattr(self, name) != _default(name)]
@@ -71,8 +75,8 @@ class LossConfig(Frozen):
 
     @property
     def distils(self) -> bool:
-        """True if alpha is ever over 0."""
-        return any(share for _, share in self.alpha_points)
+        """True if targets are ever read: alpha is over 0 at some step, or `alm` is."""
+        return self.alm > 0 or any(share for _, share in self.alpha_points)
 
     @property
     def needs_more_than_top_k(self) -> bool:

@@ -39,6 +39,8 @@ class TeacherTargets:
     """[...] float, nats, of the whole distribution; needed for weights by entropy."""
     label_logprob: Tensor | None = None
     """[...] float, nats, of the row's own next token, NaN where there is none; needed for weights by label."""
+    alignment: Tensor | None = None
+    """[..., 3] float, `Targets.alignment` of targets from another tokenizer; they weigh less by what is unresolved."""
 
     def each(self, change: Callable[[Tensor], Tensor]) -> TeacherTargets:
         """Apply `change` to every tensor, as to slice the position axes or to move it to a device."""
@@ -58,3 +60,5 @@ class Loss:
     """[M] float64, nats: each teacher's divergence summed over masked-in positions, not divided, not weighted."""
     distilled_sum: Tensor
     """[] float64: what alpha multiplies in `total`, with weights and temperature, not divided."""
+    alm_sum: Tensor
+    """[] float64: what `Objective.alm` multiplies in `total`, with weights, not divided."""

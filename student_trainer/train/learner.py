@@ -26,7 +26,7 @@ from potstill.student_trainer.data.order import hashed
 from potstill.student_trainer.data.packing import keeps_rows_apart
 from potstill.student_trainer.data.prefetch import Copies
 from potstill.student_trainer.data.steps import MicroBatch, Part, StepCounts, StepStream, read_steps
-from potstill.student_trainer.losses.mix import alpha_at
+from potstill.student_trainer.losses.mix import alpha_at, distils_at
 from potstill.student_trainer.losses.objective import Objective
 from potstill.student_trainer.losses.targets import TeacherTargets
 from potstill.student_trainer.losses.weighting import weighted
@@ -90,7 +90,7 @@ class Learner:
             readers=data.readers,
             ahead=data.prefetch,
             pin=self.group.device.type == "cuda",
-            with_targets=lambda step: alpha_at(loop, step) > 0,
+            with_targets=lambda step: distils_at(loop, step),
         )
 
     def step(
@@ -112,9 +112,10 @@ class Learner:
         """
         self._seed(step)
         alpha = alpha_at(self.config.train, step)
-        num_teachers = len(self.config.teachers) if alpha > 0 else 0
-        # CE, what is distilled, a KL per teacher, the router loss, and how many workers want to stop: one reduction.
-        sums = torch.zeros(4 + num_teachers, dtype=torch.float64, device=self.group.device)
+        num_teachers = len(self.config.teachers) if distils_at(self.config.train, step) else 0
+        # CE, what is distilled, a KL per teacher, chunks, the router loss, and how many workers want to stop: one
+        # reduction.
+        sums = torch.zeros(5 + num_teachers, dtype=torch.float64, device=self.group.device)
         self.optimizer.zero_grad(set_to_none=True)
         experts = None
         if self.router is not None or self.group.in_step:
@@ -132,9 +133,12 @@ class Learner:
         sums[:-1] += self._forward_backward(last.batch, step, counts, experts)
         sums[-1] = float(should_stop())
         self.group.all_reduce_sum(sums)
-        ce_sum, *distilled_sums, router, stop = sums.tolist()
+        ce_sum, *distilled_sums, alm_sum, router, stop = sums.tolist()
         distilled, *kls = [each / max(counts.num_positions, 1) for each in distilled_sums]
         record = self._means(alpha, ce_sum / max(counts.num_labels, 1), distilled, kls)
+        if self.config.train.alm:
+            alm = alm_sum / max(counts.num_labels, 1)
+            record |= {"loss": record["loss"] + self.config.train.alm * alm, "alm": alm}
         if self.router is not None:
             record |= {"loss": record["loss"] + self.router.coefficient * router, "router_loss": router}
         record |= self._update(step, record["loss"])
@@ -180,11 +184,11 @@ class Learner:
         return self.group.all_reduce_sum(counts)
 
     def _forward_backward(self, batch: Batch, step: int, counts: StepCounts, experts: Tensor | None) -> Tensor:
-        """Add one micro-batch's gradient; return its undivided CE, distilled loss, KLs and router loss, [3 + M]."""
+        """Add one micro-batch's gradient; return its undivided CE, distilled, KLs, chunks' and router loss, [4 + M]."""
         batch, loop, world = self.copies.of(batch), self.config.train, self.group.world_size
         teachers: Sequence[TeacherTargets] = ()
         alpha, weights = alpha_at(loop, step), self.config.weights(step)
-        if alpha > 0:
+        if distils_at(loop, step):
             teachers = weighted(batch.teachers, weights, loop.weighting, loop.weighting_beta)
         # DistributedDataParallel averages over workers; the counts are global, so the sum is wanted.
         loss, router_logits = self.model(
@@ -201,7 +205,7 @@ class Learner:
             part = self.router.of_part(router_logits, batch.real, experts)
             total, router = total + self.router.coefficient * world * part, part.detach().double()
         total.backward()
-        return torch.cat([loss.ce_sum[None], loss.distilled_sum[None], loss.kl_sums, router[None]])
+        return torch.cat([loss.ce_sum[None], loss.distilled_sum[None], loss.kl_sums, loss.alm_sum[None], router[None]])
 
     def _unsent_gradients(self) -> AbstractContextManager[None]:
         """Keep gradients here: they go to the other workers once a step, with the last micro-batch."""
@@ -211,7 +215,7 @@ class Learner:
 def _with_loss(student: PreTrainedModel, config: TrainConfig, group: Group) -> nn.Module:
     """Join a student with its loss, for all workers."""
     loop = config.train
-    distilled = Distilled(student, loop.dtype, Objective(loop.loss, loop.jsd_beta, loop.temperature))
+    distilled = Distilled(student, loop.dtype, Objective(loop.loss, loop.jsd_beta, loop.temperature, loop.alm))
     if loop.compile:
         compile_layers(student, group.device)
     if not group.in_step:
