@@ -41,7 +41,7 @@ format: setup
 # Every figure of docs/benchmarks.md, in about three hours; each script can be run alone. One of them reads what the demo leaves
 # behind. A script that misses an aim does not keep the others from running.
 bench: demo/report.json
-	@missed=; for script in benchmarks/bench_*.py benchmarks/student/bench_*.py; do \
+	@missed=; for script in benchmarks/bench_*.py benchmarks/student/bench_*.py benchmarks/teachers/bench_*.py; do \
 	name=$$(echo $${script%.py} | tr / .); echo "== $$name"; $(BIN)/python -m $$name || missed="$$missed $$name"; done; \
 	if [ -n "$$missed" ]; then echo "missed an aim or failed:$$missed"; exit 1; fi
 

@@ -7,7 +7,8 @@
      "evaluations": {"wiki": {"rows": ...}}}
     {"step": 500, "rollback": {"from_step": 612, "skipped_rows": 32, "number": 1, "why": "the loss is 9.1, ..."}}
 
-A student with experts that has `output_router_logits` adds `router_loss`, before its coefficient.
+A student with experts that has `output_router_logits` adds `router_loss`, before its coefficient; a run with
+`train.alm` adds `alm`, before that weight.
 
 Losses are nats per token. `tokens` are targets learnt: neither padding, nor a prefix, nor what the corpus's loss mask
 leaves out; `padding` is a share of all tokens. `waiting_seconds` were spent waiting for rows, a `waiting_share` of the

@@ -104,11 +104,11 @@ def ours(
 @pytest.mark.parametrize("chunk", [None, 1, 2, 5])
 def test_loss_and_gradient_are_those_of_dense_arrays(chunk: int | None) -> None:
     """However positions are computed: a part never ends within a chunk."""
-    logits, *rest = made()
+    logits, labels, mask, own, other = made()
     wanted_logits, own_logits = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    wanted = plainly(wanted_logits, *rest)
+    wanted = plainly(wanted_logits, labels, mask, own, other)
     wanted.backward()  # type: ignore[no-untyped-call]
-    loss = ours(own_logits, *rest, chunk=chunk)
+    loss = ours(own_logits, labels, mask, own, other, chunk=chunk)
     loss.total.backward()  # type: ignore[no-untyped-call]
     assert wanted_logits.grad is not None
     assert own_logits.grad is not None
@@ -124,10 +124,17 @@ def test_the_fused_layer_has_the_same() -> None:
     weight = torch.randn(VOCAB, 6, dtype=torch.float64)
     wanted = plainly(hidden @ weight.T, labels, mask, own, other)
     (gradient,) = torch.autograd.grad(wanted, hidden)
-    counts = {"num_labels": int((labels != NO_LABEL).sum()), "num_positions": int(mask.sum())}
-    objective = Objective(alm=ALM)
     loss = linear_distillation_loss(
-        hidden, weight, labels, [own, other], alpha=ALPHA, mask=mask, chunk_positions=3, objective=objective, **counts
+        hidden,
+        weight,
+        labels,
+        [own, other],
+        alpha=ALPHA,
+        mask=mask,
+        num_labels=int((labels != NO_LABEL).sum()),
+        num_positions=int(mask.sum()),
+        chunk_positions=3,
+        objective=Objective(alm=ALM),
     )
     loss.total.backward()  # type: ignore[no-untyped-call]
     torch.testing.assert_close(loss.total, wanted, rtol=1e-10, atol=0)
