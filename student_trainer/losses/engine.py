@@ -119,16 +119,14 @@ def turn_into_gradient(
         label_scale: [n] factor of the gradient of cross-entropy; 0 where there is no label.
         aims: what the divergence is measured to.
         divergence: the loss of each aim.
-        more_of_labels: gives for the cross-entropy [n] what is added to `label_scale`, as of a loss of labels that lie
-            at several positions.
+        more_of_labels: gives for cross-entropies [n] what is added to `label_scale`, as of a loss of several labels.
 
     Returns:
         Cross-entropy [n] in nats, of no meaning where there is no label, and the divergence [n] of each aim.
     """
     # Few large gathers and scatters: each goes over memory that no cache holds any more.
     ids = torch.cat([*(aim.ids for aim in aims), labels[:, None]], dim=-1)
-    widths = [aim.ids.shape[-1] for aim in aims]
-    *kept, label_z = torch.split_with_sizes(z.gather(-1, ids), [*widths, 1], dim=-1)
+    *kept, label_z = torch.split_with_sizes(z.gather(-1, ids), [*(aim.ids.shape[-1] for aim in aims), 1], dim=-1)
     union = _Union.taken_from(z, [aim.ids for aim in aims], kept) if divergence.has_tail else _Union.empty(z)
     rows = rows_for(z.device)
     top, e_sum = rows.sums(z)
@@ -137,8 +135,7 @@ def turn_into_gradient(
     ce = lse - label_z.squeeze(-1)
     if more_of_labels is not None:
         label_scale = label_scale + more_of_labels(ce)
-    total_s, at_rest, at_union = -label_scale, torch.zeros_like(rest), torch.zeros_like(union.z)
-    values, by_id = [], []
+    total_s, at_rest, at_union, values, by_id = -label_scale, torch.zeros_like(rest), torch.zeros_like(union.z), [], []
     for m, (aim, z_kept) in enumerate(zip(aims, kept, strict=True)):
         tail = torch.logaddexp(rest, union.lse(outside=m)) if divergence.has_tail else torch.full_like(rest, -math.inf)
         found = divergence.measure(_compared(aim, z_kept, tail, lse))

@@ -91,7 +91,7 @@ class Objective:
         elif self.temperature != 1.0:
             ids, log_t, log_r = at_temperature(teacher, self.temperature)
         else:
-            ids, log_t, log_r = teacher.ids.long(), teacher.logprobs, teacher.log_tail
+            ids, log_t, log_r = teacher.ids.long(), *_resolved(teacher)
         whole = teacher.logprobs if self.loss in OF_DRAWS else log_t
         mass = whole.exp().sum(dim=-1) + (teacher.log_tail if self.loss in OF_DRAWS else log_r).exp()
         log_t, log_r = log_t.to(scale.dtype), log_r.to(scale.dtype)
@@ -101,3 +101,16 @@ class Objective:
         log_t = log_t.masked_fill(~inside, -math.inf)
         folded = folded.masked_fill(folded < math.log(MIN_TAIL_MASS), -math.inf)
         return Aim(ids.clamp(max=vocab), log_t, folded, scale), mass
+
+
+def _resolved(teacher: TeacherTargets) -> tuple[Tensor, Tensor]:
+    """Logprobs of the kept ids and of the rest, without the mass of which it is not known which id it is of.
+
+    In the tail it would teach that it is of none of the kept ids, of which it mostly is.
+    """
+    if teacher.alignment is None:
+        return teacher.logprobs, teacher.log_tail
+    rest = (teacher.log_tail.exp() - teacher.alignment[..., 0]).clamp(min=0.0)
+    # What is there is summed, as both the unresolved mass and the others may be rounded.
+    whole = (teacher.logprobs.exp().sum(dim=-1) + rest).clamp(min=MIN_TAIL_MASS).log()
+    return teacher.logprobs - whole.unsqueeze(-1), rest.log() - whole

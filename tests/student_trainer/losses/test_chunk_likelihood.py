@@ -45,11 +45,12 @@ def made(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, TeacherTargets, Teacher
         return TeacherTargets(top.indices, top.values, torch.log1p(-top.values.exp().sum(dim=-1)), weight=0.5)
 
     alignment = torch.zeros(B, T, 3, dtype=torch.float64)
-    alignment[..., 0] = torch.rand(B, T)
+    projected = teacher()
+    alignment[..., 0] = torch.rand(B, T) * projected.log_tail.exp()
     for row, chunks in enumerate(CHUNKS):
         for end, tokens in chunks.items():
             alignment[row, end, 1:] = torch.tensor([-3.0 * tokens * (row + 1), float(tokens)])
-    return logits, labels, mask, teacher(), replace(teacher(), alignment=alignment)
+    return logits, labels, mask, teacher(), replace(projected, alignment=alignment)
 
 
 def nats(logits: Tensor, labels: Tensor) -> Tensor:
@@ -67,11 +68,14 @@ def plainly(logits: Tensor, labels: Tensor, mask: Tensor, own: TeacherTargets, o
         B, T
     )
     total = (1 - ALPHA) * ce.sum() / num_labels
-    for teacher, weight in ((own, 0.5), (other, 0.5 * (1 - other.alignment[..., 0]))):
+    unresolved = other.alignment[..., 0]
+    for teacher, lost, weight in ((own, torch.zeros(B, T), 0.5), (other, unresolved, 0.5 * (1 - unresolved))):
         kept = log_p.gather(-1, teacher.ids)
-        rest = torch.log1p(-kept.exp().sum(dim=-1))
-        kl = (teacher.logprobs.exp() * (teacher.logprobs - kept)).sum(dim=-1)
-        kl = kl + teacher.log_tail.exp() * (teacher.log_tail - rest)
+        p = torch.cat([kept, torch.log1p(-kept.exp().sum(dim=-1, keepdim=True))], dim=-1)
+        rest = (teacher.log_tail.exp() - lost)[..., None]
+        t = torch.cat([teacher.logprobs.exp(), rest], dim=-1)
+        t = t / t.sum(dim=-1, keepdim=True)
+        kl = (t * (t.log() - p)).sum(dim=-1)
         total = total + ALPHA * (weight * kl)[mask].sum() / num_positions
     for row, chunks in enumerate(CHUNKS):
         for end, tokens in chunks.items():
