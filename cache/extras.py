@@ -6,6 +6,7 @@ _TRAINER = 'pip install "potstill[trainer]"'
 _WAYS_TO_GET = {
     "vllm": 'pip install "potstill[teacher-cpu]" for CPUs, or "potstill[teacher]" for GPUs',
     "ray": f'{_TRAINER} to train, or "potstill[ray]" to serve',
+    **dict.fromkeys(("pycld2", "rensa"), 'pip install "potstill[data]"'),
     "opentelemetry": 'pip install "potstill[otel]"',
     "lm_eval": 'pip install "potstill[eval]"',
     **dict.fromkeys(("accelerate", "gguf", "safetensors", "scipy", "tensorboard", "torch", "transformers"), _TRAINER),

@@ -74,7 +74,7 @@ def annotate(
         InvalidInput: there is not one value a row, their dtype is not bool, int or float, or the name is no name.
         AlreadyExists: the corpus has an annotation of this name. StoreError: the store is full; nothing is left.
     """
-    _check_name(name)
+    require_name(name)
     values = _storable(corpus, name, values)
     path = f"{corpus.folder}/{name}.json"
     taken = AlreadyExists(f"corpus {corpus.name!r} has an annotation {name!r}; annotate under another name")
@@ -112,7 +112,7 @@ def open_annotation(root: Root, corpus: AnnotatedCorpus, name: str) -> Annotatio
         NotFound: the corpus has none of this name. SpecMismatch: it was made for another corpus of the same name.
         FormatError, CorruptSegment: this version cannot read the record, or it is damaged.
     """
-    _check_name(name)
+    require_name(name)
     path = f"{corpus.folder}/{name}.json"
     record = read_record(root, path, _KIND)
     if record is None:
@@ -140,7 +140,12 @@ def read_annotation(
     return reader.read("values", start, corpus.num_rows if stop is None else stop)
 
 
-def _check_name(name: str) -> None:
+def require_name(name: str) -> None:
+    """Check that an annotation may be called so.
+
+    Raises:
+        InvalidInput: it may not.
+    """
     check_name("annotation", name)
     if len(name) > _LONGEST_NAME:
         raise InvalidInput(f"annotation name {name!r} has {len(name)} characters; the limit is {_LONGEST_NAME}")

@@ -40,6 +40,8 @@ class TrainState:
     """Token ids that the student sees in front of each row."""
     lacking: str = ""
     """sha256 of the rows that are skipped for want of targets, in hex; empty where there are none."""
+    flagged: str = ""
+    """sha256 of the rows that annotations keep out of training, in hex; empty for none."""
     format: int = 1
     """2 where the mark of the checkpoint has hashes; 1 where an earlier version wrote it."""
 
@@ -82,6 +84,19 @@ class TrainState:
             raise SpecMismatch(
                 "other shards lack targets than when the run was started, which changes the order of rows; choose "
                 "another train.out, and fill the corpus before training where runs are to be resumed"
+            )
+
+    def check_flagged(self, flagged: str) -> None:
+        """Check that annotations keep the same rows out of training as when the run began.
+
+        Raises:
+            SpecMismatch: they keep out others, as the corpus was annotated meanwhile.
+        """
+        if flagged != self.flagged:
+            were = "others" if self.flagged else "none"
+            raise SpecMismatch(
+                f"annotations keep other rows out of training than when the run was started, when it was {were}: set "
+                "data.leave_out to the names of those of that time ([] for none), or choose another train.out"
             )
 
     def check_same(self, fingerprint: str, teachers: Mapping[str, TeacherIdentity], held: Mapping[str, str]) -> None:

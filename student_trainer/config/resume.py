@@ -10,6 +10,7 @@ FREE_ON_RESUME = frozenset(
     {
         "data.cache",
         "data.api_key_env",
+        "data.leave_out",
         "data.packing",
         "data.readers",
         "data.prefetch",
@@ -38,7 +39,9 @@ FREE_ON_RESUME = frozenset(
         "train.out",
     }
 )
-"""Keys that may change when a run goes on: places of things, how they are read, its length, evaluations and saves."""
+"""Keys that may change when a run goes on: places of things, how they are read, its length, evaluations and saves.
+
+Which rows are left out is checked by the rows themselves."""
 
 
 def check_continues(config: TrainConfig, before: TrainConfig) -> None:

@@ -128,6 +128,8 @@ def run_session(
         _require_same_order(run, group)
         if group.rank == 0:
             stack.enter_context(only_trainer(config.run_dir))
+            if run.flagged_rows:
+                _LOG.warning("%s not trained on, as annotations flag them", counted(run.flagged_rows, "row"))
             if run.skipped_rows:
                 _LOG.warning("%s without targets skipped, held-out ones among them", counted(run.skipped_rows, "row"))
         # Dropout draws from torch's global stream, which is the caller's again afterwards.
@@ -150,12 +152,12 @@ def _require_same_order(run: OpenRun, group: Group) -> None:
     """Check that all workers skip the same rows.
 
     Raises:
-        Unavailable: a shard was filled between the looks of two workers.
+        Unavailable: a shard was filled, or rows annotated, between the looks of two workers.
     """
-    mine = int(run.lacking[:10] or "0", 16)
+    mine = int(run.lacking[:10] or "0", 16) + int(run.flagged[:10] or "0", 16)
     seen = group.all_reduce_sum(torch.tensor(float(mine), dtype=torch.float64, device=group.device))
     if seen.item() != mine * group.world_size:
-        raise Unavailable("the workers found different shards without targets, as some are being filled; start again")
+        raise Unavailable("the workers found different shards without targets, or annotations; start again")
 
 
 def _student(
@@ -179,6 +181,7 @@ def _student(
     state.check_same(run.fingerprint, run.teachers, run.held)
     state.check_rows(run.left_out, run.reader.prefix)
     state.check_lacking(run.lacking)
+    state.check_flagged(run.flagged)
     state.check_steps(config.train)
     return load_model(checkpoint, group), state.stored_dtype
 
@@ -367,6 +370,7 @@ class _Session:
             held=self.opened.held,
             left_out=self.opened.left_out,
             lacking=self.opened.lacking,
+            flagged=self.opened.flagged,
             prefix_ids=self.opened.reader.prefix,
             stored_dtype=self.stored_dtype,
         )

@@ -33,6 +33,7 @@ from potstill.student_trainer.checkpoint.stored import StoredRun
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.config.run_folder import read_config
 from potstill.student_trainer.data import BatchReader
+from potstill.student_trainer.data.flagged import flagged_rows
 from potstill.student_trainer.data.held_out import choose_held_out, with_copies
 from potstill.student_trainer.data.joined import JoinedCorpora
 from potstill.student_trainer.data.missing import lacking_rows
@@ -63,6 +64,10 @@ class OpenRun:
     lacking: str
     """sha256 of the rows of each corpus that are skipped for want of targets, in hex; empty where there are none."""
     skipped_rows: int
+    """Number of those."""
+    flagged: str
+    """sha256 of the rows of each corpus that annotations keep out of training, in hex; empty where there are none."""
+    flagged_rows: int
     """Number of those."""
     order: MixtureOrder
     reader: BatchReader
@@ -129,19 +134,8 @@ def open_run(config: TrainConfig) -> Iterator[OpenRun]:
         eval_corpora = tuple(cache.corpus(name) for name in data.eval_corpora)
         everything = JoinedCorpora((*corpora.corpora, *eval_corpora))
         left_out = _left_out(corpora, held_out, eval_corpora)
-        shards = (corpus.shard_rows for corpus in corpora.corpora)
-        orders = (
-            SampleOrder(rows, never, config.train.seed, data.window_shards)
-            for rows, never in zip(shards, _never(corpora, left_out, lacking), strict=True)
-        )
-        order = MixtureOrder(
-            tuple(orders),
-            corpora.first_rows,
-            tuple(each.points for each in data.mixture),
-            config.train.batch_rows,
-            config.train.seed,
-            tuple(each.batch for each in read_skipped(config.run_dir)),
-        )
+        flagged = flagged_rows(corpora.corpora, data.leave_out)
+        order = _order(config, corpora, _never(corpora, left_out, lacking, flagged))
         sources = tuple(corpora.source(parts) for parts in zip(*opened, strict=True))
         prefix = common_prefix(sources, data.prefix_ids, corpora.corpora[0].vocab_size)
         reader = BatchReader(corpora, sources, config.weights(), prefix)
@@ -154,10 +148,25 @@ def open_run(config: TrainConfig) -> Iterator[OpenRun]:
             _hashed(left_out),
             _hashed(lacking),
             sum(map(len, lacking)),
+            _hashed(flagged),
+            sum(map(len, flagged)),
             order,
             reader,
             eval_readers,
         )
+
+
+def _order(config: TrainConfig, corpora: JoinedCorpora, never: Sequence[NDArray[np.int64]]) -> MixtureOrder:
+    """The order of the rows of corpora without those that no step has."""
+    pairs = zip(corpora.corpora, never, strict=True)
+    return MixtureOrder(
+        tuple(SampleOrder(each.shard_rows, rows, config.train.seed, config.data.window_shards) for each, rows in pairs),
+        corpora.first_rows,
+        tuple(each.points for each in config.data.mixture),
+        config.train.batch_rows,
+        config.train.seed,
+        tuple(each.batch for each in read_skipped(config.run_dir)),
+    )
 
 
 def _held_out(data: DataConfig, of: CorpusConfig, corpus: Corpus) -> NDArray[np.int64]:
@@ -194,15 +203,19 @@ def _left_out(
 
 
 def _never(
-    corpora: JoinedCorpora, left_out: Sequence[NDArray[np.int64]], lacking: Sequence[NDArray[np.int64]]
+    corpora: JoinedCorpora,
+    left_out: Sequence[NDArray[np.int64]],
+    lacking: Sequence[NDArray[np.int64]],
+    flagged: Sequence[NDArray[np.int64]],
 ) -> list[NDArray[np.int64]]:
     """Rows of each corpus that no step has."""
-    never = [np.union1d(*each) for each in zip(left_out, lacking, strict=True)]
-    for corpus, rows, skipped in zip(corpora.corpora, never, lacking, strict=True):
+    never = [np.union1d(np.union1d(*each), more) for *each, more in zip(left_out, lacking, flagged, strict=True)]
+    for corpus, rows, skipped, by_name in zip(corpora.corpora, never, lacking, flagged, strict=True):
         if len(rows) == len(corpus):
+            also = f", {len(by_name):,} are flagged by annotations (data.leave_out)" if len(by_name) else ""
             raise InvalidInput(
                 f"no row of corpus {corpus.name!r} is left to train on: {len(skipped):,} of {len(corpus):,} lack "
-                "targets, and the others are evaluated on; run `potstill prefill` for it"
+                f"targets{also}, and the others are evaluated on; run `potstill prefill` for it"
             )
     return never
 

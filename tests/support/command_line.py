@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+
 import pytest
 
+from potstill.cache.entry_points import Command
+from potstill.cache.errors import PotstillError
 from potstill.clients.cli import main
 
 
@@ -19,3 +23,17 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1, lines
     return lines[0]
+
+
+def run_command(command: Command, *arguments: object) -> int:
+    """The exit status of a command's module; its errors are raised."""
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.run(parser.parse_args([str(argument) for argument in arguments]))
+
+
+def refusal(command: Command, *arguments: object) -> str:
+    """The error of a command's module that is refused."""
+    with pytest.raises(PotstillError) as caught:
+        run_command(command, *arguments)
+    return caught.value.detail

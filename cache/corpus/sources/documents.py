@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -19,6 +19,8 @@ class Text:
     where: str
     """File and record, for errors."""
     pieces: Iterable[str]
+    record: Mapping[str, Any] | None = None
+    """All fields of the record that it is of, where the field asked for them and there is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,8 @@ class Field:
 
     kind: Literal["text", "ids", "messages"] = "text"
     name: str = "text"
+    whole: bool = False
+    """Give the other fields of the record beside a text."""
 
     @property
     def option(self) -> str:

@@ -32,6 +32,8 @@ _FITTING = {
 # Written by the `datasets` library beside the data of `save_to_disk`.
 _STATE = "state.json"
 _OF_DATASETS = {_STATE, "dataset_info.json", "dataset_dict.json"}
+FILTER_REPORT = "potstill-filter.json"
+"""Name of what `potstill filter` writes beside what it kept."""
 _NAMED = 3
 
 
@@ -51,7 +53,8 @@ def list_sources(
 ) -> tuple[list[SourceFile], int]:
     """List the files meant by `sources`, and count those left out; a folder means all below it, in order of name.
 
-    Hidden files and what the `datasets` library keeps beside its data are no sources, and not counted.
+    Hidden files, what the `datasets` library keeps beside its data, and a filter's report are no sources, and not
+    counted.
 
     Raises:
         InvalidInput: a source does not exist or is of an unknown kind; a folder holds none of a known kind, or, if
@@ -126,6 +129,7 @@ def _without_beside(folder: Path, files: list[Path]) -> list[Path]:
         # Beside the data, `datasets` keeps what `map` and `filter` made in Arrow files of other names.
         data = set(_data_files(folder / _STATE)) if _STATE in names else set()
         files = [p for p in files if p.name not in _OF_DATASETS and (p.suffix != ".arrow" or p.name in data)]
+    files = [p for p in files if p.name != FILTER_REPORT]
     return [p for p in files if p.suffix != ".idx" or p.with_suffix(".bin").name not in names]
 
 

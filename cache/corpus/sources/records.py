@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -15,8 +15,10 @@ _NAMES = {"text": "text", "ids": "list of token ids", "messages": "list of messa
 _SHOWN, _NAMED = 40, 20  # characters of a value, and keys
 
 
-def document(value: Any, field: Field, where: str) -> Document:
+def document(value: Any, field: Field, where: str, record: Mapping[str, Any] | None = None) -> Document:
     """Make a document of the value under the field, which is as JSON gives it, or an array for token ids.
+
+    A text keeps `record`, all fields, where the field asks for them.
 
     Raises:
         BadRecord: it is null or something else.
@@ -24,7 +26,7 @@ def document(value: Any, field: Field, where: str) -> Document:
     if value is None:
         raise BadRecord(f"{where} has no {_NAMES[field.kind]} under {field.name!r}")
     if field.kind == "text" and isinstance(value, str):
-        return Text(where, (_encodable(value, where),))
+        return Text(where, (_encodable(value, where),), record if field.whole else None)
     if field.kind == "ids" and (ids := _ids(value)) is not None:
         return Ids(where, (ids,))
     if field.kind == "messages" and isinstance(value, list):

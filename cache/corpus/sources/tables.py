@@ -26,8 +26,8 @@ def parquet_documents(file: SourceFile, field: Field, bad: BadRecords) -> Iterat
     try:
         with pq.ParquetFile(file.path) as table:
             _require_column(file, field, table.schema_arrow)
-            batches = table.iter_batches(batch_size=_BATCH_ROWS, columns=[field.name])
-            yield from _documents((batch.column(0) for batch in batches), file, field, bad)
+            columns = None if field.whole else [field.name]
+            yield from _documents(table.iter_batches(batch_size=_BATCH_ROWS, columns=columns), file, field, bad)
     except (pa.ArrowException, OSError) as error:
         raise InvalidInput(f"{file.path} cannot be read as Parquet: {error}") from error
 
@@ -45,7 +45,7 @@ def arrow_documents(file: SourceFile, field: Field, bad: BadRecords) -> Iterator
             with pa.ipc.open_file(mapped) if is_file else pa.ipc.open_stream(mapped) as reader:
                 _require_column(file, field, reader.schema)
                 batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else iter(reader)
-                yield from _documents((batch.column(field.name) for batch in batches), file, field, bad)
+                yield from _documents(batches, file, field, bad)
     except (pa.ArrowException, OSError) as error:
         raise InvalidInput(f"{file.path} cannot be read as Arrow: {error}") from error
 
@@ -55,18 +55,26 @@ def _require_column(file: SourceFile, field: Field, schema: pa.Schema) -> None:
         raise InvalidInput(f"{file.path} has no column {field.name!r}; {others(schema.names, field)}")
 
 
-def _documents(columns: Iterator[Any], file: SourceFile, field: Field, bad: BadRecords) -> Iterator[Document]:
+def _documents(batches: Iterator[Any], file: SourceFile, field: Field, bad: BadRecords) -> Iterator[Document]:
     row = 0
-    for column in columns:
-        for value in column:
+    for batch in batches:
+        for index, value in enumerate(batch.column(field.name)):
             where = f"{file.path}: row {row}"
             row += 1
             try:
-                found = document(_value(value, field, where), field, where)
+                record = _record(batch, index, where) if field.whole else None
+                found = document(_value(value, field, where), field, where, record)
             except BadRecord as error:
                 bad.add(str(error))
             else:
                 yield found
+
+
+def _record(batch: Any, index: int, where: str) -> dict[str, Any]:
+    try:
+        return {name: column[index].as_py() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+    except UnicodeDecodeError as error:
+        raise BadRecord(f"{where} is not UTF-8: {error.reason} at byte {error.start}") from error
 
 
 def _value(value: Any, field: Field, where: str) -> Any:

@@ -71,7 +71,7 @@ def _document(record: Any, field: Field, where: str) -> Document:
         raise BadRecord(f"{where} is no object with a key {field.name!r}")
     if field.name not in record:
         raise BadRecord(f"{where} has no {field.kind} under {field.name!r}; {others(record, field)}")
-    return document(record[field.name], field, where)
+    return document(record[field.name], field, where, record)
 
 
 def _lines(data: BinaryIO, where: str) -> Iterator[bytes]:

@@ -1,0 +1,122 @@
+"""Benchmark files in the shapes that they are published in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from potstill.cache.errors import InvalidInput
+from potstill.cache.text.benchmark_items import Item, read_items
+
+QUESTION = "What comes over first?"
+TRUTHFUL = {
+    "best_answer": "The heads.",
+    "correct_answers": ["The heads.", "The foreshots."],
+    "incorrect_answers": ["x"],
+}
+CHOICES = ["The tails", "The heads"]
+
+
+@pytest.mark.parametrize(
+    ("record", "answers"),
+    [
+        ({"question": QUESTION, **TRUTHFUL}, ("The heads.", "The foreshots.")),
+        ({"question": QUESTION, "mc1_targets": {"choices": CHOICES, "labels": [0, 1]}}, ("The heads",)),
+        ({"question": QUESTION, "choices": {"text": CHOICES, "label": ["A", "B"]}, "answerKey": "B"}, ("The heads",)),
+        ({"question": QUESTION, "choices": {"text": CHOICES, "label": ["1", "2"]}, "answerKey": "2"}, ("The heads",)),
+        (
+            {
+                "question": {
+                    "stem": QUESTION,
+                    "choices": [{"text": text, "label": label} for text, label in zip(CHOICES, "AB", strict=True)],
+                },
+                "answerKey": "B",
+            },
+            ("The heads",),
+        ),
+        ({"question": QUESTION, "subject": "s", "choices": CHOICES, "answer": 1}, ("The heads",)),
+        ({"question": QUESTION, "choices": CHOICES, "answer": "B"}, ("The heads",)),
+        ({"question": QUESTION, "options": CHOICES, "answer": "The heads"}, ("The heads",)),
+        ({"question": QUESTION, "answer": "The heads, of 5%. #### 5"}, ("The heads, of 5%. #### 5",)),
+        ({"ctx": QUESTION, "endings": CHOICES, "label": "1"}, ("The heads",)),
+        ({"prompt": QUESTION, "canonical_solution": "return heads"}, ("return heads",)),
+        ({"problem": QUESTION, "solution": "heads"}, ("heads",)),
+        ({"Question": QUESTION, "Best Answer": "The heads"}, ("The heads",)),
+        ({"question": QUESTION}, ()),
+        ({"question": QUESTION, "choices": CHOICES}, ()),
+        ({"question": QUESTION, "choices": CHOICES, "answer": 7}, ()),
+        ({"question": QUESTION, "choices": "odd", "answer": "B"}, ()),
+    ],
+)
+def test_shapes_of_records(tmp_path: Path, record: dict[str, Any], answers: tuple[str, ...]) -> None:
+    file = tmp_path / "bench.jsonl"
+    file.write_text(json.dumps(record) + "\n\n")
+    assert read_items(file) == [Item("bench.jsonl", 0, QUESTION, answers)]
+
+
+def test_kinds_of_files(tmp_path: Path) -> None:
+    records = [{"question": QUESTION, "answer": "heads"}, {"question": "2 + 2?", "answer": "4"}]
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    (tmp_path / "b.json").write_text(json.dumps({"version": 1, "data": records}))
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (tmp_path / "d.csv").write_text("question,answer\nWhat comes over first?,heads\n2 + 2?,4\n")
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "e.parquet")
+    for file in sorted(tmp_path.iterdir()):
+        assert read_items(file) == [
+            Item(file.name, 0, QUESTION, ("heads",)),
+            Item(file.name, 1, "2 + 2?", ("4",)),
+        ]
+
+
+def test_the_csv_of_truthfulqa_and_of_mmlu(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(
+        "\ufeffType,Category,Question,Best Answer,Correct Answers,Incorrect Answers,Source\n"
+        'Adversarial,Stills,"What, then, comes first?",Heads,Heads; The foreshots,Tails,none\n'
+    )
+    assert read_items(tmp_path / "t.csv") == [
+        Item("t.csv", 0, "What, then, comes first?", ("Heads", "The foreshots")),
+    ]
+    (tmp_path / "m.csv").write_text('"First?\nOr last?",one,two,three,four,C\nAgain?,1,2,3,4,A\n')
+    assert read_items(tmp_path / "m.csv") == [
+        Item("m.csv", 0, "First?\nOr last?", ("three",)),
+        Item("m.csv", 1, "Again?", ("1",)),
+    ]
+
+
+def test_fields_that_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "own.jsonl"
+    file.write_text(json.dumps({"task": QUESTION, "gold": ["heads", "foreshots"], "question": "no"}))
+    assert read_items(file, ["task", "gold"]) == [Item("own.jsonl", 0, QUESTION, ("heads", "foreshots"))]
+    with pytest.raises(InvalidInput, match="item 0 has no text under 'tusk'; it has task, gold, question"):
+        read_items(file, ["tusk"])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", '{"body": "x", "n": 1}', "item 0 has none of the fields question, .* it has body, n: name that of"),
+        ("a.jsonl", "[1]", "item 0 is .* which is no object with fields"),
+        ("a.jsonl", "{", "a.jsonl:1 is not JSON"),
+        ("a.json", "[]", "has no item"),
+        ("a.csv", "", "has no item"),
+        ("a.csv", 'a,"b', "is not CSV"),
+        ("a.txt", "x", "is not .json, .jsonl, .csv or .parquet; convert it"),
+        ("a.parquet", "x", "cannot be read as Parquet"),
+        ("a.jsonl", '{"question": {"text": "x"}}', "name that of the question with --field F"),
+    ],
+)
+def test_files_that_are_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InvalidInput, match=message):
+        read_items(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.csv", "a.jsonl", "a.parquet"])
+def test_files_that_are_not_there(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InvalidInput, match="there is no file"):
+        read_items(tmp_path / name)
