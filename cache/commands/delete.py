@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from potstill.cache.store import Root
     from potstill.cache.upkeep.delete import Removal
 
-SUMMARY = "remove a teacher's targets, single shards, a corpus or a journal"
+SUMMARY = "remove a teacher's targets, shards, a corpus or a journal"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

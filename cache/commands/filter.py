@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from potstill.cache.text.filter_report import FilterCounts
     from potstill.cache.text.rules import FilterPlan
 
-SUMMARY = "keep the documents that rules of quality, language and copies leave"
+SUMMARY = "keep the documents that rules leave, and no copies"
 _SAMPLE = 90  # characters of one
 
 

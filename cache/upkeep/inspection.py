@@ -130,8 +130,8 @@ def _noted(unreadable: list[str]) -> Iterator[None]:
         unreadable.append(str(error))
 
 
-def inspect_cache(cache: Cache) -> Inspection:
-    """Read every record of a cache, but no segment.
+def inspect_cache(cache: Cache, corpus: str | None = None) -> Inspection:
+    """Read every record of a cache, or those of one corpus, but no segment.
 
     A record that cannot be read becomes a line of `unreadable`, and its corpus, set or shard is left out of the sums.
     """
@@ -139,7 +139,7 @@ def inspect_cache(cache: Cache) -> Inspection:
     targets: dict[str, dict[str, Any]] = {}
     summaries: dict[tuple[str, str], list[SetSummary]] = {}
     unreadable: list[str] = []
-    for name in cache.corpora():
+    for name in cache.corpora() if corpus is None else [corpus]:
         with _noted(unreadable):
             corpora[name] = _describe_corpus(cache.root, cache.corpus(name))
         for teacher in cache.teachers(name) if name in corpora else ():
@@ -148,7 +148,7 @@ def inspect_cache(cache: Cache) -> Inspection:
                 sets = [_summarise(cache.root, each, unreadable) for each in opened.sets]
                 targets.setdefault(teacher, {})[name] = _describe_targets(opened, sets)
                 summaries[teacher, name] = sets
-    journals = _describe_journals(cache.root, unreadable)
+    journals = _describe_journals(cache.root, unreadable) if corpus is None else {}
     return Inspection(
         {"corpora": corpora, "targets": targets, "journals": journals, "unreadable": unreadable}, summaries
     )

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from potstill.clients.http_admin import HttpAdmin
 
 T = TypeVar("T")
-SUMMARY = "list the teachers of a running service; add, scale or remove one"
+SUMMARY = "list a running service's teachers; add, scale or remove one"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

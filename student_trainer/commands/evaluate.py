@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from potstill.student_trainer.evaluate.evidence import Evidence
     from potstill.student_trainer.evaluate.judged import Subject
 
-SUMMARY = "measure a student on text that it never saw, and by its teachers"
+SUMMARY = "measure a student on unseen text, and by its teachers"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from potstill.cache.text.rules import FilterPlan
 from potstill.clients.cli import main
 from potstill.student_trainer.ablate.grid import GridConfig
 from potstill.student_trainer.config import TrainConfig
@@ -157,6 +158,8 @@ def check_settings(text: str) -> None:
     value = tomllib.loads(text)
     if "baseline" in value:
         GridConfig.model_validate(value)
+    elif "rules" in value:
+        FilterPlan.of(value)
     elif "train" in value or "student" in value or "data" in value:
         TrainConfig.of(value)
     else:

@@ -1,0 +1,204 @@
+"""A data card: what was recorded of a corpus, as a page of Markdown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.filesize import decimal
+
+from potstill.cache.cache import Cache
+from potstill.cache.corpus import Corpus
+from potstill.cache.errors import InvalidInput
+from potstill.cache.plurals import counted
+from potstill.cache.printable import printable
+from potstill.cache.store.record import values_read
+from potstill.cache.types import Fields
+from potstill.cache.upkeep.inspection import against_text, inspect_cache
+
+_LISTED = 100
+
+
+def data_card(cache: Cache, name: str, filtered: Mapping[str, Any] | None = None) -> str:
+    """Write the card of a corpus.
+
+    Args:
+        cache: read only.
+        name: the corpus's.
+        filtered: report of the filter whose files were ingested (`read_report`).
+
+    Raises:
+        UnknownCorpus: there is none of this name. InvalidInput: the report is of other files.
+    """
+    corpus = cache.corpus(name)
+    found = inspect_cache(cache, name).to_json
+    about = found["corpora"].get(name, {})
+    lines = [f"# Corpus {_cell(name)}", ""]
+    lines += [*_sizes(corpus, about), "", "## Sources", "", *_sources(corpus), "", "## Filter", ""]
+    lines += [*_filter(corpus, filtered), "", "## Benchmarks in it", ""]
+    annotations = about.get("annotations", {})
+    lines += [*_contamination(annotations), "", "## Annotations", "", *_annotations(annotations), "", "## Teachers", ""]
+    lines += _teachers({teacher: each[name] for teacher, each in found["targets"].items() if name in each})
+    if found["unreadable"]:
+        lines += ["", "## Not readable", "", *(f"- {printable(problem)}" for problem in found["unreadable"])]
+    return "\n".join(lines) + "\n"
+
+
+def _sizes(corpus: Corpus, about: Mapping[str, Any]) -> Iterator[str]:
+    documents = corpus.spec.num_documents
+    yield from _table(
+        ["", ""],
+        [
+            ["rows", f"{len(corpus):,}, at most {corpus.spec.row_tokens:,} tokens"],
+            ["positions", f"{corpus.num_positions:,}"],
+            ["positions to be learnt", f"{about.get('taught_positions', corpus.num_positions):,}"],
+            ["documents", "not recorded" if documents is None else f"{documents:,}"],
+            ["rows equal to an earlier one", f"{corpus.spec.duplicate_rows:,}"],
+            ["shards", f"{corpus.num_shards:,}"],
+            ["stored", decimal(sum(item.size for item in corpus.spec.objects))],
+            ["fingerprint", f"`{corpus.fingerprint}`"],
+            ["tokenizer", f"`{corpus.tokenizer_sha256}`, {corpus.vocab_size:,} ids"],
+        ],
+    )
+
+
+def _sources(corpus: Corpus) -> Iterator[str]:
+    sources = corpus.spec.sources
+    if not sources:
+        yield "Not recorded."
+        return
+    rows = ([each.name, f"{each.documents:,}", f"`{each.sha256}`"] for each in sources[:_LISTED])
+    yield from _table(["file", "documents", "sha256"], rows)
+    if len(sources) > _LISTED:
+        yield ""
+        yield f"And {counted(len(sources) - _LISTED, 'file')} more."
+
+
+def _filter(corpus: Corpus, report: Mapping[str, Any] | None) -> Iterator[str]:
+    if report is None:
+        yield "Not recorded; `potstill card --filter FOLDER` takes what `potstill filter` wrote beside what it kept."
+        return
+    with values_read("the report of the filter is damaged"):
+        kept = {output["sha256"] for output in report["outputs"]}
+    ours = sum(source.sha256 in kept for source in corpus.spec.sources)
+    if not ours:
+        raise InvalidInput(
+            f"no source of corpus {corpus.name!r} is a file that this filter kept; give the folder that was ingested"
+        )
+    with values_read("the report of the filter is damaged"):
+        yield from _filtered(corpus, report, ours)
+
+
+def _filtered(corpus: Corpus, report: Mapping[str, Any], ours: int) -> Iterator[str]:
+    of = "All sources are" if ours == len(corpus.spec.sources) else f"{ours:,} of {len(corpus.spec.sources):,} are"
+    read, left = report["read"], report["kept"]
+    yield (
+        f"{of} what a filter kept: {left['documents']:,} of {counted(read['documents'], 'document')}, "
+        f"{left['characters']:,} of {read['characters']:,} characters."
+    )
+    yield ""
+    yield from _table(
+        ["filtered file", "documents", "sha256"],
+        ([each["name"], f"{each['documents']:,}", f"`{each['sha256']}`"] for each in report["sources"][:_LISTED]),
+    )
+    if len(report["sources"]) > _LISTED:
+        yield ""
+        yield f"And {counted(len(report['sources']) - _LISTED, 'file')} more."
+    yield ""
+    dropped = report["dropped"].items()
+    columns = ["dropped by", "documents", "by it alone", "characters"]
+    amounts = ("documents", "alone", "characters")
+    yield from _table(columns, ([name, *(f"{each[key]:,}" for key in amounts)] for name, each in dropped))
+    yield ""
+    languages = report["languages"].items()
+    columns = ["language of what is kept", "documents", "characters"]
+    yield from _table(
+        columns, ([name, *(f"{each[key]:,}" for key in amounts if key != "alone")] for name, each in languages)
+    )
+    yield ""
+    yield f"Settings: `{json.dumps(report['settings'])}`"
+
+
+def _contamination(annotations: Mapping[str, Any]) -> Iterator[str]:
+    looked = {name: about["provenance"]["report"] for name, about in annotations.items() if _is_report(about)}
+    if not looked:
+        yield "Not looked for; `potstill contamination` does."
+    for name, text in looked.items():
+        report = json.loads(text)
+        yield (
+            f"Annotation `{name}`: {report['rows_with_items']:,} of {counted(report['rows'], 'row')} with items, by "
+            f"runs of {report['ngram']} words."
+        )
+        yield ""
+        keys = ("items", "not_looked_for", "found", "with_answer", "rows")
+        columns = ["benchmark", *(key.replace("_", " ") for key in keys), "sha256"]
+        rows = (
+            [each["name"], *(f"{each[key]:,}" for key in keys), f"`{each['sha256']}`"] for each in report["benchmarks"]
+        )
+        yield from _table(columns, rows)
+
+
+def _annotations(annotations: Mapping[str, Any]) -> Iterator[str]:
+    if not annotations:
+        yield "None."
+        return
+    rows = (
+        [name, about["dtype"], about["provenance"].get("source") or about["provenance"].get("file") or "not recorded"]
+        for name, about in annotations.items()
+    )
+    yield from _table(["name", "values", "source"], rows)
+
+
+def _teachers(targets: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    if not targets:
+        yield "None; `potstill prefill` keeps what they expect."
+        return
+    for teacher, each in targets.items():
+        identity = each["identity"]
+        sets = each["sets"]
+        made = sorted(
+            {f"{one['engine']} {one['engine_version']} on {one['device']}" for s in sets for one in s["provenance"]}
+        )
+        first, last = ([s[key] for s in sets if s[key]] for key in ("first_captured", "last_captured"))
+        yield f"### {_cell(teacher)}"
+        yield ""
+        yield from _table(
+            ["", ""],
+            [
+                ["model", f"{identity['model']}, revision {identity['revision'] or 'not recorded'}"],
+                ["weights", f"`{identity['weights_sha256']}`"],
+                [
+                    "computed in",
+                    f"{identity['dtype']}, head {identity['head_dtype']}, {identity['quantization']} quantization",
+                ],
+                ["adapters", ", ".join(identity["adapters"]) or "none"],
+                ["prefix", str(identity["prefix_ids"])],
+                ["kept", Fields.from_json(each["fields"]).text],
+                ["encoding", f"{each['encoding']['name']}, measured against {against_text(each['measured_against'])}"],
+                ["shards", f"{each['shards_committed']:,} of {each['shards']:,}"],
+                ["stored", decimal(each["bytes"])],
+                ["made by", "; ".join(made) or "not recorded"],
+                ["captured", f"{min(first)} to {max(last)}" if first and last else "not recorded"],
+            ],
+        )
+        yield ""
+
+
+def _is_report(about: Mapping[str, Any]) -> bool:
+    text = about["provenance"].get("report", "")
+    try:
+        return "benchmarks" in json.loads(text)
+    except (ValueError, TypeError):
+        return False
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(columns)} |"
+    yield f"|{'---|' * len(columns)}"
+    for row in rows:
+        yield f"| {' | '.join(map(_cell, row))} |"
+
+
+def _cell(text: str) -> str:
+    return " ".join(printable(text).replace("|", r"\|").split())
