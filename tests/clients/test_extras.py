@@ -66,6 +66,8 @@ def folder(tmp_path: Path) -> Path:
         ("ray", "train train.toml", "trainer"),
         ("torch", "evaluate run", "trainer"),
         ("torch", "demo --out demo --models models", "trainer"),
+        ("pycld2", "filter cache-docs-text --out kept", "data"),
+        ("rensa", "filter cache-docs-text --out kept", "data"),
     ],
 )
 def test_what_is_not_installed_is_named_with_the_extra_that_has_it(
