@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from potstill.cache.cache import Cache
-from potstill.cache.commands import contamination as command
+from potstill.cache.commands.text import contamination as command
 from potstill.cache.corpus.annotations import open_annotation
 from potstill.cache.corpus.corpus import Corpus
 from potstill.cache.corpus.ingest import IngestPlan, ingest_rows

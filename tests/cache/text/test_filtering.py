@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from potstill.cache.cache import Cache
-from potstill.cache.commands import filter as command
+from potstill.cache.commands.text import filter as command
 from potstill.cache.corpus.ingest import IngestPlan, ingest
 from potstill.cache.corpus.sources import file_sha256
 from potstill.cache.corpus.sources.files import FILTER_REPORT

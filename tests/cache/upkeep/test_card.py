@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from potstill.cache.cache import Cache
-from potstill.cache.commands import card as command, contamination, filter as filter_command
+from potstill.cache.commands.text import card as command, contamination, filter as filter_command
 from potstill.cache.corpus.ingest import IngestPlan, ingest
 from potstill.cache.corpus.sources.files import FILTER_REPORT
 from tests.support.command_line import refusal, run_command
