@@ -55,8 +55,7 @@ def run(args: argparse.Namespace) -> int:
     from potstill.cache.corpus.annotations import require_name
     from potstill.cache.text.contamination import look_for, open_index
 
-    cache = Cache.open(args.cache, mode="r+")
-    corpus = cache.corpus(args.corpus)
+    corpus = Cache.open(args.cache).corpus(args.corpus)
     # Before the hours that looking may take.
     require_name(args.name)
     if args.name in corpus.annotations():
@@ -67,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         found = look_for(
             corpus, files, index, lambda rows, hits: show(rows, len(corpus), f"{counted(hits, 'row')} with items")
         )
-    annotate(cache.root, corpus.annotated, args.name, found.rows, found.provenance())
+    annotate(Cache.open(args.cache, mode="r+").root, corpus.annotated, args.name, found.rows, found.provenance())
     if args.json:
         print(json.dumps({"corpus": corpus.name, "annotation": args.name, **found.to_json()}, indent=1))
     else:
