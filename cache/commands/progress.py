@@ -35,7 +35,7 @@ class Show(Protocol):
 def progress(title: str, unit: str) -> Iterator[Show]:
     """Show progress until the block ends, with units a second and the time left."""
     # On stderr, so that a command's output can be piped.
-    console = Console(stderr=True)
+    console = Console(file=sys.stderr)
     if console.is_terminal:
         with _bar(console, title, unit) as show:
             yield show

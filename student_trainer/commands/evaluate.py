@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from potstill.student_trainer.evaluate.evidence import Evidence
     from potstill.student_trainer.evaluate.judged import Subject
+    from potstill.student_trainer.evaluate.tasks.harness import Tasks
+    from potstill.student_trainer.evaluate.tasks.outcome import TaskOutcomes
 
 SUMMARY = "measure a student on unseen text, and by its teachers"
 
@@ -25,6 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--corpus", metavar="NAME", action="append", default=[], help="(further) corpus to evaluate on; may be repeated"
     )
+    parser.add_argument(
+        "--tasks",
+        metavar="FOLDER|NAMES",
+        help="tasks of the lm-evaluation-harness: a folder with its YAML, or with questions as TruthfulQA, ARC or MMLU "
+        "writes them (JSON, JSONL); or names of its own, with commas between, whose data is downloaded",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--html", metavar="FILE", type=Path, help="also write a page with charts and samples")
 
@@ -33,34 +41,56 @@ def run(args: argparse.Namespace) -> int:
     """Measure the final model of a run, or its newest checkpoint, or another model; print what was found."""
     import json
 
-    from potstill.cache.commands.progress import progress
     from potstill.cache.errors import InvalidInput
     from potstill.student_trainer.evaluate.evidence import evidence_json
-    from potstill.student_trainer.evaluate.judged import judge
     from potstill.student_trainer.evaluate.result import HELD_OUT
 
     if args.html is not None and not args.html.parent.is_dir():
         raise InvalidInput(f"--html {str(args.html)!r} cannot be written: there is no folder {str(args.html.parent)!r}")
-    with _opened(args) as subject:
-        with progress("evaluate", "rows") as show:
-            found = judge(subject, lambda done: show(done, subject.num_rows))
+    with ExitStack() as stack:
+        # Before rows are measured for hours: a task may be of no use.
+        tasks = None if args.tasks is None else stack.enter_context(_tasks(args.tasks))
+        subject = stack.enter_context(_opened(args))
+        found, outcomes = _measured(subject, tasks)
         if args.html is not None:
-            _write_page(args.html, subject, _titled(found))
+            _write_page(args.html, subject, _titled(found), outcomes)
     if args.json:
         held_out = found.pop(HELD_OUT, None)
-        print(json.dumps(evidence_json(held_out, found, {"model": subject.name})))
+        of_tasks = {} if outcomes is None else outcomes.to_json()
+        print(json.dumps(evidence_json(held_out, found, {"model": subject.name}) | of_tasks))
         return 0
-    _print(_titled(found))
+    _print(_titled(found), outcomes)
     if args.html is not None:
         print(f"page: {args.html}")
     return 0
+
+
+def _tasks(asked: str) -> AbstractContextManager[Tasks]:
+    from potstill.student_trainer.evaluate.tasks.harness import open_tasks
+
+    return open_tasks(asked)
+
+
+def _measured(subject: Subject, tasks: Tasks | None) -> tuple[dict[str, Evidence], TaskOutcomes | None]:
+    from potstill.cache.commands.progress import progress
+    from potstill.student_trainer.evaluate.judged import judge
+
+    tokenizer = None if tasks is None else subject.tokenizer()
+    with progress("evaluate", "rows") as show:
+        found = judge(subject, lambda done: show(done, subject.num_rows))
+    if tasks is None or tokenizer is None:
+        return found, None
+    from potstill.student_trainer.evaluate.tasks.harness import run_tasks
+
+    with progress("tasks", "requests") as show:
+        return found, run_tasks(tasks, subject.model, tokenizer, show)
 
 
 def _opened(args: argparse.Namespace) -> AbstractContextManager[Subject]:
     """The run or the model that was asked for, with what to judge it by.
 
     Raises:
-        NotFound: it is neither. InvalidInput: a model without a cache or a corpus.
+        NotFound: it is neither. InvalidInput: a model without a cache or a corpus, or tasks.
     """
     from potstill.cache.errors import InvalidInput, NotFound
     from potstill.cache.hub import may_be_hub_name, require_reachable
@@ -69,18 +99,20 @@ def _opened(args: argparse.Namespace) -> AbstractContextManager[Subject]:
     if "://" in args.subject or _is_run(folder):
         from potstill.student_trainer.train.judged import run_to_judge
 
-        return run_to_judge(args.subject, cache=args.cache, corpora=args.corpus)
+        return run_to_judge(args.subject, cache=args.cache, corpora=args.corpus, rows_needed=args.tasks is None)
     if not may_be_hub_name(args.subject) and not (folder / "config.json").is_file():
         raise NotFound(f"{args.subject!r} is neither the folder of a run nor of a model: there is no config.json")
     if not folder.exists():
         require_reachable(args.subject, "RUN|MODEL")
+    from potstill.student_trainer.evaluate.other_model import model_alone, model_to_judge
+
+    if args.tasks is not None and args.cache is None and not args.corpus:
+        return model_alone(args.subject)
     if args.cache is None or not args.corpus:
         lacking = "--cache ROOT" if args.cache is None else "--corpus NAME"
         raise InvalidInput(
             f"{args.subject!r} is a model and no run, so what to evaluate it on is not known; add {lacking}"
         )
-    from potstill.student_trainer.evaluate.other_model import model_to_judge
-
     return model_to_judge(args.subject, args.cache, args.corpus)
 
 
@@ -101,17 +133,19 @@ def _titled(found: dict[str, Evidence]) -> dict[str, Evidence]:
     return {"held-out rows" if name == HELD_OUT else name: evidence for name, evidence in found.items()}
 
 
-def _print(found: dict[str, Evidence]) -> None:
-    from potstill.student_trainer.evaluate.tables import headline, parts, teachers
+def _print(found: dict[str, Evidence], outcomes: TaskOutcomes | None) -> None:
+    from potstill.student_trainer.evaluate.tables import headline, parts, tasks, teachers
 
-    tables = [("", headline(found))]
+    tables = [("", headline(found))] if found else []
     for name, evidence in found.items():
         tables += [(f"{name}: against teachers", teachers(evidence))] if evidence.teachers else []
         tables.append((f"{name}: by kind of the next token", parts("next token", evidence.by_category)))
         tables += [(f"{name}: by source", parts("source", evidence.by_source))] if evidence.by_source else []
+    tables += [] if outcomes is None else [(f"tasks of lm_eval {outcomes.version}", tasks(outcomes))]
     for title, table in tables:
         _print_table(title, table.headings, table.rows)
-    for note in dict.fromkeys(note for evidence in found.values() for note in evidence.notes):
+    notes = [note for evidence in found.values() for note in evidence.notes]
+    for note in dict.fromkeys([*notes, *(() if outcomes is None else outcomes.notes)]):
         print(f"note: {note}")
 
 
@@ -125,8 +159,8 @@ def _print_table(title: str, headings: tuple[str, ...], rows: tuple[tuple[str, .
         print()
 
 
-def _write_page(file: Path, subject: Subject, found: dict[str, Evidence]) -> None:
+def _write_page(file: Path, subject: Subject, found: dict[str, Evidence], outcomes: TaskOutcomes | None) -> None:
     from potstill.student_trainer.evaluate.report import write_page
     from potstill.student_trainer.evaluate.shown_rows import texts_of
 
-    write_page(file, subject.name, found, *texts_of(subject))
+    write_page(file, subject.name, found, *texts_of(subject), outcomes)

@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from potstill.cache.cache import Cache
 from potstill.clients.http_targets import HttpCache
@@ -32,6 +32,8 @@ class Judged:
     """Of rows of `corpora`, with the teachers to compare with."""
     rows: NDArray[np.int64]
     """[N] rising, at least one."""
+    cache: Cache | HttpCache
+    """Holds the corpora."""
     notes: tuple[str, ...] = ()
     """What was left out, and why."""
 
@@ -46,9 +48,10 @@ class Subject:
     """On its device."""
     dtype: str
     """Of its forward passes."""
-    cache: Cache | HttpCache
+    tokenizer: Callable[[], PreTrainedTokenizerBase]
+    """Loads the student's tokenizer with all its settings; raises InvalidInput."""
     judged: Sequence[Judged]
-    """At least one, of one tokenizer."""
+    """All of one tokenizer; none where the student is to be judged by tasks alone."""
 
     @property
     def num_rows(self) -> int:
@@ -64,6 +67,8 @@ def judge(subject: Subject, on_progress: Callable[[int], None] = lambda _: None)
     Raises:
         PotstillError: whatever reading rows and targets raises.
     """
+    if not subject.judged:
+        return {}
     labels = LabelTable.of(subject.judged[0].corpora.corpora[0].tokenizer)
     found: dict[str, Evidence] = {}
     before = 0
@@ -85,7 +90,7 @@ def _judged(subject: Subject, judged: Judged, labels: LabelTable, on_progress: C
                 f"teacher {source.name!r} is read as draws alone, so what needs a top-k was not measured; "
                 "run `potstill prefill --top-k 64` for it"
             )
-        targets, problem = whole_targets(subject.cache, source.name, judged.corpora)
+        targets, problem = whole_targets(judged.cache, source.name, judged.corpora)
         if targets is not None:
             whole[source.name] = targets
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from potstill.student_trainer.data.settings import DataConfig, TeacherConfig
 from potstill.student_trainer.data.sources import TargetSource, open_cache, open_sources
 from potstill.student_trainer.evaluate.judged import Judged, Subject
 from potstill.student_trainer.models.build import build_student
+from potstill.student_trainer.models.corpus_tokenizer import load_model_tokenizer
 from potstill.student_trainer.models.settings import StudentConfig
 from potstill.student_trainer.parallel.group import device_for
 
@@ -51,7 +53,18 @@ def model_to_judge(model: str, cache: str, corpora: Sequence[str]) -> Iterator[S
             vocab_size=max(each.vocab_size for each in together.corpora),
             row_tokens=max(each.reader.longest_row for each in judged),
         )
-        yield Subject(model, student.to(device_for()), "float32", opened, judged)
+        yield Subject(model, student.to(device_for()), "float32", partial(load_model_tokenizer, model), judged)
+
+
+@contextmanager
+def model_alone(model: str) -> Iterator[Subject]:
+    """Load a model that is judged by no rows.
+
+    Raises:
+        InvalidInput: it is no causal language model.
+    """
+    student, _ = build_student(StudentConfig(checkpoint=model), seed=0, vocab_size=1, row_tokens=1)
+    yield Subject(model, student.to(device_for()), "float32", partial(load_model_tokenizer, model), ())
 
 
 def _judged(model: str, cache: Cache | HttpCache, corpus: Corpus, stack: ExitStack) -> Judged:
@@ -66,7 +79,7 @@ def _judged(model: str, cache: Cache | HttpCache, corpus: Corpus, stack: ExitSta
     notes += [problem] if problem else []
     joined = JoinedCorpora((corpus,))
     reader = BatchReader(joined, sources, (1.0,) * len(sources), prefix)
-    return Judged(corpus.name, joined, reader, np.arange(len(corpus), dtype=np.int64), tuple(notes))
+    return Judged(corpus.name, joined, reader, np.arange(len(corpus), dtype=np.int64), cache, tuple(notes))
 
 
 def _incomplete(cache: Cache | HttpCache, teacher: str, corpus: Corpus) -> str:

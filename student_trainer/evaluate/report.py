@@ -13,14 +13,20 @@ from potstill.student_trainer.evaluate.evidence import Evidence, Part
 from potstill.student_trainer.evaluate.means import Measure
 from potstill.student_trainer.evaluate.samples import Sample, Writing
 from potstill.student_trainer.evaluate.shown_text import FILTERS
-from potstill.student_trainer.evaluate.tables import headline, parts, teachers
+from potstill.student_trainer.evaluate.tables import headline, parts, tasks as task_table, teachers
+from potstill.student_trainer.evaluate.tasks.outcome import TaskOutcomes
 
 _HALF_95 = 1.96
 """Standard errors of a normal distribution's 95% on either side."""
 
 
 def write_page(
-    file: Path, name: str, found: Mapping[str, Evidence], writings: Sequence[Writing], samples: Sequence[Sample]
+    file: Path,
+    name: str,
+    found: Mapping[str, Evidence],
+    writings: Sequence[Writing],
+    samples: Sequence[Sample],
+    tasks: TaskOutcomes | None = None,
 ) -> None:
     """Write the page.
 
@@ -30,6 +36,7 @@ def write_page(
         found: evidence, by what it was found on.
         writings: of the student.
         samples: of the student and its teachers.
+        tasks: scores in the harness's tasks.
 
     Raises:
         StoreError: the file cannot be written.
@@ -38,7 +45,12 @@ def write_page(
     pages = pages_of("potstill.student_trainer.evaluate")
     pages.filters.update(FILTERS)
     page = pages.get_template("evaluate.html.jinja").render(
-        name=name, headline=headline(found), sets=sets, writings=writings, samples=samples
+        name=name,
+        headline=headline(found) if found else None,
+        sets=sets,
+        writings=writings,
+        samples=samples,
+        tasks=None if tasks is None else _tasks(tasks),
     )
     try:
         file.write_text(page, encoding="utf-8")
@@ -59,6 +71,19 @@ def _section(title: str, evidence: Evidence) -> dict[str, Any]:
         "by_category": parts("next token", evidence.by_category),
         "by_source": parts("source", evidence.by_source) if evidence.by_source else None,
     }
+
+
+def _tasks(found: TaskOutcomes) -> dict[str, Any]:
+    metrics = dict.fromkeys(metric for task in found.tasks.values() for metric in task.scores)
+    charts = [chart for chart in (_by_task(metric, found) for metric in metrics) if chart is not None]
+    return {"found": found, "table": task_table(found), "charts": charts}
+
+
+def _by_task(metric: str, found: TaskOutcomes) -> IntervalChart | None:
+    """Draw a metric of the tasks that have it, if there are several."""
+    measures = {name: task.scores[metric].measure for name, task in found.tasks.items() if metric in task.scores}
+    values = {name: (each.value, _half(each)) for name, each in measures.items() if math.isfinite(each.value)}
+    return interval_chart(f"{metric} by task", "with 95% intervals", values) if len(values) > 1 else None
 
 
 def _by_part(title: str, found: Mapping[str, Part]) -> IntervalChart | None:

@@ -16,6 +16,8 @@ def texts_of(subject: Subject) -> tuple[list[Writing], list[Sample]]:
     Raises:
         PotstillError: whatever reading targets raises.
     """
+    if not subject.judged:
+        return [], []
     judged = subject.judged[0]
     corpus, rows = judged.corpora.corpora[0], _long_rows(judged)
     if not rows:

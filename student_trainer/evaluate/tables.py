@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from potstill.student_trainer.evaluate.evidence import Evidence, Part
 from potstill.student_trainer.evaluate.means import Measure
+from potstill.student_trainer.evaluate.tasks.outcome import TaskOutcomes
 
 _TEXT = {
     "loss": "cross-entropy, nats a token",
@@ -26,6 +27,7 @@ _TEACHER = {
     "overlap": "overlap of the top K",
     "mass": "student's mass on the top K",
 }
+_DIRECTION = {True: "\u2191", False: "\u2193", None: ""}
 _MOST_DIGITS = 6
 _SHARES = {"ece", "total_variation", "acceptance", "top1", "overlap", "mass"}
 
@@ -91,3 +93,19 @@ def parts(heading: str, found: Mapping[str, Part]) -> Table:
     ]
     more = () if teacher is None else (f"KL of {teacher}",)
     return Table((heading, "labels", "nats a token", "likeliest", *more), tuple(rows))
+
+
+def tasks(found: TaskOutcomes) -> Table:
+    """Make a line for each metric of each task; an arrow up where more is better, down where less is."""
+    rows = [
+        (
+            name,
+            "-" if task.questions is None else f"{task.questions:,}",
+            "-" if task.shots is None else str(task.shots),
+            f"{metric} {_DIRECTION[score.higher_is_better]}".rstrip(),
+            measure_text(score.measure),
+        )
+        for name, task in found.tasks.items()
+        for metric, score in task.scores.items()
+    ]
+    return Table(("task", "questions", "shots", "metric", "value"), tuple(rows))

@@ -1,12 +1,14 @@
-"""The corpus's tokenizer, as `transformers` has it beside a model."""
+"""Tokenizers as `transformers` has them beside a model; of a student, the corpus's."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from potstill.cache.corpus import Corpus
+from potstill.cache.errors import InvalidInput
 from potstill.student_trainer.models.architecture import SPECIAL_IDS
 
 
@@ -30,3 +32,29 @@ def save_tokenizer(corpus: Corpus, folder: Path) -> None:
     corpus.tokenizer.save(str(folder / "tokenizer.json"))
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
+
+
+def model_tokenizer(model: PreTrainedModel, corpus: Corpus) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a student as `AutoTokenizer` loads it from the student's published folder.
+
+    Raises:
+        InvalidInput: it loads none from there.
+    """
+    with TemporaryDirectory() as folder:
+        # The class of the tokenizer may depend on that of the model.
+        model.config.save_pretrained(folder)
+        save_tokenizer(corpus, Path(folder))
+        return load_model_tokenizer(folder)
+
+
+def load_model_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer beside a model, a folder or a name on the hub.
+
+    Raises:
+        InvalidInput: `AutoTokenizer` loads none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InvalidInput(f"{model!r} has no tokenizer that transformers loads: {reason}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,17 +22,21 @@ from potstill.student_trainer.data.joined import JoinedCorpora
 from potstill.student_trainer.data.sources import open_cache
 from potstill.student_trainer.evaluate.judged import Judged, Subject
 from potstill.student_trainer.evaluate.result import HELD_OUT
+from potstill.student_trainer.models.corpus_tokenizer import model_tokenizer
 from potstill.student_trainer.train.run import OpenRun, eval_reader, opened_run, rows_with_targets
 
 
 @contextmanager
-def run_to_judge(run: Path | str, *, cache: str | None = None, corpora: Sequence[str] = ()) -> Iterator[Subject]:
+def run_to_judge(
+    run: Path | str, *, cache: str | None = None, corpora: Sequence[str] = (), rows_needed: bool = True
+) -> Iterator[Subject]:
     """Open a run's final model, or its newest checkpoint, with what it is evaluated on and further corpora.
 
     Args:
         run: its folder, or its URL in an object store.
         cache: where the run's cache is now, if it is not where it was.
         corpora: names of further ones; their rows that are in a corpus of the run are left out.
+        rows_needed: refuse a run that has no rows to be judged by.
 
     Raises:
         NotFound: no run, or nothing trained yet, in the folder.
@@ -39,18 +44,19 @@ def run_to_judge(run: Path | str, *, cache: str | None = None, corpora: Sequence
         PotstillError: whatever opening the cache or the teachers raises.
     """
     with opened_run(run, cache) as (config, read, student), open_cache(config.data) as opened, ExitStack() as stack:
-        judged = [Judged(HELD_OUT, read.corpora, read.reader, read.held_out)] if len(read.held_out) else []
+        judged = [Judged(HELD_OUT, read.corpora, read.reader, read.held_out, opened)] if len(read.held_out) else []
         for name, reader in read.eval_readers.items():
             joined = JoinedCorpora((opened.corpus(name),))
-            judged.append(Judged(name, joined, reader, rows_with_targets(reader), _not_compared(config, reader, name)))
+            notes = _not_compared(config, reader, name)
+            judged.append(Judged(name, joined, reader, rows_with_targets(reader), opened, notes))
         further = [name for name in dict.fromkeys(corpora) if name not in read.eval_readers]
         judged += [_further(config, read, opened, opened.corpus(name), stack) for name in further]
-        if not judged:
+        if rows_needed and not judged:
             raise InvalidInput(
                 f"run {str(run)!r} has no held-out rows: its data.held_out is 0, and it has no data.eval_corpora; "
                 "name a corpus by --corpus"
             )
-        yield Subject(str(run), student, config.train.dtype, opened, judged)
+        yield Subject(str(run), student, config.train.dtype, partial(model_tokenizer, student, read.corpus), judged)
 
 
 def _further(config: TrainConfig, run: OpenRun, cache: Cache | HttpCache, corpus: Corpus, stack: ExitStack) -> Judged:
@@ -64,7 +70,7 @@ def _further(config: TrainConfig, run: OpenRun, cache: Cache | HttpCache, corpus
         )
     told = f"{counted(len(seen), 'row')} of corpus {corpus.name!r} are in the run's own corpora, and were left out"
     notes = (*([told] if len(seen) else []), *_not_compared(config, reader, corpus.name))
-    return Judged(corpus.name, JoinedCorpora((corpus,)), reader, left, notes)
+    return Judged(corpus.name, JoinedCorpora((corpus,)), reader, left, cache, notes)
 
 
 def _not_compared(config: TrainConfig, reader: BatchReader, corpus: str) -> tuple[str, ...]:

@@ -49,6 +49,7 @@ HEAVY = {
     },
     "obstore": {"cache/store/root.py", "cache/store/object_stores.py", "cache/store/pipelines.py"},
     "numba": {"cache/compiled.py", "teacher_service/capture/cpu/kernel.py"},
+    "lm_eval": {"student_trainer/evaluate/tasks/harness.py"},
     "triton": {"student_trainer/losses/triton_rows.py"},
 }
 NEVER = {"cache": {"torch", "transformers", "vllm", "ray", "fastapi", "httpx", "uvicorn"}, "clients": {"torch", "vllm"}}

@@ -65,6 +65,7 @@ def folder(tmp_path: Path) -> Path:
         ("tensorboard", "train train.toml --no-ray", "trainer"),
         ("ray", "train train.toml", "trainer"),
         ("torch", "evaluate run", "trainer"),
+        ("lm_eval", "evaluate run --tasks .", "eval"),
         ("torch", "demo --out demo --models models", "trainer"),
         ("pycld2", "filter cache-docs-text --out kept", "data"),
         ("rensa", "filter cache-docs-text --out kept", "data"),
