@@ -38,7 +38,8 @@ class Claim:
 CLAIMS = (
     Claim("distillation from all probabilities is better than none", DENSE, CROSS_ENTROPY, LOWER),
     Claim("top-12 without a tail is worse than no distillation", "renormalised-12", CROSS_ENTROPY, HIGHER),
-    Claim("about 12 unique draws (50 draws) are as good as all probabilities", "draws-50", DENSE, EQUAL),
+    Claim("draws of about 12 different ids (here 50 draws) are as good as all probabilities", "draws-50", DENSE, EQUAL),
+    Claim("so are 12 draws", "draws-12", DENSE, EQUAL),
     Claim("top-64 without a tail is worse than all probabilities", "renormalised-64", DENSE, HIGHER),
     Claim("the mass of the tail makes top-64 better", "top-64", "renormalised-64", LOWER),
     Claim("draws are better than a top-k of their size without a tail", "draws-50", "renormalised-12", LOWER),

@@ -26,7 +26,7 @@ _MEASURES = {
 _PAPER = "[Sparse Logit Sampling](https://arxiv.org/abs/2503.16870)"
 
 
-def write_page(docs: Path, results: Results, manifest: Mapping[str, Any]) -> None:
+def write_page(docs: Path, results: Results, manifest: Mapping[str, Any], facts: Mapping[str, Any] | None) -> None:
     """Write `study.md`, and the plots that it shows."""
     plots = _plots(docs / "study", results)
     parts = [
@@ -36,7 +36,7 @@ def write_page(docs: Path, results: Results, manifest: Mapping[str, Any]) -> Non
         *(_differences(results, base) for base in (CROSS_ENTROPY, DENSE)),
         *plots,
         _others(results),
-        _how(results.plan, manifest),
+        _how(results.plan, manifest, facts),
         _made(results),
     ]
     (docs / "study.md").write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
@@ -89,10 +89,14 @@ def _means(results: Results) -> str:
             rows.append((_named(cell, results), cell.told, *values, f"{found[0].tokens:,}", flops))
     titles = ("cell", "learns from", *(title for title, _ in _MEASURES.values()), "tokens", "Tflop")
     return (
-        "## All cells\n\nMeans over the held-out tokens and the seeds. Loss and KL are in nats a token, KL(teacher ‖ "
-        "student) and the reverse are exact over the whole vocabulary, acceptance is Σ min(p, t), and ECE the expected "
-        "calibration error. Tflop counts six operations for each parameter and token of training. Cells of another "
-        "width or number of tokens compare among themselves only.\n\n" + _table(titles, rows)
+        ""
+        if not rows
+        else (
+            "## All cells\n\nMeans over the held-out tokens and the seeds. Loss and KL are in nats a token, KL(teacher "
+            "‖ student) and the reverse are exact over the whole vocabulary, acceptance is Σ min(p, t), and ECE the "
+            "expected calibration error. Tflop counts six operations for each parameter and token of training. Cells "
+            "of another width or number of tokens compare among themselves only.\n\n" + _table(titles, rows)
+        )
     )
 
 
@@ -154,7 +158,7 @@ def _second(plan: Plan) -> str:
     )
 
 
-def _how(plan: Plan, manifest: Mapping[str, Any]) -> str:
+def _how(plan: Plan, manifest: Mapping[str, Any], facts: Mapping[str, Any] | None) -> str:
     size = sum(each["bytes"] for each in manifest["kinds"].values())
     rows = [
         (kind, f"{each['documents']:,}", f"{each['bytes']:,}", f"`{each['sha256'][:16]}`", f"{plan.rows.get(kind, 0)}")
@@ -170,7 +174,21 @@ def _how(plan: Plan, manifest: Mapping[str, Any]) -> str:
         f"`potstill prefill`'s path, top-k in `u8`; {plan.fewer_draws} draws are some of the {plan.draws}.\n"
         f"- Students: two layers of width {plan.hidden_size}, {plan.steps} steps of {plan.batch_rows} rows, AdamW at "
         f"{plan.lr:g}; wide ones {plan.wide_steps} steps at {plan.wide_lr:g}. Teachers' cells have `alpha = 1`: no "
-        "cross-entropy beside the distillation.\n\n" + _table(("kind", "documents", "bytes", "sha256", "rows"), rows)
+        "cross-entropy beside the distillation.\n"
+        + _facts(facts)
+        + "\n"
+        + _table(("kind", "documents", "bytes", "sha256", "rows"), rows)
+    )
+
+
+def _facts(facts: Mapping[str, Any] | None) -> str:
+    if facts is None:
+        return ""
+    unique = ", ".join(f"{number} of {draws}" for draws, number in facts["unique"].items())
+    tails = ", ".join(f"{mass:.1%} at {k}" for k, mass in facts["tail"].items())
+    return (
+        f"- The teacher: its own loss on the sample is {facts['loss']:.4f}. Different ids among the draws of a "
+        f"position, on average: {unique}; mass outside its top-k: {tails}.\n"
     )
 
 

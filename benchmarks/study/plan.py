@@ -139,6 +139,11 @@ class Plan:
         """The cell of a name, which must be there."""
         return next(cell for cell in self.cells if cell.name == name)
 
-    def sha256(self, text: str) -> str:
-        """Hash the plan with the text's own hash, in hex: results of one study have the same."""
-        return hashlib.sha256(json.dumps([asdict(self), text], sort_keys=True).encode()).hexdigest()
+    def sha256(self, cell: str, text: str) -> str:
+        """Hash what changes the numbers of a cell, in hex, with the text's own hash.
+
+        Further seeds and cells, and other words for readers, leave results as they are.
+        """
+        shared = {name: value for name, value in asdict(self).items() if name not in ("seeds", "cells")}
+        of_cell = {name: value for name, value in asdict(self.cell(cell)).items() if name not in ("told", "baseline")}
+        return hashlib.sha256(json.dumps([shared, of_cell, text], sort_keys=True).encode()).hexdigest()

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.study.plan import Plan
 from potstill.cache.errors import FormatError, SpecMismatch
 from potstill.student_trainer.config.run_folder import write_json
 
@@ -24,7 +25,7 @@ class Result:
     """One cell with one seed, judged on the held-out documents."""
 
     plan: str
-    """Hash of the plan and its text."""
+    """Hash of what the plan says of the cell, and of the text."""
     cell: str
     seed: int
     tokens: int
@@ -73,12 +74,18 @@ class Result:
         write_json(folder / self.name, asdict(self))
 
 
-def load_results(folders: Iterable[Path], plan: str) -> dict[tuple[str, int], Result]:
+def load_results(folders: Iterable[Path], plan: Plan, text: str) -> dict[tuple[str, int], Result]:
     """Read the results in some folders, by cell and seed.
+
+    Args:
+        folders: those that are there are looked into.
+        plan: of the study.
+        text: hash of its text.
 
     Raises:
         SpecMismatch: one is of another plan, or of other text. FormatError: one cannot be read.
     """
+    hashes = {cell.name: plan.sha256(cell.name, text) for cell in plan.cells}
     found = {}
     for file in (file for folder in folders for file in sorted(folder.glob("*.json"))):
         try:
@@ -88,10 +95,11 @@ def load_results(folders: Iterable[Path], plan: str) -> dict[tuple[str, int], Re
             raise FormatError(
                 f"{str(file)!r} is no result of this version ({error!r}); delete it to run it again"
             ) from error
-        if result.plan != plan:
+        wanted = hashes.get(result.cell, "without that cell")
+        if result.plan != wanted:
             raise SpecMismatch(
-                f"{str(file)!r} is of plan {result.plan[:12]}, but this plan with this text is {plan[:12]}: results of "
-                "two do not compare; change the plan back, or move the results of the other away"
+                f"{str(file)!r} is of plan {result.plan[:12]}, but this plan with this text is {wanted[:17]}: results "
+                "of two do not compare; change the plan back, or move the results of the other away"
             )
         found[result.cell, result.seed] = result
     return found

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from benchmarks.study.comparing import Results
 from benchmarks.study.corpora import prepare_corpora
+from benchmarks.study.facts import facts
 from benchmarks.study.page import write_page
 from benchmarks.study.plan import Cell, Plan
 from benchmarks.study.results import Result, load_results
@@ -70,14 +72,15 @@ class Study:
         Raises:
             InvalidInput: there was no run yet. SpecMismatch: a result is of another plan or text.
         """
-        file = self.docs / "study" / "text.json"
-        if not file.exists():
-            raise InvalidInput(f"{str(file)!r} is not there: run the study first, with --hours 2")
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        files = [where / "text.json" for where in (self.docs / "study", self.folder)]
+        file = next((file for file in files if file.exists()), None)
+        if file is None:
+            raise InvalidInput(f"{str(files[0])!r} is not there: run the study first, with --hours 2")
+        manifest = self._manifest(json.loads(file.read_text(encoding="utf-8")))
         results = Results(self.plan, self._results(manifest))
         for each in results.found.values():
             each.save(self.docs / "study" / "results")
-        write_page(self.docs, results, manifest)
+        write_page(self.docs, results, manifest, self._facts())
         total = len(self.plan.cells) * len(self.plan.seeds)
         return f"{len(results.found)} of {total} runs are there: {self.docs / 'study.md'}"
 
@@ -94,7 +97,11 @@ class Study:
                 with self._locked("stages", wait=True):
                     prepare_second(self.plan, cache, model, scoring)
             began = time.monotonic()
-            how = {"sha256": self._sha256(manifest), "made": made(), "should_stop": scoring.should_stop}
+            how = {
+                "sha256": self.plan.sha256(cell.name, text_sha256(manifest)),
+                "made": made(),
+                "should_stop": scoring.should_stop,
+            }
             try:
                 result = trained_and_judged(self.plan, cell, seed, self.folder, model, **how)  # type: ignore[arg-type]
             except PotstillError as error:
@@ -124,12 +131,17 @@ class Study:
             )
         return found
 
-    def _sha256(self, manifest: dict[str, object]) -> str:
-        return self.plan.sha256(text_sha256(manifest))
+    def _facts(self) -> dict[str, Any] | None:
+        """Read what is known of the first teacher's targets, or find it out where they are at hand."""
+        file = self.docs / "study" / "teacher.json"
+        if not file.exists() and (found := facts(self.plan, self.folder)) is not None:
+            write_json(file, found)
+        told: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        return told
 
     def _results(self, manifest: dict[str, object]) -> dict[tuple[str, int], Result]:
         folders = (self.docs / "study" / "results", self.folder / "results")
-        return load_results(folders, self._sha256(manifest))
+        return load_results(folders, self.plan, text_sha256(manifest))
 
     @contextmanager
     def _locked(self, name: str, *, wait: bool = False) -> Iterator[bool]:

@@ -85,9 +85,9 @@ def prepare_first(plan: Plan, cache: Cache, model: Path, scoring: Scoring) -> No
     Raises:
         Stopped, PotstillError: as `Scoring.fill`.
     """
-    if not _is_filled(cache, TEACHER):
+    if not is_filled(cache, TEACHER):
         scoring.fill(TEACHER, model, Fields(k=plan.k, draws=plan.draws, seed=plan.seed, dense=True))
-    if not _is_filled(cache, FEWER_DRAWS):
+    if not is_filled(cache, FEWER_DRAWS):
         _keep_fewer(plan, cache)
 
 
@@ -97,7 +97,7 @@ def prepare_second(plan: Plan, cache: Cache, model: Path, scoring: Scoring) -> N
     Raises:
         Stopped, PotstillError: as `train` and `Scoring.fill`.
     """
-    if _is_filled(cache, SECOND):
+    if is_filled(cache, SECOND):
         return
     steps = plan.specialist_steps
     config = TrainConfig.of(
@@ -123,7 +123,8 @@ def prepare_second(plan: Plan, cache: Cache, model: Path, scoring: Scoring) -> N
     scoring.fill(SECOND, config.run_dir / "model", Fields(k=plan.k))
 
 
-def _is_filled(cache: Cache, name: str) -> bool:
+def is_filled(cache: Cache, name: str) -> bool:
+    """Tell whether a teacher has targets of all of the sample."""
     return name in cache.teachers(SAMPLE) and bool(cache.targets(name, SAMPLE).committed.all())
 
 

@@ -21,7 +21,7 @@ from benchmarks.study.plan import FEWER_DRAWS, TEACHER, Package, Plan
 from benchmarks.study.results import load_results
 from benchmarks.study.study import Study
 from benchmarks.study.teachers import Scoring, Stopped, prepare_first, some_of
-from benchmarks.study.text import prepare_text
+from benchmarks.study.text import prepare_text, text_sha256
 from potstill.cache import Cache
 from potstill.cache.corpus.tokenizer import fingerprint, load_tokenizer
 from potstill.cache.errors import SpecMismatch
@@ -84,18 +84,20 @@ def test_a_study_stops_and_goes_on_and_its_page_says_what_is_there(tmp_path: Pat
     page = (docs / "study.md").read_text()
     assert "All of them are there." in page
     assert NOT_RUN not in page
+    assert "Different ids among the draws of a position, on average: " in page
     assert "two-by-label" in page.split("## A second teacher")[1]
     assert {file.name for file in (docs / "study").glob("*.svg")} >= {"loss-cross-entropy.svg", "curves.svg"}
 
-    check_numbers(Results(PLAN, load_results([docs / "study" / "results"], study_hash(docs))))
+    check_numbers(Results(PLAN, load_results([docs / "study" / "results"], PLAN, study_text(docs))))
     check_draws(work)
+    more = replace(PLAN, seeds=(0, 1, 2), cells=(*PLAN.cells, Plan().cell("top-8")))
+    assert "6 of 12 runs" in Study(more, work, docs, opened).write_page(), "further seeds and cells go on from these"
     with pytest.raises(SpecMismatch, match="results of two do not compare"):
         Study(replace(PLAN, lr=1e-3), work, docs, opened).write_page()
 
 
-def study_hash(docs: Path) -> str:
-    found: str = json.loads((docs / "study" / "results" / "dense-0.json").read_text())["plan"]
-    return found
+def study_text(docs: Path) -> str:
+    return text_sha256(json.loads((docs / "study" / "text.json").read_text()))
 
 
 def check_numbers(results: Results) -> None:
