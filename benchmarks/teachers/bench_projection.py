@@ -103,7 +103,7 @@ def projected(cache: Cache, teacher: str, student: str) -> int:
     reached = []
     began = time.perf_counter()
     plan = ProjectionPlan(corpus=student, teacher=f"of-{teacher}", source=teacher)
-    report = project(cache.fresh(), plan, on_progress=lambda done, _: reached.append((done, time.perf_counter())))
+    report = project(cache.fresh(), plan, on_progress=lambda done, _: reached.append((done, time.process_time())))
     whole = time.perf_counter() - began
     targets = cache.fresh().targets(f"of-{teacher}", student)
     read = targets.read(0, targets.corpus.num_positions)
@@ -115,7 +115,7 @@ def projected(cache: Cache, teacher: str, student: str) -> int:
     print(
         f"{teacher} -> {student}: {all_of['aligned']:.1%} aligned, {all_of['one_to_one']:.1%} one to one, "
         f"{all_of['agreeing']:.1%} agreeing; mass within {worst:.1e}; map {mapped:.1f} s, "
-        f"{rate:,.0f} positions/s after the first block, {whole:.1f} s in all",
+        f"{rate:,.0f} positions a second of CPU after the first block, {whole:.1f} s in all",
         flush=True,
     )
     for name, shares in report.tally.to_json().items():
