@@ -9,7 +9,9 @@ JSON.
 2. Triton's kernels for the passes over a chunk of logits and plain torch: the error of both, and their time; CUDA only.
 3. Time and peak memory of the last linear layer with cross-entropy or distillation, forward and backward: fused, from
    logits, and as `torch.nn.functional.cross_entropy` has it.
-4. Steps of a Llama of LokiLM's shape (1.4B parameters) in bfloat16 with float32 masters: tokens/s, MFU, peak memory,
+4. ALiBi in LokiLM's attention, bfloat16: the error against float64, and the time, of wider keys, of flash-attn where it
+   is installed, of a mask of numbers and of the kernel without ALiBi.
+5. Steps of LokiLM (the preset `lokilm-1.4b`) in bfloat16 with float32 masters: tokens/s, MFU, peak memory,
    and the share of the time that copies of batches from pinned memory keep the device waiting.
 
 `--small` has sizes for a CPU: it shows that the script runs, and none of its times mean anything.
@@ -24,13 +26,14 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.student.attention_ways import MASKED, measured
 from potstill.student_trainer.losses import LOSSES, Logits, Objective, TeacherTargets, linear_distillation_loss
 from potstill.student_trainer.losses.chunks import CHUNK_ELEMENTS
 from potstill.student_trainer.losses.logits import distillation_loss
@@ -233,9 +236,18 @@ def _timed(device: torch.device, form: Callable[[], Tensor], problems: tuple[Pro
     return 1000 * (time.perf_counter() - began), _peak(device) - before
 
 
+def attention(device: torch.device, sizes: Sizes) -> dict[str, dict[str, float]]:
+    """Measure ways to attend with ALiBi on rows of the training step's."""
+    shape = (sizes.heads, sizes.row_tokens, sizes.hidden // sizes.heads)
+    found = measured(shape, torch.bfloat16, device, sizes.repeats)
+    for name, one in found.items():
+        print(f"attention: {one.row(name, found[MASKED])}")
+    return {name: asdict(one) for name, one in found.items()}
+
+
 def training_steps(device: torch.device, sizes: Sizes) -> dict[str, float]:
-    """Measure steps of a Llama of LokiLM's shape with one teacher, batches copied from pinned memory beside them."""
-    model, vocab = _llama(device, sizes)
+    """Measure steps of LokiLM with one teacher, batches copied from pinned memory beside them."""
+    model, vocab = _lokilm(device, sizes)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     seconds: list[float] = []
     waiting: list[float] = []
@@ -277,21 +289,20 @@ def training_steps(device: torch.device, sizes: Sizes) -> dict[str, float]:
     return found
 
 
-def _llama(device: torch.device, sizes: Sizes) -> tuple[Any, int]:
-    from transformers import LlamaConfig, LlamaForCausalLM
+def _lokilm(device: torch.device, sizes: Sizes) -> tuple[Any, int]:
+    from potstill.student_trainer.models.lokilm import LokiLMConfig, LokiLMForCausalLM
 
     vocab = min(49_152, sizes.vocabularies[-1])
-    config = LlamaConfig(
+    config = LokiLMConfig(
         vocab_size=vocab,
         hidden_size=sizes.hidden,
         intermediate_size=sizes.feed_forward,
         num_hidden_layers=sizes.layers,
         num_attention_heads=sizes.heads,
-        num_key_value_heads=sizes.heads,
         max_position_embeddings=sizes.row_tokens,
     )
     with torch.device(device):
-        return LlamaForCausalLM(config).train(), vocab
+        return LokiLMForCausalLM(config).train(), vocab
 
 
 def _batches(
@@ -357,7 +368,8 @@ def main() -> None:
     report: dict[str, Any] = {"device": _name(device), "torch": torch.__version__}
     report["gradients"] = gradient_errors(device, sizes)
     report["kernels"] = kernels(device, sizes)
-    report |= {"times": times(device, sizes), "training": training_steps(device, sizes)}
+    report |= {"times": times(device, sizes), "attention": attention(device, sizes)}
+    report["training"] = training_steps(device, sizes)
     print(json.dumps(report))
 
 
