@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     finished = finished_before(config)
     if finished is not None:
         print(f"finished before, at step {finished.step}; ask for more train.steps, or choose another --out")
-        tell_end(finished, config.train.steps)
+        tell_end(finished, config)
         return 0
 
     from potstill.student_trainer.metrics.progress import showing
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
             from potstill.student_trainer.launch.ray import train_with_ray
 
             result = train_with_ray(config, address=args.ray, should_stop=stop, on_record=show, on_begin=begin)
-    tell_end(result, config.train.steps)
+    tell_end(result, config)
     return 0 if result.finished else 128 + stop.signal_number
 
 

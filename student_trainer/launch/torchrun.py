@@ -76,7 +76,7 @@ def _follow(config: TrainConfig, group: DdpGroup) -> int:
     with stop_on_signals() as stop, showing(config.train.steps, console) as show:
         result = train(config, group, should_stop=stop, on_record=show, on_begin=begin)
     if group.rank == 0:
-        tell_end(result, config.train.steps)
+        tell_end(result, config)
     return 0 if result.finished else 128 + stop.signal_number
 
 

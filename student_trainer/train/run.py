@@ -289,6 +289,8 @@ def opened_run(run: Path | str, cache: str | None = None) -> Iterator[tuple[Trai
         if "://" in str(run):
             folder = Path(stack.enter_context(TemporaryDirectory(prefix="potstill-run-")))
             StoredRun.open(str(run), folder, write=False).bring()
+            if not (folder / "config.json").exists():
+                raise NotFound(f"no run at {run}: nothing that a run puts in a store is there")
         yield stack.enter_context(_opened_folder(folder, cache))
 
 

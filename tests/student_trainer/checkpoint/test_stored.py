@@ -19,6 +19,7 @@ from potstill.clients.cli import main
 from potstill.student_trainer.checkpoint.stored import StoredRun
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.config.train_config import local_copy
+from potstill.student_trainer.launch.ending import tell_end
 from potstill.student_trainer.metrics.records import read_metrics
 from potstill.student_trainer.train.loop import train
 from potstill.student_trainer.train.run import evaluate_run
@@ -87,7 +88,15 @@ def test_a_run_is_finished_on_another_machine_and_evaluated_from_the_store(
     assert evaluate_run(url) == evaluate_run(tmp_path / "straight")
     assert main(["evaluate", url, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["held_out"]["loss"]["value"] > 0
-    assert train(config(root, url, 12)).held_out == result.held_out, "brought, not trained again"
+    again = train(config(root, url, 12))
+    assert again.held_out == result.held_out, "brought, not trained again"
+    tell_end(again, config(root, url, 12))
+    assert capsys.readouterr().out.endswith(f"\nrun: {url}, of which the folder here is a copy\n")
+
+
+def test_a_url_without_a_run_is_named(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", url]) == 1
+    assert capsys.readouterr().err == f"not_found: no run at {url}: nothing that a run puts in a store is there\n"
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_half_of_one_never_read(

@@ -98,7 +98,7 @@ def test_a_run_goes_back_and_ends_as_if_it_had_known(
     again = finished_before(config(root, back))
     assert again is not None
     assert again.rollbacks == 1
-    tell_end(again, STEPS)
+    tell_end(again, config(root, back))
     assert (
         f"went back from 1 loss spike; the rows that were left out are in {back / 'skipped.json'}"
         in capsys.readouterr().out
