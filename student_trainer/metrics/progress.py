@@ -37,6 +37,7 @@ def showing(total_steps: int, console: Console) -> Iterator[Callable[[Record], N
                 return
             if "loss" not in record:
                 held_out = f"  held-out {nats(record['held_out']['ce'], 3)}" if "held_out" in record else ""
+                held_out += gap_text(record)
                 return
             text = f"loss {record['loss']:.3f}{held_out}  {speed_text(record)}"
             progress.update(task, completed=record["step"], text=text)
@@ -53,7 +54,7 @@ def _lines(total_steps: int, console: Console) -> Callable[[Record], None]:
         if "rollback" in record:
             text = rollback_text(record)
         elif "loss" not in record:
-            text += evaluations_text(record)
+            text += evaluations_text(record) + gap_text(record)
         elif time.monotonic() < next_line and record["step"] != total_steps:
             return
         else:
@@ -90,6 +91,11 @@ def evaluations_text(record: Record) -> str:
     """Put a record's evaluations into words, each behind two spaces and its name."""
     found = {"held-out": record["held_out"]} if record.get("held_out") else {}
     return "".join(f"  {name} {held_out_text(one)}" for name, one in (found | record.get("evaluations", {})).items())
+
+
+def gap_text(record: Record) -> str:
+    """Put into words how much higher the loss is on held-out rows than it was on training rows, if that is known."""
+    return f" (gap to training {record['gap']:+.3f})" if "gap" in record else ""
 
 
 def held_out_text(held_out: Record) -> str:

@@ -4,16 +4,18 @@
      "padding": 0.01, "tokens": 28672, "tokens_per_second": 3100.0, "waiting_seconds": 0.0, "waiting_share": 0.0,
      "peak_memory_bytes": 913408000, "mfu": 0.41, "seconds": 9.2}
     {"step": 100, "held_out": {"rows": 64, "ce": 5.9, "teachers": {"big": {"kl": 0.9, ...}}},
-     "evaluations": {"wiki": {"rows": ...}}}
+     "evaluations": {"wiki": {"rows": ...}}, "train_ce": 5.7, "gap": 0.2}
     {"step": 500, "rollback": {"from_step": 612, "skipped_rows": 32, "number": 1, "why": "the loss is 9.1, ..."}}
 
 A student with experts that has `output_router_logits` adds `router_loss`, before its coefficient; a run with
 `train.alm` adds `alm`, before that weight.
 
-Losses are nats per token. `tokens` are targets learnt: neither padding, nor a prefix, nor what the corpus's loss mask
-leaves out; `padding` is a share of all tokens. `waiting_seconds` were spent waiting for rows, a `waiting_share` of the
-step's time; `peak_memory_bytes` are those of the run so far, of tensors on a GPU or else of the whole process, and
-`mfu` is there where the peak of the devices is known (`speed`). With several corpora `epoch` is an object, by corpus.
+Losses are nats per token. `train_ce` is the mean `ce` of the steps since the evaluation before, and `gap` how much
+higher that of the held-out rows is. `tokens` are targets learnt: neither padding, nor a prefix, nor what the corpus's
+loss mask leaves out; `padding` is a share of all tokens. `waiting_seconds` were spent waiting for rows, a
+`waiting_share` of the step's time; `peak_memory_bytes` are those of the run so far, of tensors on a GPU or else of the
+whole process, and `mfu` is there where the peak of the devices is known (`speed`). With several corpora `epoch` is an
+object, by corpus.
 Lines of steps after the checkpoint that a run resumes from are dropped and written again.
 """
 

@@ -46,7 +46,8 @@ from potstill.student_trainer.evaluate.result import (
     evaluations_to_json,
     finished_before,
 )
-from potstill.student_trainer.metrics.records import MetricsWriter, Record
+from potstill.student_trainer.metrics.overfitting import OverfittingWatch
+from potstill.student_trainer.metrics.records import MetricsWriter, Record, read_metrics
 from potstill.student_trainer.metrics.speed import Speed
 from potstill.student_trainer.metrics.trackers import open_trackers
 from potstill.student_trainer.models.build import build_student
@@ -225,6 +226,7 @@ class _Session:
             # Before its first checkpoint a run begins anew, with all of its records.
             after = -1 if state is None else state.step
             self.writer = MetricsWriter(config.run_dir, open_trackers(config, step=after), step=after)
+            self.overfitting = OverfittingWatch(read_metrics(config.run_dir))
         self.spikes = SpikeWatch(config, group, step=self.step)
         # On the monotonic clock, less what earlier sessions took.
         self.began = time.monotonic() - (0.0 if state is None else state.seconds)
@@ -348,6 +350,7 @@ class _Session:
 
     def _record(self, record: Record) -> None:
         if self.writer is not None:
+            record = self.overfitting.follow(record)
             self.writer.write(record)
             self.on_record(record)
 
