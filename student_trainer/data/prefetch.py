@@ -62,7 +62,9 @@ class ReadAhead(Generic[Wanted, Found]):
         self._arrived: dict[int, Found | _Failed] = {}
         self._held, self._largest = 0, 0
         self._ended = self._closed = False
-        self._changed = threading.Condition()
+        # One lock; two conditions, so that an answer wakes no reader, and room not the caller.
+        self._lock = threading.Lock()
+        self._arrival, self._room = threading.Condition(self._lock), threading.Condition(self._lock)
         self._wanting = threading.Lock()
         names = (f"read-ahead-{i}" for i in range(readers))
         self._threads = [threading.Thread(target=self._work, name=name, daemon=True) for name in names]
@@ -79,26 +81,27 @@ class ReadAhead(Generic[Wanted, Found]):
             StopIteration: there is no more. Otherwise what reading raised.
         """
         began = time.monotonic()
-        with self._changed:
-            self._changed.wait_for(lambda: self._taken in self._arrived or self._is_over)
+        with self._lock:
+            self._arrival.wait_for(lambda: self._taken in self._arrived or self._is_over)
             self.waited += time.monotonic() - began
             if self._taken not in self._arrived:
                 raise StopIteration
             found = self._arrived.pop(self._taken)
             if isinstance(found, _Failed):
                 self._closed = True
-                self._changed.notify_all()
+                self._room.notify()
                 raise found.error
             self._taken += 1
             self._held -= self._size(found)
-            self._changed.notify_all()
+            self._room.notify()
             return found
 
     def close(self, seconds: float | None = None) -> None:
         """Begin no more reads, and wait for those under way, at most so long."""
-        with self._changed:
+        with self._lock:
             self._closed = True
-            self._changed.notify_all()
+            self._arrival.notify_all()
+            self._room.notify()
         until = None if seconds is None else time.monotonic() + seconds
         for thread in self._threads:
             thread.join(None if until is None else max(0.0, until - time.monotonic()))
@@ -130,27 +133,30 @@ class ReadAhead(Generic[Wanted, Found]):
     def _begin(self) -> tuple[int, Wanted | _Failed] | None:
         """Wait for room, and take the next that is wanted; None at the end."""
         with self._wanting:
-            with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._ended or self._has_room)
+            with self._lock:
+                self._room.wait_for(lambda: self._closed or self._ended or self._has_room)
                 if self._closed or self._ended:
                     return None
             wanted = _tried(partial(next, self._wanted))
-            with self._changed:
+            with self._lock:
                 ended = isinstance(wanted, _Failed)
                 self._ended = ended
                 if isinstance(wanted, _Failed) and isinstance(wanted.error, StopIteration):
-                    self._changed.notify_all()
+                    self._arrival.notify_all()
                     return None
                 self._begun += 1
                 return self._begun - 1, wanted
 
     def _arrive(self, number: int, found: Found | _Failed) -> None:
-        with self._changed:
+        with self._lock:
             self._arrived[number] = found
             if not isinstance(found, _Failed):
                 size = self._size(found)
                 self._held, self._largest = self._held + size, max(self._largest, size)
-            self._changed.notify_all()
+                if self._has_room:  # of bytes: an answer may be smaller than the largest, as which it counted
+                    self._room.notify()
+            if number == self._taken:
+                self._arrival.notify_all()
 
 
 class Copies:
