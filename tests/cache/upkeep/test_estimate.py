@@ -197,3 +197,42 @@ def test_a_basis_says_how_far_off_it_may_be() -> None:
     assert [TABLE.spread("u8", wanted), exact.spread("u8", wanted), exact.spread("f16", wanted)] == [
         SPREAD["u8"], LIKE_SPREAD, SPREAD["f16"],
     ]  # fmt: skip
+
+
+COMPUTE = ["--teacher-parameters", "7.2B", "--teacher-parameters", "13e9", "--student-parameters", "1.43B"]
+
+
+def test_gpu_time_is_two_and_six_operations_a_parameter(capsys: pytest.CaptureFixture[str]) -> None:
+    devices = ["--gpus", "64", "--gpu-flops", "312T", "--mfu", "0.5", "--gpu-hour", "2", "--passes", "1.5"]
+    assert main(["estimate", "--positions", "500B", *COMPUTE, *devices, "--json"]) == 0
+    *teachers, student = json.loads(capsys.readouterr().out)["compute"]["models"]
+    assert [each["operations"] for each in teachers] == [2 * 7.2e9 * 5e11, 2 * 13e9 * 5e11]
+    assert student["operations"] == pytest.approx(6 * 1.43e9 * 7.5e11)
+    hours = 6 * 1.43e9 * 7.5e11 / 156e12 / 3600
+    assert (student["device_hours"], student["cost"]) == (pytest.approx(hours), pytest.approx(2 * hours))
+    assert student["days"] == pytest.approx(hours / 24 / 64)
+
+
+def test_gpu_time_is_told_only_where_parameters_are_given(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate"]) == 0
+    assert "GPU" not in capsys.readouterr().out
+    assert main(["estimate", "--positions", "500B", *COMPUTE]) == 0
+    out = capsys.readouterr().out
+    assert "in all 17,196 GPU hours, 42,990 USD" in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        ("--mfu", "1.2", "--mfu is 1.2; it must be over 0 and at most 1"),
+        ("--gpus", "0", "--gpus is 0; it must be at least 1"),
+        ("--gpu-flops", "989", "--gpu-flops is 989; it must be 1e9 to 1e18"),
+        ("--gpu-hour", "-1", "--gpu-hour is -1.0; a price must be 0 or more"),
+        ("--passes", "0", "--passes is 0.0; it must be over 0"),
+        ("--teacher-parameters", "7x", "--teacher-parameters '7x' must be a number of at least 1"),
+    ],
+)
+def test_bad_compute_is_one_line(option: str, value: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", *COMPUTE, option, value]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert told in line
