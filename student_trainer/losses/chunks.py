@@ -237,7 +237,8 @@ def check_agree(name: str, given: Tensor, labels: Tensor, mask: Tensor) -> None:
 def _chunks(
     teachers: Sequence[TeacherTargets], labelled: Tensor, objective: Objective
 ) -> tuple[tuple[int, Chunks], ...]:
-    if not objective.alm or not teachers:
+    # A worker's micro-batch may have no rows, so that no teacher says whether it has chunks.
+    if not objective.alm or not teachers or not labelled.any():
         return ()
     if any(isinstance(teacher.weight, Tensor) for teacher in teachers):
         raise InvalidInput("alm takes one weight a teacher, as a chunk has several tokens; leave weights by token out")

@@ -188,6 +188,14 @@ def test_what_goes_with_it() -> None:
     assert ours(logits, labels, mask, own, other, alm=0.0).alm_sum == 0
 
 
+def test_micro_batch_without_rows() -> None:
+    """A worker that gets no rows of a step goes on: its batch has no targets, and so no alignment."""
+    logits, labels, _, _, other = made()
+    empty = replace(other, alignment=None)
+    nothing = torch.zeros(B, T, dtype=torch.bool)
+    assert ours(logits, torch.full_like(labels, NO_LABEL), nothing, empty).alm_sum == 0
+
+
 def test_steps_that_read_targets() -> None:
     """Those of alpha over 0, and with alm all; none between those of `distil_every`."""
     assert [distils_at(LossConfig(alpha=((0, 0.0), (4, 1.0)), distil_every=2), step) for step in range(5)] == [
