@@ -56,7 +56,8 @@ def read_items(path: Path, fields: Sequence[str] = ()) -> list[Item]:
 def _records(path: Path) -> Iterator[Any]:
     match path.suffix.lower():
         case ".jsonl" | ".ndjson":
-            lines = read_named(path).splitlines()
+            # Not by `splitlines`, which parts lines at marks such as U+2028 that JSON texts may hold.
+            lines = read_named(path).split("\n")
             yield from (_json(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip())
         case ".json":
             found = _json(read_named(path), str(path))
@@ -149,9 +150,11 @@ def _answers(record: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _right(choices: Any, record: Mapping[str, Any]) -> Iterator[str]:
-    """The right one of choices: a list of texts or of objects, or lists of texts and labels side by side."""
+    """The right one of choices: texts or objects, lists of texts and labels side by side, or text to label."""
     texts, labels = choices, None
-    if isinstance(choices, Mapping):
+    if isinstance(choices, Mapping) and all(type(label) is int for label in choices.values()):  # TruthfulQA's own JSON
+        texts, labels = list(choices), list(choices.values())
+    elif isinstance(choices, Mapping):
         texts = choices.get("text", choices.get("choices"))
         labels = choices.get("label", choices.get("labels"))
     elif isinstance(choices, list) and all(isinstance(each, Mapping) for each in choices):
@@ -163,7 +166,7 @@ def _right(choices: Any, record: Mapping[str, Any]) -> Iterator[str]:
         return
     key = next((record[name] for name in _KEYS if record.get(name) is not None), None)
     place = _place(key, labels, texts)
-    if place is not None and place < len(texts) and isinstance(texts[place], str):
+    if place is not None and 0 <= place < len(texts) and isinstance(texts[place], str):
         yield texts[place]
 
 

@@ -168,7 +168,7 @@ def _documents(file: SourceFile, field: Field, bad: BadRecords) -> Iterator[_Rea
                 )
             pieces.append(piece)
         text = "".join(pieces)
-        record = {field.name: text, "source": file.name} if document.record is None else dict(document.record)
+        record = {"source": file.name, field.name: text} if document.record is None else dict(document.record)
         # By the name that the report records, never by the path on this machine.
         yield _Read(file.name + document.where.removeprefix(str(file.path)), text, record)
 

@@ -27,6 +27,7 @@ CHOICES = ["The tails", "The heads"]
     [
         ({"question": QUESTION, **TRUTHFUL}, ("The heads.", "The foreshots.")),
         ({"question": QUESTION, "mc1_targets": {"choices": CHOICES, "labels": [0, 1]}}, ("The heads",)),
+        ({"question": QUESTION, "mc1_targets": {"The tails": 0, "The heads": 1}}, ("The heads",)),
         ({"question": QUESTION, "choices": {"text": CHOICES, "label": ["A", "B"]}, "answerKey": "B"}, ("The heads",)),
         ({"question": QUESTION, "choices": {"text": CHOICES, "label": ["1", "2"]}, "answerKey": "2"}, ("The heads",)),
         (
@@ -50,6 +51,7 @@ CHOICES = ["The tails", "The heads"]
         ({"question": QUESTION}, ()),
         ({"question": QUESTION, "choices": CHOICES}, ()),
         ({"question": QUESTION, "choices": CHOICES, "answer": 7}, ()),
+        ({"question": QUESTION, "choices": CHOICES, "answer": -1}, ()),  # as hidden answers are published
         ({"question": QUESTION, "choices": "odd", "answer": "B"}, ()),
     ],
 )
@@ -71,6 +73,14 @@ def test_kinds_of_files(tmp_path: Path) -> None:
             Item(file.name, 0, QUESTION, ("heads",)),
             Item(file.name, 1, "2 + 2?", ("4",)),
         ]
+
+
+def test_marks_that_other_software_takes_for_the_end_of_a_line(tmp_path: Path) -> None:
+    """JSON lines end in line feeds alone; a text may hold any other mark."""
+    file = tmp_path / "bench.jsonl"
+    question = "What\u2028comes\x85first?"
+    file.write_text(json.dumps({"question": question}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_items(file) == [Item("bench.jsonl", 0, question)]
 
 
 def test_the_csv_of_truthfulqa_and_of_mmlu(tmp_path: Path) -> None:

@@ -113,6 +113,13 @@ def test_all_kinds_of_files_and_the_fields_of_their_records(tmp_path: Path) -> N
     ]
 
 
+def test_a_text_field_called_source_keeps_its_text(tmp_path: Path) -> None:
+    """The name of the file goes under the same key, and gives way."""
+    (tmp_path / "a.txt").write_text(GERMAN)
+    filter_files([tmp_path / "a.txt"], tmp_path / "out", FilterPlan.of({"duplicates": "exact"}), text_field="source")
+    assert kept(tmp_path / "out") == [{"source": GERMAN}]
+
+
 def test_the_same_is_kept_whatever_the_batches_and_parts(
     mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
