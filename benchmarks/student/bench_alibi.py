@@ -1,6 +1,6 @@
 """Measure LokiLM's ways to attend, and what ALiBi gives on rows longer than those of the training.
 
-    python -m benchmarks.student.bench_alibi [--lengths 512,2048,4096] [--rounds 5] [--steps 250]
+    python -m benchmarks.student.bench_alibi [--lengths 512,2048,4096] [--rounds 5] [--steps 1000]
 
 1. Each way at each length in float32 and bfloat16: the largest error against float64 on the same inputs, and the time
    of a forward pass, and of one with its backward pass, over that of SDPA with a mask of numbers; the mask is made
@@ -108,7 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", default="512,2048,4096", help="tokens of a row, with commas")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=250, help="of training; 0 leaves the second part out")
+    parser.add_argument("--steps", type=int, default=1000, help="of training; 0 leaves the second part out")
     args = parser.parse_args()
     if args.rounds:
         print_ways([int(length) for length in args.lengths.split(",")], args.rounds)
