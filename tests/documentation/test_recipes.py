@@ -2,25 +2,62 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import shlex
+import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from potstill.cache.entry_points import command_entry_points
+from potstill.cache.text.rules import FilterPlan
 from potstill.clients.cli import main
+from potstill.student_trainer.ablate.grid import GridConfig
 from potstill.student_trainer.config import TrainConfig
 from tests.documentation.blocks import blocks_of
 from tests.support.paths import ROOT
 
 RECIPES = ROOT / "recipes"
-LARGE = RECIPES / "lokilm-1.4b"
+LARGE, TINY = RECIPES / "lokilm-1.4b", RECIPES / "lokilm-tiny"
+RUNS = sorted(set(RECIPES.rglob("*.toml")) - {TINY / "grid.toml", TINY / "filter.toml"})
 
 
-@pytest.mark.parametrize("file", sorted(RECIPES.rglob("*.toml")), ids=lambda file: str(file.relative_to(RECIPES)))
+@pytest.mark.parametrize("file", RUNS, ids=lambda file: str(file.relative_to(RECIPES)))
 def test_each_config_is_one(file: Path) -> None:
     config = TrainConfig.from_toml(file)
-    assert {corpus.name for corpus in config.data.corpora}
+    assert config.data.corpus or config.data.corpora
+
+
+def test_the_cells_of_the_tiny_recipe_are_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(TINY)
+    grid = GridConfig.from_toml("grid.toml")
+    base = tomllib.loads(Path(grid.config).read_text(encoding="utf-8"))
+    teachers = {cell.name: len(cell.config(base, 0, "out").teachers) for cell in grid.all_cells}
+    assert teachers == {"cross-entropy": 2, "loki": 1, "smollm2-projected": 1, "two-teachers": 2}
+    assert len(grid.seeds) == 3
+    assert FilterPlan.read("filter.toml").bounds["words"].least == 30
+
+
+def test_the_tiny_recipe_says_what_its_commands_take(tmp_path: Path) -> None:
+    """The script runs with a `potstill` that only notes how it was called, which the real parsers then read."""
+    noting = tmp_path / "potstill"
+    noting.write_text('#!/usr/bin/env bash\necho "${@@Q}" >> "$NOTES"\n', encoding="utf-8")
+    noting.chmod(0o755)
+    programs = {"POTSTILL": str(noting), "PYTHON": "true", "NOTES": str(tmp_path / "notes")}
+    subprocess.run([TINY / "run.sh", tmp_path / "work"], env={**os.environ, **programs}, check=True, timeout=60)
+    commands = command_entry_points()
+    called = [shlex.split(line) for line in (tmp_path / "notes").read_text(encoding="utf-8").splitlines()]
+    for name, *arguments in called:
+        command, parser = commands[name].load(), argparse.ArgumentParser(allow_abbrev=False)
+        command.add_arguments(parser)
+        parser.parse_args(arguments)
+        for argument in arguments:
+            assert not argument.endswith((".toml", ".jsonl")) or (tmp_path / "work" / argument).is_file()
+    steps = "filter filter ingest ingest ingest contamination contamination card train prefill prefill project"
+    assert [name for name, *_ in called] == [*steps.split(), "ablate", "evaluate"]
 
 
 def test_the_large_run_reads_500_billion_tokens() -> None:
