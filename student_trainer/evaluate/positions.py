@@ -39,7 +39,8 @@ def of_top_k(logits: Tensor, teacher: TeacherTargets) -> Tensor:
     """Compare with a teacher's top-k and tail: [P, 5] float64, columns `KEPT`.
 
     They are 1, the forward KL of top-k + tail in nats, both having the same likeliest token, the share of the teacher's
-    K ids that are among the student's K likeliest, and the student's probability of them.
+    K ids that are among the student's K likeliest, and the student's probability of them. All are less by what is not
+    resolved of a projected position, so that means are of what the teacher says.
 
     Args:
         logits: [P, V] float.
@@ -54,7 +55,8 @@ def of_top_k(logits: Tensor, teacher: TeacherTargets) -> Tensor:
     among = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, likeliest, counts)
     ids = teacher.ids.long()
     found = among.gather(-1, ids.clamp(max=vocab - 1)) & kept & (ids < vocab)
-    return _columns(torch.ones_like(kl), kl, top1, found.sum(dim=-1) / num_kept, mass)
+    columns = _columns(torch.ones_like(kl), kl, top1, found.sum(dim=-1) / num_kept, mass)
+    return columns * teacher.resolved.double()[:, None]
 
 
 def of_whole(log_p: Tensor, log_t: Tensor) -> Tensor:

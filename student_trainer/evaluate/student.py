@@ -25,6 +25,8 @@ from potstill.student_trainer.models.precision import autocast
 from potstill.student_trainer.parallel.agreement import all_have_read
 from potstill.student_trainer.parallel.group import Group
 
+_OF_TEACHER = ("positions", "kl", "agreement", "mass")
+"""Sums, each less by what is not resolved of a projected position, so that means are of what the teacher says."""
 _CHUNK_POSITIONS = 512
 """Positions at a time, as a float32 copy of a whole batch's [B * T, V] logits may not fit beside them."""
 
@@ -56,7 +58,7 @@ def evaluate_student(
     group = group or Group()
     names = [source.name for source in reader.sources if source.top_k]
     measured = [m for m, source in enumerate(reader.sources) if source.top_k]
-    sums = torch.zeros(3 + 3 * len(names), dtype=torch.float64, device=group.device)
+    sums = torch.zeros(3 + len(_OF_TEACHER) * len(names), dtype=torch.float64, device=group.device)
     batches = batches or batches_of(reader, rows, batch_rows=batch_rows, group=group)
     # No worker waits for another within the loop, so they need not have equally many batches, unless each forward pass
     # is one of all together. One that got no answer tells the others, who would wait for its sums.
@@ -108,14 +110,12 @@ def _in_step(batches: Iterator[Batch], group: Group, spare: Callable[[], Batch])
 def _evaluation(sums: list[float], names: Sequence[str], *, rows: int, documents: int) -> Evaluation:
     """Make means of the sums of all batches (`_sums`)."""
     ce, labels, positions, *rest = sums
-    per_teacher = {
-        name: TeacherAgreement(
-            kl=rest[3 * m] / positions,
-            top1_agreement=rest[3 * m + 1] / positions,
-            student_mass_on_top_k=rest[3 * m + 2] / positions,
-        )
-        for m, name in enumerate(names if positions else ())
-    }
+    per_teacher = {}
+    for m, name in enumerate(names):
+        said, *means = rest[len(_OF_TEACHER) * m : len(_OF_TEACHER) * (m + 1)]
+        if said:
+            kl, top1, mass = (each / said for each in means)
+            per_teacher[name] = TeacherAgreement(kl=kl, top1_agreement=top1, student_mass_on_top_k=mass)
     return Evaluation(
         rows=rows,
         documents=documents,
@@ -126,23 +126,24 @@ def _evaluation(sums: list[float], names: Sequence[str], *, rows: int, documents
 
 
 def _sums(logits: Tensor, batch: Batch, measured: Sequence[int]) -> Tensor:
-    """Sums over a batch, float64 [3 + 3 M]: CE, labels, positions; KL, agreement and mass of each measured teacher."""
+    """Sums over a batch, float64 [3 + 4 M]: CE, labels, positions; `_OF_TEACHER` of each measured teacher."""
     mask = batch.mask.reshape(-1)
     flat = logits.reshape(-1, logits.shape[-1])[mask]
     labels = batch.labels.reshape(-1)[mask]
     teachers = [
         teacher.each(lambda tensor: tensor.flatten(0, 1)[mask]) for teacher in (batch.teachers[m] for m in measured)
     ]
-    values = [flat.new_zeros((), dtype=torch.float64) for _ in range(3 * len(teachers))]
+    values = [flat.new_zeros((), dtype=torch.float64) for _ in range(len(_OF_TEACHER) * len(teachers))]
     ce = flat.new_zeros((), dtype=torch.float64)
     for start in range(0, len(labels), _CHUNK_POSITIONS):
         part = slice(start, start + _CHUNK_POSITIONS)
         z = flat[part].float()
         ce += nn.functional.cross_entropy(z, labels[part], ignore_index=NO_LABEL, reduction="sum").double()
         for m, teacher in enumerate(teachers):
-            found = kl_and_overlap(z, teacher.each(operator.itemgetter(part)))
-            for i, value in enumerate(found):
-                values[3 * m + i] += value.sum(dtype=torch.float64)
+            here = teacher.each(operator.itemgetter(part))
+            said = here.resolved
+            for i, value in enumerate((torch.ones_like(said), *kl_and_overlap(z, here))):
+                values[len(_OF_TEACHER) * m + i] += (value * said).sum(dtype=torch.float64)
     counts = [ce.new_tensor(float((labels != NO_LABEL).sum())), ce.new_tensor(float(len(labels)))]
     return torch.stack([ce, *counts, *values])
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
 
 NO_LABEL = -100
@@ -41,6 +42,11 @@ class TeacherTargets:
     """[...] float, nats, of the row's own next token, NaN where there is none; needed for weights by label."""
     alignment: Tensor | None = None
     """[..., 3] float, `Targets.alignment` of targets from another tokenizer; they weigh less by what is unresolved."""
+
+    @property
+    def resolved(self) -> Tensor:
+        """[...] float: the share of what is said that is resolved; 1 where a teacher has the student's tokenizer."""
+        return torch.ones_like(self.log_tail) if self.alignment is None else 1.0 - self.alignment[..., 0]
 
     def each(self, change: Callable[[Tensor], Tensor]) -> TeacherTargets:
         """Apply `change` to every tensor, as to slice the position axes or to move it to a device."""

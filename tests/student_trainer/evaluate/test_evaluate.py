@@ -6,9 +6,10 @@ import json
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -79,3 +80,21 @@ def test_all_workers_learn_that_one_got_no_answer(tmp_path: Path) -> None:
 
     with ThreadPoolExecutor(2) as threads:
         assert list(threads.map(evaluated, range(2))) == ["another worker got no answer", "no answer"]
+
+
+def test_what_is_not_resolved_of_a_projected_teacher_counts_nothing(tmp_path: Path) -> None:
+    """A mean over rows of which nothing is known would tell a distance that is too small."""
+    corpus = Cache.open(write_cache(tmp_path, documents=4, teachers=())).corpus("docs")
+    student = LlamaForCausalLM(LlamaConfig(**STUDENT, vocab_size=VOCAB))
+
+    def read(indexes: Sequence[int], rows: Sequence[Tokens]) -> list[Targets]:
+        answers = [fake_teacher().distribution(row, K) for row in rows]
+        unresolved = [
+            np.full((len(row), 3), [index > 0, 0, 0], np.float32) for index, row in zip(indexes, rows, strict=True)
+        ]
+        return [replace(each, alignment=known) for each, known in zip(answers, unresolved, strict=True)]
+
+    reader = BatchReader(corpus, (TargetSource("fake", fake_teacher().identity, "", read),), (1.0,))
+    one, both = (evaluate_student(student, reader, rows).teachers["fake"] for rows in ([0], [0, 1]))
+    assert asdict(both) == pytest.approx(asdict(one))
+    assert not evaluate_student(student, reader, [1]).teachers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -92,6 +93,18 @@ def test_the_top_k_against_sets() -> None:
         assert found["mass"][n] == pytest.approx(mass.sum())
         t, t_tail = np.exp(log_t[n, here]), np.exp(tail[n])
         assert found["kl"][n] == pytest.approx(rel_entr(t, mass).sum() + rel_entr(t_tail, p_tail))
+
+
+def test_projected_positions_count_by_what_is_resolved() -> None:
+    """One of which nothing is known would be a perfect KL of 0 in the mean, and a wrong likeliest id."""
+    log_p, log_t, k = torch.from_numpy(logprobs(V, 11)), torch.from_numpy(logprobs(V, 12)), 5
+    kept, ids = log_t.topk(k)
+    own = TeacherTargets(ids, kept, torch.log1p(-kept.exp().sum(dim=-1)))
+    alignment = torch.zeros(N, 3, dtype=torch.float64)
+    alignment[1:, 0] = 1.0
+    projected = replace(own, alignment=alignment)
+    assert torch.equal(of_top_k(log_p, projected)[0], of_top_k(log_p, own)[0])
+    assert not of_top_k(log_p, projected)[1:].any()
 
 
 def test_positions_without_a_label_count_nothing() -> None:
