@@ -102,14 +102,16 @@ class Cache:
         return teachers_with_targets(self.root, corpus)
 
     def compared_teachers(self, corpus: str) -> list[str]:
-        """Names of those with a tokenizer that differs from the corpus's in ids that no row uses.
+        """Names of those with another tokenizer than the corpus's whose targets are of its ids nevertheless.
 
-        Those whose targets cannot be read are left out.
+        The tokenizers differ only in ids that no row uses, or the targets are projected. Those whose targets cannot be
+        read are left out.
         """
         found = []
         for teacher in self.teachers(corpus):
             with suppress(PotstillError):
-                if self.targets(teacher, corpus).unshared:
+                targets = self.targets(teacher, corpus)
+                if targets.unshared or targets.fields.alignment:
                     found.append(teacher)
         return found
 

@@ -134,7 +134,7 @@ class KnownTargets:
         differences = targets.identity.differences(self._identity)
         if not differences:
             self._sets[corpus] = targets
-        elif corpus not in self._strangers:
+        elif corpus not in self._strangers and not targets.fields.alignment:
             self._strangers.add(corpus)
             _LOG.warning("teacher %s: its targets of corpus %s are not used: %s", self._teacher, corpus, differences)
 

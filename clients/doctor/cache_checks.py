@@ -28,7 +28,7 @@ class CorpusFacts:
     teachers: tuple[str, ...] = ()
     """Names of the teachers that have targets for it."""
     compared: tuple[str, ...] = ()
-    """Names of those whose tokenizer is another one, which differs only in ids that no row uses."""
+    """Names of those whose tokenizer is another one, and whose targets are of the corpus's ids nevertheless."""
 
     @classmethod
     def of(cls, cache: Cache, name: str) -> CorpusFacts:
@@ -104,7 +104,8 @@ def vocabulary_findings(name: str, identity: TeacherIdentity, corpora: Sequence[
 def _fit(name: str, identity: TeacherIdentity, corpus: CorpusFacts, *, alone: bool) -> Verdict:
     ours, theirs = identity.tokenizer_sha256, corpus.tokenizer_sha256
     if ours != theirs and name in corpus.compared:
-        return Verdict("ok", "the tokenizers differ in ids that no row uses; `potstill inspect` names them")
+        told = "the tokenizers differ in ids that no row uses, or the targets are projected; see `potstill inspect`"
+        return Verdict("ok", told)
     if ours != theirs:
         told = f"the teacher's tokenizer is {ours[:12]}, the corpus' {theirs[:12]}: ids do not mean the same"
         # A cache may well hold corpora of several tokenizers. It is a fault only where this teacher has none that fits,
@@ -174,6 +175,8 @@ async def _stored(cache: Cache, name: str, teacher: Teacher, corpus: str, tolera
     from potstill.cache.upkeep.drift import check_same_vocabulary, sample_rows  # noqa: PLC0415 -- heavy
 
     targets = cache.targets(name, corpus).top_k_only()
+    if targets.fields.alignment:
+        return Verdict("not run", "the targets are projected from another corpus, which the teacher cannot answer")
     differences = check_same_vocabulary(targets.identity, teacher.identity)
     if differences:
         way_out = "serve the teacher that the targets are of, or fill under another teacher name"

@@ -23,10 +23,12 @@ from potstill.clients.doctor.service_checks import ServiceFacts, check_cached, c
 from potstill.clients.doctor.teacher_checks import Probing, check_teacher
 from potstill.teacher_service.hosting.hosted_teacher import Keep
 from tests.support.command_line import run
-from tests.support.corpora import make_corpus, plan_targets, teacher_for
+from tests.support.corpora import make_corpus, plan_targets, teacher_for, topics
 from tests.support.fakes import FakeTeacher, fake_identity
 from tests.support.findings import PROBING, failed, levels
 from tests.support.processes.servers import hosted, serving_teachers
+from tests.support.tokenizers.small import trained
+from tests.support.tokenizers.two_corpora import ingested, projected, taught, write
 
 
 class Limited(FakeTeacher):
@@ -227,6 +229,21 @@ def test_stored_targets_of_a_teacher_that_moved_are_found(tmp_path: Path) -> Non
     assert "nats at most" in failed(asyncio.run(check_stored(cache, "fake", moved, 0.05))).detail
     other = FakeTeacher(replace(teacher.identity, weights_sha256="e" * 64))
     assert "of another teacher" in failed(asyncio.run(check_stored(cache, "fake", other, 0.05))).detail
+
+
+def test_projected_targets_are_no_fault(tmp_path: Path) -> None:
+    """Their tokenizer is not the teacher's, and no answer of it is one of them."""
+    cache = Cache.open(tmp_path / "c", mode="r+")
+    text = write(tmp_path / "text", topics(2, characters=300))
+    ingested(cache, "students", text, trained(topics(20), 400))
+    teachers = ingested(cache, "teachers", text, trained(topics(20), 330))
+    own = taught(cache, teachers)
+    projected(cache)
+    teacher = FakeTeacher(own.identity)
+    facts = [CorpusFacts.of(cache.fresh(), name) for name in ("students", "teachers")]
+    assert {each.level for each in vocabulary_findings("fake", teacher.identity, facts)} == {"ok"}
+    found = asyncio.run(check_stored(cache.fresh(), "fake", teacher, 0.05))
+    assert [each.level for each in found] == ["not run", "ok"]
 
 
 def test_a_service_in_order_passes_every_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
