@@ -50,6 +50,14 @@ def _add_documents(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="key or column of records with messages, for the chat template",
     )
+    fields.add_argument(
+        "--completions",
+        choices=["context", "learn", "alone", "chat"],
+        help="records are what models wrote: take the prompt as context, learn it too, take the completion alone, or "
+        "write both by the chat template",
+    )
+    parser.add_argument("--written-by", metavar="NAME", help="model of completions whose record names none")
+    parser.add_argument("--written-at", metavar="TIME", help="time of completions whose record has none, as 2024-05-31")
     parser.add_argument("--append-eos", action="store_true", help="put the tokenizer's EOS behind each document")
     parser.add_argument("--prepend-bos", action="store_true", help="put the tokenizer's BOS before each document")
     parser.add_argument(
@@ -142,10 +150,11 @@ def _summary(corpus: Corpus, plan: IngestPlan, found: Found) -> str:
     if found.empty.count:
         parts.append(f"{counted(found.empty.count, 'empty document')} left out (first: {found.empty.first})")
     if found.untaught.count:
+        what = "completion" if plan.completions else "conversation"
         have = "has" if found.untaught.count == 1 else "have"
-        parts.append(
-            f"{counted(found.untaught.count, 'conversation')} {have} nothing to learn (first: {found.untaught.first})"
-        )
+        parts.append(f"{counted(found.untaught.count, what)} {have} nothing to learn (first: {found.untaught.first})")
+    if found.authorship.authors:
+        parts.append(f"written by {found.authorship.in_words()}")
     if found.control_tokens:
         done = "kept" if plan.special_tokens == "keep" else "taken as text"
         parts.append(f"control tokens in text {done}: {in_words(found.control_tokens)}")

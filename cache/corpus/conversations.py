@@ -96,10 +96,12 @@ class ConversationTokens:
                 if self._disguised is not None:
                     self._require_whole(conversation)
                 rendering = self._template.render(messages, conversation.where)
-                _require_bounded(rendering, conversation.where)
+                require_bounded(rendering, conversation.where)
             except BadRecord as error:
                 bad.add(str(error))
                 continue
+            if conversation.last_only:
+                rendering = Rendering(rendering.text, rendering.taught[-1:])
             rendering = self._without_space_behind(rendering)
             yield conversation.where, self._renamed(rendering) if other else rendering, other
 
@@ -166,6 +168,18 @@ class ConversationTokens:
         return Rendering("".join([*parts, rendering.text[at:]]), spans)
 
 
+def said_in_texts(tokenizer: Tokenizer, texts: Iterable[tuple[str, Rendering]]) -> Iterator[Said]:
+    """Tokenize texts, each with its place and the spans of it that are to be learnt, in order.
+
+    Raises:
+        InvalidInput: the tokenizer cannot read one.
+    """
+    for batch in _batches((where, rendering, False) for where, rendering in texts):
+        encoded = encoded_texts(tokenizer, [rendering.text for _, rendering, _ in batch], batch[0][0])
+        for (where, rendering, _), found in zip(batch, encoded, strict=True):
+            yield _said(where, found, rendering)
+
+
 def _batches(rendered: Iterable[tuple[str, Rendering, bool]]) -> Iterator[list[tuple[str, Rendering, bool]]]:
     batch: list[tuple[str, Rendering, bool]] = []
     characters = 0
@@ -179,10 +193,17 @@ def _batches(rendered: Iterable[tuple[str, Rendering, bool]]) -> Iterator[list[t
         yield batch
 
 
-def _require_bounded(rendering: Rendering, where: str) -> None:
+def require_bounded(rendering: Rendering, where: str) -> None:
+    """Refuse a text that is too long to be tokenized as a whole.
+
+    Raises:
+        BadRecord: it is.
+    """
     size = len(rendering.text)
     if size > _LONGEST:
-        raise BadRecord(f"{where} has {size:,} characters; a conversation has at most {_LONGEST:,}: part it")
+        raise BadRecord(
+            f"{where} has {size:,} characters; a conversation or completion has at most {_LONGEST:,}: part it"
+        )
 
 
 def _said(where: str, encoded: Any, rendering: Rendering) -> Said:

@@ -14,13 +14,22 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from potstill.cache.corpus.chat_template import ChatTemplate
+from potstill.cache.corpus.chat_template import ASSISTANT, ChatTemplate, Rendering
 from potstill.cache.corpus.control_tokens import ControlTokens, Disguised
-from potstill.cache.corpus.conversations import ConversationTokens
+from potstill.cache.corpus.conversations import ConversationTokens, Said, require_bounded, said_in_texts
 from potstill.cache.corpus.framing import Frame
 from potstill.cache.corpus.plan import Found, IngestPlan
-from potstill.cache.corpus.sources import BadRecords, Conversation, Document, Ids, SourceFile, Text, documents
-from potstill.cache.corpus.sources.documents import BadRecord
+from potstill.cache.corpus.sources import (
+    BadRecords,
+    Completion,
+    Conversation,
+    Document,
+    Ids,
+    SourceFile,
+    Text,
+    documents,
+)
+from potstill.cache.corpus.sources.documents import BadRecord, Messages
 from potstill.cache.corpus.tokenization import encode_documents
 from potstill.cache.corpus.tokenizer import num_ids
 from potstill.cache.corpus.tokenizer_files import SpecialTokens, named_tokens
@@ -37,6 +46,8 @@ class DocumentIds:
     blocks: Iterable[Tokens]
     taught: NDArray[np.bool_] | None = None
     """Bool [T] which targets are to be learnt, target t being of the token after token t; None for all."""
+    written: Completion | None = None
+    """The completion that it is of."""
 
 
 class DocumentTokens:
@@ -59,8 +70,8 @@ class DocumentTokens:
         disguised = None if plan.special_tokens == "keep" else Disguised(tokenizer, self._control)
         self._of_text = tokenizer if disguised is None else disguised.tokenizer
         self._conversations = None
-        if plan.field.kind == "messages":
-            template = _template(special, files)
+        if plan.field.kind == "messages" or plan.completions == "chat":
+            template = _template(special, files, "--completions chat" if plan.completions else "--messages-field")
             self._conversations = ConversationTokens(tokenizer, template, self._control, disguised, self._see)
 
     def of_file(self, file: SourceFile) -> Iterator[DocumentIds]:
@@ -72,7 +83,9 @@ class DocumentTokens:
         """
         bad = BadRecords(skip=self._plan.skip_bad)
         found = documents(file, self._plan.field, bad, vocab_size=self._vocab_size, eos=self._eos)
-        if self._conversations is not None:
+        if self._plan.completions is not None:
+            yield from self._of_completions(found, bad)
+        elif self._conversations is not None:
             yield from self._of_conversations(found, self._conversations, bad)
         elif self._plan.field.kind == "text" and file.kind != "tokens":
             yield from self._of_texts(found, file, bad)
@@ -99,14 +112,52 @@ class DocumentTokens:
         self, found: Iterator[Document], tokens: ConversationTokens, bad: BadRecords
     ) -> Iterator[DocumentIds]:
         for said in tokens.said(self._with_roles(found), bad):
-            front, back = self._frame.ends(said.ids)
-            ids = np.concatenate([front, said.ids, back])
-            taught = np.zeros(len(ids), np.bool_)
-            # On the axis of targets: that of a token is the one before it.
-            taught[max(0, len(front) - 1) : len(front) + len(said.ids) - 1] = said.taught[0 if len(front) else 1 :]
-            # An answer that its template ends with no token is to end all the same.
-            taught[len(ids) - 2 : len(ids) - 1] |= bool(len(back) and said.taught[-1])
-            yield DocumentIds(said.where, (ids,), taught)
+            yield self._framed(said)
+
+    def _framed(self, said: Said, written: Completion | None = None) -> DocumentIds:
+        front, back = self._frame.ends(said.ids)
+        ids = np.concatenate([front, said.ids, back])
+        taught = np.zeros(len(ids), np.bool_)
+        # On the axis of targets: that of a token is the one before it.
+        taught[max(0, len(front) - 1) : len(front) + len(said.ids) - 1] = said.taught[0 if len(front) else 1 :]
+        # An answer that its template ends with no token is to end all the same.
+        taught[len(ids) - 2 : len(ids) - 1] |= bool(len(back) and said.taught[-1])
+        return DocumentIds(said.where, (ids,), taught, written)
+
+    def _of_completions(self, found: Iterator[Document], bad: BadRecords) -> Iterator[DocumentIds]:
+        read: deque[Completion] = deque()  # completions that are read, and not yet tokenized
+
+        def completions() -> Iterator[Completion]:
+            for document in found:
+                assert isinstance(document, Completion)
+                read.append(document)
+                yield document
+
+        if self._conversations is not None:
+            said = self._conversations.said(_as_talks(completions(), bad), bad)
+        else:
+            said = said_in_texts(self._of_text, self._as_texts(completions(), bad))
+        for each in said:
+            while (written := read.popleft()).where != each.where:
+                pass  # it was refused
+            if self._plan.completions in ("context", "chat"):
+                yield self._framed(each, written)
+            else:
+                yield DocumentIds(each.where, self._frame.around((each.ids,)), None, written)
+
+    def _as_texts(self, completions: Iterator[Completion], bad: BadRecords) -> Iterator[tuple[str, Rendering]]:
+        """Give the text of each with the span that the model wrote."""
+        for each in completions:
+            try:
+                before = "" if self._plan.completions == "alone" else _before(each)
+                rendering = Rendering(before + each.text, ((len(before), len(before) + len(each.text)),))
+                require_bounded(rendering, each.where)
+                for name, at in self._control.found(rendering.text):
+                    self._see(each.where, name, at)
+            except BadRecord as error:
+                bad.add(str(error))
+            else:
+                yield each.where, rendering
 
     def _with_roles(self, found: Iterator[Document]) -> Iterator[Conversation]:
         for document in found:
@@ -151,10 +202,50 @@ class DocumentTokens:
             yield block.astype(np.uint32, copy=False)
 
 
-def _template(special: SpecialTokens, files: Mapping[str, str]) -> ChatTemplate:
+def _as_talks(completions: Iterator[Completion], bad: BadRecords) -> Iterator[Conversation]:
+    """Give each as a conversation that ends with what the model wrote."""
+    for each in completions:
+        try:
+            prompt = _require_prompt(each)
+        except BadRecord as error:
+            bad.add(str(error))
+            continue
+        asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        yield Conversation(each.where, [*asked, {"role": ASSISTANT, "content": each.text}], last_only=True)
+
+
+def _require_prompt(written: Completion) -> str | Messages:
+    if written.prompt is None:
+        raise BadRecord(f"{written.where} has no 'prompt' or 'messages': --completions alone takes records without")
+    return written.prompt
+
+
+def _before(written: Completion) -> str:
+    """The text of a prompt, with a blank line behind it where there is no white space on either side.
+
+    Raises:
+        BadRecord: there is none, or a message of it has something else than text.
+    """
+    prompt = _require_prompt(written)
+    if not isinstance(prompt, str):
+        prompt = "\n\n".join(_content(message, number, written.where) for number, message in enumerate(prompt))
+    apart = not prompt or prompt[-1].isspace() or written.text[:1].isspace()
+    return prompt if apart else f"{prompt}\n\n"
+
+
+def _content(message: Mapping[str, Any], number: int, where: str) -> str:
+    content = message.get("content")
+    parts = content if isinstance(content, list) else [{"text": content}]
+    texts = [part.get("text") if isinstance(part, dict) else None for part in parts]
+    if not all(isinstance(text, str) for text in texts):
+        raise BadRecord(f"{where} has a prompt whose message {number} is not all text; take out what is not")
+    return "".join(map(str, texts))
+
+
+def _template(special: SpecialTokens, files: Mapping[str, str], option: str) -> ChatTemplate:
     if special.chat_template is None:
         raise InvalidInput(
-            "--messages-field needs a chat template, and there is none beside the tokenizer; put one into "
+            f"{option} needs a chat template, and there is none beside the tokenizer; put one into "
             "chat_template.jinja in its folder"
         )
     return ChatTemplate(special.chat_template, named_tokens(files))

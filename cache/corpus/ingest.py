@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from potstill.cache.corpus.annotations import annotate
 from potstill.cache.corpus.chat_template import ASSISTANT
 from potstill.cache.corpus.corpus import Corpus
 from potstill.cache.corpus.document_tokens import DocumentTokens
@@ -77,7 +78,10 @@ def ingest(
         return tuple(_ingest_files(files, tokens, plan, spool, found, on_progress))
 
     what = ", ".join(map(str, sources))
-    return _make_corpus(root, name, tokenizer, plan, fill, tokenizer_files or {}, found, what=what)
+    corpus = _make_corpus(root, name, tokenizer, plan, fill, tokenizer_files or {}, found, what=what)
+    for annotation, values, provenance in found.authorship.annotations():
+        annotate(root, corpus.annotated, annotation, values, provenance)
+    return corpus
 
 
 def ingest_rows(
@@ -190,7 +194,7 @@ def _ingest_files(
     for number, file in enumerate(files):
         count = 0
         for document in document_tokens.of_file(file):
-            at = 0
+            at, before = 0, rows
             for row in cut(document.blocks, plan.row_tokens):
                 spool.add(row, None if document.taught is None else document.taught[at : at + len(row)])
                 at += len(row)
@@ -202,6 +206,8 @@ def _ingest_files(
                 found.empty.add(document.where)
                 continue
             count += 1
+            if document.written is not None:
+                found.authorship.add(document.written, rows - before)
             if document.taught is not None and not document.taught.any():
                 found.untaught.add(document.where)
         yield Source(name=file.name, sha256=file_sha256(file.path), documents=count)

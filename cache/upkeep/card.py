@@ -10,6 +10,7 @@ from rich.filesize import decimal
 
 from potstill.cache.cache import Cache
 from potstill.cache.corpus import Corpus
+from potstill.cache.corpus.sources.authorship import WRITTEN_BY, authors_of
 from potstill.cache.errors import InvalidInput
 from potstill.cache.plurals import counted
 from potstill.cache.printable import printable
@@ -38,7 +39,8 @@ def data_card(cache: Cache, name: str, filtered: Mapping[str, Any] | None = None
     lines += [*_sizes(corpus, about), "", "## Sources", "", *_sources(corpus), "", "## Filter", ""]
     lines += [*_filter(corpus, filtered), "", "## Benchmarks in it", ""]
     annotations = about.get("annotations", {})
-    lines += [*_contamination(annotations), "", "## Annotations", "", *_annotations(annotations), "", "## Teachers", ""]
+    lines += [*_contamination(annotations), "", "## Written by models", "", *_authors(annotations), ""]
+    lines += ["## Annotations", "", *_annotations(annotations), "", "## Teachers", ""]
     lines += _teachers({teacher: each[name] for teacher, each in found["targets"].items() if name in each})
     if found["unreadable"]:
         lines += ["", "## Not readable", "", *(f"- {printable(problem)}" for problem in found["unreadable"])]
@@ -137,6 +139,19 @@ def _contamination(annotations: Mapping[str, Any]) -> Iterator[str]:
             [each["name"], *(f"{each[key]:,}" for key in keys), f"`{each['sha256']}`"] for each in report["benchmarks"]
         )
         yield from _table(columns, rows)
+
+
+def _authors(annotations: Mapping[str, Any]) -> Iterator[str]:
+    about = annotations.get(WRITTEN_BY)
+    if about is None or "report" not in about["provenance"]:
+        yield "Not recorded; `potstill ingest --completions` does."
+        return
+    with values_read(f"the record of annotation {WRITTEN_BY!r} is damaged"):
+        authors = authors_of(about["provenance"]["report"])
+    yield from _table(
+        ["model", "documents", "rows", "written"],
+        ([author.name, f"{author.documents:,}", f"{author.rows:,}", author.period] for author in authors),
+    )
 
 
 def _annotations(annotations: Mapping[str, Any]) -> Iterator[str]:

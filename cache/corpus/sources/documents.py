@@ -1,4 +1,4 @@
-"""What a document may be: pieces of text, blocks of token ids, or messages; and the records that are none."""
+"""What a document may be: text, token ids, messages, or what a model wrote; and the records that are none."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potstill.cache.errors import InvalidInput
+
+Messages: TypeAlias = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,24 +38,45 @@ class Conversation:
     """Messages, each an object with at least `role`, for the tokenizer's chat template."""
 
     where: str
-    messages: list[dict[str, Any]]
+    messages: Messages
+    last_only: bool = False
+    """Learn of the assistant's messages only the last."""
 
 
-Document: TypeAlias = Text | Ids | Conversation
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What a model wrote, as the answer to what, and when."""
+
+    where: str
+    prompt: str | Messages | None
+    """None where it is not recorded."""
+    text: str
+    model: str
+    created: int
+    """Seconds since 1970."""
+
+
+Document: TypeAlias = Text | Ids | Conversation | Completion
 
 
 @dataclass(frozen=True, slots=True)
 class Field:
     """Key or column of records that holds the document, and what it holds."""
 
-    kind: Literal["text", "ids", "messages"] = "text"
+    kind: Literal["text", "ids", "messages", "completion"] = "text"
     name: str = "text"
+    """Not used for completions, which are whole records."""
     whole: bool = False
     """Give the other fields of the record beside a text."""
+    written_by: str | None = None
+    """Model of completions whose record names none."""
+    written_at: int | None = None
+    """Time of completions whose record has none, in seconds since 1970."""
 
     @property
     def option(self) -> str:
         """Option of the command that names it."""
+        assert self.kind != "completion", "whole records"
         return f"--{self.kind}-field"
 
 

@@ -28,6 +28,7 @@ _FITTING = {
     "text": {"text", "lines", "json", "parquet", "arrow", "tokens"},
     "ids": {"lines", "json", "parquet", "arrow", "tokens"},
     "messages": {"lines", "json", "parquet", "arrow"},
+    "completion": {"lines", "json", "parquet", "arrow"},
 }
 # Written by the `datasets` library beside the data of `save_to_disk`.
 _STATE = "state.json"

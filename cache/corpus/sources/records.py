@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from potstill.cache.corpus.sources.documents import BadRecord, Conversation, Document, Field, Ids, Text
+from potstill.cache.corpus.sources.documents import BadRecord, Conversation, Document, Field, Ids, Messages, Text
 
 _NAMES = {"text": "text", "ids": "list of token ids", "messages": "list of messages"}
 _SHOWN, _NAMED = 40, 20  # characters of a value, and keys
@@ -26,11 +26,11 @@ def document(value: Any, field: Field, where: str, record: Mapping[str, Any] | N
     if value is None:
         raise BadRecord(f"{where} has no {_NAMES[field.kind]} under {field.name!r}")
     if field.kind == "text" and isinstance(value, str):
-        return Text(where, (_encodable(value, where),), record if field.whole else None)
+        return Text(where, (encodable(value, where),), record if field.whole else None)
     if field.kind == "ids" and (ids := _ids(value)) is not None:
         return Ids(where, (ids,))
     if field.kind == "messages" and isinstance(value, list):
-        return Conversation(where, _messages(value, where))
+        return Conversation(where, messages(value, where))
     shown = repr(value)
     shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}…"
     hint = f"; --messages-field {field.name} reads it" if field.kind == "text" and _is_messages(value) else ""
@@ -62,14 +62,19 @@ def _ids(value: Any) -> NDArray[np.integer[Any]] | None:
         return None
 
 
-def _messages(value: list[Any], where: str) -> list[dict[str, Any]]:
+def messages(value: list[Any], where: str) -> Messages:
+    """Check a list of messages.
+
+    Raises:
+        BadRecord: it is empty, or a message has no role or a text that cannot be UTF-8.
+    """
     for number, message in enumerate(value):
         if isinstance(message, dict) and "from" in message and "value" in message:
             raise BadRecord(f"{where} has messages with from and value in place of role and content")
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise BadRecord(f"{where} has no role in message {number}; a message has role and content")
         for text in texts_in(message):
-            _encodable(text, where)
+            encodable(text, where)
     if not value:
         raise BadRecord(f"{where} has no message")
     return value
@@ -84,10 +89,21 @@ def texts_in(value: Any) -> Iterator[str]:
         yield from texts_in(each)
 
 
-def _encodable(text: str, where: str) -> str:
-    """Return the text if it can be UTF-8: JSON can spell half a surrogate pair, which is no character."""
+def encodable(text: str, where: str) -> str:
+    """Return the text if it can be UTF-8: JSON can spell half a surrogate pair, which is no character.
+
+    Raises:
+        BadRecord: it cannot.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise BadRecord(f"{where} has half a surrogate pair at character {error.start}") from error
     return text
+
+
+def without_nulls(message: Any) -> Any:
+    """Leave out what Arrow fills in where one message has a key that another lacks."""
+    if not isinstance(message, dict):
+        return message
+    return {key: value for key, value in message.items() if value is not None or key == "content"}

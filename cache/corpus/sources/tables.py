@@ -8,9 +8,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from potstill.cache.corpus.sources.completions import completion
 from potstill.cache.corpus.sources.documents import BadRecord, BadRecords, Document, Field
 from potstill.cache.corpus.sources.files import SourceFile
-from potstill.cache.corpus.sources.records import document, others
+from potstill.cache.corpus.sources.records import document, others, without_nulls
 from potstill.cache.errors import InvalidInput
 
 _BATCH_ROWS = 1024
@@ -26,7 +27,7 @@ def parquet_documents(file: SourceFile, field: Field, bad: BadRecords) -> Iterat
     try:
         with pq.ParquetFile(file.path) as table:
             _require_column(file, field, table.schema_arrow)
-            columns = None if field.whole else [field.name]
+            columns = None if field.whole or field.kind == "completion" else [field.name]
             yield from _documents(table.iter_batches(batch_size=_BATCH_ROWS, columns=columns), file, field, bad)
     except (pa.ArrowException, OSError) as error:
         raise InvalidInput(f"{file.path} cannot be read as Parquet: {error}") from error
@@ -51,23 +52,29 @@ def arrow_documents(file: SourceFile, field: Field, bad: BadRecords) -> Iterator
 
 
 def _require_column(file: SourceFile, field: Field, schema: pa.Schema) -> None:
-    if field.name not in schema.names:
+    if field.kind != "completion" and field.name not in schema.names:
         raise InvalidInput(f"{file.path} has no column {field.name!r}; {others(schema.names, field)}")
 
 
 def _documents(batches: Iterator[Any], file: SourceFile, field: Field, bad: BadRecords) -> Iterator[Document]:
     row = 0
     for batch in batches:
-        for index, value in enumerate(batch.column(field.name)):
+        for index in range(batch.num_rows):
             where = f"{file.path}: row {row}"
             row += 1
             try:
-                record = _record(batch, index, where) if field.whole else None
-                found = document(_value(value, field, where), field, where, record)
+                found = _document(batch, index, field, where)
             except BadRecord as error:
                 bad.add(str(error))
             else:
                 yield found
+
+
+def _document(batch: Any, index: int, field: Field, where: str) -> Document:
+    if field.kind == "completion":
+        return completion(_record(batch, index, where), field, where)
+    record = _record(batch, index, where) if field.whole else None
+    return document(_value(batch.column(field.name)[index], field, where), field, where, record)
 
 
 def _record(batch: Any, index: int, where: str) -> dict[str, Any]:
@@ -88,11 +95,4 @@ def _value(value: Any, field: Field, where: str) -> Any:
         found = value.as_py()
     except UnicodeDecodeError as error:
         raise BadRecord(f"{where}: column {field.name!r} is not UTF-8: {error.reason} at byte {error.start}") from error
-    return [_without_nulls(each) for each in found] if field.kind == "messages" and isinstance(found, list) else found
-
-
-def _without_nulls(message: Any) -> Any:
-    """Leave out what Arrow fills in where one message has a key that another lacks."""
-    if not isinstance(message, dict):
-        return message
-    return {key: value for key, value in message.items() if value is not None or key == "content"}
+    return [without_nulls(each) for each in found] if field.kind == "messages" and isinstance(found, list) else found

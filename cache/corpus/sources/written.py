@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
+from potstill.cache.corpus.sources.completions import completion
 from potstill.cache.corpus.sources.documents import BadRecord, BadRecords, Document, Field
 from potstill.cache.corpus.sources.files import SourceFile
 from potstill.cache.corpus.sources.opening import MOST_RECORD_BYTES, opened
@@ -67,6 +68,8 @@ def json_records(file: SourceFile, field: Field, bad: BadRecords) -> Iterator[Do
 
 
 def _document(record: Any, field: Field, where: str) -> Document:
+    if field.kind == "completion":
+        return completion(record, field, where)
     if not isinstance(record, dict):
         raise BadRecord(f"{where} is no object with a key {field.name!r}")
     if field.name not in record:

@@ -165,7 +165,9 @@ def test_conversations_are_tokenized_some_characters_at_a_time(tmp_path: Path, m
     monkeypatch.setattr(conversations, "_BATCH_CHARACTERS", 200)
     assert make(tmp_path, chat_tokenizer("chatml"), talks).fingerprint == whole.fingerprint
     monkeypatch.setattr(conversations, "_LONGEST", 150)
-    with pytest.raises(InvalidInput, match=r"a.jsonl:1 has \d+ characters; a conversation has at most 150: part it"):
+    with pytest.raises(
+        InvalidInput, match=r"a.jsonl:1 has \d+ characters; a conversation or completion has at most 150: part it"
+    ):
         make(tmp_path, chat_tokenizer("chatml"), talks)
 
 

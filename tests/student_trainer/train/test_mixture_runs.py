@@ -12,7 +12,9 @@ import pytest
 from benchmarks.edges.e18_held_out_documents import shared_rows
 from benchmarks.edges.e19_mixture import mixed, resumed_is_straight, rows_drawn
 from potstill.cache.cache import Cache
+from potstill.cache.corpus.ingest import IngestPlan, ingest
 from potstill.cache.errors import InvalidInput, NotFound, SpecMismatch, TeacherFailed, UnknownTeacher
+from potstill.cache.store.root import Root
 from potstill.clients.cli import main
 from potstill.student_trainer.checkpoint.folders import newest_checkpoint
 from potstill.student_trainer.data import BatchReader
@@ -21,7 +23,7 @@ from potstill.student_trainer.data.sources import cache_source
 from potstill.student_trainer.metrics.records import read_metrics
 from potstill.student_trainer.train.loop import train
 from potstill.student_trainer.train.run import evaluate_run, open_run
-from tests.support.tiny_runs import config_of, unhashed, write_cache
+from tests.support.tiny_runs import config_of, fill, unhashed, word_tokenizer, write_cache
 
 WEIGHT = r"^data\.corpora\.0\.weight is {}: must be a number of 0 or more, or \[step, weight\] pairs whose steps rise$"
 
@@ -53,6 +55,29 @@ def test_a_resumed_mixture_is_bit_for_bit_the_straight_one(folder: Path) -> None
     assert resumed_is_straight(folder)
     records = [each for each in read_metrics(folder / "straight") if "loss" in each]
     assert records[-1]["epoch"] == {"docs": 0, "more": 0}
+
+
+def test_what_models_wrote_is_drawn_early_and_its_prompts_are_not_learnt(tmp_path: Path) -> None:
+    root = write_cache(tmp_path, documents=60)
+    answers = [
+        {"prompt": f"w{n % 40} w2", "completion": f"w{n % 30} w4 w5", "model": "gpt-4", "created": 1717171717}
+        for n in range(40)
+    ]
+    source = tmp_path / "answers.jsonl"
+    source.write_text("".join(json.dumps(each) + "\n" for each in answers))
+    plan = IngestPlan(completions="context", row_tokens=16, shard_positions=100)
+    ingest(Root.open(root), "answers", [source], word_tokenizer(), plan)
+    fill(root, "fake", "answers")
+    corpora = [{"name": "docs", "weight": 1.0}, {"name": "answers", "weight": [[0, 3.0], [5, 0.0]]}]
+    config = config_of(root, tmp_path / "run", data={"corpus": None, "corpora": corpora, "held_out": 4})
+    with open_run(config) as run:
+        drawn = run.order.take(0, 80).reshape(10, 8) >= run.corpora.first_rows[1]
+        own = run.reader.measure(run.corpora.first_rows[1] + np.arange(4))
+    assert drawn.sum(axis=1)[0] == 6
+    assert drawn.sum(axis=1)[5:].tolist() == [0] * 5
+    assert own.num_labels == 3 * 4, "of five tokens a row, the completion's three"
+    train(config)
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 10
 
 
 def test_batches_are_the_rows_and_targets_of_their_corpora(folder: Path) -> None:
