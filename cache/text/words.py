@@ -44,17 +44,18 @@ def normalised(text: str) -> str:
 
 def word_hashes(words: str) -> NDArray[np.uint64]:
     """Hash each word of a text that has one space between any two, [W]; the same on every machine."""
-    data = np.frombuffer(words.encode(), dtype=np.uint8)
+    encoded = words.encode()
+    data = np.frombuffer(encoded, dtype=np.uint8)
     blocks, at = [np.empty(0, np.uint64)], 0
     while at < data.size:
-        # A word that is longer than a block is parted.
         block = data[at : at + _BLOCK]
         spaces = np.flatnonzero(block == _SPACE)
         if at + _BLOCK < data.size and spaces.size:
             block, spaces = block[: spaces[-1]], spaces[:-1]
         blocks.append(_hashed(block, spaces))
-        at += block.size
-        at += bool(at < data.size and data[at] == _SPACE)
+        # A word that is longer than a block, as data in base64 is, is known by its beginning.
+        end = encoded.find(b" ", at + block.size)
+        at = data.size if end < 0 else end + 1
     return np.concatenate(blocks)
 
 

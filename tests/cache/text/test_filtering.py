@@ -133,6 +133,14 @@ def test_the_same_is_kept_whatever_the_batches_and_parts(
     assert one == many
 
 
+def test_a_word_of_megabytes(tmp_path: Path) -> None:
+    """As data in base64 is, among text that repeats itself."""
+    text = f"{GERMAN} {'QUJD' * 100_000} {GERMAN}"
+    file = write_lines(tmp_path / "a.jsonl", [{"text": text}])
+    filter_files([file], tmp_path / "out", FilterPlan.of({"rules": {"mean_word_length": {}}}))
+    assert kept(tmp_path / "out") == [{"text": text}]
+
+
 def test_technical_text_is_not_thrown_away(tmp_path: Path) -> None:
     root = Path(json.__file__).parent
     code = [path.read_text() for path in sorted(root.glob("*.py"))]
