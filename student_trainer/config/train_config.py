@@ -55,7 +55,9 @@ class TrainConfig(Frozen):
     @model_validator(mode="after")
     def _teachers_match_alpha(self) -> Self:
         if self.train.distils and not self.teachers:
-            raise ValueError(f"train.alpha is {self.train.alpha} but there is no teacher: add one, or set it to 0")
+            name = "alpha" if any(share for _, share in self.train.alpha_points) else "alm"
+            value = getattr(self.train, name)
+            raise ValueError(f"train.{name} is {value} but there is no teacher: add one, or set it to 0")
         if self.train.weighting != "fixed" and len(self.teachers) < 2:
             raise ValueError(f"train.weighting is {self.train.weighting!r}, but there is one teacher; leave it out")
         if self.data.missing != "fail" and all(teacher.source == "service" for teacher in self.teachers):

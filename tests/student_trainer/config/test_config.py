@@ -80,6 +80,7 @@ def test_folders_become_absolute_and_names_do_not(tmp_path: Path, monkeypatch: p
         ({"data": {"held_out": 1.5}}, r"whole number of rows, or a share below 1"),
         ({"data": {"held_out": -1}}, r"^data\.held_out"),
         ({"teachers": []}, r"train\.alpha is 0\.5 but there is no teacher"),
+        ({"teachers": [], "train": {"alpha": 0.0, "alm": 0.1}}, r"train\.alm is 0\.1 but there is no teacher"),
         ({"teachers": [{"name": "a"}, {"name": "a"}]}, r"different names"),
         ({"teachers": [{"name": "a", "weight": 0}]}, r"^teachers\.0: weight is never over 0; leave the teacher out$"),
         ({"teachers": [{"name": "a", "weight": [[5, 1], [2, 1]]}]}, r"^teachers\.0: .*pairs whose steps rise$"),
