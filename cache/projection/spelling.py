@@ -30,7 +30,7 @@ which texts mostly are: a document that it changes is found when it is compared 
 
 
 class Spelling:
-    """What the ids of a corpus's tokenizer spell.
+    """Spelling of the ids of a corpus's tokenizer.
 
     Raises:
         UnsupportedField: they do not spell a text byte by byte.

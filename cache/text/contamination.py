@@ -58,7 +58,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Contamination:
-    """What was found in a corpus."""
+    """Items that were found in a corpus."""
 
     benchmarks: tuple[Benchmark, ...]
     found: tuple[Found, ...]
@@ -78,7 +78,7 @@ class Contamination:
         }
 
     def provenance(self) -> dict[str, str]:
-        """What an annotation of the rows keeps."""
+        """Texts that an annotation of the rows keeps."""
         told = self.to_json()
         del told["found"]
         names = ", ".join(each.name for each in self.benchmarks)

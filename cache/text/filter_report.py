@@ -1,4 +1,4 @@
-"""What a filter read, kept and dropped; written beside what it kept, where an ingest passes it by."""
+"""Report of what a filter read, kept and dropped; written beside what it kept, where an ingest passes it by."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Amount:
 
 @dataclass(slots=True)
 class Dropped(Amount):
-    """What one rule dropped; several may drop one document."""
+    """Documents that one rule dropped; several may drop one document."""
 
     alone: int = 0
     """Documents that no other rule drops, of those that look at the same document."""

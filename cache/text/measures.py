@@ -1,4 +1,4 @@
-"""What is measured of a text, in the terms of Gopher (arXiv 2112.11446) and FineWeb (arXiv 2406.17557).
+"""Measures of a text, in the terms of Gopher (arXiv 2112.11446) and FineWeb (arXiv 2406.17557).
 
 A measure that a text does not have, as the share of its lines where it has none, is left out.
 

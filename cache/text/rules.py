@@ -96,7 +96,7 @@ PRESETS: dict[str, Mapping[str, Bounds]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FilterPlan:
-    """What decides on a document."""
+    """Settings that decide on a document."""
 
     bounds: Mapping[str, Bounds]
     """By the names of `MEASURES`."""

@@ -1,4 +1,4 @@
-"""What the harness found of a student."""
+"""Scores that the harness found of a student."""
 
 from __future__ import annotations
 

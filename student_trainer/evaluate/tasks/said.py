@@ -1,4 +1,4 @@
-"""What the harness says beside its results: warnings are kept as notes, its progress bars are left out."""
+"""Words of the harness beside its results: warnings are kept as notes, its progress bars are left out."""
 
 from __future__ import annotations
 
