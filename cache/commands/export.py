@@ -78,6 +78,11 @@ def _format(args: argparse.Namespace, targets: TargetSet, fields: Fields, folder
         return ListColumns.to_write(fields, vocab_size, targets.corpus), fields
     if not fields.k:
         raise InvalidInput(f"teacher {targets.teacher!r} has no top-k, and DistillKit knows nothing else")
+    if fields.alignment:
+        raise InvalidInput(
+            f"targets of {targets.teacher!r} for corpus {targets.corpus.name!r} are projected, and DistillKit's rows "
+            "cannot say how much of a position is not resolved; leave --format away"
+        )
     config = read_config(args.compression_config) if args.compression_config else preset(fields.k, vocab_size)
     if config.k > fields.k or config.d < vocab_size:
         raise InvalidInput(

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from potstill.cache import Cache
-from potstill.cache.commands import project, verify
+from potstill.cache.commands import export, project, verify
 from potstill.cache.errors import InvalidInput
+from tests.support.command_line import run_command
 from tests.support.corpora import byte_tokenizer, topics
 from tests.support.tokenizers.small import of_letters, trained
 from tests.support.tokenizers.two_corpora import ingested, taught, write
@@ -88,3 +89,13 @@ def test_verify_names_the_way_out(root: Path, capsys: pytest.CaptureFixture[str]
     out = capsys.readouterr().out
     assert "to project the damaged shards of targets/fake/students again:" in out
     assert f"potstill project --cache {root} --corpus students --teacher fake --from CORPUS_OF_ITS_OWN" in out
+
+
+def test_distillkit_cannot_hold_them(root: Path, tmp_path: Path) -> None:
+    """Its rows would tell the unresolved mass as that of other tokens; ours hold it."""
+    run(root)
+    words = ["--cache", root, "--corpus", "students", "--teacher", "fake", "--to", tmp_path / "out"]
+    with pytest.raises(InvalidInput, match="are projected, and DistillKit's rows cannot say"):
+        run_command(export, *words, "--format", "distillkit")
+    assert not (tmp_path / "out").exists()
+    assert run_command(export, *words) == 0
