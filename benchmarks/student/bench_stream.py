@@ -8,8 +8,9 @@ rows, micro-batches of 8; in the order of the rows, in rows of similar length, a
 Waiting: synthetic targets (V = 32,768, K = 64, `u8`) in rows of 512, shards of 262,144 positions and windows of two,
 read as from an object store (zarr's stock pipeline, 50 ms before each object or range). The consumer sleeps for each
 micro-batch as long as a student of `--rate` positions a second would compute. Every 20 steps it evaluates on 64 rows.
-Reported: seconds waited of all seconds, after the first evaluation and the first `--ahead` micro-batches, and the CPU
-seconds that reading took of them.
+Reported: seconds waited of all seconds, after the first evaluation and the first `--ahead` micro-batches, by the clock
+of the consumer; beside it the part in which what it asked for was not there, which runs report as theirs. The rest
+is Python's lock. The CPU seconds that reading took are those of the whole process.
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ def show_waiting(folder: Path, rate: float, readers: int, ahead: int) -> bool:
         with held.read() as evaluated:  # as a run does before its first step
             consumer.take(evaluated)
         consumer.take(each.batch for each in islice(batches, ahead))
-        consumer.waited, consumer.positions = 0.0, 0
+        consumer.waited, consumer.positions, before = 0.0, 0, stream.waited
         began, cpu = time.monotonic(), time.process_time()
         evaluations = (len(steps) - 1 - ahead * MICRO_BATCH_ROWS // BATCH_ROWS) // EVALUATE_EVERY
         for _ in range(evaluations):
@@ -151,7 +152,8 @@ def show_waiting(folder: Path, rate: float, readers: int, ahead: int) -> bool:
     seconds = time.monotonic() - began
     share, windows = consumer.waited / seconds, corpus.num_shards / order.window_shards
     print(
-        f"waiting for a store of {CALL_SECONDS * 1000:.0f} ms a call: {share:.1%} of {seconds:.0f} s at "
+        f"waiting for a store of {CALL_SECONDS * 1000:.0f} ms a call: {share:.1%} of {seconds:.0f} s "
+        f"({(stream.waited - before) / seconds:.2%} for steps that were not there) at "
         f"{consumer.positions / seconds:,.0f} positions/s; {corpus.num_shards} shards in {windows:.1f} windows, "
         f"{evaluations} evaluations, {readers} readers, {ahead} ahead, {(time.process_time() - cpu) / seconds:.2f} CPUs"
     )

@@ -59,7 +59,7 @@ class ReadAhead(Generic[Wanted, Found]):
         self._read, self._wanted, self._size = read, iter(wanted), size
         self._ahead, self._most_bytes = ahead, most_bytes
         self._begun, self._taken = 0, 0
-        self._arrived: dict[int, Found | _Failed] = {}
+        self._arrived: dict[int, tuple[Found | _Failed, int]] = {}  # with its bytes
         self._held, self._largest = 0, 0
         self._ended = self._closed = False
         # One lock; two conditions, so that an answer wakes no reader, and room not the caller.
@@ -86,13 +86,13 @@ class ReadAhead(Generic[Wanted, Found]):
             self.waited += time.monotonic() - began
             if self._taken not in self._arrived:
                 raise StopIteration
-            found = self._arrived.pop(self._taken)
+            found, size = self._arrived.pop(self._taken)
             if isinstance(found, _Failed):
                 self._closed = True
                 self._room.notify()
                 raise found.error
             self._taken += 1
-            self._held -= self._size(found)
+            self._held -= size
             self._room.notify()
             return found
 
@@ -148,13 +148,12 @@ class ReadAhead(Generic[Wanted, Found]):
                 return self._begun - 1, wanted
 
     def _arrive(self, number: int, found: Found | _Failed) -> None:
+        size = 0 if isinstance(found, _Failed) else self._size(found)
         with self._lock:
-            self._arrived[number] = found
-            if not isinstance(found, _Failed):
-                size = self._size(found)
-                self._held, self._largest = self._held + size, max(self._largest, size)
-                if self._has_room:  # of bytes: an answer may be smaller than the largest, as which it counted
-                    self._room.notify()
+            self._arrived[number] = found, size
+            self._held, self._largest = self._held + size, max(self._largest, size)
+            if self._has_room:  # of bytes: an answer may be smaller than the largest, as which it counted
+                self._room.notify()
             if number == self._taken:
                 self._arrival.notify_all()
 
