@@ -25,6 +25,8 @@ from potstill.cache.store.publishing import publish
 from potstill.cache.store.record import read_record, record_bytes, values_read
 from potstill.cache.store.root import check_name, is_name
 
+CONTAMINATED = "contaminated"
+"""Name of the annotation of rows with items of benchmarks; further ones are called `contaminated-…`."""
 _KIND = "annotation"
 _DTYPES = frozenset(
     ["bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float32", "float64"]
@@ -138,6 +140,11 @@ def read_annotation(
     reader = GroupReader(root, f"{corpus.folder}/{annotation.group}", annotation.objects)
     reader.expect("values", (annotation.num_rows,), (annotation.dtype,))
     return reader.read("values", start, corpus.num_rows if stop is None else stop)
+
+
+def says_contaminated(name: str) -> bool:
+    """Tell by an annotation's name whether training leaves its rows out where nobody says otherwise."""
+    return name == CONTAMINATED or name.startswith(f"{CONTAMINATED}-")
 
 
 def require_name(name: str) -> None:

@@ -221,6 +221,10 @@ class Measured:
         """Add some positions."""
         p, q = exact.logprobs.astype(np.float64), decoded.logprobs.astype(np.float64)
         lost = beyond_codes(p)
+        # No entry of a row may have mass, as after a projection; of float16 next to none comes back for each.
+        none = np.isneginf(p) & ~np.isneginf(q)
+        if none.any():
+            lost = none if lost is None else lost | none
         difference = distances(p, q)
         difference = difference if lost is None else difference[~lost]
         self.positions += len(p)

@@ -140,7 +140,9 @@ def require_same(path: str, wanted: SetSpec, found: SetSpec) -> None:
             ]
             differences += ("; " if differences else "") + f"{name}: {', '.join(changed)}"
     if differences:
-        raise SpecMismatch(f"{path} exists with another spec ({differences}); use another teacher name")
+        raise SpecMismatch(
+            f"{path} exists with another spec ({differences}); use another teacher name, or `potstill delete` it first"
+        )
 
 
 def _parse_spec(path: str, data: bytes, corpus: Corpus) -> SetSpec:

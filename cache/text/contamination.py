@@ -22,8 +22,6 @@ from potstill.cache.text.benchmark_items import Item, read_items
 from potstill.cache.text.item_index import LEAST_WORDS, ItemIndex, Match
 from potstill.cache.text.row_texts import Window, batches, rows_of_words, windows, words_of
 
-CONTAMINATED = "contaminated"
-"""Name of the annotation; rows of one that is called so, or `contaminated-…`, are left out of training."""
 _SHOWN = 80
 _MOST_NGRAM = 100
 
@@ -100,8 +98,10 @@ def open_index(files: Sequence[Path], fields: Sequence[str] = (), ngram: int = 1
     items = [item for file in files for item in read_items(file, fields)]
     index = ItemIndex(items, ngram)
     if not index.num_runs:
+        names = ", ".join(file.name for file in files)
         raise InvalidInput(
-            f"no item has the {min(ngram, LEAST_WORDS)} words that are looked for, the question and an answer together"
+            f"no item of {names} has the {min(ngram, LEAST_WORDS)} words that are looked for, the "
+            "question and an answer together; fewer are by a lower --ngram"
         )
     return index
 

@@ -128,6 +128,7 @@ def _contamination(annotations: Mapping[str, Any]) -> Iterator[str]:
         yield "Not looked for; `potstill contamination` does."
     for name, text in looked.items():
         report = json.loads(text)
+        yield ""
         yield (
             f"Annotation `{name}`: {report['rows_with_items']:,} of {counted(report['rows'], 'row')} with items, by "
             f"runs of {report['ngram']} words."

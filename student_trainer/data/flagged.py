@@ -11,9 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potstill.cache.corpus import Corpus
+from potstill.cache.corpus.annotations import says_contaminated
 from potstill.cache.errors import InvalidInput, NotFound
-
-_CONTAMINATED = "contaminated"
 
 
 def flagged_rows(corpora: Sequence[Corpus], leave_out: Sequence[str] | None) -> list[NDArray[np.int64]]:
@@ -31,14 +30,10 @@ def flagged_rows(corpora: Sequence[Corpus], leave_out: Sequence[str] | None) -> 
         if not any(name in names for names in there):
             known = ", ".join(sorted({each for names in there for each in names})) or "none"
             raise NotFound(f"data.leave_out has {name!r}, and no corpus has such an annotation; there are: {known}")
+    chosen = says_contaminated if leave_out is None else leave_out.__contains__
     return [
-        _flagged(corpus, [name for name in names if (_is_default(name) if leave_out is None else name in leave_out)])
-        for corpus, names in zip(corpora, there, strict=True)
+        _flagged(corpus, [name for name in names if chosen(name)]) for corpus, names in zip(corpora, there, strict=True)
     ]
-
-
-def _is_default(name: str) -> bool:
-    return name == _CONTAMINATED or name.startswith(f"{_CONTAMINATED}-")
 
 
 def _flagged(corpus: Corpus, names: Sequence[str]) -> NDArray[np.int64]:

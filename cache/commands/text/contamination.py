@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from potstill.cache.commands.progress import progress
 from potstill.cache.commands.tables import print_table
+from potstill.cache.corpus.annotations import CONTAMINATED, says_contaminated
 from potstill.cache.errors import AlreadyExists
 from potstill.cache.plurals import counted
 
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ngram", type=int, default=13, help="words in a row that are a match (default %(default)s)")
     parser.add_argument(
         "--name",
-        default="contaminated",
+        default=CONTAMINATED,
         metavar="NAME",
         help="of the annotation; training leaves out those called contaminated or contaminated-… (default %(default)s)",
     )
@@ -59,7 +60,10 @@ def run(args: argparse.Namespace) -> int:
     # Before the hours that looking may take.
     require_name(args.name)
     if args.name in corpus.annotations():
-        raise AlreadyExists(f"corpus {corpus.name!r} has an annotation {args.name!r}; give another with --name")
+        raise AlreadyExists(
+            f"corpus {corpus.name!r} has an annotation {args.name!r}, which stays as it is; give another name, such as "
+            f"--name {CONTAMINATED}-2"
+        )
     files = [Path(file) for file in args.against]
     index = open_index(files, args.field, args.ngram)
     with progress("contamination", "rows") as show:
@@ -91,7 +95,12 @@ def _print(corpus: Corpus, name: str, found: Contamination) -> None:
         print(f"row {each.row}: item {each.item} of {each.benchmark}{answer}: {each.question!r}")
     if len(found.found) > _LISTED:
         print(f"and {len(found.found) - _LISTED:,} more, which --json lists")
+    left_out = (
+        "which training leaves out"
+        if says_contaminated(name)
+        else f"which training does not leave out, as the name is not {CONTAMINATED}-…; name it in data.leave_out"
+    )
     print(
         f"annotation {name} of corpus {corpus.name}: {int(found.rows.sum()):,} of {counted(len(corpus), 'row')} "
-        "with items of benchmarks"
+        f"with items of benchmarks, {left_out}"
     )

@@ -113,6 +113,19 @@ def test_entries_without_mass_come_back_next_to_none_and_are_counted() -> None:
     assert error.mean_kl < 1e-3
 
 
+def test_a_row_whose_top_k_has_no_mass_at_all_comes_back_with_next_to_none() -> None:
+    """A projection can leave such a row; it must not make the error of all others infinite."""
+    whole = targets_from_dense(np.random.default_rng(0).normal(size=(2, 9)), 3)
+    logprobs, log_tail = whole.logprobs.copy(), whole.log_tail.copy()
+    logprobs[1], log_tail[1] = -np.inf, 0.0
+    exact = replace(whole, logprobs=logprobs, log_tail=log_tail)
+    decoded = round_trip(exact, ENCODINGS["u8"], RankTable.plain(9))
+    assert np.exp(decoded.logprobs[1]).sum() < 1e-7
+    error = measure_error(exact, decoded)
+    assert (error.saturated, error.saturated_mass) == (3, 0.0)
+    assert error.max_abs <= ENCODINGS["u8"].max_abs_error
+
+
 def test_the_whole_vocabulary_has_no_tail() -> None:
     exact = targets_from_dense(np.random.default_rng(1).normal(size=(4, 9)), 9)
     assert np.isneginf(exact.log_tail).all()

@@ -149,11 +149,17 @@ def test_the_command_names_benchmark_item_and_row_and_flags_them(
     assert provenance["source"] == "runs of 13 words of bench.jsonl"
     assert json.loads(provenance["report"])["benchmarks"] == told["benchmarks"]
     again = refusal(command, *arguments)
-    assert again == "corpus 'docs' has an annotation 'contaminated'; give another with --name"
+    assert again == (
+        "corpus 'docs' has an annotation 'contaminated', which stays as it is; give another name, such as --name "
+        "contaminated-2"
+    )
     assert run_command(command, *arguments, "--name", "contaminated-again") == 0
     said = capsys.readouterr().out
     assert "item 0 of bench.jsonl" in said
     assert "annotation contaminated-again of corpus docs" in said
+    assert said.endswith("rows with items of benchmarks, which training leaves out\n")
+    assert run_command(command, *arguments, "--name", "bench") == 0
+    assert "which training does not leave out, as the name is not contaminated-" in capsys.readouterr().out
 
 
 def test_what_a_machine_wrote_is_searched_as_any_text(tmp_path: Path) -> None:
@@ -198,7 +204,9 @@ def test_wrong_files(tmp_path: Path) -> None:
     files = [write_items(folder / "bench.jsonl", ["Why?"]) for folder in (tmp_path, tmp_path / "other")]
     arguments = ("--cache", tmp_path / "c", "--corpus", "docs", "--against")
     assert "two benchmarks are called 'bench.jsonl'" in refusal(command, *arguments, *files)
-    assert "no item has the 8 words that are looked for" in refusal(command, *arguments, files[0])
+    short = refusal(command, *arguments, files[0])
+    assert short.startswith("no item of bench.jsonl has the 8 words that are looked for")
+    assert short.endswith("fewer are by a lower --ngram")
     elsewhere = ("--cache", tmp_path / "none", "--corpus", "docs", "--against", files[0])
     assert "the folder does not exist" in refusal(command, *elsewhere)
     assert not (tmp_path / "none").exists()
