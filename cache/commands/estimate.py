@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from potstill.cache.upkeep.compute import Compute, Devices
     from potstill.cache.upkeep.estimate import Basis, Estimate, Prices, Workload
 
-SUMMARY = "bytes, objects, GPU time and cost of targets before they are made"
+SUMMARY = "bytes, GPU time and cost of targets before they are made"
 
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 
 from potstill.cache.errors import Overloaded
 from potstill.teacher_service.access.auth import Caller, Role, caller
@@ -42,8 +43,12 @@ class CountedPieces:
 
 
 def streaming(pieces: CountedPieces, slots: ReadSlots) -> Any:
+    """An app that streams the pieces, and at /seven answers from one of the threads."""
+
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http":
+        if scope["type"] == "http" and scope["path"] == "/seven":
+            await Response(await slots.threads.run(lambda: b"7"))(scope, receive, send)
+        elif scope["type"] == "http":
             try:
                 await StreamedAnswer(iter(pieces), slots, headers={}, media_type=ARROW)(scope, receive, send)
             except BaseException as error:
@@ -67,7 +72,7 @@ def test_a_client_that_takes_nothing_holds_no_thread_meanwhile() -> None:
     with serving(streaming(pieces, slots)) as url, http.stream("GET", url):
         until(lambda: pieces.read > 2)
         # The one thread is free, though the answer is still under way.
-        assert asyncio.run(slots.threads.run(lambda: 7)) == 7
+        assert http.get(f"{url}/seven").content == b"7"
         assert slots.streams.in_use == 1
 
 
