@@ -62,6 +62,7 @@ def write_packages(folder: Path) -> None:
         (root / f"{i}.txt").write_text(text, encoding="utf-8")
 
 
+@pytest.mark.slow  # a whole study, of a benchmark: it takes as long as a hundred tests
 def test_a_study_stops_and_goes_on_and_its_page_says_what_is_there(tmp_path: Path) -> None:
     model = make_tiny_llama(tmp_path / "model")
     work, docs = tmp_path / "work", tmp_path / "docs"
