@@ -191,6 +191,20 @@ def test_only_the_chosen_command_is_loaded() -> None:
     assert done.stderr.startswith("invalid_input: 'nonsense' is not the URL of a service")
 
 
+def test_commands_load_nothing_heavy_before_they_run() -> None:
+    """But for the service's own, which are parts of it. `--help` loads them all, for their summaries."""
+    code = (
+        "import sys\n"
+        "from potstill.cache.entry_points import command_entry_points\n"
+        "found = [each for each in command_entry_points().values() if '.teacher_service.' not in each.value]\n"
+        "assert all(each.load().SUMMARY for each in found)\n"
+        "heavy = {'torch', 'vllm', 'fastapi', 'uvicorn', 'zarr', 'pyarrow', 'transformers', 'ray'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_packages_import_nothing_heavy() -> None:
     code = (
         "import sys, potstill.clients.cli, potstill.teacher_service\n"

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from potstill.cache.commands.progress import progress
 from potstill.cache.commands.tables import print_table
-from potstill.cache.corpus.annotations import CONTAMINATED, says_contaminated
 from potstill.cache.errors import AlreadyExists
 from potstill.cache.plurals import counted
 
@@ -42,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ngram", type=int, default=13, help="words in a row that are a match (default %(default)s)")
     parser.add_argument(
         "--name",
-        default=CONTAMINATED,
+        default="contaminated",
         metavar="NAME",
         help="of the annotation; training leaves out those called contaminated or contaminated-… (default %(default)s)",
     )
@@ -53,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     """Look, annotate the rows, and print what was found."""
     from potstill.cache.cache import Cache
     from potstill.cache.corpus import annotate
-    from potstill.cache.corpus.annotations import require_name
+    from potstill.cache.corpus.annotations import CONTAMINATED, require_name
     from potstill.cache.text.contamination import look_for, open_index
 
     corpus = Cache.open(args.cache).corpus(args.corpus)
@@ -79,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print(corpus: Corpus, name: str, found: Contamination) -> None:
+    from potstill.cache.corpus.annotations import CONTAMINATED, says_contaminated
+
     print_table(
         {
             "benchmark": lambda row: row.name,
