@@ -140,9 +140,10 @@ class Fields:
 
     def to_json(self) -> dict[str, Any]:
         """Convert to a JSON object with one key per attribute; `alignment` is left out where it is not asked for."""
-        # Earlier software, which does not know it, refuses unknown keys.
-        beside = {} if self.alignment else {"alignment"}
-        return {name: value for name, value in self._plain().items() if name not in beside}
+        plain = {**asdict(self), "temperatures": list(self.temperatures)}
+        if not self.alignment:
+            del plain["alignment"]  # earlier software refuses keys that it does not know
+        return plain
 
     @classmethod
     def from_json(cls, value: Any) -> Fields:
@@ -161,9 +162,6 @@ class Fields:
         if not isinstance(temperatures, list | tuple):
             raise InvalidInput(f"fields.temperatures is {temperatures!r}; it must be a list of numbers")
         return cls(**{**value, "temperatures": tuple(temperatures)})
-
-    def _plain(self) -> dict[str, Any]:
-        return {**asdict(self), "temperatures": list(self.temperatures)}
 
     @property
     def asked(self) -> tuple[Field, ...]:

@@ -75,8 +75,8 @@ class Projector:
         """
         starts = self.student.corpus.starts(start_row, stop_row)
         start, stop = int(starts[0]), int(starts[-1])
-        taught, ends = self._taught(*self.range_of(start, stop))
-        wanted = self._wanted(starts, ends)
+        taught = self._taught(*self.range_of(start, stop))
+        wanted = self._wanted(starts, taught.ends[:-1])
         made = _empty(stop - start, self.k)
         project_rows(taught, self._mapped(), wanted, self.vocab_size, made)
         self._count(taught, wanted, made, tally)
@@ -103,8 +103,7 @@ class Projector:
         spans = min(_SPANS, -(-count // _SPAN))
         for start in (np.arange(spans) * count // spans).tolist():
             with suppress(NotCommitted):
-                taught, _ = self._taught(start, min(start + _SPAN, count))
-                sum_staying(taught, self._mapped(), sums)
+                sum_staying(self._taught(start, min(start + _SPAN, count)), self._mapped(), sums)
         seen, stayed = sums
         mean = stayed.sum() / seen.sum() if seen.sum() else 0.0
         return replace(self, stays=np.where(seen > 0, stayed / np.maximum(seen, 1), mean))
@@ -113,14 +112,14 @@ class Projector:
         first = self.first
         return Mapped(first.inside, first.at_start, first.opening, first.going_on, first.first_bytes, self.stays)
 
-    def _taught(self, first: int, last: int) -> tuple[Taught, NDArray[np.int64]]:
-        """Read what the teacher says at its positions, and the units [m] at which its tokens end."""
+    def _taught(self, first: int, last: int) -> Taught:
+        """Read what the teacher says at its positions."""
         nexts, next_ends, ends = _following(self.teacher, first, last)
         answers = self._read(first, last)
         path = path_logprobs(answers.ids, answers.logprobs, answers.label_logprob, nexts)
         # The kernels take the end of the token after position t at t + 1.
         beyond = np.append(ends, next_ends[-1:] if len(ends) else ends)
-        return Taught(answers.ids, answers.logprobs, answers.log_tail, nexts, beyond, path), ends
+        return Taught(answers.ids, answers.logprobs, answers.log_tail, nexts, beyond, path)
 
     def _read(self, first: int, last: int) -> Targets:
         if first == last:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,6 +16,7 @@ from potstill.cache.projection.axis import BLOCK, TextAxis
 from potstill.cache.projection.first_tokens import FirstTokens
 from potstill.cache.projection.spelling import NONE, Spelling
 from potstill.cache.projection.tally import Tally, categories_of
+from potstill.cache.row_batches import row_batches
 from potstill.cache.targets import TargetSet
 from potstill.cache.types import Fields, Provenance, Targets
 
@@ -80,7 +81,7 @@ def project(
         _make_ranks(targets, projector)
     for shard in todo:
         blocks = []
-        for start, stop in _runs(corpus.starts(*corpus.shard_rows[shard : shard + 2].tolist())):
+        for start, stop in row_batches(corpus.starts(*corpus.shard_rows[shard : shard + 2].tolist()), BLOCK):
             first = int(corpus.shard_rows[shard])
             blocks.append(projector.project(first + start, first + stop, tally))
             done += blocks[-1].num_positions
@@ -170,15 +171,6 @@ def _make_ranks(targets: TargetSet, projector: Projector) -> None:
             continue
     if pilot:
         targets.make_ranks(Targets.concat(pilot))
-
-
-def _runs(starts: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Cut rows, by the positions at which they start, into runs of about a block of positions."""
-    start, last = 0, len(starts) - 1
-    while start < last:
-        stop = max(int(np.searchsorted(starts, starts[start] + BLOCK, side="right")) - 1, start + 1)
-        yield start, min(stop, last)
-        start = stop
 
 
 def _provenance(projector: Projector, shard: int) -> Provenance:

@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potstill.cache.compiled import compiled
-
-NONE = -1
+from potstill.cache.projection.spelling import NONE
 
 
 class Taught(NamedTuple):

@@ -77,7 +77,8 @@ def filter_files(
     """
     field = Field("text", text_field, whole=True)
     files, unknown = list_sources(sources, field, skip_unknown=skip_unknown)
-    files = [_with_text(file) for file in files]
+    if tokens := [file.path for file in files if file.kind == "tokens"]:
+        raise InvalidInput(f"{str(tokens[0])!r} holds token ids, and a filter reads text; leave it out")
     counts, bad, read = FilterCounts(), BadRecords(skip=skip_bad), list[Source]()
     sieve = _Sieve(plan, counts)
     with _new_folder(out) as folder:
@@ -143,12 +144,6 @@ class _Sieve:
             self._counts.drop(each.text, each.where, reasons)
             return None
         return language, hashes
-
-
-def _with_text(file: SourceFile) -> SourceFile:
-    if file.kind == "tokens":
-        raise InvalidInput(f"{str(file.path)!r} holds token ids, and a filter reads text; leave it out")
-    return file
 
 
 def _source(file: SourceFile, documents: int) -> Source:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.filesize import decimal
@@ -70,11 +71,16 @@ def _sources(corpus: Corpus) -> Iterator[str]:
     if not sources:
         yield "Not recorded."
         return
-    rows = ([each.name, f"{each.documents:,}", f"`{each.sha256}`"] for each in sources[:_LISTED])
-    yield from _table(["file", "documents", "sha256"], rows)
-    if len(sources) > _LISTED:
+    yield from _files("file", [asdict(each) for each in sources])
+
+
+def _files(heading: str, files: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """List the first of some files, each an object of a `Source`, and count the others."""
+    rows = ([each["name"], f"{each['documents']:,}", f"`{each['sha256']}`"] for each in files[:_LISTED])
+    yield from _table([heading, "documents", "sha256"], rows)
+    if len(files) > _LISTED:
         yield ""
-        yield f"And {counted(len(sources) - _LISTED, 'file')} more."
+        yield f"And {counted(len(files) - _LISTED, 'file')} more."
 
 
 def _filter(corpus: Corpus, report: Mapping[str, Any] | None) -> Iterator[str]:
@@ -100,13 +106,7 @@ def _filtered(corpus: Corpus, report: Mapping[str, Any], ours: int) -> Iterator[
         f"{left['characters']:,} of {read['characters']:,} characters."
     )
     yield ""
-    yield from _table(
-        ["filtered file", "documents", "sha256"],
-        ([each["name"], f"{each['documents']:,}", f"`{each['sha256']}`"] for each in report["sources"][:_LISTED]),
-    )
-    if len(report["sources"]) > _LISTED:
-        yield ""
-        yield f"And {counted(len(report['sources']) - _LISTED, 'file')} more."
+    yield from _files("filtered file", report["sources"])
     yield ""
     dropped = report["dropped"].items()
     columns = ["dropped by", "documents", "by it alone", "characters"]
@@ -123,11 +123,10 @@ def _filtered(corpus: Corpus, report: Mapping[str, Any], ours: int) -> Iterator[
 
 
 def _contamination(annotations: Mapping[str, Any]) -> Iterator[str]:
-    looked = {name: about["provenance"]["report"] for name, about in annotations.items() if _is_report(about)}
+    looked = {name: report for name, about in annotations.items() if (report := _report_of(about)) is not None}
     if not looked:
         yield "Not looked for; `potstill contamination` does."
-    for name, text in looked.items():
-        report = json.loads(text)
+    for name, report in looked.items():
         yield ""
         yield (
             f"Annotation `{name}`: {report['rows_with_items']:,} of {counted(report['rows'], 'row')} with items, by "
@@ -201,12 +200,13 @@ def _teachers(targets: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         yield ""
 
 
-def _is_report(about: Mapping[str, Any]) -> bool:
-    text = about["provenance"].get("report", "")
+def _report_of(about: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Read what `potstill contamination` keeps with an annotation; None of another's."""
     try:
-        return "benchmarks" in json.loads(text)
+        report = json.loads(about["provenance"].get("report", ""))
     except (ValueError, TypeError):
-        return False
+        return None
+    return report if isinstance(report, dict) and "benchmarks" in report else None
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:

@@ -207,9 +207,9 @@ class Positions:
         return scale
 
     def _weight(self, m: int, part: slice | Tensor) -> float | Tensor:
-        alignment, weight = self.teachers[m].alignment, self.teachers[m].weight
-        weight = weight[part] if isinstance(weight, Tensor) else weight
-        return weight if alignment is None else weight * (1.0 - alignment[part][:, 0])
+        teacher = self.teachers[m]
+        weight = teacher.weight[part] if isinstance(teacher.weight, Tensor) else teacher.weight
+        return weight if teacher.alignment is None else weight * teacher.resolved[part]
 
 
 def as_loss(total: Tensor, sums: Sums) -> Loss:
