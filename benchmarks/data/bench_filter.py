@@ -1,4 +1,4 @@
-"""What each filter drops of 20 MB of real text in several kinds and languages, with samples, and how fast.
+"""Shares of 20 MB of real text, in several kinds and languages, that each filter drops, with samples and speed.
 
     python -m benchmarks.data.bench_filter [--text FOLDER] [--megabytes 20] [--samples 1]
 

@@ -34,7 +34,7 @@ class Stopped(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
-    """How teachers are asked."""
+    """Settings by which teachers are asked."""
 
     folder: Path
     """The study's, with the cache."""

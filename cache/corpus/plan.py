@@ -1,4 +1,4 @@
-"""What an ingest is asked for, and what it found."""
+"""Wishes of an ingest, and what it found."""
 
 from __future__ import annotations
 

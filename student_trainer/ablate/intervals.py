@@ -30,7 +30,7 @@ _NUMBERS_AT_ONCE = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """Where a difference lies with `CONFIDENCE`."""
+    """A range that a difference lies in with `CONFIDENCE`."""
 
     low: float
     high: float

@@ -1,4 +1,4 @@
-"""What was found about a student on some rows: every measure with its standard error over documents."""
+"""Evidence about a student on some rows: every measure with its standard error over documents."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ _KEEPS_SPACES = {"ByteLevel", "ByteFallback", "Metaspace", "Fuse", "Replace", "S
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LabelTable:
-    """What is known of each id of a tokenizer."""
+    """Facts about each id of a tokenizer."""
 
     num_bytes: NDArray[np.int64] | None
     """[V] bytes of the text that it stands for; None where the tokenizer does not tell."""

@@ -1,4 +1,4 @@
-"""What is ingested: the files of folders, and their documents as text, token ids, messages or completions.
+"""Sources of an ingest: the files of folders, and their documents as text, token ids, messages or completions.
 
 `files` lists, `reading` reads a file's documents by its kind, `documents` has what a document may be, `authorship` who
 wrote it where a model did.

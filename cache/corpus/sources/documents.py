@@ -1,4 +1,4 @@
-"""What a document may be: text, token ids, messages, or what a model wrote; and the records that are none."""
+"""Kinds of documents: text, token ids, messages, or what a model wrote; and the records that are none."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What a model wrote, as the answer to what, and when."""
+    """A text that a model wrote, with the prompt that it answers, and when."""
 
     where: str
     prompt: str | Messages | None

@@ -83,7 +83,7 @@ def alibi_slopes(num_heads: int, device: torch.device | str = "cpu") -> Tensor:
 
 
 class Alibi(NamedTuple):
-    """What the heads of a forward pass add to their queries and keys."""
+    """Dimensions that the heads of a forward pass add to their queries and keys."""
 
     slopes: Tensor
     """[H] float32."""
@@ -255,7 +255,7 @@ class LokiLMDecoderLayer(GradientCheckpointingLayer):
 
 
 class LokiLMPreTrainedModel(PreTrainedModel):
-    """What both models share."""
+    """Parts that both models share."""
 
     config: LokiLMConfig
     config_class = LokiLMConfig

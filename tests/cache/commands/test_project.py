@@ -57,7 +57,7 @@ def test_the_table_has_a_line_a_kind(root: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_a_teacher_that_says_nothing_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Where no token of one ends where one of the other does, but for the last."""
+    """Tokenizers of which no tokens end at the same place, but for the last."""
     cache = Cache.open(tmp_path / "cache", mode="r+")
     source = write(tmp_path / "text", ["ab" * 100])
     taught(cache, ingested(cache, "teachers", source, of_letters([("b", "a")])), k=1)

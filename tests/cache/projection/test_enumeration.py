@@ -58,7 +58,7 @@ def _exact(teacher: PairTeacher, student: Tokenizer, last: int) -> NDArray[np.fl
 
 @pytest.fixture(params=PAIRS, scope="module")
 def compared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compared:
-    """What is projected and what is exact."""
+    """Project a teacher, and compute the exact distributions."""
     theirs, mine = (of_letters(merges) for merges in PAIRS[request.param])
     teacher = PairTeacher(theirs, seed=1)
     tokens = teacher.write(_NUM_TOKENS, seed=2)
@@ -100,7 +100,7 @@ def _at_common_places(teacher: PairTeacher, tokens: list[int], targets: TargetSe
 
 
 def test_no_id_has_more_than_its_exact_mass(compared: Compared) -> None:
-    """What is missing of an id is unresolved, all of it; without any, the distribution is the exact one.
+    """Mass that an id misses is unresolved, all of it; without any, the distribution is the exact one.
 
     After this teacher's tokens what follows depends on the last alone, so that what stays apart is known exactly.
     """

@@ -85,7 +85,7 @@ def test_a_frame_on_one_side_only_moves_nothing(cache: Cache, text: Path) -> Non
 
 @pytest.mark.parametrize("framed", ["", "be"])
 def test_mass_is_conserved(cache: Cache, text: Path, framed: str) -> None:
-    """What is not resolved is in the tail; every row is a distribution over ids that the student has."""
+    """Unresolved mass is in the tail; every row is a distribution over ids that the student has."""
     ingested(cache, "students", text, with_special(bpe(700)), framed=framed)
     teachers = ingested(cache, "teachers", text, with_special(bpe(330, words=False)), framed=framed)
     theirs = taught(cache, teachers)
@@ -150,7 +150,7 @@ def test_chunks_have_the_teachers_likelihood_of_their_text(cache: Cache, text: P
 
 
 def test_a_shard_waits_for_the_teachers_targets(cache: Cache, text: Path) -> None:
-    """The same call goes on when they are there, and then has nothing to do."""
+    """A second call goes on when they are there, and a third has nothing to do."""
     ingested(cache, "students", text, bpe(700))
     teachers = ingested(cache, "teachers", text, bpe(330))
     taught(cache, teachers, missing=2)

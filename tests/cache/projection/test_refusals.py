@@ -117,7 +117,7 @@ def test_corpora_that_do_not_know_their_documents(cache: Cache) -> None:
 
 
 def test_wishes_that_mean_nothing(cache: Cache, tmp_path: Path) -> None:
-    """The same corpus twice, targets without a top-k, targets that are projected, and none at all."""
+    """One corpus for both, targets without a top-k, targets that are projected, and none at all."""
     ingested(cache, "students", tmp_path / "text", trained(TEXTS, 300))
     with pytest.raises(InvalidInput, match="corpus 'teachers' is both; name the corpus"):
         projected(cache, "teachers", "teachers")

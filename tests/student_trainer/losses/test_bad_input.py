@@ -1,4 +1,4 @@
-"""What a loss refuses, in one line, and what it takes though it looks wrong."""
+"""Input that a loss refuses, in one line, and some that it takes though it looks wrong."""
 
 from __future__ import annotations
 

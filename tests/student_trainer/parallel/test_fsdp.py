@@ -1,4 +1,4 @@
-"""What is tried of a student gives the same when workers share it."""
+"""Trials of a student give the same when workers share it."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def of_letters(merges: Iterable[tuple[str, str]]) -> Tokenizer:
 
 
 def piece(tokenizer: Tokenizer, token: int) -> str:
-    """How the vocabulary writes a token."""
+    """Write a token as the vocabulary does."""
     found = tokenizer.id_to_token(token)
     assert found is not None, token
     return found

@@ -1,4 +1,4 @@
-"""The same documents ingested with two tokenizers, and a teacher's targets for one of them."""
+"""Documents ingested with two tokenizers, and a teacher's targets for one of them."""
 
 from __future__ import annotations
 

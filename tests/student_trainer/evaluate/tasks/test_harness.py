@@ -85,7 +85,7 @@ def write_task(folder: Path, name: str, questions: Path, **more: Any) -> None:
 
 
 def by_itself(model: Path, folder: Path, names: list[str]) -> dict[str, Any]:
-    """What lm_eval finds with its own model, loaded from the folder."""
+    """Run lm_eval with its own model, loaded from the folder."""
     manager = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
     student = HFLM(pretrained=str(model), device="cpu", dtype="float32", batch_size=64)
     found = lm_eval.simple_evaluate(model=student, tasks=names, task_manager=manager, log_samples=False)
