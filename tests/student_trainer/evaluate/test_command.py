@@ -57,16 +57,6 @@ def teacher(folder: Path) -> FakeTeacher:
     return FakeTeacher(replace(identity, prefix_ids=PREFIX))
 
 
-@pytest.fixture
-def evaluated(capsys: pytest.CaptureFixture[str]) -> Evaluated:
-    def call(*arguments: object) -> dict[str, Any]:
-        assert main(["evaluate", *map(str, arguments), "--json"]) == 0
-        found: dict[str, Any] = json.loads(capsys.readouterr().out)
-        return found
-
-    return call
-
-
 def in_float64(folder: Path) -> list[dict[str, NDArray[np.float64]]]:
     """Measures of each document, [positions] of each name; NaN where there is no label."""
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float64).eval()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import socket
@@ -63,16 +62,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, rows in (("truth", truthful()), ("science", arc()), ("exam", mmlu())):
         write_jsonl(folder / "questions" / f"{name}.jsonl", rows)
     return folder
-
-
-@pytest.fixture
-def evaluated(capsys: pytest.CaptureFixture[str]) -> Evaluated:
-    def call(*arguments: object) -> dict[str, Any]:
-        assert main(["evaluate", *map(str, arguments), "--json"]) == 0
-        found: dict[str, Any] = json.loads(capsys.readouterr().out)
-        return found
-
-    return call
 
 
 def write_task(folder: Path, name: str, questions: Path, **more: Any) -> None:
