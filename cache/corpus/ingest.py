@@ -23,8 +23,9 @@ from potstill.cache.corpus.plan import (
     Found,
     IngestPlan as IngestPlan,  # noqa: PLC0414 -- handed on to those who ingest
 )
-from potstill.cache.corpus.seal import Source, corpus_path, seal_corpus
+from potstill.cache.corpus.seal import Source, corpus_path, read_seal, seal_corpus
 from potstill.cache.corpus.sources import SourceFile, file_sha256, list_sources
+from potstill.cache.corpus.sources.authorship import ANNOTATIONS
 from potstill.cache.corpus.spool import RowSpool, SourceRow
 from potstill.cache.corpus.tokenizer import MAX_TOKENIZER_BYTES, fingerprint, num_ids
 from potstill.cache.corpus.tokenizer_files import SpecialTokens
@@ -67,10 +68,11 @@ def ingest(
             tokenizer's files are of another one.
         StoreError: the store is full or cannot be written; nothing is left behind.
     """
-    # Asked first to save hours of work; creating the seal is what decides.
-    _require_free(root, name)
     found = found or Found()
     files, found.unknown_files = list_sources(sources, plan.field, skip_unknown=plan.skip_unknown)
+    # Asked first to save hours of work; creating the seal is what decides.
+    if not _was_stopped_at_its_end(root, name, files, plan):
+        _require_free(root, name)
     tokenizer = _plain_tokenizer(tokenizer)
     tokens = DocumentTokens(tokenizer, tokenizer_files or {}, plan, found)
 
@@ -79,8 +81,10 @@ def ingest(
 
     what = ", ".join(map(str, sources))
     corpus = _make_corpus(root, name, tokenizer, plan, fill, tokenizer_files or {}, found, what=what)
+    there = corpus.annotations()
     for annotation, values, provenance in found.authorship.annotations():
-        annotate(root, corpus.annotated, annotation, values, provenance)
+        if annotation not in there:
+            annotate(root, corpus.annotated, annotation, values, provenance)
     return corpus
 
 
@@ -141,6 +145,17 @@ def _require_free(root: Root, name: str) -> None:
         raise _taken(root, name)
 
 
+def _was_stopped_at_its_end(root: Root, name: str, files: Sequence[SourceFile], plan: IngestPlan) -> bool:
+    """Tell whether a corpus of these completions was sealed by an ingest that then could not say who wrote its rows."""
+    if plan.completions is None or root.get(f"{corpus_path(name)}/zarr.json") is None:
+        return False
+    corpus = Corpus.open(root, name)
+    if set(ANNOTATIONS) <= set(corpus.annotations()):
+        return False
+    there = [(source.name, source.sha256) for source in corpus.spec.sources]
+    return there == [(file.name, file_sha256(file.path)) for file in files]
+
+
 def _taken(root: Root, name: str) -> AlreadyExists:
     return AlreadyExists(
         f"corpus {name!r} is sealed in {root.url}; use it if it is of the same text, else take another name"
@@ -178,7 +193,8 @@ def _make_corpus(
         # From here on the seal may name the group, also when sealing raises: it is not ours to delete.
         if not seal_corpus(root, name, spec):
             root.delete(group)
-            raise _taken(root, name)
+            if read_seal(root, name).fingerprint != spec.fingerprint or not found.authorship.authors:
+                raise _taken(root, name)
     return Corpus.open(root, name)
 
 

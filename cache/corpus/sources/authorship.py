@@ -24,6 +24,8 @@ WRITTEN_BY = "written_by"
 """Name of the annotation that has the place of a row's model among those of its record."""
 WRITTEN_AT = "written_at"
 PROMPT = "prompt_sha256"
+ANNOTATIONS = (WRITTEN_BY, WRITTEN_AT, PROMPT)
+"""Names of all that such a corpus has."""
 _MOST_MODELS = 1000
 
 

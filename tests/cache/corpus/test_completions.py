@@ -16,11 +16,11 @@ from potstill.cache.corpus.corpus import Corpus
 from potstill.cache.corpus.ingest import IngestPlan, ingest
 from potstill.cache.corpus.plan import Found
 from potstill.cache.corpus.sources import Completion
-from potstill.cache.corpus.sources.authorship import PROMPT, WRITTEN_AT, WRITTEN_BY, Authorship, authors_of
+from potstill.cache.corpus.sources.authorship import ANNOTATIONS, PROMPT, WRITTEN_AT, WRITTEN_BY, Authorship, authors_of
 from potstill.cache.corpus.sources.completions import prompt_hash
 from potstill.cache.corpus.tokenizer import load_tokenizer
 from potstill.cache.corpus.tokenizer_files import load_tokenizer_files
-from potstill.cache.errors import InvalidInput, LimitExceeded
+from potstill.cache.errors import AlreadyExists, InvalidInput, LimitExceeded
 from potstill.cache.store.root import Root
 from tests.cache.corpus.chat_templates import chat_tokenizer
 from tests.support.command_line import refusal, run_command
@@ -122,6 +122,27 @@ def test_each_row_says_who_wrote_it_when_and_to_which_prompt(tmp_path: Path) -> 
     provenance = open_annotation(corpus._root, corpus.annotated, WRITTEN_BY).provenance
     authors = [(each.name, each.documents, each.rows, each.period) for each in authors_of(provenance["report"])]
     assert authors == [("gpt-4", 2, 3, "2024-10-04 to 2024-10-05"), ("gpt-3.5", 1, 1, "2022-01-08")]
+
+
+def test_an_ingest_that_was_stopped_behind_the_seal_is_ended_by_the_same_command(tmp_path: Path) -> None:
+    root, plan = Root.open("memory://", create=True), IngestPlan(completions="context")
+
+    def again(source: Path) -> Corpus:
+        return ingest(root, "answers", [source], byte_tokenizer(), plan)
+
+    source = write(tmp_path, record("Q?", "A."), record("R?", "B.", model="b"))
+    whole = again(source)
+    said = [whole.annotation(name).tolist() for name in ANNOTATIONS]
+    for name in (WRITTEN_AT, PROMPT):  # as if stopped before their records
+        root.remove(f"{whole.annotated.folder}/{name}.json")
+    ended = again(source)
+    assert [ended.annotation(name).tolist() for name in ANNOTATIONS] == said
+    assert root.folders("corpora/answers") == ["annotations", whole.spec.data], "what was written twice is gone"
+    with pytest.raises(AlreadyExists, match="corpus 'answers' is sealed"):
+        again(source)
+    root.remove(f"{whole.annotated.folder}/{PROMPT}.json")
+    with pytest.raises(AlreadyExists, match="corpus 'answers' is sealed"):
+        again(write(tmp_path, record("Q?", "Another.")))
 
 
 def test_records_that_are_refused_do_not_shift_the_others(tmp_path: Path) -> None:
