@@ -22,7 +22,14 @@ from potstill.student_trainer.models.build import load_student
 from potstill.student_trainer.train.loop import train
 from potstill.student_trainer.train.run import open_run
 
-_NOT_OF_A_STUDENT = ("architectures", "dtype", "transformers_version", "_name_or_path", "_model_name_or_path")
+_NOT_OF_A_STUDENT = (
+    "architectures",
+    "dtype",
+    "transformers_version",
+    "_name_or_path",
+    "_model_name_or_path",
+    "unk_token_id",  # which a Llama has no use for
+)
 _LOOKS = 2
 """Looks at the held-out rows while a run trains."""
 
