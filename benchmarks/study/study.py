@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import platform
@@ -60,9 +61,9 @@ class Study:
                 self._results(manifest)
                 cache = prepare_corpora(self.plan, self.folder, model)
                 prepare_first(self.plan, cache, model, scoring)
-            for seed in self.plan.seeds:
-                for cell in self.plan.cells:
-                    self._run_one(cell, seed, cache, model, scoring, manifest)
+            # All seeds of a cell before the next cell: a claim has its verdict as soon as its cells are there.
+            for cell, seed in itertools.product(self.plan.cells, self.plan.seeds):
+                self._run_one(cell, seed, cache, model, scoring, manifest)
         except Stopped:
             print("stopped; the same command goes on from there", flush=True)
 
