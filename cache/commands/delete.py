@@ -1,4 +1,4 @@
-"""`potstill delete`: remove targets, a corpus or a journal from a cache."""
+"""`potstill delete`: remove targets, a corpus, an annotation or a journal from a cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from potstill.cache.store import Root
     from potstill.cache.upkeep.delete import Removal
 
-SUMMARY = "remove a teacher's targets, shards, a corpus or a journal"
+SUMMARY = "remove targets, shards, a corpus, annotation or journal"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_root_argument(parser)
     parser.add_argument("--teacher", metavar="NAME", help="whose targets; with --corpus only those for it")
     parser.add_argument("--corpus", metavar="NAME", help="without --teacher: the corpus with all targets of it")
+    parser.add_argument("--annotation", metavar="NAME", help="one of --corpus, which itself stays")
     parser.add_argument(
         "--set", metavar="NAME", help="one segment set: `first`, or one whose fields were added later (see inspect)"
     )
@@ -67,9 +68,18 @@ def _plan_idle(root: Root, args: argparse.Namespace) -> list[Removal]:
 
 
 def _plan(root: Root, args: argparse.Namespace) -> list[Removal]:
-    from potstill.cache.upkeep.delete import plan_corpus, plan_journal, plan_set, plan_shards, plan_teacher
+    from potstill.cache.upkeep.delete import (
+        plan_annotation,
+        plan_corpus,
+        plan_journal,
+        plan_set,
+        plan_shards,
+        plan_teacher,
+    )
 
     _check_combination(args)
+    if args.annotation is not None:
+        return plan_annotation(root, args.corpus, args.annotation)
     if args.journal:
         return plan_journal(root, args.teacher)
     if args.teacher is None:
@@ -87,6 +97,8 @@ def _check_combination(args: argparse.Namespace) -> None:
     parts = args.set is not None or bool(args.shard)
     if parts and (args.teacher is None or args.corpus is None):
         raise InvalidInput("--set and --shard need both --teacher and --corpus")
+    if args.annotation is not None and (args.corpus is None or args.teacher is not None):
+        raise InvalidInput("--annotation goes with --corpus alone, whose it is")
     if args.journal and (parts or args.corpus is not None):
         raise InvalidInput("--journal goes with --teacher alone: a journal belongs to no corpus")
 

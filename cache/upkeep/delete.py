@@ -1,4 +1,4 @@
-"""Deletion of targets, a corpus, or a teacher's journal, during which no reader sees a commit without its segment.
+"""Deletion of targets, corpora, annotations and journals, during which no reader sees a commit without its segment.
 
 A segment set is deleted in phases: the manifest's record, then commits, then the set's own record, and only then
 groups. Wherever that stops, the rest reads as never written, and the same deletion finishes it. Between phases a
@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from potstill.cache.corpus import Corpus
+from potstill.cache.corpus.annotations import require_name
 from potstill.cache.corpus.seal import corpus_path
 from potstill.cache.errors import NotFound, PotstillError, UnknownCorpus, UnknownTeacher
 from potstill.cache.fill.shard_queue import claim_name
@@ -112,6 +113,25 @@ def plan_corpus(root: Root, corpus: str) -> list[Removal]:
     records = (*seal, *(f"{path}/annotations/{name}" for name in root.objects(f"{path}/annotations")))
     whole = Removal(f"corpus {corpus!r}", (records, (f"{path}/",)), len(sizes), sum(sizes.values()))
     return [*(removal for each in targets for removal in _target_set(root, each)), whole]
+
+
+def plan_annotation(root: Root, corpus: str, name: str) -> list[Removal]:
+    """Plan to delete one annotation of a corpus.
+
+    Raises:
+        InvalidInput: it is no name. NotFound: there is none.
+    """
+    require_name(name)
+    folder = f"{corpus_path(corpus)}/annotations"
+    record = root.get(f"{folder}/{name}.json")
+    if record is None:
+        known = ", ".join(sorted(each.removesuffix(".json") for each in root.objects(folder))) or "none"
+        raise NotFound(f"corpus {corpus!r} has no annotation {name!r}; there are: {known}")
+    group = _named(root, f"{folder}/{name}.json", _GROUP)
+    sizes = root.sizes(f"{folder}/{group}") if group else {}
+    phases = ((f"{folder}/{name}.json",), *(((f"{folder}/{group}/",),) if sizes else ()))
+    title = f"annotation {name!r} of corpus {corpus!r}"
+    return [Removal(title, phases, len(sizes) + 1, sum(sizes.values()) + len(record))]
 
 
 def plan_journal(root: Root, teacher: str) -> list[Removal]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from potstill.cache import Cache, Fields
+from potstill.cache.corpus import annotate
 from potstill.cache.errors import (
     CorruptSegment,
     InvalidInput,
@@ -23,7 +24,15 @@ from potstill.cache.errors import (
 )
 from potstill.cache.store.root import Root
 from potstill.cache.targets.target_set import TargetSet
-from potstill.cache.upkeep.delete import plan_corpus, plan_journal, plan_set, plan_shards, plan_teacher, remove
+from potstill.cache.upkeep.delete import (
+    plan_annotation,
+    plan_corpus,
+    plan_journal,
+    plan_set,
+    plan_shards,
+    plan_teacher,
+    remove,
+)
 from potstill.cache.upkeep.integrity import check_cache
 from tests.support.corpora import make_corpus, plan_targets, teacher_for
 
@@ -143,6 +152,26 @@ def test_a_corpus_goes_with_everything_of_it(root: Root) -> None:
     assert (objects(root, "corpora/b"), objects(root, "targets/two/b")) == others
     with pytest.raises(UnknownCorpus, match="no corpus 'a' .* there are: b"):
         plan_corpus(root, "a")
+
+
+def test_one_annotation_is_deleted_and_its_name_is_free_again(root: Root) -> None:
+    corpus = Cache.open(root.url).corpus("a")
+    before = objects(root, "corpora/a")
+    for name in ("contaminated", "contaminated-2"):
+        annotate(root, corpus.annotated, name, np.ones(len(corpus), np.bool_), {})
+    with pytest.raises(
+        NotFound, match="corpus 'a' has no annotation 'x'; there are: contaminated, contaminated-2, held"
+    ):
+        plan_annotation(root, "a", "x")
+    for removal in plan_annotation(root, "a", "contaminated"):
+        remove(root, removal)
+    assert "contaminated" not in corpus.annotations()
+    annotate(root, corpus.annotated, "contaminated", np.zeros(len(corpus), np.bool_), {})
+    assert not corpus.annotation("contaminated").any()
+    for name in ("contaminated", "contaminated-2"):
+        for removal in plan_annotation(root, "a", name):
+            remove(root, removal)
+    assert objects(root, "corpora/a") == before
 
 
 def test_a_journal_of_one_teacher_is_deleted(root: Root) -> None:
@@ -268,6 +297,7 @@ def test_the_command_says_what_goes_and_asks(
         ["--shard", "1", "--teacher", "two"],
         ["--set", "first"],
         ["--corpus", "a", "--journal"],
+        ["--annotation", "contaminated"],
     ):
         with pytest.raises(InvalidInput):
             run(*wrong)
