@@ -1,4 +1,4 @@
-"""Rows that annotations of a corpus flag, and that are not trained on, such as those with items of benchmarks.
+"""Rows that annotations of a corpus flag, neither trained nor evaluated on, such as those with items of benchmarks.
 
 Shape legend:  F flagged rows.
 """

@@ -99,8 +99,8 @@ class DataConfig(Frozen):
     held_out_seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
     """Chooses the held-out documents; apart from `train.seed`, so that runs of several seeds compare."""
     leave_out: tuple[Annotated[str, Field(min_length=1)], ...] | None = None
-    """Annotations of bool whose rows are not trained on; by default `contaminated` and all that begin with
-    `contaminated-`, as `potstill contamination` makes them."""
+    """Annotations of bool whose rows are neither trained nor evaluated on; by default `contaminated` and all that
+    begin with `contaminated-`, as `potstill contamination` makes them."""
     window_shards: Count = 8
     """Rows are shuffled within so many (shuffled) shards at a time; more is more random and reads more objects."""
     missing: Missing = "fail"

@@ -44,7 +44,10 @@ def run_to_judge(
         PotstillError: whatever opening the cache or the teachers raises.
     """
     with opened_run(run, cache) as (config, read, student), open_cache(config.data) as opened, ExitStack() as stack:
-        judged = [Judged(HELD_OUT, read.corpora, read.reader, read.held_out, opened)] if len(read.held_out) else []
+        judged, left = list[Judged](), read.flagged_held_out
+        if len(read.held_out):
+            told = (f"{counted(left, 'held-out row')} left out, as annotations flag them",) if left else ()
+            judged.append(Judged(HELD_OUT, read.corpora, read.reader, read.held_out, opened, told))
         for name, reader in read.eval_readers.items():
             joined = JoinedCorpora((opened.corpus(name),))
             notes = _not_compared(config, reader, name)

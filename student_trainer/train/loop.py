@@ -130,7 +130,8 @@ def run_session(
         if group.rank == 0:
             stack.enter_context(only_trainer(config.run_dir))
             if run.flagged_rows:
-                _LOG.warning("%s not trained on, as annotations flag them", counted(run.flagged_rows, "row"))
+                told = counted(run.flagged_rows, "row"), run.flagged_held_out
+                _LOG.warning("%s left out, %d held-out ones among them, as annotations flag them", *told)
             if run.skipped_rows:
                 _LOG.warning("%s without targets skipped, held-out ones among them", counted(run.skipped_rows, "row"))
         # Dropout draws from torch's global stream, which is the caller's again afterwards.

@@ -66,9 +66,11 @@ class OpenRun:
     skipped_rows: int
     """Number of those."""
     flagged: str
-    """sha256 of the rows of each corpus that annotations keep out of training, in hex; empty where there are none."""
+    """sha256 of the rows of each corpus that annotations leave out, in hex; empty where there are none."""
     flagged_rows: int
     """Number of those."""
+    flagged_held_out: int
+    """Number of rows that would be held out and evaluated on, were they not flagged."""
     order: MixtureOrder
     reader: BatchReader
     eval_readers: Mapping[str, BatchReader]
@@ -140,16 +142,17 @@ def open_run(config: TrainConfig) -> Iterator[OpenRun]:
         prefix = common_prefix(sources, data.prefix_ids, corpora.corpora[0].vocab_size)
         reader = BatchReader(corpora, sources, config.weights(), prefix)
         eval_readers = {each.name: eval_reader(config, cache, each, reader, stack) for each in eval_corpora}
-        rows = corpora.joined(_judged(held_out, lacking))
+        judged = _judged(held_out, lacking, flagged)
         yield OpenRun(
             corpora,
             everything.fingerprint,
-            rows,
+            corpora.joined(judged),
             _hashed(left_out),
             _hashed(lacking),
             sum(map(len, lacking)),
             _hashed(flagged),
             sum(map(len, flagged)),
+            sum(len(np.intersect1d(*each)) for each in zip(held_out, flagged, strict=True)),
             order,
             reader,
             eval_readers,
@@ -176,13 +179,17 @@ def _held_out(data: DataConfig, of: CorpusConfig, corpus: Corpus) -> NDArray[np.
     return choose_held_out(corpus.document_rows, share, data.held_out_seed, corpus.name)
 
 
-def _judged(held_out: Sequence[NDArray[np.int64]], lacking: Sequence[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
-    """Held-out rows of each corpus that have targets."""
-    judged = [np.setdiff1d(*each) for each in zip(held_out, lacking, strict=True)]
+def _judged(
+    held_out: Sequence[NDArray[np.int64]],
+    lacking: Sequence[NDArray[np.int64]],
+    flagged: Sequence[NDArray[np.int64]],
+) -> list[NDArray[np.int64]]:
+    """Held-out rows of each corpus that have targets and no flag."""
+    judged = [np.setdiff1d(rows, np.union1d(*out)) for rows, *out in zip(held_out, lacking, flagged, strict=True)]
     if any(map(len, held_out)) and not any(map(len, judged)):
         raise InvalidInput(
-            f"all {sum(map(len, held_out)):,} held-out rows lack targets; run `potstill prefill` for them, or choose "
-            "others by data.held_out_seed"
+            f"all {sum(map(len, held_out)):,} held-out rows lack targets, or annotations flag them (data.leave_out); "
+            "run `potstill prefill` for them, or choose others by data.held_out_seed"
         )
     return judged
 

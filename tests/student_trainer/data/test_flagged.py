@@ -12,6 +12,7 @@ from potstill.cache.corpus import annotate
 from potstill.cache.errors import InvalidInput, NotFound, SpecMismatch
 from potstill.clients.http_targets import HttpCache
 from potstill.student_trainer.data.flagged import flagged_rows
+from potstill.student_trainer.train.judged import run_to_judge
 from potstill.student_trainer.train.loop import train
 from potstill.student_trainer.train.run import open_run
 from tests.support.processes.servers import serving_teachers
@@ -87,3 +88,23 @@ def test_a_run_goes_on_only_with_the_same_rows(root: Path, tmp_path: Path) -> No
     assert train(as_before).finished
     with open_run(more) as run:
         assert run.flagged_rows == 4
+
+
+def test_held_out_rows_that_are_flagged_are_not_evaluated_on_and_counted(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = config_of(root, tmp_path / "run", train={"steps": 1})
+    with open_run(config) as run:
+        held_out = run.held_out.tolist()
+    flag(root, "contaminated", held_out[:2])
+    result = train(config)
+    assert result.held_out is not None
+    assert result.held_out.rows == len(held_out) - 2
+    assert "2 rows left out, 2 held-out ones among them, as annotations flag them" in caplog.messages
+    with run_to_judge(tmp_path / "run") as subject:
+        (judged,) = subject.judged
+        assert judged.rows.tolist() == held_out[2:]
+        assert judged.notes == ("2 held-out rows left out, as annotations flag them",)
+    flag(root, "contaminated-all", held_out)
+    with pytest.raises(InvalidInput, match=f"all {len(held_out)} held-out rows lack targets, or annotations flag them"):
+        train(config_of(root, tmp_path / "other"))
