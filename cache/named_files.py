@@ -52,16 +52,41 @@ def read_json_object(file: Path) -> dict[str, Any]:
     return json_object(data, where)
 
 
+def read_json_records(path: Path) -> list[Any]:
+    """Read the values of a list, of JSON lines, or the one value of a file.
+
+    Raises:
+        InvalidInput: it does not exist, cannot be read, or is not JSON.
+    """
+    text = read_named(path)
+    begin = text.lstrip()
+    if not begin:
+        return []
+    try:
+        found, end = json.JSONDecoder().raw_decode(begin)
+    except (ValueError, RecursionError) as error:
+        raise InvalidInput(f"{path} is not JSON: {error}") from error
+    if begin[end:].strip():
+        # Not by `splitlines`, which parts lines at marks such as U+2028 that JSON texts may hold.
+        lines = enumerate(text.split("\n"), 1)
+        return [_value(line, f"{path}:{number}") for number, line in lines if line.strip()]
+    return found if isinstance(found, list) else [found]
+
+
 def json_object(data: str | bytes, where: str) -> dict[str, Any]:
     """Parse a JSON object, which errors call `where`.
 
     Raises:
         InvalidInput: it is none.
     """
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise InvalidInput(f"{where} is not JSON: {error}") from error
+    value = _value(data, where)
     if not isinstance(value, dict):
         raise InvalidInput(f"{where} is not a JSON object; mend it, or take it away")
     return value
+
+
+def _value(data: str | bytes, where: str) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise InvalidInput(f"{where} is not JSON: {error}") from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from potstill.cache.errors import InvalidInput
-from potstill.cache.named_files import read_named
+from potstill.cache.named_files import read_json_records, read_named
+from potstill.cache.plurals import counted
 
 _QUESTIONS = ("question", "prompt", "problem", "query", "ctx", "goal")
 _ANSWERS = ("correct_answers", "best_answer", "answer", "canonical_solution", "solution", "target")
 _CHOICES = ("choices", "options", "endings", "mc1_targets", "mc2_targets")
 _KEYS = ("answerkey", "answer", "label", "gold")
+_HIDDEN = (None, "", -1, "-1")  # as answers of test sets are published
 _LETTERS = "abcdefghij"
 _MMLU_COLUMNS = 6
 _NAMED = 20
@@ -55,16 +56,13 @@ def read_items(path: Path, fields: Sequence[str] = ()) -> list[Item]:
 
 def _records(path: Path) -> Iterator[Any]:
     match path.suffix.lower():
-        case ".jsonl" | ".ndjson":
-            # Not by `splitlines`, which parts lines at marks such as U+2028 that JSON texts may hold.
-            lines = read_named(path).split("\n")
-            yield from (_json(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip())
-        case ".json":
-            found = _json(read_named(path), str(path))
-            if isinstance(found, dict):  # the list in one, as {"data": [...]}, or columns, or a lone item
-                lists = [value for value in found.values() if isinstance(value, list)]
-                found = lists[0] if len(lists) == 1 and lists[0] and isinstance(lists[0][0], dict) else [found]
-            yield from found if isinstance(found, list) else [found]
+        case ".json" | ".jsonl" | ".ndjson":
+            found = read_json_records(path)
+            if path.suffix.lower() == ".json" and len(found) == 1 and isinstance(found[0], dict):
+                # The list in one, as {"data": [...]}, or a lone item.
+                lists = [value for value in found[0].values() if isinstance(value, list)]
+                found = lists[0] if len(lists) == 1 and lists[0] and isinstance(lists[0][0], dict) else found
+            yield from found
         case ".csv":
             yield from _csv_records(read_named(path), path)
         case ".parquet":
@@ -76,13 +74,6 @@ def _records(path: Path) -> Iterator[Any]:
                 raise InvalidInput(f"{path} cannot be read as Parquet: {error}") from error
         case _:
             raise InvalidInput(f"{str(path)!r} is not .json, .jsonl, .csv or .parquet; convert it")
-
-
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InvalidInput(f"{where} is not JSON: {error}") from error
 
 
 def _csv_records(text: str, path: Path) -> Iterator[dict[str, Any]]:
@@ -117,7 +108,7 @@ def _item(path: Path, number: int, record: Any, fields: Sequence[str]) -> Item:
             f"{where} has none of the fields {', '.join(_QUESTIONS)}; it has {have}: name that of the question with "
             "--field F, and those of answers with further ones"
         )
-    return Item(path.name, number, question, tuple(_answers(known)))
+    return Item(path.name, number, question, tuple(_answers(known, where)))
 
 
 def _named(record: Mapping[str, Any], name: str, where: str) -> list[str]:
@@ -130,14 +121,14 @@ def _named(record: Mapping[str, Any], name: str, where: str) -> list[str]:
     return texts
 
 
-def _answers(record: Mapping[str, Any]) -> Iterator[str]:
-    """Texts of the right answers of a record, by lower-case keys."""
+def _answers(record: Mapping[str, Any], where: str) -> Iterator[str]:
+    """Texts of the right answers of a record, by lower-case keys; raises as `_right` does."""
     for name in _CHOICES:
         if record.get(name) is not None:
-            yield from _right(record[name], record)
+            yield from _right(record[name], record, where)
             return
     if isinstance(record.get("a"), str) and isinstance(record.get("b"), str):  # choices in columns of their own
-        yield from _right([record[name] for name in _LETTERS if isinstance(record.get(name), str)], record)
+        yield from _right([record[name] for name in _LETTERS if isinstance(record.get(name), str)], record, where)
         return
     for name in _ANSWERS:
         value = record.get(name)
@@ -149,8 +140,12 @@ def _answers(record: Mapping[str, Any]) -> Iterator[str]:
             return
 
 
-def _right(choices: Any, record: Mapping[str, Any]) -> Iterator[str]:
-    """The right one of choices: texts or objects, lists of texts and labels side by side, or text to label."""
+def _right(choices: Any, record: Mapping[str, Any], where: str) -> Iterator[str]:
+    """The right one of choices: texts or objects, lists of texts and labels side by side, or text to label.
+
+    Raises:
+        InvalidInput: what the record says is right is none of them; `where` names it.
+    """
     texts, labels = choices, None
     if isinstance(choices, Mapping) and all(type(label) is int for label in choices.values()):  # TruthfulQA's own JSON
         texts, labels = list(choices), list(choices.values())
@@ -164,9 +159,16 @@ def _right(choices: Any, record: Mapping[str, Any]) -> Iterator[str]:
     if isinstance(labels, list) and set(map(str, labels)) <= {"0", "1"}:  # TruthfulQA: 1 for each right one
         yield from (text for text, label in zip(texts, labels, strict=False) if label == 1 and isinstance(text, str))
         return
-    key = next((record[name] for name in _KEYS if record.get(name) is not None), None)
-    place = _place(key, labels, texts)
-    if place is not None and 0 <= place < len(texts) and isinstance(texts[place], str):
+    name = next((name for name in _KEYS if record.get(name) not in _HIDDEN), None)
+    if name is None:
+        return
+    place = _place(record[name], labels, texts)
+    if place is None or not 0 <= place < len(texts):
+        raise InvalidInput(
+            f"{where} has {name} {str(record[name])[:40]!r}, which is none of its {counted(len(texts), 'choice')}; "
+            "mend it, or name the fields of the question and of texts that are right with --field"
+        )
+    if isinstance(texts[place], str):
         yield texts[place]
 
 

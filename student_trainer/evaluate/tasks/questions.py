@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from potstill.cache.errors import InvalidInput
+from potstill.cache.named_files import read_json_records
 from potstill.student_trainer.evaluate.tasks.shapes import SHAPES, Row, Shape, shape_of
 
 _ENDINGS = (".json", ".jsonl")
@@ -85,13 +86,7 @@ def _read(file: Path) -> tuple[Shape, list[dict[str, Any]]]:
 
 
 def _rows(file: Path) -> Iterator[Row]:
-    try:
-        text = file.read_text(encoding="utf-8")
-        # One list, or one object a line.
-        rows = json.loads(text) if text.lstrip()[:1] == "[" else map(json.loads, filter(str.strip, text.split("\n")))
-        for row in rows:
-            if not isinstance(row, dict):
-                raise ValueError(f"{str(row)[:40]!r} is no object")  # noqa: TRY004 -- told as the others
-            yield row
-    except (OSError, ValueError) as error:
-        raise InvalidInput(f"{str(file)!r} cannot be read as JSON or JSONL of questions: {error}") from error
+    for row in read_json_records(file):
+        if not isinstance(row, dict):
+            raise InvalidInput(f"{str(file)!r} has {str(row)[:40]!r}, which is no object and so no question")
+        yield row

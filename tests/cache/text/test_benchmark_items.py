@@ -50,8 +50,8 @@ CHOICES = ["The tails", "The heads"]
         ({"Question": QUESTION, "Best Answer": "The heads"}, ("The heads",)),
         ({"question": QUESTION}, ()),
         ({"question": QUESTION, "choices": CHOICES}, ()),
-        ({"question": QUESTION, "choices": CHOICES, "answer": 7}, ()),
         ({"question": QUESTION, "choices": CHOICES, "answer": -1}, ()),  # as hidden answers are published
+        ({"ctx": QUESTION, "endings": CHOICES, "label": ""}, ()),
         ({"question": QUESTION, "choices": "odd", "answer": "B"}, ()),
     ],
 )
@@ -66,6 +66,7 @@ def test_kinds_of_files(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(records))
     (tmp_path / "b.json").write_text(json.dumps({"version": 1, "data": records}))
     (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (tmp_path / "c2.json").write_text("\n".join(map(json.dumps, records)))
     (tmp_path / "d.csv").write_text("question,answer\nWhat comes over first?,heads\n2 + 2?,4\n")
     pq.write_table(pa.Table.from_pylist(records), tmp_path / "e.parquet")
     for file in sorted(tmp_path.iterdir()):
@@ -111,7 +112,13 @@ def test_fields_that_are_named(tmp_path: Path) -> None:
     [
         ("a.jsonl", '{"body": "x", "n": 1}', "item 0 has none of the fields question, .* it has body, n: name that of"),
         ("a.jsonl", "[1]", "item 0 is .* which is no object with fields"),
-        ("a.jsonl", "{", "a.jsonl:1 is not JSON"),
+        ("a.jsonl", "{", "a.jsonl is not JSON"),
+        ("a.jsonl", "{}\n{", "a.jsonl:2 is not JSON"),
+        (
+            "a.jsonl",
+            '{"question": "x", "choices": ["a"], "answer": 0}\n{"question": "x", "choices": ["a", "b"], "answer": "C"}',
+            "a.jsonl: item 1 has answer 'C', which is none of its 2 choices; mend it, or name the fields",
+        ),
         ("a.json", "[]", "has no item"),
         ("a.csv", "", "has no item"),
         ("a.csv", 'a,"b', "is not CSV"),
