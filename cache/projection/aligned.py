@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from potstill.cache.errors import NotCommitted
 from potstill.cache.projection.axis import TextAxis
 from potstill.cache.projection.first_tokens import FirstTokens
-from potstill.cache.projection.kernels import Made, Mapped, Taught, Wanted, path_logprobs, project_rows, sum_staying
+from potstill.cache.projection.kernels import Made, Taught, Wanted, path_logprobs, project_rows, sum_staying
 from potstill.cache.projection.spelling import NONE
 from potstill.cache.projection.tally import Tally
 from potstill.cache.targets import TargetSet
@@ -39,8 +39,6 @@ class Projector:
     """Of the student."""
     categories: NDArray[np.int64]
     """[vocab_size] of the student's ids."""
-    stays: NDArray[np.float64]
-    """[O] see `with_shares`."""
 
     @property
     def k(self) -> int:
@@ -78,7 +76,7 @@ class Projector:
         taught = self._taught(*self.range_of(start, stop))
         wanted = self._wanted(starts, taught.ends[:-1])
         made = _empty(stop - start, self.k)
-        project_rows(taught, self._mapped(), wanted, self.vocab_size, made)
+        project_rows(taught, self.first, wanted, self.vocab_size, made)
         self._count(taught, wanted, made, tally)
         chunks = _chunks(taught, wanted.places, np.repeat(np.arange(len(starts) - 1), np.diff(starts)))
         alignment = np.column_stack([made.unresolved.clip(0.0, 1.0), *chunks]).astype(np.float32)
@@ -103,14 +101,11 @@ class Projector:
         spans = min(_SPANS, -(-count // _SPAN))
         for start in (np.arange(spans) * count // spans).tolist():
             with suppress(NotCommitted):
-                sum_staying(self._taught(start, min(start + _SPAN, count)), self._mapped(), sums)
+                sum_staying(self._taught(start, min(start + _SPAN, count)), self.first, sums)
         seen, stayed = sums
         mean = stayed.sum() / seen.sum() if seen.sum() else 0.0
-        return replace(self, stays=np.where(seen > 0, stayed / np.maximum(seen, 1), mean))
-
-    def _mapped(self) -> Mapped:
-        first = self.first
-        return Mapped(first.inside, first.at_start, first.opening, first.going_on, first.first_bytes, self.stays)
+        stays = np.where(seen > 0, stayed / np.maximum(seen, 1), mean)
+        return replace(self, first=self.first._replace(stays=stays))
 
     def _taught(self, first: int, last: int) -> Taught:
         """Read what the teacher says at its positions."""

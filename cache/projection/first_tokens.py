@@ -5,7 +5,7 @@ Shape legend:  V ids of the teacher, O of them that are open.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from potstill.cache.projection.spelling import NONE, Spelling
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class FirstTokens:
-    """The map, without regard to the text around."""
+class FirstTokens(NamedTuple):
+    """The map, without regard to the text around, as the kernels take it."""
 
     inside: NDArray[np.int64]
     """[V] the student's first id for the text of each of the teacher's in the middle of a document; `NONE` for none."""
@@ -28,14 +27,16 @@ class FirstTokens:
     """[O, 256] the bytes with which such a token goes on."""
     first_bytes: NDArray[np.int64]
     """[V] first byte of each of the teacher's ids, `NONE` where it spells nothing."""
+    stays: NDArray[np.float64]
+    """[O] share of an open id after which the student's token ends with it; see `Projector.with_shares`."""
 
     @classmethod
     def of(cls, student: Spelling, teacher: Spelling) -> FirstTokens:
-        """Compare two tokenizers; equal ones are mapped id by id."""
+        """Compare two tokenizers; equal ones are mapped id by id. All shares are 0."""
         first_bytes = np.array([data[0] if data else NONE for data in teacher.bytes_of], dtype=np.int64)
         if student.sha256 == teacher.sha256:
             same = np.arange(len(first_bytes))
-            return cls(same, same, np.full_like(same, NONE), np.zeros((0, 256), np.bool_), first_bytes)
+            return cls(same, same, np.full_like(same, NONE), np.zeros((0, 256), np.bool_), first_bytes, np.zeros(0))
         inside = student.first_ids(teacher.bytes_of)
         at_start = inside
         if student.begins_with_space or teacher.begins_with_space:
@@ -48,7 +49,8 @@ class FirstTokens:
         for special, theirs in ((teacher.bos, student.bos), (teacher.eos, student.eos)):
             if special != NONE:
                 inside[special] = at_start[special] = theirs
-        return cls(inside, at_start, *_open(student, teacher), first_bytes)
+        opening, going_on = _open(student, teacher)
+        return cls(inside, at_start, opening, going_on, first_bytes, np.zeros(len(going_on)))
 
 
 def _open(student: Spelling, teacher: Spelling) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:

@@ -128,8 +128,7 @@ def _projector(cache: Cache, plan: ProjectionPlan, source: TargetSet) -> Project
     vocab_size = source.identity.vocab_size if same else corpora[0].vocab_size
     categories = np.resize(categories_of(student.spelling), vocab_size)
     first = _mapped(student, teacher, source, same=same)
-    stays = np.zeros(len(first.going_on))
-    return Projector(student, teacher, source, first, vocab_size, categories, stays).with_shares()
+    return Projector(student, teacher, source, first, vocab_size, categories).with_shares()
 
 
 def _mapped(student: TextAxis, teacher: TextAxis, source: TargetSet, *, same: bool) -> FirstTokens:
@@ -144,8 +143,7 @@ def _mapped(student: TextAxis, teacher: TextAxis, source: TargetSet, *, same: bo
         found[lost] = NONE
         return found
 
-    return replace(
-        first,
+    return first._replace(
         inside=ids if same else longer(first.inside),
         at_start=ids if same else longer(first.at_start),
         opening=longer(first.opening),

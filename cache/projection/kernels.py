@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potstill.cache.compiled import compiled
+from potstill.cache.projection.first_tokens import FirstTokens
 from potstill.cache.projection.spelling import NONE
 
 
@@ -30,18 +31,6 @@ class Taught(NamedTuple):
     """[m + 1] unit at which each token ends, that after the last included."""
     path: NDArray[np.float64]
     """[m] logprob of the next token; NaN where it is not known."""
-
-
-class Mapped(NamedTuple):
-    """The map from the teacher's ids; see `FirstTokens`."""
-
-    inside: NDArray[np.int64]
-    at_start: NDArray[np.int64]
-    opening: NDArray[np.int64]
-    going_on: NDArray[np.bool_]
-    first_bytes: NDArray[np.int64]
-    stays: NDArray[np.float64]
-    """[O] share of an open id after which the student's token ends with it; see `Projector.with_shares`."""
 
 
 class Wanted(NamedTuple):
@@ -97,7 +86,7 @@ def covered(taught: Taught, t: int, end: int) -> float:
 
 
 @compiled
-def staying(taught: Taught, mapped: Mapped, t: int, number: int) -> float:
+def staying(taught: Taught, mapped: FirstTokens, t: int, number: int) -> float:
     """Mass at position t of what cannot be a part of a token that goes on from the open id before it."""
     mass = 0.0
     if t >= len(taught.nexts):
@@ -110,7 +99,7 @@ def staying(taught: Taught, mapped: Mapped, t: int, number: int) -> float:
 
 
 @compiled
-def sum_staying(taught: Taught, mapped: Mapped, sums: NDArray[np.float64]) -> None:
+def sum_staying(taught: Taught, mapped: FirstTokens, sums: NDArray[np.float64]) -> None:
     """Add to [2, O] how often each open id stands in the text, and the mass of what then stays apart from it."""
     for t in range(len(taught.nexts) - 1):
         token = taught.nexts[t]
@@ -123,7 +112,7 @@ def sum_staying(taught: Taught, mapped: Mapped, sums: NDArray[np.float64]) -> No
 @compiled
 def add_entries(
     taught: Taught,
-    mapped: Mapped,
+    mapped: FirstTokens,
     wanted: Wanted,
     i: int,
     slots: NDArray[np.int64],
@@ -207,7 +196,7 @@ def finish(i: int, count: int, slots: NDArray[np.int64], made: Made) -> None:
 
 
 @compiled
-def label_of(taught: Taught, mapped: Mapped, wanted: Wanted, i: int, slot: int, count: int, made: Made) -> float:
+def label_of(taught: Taught, mapped: FirstTokens, wanted: Wanted, i: int, slot: int, count: int, made: Made) -> float:
     """Logprob of the row's own next token, in the place `slot` of a row that is not sorted yet; NaN where unknown."""
     if not wanted.has_label[i]:
         return np.nan
@@ -221,7 +210,7 @@ def label_of(taught: Taught, mapped: Mapped, wanted: Wanted, i: int, slot: int, 
 
 
 @compiled
-def project_rows(taught: Taught, mapped: Mapped, wanted: Wanted, num_ids: int, made: Made) -> None:
+def project_rows(taught: Taught, mapped: FirstTokens, wanted: Wanted, num_ids: int, made: Made) -> None:
     """Make the student's targets of n positions, whose vocabulary has `num_ids`."""
     slots = np.full(num_ids, NONE, np.int64)
     masses = np.zeros(taught.ids.shape[1])
