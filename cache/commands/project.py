@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from potstill.cache.commands.progress import progress
 from potstill.cache.commands.tables import print_table
+from potstill.cache.errors import PotstillError
 from potstill.cache.plurals import counted
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Project the shards that are not committed yet, and print what aligned."""
+    """Project the shards that are not committed yet, and print what aligned; where all are, what did in these."""
     from potstill.cache.cache import Cache
     from potstill.cache.encoding.logprobs import encoding_by_name
     from potstill.cache.projection import ProjectionPlan, project
@@ -46,8 +47,12 @@ def run(args: argparse.Namespace) -> int:
     plan = ProjectionPlan(corpus=args.corpus, teacher=args.teacher, source=args.source, encoding=args.encoding)
     # A folder that is not there is refused, not made.
     Cache.open(args.cache)
-    with progress(f"project {args.teacher}", "positions") as show:
-        report = project(Cache.open(args.cache, mode="r+"), plan, on_progress=show)
+    try:
+        with progress(f"project {args.teacher}", "positions") as show:
+            report = project(Cache.open(args.cache, mode="r+"), plan, on_progress=show)
+    except KeyboardInterrupt:
+        print(f"{args.teacher}: stopped; {_kept(args)}, the same command goes on with the rest", file=sys.stderr)
+        raise
     if args.json:
         print(json.dumps(_as_json(report), indent=1))
     else:
@@ -61,6 +66,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _kept(args: argparse.Namespace) -> str:
+    from potstill.cache.cache import Cache
+
+    try:
+        committed = Cache.open(args.cache).targets(args.teacher, args.corpus).committed
+    except PotstillError:
+        return "no shard committed"  # or the store is what does not answer, which the next run will say
+    return f"{int(committed.sum()):,} of {counted(len(committed), 'shard')} of corpus {args.corpus} committed so far"
+
+
 def _as_json(report: ProjectionReport) -> dict[str, object]:
     shards = {name: getattr(report, f"shards_{name}") for name in ("written", "before", "waiting")}
     return {"shards": shards, "by_category": report.tally.to_json()}
@@ -71,6 +86,8 @@ def _print(args: argparse.Namespace, report: ProjectionReport) -> None:
         columns: dict[str, Callable[[_Row], object]] = {"next token": lambda row: row[0], "positions": _positions}
         columns |= {told: partial(_share, name) for name, told in _HEADINGS.items()}
         print_table(columns, report.tally.to_json().items())
+    if report.shards_written and report.shards_before:
+        print("the table is of the shards that were committed now; the same command again prints that of all")
     waiting = f", {report.shards_waiting} wait for targets of corpus {args.source}" if report.shards_waiting else ""
     print(
         f"{args.teacher}: {counted(report.shards_written, 'shard')} of corpus {args.corpus} committed, "

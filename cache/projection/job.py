@@ -44,7 +44,7 @@ class ProjectionReport:
     shards_waiting: int
     """Shards that need targets which the teacher does not have yet."""
     tally: Tally
-    """What aligned, in the shards that were written."""
+    """What aligned, in the shards that were written; where there was none to write, in those of before."""
 
 
 def project(
@@ -52,8 +52,8 @@ def project(
 ) -> ProjectionReport:
     """Make a teacher's targets of one corpus into targets of another with the same documents, and commit them.
 
-    Memory holds one shard's targets. When it was stopped, the same call goes on with the shards without a commit.
-    `on_progress` gets positions done and positions in all.
+    Memory holds one shard's targets. When it was stopped, the same call goes on with the shards without a commit; where
+    none is left, it only tells again what aligned. `on_progress` gets positions done and positions in all.
 
     Raises:
         UnknownCorpus, UnknownTeacher: there is no such corpus, or the teacher has no targets for it.
@@ -76,17 +76,19 @@ def project(
     )
     committed, tally = targets.committed, Tally()
     todo = [shard for shard in np.flatnonzero(~committed).tolist() if _is_ready(projector, shard)]
-    total, done = int(np.diff(corpus.shard_starts)[todo].sum()), 0
+    told = todo or [shard for shard in np.flatnonzero(committed).tolist() if _is_ready(projector, shard)]
+    total, done = int(np.diff(corpus.shard_starts)[told].sum()), 0
     if todo:
         _make_ranks(targets, projector)
-    for shard in todo:
+    for shard in told:
         blocks = []
         for start, stop in row_batches(corpus.starts(*corpus.shard_rows[shard : shard + 2].tolist()), BLOCK):
             first = int(corpus.shard_rows[shard])
             blocks.append(projector.project(first + start, first + stop, tally))
             done += blocks[-1].num_positions
             on_progress(done, total)
-        targets.write_shard(shard, Targets.concat(blocks), _provenance(projector, shard))
+        if todo:
+            targets.write_shard(shard, Targets.concat(blocks), _provenance(projector, shard))
     targets.fold()
     return ProjectionReport(
         shards_written=len(todo),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 from pathlib import Path
 
@@ -36,14 +37,45 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_it_tells_what_aligned(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A table by kind of token and one line; the same as JSON; then there is nothing to do."""
+    """A table by kind of token and one line; the same as JSON; the same again where there is nothing to do."""
     assert run(root, "--json") == 0
     told = json.loads(capsys.readouterr().out)
     assert told["shards"] == {"written": 2, "before": 0, "waiting": 0}
     assert told["by_category"]["all"]["aligned"] == 1
     assert told["by_category"]["words"]["positions"] > 100
+    assert run(root, "--json") == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again == {**told, "shards": {"written": 0, "before": 2, "waiting": 0}}
     assert run(root) == 0
-    assert capsys.readouterr().out == "fake: 0 shards of corpus students committed, 2 before\n"
+    table, _, last = capsys.readouterr().out.rstrip("\n").rpartition("\n")
+    assert table.splitlines()[1].startswith("all ")
+    assert last == "fake: 0 shards of corpus students committed, 2 before"
+
+
+class _Interrupted(io.StringIO):
+    """A stream at which Ctrl-C is pressed when progress is written to it."""
+
+    def write(self, text: str) -> int:
+        if "positions/s" in text:
+            raise KeyboardInterrupt
+        return super().write(text)
+
+
+def test_ctrl_c_says_what_is_kept_and_the_same_command_goes_on(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Progress is told at the end of the last shard, before it is committed."""
+    told = _Interrupted()
+    with monkeypatch.context() as at:
+        at.setattr("sys.stderr", told)
+        with pytest.raises(KeyboardInterrupt):
+            run(root)
+    kept = "1 of 2 shards of corpus students committed so far"
+    assert told.getvalue() == f"fake: stopped; {kept}, the same command goes on with the rest\n"
+    assert run(root) == 0
+    *_, partly, last = capsys.readouterr().out.splitlines()
+    assert partly.startswith("the table is of the shards that were committed now")
+    assert last == "fake: 1 shard of corpus students committed, 1 before"
 
 
 def test_the_table_has_a_line_a_kind(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
