@@ -16,10 +16,13 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks.data.real_text import fetch, write
 from potstill.cache.text.duplicates import NearCopies
 from potstill.cache.text.filter_report import FilterCounts
 from potstill.cache.text.filtering import filter_files
+from potstill.cache.text.known_hashes import NONE
 from potstill.cache.text.rules import PRESETS, FilterPlan
 from potstill.cache.text.words import normalised, word_hashes
 
@@ -84,10 +87,11 @@ def _tell_near(files: dict[str, Path]) -> None:
     print("\nnear copies found, by the share of words that is changed:")
     for share in CHANGED:
         near = NearCopies()
-        first = near.seen([word_hashes(" ".join(each)) for each in words])
+        numbers = np.arange(2 * len(words), dtype=np.uint32)
+        first = near.seen([word_hashes(" ".join(each)) for each in words], numbers[: len(words)])
         changed = [[word if chance.random() >= share else f"x{word}" for word in each] for each in words]
-        again = near.seen([word_hashes(" ".join(each)) for each in changed])
-        new = [found for before, found in zip(first, again, strict=True) if not before]
+        again = near.seen([word_hashes(" ".join(each)) for each in changed], numbers[len(words) :])
+        new = [found != NONE for before, found in zip(first, again, strict=True) if before == NONE]
         print(f"  {share:.0%}: {sum(new) / len(new):.1%} of {len(new)}")
 
 

@@ -20,7 +20,7 @@ from potstill.cache.corpus.sources import file_sha256
 from potstill.cache.errors import InvalidInput
 from potstill.cache.text.benchmark_items import Item, read_items
 from potstill.cache.text.item_index import LEAST_WORDS, ItemIndex, Match
-from potstill.cache.text.row_texts import Window, batches, rows_of_words, windows, words_of
+from potstill.cache.text.row_texts import Window, batches, rows_of_words, text_of, windows, words_of
 
 _SHOWN = 80
 _MOST_NGRAM = 100
@@ -52,6 +52,8 @@ class Found:
     with_answer: bool
     question: str
     """Its beginning."""
+    matched: str
+    """Words of the corpus that are the item's, as they are compared."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,7 +124,7 @@ def look_for(
             matches = list(index.find(words))
             if matches:
                 spans = rows_of_words(tokenizer, window, words)
-                _note(found, index.items, window, matches, spans)
+                _note(found, index.items, window, matches, spans, text_of(tokenizer, window).split())
         on_progress(batch[-1].first_row + len(batch[-1].rows), len({row for row, _ in found}))
     flagged[[row for row, _ in found]] = True
     benchmarks = tuple(_benchmark(file, index, found) for file in files)
@@ -135,15 +137,16 @@ def _note(
     window: Window,
     matches: Sequence[Match],
     spans: NDArray[np.int64],
+    words: Sequence[str],
 ) -> None:
-    """Note the rows, whose words are `spans` [R, 2], that matches lie in."""
+    """Note the rows, with the words `spans` [R, 2] of the window's `words`, that matches lie in."""
     for match in matches:
-        item = items[match.item]
+        item, matched = items[match.item], " ".join(words[match.start : match.stop])
         for row in np.flatnonzero((spans[:, 0] < match.stop) & (spans[:, 1] > match.start)).tolist():
             key = (window.first_row + row, match.item)
             if key not in found or (match.with_answer and not found[key].with_answer):
-                shown = " ".join(item.question.split())[:_SHOWN]
-                found[key] = Found(key[0], window.document, item.benchmark, item.number, match.with_answer, shown)
+                shown = (text[:_SHOWN] for text in (" ".join(item.question.split()), matched))
+                found[key] = Found(key[0], window.document, item.benchmark, item.number, match.with_answer, *shown)
 
 
 def _benchmark(file: Path, index: ItemIndex, found: Mapping[tuple[int, int], Found]) -> Benchmark:

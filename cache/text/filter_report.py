@@ -40,13 +40,13 @@ class Dropped(Amount):
     alone: int = 0
     """Documents that no other rule drops, of those that look at the same document."""
     samples: list[dict[str, Any]] = field(default_factory=list)
-    """Some of them, drawn at random: place, measured value, beginning of the text."""
+    """Some of them, drawn at random: place, measured value, beginning of the text; of copies also what they copy."""
 
-    def add_sample(self, text: str, where: str, value: float | str | None, chance: random.Random) -> None:
+    def add_sample(self, sample: dict[str, Any], chance: random.Random) -> None:
         """Take a document that was counted as a sample, each with the same probability."""
         place = len(self.samples) if len(self.samples) < SAMPLES else chance.randrange(self.documents)
         if place < SAMPLES:
-            self.samples[place : place + 1] = [{"where": where, "value": value, "text": text.strip()[:_SHOWN]}]
+            self.samples[place : place + 1] = [sample]
 
 
 class FilterCounts:
@@ -69,10 +69,29 @@ class FilterCounts:
     def drop(self, text: str, where: str, reasons: Mapping[str, float | str | None]) -> None:
         """Count a document that is dropped, by each reason; their values are what was measured."""
         for name, value in reasons.items():
-            dropped = self.dropped.setdefault(name, Dropped())
-            dropped.add(text)
-            dropped.alone += len(reasons) == 1
-            dropped.add_sample(text, where, value, self._chance)
+            self._drop(name, text, {**_shown(text, where), "value": value}, alone=len(reasons) == 1)
+
+    def drop_copy(self, text: str, where: str, reason: str, original: int) -> None:
+        """Count a document that is dropped as a copy of another, which is given by its number."""
+        self._drop(reason, text, {**_shown(text, where), "value": None, "copy_of": original}, alone=True)
+
+    @property
+    def originals(self) -> set[int]:
+        """Numbers of the documents of which the samples are copies."""
+        return {sample["copy_of"] for each in self.dropped.values() for sample in each.samples if "copy_of" in sample}
+
+    def show_originals(self, found: Mapping[int, tuple[str, str]]) -> None:
+        """Put text and place of documents in place of their numbers."""
+        for dropped in self.dropped.values():
+            for sample in dropped.samples:
+                if "copy_of" in sample:
+                    sample["copy_of"] = _shown(*found[sample["copy_of"]])
+
+    def _drop(self, reason: str, text: str, sample: dict[str, Any], *, alone: bool) -> None:
+        dropped = self.dropped.setdefault(reason, Dropped())
+        dropped.add(text)
+        dropped.alone += alone
+        dropped.add_sample(sample, self._chance)
 
     def to_json(self) -> dict[str, Any]:
         """Convert to JSON; what dropped most stands first."""
@@ -84,6 +103,10 @@ class FilterCounts:
             "languages": {name: asdict(amount) for name, amount in languages},
             "dropped": {name: asdict(found) for name, found in dropped},
         }
+
+
+def _shown(text: str, where: str) -> dict[str, Any]:
+    return {"where": where, "text": text.strip()[:_SHOWN]}
 
 
 def write_report(

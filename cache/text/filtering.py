@@ -1,7 +1,7 @@
 """Filter: documents of files in, records of those that are kept out, as JSON lines that are ingested as they are.
 
 Each document goes through: copies of earlier ones, language, rules, near copies of what was kept. Memory holds a batch
-of documents, and 120 bytes of each one that went by.
+of documents, and 180 bytes of each one that went by.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from potstill.cache.plurals import counted
 from potstill.cache.store.root import store_errors
 from potstill.cache.text.duplicates import ExactCopies, NearCopies
 from potstill.cache.text.filter_report import FilterCounts, write_report
+from potstill.cache.text.known_hashes import NONE
 from potstill.cache.text.language import language_of, stop_words
 from potstill.cache.text.measures import measures
 from potstill.cache.text.parts import PART_BYTES, Parts
@@ -92,6 +94,7 @@ def filter_files(
                 read.append(_source(file, counts.read.documents - before))
         if not counts.kept.documents:
             raise _nothing_left(sources, counts)
+        counts.show_originals(_found_again(counts.originals, files, read, field, BadRecords(skip=skip_bad)))
         left_out = Counter({"bad_records": bad.count, "files_of_unknown_kind": unknown})
         with store_errors(f"the report in {out}"):
             write_report(folder, {**plan.to_json(), "text_field": text_field}, read, parts.sources, counts, left_out)
@@ -110,21 +113,25 @@ class _Sieve:
 
     def kept(self, batch: list[_Read]) -> Iterator[_Read]:
         """Yield those that are kept, and count all."""
-        passed: list[tuple[_Read, str, NDArray[np.uint64]]] = []
-        copies = self._exact.seen([each.text for each in batch])
-        for each, copy in zip(batch, copies, strict=True):
+        passed: list[tuple[int, _Read, str, NDArray[np.uint64]]] = []
+        before = self._counts.read.documents
+        copied = self._exact.seen(
+            [each.text for each in batch], np.arange(before, before + len(batch), dtype=np.uint32)
+        )
+        for number, (each, original) in enumerate(zip(batch, copied, strict=True), before):
             self._counts.read.add(each.text)
             if not each.text.strip():
                 self._counts.drop(each.text, each.where, {"empty": None})
-            elif copy and self._plan.duplicates != "keep":
-                self._counts.drop(each.text, each.where, {"exact_duplicate": None})
+            elif original != NONE and self._plan.duplicates != "keep":
+                self._counts.drop_copy(each.text, each.where, "exact_duplicate", original)
             elif (found := self._passes(each)) is not None:
-                passed.append((each, *found))
-        near = [words for _, _, words in passed if len(words)] if self._plan.duplicates == "near" else []
-        seen = iter(self._near.seen(near))
-        for each, language, words in passed:
-            if near and len(words) and next(seen):
-                self._counts.drop(each.text, each.where, {"near_duplicate": None})
+                passed.append((number, each, *found))
+        compared = [one for one in passed if len(one[-1])] if self._plan.duplicates == "near" else []
+        numbers = np.array([number for number, *_ in compared], np.uint32)
+        near = dict(zip(numbers.tolist(), self._near.seen([words for *_, words in compared], numbers), strict=True))
+        for number, each, language, _ in passed:
+            if (original := near.get(number, NONE)) != NONE:
+                self._counts.drop_copy(each.text, each.where, "near_duplicate", original)
             else:
                 self._counts.keep(each.text, language)
                 yield each
@@ -166,6 +173,20 @@ def _documents(file: SourceFile, field: Field, bad: BadRecords) -> Iterator[_Rea
         record = {"source": file.name, field.name: text} if document.record is None else dict(document.record)
         # By the name that the report records, never by the path on this machine.
         yield _Read(file.name + document.where.removeprefix(str(file.path)), text, record)
+
+
+def _found_again(
+    numbers: set[int], files: Sequence[SourceFile], read: Sequence[Source], field: Field, bad: BadRecords
+) -> dict[int, tuple[str, str]]:
+    """Text and place of documents, of which files are read again up to the last of each."""
+    found, first = dict[int, tuple[str, str]](), 0
+    for file, source in zip(files, read, strict=True):
+        mine = {number - first for number in numbers if 0 <= number - first < source.documents}
+        for number, each in enumerate(islice(_documents(file, field, bad), max(mine, default=-1) + 1)):
+            if number in mine:
+                found[first + number] = each.text, each.where
+        first += source.documents
+    return found
 
 
 def _batches(read: Iterator[_Read]) -> Iterator[list[_Read]]:

@@ -79,6 +79,11 @@ def words_of(tokenizer: Tokenizer, ids: Sequence[Sequence[int]]) -> list[NDArray
     return [word_hashes(normalised(text)) for text in tokenizer.decode_batch(list(ids), skip_special_tokens=True)]
 
 
+def text_of(tokenizer: Tokenizer, window: Window) -> str:
+    """A window's text, as its words are compared."""
+    return normalised(tokenizer.decode(window.ids(), skip_special_tokens=True))
+
+
 def rows_of_words(tokenizer: Tokenizer, window: Window, words: NDArray[np.uint64]) -> NDArray[np.int64]:
     """Tell which words [W] of a window's text each row has a part of: first and end, [R, 2] int64."""
     before = words_of(tokenizer, [window.ids(rows) for rows in range(1, len(window.rows))])

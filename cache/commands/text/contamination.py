@@ -93,7 +93,8 @@ def _print(corpus: Corpus, name: str, found: Contamination) -> None:
     )
     for each in found.found[:_LISTED]:
         answer = " with its answer" if each.with_answer else ""
-        print(f"row {each.row}: item {each.item} of {each.benchmark}{answer}: {each.question!r}")
+        found_as = f"{each.question!r}, by {each.matched!r}"
+        print(f"row {each.row}: item {each.item} of {each.benchmark}{answer}: {found_as}")
     if len(found.found) > _LISTED:
         print(f"and {len(found.found) - _LISTED:,} more, which --json lists")
     left_out = (

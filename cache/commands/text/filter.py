@@ -99,7 +99,8 @@ def _print(counts: FilterCounts, out: str) -> None:
     for name, found in dropped:
         sample = found.samples[0]
         value = "" if sample["value"] is None else f" ({_value(sample['value'])})"
-        print(f"{name}{value}: {sample['where']}: {' '.join(sample['text'].split())[:_SAMPLE]!r}")
+        copied = f", like {sample['copy_of']['where']}" if "copy_of" in sample else ""
+        print(f"{name}{value}: {sample['where']}{copied}: {' '.join(sample['text'].split())[:_SAMPLE]!r}")
     languages = sorted(counts.languages.items(), key=lambda item: -item[1].documents)
     told = ", ".join(f"{name} {amount.documents:,}" for name, amount in languages[:8])
     print(

@@ -17,6 +17,7 @@ from potstill.cache.corpus.ingest import IngestPlan, ingest_rows
 from potstill.cache.text import row_texts
 from potstill.cache.text.contamination import look_for, open_index
 from potstill.cache.text.row_texts import Window, rows_of_words, windows, words_of
+from potstill.cache.text.words import normalised
 from tests.support.command_line import refusal, run_command
 from tests.support.corpora import byte_tokenizer, make_corpus, topics
 
@@ -79,6 +80,7 @@ def test_each_planted_item_is_found_in_exactly_the_rows_that_it_lies_in(tmp_path
         stop = start + len(question.encode()) - 1  # the mark at the end is no part of a word
         expected |= {(first + row, number) for row in range(start // row_tokens, (stop - 1) // row_tokens + 1)}
     assert {(each.row, each.item) for each in result.found} == expected
+    assert all(each.matched and each.matched in normalised(QUESTIONS[each.item]) for each in result.found)
     assert np.flatnonzero(result.rows).tolist() == sorted({row for row, _ in expected})
 
 

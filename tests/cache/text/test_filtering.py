@@ -61,6 +61,9 @@ def test_what_is_kept_and_what_is_told(mixed: Path, tmp_path: Path, capsys: pyte
     (sample,) = report["dropped"]["exact_duplicate"]["samples"]
     assert sample["where"] == "mixed.jsonl:7"
     assert topics(1)[0].strip()[:100] == sample["text"][:100]
+    assert sample["copy_of"]["where"] == "mixed.jsonl:1"
+    (near,) = report["dropped"]["near_duplicate"]["samples"]
+    assert near["copy_of"] == {"where": "mixed.jsonl:2", "text": near["text"]}
     assert {name: amount["documents"] for name, amount in report["languages"].items()} == {"en": 6, "de": 1}
     (output,) = report["outputs"]
     assert output == {
@@ -71,7 +74,7 @@ def test_what_is_kept_and_what_is_told(mixed: Path, tmp_path: Path, capsys: pyte
     assert report["sources"] == [{"name": "mixed.jsonl", "sha256": file_sha256(mixed), "documents": 12}]
     said = capsys.readouterr().out
     assert "kept 7 of 12 documents" in said
-    assert "near_duplicate: mixed.jsonl:8" in said
+    assert "near_duplicate: mixed.jsonl:8, like mixed.jsonl:2: " in said
 
 
 def test_what_is_kept_is_ingested_as_it_is(mixed: Path, tmp_path: Path) -> None:
