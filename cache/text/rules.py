@@ -12,7 +12,7 @@ stop_words = {}           # no bound
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -106,8 +106,8 @@ class FilterPlan:
     """Copies to leave out: near ones, exact ones alone, or none."""
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any], where: str = "the rules") -> Self:
-        """Read the settings of a TOML file, `where`.
+    def of(cls, settings: Mapping[str, Any], where: str = "the rules", options: Collection[str] = ()) -> Self:
+        """Read the settings of a TOML file, `where`, but those that are from `options` of the command line.
 
         Raises:
             InvalidInput: a key, preset, measure or bound is none.
@@ -115,6 +115,9 @@ class FilterPlan:
         if unknown := set(settings) - {"preset", "languages", "duplicates", "rules"}:
             known = "preset, languages, duplicates and the table rules"
             raise InvalidInput(f"{where} has the key {min(unknown)!r}; there are {known}")
+        duplicates, codes = (
+            f"--{key}" if key in options else f"{key} of {where}" for key in ("duplicates", "languages")
+        )
         preset = _one_of(settings.get("preset", "default"), list(PRESETS), f"preset of {where}")
         rules = settings.get("rules", {})
         if not isinstance(rules, dict):
@@ -124,11 +127,11 @@ class FilterPlan:
         bounds = {name: Bounds.of(value, f"rule {name!r} of {where}") for name, value in rules.items()}
         languages = settings.get("languages")
         if languages is not None and not (languages and isinstance(languages, list) and all(map(_is_code, languages))):
-            raise InvalidInput(f"languages of {where} is {languages!r}; give codes like ['en', 'de'], 'un' for unknown")
+            raise InvalidInput(f"{codes} is {languages!r}; give codes like ['en', 'de'], 'un' for unknown")
         return cls(
             bounds={name: each for name, each in {**PRESETS[preset], **bounds}.items() if each.to_json()},
             languages=None if languages is None else tuple(languages),
-            duplicates=_one_of(settings.get("duplicates", "near"), get_args(Duplicates), f"duplicates of {where}"),
+            duplicates=_one_of(settings.get("duplicates", "near"), get_args(Duplicates), duplicates),
         )
 
     @classmethod
@@ -139,8 +142,9 @@ class FilterPlan:
             InvalidInput: the file cannot be read or has wrong settings.
         """
         settings = {"preset": rules} if rules in PRESETS else read_toml(_file(rules))
-        over = {"languages": languages, "duplicates": duplicates}
-        return cls.of({**settings, **{name: value for name, value in over.items() if value is not None}}, rules)
+        given = {"languages": languages, "duplicates": duplicates}
+        over = {name: value for name, value in given.items() if value is not None}
+        return cls.of({**settings, **over}, rules, over.keys())
 
     def to_json(self) -> dict[str, Any]:
         """Convert to a JSON object."""
@@ -151,7 +155,7 @@ class FilterPlan:
 
 def _file(rules: str) -> Path:
     if not Path(rules).is_file():
-        raise InvalidInput(f"--rules {rules!r} is neither a preset ({', '.join(PRESETS)}) nor a TOML file")
+        raise InvalidInput(f"there is no file {rules!r}, and --rules has the presets {', '.join(PRESETS)}")
     return Path(rules)
 
 

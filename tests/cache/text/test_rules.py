@@ -59,5 +59,7 @@ def test_wrong_settings_are_refused(tmp_path: Path, text: str, message: str) -> 
 
 
 def test_neither_a_preset_nor_a_file() -> None:
-    with pytest.raises(InvalidInput, match=r"--rules 'nothing' is neither a preset \(default, gopher, fineweb\) nor"):
-        FilterPlan.read("nothing")
+    with pytest.raises(InvalidInput, match="^there is no file 'no.toml', and --rules has the presets default, gopher,"):
+        FilterPlan.read("no.toml")
+    with pytest.raises(InvalidInput, match=r"^--languages is \['e'\]; give codes"):
+        FilterPlan.read("default", languages=["e"])

@@ -91,3 +91,5 @@ def test_a_report_of_other_files_or_a_damaged_one_is_refused(made: Path, tmp_pat
     said = refusal(command, "--cache", made, "--corpus", "docs", "--filter", kept)
     assert said == "the report of the filter is damaged: KeyError('read')"
     assert "no corpus 'other'" in refusal(command, "--cache", made, "--corpus", "other")
+    out = tmp_path / "no" / "card.md"
+    assert f"there is no folder '{out.parent}'" in refusal(command, "--cache", made, "--corpus", "docs", "--out", out)
