@@ -167,7 +167,8 @@ class Positions:
             z.add_(cooled, alpha=1.0 / temperature)
         sums.ce.add_(torch.where(labelled, ce, 0.0).sum(dtype=torch.float64))
         for m, value in enumerate(values):
-            sums.divergences[m] += value.sum(dtype=torch.float64)
+            known = value if self.teachers[m].alignment is None else value * self.teachers[m].resolved[part]
+            sums.divergences[m] += known.sum(dtype=torch.float64)
             sums.weighted.add_((self.factor * self._weight(m, part) * value).sum(dtype=torch.float64))
         return z
 

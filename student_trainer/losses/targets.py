@@ -63,7 +63,8 @@ class Loss:
     ce_sum: Tensor
     """[] float64, nats, summed over labelled positions, not divided."""
     kl_sums: Tensor
-    """[M] float64, nats: each teacher's divergence summed over masked-in positions, not divided, not weighted."""
+    """[M] float64, nats: each teacher's divergence summed over masked-in positions, each by what is resolved of it; not
+    divided, and without the teacher's weight."""
     distilled_sum: Tensor
     """[] float64: what alpha multiplies in `total`, with weights and temperature, not divided."""
     alm_sum: Tensor

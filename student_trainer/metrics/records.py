@@ -8,14 +8,14 @@
     {"step": 500, "rollback": {"from_step": 612, "skipped_rows": 32, "number": 1, "why": "the loss is 9.1, ..."}}
 
 A student with experts that has `output_router_logits` adds `router_loss`, before its coefficient; a run with
-`train.alm` adds `alm`, before that weight.
+`train.alm` adds `alm`, before that weight. `kl` and `alm` are of steps that read targets.
 
-Losses are nats per token. `train_ce` is the mean `ce` of the steps since the evaluation before, and `gap` how much
-higher that of the held-out rows is. `tokens` are targets learnt: neither padding, nor a prefix, nor what the corpus's
-loss mask leaves out; `padding` is a share of all tokens. `waiting_seconds` were spent waiting for rows, a
-`waiting_share` of the step's time; `peak_memory_bytes` are those of the run so far, of tensors on a GPU or else of the
-whole process, and `mfu` is there where the peak of the devices is known (`speed`). With several corpora `epoch` is an
-object, by corpus.
+Losses are nats per token; `kl` is of a teacher's tokens by what is resolved of each, where they are projected.
+`train_ce` is the mean `ce` of the steps since the evaluation before, and `gap` how much higher that of the held-out
+rows is. `tokens` are targets learnt: neither padding, nor a prefix, nor what the corpus's loss mask leaves out;
+`padding` is a share of all tokens. `waiting_seconds` were spent waiting for rows, a `waiting_share` of the step's time;
+`peak_memory_bytes` are those of the run so far, of tensors on a GPU or else of the whole process, and `mfu` is there
+where the peak of the devices is known (`speed`). With several corpora `epoch` is an object, by corpus.
 Lines of steps after the checkpoint that a run resumes from are dropped and written again.
 """
 

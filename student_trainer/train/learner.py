@@ -113,9 +113,9 @@ class Learner:
         self._seed(step)
         alpha = alpha_at(self.config.train, step)
         num_teachers = len(self.config.teachers) if distils_at(self.config.train, step) else 0
-        # CE, what is distilled, a KL per teacher, chunks, the router loss, and how many workers want to stop: one
-        # reduction.
-        sums = torch.zeros(5 + num_teachers, dtype=torch.float64, device=self.group.device)
+        # CE, what is distilled, a KL per teacher and the positions that it is of, chunks, the router loss, and how many
+        # workers want to stop: one reduction.
+        sums = torch.zeros(5 + 2 * num_teachers, dtype=torch.float64, device=self.group.device)
         self.optimizer.zero_grad(set_to_none=True)
         experts = None
         if self.router is not None or self.group.in_step:
@@ -133,10 +133,10 @@ class Learner:
         sums[:-1] += self._forward_backward(last.batch, step, counts, experts)
         sums[-1] = float(should_stop())
         self.group.all_reduce_sum(sums)
-        ce_sum, *distilled_sums, alm_sum, router, stop = sums.tolist()
-        distilled, *kls = [each / max(counts.num_positions, 1) for each in distilled_sums]
-        record = self._means(alpha, ce_sum / max(counts.num_labels, 1), distilled, kls)
-        if self.config.train.alm:
+        ce_sum, distilled_sum, *of_teachers, alm_sum, router, stop = sums.tolist()
+        distilled = distilled_sum / max(counts.num_positions, 1)
+        record = self._means(alpha, ce_sum / max(counts.num_labels, 1), distilled, of_teachers)
+        if self.config.train.alm and num_teachers:
             alm = alm_sum / max(counts.num_labels, 1)
             record |= {"loss": record["loss"] + self.config.train.alm * alm, "alm": alm}
         if self.router is not None:
@@ -144,11 +144,13 @@ class Learner:
         record |= self._update(step, record["loss"])
         return {"step": step + 1, **record, "padding": round(counts.padding, 4)}, counts, stop > 0
 
-    def _means(self, alpha: float, ce: float, distilled: float, kls: list[float]) -> dict[str, Any]:
-        """Losses of the step, before the update: nats per token of the global batch."""
+    def _means(self, alpha: float, ce: float, distilled: float, of_teachers: list[float]) -> dict[str, Any]:
+        """Losses of the step, before the update: nats per token of the global batch, of KLs per resolved token."""
+        half = len(of_teachers) // 2
         names = (teacher.name for teacher in self.config.teachers)
-        loss = (1 - alpha) * ce + alpha * distilled
-        return {"loss": loss, "ce": ce, "kl": dict(zip(names, kls, strict=False))}
+        sums = zip(names, of_teachers[:half], of_teachers[half:], strict=False)
+        kls = {name: kl / resolved for name, kl, resolved in sums if resolved}
+        return {"loss": (1 - alpha) * ce + alpha * distilled, "ce": ce, "kl": kls}
 
     def _update(self, step: int, loss: float) -> dict[str, Any]:
         """Clip the gradient and take the optimizer's step."""
@@ -184,7 +186,7 @@ class Learner:
         return self.group.all_reduce_sum(counts)
 
     def _forward_backward(self, batch: Batch, step: int, counts: StepCounts, experts: Tensor | None) -> Tensor:
-        """Add one micro-batch's gradient; return its undivided CE, distilled, KLs, chunks' and router loss, [4 + M]."""
+        """Add one micro-batch's gradient; return what `step` sums: undivided losses, resolved positions, [4 + 2M]."""
         batch, loop, world = self.copies.of(batch), self.config.train, self.group.world_size
         teachers: Sequence[TeacherTargets] = ()
         alpha, weights = alpha_at(loop, step), self.config.weights(step)
@@ -205,11 +207,18 @@ class Learner:
             part = self.router.of_part(router_logits, batch.real, experts)
             total, router = total + self.router.coefficient * world * part, part.detach().double()
         total.backward()
-        return torch.cat([loss.ce_sum[None], loss.distilled_sum[None], loss.kl_sums, loss.alm_sum[None], router[None]])
+        resolved = [_resolved(teacher, batch.mask) for teacher in teachers]
+        before, behind = torch.stack([loss.ce_sum, loss.distilled_sum]), torch.stack([loss.alm_sum, router])
+        return torch.cat([before, loss.kl_sums, *resolved, behind])
 
     def _unsent_gradients(self) -> AbstractContextManager[None]:
         """Keep gradients here: they go to the other workers once a step, with the last micro-batch."""
         return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
+
+
+def _resolved(teacher: TeacherTargets, mask: Tensor) -> Tensor:
+    """Positions that count, by what is resolved of each, [1] float64."""
+    return (mask.sum() if teacher.alignment is None else teacher.resolved[mask].sum(dtype=torch.float64)).double()[None]
 
 
 def _with_loss(student: PreTrainedModel, config: TrainConfig, group: Group) -> nn.Module:

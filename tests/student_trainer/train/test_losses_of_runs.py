@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,17 @@ import pytest
 
 from potstill.cache.cache import Cache
 from potstill.cache.errors import InvalidInput, UnsupportedField
-from potstill.cache.types import Fields
+from potstill.cache.types import Fields, Targets, Tokens
 from potstill.student_trainer.data import BatchReader
 from potstill.student_trainer.data.sources import cache_source
+from potstill.student_trainer.evaluate.student import evaluate_student
 from potstill.student_trainer.losses.mix import alpha_at
 from potstill.student_trainer.losses.settings import LossConfig
 from potstill.student_trainer.metrics.records import read_metrics
+from potstill.student_trainer.models.build import build_student
 from potstill.student_trainer.train.loop import train
+from potstill.student_trainer.train.run import open_run
+from tests.support.fakes import FakeTeacher
 from tests.support.tiny_runs import VOCAB, K, config_of, fake_teacher, fill, write_cache
 
 EVERYTHING = Fields(k=K, draws=6, seed=3, entropy=True, temperatures=(0.5, 2.0))
@@ -207,3 +212,30 @@ def test_dense_targets_that_are_not_kept(root: Path, tmp_path: Path) -> None:
 def test_alpha_goes_from_point_to_point() -> None:
     loss = LossConfig(alpha=((2, 1.0), (6, 0.0)), distil_every=2)
     assert [alpha_at(loss, step) for step in range(8)] == [1.0, 0.0, 1.0, 0.0, 0.5, 0.0, 0.0, 0.0]
+
+
+class _Projected(FakeTeacher):
+    """A teacher of which nearly all or little of the tail is not resolved, in turns."""
+
+    def targets(self, row: Tokens, want: Fields) -> Targets:
+        found = super().targets(row, replace(want, alignment=False))
+        assert found.log_tail is not None
+        alignment = np.zeros((len(row), 3), np.float32)
+        alignment[:, 0] = np.exp(found.log_tail) * np.where(np.arange(len(row)) % 2 == 0, 0.9, 0.1)
+        return replace(found, alignment=alignment)
+
+
+def test_a_step_tells_the_kl_to_a_projected_teacher_as_evaluation_does(root: Path, tmp_path: Path) -> None:
+    """By what is resolved; and nothing of chunks in a step that reads no targets."""
+    fill(root, "projected", fields=Fields(k=2, alignment=True), teacher=_Projected(fake_teacher("projected").identity))
+    loop = {**SHORT, "alm": 0.1, "distil_every": 2}
+    config = config_of(root, tmp_path / "run", teachers=[{"name": "projected"}], train=loop)
+    train(config)
+    first, second = (record for record in read_metrics(tmp_path / "run") if "loss" in record)
+    with open_run(config) as run:
+        student, _ = build_student(config.student, seed=config.train.seed, vocab_size=VOCAB, row_tokens=run.row_tokens)
+        found = evaluate_student(student, run.reader, run.order.take(0, 4)).teachers["projected"]
+    assert first["kl"]["projected"] == pytest.approx(found.kl, rel=1e-5)
+    assert "alm" in first
+    assert second["kl"] == {}
+    assert "alm" not in second
