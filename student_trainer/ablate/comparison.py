@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from potstill.cache.errors import SpecMismatch
 from potstill.cache.types import JSON
 from potstill.student_trainer.ablate.grid import GridConfig
-from potstill.student_trainer.ablate.intervals import Difference, difference
-from potstill.student_trainer.ablate.outcome import LOSS, Failure, Outcome, PerDocument, Point
+from potstill.student_trainer.ablate.intervals import Difference, difference, signed
+from potstill.student_trainer.ablate.measures import LOSS
+from potstill.student_trainer.ablate.outcome import Failure, Outcome, PerDocument, Point
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ class Row:
     seeds: int
     """Number of its runs that came to their end."""
     means: Mapping[str, float]
-    """Mean over held-out tokens and seeds in nats: `loss`, and `kl TEACHER`."""
+    """Mean over seeds of each measure; of tokens in nats, or a share."""
     differences: Mapping[str, Difference]
     """Those less the baseline's, over the seeds that both have; none of the baseline itself."""
     reached: Reached | None
@@ -55,11 +56,15 @@ class Comparison:
     """Labelled held-out tokens."""
     target_loss: float | None
     """Held-out loss whose tokens and seconds are told; None where the baseline has no outcome."""
+    higher_is_better: Mapping[str, bool | None]
+    """By measure; None where neither is."""
     rows: tuple[Row, ...]
+    notes: tuple[str, ...]
+    """What there is to say of the students' answers to tasks."""
 
     @property
     def measures(self) -> list[str]:
-        """Names of all measures, `LOSS` first."""
+        """Names of all measures."""
         return list(dict.fromkeys(name for row in self.rows for name in row.means))
 
     def to_json(self) -> dict[str, JSON]:
@@ -102,8 +107,10 @@ def compare(grid: GridConfig, outcomes: Mapping[tuple[str, int], Outcome], failu
                 failures=tuple(f"seed {each.seed}: {each.detail}" for each in failures if each.cell == name),
             )
         )
+    told = tuple(dict.fromkeys(note for each in outcomes.values() for note in each.notes))
+    better = {name: each.higher_is_better for one in outcomes.values() for name, each in one.measures.items()}
     documents = int(np.count_nonzero(labels))
-    return Comparison(grid.baseline, len(grid.seeds), documents, int(sum(labels)), target, tuple(rows))
+    return Comparison(grid.baseline, len(grid.seeds), documents, int(sum(labels)), target, better, tuple(rows), told)
 
 
 def _same_documents(outcomes: Sequence[Outcome]) -> list[float]:
@@ -128,13 +135,13 @@ def _measures(runs: Mapping[int, Outcome]) -> list[str]:
 
 def _means(runs: Mapping[int, Outcome]) -> dict[str, float]:
     found = {name: _stacked(runs, sorted(runs), name) for name in _measures(runs)}
-    return {name: float(sums.sum(axis=1).mean() / counts.sum()) for name, (sums, counts) in found.items()}
+    return {name: float(signed(sums).sum(axis=1).mean() / counts.sum()) for name, (sums, counts) in found.items()}
 
 
 def _stacked(
     runs: Mapping[int, Outcome], seeds: Sequence[int], measure: str
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Sums [S, D] of a measure, and the counts [D] that they are of."""
+    """Sums of a measure, [S, D] or of bins [S, D, B], and the counts [D] that they are of."""
     found: list[PerDocument] = [runs[seed].measures[measure] for seed in seeds]
     return np.asarray([each.sums for each in found]), np.asarray(found[0].counts)
 

@@ -74,8 +74,10 @@ class GridConfig(Frozen):
     """GPUs of a run, or a share of one."""
     max_failures: Annotated[int, Field(ge=0, strict=True)] = 3
     """Number of times that a run whose process was killed goes on from its newest checkpoint."""
+    tasks: str = ""
+    """Tasks that every student is judged by, too, as `potstill evaluate --tasks` takes them: a folder, or names."""
     resamples: Count = 2000
-    """Resamples of the documents behind an interval over them."""
+    """Resamples of the documents, or questions, behind an interval over them."""
     cells: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Keys that a cell changes, by the cell's name."""
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)

@@ -8,9 +8,15 @@ does to both drops out of the difference. Two things could have come out otherwi
     over documents   these students, judged on other documents of the same kind: the bootstrap-t, which draws whole
                      documents (Efron and Tibshirani 1993, section 12.5); percentiles alone are too narrow for few
 
-Neither holds the other's chance, so that a difference counts only where both leave zero out.
+Neither holds the other's chance, so that a difference counts only where both leave zero out. Questions of a task are
+documents here.
 
-Shape legend:  S seeds, D documents.
+A measure is a sum over documents, divided by their counts. A calibration error is a sum of absolute values, one of each
+bin's sum over documents: a document's part in a bin counts with the sign that the bin has over all of them, which makes
+it a sum like the others (the delta method). In draws of whole calibration errors the smaller of two would grow by more,
+as noise adds to it, and intervals miss the truth.
+
+Shape legend:  S seeds, D documents, B bins.
 """
 
 from __future__ import annotations
@@ -24,7 +30,7 @@ from scipy import stats
 
 CONFIDENCE = 0.95
 FEWEST_DOCUMENTS = 10
-"""Below this the bootstrap knows too few documents to say how others would differ."""
+"""Below this the bootstrap knows too few documents, on which the cells differ, to say how others would."""
 _NUMBERS_AT_ONCE = 1 << 22
 
 
@@ -49,7 +55,7 @@ class Difference:
     over_seeds: Interval | None
     """None where there is one seed only."""
     over_documents: Interval | None
-    """None where there are fewer than ten documents."""
+    """None where there are fewer than ten documents on which the two differ."""
 
     @property
     def within_noise(self) -> bool | None:
@@ -71,18 +77,26 @@ def difference(
     """Compare a cell with the baseline.
 
     Args:
-        ours: [S, D] sum over each document's tokens, of the cell.
-        theirs: [S, D] of the baseline.
+        ours: [S, D] sum over each document's tokens, of the cell; [S, D, B] of a calibration error.
+        theirs: as that, of the baseline.
         tokens: [D] tokens that the sums are of.
         resamples: of the bootstrap.
         seed: of the bootstrap.
     """
-    per_document = ours - theirs
+    per_document = signed(ours) - signed(theirs)
     by_seed = per_document.sum(axis=1) / tokens.sum()
     mean = by_seed.mean()
     return Difference(
         float(mean), _of_seeds(by_seed), _of_documents(per_document.mean(axis=0), tokens, resamples, seed)
     )
+
+
+def signed(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Give sums [S, D] whose totals are the measure's: as they are, or of the bins [S, D, B] of a calibration error."""
+    if sums.ndim == 2:
+        return sums
+    found: NDArray[np.float64] = (sums * np.sign(sums.sum(axis=1, keepdims=True))).sum(axis=-1)
+    return found
 
 
 def _of_seeds(by_seed: NDArray[np.float64]) -> Interval | None:
@@ -103,6 +117,8 @@ def _of_documents(sums: NDArray[np.float64], tokens: NDArray[np.float64], resamp
     mean, error = (float(each[0]) for each in _ratio(sums[None], tokens[None]))
     if error == 0.0:
         return Interval(mean, mean)
+    if np.count_nonzero(sums) < FEWEST_DOCUMENTS:
+        return None  # draws without any of them would have no error to be measured by
     at_once = max(1, _NUMBERS_AT_ONCE // number)
     shifts = []
     for start in range(0, resamples, at_once):

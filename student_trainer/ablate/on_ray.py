@@ -14,6 +14,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from potstill.cache.errors import InvalidInput
+from potstill.student_trainer.ablate.asked import Asked
 from potstill.student_trainer.ablate.grid import GridConfig
 from potstill.student_trainer.ablate.outcome import Failure, Outcome
 from potstill.student_trainer.ablate.runs import Run, run_here
@@ -52,7 +53,7 @@ def run_on_ray(
         _require_room(grid)
         task = ray.remote(num_cpus=grid.cpus, num_gpus=grid.gpus, max_retries=grid.max_failures)(_task(out))
         waiting = {
-            task.remote(run.cell, run.seed, run.config.to_json(), run.base.to_json(), keys_of(run.base)): run
+            task.remote(run.cell, run.seed, run.config.to_json(), run.base.to_json(), run.asked, keys_of(run.base)): run
             for run in runs
         }
         while waiting:
@@ -71,7 +72,12 @@ def _task(out: Path) -> Callable[..., Outcome | Failure | None]:
     """Make the function that Ray calls in a process of its own for each run."""
 
     def trained(
-        cell: str, seed: int, config: Mapping[str, Any], base: Mapping[str, Any], keys: Mapping[str, str]
+        cell: str,
+        seed: int,
+        config: Mapping[str, Any],
+        base: Mapping[str, Any],
+        asked: Asked | None,
+        keys: Mapping[str, str],
     ) -> Outcome | Failure | None:
         import os  # noqa: PLC0415 -- the function is sent whole
 
@@ -79,7 +85,7 @@ def _task(out: Path) -> Callable[..., Outcome | Failure | None]:
         stop_file = out / STOP_FILE
         if stop_file.exists():
             return None
-        run = Run(cell, seed, TrainConfig.of(config), TrainConfig.of(base))
+        run = Run(cell, seed, TrainConfig.of(config), TrainConfig.of(base), asked)
         return run_here(run, out, stop_file.exists, lambda _: None)
 
     return trained

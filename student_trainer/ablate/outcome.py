@@ -15,9 +15,6 @@ from potstill.cache.errors import FormatError
 from potstill.cache.types import JSON
 from potstill.student_trainer.config.run_folder import write_json
 
-LOSS = "loss"
-"""Name of the cross-entropy among the measures of an outcome; the others end in a space and the teacher's name."""
-
 
 @dataclass(frozen=True, slots=True)
 class Point:
@@ -33,12 +30,15 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class PerDocument:
-    """One measure of each held-out document, in the order of documents."""
+    """One measure of each held-out document, in the order of documents, or of each question of a task."""
 
     counts: list[float]
-    """Positions that it was measured at."""
-    sums: list[float]
-    """Sum over them."""
+    """Positions that it was measured at; 1 of a question."""
+    sums: list[float] | list[list[float]]
+    """Sum over them. Of a calibration error it is a list, the sum in each bin: those over all documents count by their
+    absolute values."""
+    higher_is_better: bool | None = False
+    """None where neither is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +55,11 @@ class Outcome:
     """Targets learnt."""
     seconds: float
     measures: Mapping[str, PerDocument]
-    """`LOSS`, and for each teacher `kl NAME` in nats and `top1 NAME`."""
+    """By name; see `measures`."""
+    asked: str
+    """Fingerprint of the questions that its student answered; empty where there were none."""
+    notes: list[str]
+    """What there is to say of its answers."""
     curve: list[Point]
 
     def save(self, out: Path) -> None:
@@ -93,7 +97,8 @@ def load_outcome(out: Path, cell: str, seed: int) -> Outcome | None:
         return Outcome(**{**value, "measures": measures, "curve": [Point(**point) for point in value["curve"]]})
     except (OSError, TypeError, KeyError, ValueError) as error:
         raise FormatError(
-            f"{str(file)!r} is no outcome of this version ({error!r}); delete it to judge again"
+            f"{str(file)!r} is no outcome of this version ({error!r}); delete it, or all of {str(out / 'outcomes')!r}, "
+            "and the same command judges again, without training where the run's folder is there"
         ) from error
 
 

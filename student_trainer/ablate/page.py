@@ -12,8 +12,9 @@ from potstill.cache.upkeep.charts import Axis, Chart, line_chart, pages_of
 from potstill.student_trainer.ablate.comparison import Comparison
 from potstill.student_trainer.ablate.grid import GridConfig
 from potstill.student_trainer.ablate.intervals import Interval
-from potstill.student_trainer.ablate.outcome import LOSS, Outcome, Point
-from potstill.student_trainer.ablate.table import title_of, verdict
+from potstill.student_trainer.ablate.measures import ARROWS, LOSS, counted_over, sections_of, title_of
+from potstill.student_trainer.ablate.outcome import Outcome, Point
+from potstill.student_trainer.ablate.table import more_than_noise, verdict
 from potstill.student_trainer.config.leaves import leaves
 
 _LEFT, _RIGHT, _ROW, _TOP = 190, 700, 30, 16
@@ -38,7 +39,6 @@ class Span:
 class Differences:
     """A plot of all cells' differences from the baseline in one measure."""
 
-    title: str
     spans: tuple[Span, ...]
     zero: float
     ticks: tuple[tuple[float, str], ...]
@@ -47,13 +47,17 @@ class Differences:
 
 def write_page(file: Path, found: Comparison, grid: GridConfig, outcomes: Mapping[tuple[str, int], Outcome]) -> Path:
     """Write the page of a comparison, and return its file."""
-    measures = [name for name in found.measures if not name.startswith("top1 ")]
+    sections = sections_of(found.measures)
+    measures = [name for section in sections for name in section.measures]
     page = pages_of("potstill.student_trainer.ablate").get_template("ablation.html.jinja")
     text = page.render(
         found=found,
         verdict=verdict,
-        titles={name: title_of(name) for name in measures},
-        plots=[plot for name in measures if (plot := _differences(found, name)) is not None],
+        sections=sections,
+        told={section.title: more_than_noise(found, section) for section in sections},
+        titles={name: title_of(name) + ARROWS[found.higher_is_better[name]] for name in measures},
+        counted_over=counted_over,
+        plots={name: plot for name in measures if (plot := _differences(found, name)) is not None},
         curves=_curves(grid, outcomes),
         changes={cell.name: dict(leaves(cell.changes)) for cell in grid.all_cells},
         frame={"left": _LEFT, "right": _RIGHT, "top": _TOP},
@@ -90,7 +94,7 @@ def _differences(found: Comparison, measure: str) -> Differences | None:
     )
     ticks = tuple((float(axis.place(value, _LEFT, _RIGHT)), text) for value, text in axis.ticks)
     zero = float(axis.place(0.0, _LEFT, _RIGHT))
-    return Differences(title_of(measure), spans, zero, ticks, _TOP + _ROW * len(rows))
+    return Differences(spans, zero, ticks, _TOP + _ROW * len(rows))
 
 
 def _ends(interval: Interval | None) -> list[float]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from potstill.cache.errors import InvalidInput, PotstillError, SpecMismatch
 from potstill.cache.named_files import read_toml
 from potstill.cache.plurals import counted
+from potstill.student_trainer.ablate.asked import Asked, asked_of
 from potstill.student_trainer.ablate.grid import GridConfig
 from potstill.student_trainer.ablate.intervals import FEWEST_DOCUMENTS
 from potstill.student_trainer.ablate.judge import judge
@@ -19,7 +20,9 @@ from potstill.student_trainer.config.resume import check_continues
 from potstill.student_trainer.config.run_folder import read_config
 from potstill.student_trainer.data.held_out import num_documents
 from potstill.student_trainer.metrics.records import Record, read_metrics
+from potstill.student_trainer.models.architecture import student_settings
 from potstill.student_trainer.models.build import check_student
+from potstill.student_trainer.models.corpus_tokenizer import model_tokenizer
 from potstill.student_trainer.train.loop import train
 from potstill.student_trainer.train.run import OpenRun, open_run
 
@@ -37,13 +40,15 @@ class Run:
     config: TrainConfig
     base: TrainConfig
     """The run that cells change, with whose teachers and held-out rows all are judged."""
+    asked: Asked | None
+    """Tasks that all are judged by."""
 
 
 def plan_runs(grid: GridConfig) -> list[Run]:
     """Make the runs, all cells of a seed after each other, and check that each can start.
 
     Raises:
-        InvalidInput: naming every cell that cannot, or the file of the run that they change.
+        InvalidInput: naming every cell that cannot, or the file of the run that they change, or what is wrong of tasks.
     """
     table, out = read_toml(grid.config), Path(grid.out).absolute()
     table["train"] = {**table.get("train", {}), "out": str(out / "runs")}
@@ -70,10 +75,18 @@ def plan_runs(grid: GridConfig) -> list[Run]:
                 problems.append(f"{cell.name}: {error.detail}")
             else:
                 of_cell = zip(grid.seeds, configs, strict=True)
-                runs.extend(Run(cell.name, seed, config.absolute(), base) for seed, config in of_cell)
-    if problems:
-        raise InvalidInput(f"{len(problems)} of {len(grid.all_cells)} cells cannot run: {'; '.join(problems)}")
-    return sorted(runs, key=lambda run: grid.seeds.index(run.seed))
+                runs.extend(Run(cell.name, seed, config.absolute(), base, None) for seed, config in of_cell)
+        if problems:
+            raise InvalidInput(f"{len(problems)} of {len(grid.all_cells)} cells cannot run: {'; '.join(problems)}")
+        asked = _asked(grid, base, opened)
+    return [replace(run, asked=asked) for run in sorted(runs, key=lambda run: grid.seeds.index(run.seed))]
+
+
+def _asked(grid: GridConfig, base: TrainConfig, opened: OpenRun) -> Asked | None:
+    if not grid.tasks:
+        return None
+    settings = student_settings(base.student, opened.vocab_size)
+    return asked_of(grid.tasks, model_tokenizer(settings, opened.corpus))
 
 
 def _check(config: TrainConfig, base: OpenRun) -> None:
@@ -99,7 +112,7 @@ def _check(config: TrainConfig, base: OpenRun) -> None:
 
 
 def outcomes_there(runs: Sequence[Run], out: Path) -> dict[tuple[str, int], Outcome]:
-    """Read the outcomes of earlier calls, by cell and seed.
+    """Read the outcomes of earlier calls, by cell and seed, but for those of students that were asked other questions.
 
     Raises:
         SpecMismatch: one is of a run under other settings, which are named.
@@ -113,7 +126,10 @@ def outcomes_there(runs: Sequence[Run], out: Path) -> dict[tuple[str, int], Outc
             raise SpecMismatch(
                 f"cell {run.cell!r} was begun otherwise: {error.detail}; or give the changed cell another name"
             ) from error
-        if outcome is not None and before is not None and before.train.steps == run.config.train.steps:
+        asked = "" if run.asked is None else run.asked.fingerprint
+        if outcome is None or before is None or outcome.asked != asked:
+            continue
+        if before.train.steps == run.config.train.steps:
             found[run.cell, run.seed] = outcome
     return found
 
@@ -171,6 +187,7 @@ def train_and_judge(
     result = train(run.config, should_stop=should_stop, on_record=on_record)
     if not result.finished:
         return None
+    measures, notes = judge(run.config.run_dir / "model", run.base, run.asked)
     outcome = Outcome(
         cell=run.cell,
         seed=run.seed,
@@ -178,7 +195,9 @@ def train_and_judge(
         base=run.base.to_json(),
         tokens=result.tokens,
         seconds=result.seconds,
-        measures=judge(run.config.run_dir / "model", run.base),
+        measures=measures,
+        asked="" if run.asked is None else run.asked.fingerprint,
+        notes=notes,
         curve=_curve(run.config),
     )
     outcome.save(out)

@@ -7,13 +7,12 @@ from rich.table import Table
 
 from potstill.student_trainer.ablate.comparison import Comparison, Reached, Row
 from potstill.student_trainer.ablate.intervals import Difference
-from potstill.student_trainer.ablate.outcome import LOSS
+from potstill.student_trainer.ablate.measures import ARROWS, LOSS, Section, counted_over, sections_of, title_of
 
 
 def tables(found: Comparison) -> list[Table]:
-    """Make a table of the loss, and one of the KL to each teacher."""
-    measures = [name for name in found.measures if not name.startswith("top1 ")]
-    return [_table(found, name) for name in measures]
+    """Make a table of each measure that is shown."""
+    return [_table(found, name) for section in sections_of(found.measures) for name in section.measures]
 
 
 def notes(found: Comparison) -> list[str]:
@@ -21,18 +20,20 @@ def notes(found: Comparison) -> list[str]:
     told = [
         f"{found.documents:,} held-out documents, {found.tokens:,} tokens, {found.seeds} seeds",
         f"differences from {found.baseline}, paired; 95% intervals: other seeds, and these students on other documents",
-        "noise: one of the intervals has zero in it; unknown: one of them is not known, below 10 documents or 2 seeds",
+        "noise: an interval has zero in it; unknown: one is missing, below 2 seeds or 10 documents that differ",
     ]
     if found.target_loss is not None:
         told.append(
             f"tokens: learnt until the held-out loss is {found.target_loss:.4f}, on a line between two evaluations, "
             "as a mean over the seeds that came there"
         )
+    told += [f"{section.title}: {more_than_noise(found, section)}" for section in sections_of(found.measures)]
+    told += [f"note: {note}" for note in found.notes]
     return told + [f"{row.cell}, {failure}" for row in found.rows for failure in row.failures]
 
 
 def verdict(difference: Difference) -> str:
-    """Put into a word what a difference of a loss means."""
+    """Put into a word what a difference means."""
     within = difference.within_noise
     if within is None:
         return "unknown"
@@ -41,14 +42,26 @@ def verdict(difference: Difference) -> str:
     return "lower" if difference.value < 0 else "higher"
 
 
-def title_of(measure: str) -> str:
-    """Name a measure with its unit."""
-    return "held-out loss, nats a token" if measure == LOSS else f"KL to {measure.removeprefix('kl ')}, nats a token"
+def more_than_noise(found: Comparison, section: Section) -> str:
+    """Say which differences of a section's measures are more than noise."""
+    verdicts = [
+        (f"{title_of(name).partition(', ')[0]} of {row.cell}", verdict(row.differences[name]))
+        for name in section.measures
+        for row in found.rows
+        if name in row.differences
+    ]
+    sure = [f"{what} ({word})" for what, word in verdicts if word in ("lower", "higher")]
+    unknown = sum(word == "unknown" for _, word in verdicts)
+    may_be = f", {unknown} may be" if unknown else ""
+    return (
+        f"{len(sure)} of {len(verdicts)} differences are more than noise{may_be}{': ' if sure else ''}{'; '.join(sure)}"
+    )
 
 
 def _table(found: Comparison, measure: str) -> Table:
-    table = Table(title=title_of(measure), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    names = ("cell", "mean", "differs", "seeds", "documents", "", *(["tokens"] if measure == LOSS else []))
+    title = title_of(measure) + ARROWS[found.higher_is_better[measure]]
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    names = ("cell", "mean", "differs", "seeds", counted_over(measure), "", *(["tokens"] if measure == LOSS else []))
     for name in names:
         left = name in ("cell", "")
         table.add_column(name, justify="left" if left else "right", no_wrap=not left)

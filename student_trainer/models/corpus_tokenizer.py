@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from potstill.cache.corpus import Corpus
 from potstill.cache.errors import InvalidInput
@@ -34,15 +34,15 @@ def save_tokenizer(corpus: Corpus, folder: Path) -> None:
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def model_tokenizer(model: PreTrainedModel, corpus: Corpus) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a student as `AutoTokenizer` loads it from the student's published folder.
+def model_tokenizer(config: PretrainedConfig, corpus: Corpus) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a student of this config as `AutoTokenizer` loads it from the student's published folder.
 
     Raises:
         InvalidInput: it loads none from there.
     """
     with TemporaryDirectory() as folder:
         # The class of the tokenizer may depend on that of the model.
-        model.config.save_pretrained(folder)
+        config.save_pretrained(folder)
         save_tokenizer(corpus, Path(folder))
         return load_model_tokenizer(folder)
 

@@ -59,7 +59,9 @@ def run_to_judge(
                 f"run {str(run)!r} has no held-out rows: its data.held_out is 0, and it has no data.eval_corpora; "
                 "name a corpus by --corpus"
             )
-        yield Subject(str(run), student, config.train.dtype, partial(model_tokenizer, student, read.corpus), judged)
+        yield Subject(
+            str(run), student, config.train.dtype, partial(model_tokenizer, student.config, read.corpus), judged
+        )
 
 
 def _further(config: TrainConfig, run: OpenRun, cache: Cache | HttpCache, corpus: Corpus, stack: ExitStack) -> Judged:

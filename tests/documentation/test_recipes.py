@@ -17,6 +17,7 @@ from potstill.cache.text.rules import FilterPlan
 from potstill.clients.cli import main
 from potstill.student_trainer.ablate.grid import GridConfig
 from potstill.student_trainer.config import TrainConfig
+from potstill.student_trainer.evaluate.tasks.questions import write_tasks
 from tests.documentation.blocks import blocks_of
 from tests.support.paths import ROOT
 
@@ -31,13 +32,21 @@ def test_each_config_is_one(file: Path) -> None:
     assert config.data.corpus or config.data.corpora
 
 
-def test_the_cells_of_the_tiny_recipe_are_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cells_of_the_tiny_recipe_are_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(TINY)
     grid = GridConfig.from_toml("grid.toml")
     base = tomllib.loads(Path(grid.config).read_text(encoding="utf-8"))
     teachers = {cell.name: len(cell.config(base, 0, "out").teachers) for cell in grid.all_cells}
     assert teachers == {"cross-entropy": 2, "loki": 1, "smollm2-projected": 1, "two-teachers": 2}
     assert len(grid.seeds) == 3
+    write_tasks(Path(grid.tasks), tmp_path, Path("/harness"))
+    asked = [json.loads(line) for line in (tmp_path / "truth.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len({each["question"] for each in asked}) == len(asked) == 36
+    for each in asked:
+        best, some = each["mc1_targets"], each["mc2_targets"]
+        labelled = dict(zip(some["choices"], some["labels"], strict=True))
+        assert all(labelled[text] == label for text, label in zip(best["choices"], best["labels"], strict=True))
+        assert len(labelled) == len(some["choices"]), "two answers are one"
     assert FilterPlan.read("filter.toml").bounds["words"].least == 30
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +62,14 @@ def write_cache(
     return root
 
 
-def write_texts_cache(folder: Path, texts: list[str], *, corpus: str = "docs") -> Path:
+def write_texts_cache(
+    folder: Path, texts: list[str], *, corpus: str = "docs", tokenizer_files: Mapping[str, str] | None = None
+) -> Path:
     """Ingest one document per text, of words w0 to w47; returns the cache's folder."""
     source = write_texts(folder / f"{corpus}-source", texts)
     plan = IngestPlan(row_tokens=ROW_TOKENS, shard_positions=100)
-    ingest(Root.open(folder / "cache", create=True), corpus, [source], word_tokenizer(), plan)
+    root = Root.open(folder / "cache", create=True)
+    ingest(root, corpus, [source], word_tokenizer(), plan, tokenizer_files=tokenizer_files)
     return folder / "cache"
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 import logging
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ import lm_eval
 import lm_eval.tasks
 import numpy as np
 import torch
+from lm_eval.api.metrics import mean
 from lm_eval.api.model import CacheHook
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
@@ -47,6 +50,25 @@ class Tasks:
     warnings: Warnings
     notes: tuple[str, ...] = ()
 
+    def fingerprint(self) -> str:
+        """Tell these questions, as a model is asked them, from all others: sha256 in hex.
+
+        Raises:
+            InvalidInput: a question cannot be made of its task's template.
+        """
+        digest = hashlib.sha256(lm_eval.__version__.encode())
+        for name, task in sorted(self.loaded["tasks"].items()):
+            with quiet(self.warnings), told(f"task {name!r} cannot be asked"):
+                task.build_all_requests()
+                _seed(task)  # or the examples that a run draws would be others
+            asked = [name, list(task.aggregation()), [(each.args, each.doc) for each in task.instances]]
+            digest.update(json.dumps(asked, default=str).encode())
+        return digest.hexdigest()
+
+    def means(self) -> dict[str, list[str]]:
+        """Name the metrics of each task that are means over questions."""
+        return {name: _means(task) for name, task in self.loaded["tasks"].items()}
+
 
 @contextmanager
 def open_tasks(asked: str) -> Iterator[Tasks]:
@@ -76,8 +98,22 @@ def open_tasks(asked: str) -> Iterator[Tasks]:
         yield Tasks(loaded, warnings, notes)
 
 
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise InvalidInput if the harness cannot use a tokenizer, as it has no special tokens."""
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise InvalidInput(
+            "the tokenizer names no token that begins or ends a text, which lm_eval needs; put bos_token or eos_token "
+            "into the tokenizer_config.json of the model's folder, and evaluate that folder"
+        )
+
+
 def run_tasks(
-    tasks: Tasks, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, on_progress: OnProgress
+    tasks: Tasks,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    on_progress: OnProgress = lambda *_: None,
+    *,
+    of_questions: bool = False,
 ) -> TaskOutcomes:
     """Run tasks on a model, as `lm_eval` does in its `hf` backend, without a chat template.
 
@@ -86,15 +122,12 @@ def run_tasks(
         model: on its device; its weights' dtype is that of the forward passes.
         tokenizer: the model's.
         on_progress: see there.
+        of_questions: also give the values of single questions.
 
     Raises:
         InvalidInput: a task cannot be run, the tokenizer has no special tokens, or the model gives NaN.
     """
-    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
-        raise InvalidInput(
-            "the tokenizer names no token that begins or ends a text, which lm_eval needs; put bos_token or eos_token "
-            "into the tokenizer_config.json of the model's folder, and evaluate that folder"
-        )
+    check_tokenizer(tokenizer)
     student = _Student(model, tokenizer)
     student.set_cache_hook(_Answers(list(tasks.loaded["tasks"].values()), on_progress))
     random.seed(DEFAULT_RANDOM_SEED)
@@ -102,8 +135,9 @@ def run_tasks(
     with quiet(tasks.warnings), torch.random.fork_rng(devices=[]):
         torch.manual_seed(DEFAULT_OTHER_SEED)
         with told("the tasks cannot be run"):
-            found = evaluate(lm=student, task_dict=tasks.loaded, log_samples=False)
-    outcomes = {name: _outcome(name, found) for name in found["results"]}
+            found = evaluate(lm=student, task_dict=tasks.loaded, log_samples=of_questions)
+    means = tasks.means() if of_questions else {}
+    outcomes = {name: _outcome(name, found, means.get(name, ())) for name in found["results"]}
     return TaskOutcomes(
         version=lm_eval.__version__,
         tasks={name: each for name, each in outcomes.items() if each.scores},
@@ -140,13 +174,13 @@ def _not_in_groups(manager: Any) -> list[str]:
 def _of_names(asked: str) -> tuple[Any, list[str]]:
     names = [name.strip() for name in asked.split(",") if name.strip()]
     if not names or Path(asked).exists() or any("/" in name for name in names):
-        raise InvalidInput(f"--tasks {asked!r} is no folder; give one with tasks, or names of the harness's own tasks")
+        raise InvalidInput(f"tasks {asked!r} is no folder; give one with tasks, or names of the harness's own tasks")
     manager = lm_eval.tasks.TaskManager()
     for name in names:
         if name not in manager.task_index:
             near = difflib.get_close_matches(name, manager.all_tasks, 3)
             also = f"; near are {', '.join(near)}" if near else ""
-            raise InvalidInput(f"--tasks {name!r} is neither a folder nor a task, group or tag of the harness{also}")
+            raise InvalidInput(f"tasks {name!r} is neither a folder nor a task, group or tag of the harness{also}")
     return manager, names
 
 
@@ -158,7 +192,7 @@ def _prepare(task: Any) -> None:
     """
     if task.get_config("num_fewshot") is None:
         task.set_config(key="num_fewshot", value=0)
-    task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    _seed(task)
     if not isinstance(task, ConfigurableTask) or task.OUTPUT_TYPE != "multiple_choice":
         return
     with told(f"task {task.task_name!r} has a question of another kind than its first"):
@@ -170,8 +204,17 @@ def _prepare(task: Any) -> None:
                 )
 
 
-def _outcome(name: str, found: Mapping[str, Any]) -> TaskOutcome:
-    entry, scores = found["results"][name], {}
+def _seed(task: Any) -> None:
+    """Begin again to draw examples."""
+    task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+
+
+def _means(task: Any) -> list[str]:
+    return [metric for metric, aggregation in task.aggregation().items() if aggregation is mean]
+
+
+def _outcome(name: str, found: Mapping[str, Any], means: Collection[str]) -> TaskOutcome:
+    entry, scores, of_questions = found["results"][name], {}, {}
     for key, value in entry.items():
         metric, comma, way = key.partition(",")
         if not comma or metric.endswith("_stderr") or not isinstance(value, int | float | np.number):
@@ -179,10 +222,16 @@ def _outcome(name: str, found: Mapping[str, Any]) -> TaskOutcome:
         error = entry.get(f"{metric}_stderr,{way}")
         measure = Measure(float(value), float(error) if isinstance(error, int | float | np.number) else None)
         better = found["higher_is_better"].get(name, {}).get(metric)
-        scores[metric if way == "none" else f"{metric} ({way})"] = Score(measure=measure, higher_is_better=better)
+        told_as = metric if way == "none" else f"{metric} ({way})"
+        scores[told_as] = Score(measure=measure, higher_is_better=better)
+        if metric in means:
+            of_questions[told_as] = [float(one[metric]) for one in found["samples"][name] if one["filter"] == way]
     counts = found["n-samples"].get(name)
     return TaskOutcome(
-        questions=None if counts is None else counts["effective"], shots=found["n-shot"].get(name), scores=scores
+        questions=None if counts is None else counts["effective"],
+        shots=found["n-shot"].get(name),
+        scores=scores,
+        of_questions=of_questions,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from potstill.cache.types import JSON
 from potstill.student_trainer.evaluate.means import Measure
@@ -32,9 +32,11 @@ class TaskOutcome:
     """Examples in front of each question; None where a group's tasks differ."""
     scores: Mapping[str, Score]
     """By metric."""
+    of_questions: Mapping[str, list[float]] = field(default_factory=dict)
+    """The value of each question, of the metrics that are means of them; only where they were asked for."""
 
     def to_json(self) -> dict[str, JSON]:
-        """A JSON object with one key per attribute."""
+        """A JSON object without the single questions."""
         scores: dict[str, JSON] = {name: score.to_json() for name, score in self.scores.items()}
         return {"questions": self.questions, "shots": self.shots, "scores": scores}
 

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from potstill.cache.errors import InvalidInput, SpecMismatch
@@ -77,7 +78,7 @@ def test_cells_are_trained_paired_and_compared(root: Path, tmp_path: Path, capsy
     rows = {row["cell"]: row for row in first["rows"]}
     assert list(rows) == ["ce", "kd"]
     assert first["documents"] >= 10
-    assert set(rows["kd"]["differences"]) == {"loss", "kl fake", "top1 fake"}
+    assert set(rows["kd"]["differences"]) == {"loss", "kl fake", "top1 fake", "top1", "ece", "overconfidence"}
     assert rows["kd"]["differences"]["kl fake"]["value"] < 0, "it was taught by the teacher"
     # Within a seed both begin with the same student.
     curves = {
@@ -91,7 +92,7 @@ def test_cells_are_trained_paired_and_compared(root: Path, tmp_path: Path, capsy
     outcome = load_outcome(tmp_path / "ablation", "kd", 0)
     assert outcome is not None
     loss = outcome.measures["loss"]
-    assert sum(loss.sums) / sum(loss.counts) == pytest.approx(summary["held_out"]["ce"], rel=1e-5)
+    assert np.sum(loss.sums) / sum(loss.counts) == pytest.approx(summary["held_out"]["ce"], rel=1e-5)
     assert (tmp_path / "ablation/report.html").exists()
     # Called again it has nothing to train, and says the same.
     assert main(["ablate", str(grid), "--no-ray", "--json"]) == 0
@@ -179,6 +180,8 @@ def test_what_changes_an_outcome_is_the_same_for_runs_that_ended_and_those_to_co
         tokens=0,
         seconds=0.0,
         measures={"loss": PerDocument([], [])},
+        asked="",
+        notes=[],
         curve=[],
     ).save(Path(plan.out))
     assert list(outcomes_there(plan_runs(plan), Path(plan.out))) == [("ce", 0)]

@@ -7,16 +7,18 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from rich.console import Console
 
 from potstill.cache.errors import FormatError, SpecMismatch
 from potstill.student_trainer.ablate.comparison import compare
 from potstill.student_trainer.ablate.grid import GridConfig
+from potstill.student_trainer.ablate.measures import ECE, LOSS, OVERCONFIDENCE, TOP1
 from potstill.student_trainer.ablate.outcome import (
-    LOSS,
     Failure,
     Outcome,
     PerDocument,
@@ -53,14 +55,33 @@ def outcomes() -> dict[tuple[str, int], Outcome]:
                 base={},
                 tokens=5000,
                 seconds=10.0,
+                asked="a fingerprint",
+                notes=["a prompt was cut"],
                 measures={
                     LOSS: PerDocument(tokens.tolist(), (loss * tokens).tolist()),
                     "kl big": PerDocument((tokens + 1).tolist(), ((loss - 2) * (tokens + 1)).tolist()),
-                    "top1 big": PerDocument((tokens + 1).tolist(), (0.5 * (tokens + 1)).tolist()),
+                    "top1 big": PerDocument((tokens + 1).tolist(), (0.5 * (tokens + 1)).tolist(), True),
+                    **calibration(random, tokens, effect),
+                    "task truth_mc1 acc": PerDocument([1.0] * 30, truthful(random, cell), True),
                 },
                 curve=curve,
             )
     return found
+
+
+def calibration(random: np.random.Generator, tokens: NDArray[Any], effect: float) -> dict[str, PerDocument]:
+    """Of students that are the surer, the lower their loss is."""
+    over = random.normal(0.02 - effect, 0.02, (DOCUMENTS, 3)) * tokens[:, None]
+    return {
+        TOP1: PerDocument(tokens.tolist(), (0.3 * tokens).tolist(), True),
+        ECE: PerDocument(tokens.tolist(), over.tolist()),
+        OVERCONFIDENCE: PerDocument(tokens.tolist(), over.sum(axis=1).tolist(), None),
+    }
+
+
+def truthful(random: np.random.Generator, cell: str) -> list[float]:
+    """Answers to 30 questions: `kd` is right in nearly all of them, the others in half."""
+    return [float(each) for each in random.random(30) < (0.97 if cell == "kd" else 0.5)]
 
 
 FAILURES = [Failure("lost", 0, "invalid_input: the loss is NaN at step 3")]
@@ -71,7 +92,7 @@ def test_means_differences_and_the_way_to_a_loss(tmp_path: Path) -> None:
     rows = {row.cell: row for row in found.rows}
     assert list(rows) == ["ce", "kd", "same", "lost"]
     one = [each for (cell, _), each in outcomes().items() if cell == "kd"]
-    losses = [sum(each.measures[LOSS].sums) / sum(each.measures[LOSS].counts) for each in one]
+    losses = [np.sum(each.measures[LOSS].sums) / sum(each.measures[LOSS].counts) for each in one]
     assert rows["kd"].means[LOSS] == pytest.approx(np.mean(losses))
     difference = rows["kd"].differences[LOSS]
     assert difference.value == pytest.approx(rows["kd"].means[LOSS] - rows["ce"].means[LOSS])
@@ -102,7 +123,7 @@ def test_seeds_that_only_one_of_two_cells_has_are_left_out(tmp_path: Path) -> No
 def test_runs_that_were_judged_on_different_documents_are_not_compared(tmp_path: Path) -> None:
     some = outcomes()
     one = some["kd", 0]
-    short = {name: PerDocument(each.counts[1:], each.sums[1:]) for name, each in one.measures.items()}
+    short = {name: replace(each, counts=each.counts[1:], sums=each.sums[1:]) for name, each in one.measures.items()}
     some["kd", 0] = replace(one, measures=short)
     with pytest.raises(SpecMismatch, match="'ce' and 'kd' were judged on different documents"):
         compare(grid_of(tmp_path), some, [])
@@ -136,6 +157,14 @@ def test_tables_fit_80_columns_and_say_what_is_noise(tmp_path: Path) -> None:
     assert any(line.startswith("same ") and line.split()[-2:-1] == ["noise"] for line in lines)
     assert any(line.startswith("kd ") and line.split()[-2:-1] == ["lower"] for line in lines)
     assert any(line.startswith("lost (0 of 3)") for line in lines)
+    assert "top1 big" not in text
+    titles = ["held-out loss", "KL to big", "next token", "expected calibration", "overconfidence", "truth_mc1 acc"]
+    assert sorted(titles, key=text.index) == titles
+    of_the_task = text[text.index("truth_mc1 acc \u2191") : text.index("held-out documents")]
+    assert "questions" in of_the_task
+    assert any(line.split()[0:1] == ["kd"] and line.split()[-1] == "higher" for line in of_the_task.splitlines())
+    assert "Tasks: 1 of 2 differences are more than noise: truth_mc1 acc of kd (higher)" in text
+    assert "note: a prompt was cut" in text
     assert "lost, seed 0: invalid_input: the loss is NaN at step 3" in text
 
 
@@ -143,7 +172,10 @@ def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
     found = outcomes()
     comparison = compare(grid_of(tmp_path), found, [*FAILURES, Failure("lost", 1, "<b>")])
     page = write_page(tmp_path / "report.html", comparison, grid_of(tmp_path), found).read_text()
-    assert page.count('<svg class="spans"') == 2
+    assert page.count('<svg class="spans"') == 6
+    assert "<h3>truth_mc1 acc \u2191</h3>" in page
+    assert "95%, other questions" in page
+    assert "Note: a prompt was cut" in page
     assert "&lt;b&gt;" in page
     assert "<b>seed" not in page
     assert "http" not in page
@@ -151,3 +183,5 @@ def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
     told = json.loads(json.dumps(comparison.to_json()))
     assert [row["cell"] for row in told["rows"]] == ["ce", "kd", "same", "lost"]
     assert told["rows"][1]["differences"]["loss"]["within_noise"] is False
+    assert told["higher_is_better"]["task truth_mc1 acc"] is True
+    assert told["higher_is_better"]["overconfidence"] is None

@@ -31,6 +31,42 @@ def test_intervals_cover_the_truth_in_95_of_100_simulated_ablations() -> None:
     assert 930 <= over_documents <= 970
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [([0.02, -0.03, 0.05, 0.004], [0.02, 0.01, 0.0, -0.02]), ([0.002, -0.001, 0.001, 0.0], [0.0, 0.001, 0.0, -0.002])],
+)
+def test_intervals_of_calibration_errors_cover_the_truth_too(ours: list[float], theirs: list[float]) -> None:
+    """By how much each bin is off: some by so little that the side is chance, as it is in all bins of the second."""
+    random = np.random.default_rng(6)
+    truth = np.abs(ours).sum() - np.abs(theirs).sum()
+    covered = 0
+    for _ in range(300):
+        tokens = random.integers(20, 400, DOCUMENTS).astype(float)
+        shared = random.normal(0, 0.02, (DOCUMENTS, 4))  # of a document, whoever reads it
+        sums = [
+            (np.array(each) + shared + random.normal(0, 0.01, (SEEDS, DOCUMENTS, 4))) * tokens[:, None]
+            for each in (ours, theirs)
+        ]
+        found = difference(sums[0], sums[1], tokens, resamples=200)
+        errors = [np.abs(each.sum(axis=1)).sum(axis=1) / tokens.sum() for each in sums]
+        assert found.value == pytest.approx((errors[0] - errors[1]).mean())
+        assert found.over_documents is not None
+        covered += found.over_documents.low <= truth <= found.over_documents.high
+    # Noise adds to a calibration error, and less to the greater one: the difference is a little too small.
+    assert 273 <= covered <= 294
+
+
+def test_few_documents_that_differ_have_no_interval() -> None:
+    """As with questions that nearly all students answer alike."""
+    ours = np.zeros((2, 40))
+    ours[:, :9] = 1.0
+    assert difference(ours, np.zeros_like(ours), np.ones(40), resamples=50).over_documents is None
+    ours[:, 9] = 1.0
+    found = difference(ours, np.zeros_like(ours), np.ones(40), resamples=500).over_documents
+    assert found is not None
+    assert 0.0 < found.low < 0.25 < found.high < 0.5
+
+
 def test_the_interval_over_seeds_is_scipys_paired_t() -> None:
     random = np.random.default_rng(2)
     ours, theirs, tokens = (
