@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,16 @@ def test_tasks_that_cannot_be_asked_are_named_before_the_first_run(
     assert main(["ablate", str(write_grid(root, tmp_path, tmp_path / "questions")), "--no-ray"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert told in line
+    assert not (tmp_path / "ablation").exists()
+
+
+def test_an_extra_that_is_missing_is_named_before_the_first_run(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "potstill.student_trainer.evaluate.tasks.harness", raising=False)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert main(["ablate", str(write_grid(root, tmp_path, "arc_easy")), "--no-ray"]) == 1
+    assert 'pip install "potstill[eval]"' in capsys.readouterr().err
     assert not (tmp_path / "ablation").exists()
 
 
