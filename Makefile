@@ -3,6 +3,9 @@
 
 BIN := .venv/bin
 
+# Some machines set it; the tests start hundreds of processes, each of which would compile our code again.
+unexport PYTHONDONTWRITEBYTECODE
+
 setup:
 	@scripts/setup
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import resource
@@ -32,6 +34,18 @@ def potstill(*arguments: str, **options: str) -> subprocess.CompletedProcess[str
         env={**environment, **options},
         check=False,
     )
+
+
+def inside(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in this process, which has imported what takes long to import."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status: int | str | None = cli.main(arguments)
+        except SystemExit as wrong:
+            status = wrong.code
+    assert isinstance(status, int)
+    return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture
@@ -77,11 +91,11 @@ def test_help_names_every_command_with_its_summary(commands: Path) -> None:
 
 
 def test_help_says_what_its_words_mean_in_80_columns() -> None:
-    told = potstill("--help").stdout
+    told = inside("--help").stdout
     for word in ("row", "position", "shard", "segment", "segment set", "capture", "journal", "tail"):
         assert word in told.partition("words:\n")[2], word
     assert max(map(len, told.splitlines())) <= 80
-    assert "`potstill --help` says what a row" in potstill("estimate", "--help").stdout
+    assert "`potstill --help` says what a row" in inside("estimate", "--help").stdout
 
 
 def arguments_of(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
@@ -107,18 +121,18 @@ def test_a_command_gets_its_arguments_and_gives_its_status(commands: Path) -> No
 
 def test_version_and_usage() -> None:
     assert potstill("--version").stdout.startswith("potstill 0.")
-    none = potstill()
+    none = inside()
     assert (none.returncode, none.stdout) == (2, "")
     assert "usage: potstill" in none.stderr
-    unknown = potstill("prefil")
+    unknown = inside("prefil")
     assert unknown.returncode == 2
     assert "unknown command 'prefil'" in unknown.stderr
     assert "prefill" in unknown.stderr
-    option = potstill("--verbose")
+    option = inside("--verbose")
     assert option.returncode == 2
     assert "unknown option '--verbose'" in option.stderr
-    assert potstill("teachers").returncode == 2
-    assert potstill("teachers", "scale", "smol", "many").returncode == 2
+    assert inside("teachers").returncode == 2
+    assert inside("teachers", "scale", "smol", "many").returncode == 2
 
 
 def test_an_error_is_one_line_and_status_1(commands: Path) -> None:
@@ -166,7 +180,7 @@ def test_a_reader_that_has_had_enough_is_no_traceback(commands: Path) -> None:
 
 
 def test_what_the_system_refuses_is_one_line(tmp_path: Path) -> None:
-    done = potstill("ingest", "--cache", str(tmp_path / "c"), "--corpus", "a", "--tokenizer", "x" * 300, "y" * 300)
+    done = inside("ingest", "--cache", str(tmp_path / "c"), "--corpus", "a", "--tokenizer", "x" * 300, "y" * 300)
     assert done.returncode == 1
     assert done.stderr.startswith("potstill: [Errno 36] File name too long")
     assert len(done.stderr.splitlines()) == 1
@@ -226,28 +240,29 @@ def test_it_starts_fast() -> None:
     assert spent() - before < 1.5
 
 
-def test_teachers_are_listed_as_a_table_and_as_json(url: str) -> None:
-    table = potstill("teachers", "list", "--url", url, COLUMNS="120")
+def test_teachers_are_listed_as_a_table_and_as_json(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    table = inside("teachers", "list", "--url", url)
     assert table.returncode == 0, table.stderr
     lines = table.stdout.splitlines()
     assert lines[0].split() == ["teacher", "state", "model", "vocabulary", "dtype", "max", "k", "replicas"]
     assert lines[1].split() == ["smol", "ready", "fake", "64", "float32", "64", "1", "of", "at", "most", "1"]
     assert lines[-2].split() == ["smol", "in-process", "ready", "0", "0"]
     assert "\x1b" not in table.stdout
-    listed = json.loads(potstill("teachers", "list", "--json", "--url", url).stdout)
+    listed = json.loads(inside("teachers", "list", "--json", "--url", url).stdout)
     assert [teacher["name"] for teacher in listed] == ["smol", "large"]
     assert listed[0]["replicas"]["each"][0]["state"] == "ready"
     assert listed[0]["identity"] == FakeTeacher().identity.to_json()
 
 
 def test_a_teacher_is_scaled(url: str) -> None:
-    assert potstill("teachers", "scale", "smol", "1", "--url", url).stdout == "smol: 1 of at most 1\n"
-    done = potstill("teachers", "scale", "smol", "1", "--json", "--url", url)
+    assert inside("teachers", "scale", "smol", "1", "--url", url).stdout == "smol: 1 of at most 1\n"
+    done = inside("teachers", "scale", "smol", "1", "--json", "--url", url)
     assert json.loads(done.stdout)["target"] == 1
-    refused = potstill("teachers", "scale", "smol", "2", "--url", url)
+    refused = inside("teachers", "scale", "smol", "2", "--url", url)
     assert refused.returncode == 1
     assert refused.stderr.startswith("limit_exceeded: 2 replicas were asked for")
-    unknown = potstill("teachers", "scale", "nobody", "1", "--url", url)
+    unknown = inside("teachers", "scale", "nobody", "1", "--url", url)
     assert unknown.stderr == "unknown_teacher: there is no teacher 'nobody'; known are smol, large\n"
 
 
@@ -273,19 +288,19 @@ def test_what_cannot_be_asked_of_a_service_is_one_line(
 
 
 def test_a_teacher_is_added_and_removed(url: str) -> None:
-    added = potstill("teachers", "add", f"copy={url}#smol", "--option", "attempts=2", "--replicas", "1", "--url", url)
+    added = inside("teachers", "add", f"copy={url}#smol", "--option", "attempts=2", "--replicas", "1", "--url", url)
     assert added.stdout == "copy: ready\n", added.stderr
-    again = potstill("teachers", "add", f"copy={url}#large", "--url", url, "--api-key-env", "HOME")
+    again = inside("teachers", "add", f"copy={url}#large", "--url", url, "--api-key-env", "HOME")
     assert again.stderr.startswith("spec_mismatch: teacher 'copy' is there with another model, options;")
-    limits = potstill("teachers", "scale", "copy", "--autoscale", "1:2:100", "--url", url)
+    limits = inside("teachers", "scale", "copy", "--autoscale", "1:2:100", "--url", url)
     assert limits.stderr.startswith("limit_exceeded: 2 replicas were asked for")
-    fixed = potstill("teachers", "scale", "copy", "1", "--no-autoscale", "--url", url)
+    fixed = inside("teachers", "scale", "copy", "1", "--no-autoscale", "--url", url)
     assert fixed.stdout == "copy: 1 of at most 1\n"
-    assert potstill("teachers", "remove", "copy", "--url", url).stdout == "copy: draining\n"
+    assert inside("teachers", "remove", "copy", "--url", url).stdout == "copy: draining\n"
 
 
 def test_a_service_that_is_not_there_is_one_line() -> None:
-    done = potstill("teachers", "list", "--url", "http://127.0.0.1:1")
+    done = inside("teachers", "list", "--url", "http://127.0.0.1:1")
     assert done.returncode == 1
     assert done.stderr.startswith("unavailable: http://127.0.0.1:1 cannot be reached")
     assert done.stderr.count("\n") == 1

@@ -23,8 +23,9 @@ from potstill.student_trainer.ablate.grid import GridConfig
 from potstill.student_trainer.config import TrainConfig
 from potstill.teacher_service.settings.service import ServiceSettings
 from tests.documentation.blocks import Block
-from tests.documentation.potstill_with_fakes import fakes_in_place_of_vllm
+from tests.documentation.potstill_with_fakes import fakes_in_place_of_vllm, serve_with_fakes
 from tests.support.paths import ROOT
+from tests.support.processes.forked import Forked
 
 _LAST_LINES = 30
 _STOP_SECONDS = 60.0
@@ -54,7 +55,7 @@ class PageRun:
         given = {name: value for name, value in os.environ.items() if not name.startswith(("POTSTILL_", "AWS_"))}
         paths = {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
         self._environment = {**given, **paths, **environment}
-        self._services: list[subprocess.Popen[str]] = []
+        self._services: list[subprocess.Popen[str] | Forked] = []
 
     def __enter__(self) -> Self:
         return self
@@ -63,7 +64,8 @@ class PageRun:
         for service in self._services:
             service.send_signal(signal.SIGTERM)
         for service in self._services:
-            service.communicate(timeout=_STOP_SECONDS)
+            with service:
+                service.communicate(timeout=_STOP_SECONDS)
 
     def run(self, block: Block) -> None:
         """Run a block that is `python` or `bash`, or check one that is `toml`."""
@@ -135,16 +137,21 @@ class PageRun:
         assert done.returncode == 0, f"{block.place} ended with {done.returncode}:\n{block.text}\nIt said:\n{said}"
 
     def _serve(self, block: Block, command: str) -> None:
-        log = self._folder.parent / f"{self._folder.name}-service-{len(self._services)}.log"
-        with log.open("w") as stderr:
-            service = subprocess.Popen(
-                ["bash", "-c", f"exec {command}"],
-                cwd=self._folder,
-                env=self._environment,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                text=True,
-            )
+        service: subprocess.Popen[str] | Forked
+        if self._fakes:
+            service = Forked(serve_with_fakes, self._folder, command, environment=self._environment)
+            log = service.log
+        else:
+            log = self._folder.parent / f"{self._folder.name}-service-{len(self._services)}.log"
+            with log.open("w") as stderr:
+                service = subprocess.Popen(
+                    ["bash", "-c", f"exec {command}"],
+                    cwd=self._folder,
+                    env=self._environment,
+                    stdout=subprocess.PIPE,
+                    stderr=stderr,
+                    text=True,
+                )
         self._services.append(service)
         assert service.stdout is not None
         said = service.stdout.readline()

@@ -7,6 +7,8 @@ below. Everything else is the real command.
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import sys
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
@@ -45,6 +47,13 @@ def fakes_in_place_of_vllm() -> Iterator[None]:
             yield
         finally:
             sys.path.remove(folder)
+
+
+def serve_with_fakes(folder: Path, line: str) -> int:
+    """Run the line, a `potstill serve`, in a folder; returns its exit status."""
+    os.chdir(folder)
+    with fakes_in_place_of_vllm():
+        return main(shlex.split(line)[1:])
 
 
 if __name__ == "__main__":

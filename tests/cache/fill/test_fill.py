@@ -5,8 +5,6 @@ import json
 import random
 import resource
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from potstill.cache import Fields, Targets
-from potstill.cache.errors import InvalidInput, TeacherFailed
+from potstill.cache import Cache, Fields, Targets
+from potstill.cache.errors import InvalidInput, StoreError, TeacherFailed
 from potstill.cache.fill.loop import FillPlan, FillProgress, fill
 from potstill.cache.targets.ranks import pilot_rows
 from potstill.cache.targets.target_set import TargetSet
@@ -24,7 +22,6 @@ from potstill.cache.upkeep.garbage import find_garbage, remove_garbage
 from potstill.clients.cli import main
 from tests.support.corpora import make_corpus, plan_targets, teacher_for, topics
 from tests.support.fakes import FakeTeacher
-from tests.support.paths import ROOT
 from tests.support.processes.fill_job import (
     assert_whole,
     begin_together,
@@ -34,6 +31,7 @@ from tests.support.processes.fill_job import (
     segment_bytes,
     step_of,
 )
+from tests.support.processes.forked import Forked
 from tests.support.waiting import eventually
 
 PLAN = FillPlan(batch_tokens=200, in_flight=2)
@@ -316,34 +314,24 @@ async def test_a_teacher_that_fails_stops_the_fill_and_keeps_what_was_committed(
     assert_whole(cache)
 
 
-FULL_DISK = """
-import asyncio, resource, signal, sys
-from potstill.cache import Cache
-from potstill.cache.errors import StoreError
-from potstill.cache.fill.loop import FillPlan, fill
-from tests.support.corpora import plan_targets, teacher_for
-cache = Cache.open(sys.argv[1], mode="r+")
-teacher = teacher_for(cache.corpus("docs"))
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (6000, resource.RLIM_INFINITY))
-try:
-    asyncio.run(fill(teacher, plan_targets(cache, teacher, k=64), FillPlan()))
-except StoreError as error:
-    print(error.kind, error.detail)
-"""
+def fill_a_full_disk(root: Path) -> None:
+    cache = Cache.open(root, mode="r+")
+    teacher = teacher_for(cache.corpus("docs"))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, resource.RLIM_INFINITY))
+    try:
+        asyncio.run(fill(teacher, plan_targets(cache, teacher, k=64), FillPlan()))
+    except StoreError as error:
+        print(error.kind, error.detail)
 
 
 def test_a_store_that_takes_no_more_bytes_leaves_the_shard_uncommitted_and_says_so(tmp_path: Path) -> None:
     cache, corpus = make_corpus(tmp_path / "c", shard_positions=2000)
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(tmp_path / "c")],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=ROOT,
-    )
-    assert done.stdout.startswith("store shard 0 stays uncommitted: targets/fake/docs/segments/000000-")
-    assert "free space or mend access, then run it again" in done.stdout
+    with Forked(fill_a_full_disk, tmp_path / "c") as process:
+        told, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert told.startswith("store shard 0 stays uncommitted: targets/fake/docs/segments/000000-")
+    assert "free space or mend access, then run it again" in told
     targets: TargetSet = cache.targets("fake", "docs")
     assert not targets.committed.any()
     teacher = teacher_for(corpus)

@@ -71,17 +71,16 @@ def wait_for_step(run: Path, step: int) -> None:
 
 
 def test_train_then_evaluate(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, err = finish(started(write_config(root, tmp_path, steps=5)))
-    assert status == 0, err
-    assert err == ""
+    assert main(["train", str(write_config(root, tmp_path, steps=5)), "--no-ray"]) == 0
+    out = capsys.readouterr().out
     assert out.startswith("training in this process\n")
     assert "step 5/5  loss" in out
     assert "held-out ce" in out
     assert str(tmp_path / "run" / "model") in out
-    command = potstill("evaluate", str(tmp_path / "run"), "--json")
-    shown = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert main(["evaluate", str(tmp_path / "run"), "--json"]) == 0
+    shown = capsys.readouterr().out
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    found, told = json.loads(shown.stdout), summary["held_out"]
+    found, told = json.loads(shown), summary["held_out"]
     assert found["held_out"]["loss"]["value"] == pytest.approx(told["ce"], rel=1e-5)
     assert (found["held_out"]["rows"], found["held_out"]["documents"]) == (told["rows"], told["documents"])
     against, before = found["teachers"]["fake"], told["teachers"]["fake"]
@@ -130,16 +129,15 @@ def test_a_signal_writes_a_checkpoint_and_the_same_command_goes_on(
     assert "the same command goes on from there" in out
     last = read_metrics(tmp_path / "run")[-1]["step"]
     assert f"stopped at step {last} of 100000" in out
-    status, out, _ = finish(started(write_config(root, tmp_path, steps=last + 2)))
-    assert status == 0
+    assert main(["train", str(write_config(root, tmp_path, steps=last + 2)), "--no-ray"]) == 0
     steps = [record["step"] for record in read_metrics(tmp_path / "run") if "loss" in record]
     assert steps == list(range(1, last + 3))
 
 
-def test_errors_are_one_line(root: Path, tmp_path: Path) -> None:
+def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write_config(tmp_path, tmp_path, steps=1)
-    status, out, err = finish(started(file))
-    assert status == 1
-    assert err.count("\n") == 1
-    assert err.startswith(("unknown_corpus: ", "invalid_input: "))
-    assert out == ""
+    assert main(["train", str(file), "--no-ray"]) == 1
+    told = capsys.readouterr()
+    assert told.err.count("\n") == 1
+    assert told.err.startswith(("unknown_corpus: ", "invalid_input: "))
+    assert told.out == ""

@@ -1,9 +1,8 @@
 """A prefill in a process of its own, for tests that share work with it, stop it and kill it.
 
-python -m tests.support.processes.fill_job ROOT [--tokens-per-second N] [--claim-seconds S] [--fields JSON] [--told]
-
-Prints a line of JSON at every step, and one with the report and the rows that were scored at the end. With `--told` it
-prints one first when it could begin, and does so after a line of input.
+Its arguments are ROOT [--tokens-per-second N] [--claim-seconds S] [--fields JSON] [--told]. It prints a line of JSON at
+every step, and one with the report and the rows that were scored at the end. With `--told` it prints one first when it
+could begin, and does so after a line of input.
 """
 
 from __future__ import annotations
@@ -12,9 +11,8 @@ import argparse
 import asyncio
 import hashlib
 import json
-import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +25,7 @@ from potstill.cache.types import Tokens
 from potstill.cache.upkeep.garbage import find_garbage
 from potstill.cache.upkeep.integrity import corrupt_shard_objects, corrupt_shared_objects
 from tests.support.corpora import teacher_for
-from tests.support.paths import ROOT
+from tests.support.processes.forked import Forked
 
 BATCH_TOKENS = 200
 
@@ -36,14 +34,14 @@ def show(at: FillProgress) -> None:
     print(json.dumps(asdict(at)), flush=True)
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("root")
     parser.add_argument("--tokens-per-second", type=float, default=0.0)
     parser.add_argument("--claim-seconds", type=float, default=120.0)
     parser.add_argument("--fields", default='{"k": 16}')
     parser.add_argument("--told", action="store_true")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     cache = Cache.open(args.root, mode="r+")
     teacher = teacher_for(cache.corpus("docs"), tokens_per_second=args.tokens_per_second)
     fields = Fields.from_json(json.loads(args.fields))
@@ -63,36 +61,29 @@ def row_name(row: Tokens | bytes) -> str:
 
 
 @contextmanager
-def fill_job(root: str | Path, *options: object) -> Iterator[subprocess.Popen[str]]:
+def fill_job(root: str | Path, *options: object) -> Iterator[Forked]:
     """A running job; killed at the end if it still runs."""
-    command = [sys.executable, "-m", "tests.support.processes.fill_job", str(root), *map(str, options)]
-    cwd = ROOT
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=cwd) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+    with Forked(main, [str(root), *map(str, options)]) as job:
+        yield job
 
 
-def begin_together(*jobs: subprocess.Popen[str]) -> None:
+def begin_together(*jobs: Forked) -> None:
     """Let jobs that were started with `--told` begin once all of them can."""
     for job in jobs:
         step_of(job)
     for job in jobs:
-        assert job.stdin is not None
         job.stdin.write("\n")
         job.stdin.flush()
 
 
-def step_of(process: subprocess.Popen[str]) -> dict[str, Any]:
+def step_of(process: Forked) -> dict[str, Any]:
     """The next line it prints."""
-    assert process.stdout is not None
     line = process.stdout.readline()
     assert line, "the job ended"
     return dict(json.loads(line))
 
 
-def report_of(process: subprocess.Popen[str]) -> dict[str, Any]:
+def report_of(process: Forked) -> dict[str, Any]:
     """The last line it prints, after it ended well."""
     out, _ = process.communicate()
     assert process.returncode == 0
@@ -120,7 +111,3 @@ def assert_whole(cache: Cache) -> None:
         assert all(corrupt_shard_objects(each, shard) == [] for shard in range(targets.corpus.num_shards))
         assert cache.root.objects(f"{each.path}/claims") == []
     assert find_garbage(cache.root, min_age_seconds=0) == []
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,8 @@
-"""A real S3 server (moto) on a loopback port, in a process of its own: python -m tests.s3 prints its port."""
+"""A real S3 server (moto) on a loopback port, in a process of its own, which prints its port."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import urllib.request
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 from tests.support.paths import ROOT
 
 REGION = "us-east-1"
+PAGE = 100
+"""The most objects in one answer to a listing, which are 1,000 at Amazon's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +58,9 @@ class S3Server:
 @contextmanager
 def s3_server() -> Iterator[S3Server]:
     command = [sys.executable, "-m", "tests.support.processes.s3"]
-    cwd = ROOT
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=cwd) as process:
+    environment = {**os.environ, "MOTO_S3_DEFAULT_MAX_KEYS": str(PAGE)}
+    pipe, null = subprocess.PIPE, subprocess.DEVNULL
+    with subprocess.Popen(command, stdout=pipe, stderr=null, text=True, cwd=ROOT, env=environment) as process:
         try:
             assert process.stdout is not None
             yield S3Server(f"http://127.0.0.1:{int(process.stdout.readline())}")

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import signal
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from tests.support import http
 from tests.support.corpora import make_corpus, plan_targets, teacher_for
 from tests.support.fakes import FakeTeacher, GatedTeacher
 from tests.support.filled_caches import commit
-from tests.support.processes.serve_process import COMMAND, Serving, environment, refused
+from tests.support.processes.serve_process import Serving, refused, serve
 from tests.support.processes.servers import hosted, serving_teachers
 from tests.support.scored_rows import assert_scored, rows_of
 from tests.support.waiting import until
@@ -110,7 +109,7 @@ def test_what_is_in_flight_is_finished_before_it_stops() -> None:
         until(lambda: gated.waiting == 1)
         serving.process.send_signal(signal.SIGTERM)
         until(lambda: refuses_connections(serving.url))
-        assert serving.process.poll() is None
+        assert serving.process.returncode is None
         gated.gate.set()
         asking.join(timeout=300)
         assert_scored(rows_of(3), got)
@@ -210,18 +209,13 @@ def test_a_teacher_that_does_not_start_is_told_and_the_others_serve(behind_url: 
 def test_it_stops_while_a_teacher_still_starts() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
-        process = subprocess.Popen(
-            [*COMMAND, "--port", "0", "--teacher", f"a=http://127.0.0.1:{port}#x"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment(),
-        )
+        process = serve("--port", "0", "--teacher", f"a=http://127.0.0.1:{port}#x")
         silent.settimeout(300)
         connection, _ = silent.accept()
         time.sleep(0.5)
         process.send_signal(signal.SIGTERM)
-        stdout, stderr = process.communicate(timeout=300)
+        with process:
+            stdout, stderr = process.communicate(timeout=300)
         connection.close()
     assert (process.returncode, stdout, stderr) == (0, "", "")
 

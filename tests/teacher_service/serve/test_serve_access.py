@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import signal
 import ssl
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +20,7 @@ from potstill.teacher_service.settings.service import TlsSettings
 from tests.support import http
 from tests.support.fakes import FakeTeacher
 from tests.support.processes.certificate import make_certificate
-from tests.support.processes.serve_process import COMMAND, environment, refused
+from tests.support.processes.serve_process import Serving, refused
 from tests.support.processes.servers import hosted, serving_teachers
 from tests.support.waiting import until
 
@@ -33,37 +31,11 @@ def behind_url() -> Iterator[str]:
         yield url
 
 
-class Served:
-    """A real process with this configuration, that is up."""
-
-    def __init__(self, config: Path, *arguments: str) -> None:
-        self.process = subprocess.Popen(
-            [*COMMAND, str(config), "--port", "0", *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment(),
-        )
-        assert self.process.stdout is not None
-        match = re.match(r"ready: (\S+) teachers ", self.process.stdout.readline())
-        if match is None:
-            self.process.kill()
-            pytest.fail(self.process.communicate()[1])
-        self.url = match[1]
-
-    def stop(self) -> str:
-        """What it wrote to stderr."""
-        self.process.terminate()
-        _, stderr = self.process.communicate(timeout=300)
-        assert self.process.returncode == 0, stderr
-        return str(stderr)
-
-
 def test_with_keys_any_host_is_served_and_keys_are_read_again_on_sighup(tmp_path: Path, behind_url: str) -> None:
     keys, config = tmp_path / "keys.toml", tmp_path / "serve.toml"
     old = add_key(keys, "old", Role.TRAINER, Quota())
     config.write_text(f'host = "0.0.0.0"\n[access]\nkeys_file = "{keys}"\n')
-    served = Served(config, "--teacher", f"smol={behind_url}")
+    served = Serving(str(config), "--teacher", f"smol={behind_url}")
     address = served.url.replace("0.0.0.0", "127.0.0.1") + "/v1/teachers"
 
     def status(key: str) -> int:
@@ -77,7 +49,8 @@ def test_with_keys_any_host_is_served_and_keys_are_read_again_on_sighup(tmp_path
     # Actions of admins are told on stderr when there is no file for them.
     headers = {"authorization": f"Bearer {admin}"}
     assert http.put(f"{address}/smol/replicas", json={"replicas": 1}, headers=headers).status_code == 200
-    stderr = served.stop()
+    status_at_end, stderr = served.stop()
+    assert status_at_end == 0
     assert "travel in the clear" in stderr
     assert "potstill.audit" in stderr
     assert admin not in stderr
@@ -89,7 +62,7 @@ def test_tls_is_served_and_trusted_by_clients_that_know_the_certificate(
     certfile, keyfile = make_certificate(tmp_path)
     config = tmp_path / "serve.toml"
     config.write_text(f'[tls]\ncertfile = "{certfile}"\nkeyfile = "{keyfile}"\n')
-    served = Served(config, "--teacher", f"smol={behind_url}")
+    served = Serving(str(config), "--teacher", f"smol={behind_url}")
     assert served.url.startswith("https://127.0.0.1:")
     trusting = ssl.create_default_context(cafile=str(certfile))
     assert http.get(f"{served.url}/readyz", verify=trusting).status_code == 200
@@ -98,7 +71,7 @@ def test_tls_is_served_and_trusted_by_clients_that_know_the_certificate(
     monkeypatch.setenv("SSL_CERT_FILE", str(certfile))
     with SyncHttpTeacher(served.url, "smol") as teacher:
         assert teacher.identity.vocab_size == 64
-    served.stop()
+    assert served.stop()[0] == 0
 
 
 def test_bad_files_for_keys_and_audit_are_one_line(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -26,7 +27,7 @@ from potstill.teacher_service.settings.service import LogSettings, load_settings
 from potstill.teacher_service.telemetry import logs
 from tests.support import http
 from tests.support.fakes import BrokenTeacher, FakeTeacher
-from tests.support.processes.serve_process import COMMAND, Serving, environment
+from tests.support.processes.serve_process import Serving, environment, serve
 from tests.support.processes.servers import hosted, post_json, serving, serving_teachers
 from tests.support.waiting import until
 
@@ -154,7 +155,7 @@ def test_a_request_leaves_one_line(access: list[dict[str, Any]]) -> None:
 
 def test_requests_at_the_same_time_keep_their_ids_apart(access: list[dict[str, Any]]) -> None:
     async def ask(url: str) -> None:
-        async with httpx.AsyncClient(timeout=http.SECONDS) as client:
+        async with httpx.AsyncClient(timeout=http.SECONDS, verify=http.TRUSTED) as client:
             posts = (
                 client.post(
                     f"{url}/v1/teachers/smol/score",
@@ -214,8 +215,9 @@ def test_a_served_process_writes_json_only(tmp_path: Path) -> None:
         served = Serving(str(config), "--teacher", f"smol={behind}#deep")
         http.get(f"{served.url}/healthz")
         http.get(f"{served.url}/v1/teachers", headers={"x-request-id": "mine"})
-        served.process.terminate()
-        stdout, stderr = served.process.communicate(timeout=300)
+        served.process.send_signal(signal.SIGTERM)
+        with served.process:
+            stdout, stderr = served.process.communicate(timeout=300)
     assert (served.process.returncode, stdout) == (0, "")
     ready = json.loads(served.ready)
     assert ready["message"] == f"ready: {served.url} teachers smol ({behind}#deep)"
@@ -228,11 +230,13 @@ def test_a_served_process_writes_json_only(tmp_path: Path) -> None:
 def test_what_ends_a_served_process_is_json_too(tmp_path: Path) -> None:
     config = tmp_path / "serve.toml"
     config.write_text('[logs]\nformat = "json"\n')
-    with serving_teachers(hosted("deep", FakeTeacher())) as behind:
-        command = [*COMMAND, str(config), "--port", "0", "--teacher", f"bad={behind}#nobody"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment(), check=False)
-    assert (done.returncode, done.stdout) == (1, "")
-    (line,) = map(json.loads, done.stderr.splitlines())
+    with (
+        serving_teachers(hosted("deep", FakeTeacher())) as behind,
+        serve(str(config), "--port", "0", "--teacher", f"bad={behind}#nobody") as process,
+    ):
+        stdout, stderr = process.communicate(timeout=300)
+    assert (process.returncode, stdout) == (1, "")
+    (line,) = map(json.loads, stderr.splitlines())
     assert line["message"].startswith("unknown_teacher: teacher 'bad' did not start: ")
 
 
