@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,7 @@ def imports_of(path: Path) -> Iterator[str]:
                 yield inner if inner in MODULES else named
 
 
+@cache
 def packages_of(path: Path) -> set[str]:
     return {name.split(".")[0] for name in imports_of(path)}
 

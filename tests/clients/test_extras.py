@@ -61,9 +61,10 @@ def folder(tmp_path: Path) -> Path:
         ("ray", "serve ray.toml", "ray"),
         ("opentelemetry", "serve traced.toml", "otel"),
         ("torch", "train train.toml --no-ray", "trainer"),
-        ("transformers", "train train.toml --no-ray", "trainer"),
-        ("tensorboard", "train train.toml --no-ray", "trainer"),
-        ("ray", "train train.toml", "trainer"),
+        # Before these are missed, torch and what uses it have been imported, which takes seconds.
+        pytest.param("transformers", "train train.toml --no-ray", "trainer", marks=pytest.mark.slow),
+        pytest.param("tensorboard", "train train.toml --no-ray", "trainer", marks=pytest.mark.slow),
+        pytest.param("ray", "train train.toml", "trainer", marks=pytest.mark.slow),
         ("torch", "evaluate run", "trainer"),
         ("lm_eval", "evaluate run --tasks .", "eval"),
         ("torch", "demo --out demo --models models", "trainer"),

@@ -16,15 +16,21 @@ SHARING = {
 LONG = (
     "ray_mark",  # mostly waits, so that the other processes have the cores
     "vllm_teacher",
+    "tests/student_trainer/train/test_loop.py",
     "tests/cache/upkeep/test_verify.py",
-    "tests/student_trainer/commands/test_commands.py",
+    "tests/cache/journal/test_journal.py",
+    "tests/cache/projection/test_projection.py",
     "tests/cache/store/test_s3.py",
-    "tests/cache/upkeep/test_delete.py",
-    "tests/cache/commands/test_commands.py",
+    "tests/documentation/test_pages.py",
+    "tests/cache/journal/test_compact.py",
+    "tests/cache/targets/test_segment_set.py",
+    "tests/student_trainer/train/test_losses_of_runs.py",
+    "tests/student_trainer/train/test_http.py",
     "tests/cache/fill/test_fill.py",
-    "tests/teacher_service/routes/test_page.py",
+    "tests/cache/upkeep/test_delete.py",
+    "tests/cache/upkeep/test_estimate.py",
 )
-"""Groups that take half a minute or more: they begin first, so that no process is left alone with one at the end."""
+"""Groups that take twenty seconds or more: they begin first, so that no process is left alone with one at the end."""
 
 
 def group_of(nodeid: str) -> str:

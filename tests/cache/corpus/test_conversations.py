@@ -94,6 +94,7 @@ def test_what_the_assistant_says_is_taught_with_the_token_that_ends_its_turn(tmp
     assert [corpus.tokenizer.decode(ids, skip_special_tokens=False) for ids in taught_of(corpus)] == said
 
 
+@pytest.mark.slow  # reads a model of 135M weights for its tokenizer
 def test_smollm2s_own_template_and_tokenizer(tmp_path: Path) -> None:
     from importlib.metadata import distribution
 

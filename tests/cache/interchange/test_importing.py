@@ -36,7 +36,7 @@ def about(root: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("encoding", ["u8", "archive", "f16", "f32"])
+@pytest.mark.parametrize("encoding", ["u8", "archive", pytest.param("f16", marks=pytest.mark.slow), "f32"])
 def test_figures_of_an_imported_export_are_of_what_was_imported_with_its_bound_beside(
     tmp_path: Path, tokenizer: Path, encoding: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -42,7 +42,9 @@ from tests.support.paths import GOLDEN
 from tests.support.processes.s3 import s3_server
 
 
-@pytest.mark.parametrize("encoding", ["u8", "f16", "f32"])
+@pytest.mark.parametrize(
+    "encoding", ["u8", pytest.param("f16", marks=pytest.mark.slow), pytest.param("f32", marks=pytest.mark.slow)]
+)
 def test_many_small_segments_become_one_and_every_answer_keeps_its_bits(root: Root, encoding: str) -> None:
     policy = replace(POLICY, encoding=encoding)
     writer, reader = journal(root, policy), journal(root, policy)
@@ -249,14 +251,15 @@ def test_a_stopped_join_leaves_the_segments_as_they_were(root: Root) -> None:
     assert find_garbage(root, min_age_seconds=0.0) == []
 
 
-def test_processes_that_keep_join_and_evict_at_once_never_answer_wrong_or_fail(root: Root) -> None:
+@pytest.mark.parametrize("turns", [8, pytest.param(16, marks=pytest.mark.slow)])
+def test_processes_that_keep_join_and_evict_at_once_never_answer_wrong_or_fail(root: Root, turns: int) -> None:
     policy = replace(POLICY, quota_bytes=100_000)
     problems: list[PotstillError] = []
     done = threading.Event()
 
     def work(number: int) -> None:
         own = Journal(root, "smol", TEACHER.identity, policy, problems.append)
-        for turn in range(16):
+        for turn in range(turns):
             store(own, [numbered(16 * turn + number + 4 * i, 12) for i in range(3)])
             if turn % 3 == 0:
                 own.tidy()
@@ -265,7 +268,7 @@ def test_processes_that_keep_join_and_evict_at_once_never_answer_wrong_or_fail(r
         own = Journal(root, "smol", TEACHER.identity, policy, problems.append)
         hits, numbers = 0, np.random.default_rng(0)
         while not done.is_set():
-            rows = [numbered(int(i), 12) for i in numbers.integers(0, 270, 20)]
+            rows = [numbered(int(i), 12) for i in numbers.integers(0, 17 * turns, 20)]
             for tokens, answer in zip(rows, found(own, rows), strict=True):
                 assert answer is None or same(answer, expected(tokens))
                 hits += answer is not None

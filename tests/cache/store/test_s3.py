@@ -25,7 +25,7 @@ from potstill.cache.upkeep.garbage import find_garbage, remove_garbage
 from tests.support.corpora import byte_tokenizer, make_corpus, plan_targets, teacher_for, topics, write_texts
 from tests.support.processes.faulty_proxy import FAULTS, Fault, FaultyProxy, faulty_proxy, no_faults, random_faults
 from tests.support.processes.fill_job import assert_whole, begin_together, fill_job, report_of, segment_bytes, step_of
-from tests.support.processes.s3 import S3Server, s3_server
+from tests.support.processes.s3 import PAGE, S3Server, s3_server
 
 
 @pytest.fixture(scope="module")
@@ -73,16 +73,17 @@ def corpus_at(url: str, folder: Path, count: int = 8) -> tuple[Cache, Corpus]:
     return cache, ingest(cache.root, "docs", [source], byte_tokenizer(), plan)
 
 
-def test_create_listing_over_a_thousand_and_delete_are_as_on_a_local_root(url: str) -> None:
+def test_create_listing_over_a_page_and_delete_are_as_on_a_local_root(url: str) -> None:
     root = Root.open(url, create=True)
     assert root.create("commits/0.json", b"one")
     assert root.create("commits/0.json", b"one")
     assert not root.create("commits/0.json", b"two")
     assert root.get("commits/0.json") == b"one"
     assert root.get("commits/1.json") is None
-    for index in range(1050):
+    many = 2 * PAGE + 10
+    for index in range(many):
         root.create(f"many/{index:04d}", b"x")
-    assert len(root.objects("many")) == len(root.sizes("many")) == 1050
+    assert len(root.objects("many")) == len(root.sizes("many")) == many
     assert root.folders("") == ["commits", "many"]
     age = root.seconds_since_write("many")
     assert age is not None

@@ -62,7 +62,7 @@ def written(tmp_path: Path) -> tuple[Cache, FakeTeacher]:
     return cache, teacher
 
 
-@pytest.mark.parametrize("encoding", ["u8", "archive", "f32"])
+@pytest.mark.parametrize("encoding", ["u8", "archive", pytest.param("f32", marks=pytest.mark.slow)])
 def test_fields_added_later_are_a_new_segment_set_and_the_first_one_is_not_touched(
     written: tuple[Cache, FakeTeacher], encoding: str
 ) -> None:

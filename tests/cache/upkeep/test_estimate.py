@@ -74,7 +74,7 @@ def test_a_measured_cache_gives_its_own_bytes_and_those_of_ten_times_as_much(tmp
     assert "docs of" in basis.source
 
 
-@pytest.mark.parametrize("k", [12, 64, 100])
+@pytest.mark.parametrize("k", [12, *(pytest.param(k, marks=pytest.mark.slow) for k in (64, 100))])
 def test_the_table_meets_a_real_cache_of_a_teacher_it_was_not_made_from(tmp_path: Path, k: int) -> None:
     """A synthetic teacher of another vocabulary, whose tails are about as heavy as a language model's."""
     from benchmarks.bench_size import write

@@ -40,7 +40,7 @@ def patient(flip_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Patie
     return Patient(root)
 
 
-@pytest.mark.parametrize("number", [15, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [8, pytest.param(100, marks=pytest.mark.slow)])
 def test_every_kind_of_fault_is_told_and_nothing_wrong_is_read(patient: Patient, number: int) -> None:
     """So many of the faults that `benchmarks.bench_flips` puts in."""
     choose = random.Random(7)
@@ -180,9 +180,10 @@ class DriftedTeacher(FakeTeacher):
         return logprobs
 
 
-@pytest.fixture(params=["u8", "f16", "f32"])
-def filled(request: pytest.FixtureRequest, tmp_path: Path) -> TargetSet:
-    cache, corpus = make_corpus(tmp_path / "c")
+@pytest.fixture(scope="module", params=["u8", "f16", "f32"])
+def filled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TargetSet:
+    """Not to be changed."""
+    cache, corpus = make_corpus(tmp_path_factory.mktemp("filled") / "c")
     teacher = teacher_for(corpus)
     targets = plan_targets(cache, teacher, encoding=request.param)
     for shard in range(corpus.num_shards - 1):
@@ -260,10 +261,8 @@ def url(filled: TargetSet) -> Iterator[str]:
         yield url
 
 
-def test_verify_against_a_live_service(
-    filled: TargetSet, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    root = str(tmp_path / "c")
+def test_verify_against_a_live_service(filled: TargetSet, url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    root = filled.root.url
     assert main(["verify", root, "--live", f"fake={url}#same", "--sample", "5"]) == 0
     captured = capsys.readouterr()
     assert "fake on docs: 5 rows" in captured.out
@@ -283,6 +282,7 @@ def test_verify_against_a_live_service(
 
 
 def test_a_damaged_row_of_the_sample_is_told(filled: TargetSet, url: str, tmp_path: Path) -> None:
+    copytree(filled.root.url, tmp_path / "c")
     for chunk in (tmp_path / "c").glob("targets/fake/docs/segments/*/ids/c/0/0"):
         chunk.write_bytes(chunk.read_bytes()[:-1] + b"\0")
     with pytest.raises(CorruptSegment):

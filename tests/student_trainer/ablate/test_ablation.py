@@ -71,7 +71,9 @@ def told(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return found
 
 
-def test_cells_are_trained_paired_and_compared(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cells_are_trained_paired_and_compared_and_not_mixed_with_others(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     grid = write_grid(root, tmp_path)
     assert main(["ablate", str(grid), "--no-ray", "--json"]) == 0
     first = told(capsys)
@@ -97,6 +99,9 @@ def test_cells_are_trained_paired_and_compared(root: Path, tmp_path: Path, capsy
     # Called again it has nothing to train, and says the same.
     assert main(["ablate", str(grid), "--no-ray", "--json"]) == 0
     assert told(capsys) == first
+    changed = write_grid(root, tmp_path, CELLS.replace("1.0", "0.5"))
+    assert main(["ablate", str(changed), "--no-ray"]) == 1
+    assert "train.alpha is 0.5, but it was 1.0 when the run in " in capsys.readouterr().err
 
 
 def test_cells_that_cannot_run_are_all_named_before_the_first_starts(
@@ -135,16 +140,6 @@ def test_a_run_that_fails_is_told_in_its_row_and_the_others_go_on(
     assert "nan (0 of 2)" in out
     assert "nan, seed 0: invalid_input: " in out
     assert load_outcome(tmp_path / "ablation", "ce", 1) is not None
-
-
-def test_runs_under_other_settings_are_not_mixed_up(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["ablate", str(write_grid(root, tmp_path)), "--no-ray"]) == 0
-    changed = write_grid(root, tmp_path, CELLS.replace("1.0", "0.5"))
-    capsys.readouterr()
-    assert main(["ablate", str(changed), "--no-ray"]) == 1
-    assert "train.alpha is 0.5, but it was 1.0 when the run in " in capsys.readouterr().err
 
 
 def test_cells_that_learn_from_other_rows_are_refused(tmp_path: Path) -> None:

@@ -45,14 +45,15 @@ def url(tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("right_name", [True, False])
-def test_nothing_that_the_api_describes_makes_it_fail(url: str, right_name: bool) -> None:
+@pytest.mark.parametrize("examples", [5, pytest.param(15, marks=pytest.mark.slow)])
+def test_nothing_that_the_api_describes_makes_it_fail(url: str, right_name: bool, examples: int) -> None:
     api = schemathesis.openapi.from_url(f"{url}/openapi.json")
     operations = [result.ok() for result in api.get_all_operations() if isinstance(result, Ok)]
     assert {operation.path for operation in operations} >= {"/v1/teachers/{name}/score", "/v1/corpora"}
     # What removes the teacher comes last: no other operation would find it.
     for operation in sorted(operations, key=lambda operation: operation.method == "delete"):
 
-        @settings(max_examples=15, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=examples, suppress_health_check=list(HealthCheck))
         @given(case=operation.as_strategy())
         def check(case: schemathesis.Case[Any]) -> None:
             # Any other name ends at once with 404 and hides what is behind it.
