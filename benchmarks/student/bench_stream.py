@@ -6,8 +6,9 @@ Padding: the help topics of the standard library by SmolLM2's tokenizer, in rows
 rows, micro-batches of 8; in the order of the rows, in rows of similar length, and packed.
 
 Waiting: synthetic targets (V = 32,768, K = 64, `u8`) in rows of 512, shards of 262,144 positions and windows of two,
-read as from an object store (zarr's stock pipeline, 50 ms before each object or range). The consumer sleeps for each
-micro-batch as long as a student of `--rate` positions a second would compute. Every 20 steps it evaluates on 64 rows.
+read as from an object store (a folder by obstore, 50 ms before each object, and before each ten ranges of one, which is
+how many obstore reads at a time). The consumer sleeps for each micro-batch as long as a student of `--rate` positions a
+second would compute. Every 20 steps it evaluates on 64 rows.
 Reported: seconds waited of all seconds, after the first evaluation and the first `--ahead` micro-batches, by the clock
 of the consumer; beside it the part in which what it asked for was not there, which runs report as theirs. The rest
 is Python's lock. The CPU seconds that reading took are those of the whole process.
@@ -20,20 +21,20 @@ import asyncio
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from zarr.storage import LocalStore
+from obstore.store import LocalStore
 
 from benchmarks.support import synthetic_targets
 from benchmarks.support.synthetic_targets import ROW_TOKENS
 from potstill.cache import Cache, Fields, Provenance, Targets, TeacherIdentity
 from potstill.cache.corpus.ingest import IngestPlan, ingest, ingest_rows
 from potstill.cache.corpus.tokenizer import load_tokenizer
-from potstill.cache.store import pipelines
+from potstill.cache.store import Reading, Root
 from potstill.student_trainer.data import Batch, BatchReader
 from potstill.student_trainer.data.mixture import MixtureOrder
 from potstill.student_trainer.data.order import SampleOrder
@@ -117,16 +118,25 @@ def build(folder: Path, rows: int) -> None:
 
 
 class SlowStore(LocalStore):
-    """A folder whose every object or range comes after `CALL_SECONDS`."""
+    """A folder by obstore, whose every object, and every ten ranges of one, come after `CALL_SECONDS`."""
 
-    async def get(self, *args: Any, **kwargs: Any) -> Any:
+    __module__ = "obstore.store"  # by which zarr knows one
+
+    def get(self, *args: Any, **kwargs: Any) -> Any:
+        time.sleep(CALL_SECONDS)
+        return super().get(*args, **kwargs)
+
+    def get_ranges(self, path: str, *, starts: Sequence[int], **kwargs: Any) -> Any:
+        time.sleep(CALL_SECONDS * -(-len(starts) // 10))
+        return super().get_ranges(path, starts=starts, **kwargs)
+
+    async def get_async(self, *args: Any, **kwargs: Any) -> Any:
         await asyncio.sleep(CALL_SECONDS)
-        return await super().get(*args, **kwargs)
+        return await super().get_async(*args, **kwargs)
 
 
 def show_waiting(folder: Path, rate: float, readers: int, ahead: int) -> bool:
-    vars(pipelines)["LocalStore"] = SlowStore  # in the place of an object store
-    cache = Cache.open(folder, pipeline="stock")
+    cache = Cache(Root("slow", SlowStore(folder), None), "r", Reading.open(128 << 20))
     corpus = cache.corpus("bench")
     source = cache_source("bench", cache.targets("bench", "bench"))
     reader = BatchReader(corpus, (source,), (1.0,))

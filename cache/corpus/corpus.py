@@ -30,7 +30,7 @@ from potstill.cache.errors import CorruptSegment, FormatError, InvalidInput, Uns
 from potstill.cache.forks import cached
 from potstill.cache.plurals import counted
 from potstill.cache.store import GroupReader, Reading, Root
-from potstill.cache.store.chunks import read_together
+from potstill.cache.store.chunks import ReadRequest, read_together
 from potstill.cache.types import Tokens
 
 # Row starts are read in pages of this many: the chunk in which `ingest` writes them.
@@ -335,7 +335,8 @@ class Corpus:
         """Read an array at the positions of rows in any order, of a store with all chunks at a time."""
         ranges, reader = self.row_ranges(rows).tolist(), self._reader
         if isinstance(reader, GroupReader):
-            return read_together([reader.request(name, start, stop) for start, stop in ranges])
+            array = reader.array(name)
+            return read_together([ReadRequest(array, start, stop) for start, stop in ranges])
         return [reader.read(name, start, stop) for start, stop in ranges]
 
     @cached
@@ -374,7 +375,7 @@ def _row_numbers(rows: Sequence[int] | NDArray[Any]) -> NDArray[np.int64]:
     if not len(wanted):
         return np.empty(0, np.int64)
     # In a list of whole numbers numpy turns True into 1, so the dtype does not show it.
-    mixed = not isinstance(rows, np.ndarray) and any(isinstance(row, bool | np.bool_) for row in rows)
+    mixed = not isinstance(rows, np.ndarray) and not {bool, np.bool_}.isdisjoint(map(type, rows))
     if wanted.dtype == np.bool_ or mixed:
         raise InvalidInput("rows hold True or False, not row numbers; take np.flatnonzero(mask) of a mask")
     if not np.issubdtype(wanted.dtype, np.integer):

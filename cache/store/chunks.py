@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import google_crc32c
 import numpy as np
@@ -27,7 +27,7 @@ from zarr.errors import BaseZarrError
 from potstill.cache.errors import CorruptSegment
 from potstill.cache.forks import PerProcess
 from potstill.cache.row_batches import row_batches, row_starts
-from potstill.cache.store.blosc_chunks import BloscChunks, Stored, blosc_chunks
+from potstill.cache.store.blosc_chunks import BloscChunks, Place, blosc_chunks, fetch
 from potstill.cache.store.pipelines import encoded_chunks
 
 # What a damaged or lying object can make zarr, numcodecs or zarrs raise while decoding.
@@ -35,10 +35,6 @@ _DECODE_FAILURES = (BaseZarrError, ValueError, TypeError, KeyError, RuntimeError
 # Decoded bytes that one fetch may hold beside its answers: many chunks at a time hide the store's latency, but a
 # request for a whole shard must not hold it twice.
 _FETCH_BYTES = 64 << 20
-
-
-_Fetched: TypeAlias = NDArray[Any] | list[Stored]
-"""A block of an array, or its chunks as they are stored."""
 
 
 def chunk_checksums(data: NDArray[Any], chunk: tuple[int, ...]) -> NDArray[np.uint32]:
@@ -76,16 +72,17 @@ class ChunkCache:
     def __contains__(self, key: Hashable) -> bool:
         return key in self._chunks
 
-    def get(self, key: Hashable) -> NDArray[Any] | None:
-        """The chunk under `key`, read-only, or None."""
-        with self._lock.get():
-            chunk = self._chunks.get(key)
-            if chunk is None:
-                self.misses += 1
-            else:
-                self.hits += 1
-                self._chunks.move_to_end(key)
-            return chunk
+    def get(self, key: Hashable, *, is_miss: bool = True) -> NDArray[Any] | None:
+        """The chunk under `key`, read-only, or None, which counts as a miss unless it will be asked for again."""
+        # Without the lock, which readers would queue for: each of these calls is whole to other threads.
+        try:
+            chunk = self._chunks[key]
+            self._chunks.move_to_end(key)
+        except KeyError:
+            self.misses += is_miss
+            return None
+        self.hits += 1
+        return chunk
 
     def put(self, key: Hashable, chunk: NDArray[Any]) -> None:
         """Keep a chunk, which nobody may change from now on; one larger than `max_bytes` is not kept."""
@@ -125,7 +122,8 @@ class TiledArray:
         self.dtype: np.dtype[Any] = array.dtype
         self._array = array
         self._encoded = encoded_chunks(array)
-        self._stored: BloscChunks | None = None if self._encoded else blosc_chunks(array)
+        self.stored: BloscChunks | None = None if self._encoded else blosc_chunks(array)
+        """Reader of its chunks; None where zarr reads them."""
         self._sums = None if checksums is None else checksums.reshape(rows, columns)
         self._cache = cache
         self._key = key
@@ -144,25 +142,23 @@ class TiledArray:
 
     def held(self, start: int, stop: int, columns: int | None) -> NDArray[Any] | None:
         """The answer of `read` as a view, where the cache has one chunk that holds all of it; else None."""
-        row = start // self.chunk[0]
-        width = 1 if len(self.shape) == 1 else min(columns or self.shape[1], self.shape[1])
-        if stop > (row + 1) * self.chunk[0] or width > self.chunk[-1]:
+        assert 0 <= start <= stop <= self.shape[0], "a range inside the array"
+        row, at = divmod(start, self.chunk[0])
+        if at + stop - start > self.chunk[0]:
             return None
-        key = (self._key, row, 0)
-        chunk = self._cache.get(key) if key in self._cache else None
-        if chunk is None:
-            return None
-        rows = chunk[start - row * self.chunk[0] : stop - row * self.chunk[0]]
-        return rows if rows.ndim == 1 else rows[:, :width]
+        if len(self.shape) == 1:
+            chunk = self._cache.get((self._key, row, 0), is_miss=False)
+            return None if chunk is None else chunk[at : at + stop - start]
+        width = self.shape[1] if columns is None else min(columns, self.shape[1])
+        chunk = None if width > self.chunk[1] else self._cache.get((self._key, row, 0), is_miss=False)
+        return None if chunk is None else chunk[at : at + stop - start, :width]
 
     def keep(self, row: int, column: int, chunk: NDArray[Any]) -> None:
         """Keep a chunk for later reads."""
         self._cache.put((self._key, row, column), chunk)
 
-    async def fetch(self, wanted: _ChunkRange) -> _Fetched:
-        """Read the chunks of a range, to be `decoded`; their crc32c is not compared yet."""
-        if self._stored is not None:
-            return await self._stored.fetch(wanted.first, wanted.stop, wanted.columns)
+    async def by_zarr(self, wanted: _ChunkRange) -> NDArray[Any]:
+        """Read the chunks of a range by zarr's pipeline; their crc32c is not compared yet."""
         if self._encoded is not None:
             self._encoded.check(wanted.first, wanted.stop, wanted.columns)
         rows = slice(wanted.first * self.chunk[0], min(wanted.stop * self.chunk[0], self.shape[0]))
@@ -176,13 +172,6 @@ class TiledArray:
             raise CorruptSegment(f"{self.path} cannot be read: {error}") from error
         return np.asarray(block)
 
-    def decoded(self, wanted: _ChunkRange, found: _Fetched) -> NDArray[Any]:
-        """Make one block of the chunks that `fetch` gave."""
-        if isinstance(found, np.ndarray):
-            return found
-        assert self._stored is not None, "it gave them"
-        return self._stored.decoded(wanted.first, wanted.columns, found)
-
     def check(self, row: int, column: int, chunk: NDArray[Any]) -> None:
         """Compare a decoded chunk with its recorded crc32c.
 
@@ -193,8 +182,7 @@ class TiledArray:
             raise CorruptSegment(f"{self.path} chunk ({row}, {column}) is not what was committed: its crc32c differs")
 
 
-@dataclass(frozen=True, slots=True)
-class ReadRequest:
+class ReadRequest(NamedTuple):
     """One range of positions of one array, and the first `columns` columns of it."""
 
     array: TiledArray
@@ -202,22 +190,33 @@ class ReadRequest:
     stop: int
     columns: int | None = None
 
-    @property
-    def chunk_rows(self) -> range:
-        """Indices on axis 0 of the chunks that hold the range."""
-        size = self.array.chunk[0]
-        return range(self.start // size, -(-self.stop // size))
+
+class _Wanted(NamedTuple):
+    """A request whose chunks are looked for."""
+
+    array: TiledArray
+    start: int
+    stop: int
+    rows: range
+    """Indices on axis 0 of the chunks that hold the range."""
+    columns: int
+    """Number of chunks on axis 1 that hold the columns; 1 for an array of one axis."""
+    shape: tuple[int, ...]
+    """Shape of the answer."""
+
+    @classmethod
+    def of(cls, request: ReadRequest) -> _Wanted:
+        """Look up the chunks of a request."""
+        array, start, stop, columns = request
+        size, widths = array.chunk[0], array.shape[1:]
+        width = widths if columns is None else tuple(min(columns, each) for each in widths)
+        column_chunks = -(-width[0] // array.chunk[1]) if width else 1
+        return cls(array, start, stop, range(start // size, -(-stop // size)), column_chunks, (stop - start, *width))
 
     @property
-    def column_chunks(self) -> int:
-        """Number of chunks on axis 1 that hold the columns; 1 for an array of one axis."""
-        return 1 if len(self.shape) == 1 else -(-self.shape[1] // self.array.chunk[1])
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the answer."""
-        widths = self.array.shape[1:] if self.columns is None else (min(self.columns, *self.array.shape[1:]),)
-        return (self.stop - self.start, *widths)
+    def num_bytes(self) -> int:
+        """Bytes of the decoded rows of chunks."""
+        return len(self.rows) * self.array.chunk[0] * math.prod(self.shape[1:]) * self.array.dtype.itemsize
 
     def uses_whole(self, row: int) -> bool:
         """Tell whether the range covers all of chunk `row` on axis 0."""
@@ -238,18 +237,16 @@ class _ChunkRange:
 class _ChunkFetch:
     """The chunks that several requests need, each read once, and all that are missing from the cache together."""
 
-    def __init__(self, requests: Sequence[ReadRequest]) -> None:
+    def __init__(self, requests: Sequence[_Wanted]) -> None:
         self._kept: dict[tuple[TiledArray, int, int], NDArray[Any]] = {}
         self._blocks: dict[tuple[TiledArray, int], tuple[_ChunkRange, NDArray[Any]]] = {}
-        whole = {(request.array, row) for request in requests for row in request.chunk_rows if request.uses_whole(row)}
-        ranges = list(_chunk_ranges(self._missing(requests)))
-        if ranges:
-            for held, block in zip(ranges, sync(_fetch_all(ranges)), strict=True):
-                self._take(held, held.array.decoded(held, block), whole)
+        whole = {(request.array, row) for request in requests for row in request.rows if request.uses_whole(row)}
+        for held, block in _blocks(self._missing(requests)):
+            self._take(held, block, whole)
 
-    def answer(self, request: ReadRequest) -> NDArray[Any]:
+    def answer(self, request: _Wanted) -> NDArray[Any]:
         """The array that was asked for; a view, not a copy, where one block or chunk holds all of it."""
-        array, rows, columns = request.array, request.chunk_rows, request.column_chunks
+        array, rows, columns = request.array, request.rows, request.columns
         held, block = self._blocks.get((array, rows.start), (None, None))
         if held is not None and block is not None and held.stop >= rows.stop and held.columns >= columns:
             origin = held.first * array.chunk[0]
@@ -269,14 +266,14 @@ class _ChunkFetch:
         chunks = [self._kept[array, row, column] for column in range(columns)]
         return chunks[0] if columns == 1 else np.concatenate(chunks, axis=1)
 
-    def _missing(self, requests: Sequence[ReadRequest]) -> dict[TiledArray, dict[int, int]]:
+    def _missing(self, requests: Sequence[_Wanted]) -> dict[TiledArray, dict[int, int]]:
         """Chunks to read: by array and chunk row, how many on axis 1. Those in the cache are taken from there."""
         missing: dict[TiledArray, dict[int, int]] = {}
         for request in requests:
-            for row in request.chunk_rows:
-                if not self._take_kept(request.array, row, request.column_chunks):
+            for row in request.rows:
+                if not self._take_kept(request.array, row, request.columns):
                     rows = missing.setdefault(request.array, {})
-                    rows[row] = max(rows.get(row, 0), request.column_chunks)
+                    rows[row] = max(rows.get(row, 0), request.columns)
         return missing
 
     def _take_kept(self, array: TiledArray, row: int, columns: int) -> bool:
@@ -300,8 +297,9 @@ class _ChunkFetch:
                 if (array, row) in whole:
                     array.check(row, column, np.ascontiguousarray(chunk))
                     continue
-                # A copy of its own: a view would keep the whole block in memory.
-                chunk = chunk.copy()
+                if chunk.size < block.size:
+                    # A copy of its own: a view would keep the whole block in memory.
+                    chunk = chunk.copy()
                 array.check(row, column, chunk)
                 array.keep(row, column, chunk)
 
@@ -315,30 +313,16 @@ def read_together(requests: Sequence[ReadRequest]) -> list[NDArray[Any]]:
     Raises:
         CorruptSegment: a chunk is damaged, missing or not the recorded one. StoreError: the store failed.
     """
-    answers: dict[int, NDArray[Any]] = {}
-    for index, request in enumerate(requests):
-        assert 0 <= request.start <= request.stop <= request.array.shape[0], "a range inside the array"
-        if 0 in request.shape:
-            answers[index] = np.empty(request.shape, request.array.dtype)
-        elif (held := request.array.held(request.start, request.stop, request.columns)) is not None:
-            answers[index] = held
+    answers = [array.held(start, stop, columns) for array, start, stop, columns in requests]
+    missing = {i: _Wanted.of(requests[i]) for i, held in enumerate(answers) if held is None}
     # By position, so that requests which share a chunk land in the same fetch and it is decoded once.
-    order = sorted((i for i in range(len(requests)) if i not in answers), key=lambda i: requests[i].start)
-    for group in _fetches(requests, order):
-        fetch = _ChunkFetch([requests[index] for index in group])
-        answers.update((index, fetch.answer(requests[index])) for index in group)
-    return [answers[index] for index in range(len(requests))]
-
-
-def _fetches(requests: Sequence[ReadRequest], order: Sequence[int]) -> Iterator[Sequence[int]]:
-    """Cut requests into fetches of about `_FETCH_BYTES`; a chunk that two requests share is counted twice."""
-    sizes = []
-    for index in order:
-        request = requests[index]
-        rows = len(request.chunk_rows) * request.array.chunk[0]
-        sizes.append(rows * math.prod(request.shape[1:]) * request.array.dtype.itemsize)
-    for start, stop in row_batches(row_starts(sizes), _FETCH_BYTES):
-        yield order[start:stop]
+    order = sorted((i for i in missing if 0 not in missing[i].shape), key=lambda i: missing[i].start)
+    for start, stop in row_batches(row_starts([missing[i].num_bytes for i in order]), _FETCH_BYTES):
+        fetch = _ChunkFetch([missing[i] for i in order[start:stop]])
+        for i in order[start:stop]:
+            answers[i] = fetch.answer(missing[i])
+    empty = (np.empty(wanted.shape, wanted.array.dtype) for wanted in missing.values() if 0 in wanted.shape)
+    return [next(empty) if answer is None else answer for answer in answers]
 
 
 def _chunk_ranges(missing: dict[TiledArray, dict[int, int]]) -> Iterator[_ChunkRange]:
@@ -356,15 +340,34 @@ def _chunk_ranges(missing: dict[TiledArray, dict[int, int]]) -> Iterator[_ChunkR
             yield held
 
 
-async def _fetch_all(ranges: Sequence[_ChunkRange]) -> list[_Fetched]:
+def _blocks(missing: dict[TiledArray, dict[int, int]]) -> Iterator[tuple[_ChunkRange, NDArray[Any]]]:
+    """Read the missing chunks side by side, and give each range of them with its block."""
+    own = {array.stored: array for array in missing if array.stored is not None}
+    found = fetch({stored: _places(missing[array]) for stored, array in own.items()})
+    rest = []
+    for held in _chunk_ranges(missing):
+        stored = held.array.stored
+        if stored is None:
+            rest.append(held)
+        else:
+            yield held, stored.decoded(held.first, held.stop, held.columns, found[stored])
+    if rest:
+        yield from zip(rest, sync(_by_zarr(rest)), strict=True)
+
+
+def _places(rows: dict[int, int]) -> list[Place]:
+    return [(row, column) for row, columns in rows.items() for column in range(columns)]
+
+
+async def _by_zarr(ranges: Sequence[_ChunkRange]) -> list[NDArray[Any]]:
     # Waits for all of them also when one fails: nothing is left running behind the caller's back.
-    blocks = await asyncio.gather(*(held.array.fetch(held) for held in ranges), return_exceptions=True)
-    found: list[_Fetched] = []
-    for block in blocks:
+    every = await asyncio.gather(*(held.array.by_zarr(held) for held in ranges), return_exceptions=True)
+    blocks: list[NDArray[Any]] = []
+    for block in every:
         if isinstance(block, BaseException):
             raise block
-        found.append(block)
-    return found
+        blocks.append(block)
+    return blocks
 
 
 def _crc32c(chunk: NDArray[Any]) -> int:

@@ -202,7 +202,7 @@ class GroupReader:
         Raises:
             CorruptSegment: the array is missing, or has another shape or dtype.
         """
-        array = self._open(name)
+        array = self.array(name)
         if array.shape != shape or array.dtype.name not in tuple(dtypes):
             raise CorruptSegment(
                 f"{self.path}/{name} is {array.dtype}{array.shape}; its commit means {'/'.join(dtypes)}{shape}"
@@ -211,7 +211,7 @@ class GroupReader:
 
     def length(self, name: str) -> int:
         """Number of elements on axis 0."""
-        return int(self._open(name).shape[0])
+        return int(self.array(name).shape[0])
 
     def read(self, name: str, start: int, stop: int, columns: int | None = None) -> NDArray[Any]:
         """Read `array[start:stop]`, or its first `columns` columns.
@@ -219,11 +219,19 @@ class GroupReader:
         Raises:
             CorruptSegment: a chunk fails its checksum or cannot be decoded. StoreError: the store does not answer.
         """
-        return self._open(name).read(start, stop, columns)
+        return self.array(name).read(start, stop, columns)
 
     def request(self, name: str, start: int, stop: int, columns: int | None = None) -> ReadRequest:
         """Make the request by which `read_together` reads what `read` does, concurrently with others."""
-        return ReadRequest(self._open(name), start, stop, columns)
+        return ReadRequest(self.array(name), start, stop, columns)
+
+    def array(self, name: str) -> TiledArray:
+        """Open an array for many requests; raises as `expect`."""
+        arrays = self._arrays.get()
+        if name not in arrays:
+            checksums = self._checksums_of(name)
+            arrays[name] = self._tiled(self._stored(name), checksums)
+        return arrays[name]
 
     def read_all(self, name: str) -> NDArray[Any]:
         """Read the whole array; see `read`."""
@@ -240,13 +248,6 @@ class GroupReader:
             for item, sha256 in found
             if sha256 != item.sha256
         ]
-
-    def _open(self, name: str) -> TiledArray:
-        arrays = self._arrays.get()
-        if name not in arrays:
-            checksums = self._checksums_of(name)
-            arrays[name] = self._tiled(self._stored(name), checksums)
-        return arrays[name]
 
     def _tiled(self, array: zarr.Array[Any], checksums: NDArray[np.uint32] | None) -> TiledArray:
         try:

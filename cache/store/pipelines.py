@@ -186,6 +186,13 @@ def encoded_chunks(array: zarr.Array[Any]) -> EncodedChunks | None:
     return EncodedChunks(array, array.store.root / array.path)
 
 
+def store_below(array: zarr.Array[Any]) -> Any:
+    """The folder (a `Path`) or obstore store that an array was opened from by `open_array` to be read as `stock`."""
+    assert isinstance(array.store, _StoreErrors), "as it was opened"
+    below: Any = array.store._store  # noqa: SLF001 -- it has no other name
+    return below.root if isinstance(below, LocalStore) else below.store
+
+
 def is_bounded_blosc(array: zarr.Array[Any]) -> bool:
     """Tell whether an array is chunked and compressed as `GroupWriter` does it, so that headers are where we look."""
     metadata = array.metadata

@@ -12,8 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +23,7 @@ from potstill.cache.encoding.logprobs import StoredArrays, encode_measured
 from potstill.cache.errors import CorruptSegment, FormatError
 from potstill.cache.fields import COLUMNS, TOP_K
 from potstill.cache.store import GroupReader, GroupWriter, Reading
-from potstill.cache.store.chunks import ReadRequest, read_together
+from potstill.cache.store.chunks import ReadRequest, TiledArray, read_together
 from potstill.cache.store.groups import Layout
 from potstill.cache.targets.packed import PackedReader, Text, encode_packed
 from potstill.cache.types import Fields, Targets
@@ -68,8 +67,7 @@ class EncodedSegment:
     error: dict[str, float]
 
 
-@dataclass(frozen=True, slots=True)
-class SegmentRange:
+class SegmentRange(NamedTuple):
     """A range of positions of one segment."""
 
     reader: SegmentReader
@@ -145,11 +143,9 @@ class SegmentReader:
         """Names of the arrays of a top-k that is not packed."""
         return ("ids", "gaps" if self.encoding.name == "u8" else "logprobs", "log_tail", "label_logprob")
 
-    def top_k_requests(self, start: int, stop: int, k: int) -> list[ReadRequest]:
-        """Requests for the top `k`: of ids only the chunks that `k` needs, of logprobs all K entries."""
-        # All gaps are needed, as a decoded top-k is scaled by the sum over its K entries.
-        columns = {"ids": min(k, self._fields.k)}
-        return [self.group.request(name, start, stop, columns.get(name)) for name in self.top_k_names()]
+    def top_k_arrays(self) -> dict[str, TiledArray]:
+        """The arrays of `top_k_names`."""
+        return {name: self.group.array(name) for name in self.top_k_names()}
 
     def read_packed_top_k(self, start: int, stop: int) -> StoredArrays:
         """Read the arrays of `top_k_names`, with all K ids, from packed blocks."""
@@ -224,21 +220,28 @@ def _read_top_k(ranges: Sequence[SegmentRange], k: int) -> list[Targets | None]:
     reader = ranges[0].reader
     if reader.encoding.packed:
         stored = [each.reader.read_packed_top_k(each.start, each.stop) for each in ranges]
+        parts = {name: [part[name] for part in stored] for name in stored[0]}
     else:
-        names = reader.top_k_names()
-        wanted = [each.reader.top_k_requests(each.start, each.stop, k) for each in ranges]
-        arrays = read_together(list(chain.from_iterable(wanted)))
-        stored = [dict(zip(names, arrays[i : i + len(names)], strict=True)) for i in range(0, len(arrays), len(names))]
-    joined = {
-        name: np.concatenate([part[name] for part in stored]) if len(stored) > 1 else stored[0][name]
-        for name in stored[0]
-    }
+        parts = _read_arrays(ranges, k)
+    joined = {name: np.concatenate(those) if len(those) > 1 else those[0] for name, those in parts.items()}
     with _damage_named(", ".join(dict.fromkeys(each.reader.group.path for each in ranges))):
         targets = decode(joined, reader.encoding, reader.ranks, k=k)
         if not (targets.log_tail <= 0).all():
             raise FormatError("log_tail holds NaN or a tail of more than all mass")
     ends = np.cumsum([each.stop - each.start for each in ranges]).tolist()
     return [targets[start:stop] for start, stop in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def _read_arrays(ranges: Sequence[SegmentRange], k: int) -> dict[str, list[NDArray[Any]]]:
+    """Read the arrays of ranges, each by name: of ids only the chunks that `k` needs, of logprobs all K entries."""
+    names = ranges[0].reader.top_k_names()
+    arrays = {reader: reader.top_k_arrays() for reader in {each.reader for each in ranges}}
+    # All gaps are needed, as a decoded top-k is scaled by the sum over its K entries.
+    columns = {"ids": k}
+    found = read_together(
+        [ReadRequest(arrays[at][name], start, stop, columns.get(name)) for name in names for at, start, stop in ranges]
+    )
+    return {name: found[i * len(ranges) : (i + 1) * len(ranges)] for i, name in enumerate(names)}
 
 
 @contextmanager

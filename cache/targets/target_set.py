@@ -222,7 +222,7 @@ class TargetSet:
         parts = []
         for begin, end in self._cut(start, stop):
             with self._way_out(holders[0], [(begin, end)]):
-                found = self._in_shard(holders[0], begin, end)
+                [found] = self._in_shards(holders[0], [(begin, end)])
                 parts.append(found.reader.read_column(name, found.start, found.stop))
         return np.concatenate(parts)
 
@@ -282,7 +282,7 @@ class TargetSet:
         found: list[Targets | None] = [None] * len(ranges)
         for each, part in self._holders(want) if ranges else ():
             with self._way_out(each, ranges):
-                read = read_segment_ranges([self._in_shard(each, start, stop) for start, stop in ranges], part)
+                read = read_segment_ranges(self._in_shards(each, ranges), part)
             found = [new if old is None else old.with_fields_of(new) for old, new in zip(found, read, strict=True)]
         return [targets for targets in found if targets is not None]
 
@@ -300,7 +300,7 @@ class TargetSet:
         try:
             yield
         except CorruptSegment as error:
-            shards = {self._shard(start) for start, _ in ranges}
+            shards = self._shards(ranges)
             if segment_set is not None and segment_set.segments.are_gone(shards):
                 raise NotCommitted(
                     f"targets in {segment_set.path} were withdrawn or deleted while they were read; read them again"
@@ -315,15 +315,21 @@ class TargetSet:
         inside = starts[np.searchsorted(starts, start, side="right") : np.searchsorted(starts, stop)].tolist()
         return list(pairwise([start, *inside, stop]))
 
-    def _shard(self, position: int) -> int:
-        """Number of the shard that holds a position."""
-        return int(np.searchsorted(self.corpus.shard_starts, position, side="right")) - 1
+    def _shards(self, ranges: Sequence[tuple[int, int]]) -> list[int]:
+        """Number of the shard that holds each range."""
+        begun = np.searchsorted(self.corpus.shard_starts, [start for start, _ in ranges], side="right")
+        shards: list[int] = (begun - 1).tolist()
+        return shards
 
-    def _in_shard(self, segment_set: SegmentSet, start: int, stop: int) -> SegmentRange:
-        """The place of a range that lies within one shard."""
-        shard = self._shard(start)
-        low = int(self.corpus.shard_starts[shard])
-        return SegmentRange(segment_set.segments.reader(shard), start - low, stop - low)
+    def _in_shards(self, segment_set: SegmentSet, ranges: Sequence[tuple[int, int]]) -> list[SegmentRange]:
+        """Find the places of ranges, each of which lies within one shard."""
+        shards = self._shards(ranges)
+        low = dict(zip(shards, self.corpus.shard_starts[shards].tolist(), strict=True))
+        reader = {shard: segment_set.segments.reader(shard) for shard in low}
+        return [
+            SegmentRange(reader[shard], start - low[shard], stop - low[shard])
+            for shard, (start, stop) in zip(shards, ranges, strict=True)
+        ]
 
 
 def targets_path(teacher: str, corpus: str) -> str:

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,11 +25,12 @@ from torch import Tensor
 from potstill.cache.corpus import Corpus
 from potstill.cache.errors import PotstillError
 from potstill.cache.forks import PerProcess
-from potstill.cache.types import Draws, Targets, Tokens
+from potstill.cache.types import Targets, Tokens
 from potstill.clients.patience import Patience, has_no_answer
 from potstill.student_trainer.data.checks import check_alignment, check_lengths, check_mass
 from potstill.student_trainer.data.joined import JoinedCorpora
-from potstill.student_trainer.data.sources import NO_ID, TargetSource, read_all
+from potstill.student_trainer.data.laying import Places, laid_rows, laid_targets
+from potstill.student_trainer.data.sources import TargetSource, read_all
 from potstill.student_trainer.losses import NO_LABEL, TeacherTargets
 
 T = TypeVar("T")
@@ -81,14 +83,9 @@ class Batch:
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
-        sizes: list[int] = []
-
-        def count(tensor: Tensor) -> Tensor:
-            sizes.append(tensor.nbytes)
-            return tensor
-
-        self.each(count)
-        return sum(sizes)
+        own = (self.tokens, self.mask, self.labels, self.lengths, self.position_ids)
+        theirs = (tensor for teacher in self.teachers for tensor in teacher.tensors)
+        return sum(tensor.nbytes for tensor in chain(own, theirs) if tensor is not None)
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """Apply `change` to every tensor, as to move them to a device."""
@@ -153,6 +150,11 @@ class BatchReader:
         longest = corpus.longest_row if isinstance(corpus, JoinedCorpora) else corpus.spec.longest_row
         return longest + len(self.prefix)
 
+    @property
+    def is_stored(self) -> bool:
+        """True where all that is read lies in a cache's objects, so that no teacher is asked for more at a time."""
+        return all(source.stored for source in self.sources)
+
     def without_targets(self) -> BatchReader:
         """A reader of the same rows that asks no source, for plain cross-entropy."""
         return replace(self, sources=(), weights=())
@@ -171,8 +173,20 @@ class BatchReader:
                 or a mass over 1, or with targets that are not of the next tokens.
             PotstillError: whatever a source raises.
         """
-        examples = iter(self.examples([row for each in bins for row in each]))
-        return self.laid([[next(examples) for _ in each] for each in bins])
+        return next(self.read_many([bins]))
+
+    def read_many(self, batches: Sequence[Sequence[Sequence[int]]]) -> Iterator[Batch]:
+        """Read the rows of some batches together, and lay one batch after the other; each raises as `read_packed`."""
+        try:
+            examples = iter(self.examples([row for bins in batches for each in bins for row in each]))
+        except PotstillError:
+            if len(batches) == 1:
+                raise
+            for bins in batches:  # so that those before the one to blame are there
+                yield self.read_packed(bins)
+        else:
+            for bins in batches:
+                yield self.laid([[next(examples) for _ in each] for each in bins])
 
     def examples(self, indexes: Sequence[int] | NDArray[np.int64]) -> list[Example]:
         """Read the rows at `indexes` with their targets, in that order; raises as `read_packed`."""
@@ -189,10 +203,12 @@ class BatchReader:
         """Lay rows into the tensors of a batch, those of a bin one after the other."""
         examples = [example for each in bins for example in each]
         lengths = [len(self.prefix) + len(example.tokens) for example in examples]
-        places = _Places.of([len(each) for each in bins], lengths)
-        tokens, mask, labels = _laid_rows(examples, self.prefix, places)
+        places = Places.of([len(each) for each in bins], lengths, len(self.prefix))
+        tokens, mask, labels = laid_rows(
+            [each.tokens for each in examples], [each.taught for each in examples], self.prefix, places
+        )
         teachers = tuple(
-            _laid_targets([example.targets[m] for example in examples], weight, len(self.prefix), places)
+            laid_targets([example.targets[m] for example in examples], weight, len(self.prefix), places)
             for m, weight in enumerate(self.weights)
         )
         return Batch(tokens, mask, labels, teachers, torch.from_numpy(places.filled), places.position_ids())
@@ -266,134 +282,3 @@ class BatchReader:
 
 def _all_taught(rows: Sequence[Tokens]) -> list[NDArray[np.bool_]]:
     return [np.ones(len(row), dtype=np.bool_) for row in rows]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Places:
-    """Places of rows in the tensors of a batch."""
-
-    bins: NDArray[np.int64]
-    """[N] row of the tensors."""
-    starts: NDArray[np.int64]
-    """[N] first token in it."""
-    stops: NDArray[np.int64]
-    """[N] one past the last."""
-    filled: NDArray[np.int64]
-    """[B] tokens of each row of the tensors."""
-
-    @classmethod
-    def of(cls, sizes: Sequence[int], lengths: Sequence[int]) -> _Places:
-        """Place rows of `lengths` [N] one after the other in bins of so many rows, `sizes` [B]."""
-        bins = np.repeat(np.arange(len(sizes), dtype=np.int64), sizes)
-        ends = np.cumsum(lengths, dtype=np.int64)
-        before = np.concatenate([[0], ends])[np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])]
-        starts = ends - np.asarray(lengths, dtype=np.int64) - before[:-1][bins]
-        return cls(
-            bins,
-            starts,
-            starts + np.asarray(lengths, np.int64),
-            np.diff(before) if len(sizes) else np.zeros(1, np.int64),
-        )
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and tokens of the tensors, at least one each."""
-        return len(self.filled), max(int(self.filled.max()), 1)
-
-    def __iter__(self) -> Iterator[tuple[int, int, int]]:
-        """Bin, start and stop of each row."""
-        return zip(self.bins.tolist(), self.starts.tolist(), self.stops.tolist(), strict=True)
-
-    def position_ids(self) -> Tensor | None:
-        """Positions [B, T] int64 from 0 in each row, 0 where padded; None where each row has a bin to itself."""
-        if not self.starts.any():
-            return None
-        begun = np.zeros(self.shape, dtype=np.int64)
-        begun[self.bins, self.starts] = self.starts
-        positions = np.arange(self.shape[1]) - np.maximum.accumulate(begun, axis=1)
-        # Counted on where padded, they could leave a student's table of positions.
-        return torch.from_numpy(np.where(np.arange(self.shape[1]) < self.filled[:, None], positions, 0))
-
-
-def _laid_rows(examples: Sequence[Example], prefix: Sequence[int], places: _Places) -> tuple[Tensor, Tensor, Tensor]:
-    tokens = np.zeros(places.shape, dtype=np.int64)
-    mask = np.zeros(places.shape, dtype=np.bool_)
-    labels = np.full(places.shape, NO_LABEL, dtype=np.int64)
-    for (i, start, stop), example in zip(places, examples, strict=True):
-        first = start + len(prefix)
-        tokens[i, start:first] = prefix
-        tokens[i, first:stop] = example.tokens
-        mask[i, first:stop] = example.taught
-        # Target t is of the token after row[t].
-        labels[i, first : stop - 1] = np.where(example.taught[:-1], tokens[i, first + 1 : stop], NO_LABEL)
-    return torch.from_numpy(tokens), torch.from_numpy(mask), torch.from_numpy(labels)
-
-
-def _laid_targets(answers: Sequence[Targets], weight: float, prefix: int, places: _Places) -> TeacherTargets:
-    k = max((targets.k for targets in answers), default=1)
-    drawn_ids, drawn_counts = _laid_draws([each.draws for each in answers], prefix, places)
-    no_mass = np.float32(-np.inf)
-    return TeacherTargets(
-        _laid([each.ids for each in answers], np.int32(NO_ID), prefix, places, k),
-        _laid([each.logprobs for each in answers], no_mass, prefix, places, k),
-        _laid([each.log_tail for each in answers], no_mass, prefix, places),
-        weight,
-        drawn_ids,
-        drawn_counts,
-        _laid_numbers([None if each.log_z is None else each.log_z[:, 0] for each in answers], prefix, places),
-        _laid_numbers([each.entropy for each in answers], prefix, places),
-        _laid_numbers([each.label_logprob for each in answers], prefix, places, filler=np.nan),
-        _laid_alignment(answers, prefix, places),
-    )
-
-
-def _laid_alignment(answers: Sequence[Targets], prefix: int, places: _Places) -> Tensor | None:
-    """Alignments [B, T, 3] of rows some of which have one: the others' targets are of the student's own tokenizer."""
-    if all(each.alignment is None for each in answers):
-        return None
-    own = [
-        np.zeros((each.num_positions, 3), np.float32) if each.alignment is None else each.alignment for each in answers
-    ]
-    return _laid(own, np.float32(0.0), prefix, places, 3)
-
-
-def _laid_numbers(
-    answers: Sequence[NDArray[np.float32] | None], prefix: int, places: _Places, *, filler: float = 0.0
-) -> Tensor | None:
-    """Numbers [B, T] of rows that all have some; else None."""
-    there = [each for each in answers if each is not None]
-    return _laid(there, np.float32(filler), prefix, places) if len(there) == len(answers) else None
-
-
-def _laid(answers: Sequence[NDArray[Any]], filler: np.generic, prefix: int, places: _Places, *width: int) -> Tensor:
-    """Values [B, T] or [B, T, `width`] of rows [T] or [T, at most `width`], and `filler` where there are none."""
-    # Only what no row covers is filled: most of a step's values are written here, and once is enough.
-    laid = np.empty((*places.shape, *width), dtype=filler.dtype)
-    for i, filled in enumerate(places.filled.tolist()):
-        laid[i, filled:] = filler
-    for (i, start, stop), values in zip(places, answers, strict=True):
-        first = start + prefix
-        laid[i, start:first] = filler
-        if width and values.shape[1] < width[0]:
-            laid[i, first:stop, values.shape[1] :] = filler
-            laid[i, first:stop, : values.shape[1]] = values
-        else:
-            laid[i, first:stop] = values
-    return torch.from_numpy(laid)
-
-
-def _laid_draws(
-    answers: Sequence[Draws | None], prefix: int, places: _Places
-) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """Ids and counts [B, T, D] of rows that all have draws; else None."""
-    there = [each for each in answers if each is not None]
-    if len(there) < len(answers):
-        return None, None
-    most = max((int(np.diff(each.offsets).max(initial=0)) for each in there), default=0)
-    ids = np.full((*places.shape, most), NO_ID, dtype=np.int32)
-    counts = np.zeros((*places.shape, most), dtype=np.int32)
-    for (i, start, stop), draws in zip(places, there, strict=True):
-        drawn = np.arange(most) < np.diff(draws.offsets)[:, None]
-        at = slice(start + prefix, stop)
-        ids[i, at][drawn], counts[i, at][drawn] = draws.ids, draws.counts
-    return torch.from_numpy(ids), torch.from_numpy(counts)

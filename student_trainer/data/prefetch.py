@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +19,8 @@ from torch import Tensor
 from potstill.student_trainer.data.batch import Batch
 
 _MOST_BYTES = 512 << 20
+_TOGETHER_BYTES = 16 << 20
+"""Most bytes of answers that one thread reads together: what it holds beside them, while it decodes, is as much."""
 
 Wanted = TypeVar("Wanted")
 Found = TypeVar("Found")
@@ -30,34 +32,36 @@ class _Failed:
 
 
 class ReadAhead(Generic[Wanted, Found]):
-    """An iterator of `read(each)` for each that is wanted, in order, read early by several threads from now on.
+    """An iterator of what `read` gives for each that is wanted, in order, read early by several threads from now on.
 
     What is wanted is itself made in those threads, by one at a time. Its errors, and those of `read`, are raised where
     their own answer would have come, and end the reading. Close it in the end.
 
     Args:
-        read: reads one; called by several threads.
+        read: gives an answer for each of some; called by several threads.
         wanted: what to read.
         readers: threads.
         ahead: most answers that wait, or are being read, beside the one in use.
+        together: most that `read` is called with: the more, the less a thread holds Python's lock for each.
         size: bytes of an answer.
         most_bytes: of answers that wait, or are being read, while there is more than one.
     """
 
     def __init__(
         self,
-        read: Callable[[Wanted], Found],
+        read: Callable[[Sequence[Wanted]], Iterable[Found]],
         wanted: Iterable[Wanted],
         *,
         readers: int,
         ahead: int,
+        together: int = 1,
         size: Callable[[Found], int] = lambda _: 0,
         most_bytes: int = _MOST_BYTES,
     ) -> None:
         self.waited = 0.0
         """Seconds that the caller has waited."""
         self._read, self._wanted, self._size = read, iter(wanted), size
-        self._ahead, self._most_bytes = ahead, most_bytes
+        self._ahead, self._together, self._most_bytes = ahead, min(together, ahead), most_bytes
         self._begun, self._taken = 0, 0
         self._arrived: dict[int, tuple[Found | _Failed, int]] = {}  # with its bytes
         self._held, self._largest = 0, 0
@@ -93,7 +97,8 @@ class ReadAhead(Generic[Wanted, Found]):
                 raise found.error
             self._taken += 1
             self._held -= size
-            self._room.notify()
+            if self._has_room:
+                self._room.notify()
             return found
 
     def close(self, seconds: float | None = None) -> None:
@@ -119,33 +124,51 @@ class ReadAhead(Generic[Wanted, Found]):
         return self._closed or (self._ended and self._taken == self._begun)
 
     @property
+    def _share(self) -> int:
+        """How many a thread begins to read together."""
+        return min(self._together, max(_TOGETHER_BYTES // self._largest, 1)) if self._largest else 1
+
+    @property
     def _has_room(self) -> bool:
         outstanding = self._begun - self._taken
-        under_way = outstanding - len(self._arrived)
-        fits = self._held + (under_way + 1) * self._largest <= self._most_bytes
-        return outstanding == 0 or (outstanding < self._ahead and fits)
+        begun = outstanding - len(self._arrived) + self._share
+        fits = self._held + begun * self._largest <= self._most_bytes
+        return outstanding == 0 or (outstanding + self._share <= self._ahead and fits)
 
     def _work(self) -> None:
         while (begun := self._begin()) is not None:
-            number, wanted = begun
-            self._arrive(number, wanted if isinstance(wanted, _Failed) else _tried(partial(self._read, wanted)))
+            self._read_some(*begun)
 
-    def _begin(self) -> tuple[int, Wanted | _Failed] | None:
-        """Wait for room, and take the next that is wanted; None at the end."""
+    def _begin(self) -> tuple[int, list[Wanted | _Failed]] | None:
+        """Wait for room, and take what is wanted next, of which the last may be an error; None at the end."""
         with self._wanting:
             with self._lock:
                 self._room.wait_for(lambda: self._closed or self._ended or self._has_room)
                 if self._closed or self._ended:
                     return None
-            wanted = _tried(partial(next, self._wanted))
+                share = self._share
+            some: list[Wanted | _Failed] = []
+            while len(some) < share and not (some and isinstance(some[-1], _Failed)):
+                some.append(_tried(partial(next, self._wanted)))
             with self._lock:
-                ended = isinstance(wanted, _Failed)
-                self._ended = ended
-                if isinstance(wanted, _Failed) and isinstance(wanted.error, StopIteration):
+                last = some[-1]
+                self._ended = isinstance(last, _Failed)
+                if isinstance(last, _Failed) and isinstance(last.error, StopIteration):
+                    some.pop()
                     self._arrival.notify_all()
-                    return None
-                self._begun += 1
-                return self._begun - 1, wanted
+                self._begun += len(some)
+                return self._begun - len(some), some
+
+    def _read_some(self, first: int, some: list[Wanted | _Failed]) -> None:
+        answers = self._answers([each for each in some if not isinstance(each, _Failed)])
+        for number, each in enumerate(some, first):
+            found = each if isinstance(each, _Failed) else _tried(partial(next, answers))
+            self._arrive(number, found)
+            if isinstance(found, _Failed):
+                return  # it ends the reading for who asks, too
+
+    def _answers(self, wanted: list[Wanted]) -> Iterator[Found]:
+        yield from self._read(wanted)
 
     def _arrive(self, number: int, found: Found | _Failed) -> None:
         size = 0 if isinstance(found, _Failed) else self._size(found)

@@ -41,7 +41,7 @@ class RepeatedBatches:
         kept = list(self._kept)
         size = sum(batch.num_bytes for batch in kept)
         ahead = ReadAhead(
-            self._reader.read_packed,
+            self._reader.read_many,
             self._planned(skip=len(kept)),
             readers=self._readers,
             ahead=2 * self._readers,

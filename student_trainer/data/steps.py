@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -100,11 +101,15 @@ def read_steps(
     keep_freed_memory()
     planned, plain = _planned(reader, order, steps, part, with_targets), reader.without_targets()
 
-    def read(wanted: Planned) -> MicroBatch:
-        batch = (reader if wanted[1].with_targets else plain).read_packed(wanted[0])
-        return MicroBatch(batch.each(torch.Tensor.pin_memory) if pin else batch, wanted[1])
+    def read(wanted: Sequence[Planned]) -> Iterator[MicroBatch]:
+        for taught, same in groupby(wanted, lambda each: each[1].with_targets):
+            bins, counts = zip(*same, strict=True)
+            for batch, told in zip((reader if taught else plain).read_many(bins), counts, strict=True):
+                yield MicroBatch(batch.each(torch.Tensor.pin_memory) if pin else batch, told)
 
-    return ReadAhead(read, planned, readers=readers, ahead=ahead, size=lambda found: found.batch.num_bytes)
+    together = max(ahead // (readers + 1), 1) if reader.is_stored else 1
+    size: Callable[[MicroBatch], int] = lambda found: found.batch.num_bytes  # noqa: E731 -- names the type
+    return ReadAhead(read, planned, readers=readers, ahead=ahead, together=together, size=size)
 
 
 def _planned(

@@ -48,6 +48,12 @@ class TeacherTargets:
         """[...] float: the share of what is said that is resolved; 1 where a teacher has the student's tokenizer."""
         return torch.ones_like(self.log_tail) if self.alignment is None else 1.0 - self.alignment[..., 0]
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors that are there."""
+        values = (getattr(self, name) for name in self.__dataclass_fields__)
+        return [value for value in values if isinstance(value, Tensor)]
+
     def each(self, change: Callable[[Tensor], Tensor]) -> TeacherTargets:
         """Apply `change` to every tensor, as to slice the position axes or to move it to a device."""
         values = (getattr(self, field.name) for field in fields(self))

@@ -48,7 +48,12 @@ HEAVY = {
         "cache/store/chunks.py",
         "cache/store/pipelines.py",
     },
-    "obstore": {"cache/store/root.py", "cache/store/object_stores.py", "cache/store/pipelines.py"},
+    "obstore": {
+        "cache/store/root.py",
+        "cache/store/object_ranges.py",
+        "cache/store/object_stores.py",
+        "cache/store/pipelines.py",
+    },
     "numba": {"cache/compiled.py", "teacher_service/capture/cpu/kernel.py"},
     "lm_eval": {"student_trainer/evaluate/tasks/harness.py"},
     "triton": {"student_trainer/losses/triton_rows.py"},

@@ -1,20 +1,20 @@
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
 import numpy as np
+import obstore.store
 import pytest
 import zarr
-from zarr.abc.store import SuffixByteRequest
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import LocalStore
 
 from potstill.cache.errors import CorruptSegment
 from potstill.cache.store import pipelines
-from potstill.cache.store.blosc_chunks import BloscChunks, blosc_chunks
+from potstill.cache.store.blosc_chunks import BloscChunks, Place, blosc_chunks, fetch
 
 IDS = np.random.default_rng(0).integers(0, 900, (3000, 5), dtype=np.uint16)
 NOT_THERE = b"\xff" * 16
@@ -36,46 +36,70 @@ def array_in(folder: Path, *, empty: bool) -> None:
     array[:stop] = IDS[:stop]
 
 
-def chunks_of(folder: Path) -> BloscChunks:
-    chunks = blosc_chunks(pipelines.open_array(folder, "group/values", "stock"))
+def chunks_of(store: Any) -> BloscChunks:
+    chunks = blosc_chunks(pipelines.open_array(store, "group/values", "stock"))
     assert chunks is not None
     return chunks
 
 
-def test_neighbouring_chunks_come_in_one_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def rows(*those: int) -> list[Place]:
+    return [(row, 0) for row in those]
+
+
+def test_the_chunks_of_an_object_come_by_one_call_and_its_index_once(tmp_path: Path) -> None:
     asked: list[Any] = []
 
-    class Counting(LocalStore):
-        async def get(self, *args: Any, **kwargs: Any) -> Any:
-            asked.append(args[2])
-            return await super().get(*args, **kwargs)
+    class Counting(obstore.store.LocalStore):
+        __module__ = "obstore.store"  # by which zarr knows one
+
+        def get(self, path: str, **kwargs: Any) -> Any:
+            asked.append(kwargs["options"])
+            return super().get(path, **kwargs)
+
+        def get_ranges(self, path: str, *, starts: Sequence[int], **kwargs: Any) -> Any:
+            asked.append(len(starts))
+            return super().get_ranges(path, starts=starts, **kwargs)
 
     array_in(tmp_path, empty=False)
-    monkeypatch.setattr(pipelines, "LocalStore", Counting)
-    chunks = chunks_of(tmp_path)
-    asked.clear()
-    stored = asyncio.run(chunks.fetch(3, 47, 1))
-    index, together = asked
-    assert isinstance(index, SuffixByteRequest)
-    assert together.end - together.start == sum(map(len, stored))
-    np.testing.assert_array_equal(chunks.decoded(3, 1, stored), IDS[3 * 64 :])
+    chunks = chunks_of(Counting(tmp_path))
+    for _ in range(2):
+        stored = fetch({chunks: rows(*range(3, 30), *range(40, 47))})[chunks]
+        np.testing.assert_array_equal(chunks.decoded(3, 30, 1, stored), IDS[3 * 64 : 30 * 64])
+        np.testing.assert_array_equal(chunks.decoded(40, 47, 1, stored), IDS[40 * 64 :])
+    assert asked == [{"range": {"suffix": 47 * 16 + 4}}, 34, 34]
 
 
 def test_a_chunk_that_the_index_lacks_is_damage(tmp_path: Path) -> None:
     array_in(tmp_path, empty=True)
     assert NOT_THERE in (tmp_path / "group/values/c/0/0").read_bytes()
     with pytest.raises(CorruptSegment, match="group/values/c/0/0 cannot be read: a chunk is missing or cut short"):
-        asyncio.run(chunks_of(tmp_path).fetch(0, 2, 1))
+        fetch({chunks_of(tmp_path): rows(0, 1)})
+
+
+@pytest.mark.parametrize("in_folder", [True, False])
+def test_an_object_that_is_missing_or_cut_short_is_damage(tmp_path: Path, in_folder: bool) -> None:
+    array_in(tmp_path, empty=False)
+    store, path = tmp_path if in_folder else obstore.store.LocalStore(tmp_path), tmp_path / "group/values/c/0/0"
+    known = chunks_of(store)
+    fetch({known: rows(0)})
+    path.write_bytes(path.read_bytes()[:500])
+    for chunks in (known, chunks_of(store)):
+        with pytest.raises(CorruptSegment, match="group/values/c/0/0 is cut short: a chunk lies beyond its end"):
+            fetch({chunks: rows(0, 40)})
+    path.unlink()
+    for chunks in (known, chunks_of(store)):
+        with pytest.raises(CorruptSegment, match="group/values/c/0/0 is missing"):
+            fetch({chunks: rows(0)})
 
 
 def test_a_chunk_that_is_shorter_than_its_header_says_is_refused_before_it_is_read(tmp_path: Path) -> None:
     array_in(tmp_path, empty=False)
     chunks = chunks_of(tmp_path)
-    (stored,) = asyncio.run(chunks.fetch(0, 1, 1))
+    stored = fetch({chunks: rows(0)})[chunks][0, 0]
     short = stored[:100].tobytes()
     with_crc = np.frombuffer(short + google_crc32c.value(short).to_bytes(4, "little"), np.uint8)
     with pytest.raises(CorruptSegment, match=f"a chunk has 100 bytes, but its header says {len(stored) - 4}"):
-        chunks.decoded(0, 1, [with_crc])
+        chunks.decoded(0, 1, 1, {(0, 0): with_crc})
 
 
 def test_an_array_of_another_layout_is_left_to_zarr(tmp_path: Path) -> None:

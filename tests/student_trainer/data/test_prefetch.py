@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 
@@ -21,7 +21,10 @@ class Gate:
         self.open: set[int] = set()
         self.begun: list[int] = []
 
-    def read(self, number: int) -> int:
+    def read(self, numbers: Sequence[int]) -> Iterator[int]:
+        return map(self._read, numbers)
+
+    def _read(self, number: int) -> int:
         with self.changed:
             self.begun.append(number)
             self.reading.add(number)
@@ -57,6 +60,23 @@ def test_no_more_is_read_than_may_wait() -> None:
         assert sorted(gate.begun) == [0, 1, 2, 3]
 
 
+def test_several_are_read_together_as_far_as_they_may_wait_and_are_small() -> None:
+    calls: list[list[int]] = []
+
+    def read(numbers: Sequence[int]) -> Iterator[int]:
+        calls.append(list(numbers))
+        return iter(numbers)
+
+    def in_calls(size: int) -> list[list[int]]:
+        calls.clear()
+        with ReadAhead(read, range(8), readers=1, ahead=4, together=3, size=lambda _: size).until_closed() as answers:
+            assert list(answers) == list(range(8))
+        return list(calls)
+
+    assert in_calls(1) == [[0], [1, 2, 3], [4, 5, 6], [7]]  # how large they are is known after the first
+    assert in_calls(12 << 20) == [[each] for each in range(8)]
+
+
 def test_bytes_bound_what_waits_but_never_the_one_that_is_wanted() -> None:
     gate = Gate()
     gate.let(*range(20))
@@ -69,13 +89,16 @@ def test_bytes_bound_what_waits_but_never_the_one_that_is_wanted() -> None:
         assert list(big) == list(range(5))
 
 
-def test_an_error_comes_where_its_answer_would_have() -> None:
-    def read(number: int) -> int:
-        if number == 3:
-            raise CorruptSegment("segment 3 is damaged")
-        return number
+@pytest.mark.parametrize("together", [1, 5])
+def test_an_error_comes_where_its_answer_would_have(together: int) -> None:
+    def read(numbers: Sequence[int]) -> Iterator[int]:
+        for number in numbers:
+            if number == 3:
+                raise CorruptSegment("segment 3 is damaged")
+            yield number
 
-    with ReadAhead(read, range(9), readers=4, ahead=8).until_closed() as answers:
+    stream = ReadAhead(read, range(9), readers=4, ahead=8, together=together, size=lambda _: 1)
+    with stream.until_closed() as answers:
         assert [next(answers) for _ in range(3)] == [0, 1, 2]
         with pytest.raises(CorruptSegment, match="segment 3"):
             next(answers)
@@ -87,7 +110,8 @@ def test_an_error_in_what_is_wanted_comes_in_its_place() -> None:
         yield from range(4)
         raise CorruptSegment("row_starts is damaged")
 
-    with ReadAhead(lambda number: number, wanted(), readers=3, ahead=8).until_closed() as answers:
+    stream = ReadAhead(iter, wanted(), readers=3, ahead=8, together=3, size=lambda _: 1)
+    with stream.until_closed() as answers:
         assert [next(answers) for _ in range(4)] == list(range(4))
         with pytest.raises(CorruptSegment, match="row_starts"):
             next(answers)
