@@ -211,7 +211,7 @@ class BatchReader:
             laid_targets([example.targets[m] for example in examples], weight, len(self.prefix), places)
             for m, weight in enumerate(self.weights)
         )
-        return Batch(tokens, mask, labels, teachers, torch.from_numpy(places.filled), places.position_ids())
+        return Batch(tokens, mask, labels, teachers, torch.tensor(places.filled), places.position_ids())
 
     def open_ahead(self, indexes: NDArray[np.int64]) -> None:
         """Read single rows in the background, so that what holds them and their neighbours is open when it is wanted.

@@ -5,9 +5,9 @@ Shape legend:  N rows, B rows of the tensors, T tokens of the fullest of them, K
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -68,34 +68,32 @@ class Places:
         begun[self.bins, self.starts] = self.starts
         positions = np.arange(self.shape[1]) - np.maximum.accumulate(begun, axis=1)
         # Counted on where padded, they could leave a student's table of positions.
-        return torch.from_numpy(np.where(np.arange(self.shape[1]) < self.filled[:, None], positions, 0))
+        return torch.tensor(np.where(np.arange(self.width) < self.filled[:, None], positions, 0))
 
 
 def laid_rows(
     rows: Sequence[Tokens], taught: Sequence[NDArray[np.bool_]], prefix: Sequence[int], places: Places
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Lay tokens [T] of rows and which targets are learnt [T]: tokens, mask and labels [B, T] of a `Batch`."""
-    tokens = _laid(rows, np.int64(0), places).numpy()
+    tokens, mask = _laid(rows, 0, torch.int64, places), _laid(taught, 0, torch.bool, places)
     for i, start in zip(places.bins.tolist(), places.starts.tolist(), strict=True) if prefix else ():
-        tokens[i, start : start + len(prefix)] = prefix
-    mask = _laid(taught, np.bool_(0), places).numpy()
+        tokens[i, start : start + len(prefix)] = torch.tensor(prefix)
     # Target t is of the token after `row[t]`, which the last has not.
-    labelled = mask.copy()
+    labelled = mask.numpy().copy()
     labelled[places.bins, places.stops - 1] = False
-    labels = np.full(places.shape, NO_LABEL, dtype=np.int64)
-    np.copyto(labels[:, :-1], tokens[:, 1:], where=labelled[:, :-1])
-    return torch.from_numpy(tokens), torch.from_numpy(mask), torch.from_numpy(labels)
+    labels = torch.full(places.shape, NO_LABEL, dtype=torch.int64)
+    np.copyto(labels.numpy()[:, :-1], tokens.numpy()[:, 1:], where=labelled[:, :-1])
+    return tokens, mask, labels
 
 
 def laid_targets(answers: Sequence[Targets], weight: float, prefix: int, places: Places) -> TeacherTargets:
     """Lay the targets of rows that have a prefix of so many tokens."""
     k = max((targets.k for targets in answers), default=1)
     drawn_ids, drawn_counts = _laid_draws([each.draws for each in answers], prefix, places)
-    no_mass = np.float32(-np.inf)
     return TeacherTargets(
-        _laid([each.ids for each in answers], np.int32(NO_ID), places, k),
-        _laid([each.logprobs for each in answers], no_mass, places, k),
-        _laid([each.log_tail for each in answers], no_mass, places),
+        _laid([each.ids for each in answers], NO_ID, torch.int32, places, k),
+        _laid([each.logprobs for each in answers], -np.inf, torch.float32, places, k),
+        _laid([each.log_tail for each in answers], -np.inf, torch.float32, places),
         weight,
         drawn_ids,
         drawn_counts,
@@ -113,7 +111,7 @@ def _laid_alignment(answers: Sequence[Targets], places: Places) -> Tensor | None
     own = [
         np.zeros((each.num_positions, 3), np.float32) if each.alignment is None else each.alignment for each in answers
     ]
-    return _laid(own, np.float32(0.0), places, 3)
+    return _laid(own, 0.0, torch.float32, places, 3)
 
 
 def _laid_numbers(
@@ -121,25 +119,30 @@ def _laid_numbers(
 ) -> Tensor | None:
     """Numbers [B, T] of rows that all have some; else None."""
     there = [each for each in answers if each is not None]
-    return _laid(there, np.float32(filler), places) if len(there) == len(answers) else None
+    return _laid(there, filler, torch.float32, places) if len(there) == len(answers) else None
 
 
-def _laid(answers: Sequence[NDArray[Any]], filler: np.generic, places: Places, *width: int) -> Tensor:
+def _laid(answers: Sequence[NDArray[Any]], filler: float, dtype: torch.dtype, places: Places, *width: int) -> Tensor:
     """Values [B, T] or [B, T, `width`] of rows [T] or [T, at most `width`], and `filler` where there are none."""
-    laid = np.empty((*places.shape, *width), dtype=filler.dtype)
-    between = [np.broadcast_to(filler, (gap, *width)) for gap in places.gaps]
-    if width:
-        answers = [_widened(values, filler, *width) for values in answers]
-    pieces = chain(between[:1], chain.from_iterable(zip(answers, between[1:], strict=True)))
-    # All rows by one call, as each holds Python's lock for as long as a row takes to copy.
-    np.concatenate(list(pieces), out=laid.reshape(-1, *width), casting="unsafe")
-    return torch.from_numpy(laid)
+    # Torch's own memory: to give back that of an array, whoever drops the tensor waits for Python's lock once more.
+    laid = torch.empty((*places.shape, *width), dtype=dtype)
+    out = laid.numpy().reshape(math.prod(places.shape), *width)
+    fill = np.asarray(filler, out.dtype)
+    pieces: list[NDArray[Any]] = []
+    for gap, values in zip(places.gaps, [*answers, None], strict=True):
+        if gap:
+            pieces.append(np.full((gap, *width), fill))
+        if values is not None:
+            pieces.append(_widened(values, fill, *width) if width else values)
+    # All rows by one call, which lets go of the lock while it copies.
+    np.concatenate(pieces, out=out, casting="unsafe")
+    return laid
 
 
-def _widened(values: NDArray[Any], filler: np.generic, width: int) -> NDArray[Any]:
+def _widened(values: NDArray[Any], filler: NDArray[Any], width: int) -> NDArray[Any]:
     if values.shape[1] == width:
         return values
-    wide = np.full((len(values), width), filler)
+    wide = np.full((len(values), width), filler, filler.dtype)
     wide[:, : values.shape[1]] = values
     return wide
 

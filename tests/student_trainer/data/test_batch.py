@@ -48,10 +48,11 @@ class ScriptedSource:
         self.drop = drop
         self.fail_at = fail_at
         self.calls = 0
+        self.bad_row = -1
 
     def read(self, indexes: Sequence[int], rows: Sequence[Tokens]) -> list[Targets]:
         self.calls += 1
-        if self.calls == self.fail_at:
+        if self.calls == self.fail_at or self.bad_row in indexes:
             raise CorruptSegment("segment 7 is damaged")
         return [self.answer.distribution(row, K)[: len(row) - self.drop] for row in rows]
 
@@ -155,3 +156,45 @@ def test_the_cache_source_cuts_to_k(root: Path) -> None:
     np.testing.assert_allclose(np.exp(targets.logprobs).sum(1) + np.exp(targets.log_tail), 1.0, atol=1e-3)
     assert source.identity.tokenizer_sha256 == cache.corpus("docs").tokenizer_sha256
     assert source.held == "k=3, encoding f32"
+
+
+def test_batches_that_are_read_together_are_those_that_are_read_alone_up_to_the_one_to_blame(root: Path) -> None:
+    reader, source = scripted_reader(root)
+    alone = [reader.read_packed([[3, 1], [0]]), reader.read_packed([]), reader.read_packed([[7]])]
+    source.calls = 0
+    together = list(reader.read_many([[[3, 1], [0]], [], [[7]]]))
+    assert source.calls == 1
+    for one, other in zip(alone, together, strict=True):
+        assert one.num_bytes == other.num_bytes
+        for mine, theirs in zip(tensors(one), tensors(other), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0.0, atol=0.0, equal_nan=True)
+    reader, source = scripted_reader(root)
+    source.bad_row = 4
+    some = reader.read_many([[[3]], [[4]], [[5]]])
+    assert torch.equal(next(some).tokens, reader.read_packed([[3]]).tokens)
+    with pytest.raises(CorruptSegment, match="segment 7"):
+        next(some)
+
+
+def test_a_teacher_without_a_top_k_is_laid_as_tail_alone(root: Path) -> None:
+    teacher = fake_teacher()
+
+    def read(_: Sequence[int], rows: Sequence[Tokens]) -> list[Targets]:
+        return [teacher.distribution(row, K).without_top_k() for row in rows]
+
+    source = TargetSource("tail", teacher.identity, "k=0", read)
+    batch = BatchReader(Cache.open(root).corpus("docs"), (source,), (1.0,), prefix=(1,)).read([5, 0])
+    targets = batch.teachers[0]
+    assert targets.ids.shape == targets.logprobs.shape == (*batch.tokens.shape, 0)
+    assert torch.equal(targets.log_tail == 0.0, batch.mask)
+
+
+def tensors(batch: Batch) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+
+    def take(tensor: torch.Tensor) -> torch.Tensor:
+        found.append(tensor)
+        return tensor
+
+    batch.each(take)
+    return found
