@@ -222,7 +222,8 @@ class BatchReader:
 
         def touch(rows: list[int]) -> None:
             for row in rows:
-                with suppress(PotstillError):
+                # RuntimeError: the process ends, and starts no threads any more.
+                with suppress(PotstillError, RuntimeError):
                     read_all(stored, [row], self.corpus.take([row]))
 
         for part in np.array_split(indexes, min(len(indexes), _OPENERS)) if len(indexes) else ():
