@@ -44,6 +44,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # Half the time of the cache's tests was fsync; a killed process loses nothing of what is in memory.
     if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free >= MEMORY_BYTES:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+    # Threads of processes that share the cores spin while they wait for each other: half of the time with torch.
+    if config.getoption("numprocesses", None):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     # A shell starts what is to run in the background with SIGINT ignored, and so would every process of a test be.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for line in ENGINE_WARNINGS:
