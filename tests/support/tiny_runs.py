@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import json
+import os
+import shutil
+import tempfile
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +59,22 @@ def write_cache(
     seed: int = 0,
 ) -> Path:
     """Ingest random documents of 5 to 30 words and fill every teacher's targets; returns the cache's folder."""
+    if (folder / "cache").exists():
+        return _write(folder, documents, teachers, corpus, seed)
+    shutil.copytree(_written(documents, teachers, corpus, seed), folder, dirs_exist_ok=True)
+    return folder / "cache"
+
+
+@cache
+def _written(documents: int, teachers: tuple[str, ...], corpus: str, seed: int) -> Path:
+    """Write it once a process, to be copied: many tests begin with the same one."""
+    folder = Path(tempfile.mkdtemp(dir=os.environ.get("PYTEST_DEBUG_TEMPROOT")))
+    atexit.register(shutil.rmtree, folder)
+    _write(folder, documents, teachers, corpus, seed)
+    return folder
+
+
+def _write(folder: Path, documents: int, teachers: tuple[str, ...], corpus: str, seed: int) -> Path:
     random = np.random.default_rng(seed)
     texts = [" ".join(f"w{i}" for i in random.integers(1, VOCAB, random.integers(5, 31))) for _ in range(documents)]
     root = write_texts_cache(folder, texts, corpus=corpus)

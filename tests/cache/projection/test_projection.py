@@ -38,7 +38,10 @@ def bits(values: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> list[int]
     return values.view(np.uint32).reshape(-1).tolist()
 
 
-@pytest.mark.parametrize(("framed", "row_tokens"), [("", 37), ("be", 50), ("e", 50), ("b", 37)])
+@pytest.mark.parametrize(
+    ("framed", "row_tokens"),
+    [("", 37), ("be", 50), *(pytest.param(*each, marks=pytest.mark.slow) for each in (("e", 50), ("b", 37)))],
+)
 def test_an_equal_tokenizer_gives_the_same_bit_by_bit(cache: Cache, text: Path, framed: str, row_tokens: int) -> None:
     """However the rows are cut. A vocabulary that is larger than the tokenizer stays so."""
     tokenizer = with_special(bpe(400))

@@ -129,7 +129,9 @@ def test_keys_that_change_training(root: Path, tmp_path: Path, student: Any, dro
     assert first[0] != pytest.approx(first[1], rel=1e-6)
 
 
-@pytest.mark.parametrize("keys", [GEMMA3, {"model_type": "llama4", "text_config": TEXT}])
+@pytest.mark.parametrize(
+    "keys", [GEMMA3, pytest.param({"model_type": "llama4", "text_config": TEXT}, marks=pytest.mark.slow)]
+)
 def test_nested_configs_train_go_on_and_load(root: Path, tmp_path: Path, keys: dict[str, Any]) -> None:
     for steps in (2, 3):
         result = run_of(root, tmp_path / "run", steps=steps, student={"config": keys}, schedule_steps=3)

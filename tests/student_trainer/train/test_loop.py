@@ -219,6 +219,7 @@ def test_a_student_of_some_layers_resumes_and_is_published_with_them(root: Path,
     assert load_student(tmp_path / "straight" / "model").config.num_hidden_layers == 2
 
 
+@pytest.mark.slow
 def test_tied_embeddings_survive_a_resume(root: Path, tmp_path: Path) -> None:
     tied = {"student": {"config": {**STUDENT, "tie_word_embeddings": True}}}
     straight, resumed = (config_of(root, tmp_path / name, **tied) for name in ("straight", "resumed"))

@@ -64,7 +64,10 @@ def test_a_jump_of_the_rate_is_told(root: Path, tmp_path: Path, caplog: pytest.L
     assert rates[6] > 3 * rates[5]
 
 
-@pytest.mark.parametrize("longer", [{"steps": 12, "schedule_steps": 12}, {"steps": 12, "schedule": "constant"}])
+@pytest.mark.parametrize(
+    "longer",
+    [{"steps": 12, "schedule_steps": 12}, pytest.param({"steps": 12, "schedule": "constant"}, marks=pytest.mark.slow)],
+)
 def test_a_planned_extension_has_no_jump(
     root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, longer: dict[str, object]
 ) -> None:
