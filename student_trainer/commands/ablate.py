@@ -37,8 +37,11 @@ def run(args: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from potstill.student_trainer.ablate.comparison import compare
     from potstill.student_trainer.ablate.grid import GridConfig
+
+    # Told at once if it is wrong: what follows takes torch, and so many seconds, to import.
+    grid = GridConfig.from_toml(args.grid, out=args.out)
+    from potstill.student_trainer.ablate.comparison import compare
     from potstill.student_trainer.ablate.outcome import Failure
     from potstill.student_trainer.ablate.page import write_page
     from potstill.student_trainer.ablate.progress import showing
@@ -46,7 +49,6 @@ def run(args: argparse.Namespace) -> int:
     from potstill.student_trainer.train.interrupt import stop_on_signals
 
     console = Console(stderr=args.json)
-    grid = GridConfig.from_toml(args.grid, out=args.out)
     runs = plan_runs(grid)
     found = outcomes_there(runs, Path(grid.out))
     left = [each for each in runs if (each.cell, each.seed) not in found]

@@ -42,15 +42,17 @@ def run(args: argparse.Namespace) -> int:
     import json
 
     from potstill.cache.errors import InvalidInput
-    from potstill.student_trainer.evaluate.evidence import evidence_json
     from potstill.student_trainer.evaluate.result import HELD_OUT
 
     if args.html is not None and not args.html.parent.is_dir():
         raise InvalidInput(f"--html {str(args.html)!r} cannot be written: there is no folder {str(args.html.parent)!r}")
+    opened = _opened(args)
+    from potstill.student_trainer.evaluate.evidence import evidence_json
+
     with ExitStack() as stack:
         # Before rows are measured for hours: a task may be of no use.
         tasks = None if args.tasks is None else stack.enter_context(_tasks(args.tasks))
-        subject = stack.enter_context(_opened(args))
+        subject = stack.enter_context(opened)
         found, outcomes = _measured(subject, tasks)
         if args.html is not None:
             _write_page(args.html, subject, _titled(found), outcomes)
@@ -87,16 +89,20 @@ def _measured(subject: Subject, tasks: Tasks | None) -> tuple[dict[str, Evidence
 
 
 def _opened(args: argparse.Namespace) -> AbstractContextManager[Subject]:
-    """The run or the model that was asked for, with what to judge it by.
+    """The run or the model that was asked for, with what to judge it by; what needs no torch is checked at once.
 
     Raises:
-        NotFound: it is neither. InvalidInput: a model without a cache or a corpus, or tasks.
+        NotFound: it is neither. InvalidInput: a model without a cache or a corpus, or tasks; a run without rows.
+        PotstillError: a cache, a corpus or a teacher is not there.
     """
     from potstill.cache.errors import InvalidInput, NotFound
     from potstill.cache.hub import may_be_hub_name, require_reachable
+    from potstill.student_trainer.train.named import require_corpora, require_to_judge
 
     folder = Path(args.subject)
     if "://" in args.subject or _is_run(folder):
+        if "://" not in args.subject:
+            require_to_judge(folder, args.cache, args.corpus, rows_needed=args.tasks is None)
         from potstill.student_trainer.train.judged import run_to_judge
 
         return run_to_judge(args.subject, cache=args.cache, corpora=args.corpus, rows_needed=args.tasks is None)
@@ -104,15 +110,18 @@ def _opened(args: argparse.Namespace) -> AbstractContextManager[Subject]:
         raise NotFound(f"{args.subject!r} is neither the folder of a run nor of a model: there is no config.json")
     if not folder.exists():
         require_reachable(args.subject, "RUN|MODEL")
-    from potstill.student_trainer.evaluate.other_model import model_alone, model_to_judge
-
     if args.tasks is not None and args.cache is None and not args.corpus:
+        from potstill.student_trainer.evaluate.other_model import model_alone
+
         return model_alone(args.subject)
     if args.cache is None or not args.corpus:
         lacking = "--cache ROOT" if args.cache is None else "--corpus NAME"
         raise InvalidInput(
             f"{args.subject!r} is a model and no run, so what to evaluate it on is not known; add {lacking}"
         )
+    require_corpora(args.cache, args.corpus)
+    from potstill.student_trainer.evaluate.other_model import model_to_judge
+
     return model_to_judge(args.subject, args.cache, args.corpus)
 
 

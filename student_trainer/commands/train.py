@@ -48,6 +48,10 @@ def run(args: argparse.Namespace) -> int:
 
     from potstill.student_trainer.metrics.progress import showing
     from potstill.student_trainer.train.interrupt import stop_on_signals
+    from potstill.student_trainer.train.named import require_named
+
+    if args.ray is None:  # a cluster may have paths that this machine has not
+        require_named(config)
     from potstill.student_trainer.train.loop import train
 
     console = Console()

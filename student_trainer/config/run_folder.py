@@ -22,8 +22,10 @@ PARTIAL = ".partial-"
 """Begins the name of a file or folder that is still being written."""
 
 
-def read_config(run_dir: Path) -> TrainConfig:
+def read_config(run_dir: Path, cache: str | None = None) -> TrainConfig:
     """Read the config that a run was started with; its `train.out` is the folder where it lies now.
+
+    `cache` is where its cache is now, if it is not where it was.
 
     Raises:
         NotFound: no run there. FormatError: not a config of this version.
@@ -37,7 +39,9 @@ def read_config(run_dir: Path) -> TrainConfig:
         raise FormatError(f"{str(file)!r} cannot be read: {error}") from error
     except InvalidInput as error:
         raise FormatError(f"{str(file)!r} is not the config of a run of `potstill train`: {error}") from error
-    return config.model_copy(update={"train": config.train.model_copy(update={"out": str(run_dir.absolute())})})
+    train = config.train.model_copy(update={"out": str(run_dir.absolute())})
+    data = config.data if cache is None else config.data.model_copy(update={"cache": cache})
+    return config.model_copy(update={"train": train, "data": data})
 
 
 def write_json(file: Path, value: object) -> None:

@@ -23,6 +23,7 @@ from potstill.student_trainer.data.sources import open_cache
 from potstill.student_trainer.evaluate.judged import Judged, Subject
 from potstill.student_trainer.evaluate.result import HELD_OUT
 from potstill.student_trainer.models.corpus_tokenizer import model_tokenizer
+from potstill.student_trainer.train.named import require_rows
 from potstill.student_trainer.train.run import OpenRun, eval_reader, opened_run, rows_with_targets
 
 
@@ -44,6 +45,8 @@ def run_to_judge(
         PotstillError: whatever opening the cache or the teachers raises.
     """
     with opened_run(run, cache) as (config, read, student), open_cache(config.data) as opened, ExitStack() as stack:
+        if rows_needed:
+            require_rows(run, config, corpora)
         judged, left = list[Judged](), read.flagged_held_out
         if len(read.held_out):
             told = (f"{counted(left, 'held-out row')} left out, as annotations flag them",) if left else ()
@@ -54,11 +57,6 @@ def run_to_judge(
             judged.append(Judged(name, joined, reader, rows_with_targets(reader), opened, notes))
         further = [name for name in dict.fromkeys(corpora) if name not in read.eval_readers]
         judged += [_further(config, read, opened, opened.corpus(name), stack) for name in further]
-        if rows_needed and not judged:
-            raise InvalidInput(
-                f"run {str(run)!r} has no held-out rows: its data.held_out is 0, and it has no data.eval_corpora; "
-                "name a corpus by --corpus"
-            )
         yield Subject(
             str(run), student, config.train.dtype, partial(model_tokenizer, student.config, read.corpus), judged
         )

@@ -47,6 +47,7 @@ from potstill.student_trainer.evaluate.result import HELD_OUT, Evaluation, finis
 from potstill.student_trainer.evaluate.student import batches_of, evaluate_student
 from potstill.student_trainer.models.build import load_student
 from potstill.student_trainer.parallel.group import Group, device_for
+from potstill.student_trainer.train.named import require_rows
 from potstill.student_trainer.train.rollback import read_skipped
 
 
@@ -303,9 +304,7 @@ def opened_run(run: Path | str, cache: str | None = None) -> Iterator[tuple[Trai
 
 @contextmanager
 def _opened_folder(run_dir: Path, cache: str | None) -> Iterator[tuple[TrainConfig, OpenRun, PreTrainedModel]]:
-    config = read_config(run_dir)
-    if cache is not None:
-        config = config.model_copy(update={"data": config.data.model_copy(update={"cache": cache})})
+    config = read_config(run_dir, cache)
     # A run that goes on after it was finished has newer checkpoints than its model.
     finished = finished_result(config) is not None and (run_dir / "model").exists()
     try:
@@ -333,8 +332,5 @@ def evaluate_run(run: Path | str) -> dict[str, Evaluation]:
         InvalidInput: it has nothing to evaluate on. PotstillError: whatever `opened_run` raises.
     """
     with opened_run(run) as (config, opened, student):
-        if not len(opened.held_out) and not opened.eval_readers:
-            raise InvalidInput(
-                f"run {str(run)!r} has no held-out rows: its data.held_out is 0, and it has no data.eval_corpora"
-            )
+        require_rows(run, config)
         return evaluate_on_all(student, opened, config)

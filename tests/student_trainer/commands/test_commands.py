@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from potstill.clients.cli import main
+from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.metrics.records import read_metrics
 from tests.support.tiny_runs import STUDENT, write_cache
 
@@ -134,10 +135,36 @@ def test_a_signal_writes_a_checkpoint_and_the_same_command_goes_on(
     assert steps == list(range(1, last + 3))
 
 
-def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = write_config(tmp_path, tmp_path, steps=1)
-    assert main(["train", str(file), "--no-ray"]) == 1
-    told = capsys.readouterr()
-    assert told.err.count("\n") == 1
-    assert told.err.startswith(("unknown_corpus: ", "invalid_input: "))
-    assert told.out == ""
+def test_what_can_be_told_without_torch_is_told_before_it_is_imported(root: Path, tmp_path: Path) -> None:
+    good = write_config(root, tmp_path, steps=1).read_text()
+    config = TrainConfig.from_toml(tmp_path / "run.toml")
+    no_rows = config.model_copy(update={"data": config.data.model_copy(update={"held_out": 0})})
+    for name, each in (("ended", config), ("bare", no_rows)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(each.to_json()))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    for name, new in (("key", good + "stops = 3\n"), ("teacher", good.replace('"fake"', '"big"'))):
+        (tmp_path / f"{name}.toml").write_text(new)
+    told = {
+        "train nowhere.toml": "there is no file 'nowhere.toml'",
+        "train key.toml": "train.stops",
+        "train teacher.toml": "big",
+        "evaluate a/b/nowhere": "'a/b/nowhere': there is no such folder here",
+        "evaluate bare": "run 'bare' has no held-out rows: its data.held_out is 0",
+        "evaluate ended --corpus other": "no corpus 'other'",
+        "evaluate ended --cache nowhere": "nowhere",
+        "evaluate model": "is a model and no run, so what to evaluate it on is not known; add --cache ROOT",
+        f"evaluate model --cache {root} --corpus other": "no corpus 'other'",
+        "ablate nowhere.toml": "there is no file 'nowhere.toml'",
+    }
+    code = (
+        "import sys; sys.modules.update(torch=None, ray=None, lm_eval=None)\n"
+        "from potstill.clients.cli import main\n"
+        f"for line in {list(told)!r}: assert main(line.split()) == 1, line"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    lines = found.stderr.splitlines()
+    assert (found.returncode, found.stdout, len(lines)) == (0, "", len(told)), found.stderr
+    for line, part in zip(lines, told.values(), strict=True):
+        assert part in line
