@@ -39,6 +39,17 @@ def damage(checkpoint: Path) -> str:
         return f"it cannot be read: {error!r}"
 
 
+def hashes_of(checkpoint: Path) -> dict[str, dict[str, int | str]]:
+    """Read what the mark of a checkpoint says of its files; nothing where it is empty or cannot be read."""
+    try:
+        found: dict[str, dict[str, int | str]] = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))[
+            "files"
+        ]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return found
+
+
 def _first_difference(expected: Mapping[str, Mapping[str, int | str]], files: Mapping[str, Path]) -> str:
     for name, written in expected.items():
         if name not in files:

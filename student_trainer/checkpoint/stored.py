@@ -23,7 +23,7 @@ from typing import Any, Literal, Self
 
 from potstill.cache.errors import CorruptSegment, StoreError, StoreSilent
 from potstill.cache.store import Root
-from potstill.student_trainer.checkpoint.marker import measured
+from potstill.student_trainer.checkpoint.marker import hashes_of, measured
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.config.run_folder import PARTIAL, only_trainer, write_lines
 
@@ -74,10 +74,13 @@ class StoredRun:
             self._put("results", name, self._records(_RESULT))
             self._remove("results", [other for other in self._root.folders("results") if other != name])
 
-    def bring(self) -> None:
+    def bring(self) -> int:
         """Bring the newest checkpoint that is what was put, and the result if there is none of an earlier step.
 
         Damaged ones are passed over, with a warning.
+
+        Returns:
+            The step of the checkpoint, where its hashes are those that its own mark has; else -1.
 
         Raises:
             CorruptSegment: there are checkpoints, and all are damaged. StoreError: the store does not answer.
@@ -87,6 +90,14 @@ class StoredRun:
         result = self._bring_newest("results", checkpoint)
         if not result:
             (self._folder / "summary.json").unlink(missing_ok=True)
+        step = checkpoint.removeprefix("step-")
+        return int(step) if step.isdecimal() and self._is_marked(checkpoint) else -1
+
+    def _is_marked(self, name: str) -> bool:
+        """Tell whether a checkpoint's own mark names the hashes that the store has, with which it was compared."""
+        mark = hashes_of(self._folder / "checkpoints" / name)
+        files: dict[str, Any] = json.loads((self._folder / ".stored-checkpoints").read_bytes())["files"]
+        return bool(mark) and all(files.get(f"checkpoint/{each}") == hashed for each, hashed in mark.items())
 
     def _records(self, names: tuple[str, ...]) -> dict[str, Path]:
         # The run may go on meanwhile and write further lines.
@@ -202,16 +213,20 @@ def stored_run(config: TrainConfig) -> StoredRun | None:
     return StoredRun.open(config.train.out, config.run_dir, write=True) if config.in_store else None
 
 
-def bring_run(config: TrainConfig) -> None:
+def bring_run(config: TrainConfig) -> int:
     """Bring the run at `train.out` to its folder here, if it is in an object store; call it before all else.
+
+    Returns:
+        The step of a checkpoint that was compared with its hashes and need not be again; -1 for none.
 
     Raises:
         Unavailable: another process here trains it. PotstillError: as `StoredRun`.
     """
     stored = stored_run(config)
-    if stored is not None:
-        with only_trainer(config.run_dir):
-            stored.bring()
+    if stored is None:
+        return -1
+    with only_trainer(config.run_dir):
+        return stored.bring()
 
 
 def _files(begin: str, path: Path) -> Iterator[tuple[str, Path]]:

@@ -39,34 +39,35 @@ def run(args: argparse.Namespace) -> int:
     if args.no_ray:
         _check_alone(config)
 
-    bring_run(config)
+    brought = bring_run(config)
     finished = finished_before(config)
     if finished is not None:
         print(f"finished before, at step {finished.step}; ask for more train.steps, or choose another --out")
         tell_end(finished, config)
         return 0
 
-    from potstill.student_trainer.metrics.progress import showing
+    from potstill.student_trainer.metrics.progress import begun, showing
     from potstill.student_trainer.train.interrupt import stop_on_signals
     from potstill.student_trainer.train.named import require_named
 
-    if args.ray is None:  # a cluster may have paths that this machine has not
-        require_named(config)
+    require_named(config)
     from potstill.student_trainer.train.loop import train
 
     console = Console()
     where = "in this process" if args.no_ray else "on Ray, whose start takes half a minute"
 
     def begin(step: int) -> None:
-        console.print(f"{f'resuming from step {step}' if step >= 0 else 'training'} {where}", highlight=False)
+        console.print(begun(step, where), highlight=False)
 
     with stop_on_signals() as stop, showing(config.train.steps, console) as show:
         if args.no_ray:
-            result = train(config, should_stop=stop, on_record=show, on_begin=begin)
+            result = train(config, should_stop=stop, on_record=show, on_begin=begin, brought=brought)
         else:
             from potstill.student_trainer.launch.ray import train_with_ray
 
-            result = train_with_ray(config, address=args.ray, should_stop=stop, on_record=show, on_begin=begin)
+            result = train_with_ray(
+                config, address=args.ray, should_stop=stop, on_record=show, on_begin=begin, brought=brought
+            )
     tell_end(result, config)
     return 0 if result.finished else 128 + stop.signal_number
 

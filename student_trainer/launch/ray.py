@@ -51,25 +51,25 @@ def train_with_ray(
     should_stop: Callable[[], bool] = lambda: False,
     on_record: Callable[[Record], None] = lambda _: None,
     on_begin: Callable[[int], None] = lambda _: None,
+    brought: int | None = None,
 ) -> TrainResult:
     """Train like `loop.train`, by `config.train.workers` Ray workers.
 
     Args:
         config: the run.
-        address: of a Ray cluster, like `auto` or `ray://host:10001`; None uses the Ray this process is
-            already connected to, or starts one on this machine for the duration of the call.
+        address: of a Ray cluster, like `auto` or `ray://host:10001`; None for that of this process, or a new one.
         should_stop: asked twice a second; then the workers write a checkpoint and return.
         on_record: called in this process with every record of `metrics.jsonl`.
         on_begin: called before Ray starts, with the step that the run goes on from, or -1.
+        brought: as of `loop.train`.
 
     Raises:
         PotstillError: as `loop.train`; what cannot work is found before Ray starts, or before any worker does where
             the cluster has no place for them. Only what a restart may mend is tried again.
     """
     config = config.absolute()
-    bring_run(config)
-    finished = finished_before(config)
-    if finished is not None:
+    brought = bring_run(config) if brought is None else brought
+    if (finished := finished_before(config)) is not None:
         return finished
     with open_run(config):
         pass  # a missing corpus, teacher or shard is an error here, not three restarts later
@@ -77,7 +77,7 @@ def train_with_ray(
     # A file, as the only channel that surely reaches workers on other machines: they share the run's folder anyway.
     stop_file.unlink(missing_ok=True)
     # Chosen here, as workers' warnings are not shown, and records of steps after a damaged one are to be.
-    begun = step_of(newest_checkpoint(config.run_dir / "checkpoints"))
+    begun = step_of(newest_checkpoint(config.run_dir / "checkpoints", good=brought))
     on_begin(begun)
     warn_of_jump(config, begun)
     follower = MetricsFollower(config.run_dir, after_step=begun)

@@ -22,7 +22,7 @@ from potstill.cache.plurals import counted
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.launch.ending import tell_end
 from potstill.student_trainer.launch.placement import check_one_machine
-from potstill.student_trainer.metrics.progress import showing
+from potstill.student_trainer.metrics.progress import begun, showing
 from potstill.student_trainer.parallel.ddp import DdpGroup
 from potstill.student_trainer.parallel.fsdp import group_class
 from potstill.student_trainer.parallel.group import device_for
@@ -70,8 +70,7 @@ def _follow(config: TrainConfig, group: DdpGroup) -> int:
     console = Console(quiet=group.rank != 0)
 
     def begin(step: int) -> None:
-        told = f"resuming from step {step}" if step >= 0 else "training"
-        console.print(f"{told} with {counted(group.world_size, 'worker')} of torchrun", highlight=False)
+        console.print(begun(step, f"with {counted(group.world_size, 'worker')} of torchrun"), highlight=False)
 
     with stop_on_signals() as stop, showing(config.train.steps, console) as show:
         result = train(config, group, should_stop=stop, on_record=show, on_begin=begin)

@@ -19,6 +19,11 @@ _LINE_SECONDS = 10.0
 """Seconds between two lines where there is no terminal."""
 
 
+def begun(step: int, where: str) -> str:
+    """The first line of a run that goes on from a step, or begins, which is -1."""
+    return f"{f'resuming from step {step}' if step >= 0 else 'training'} {where}"
+
+
 @contextmanager
 def showing(total_steps: int, console: Console) -> Iterator[Callable[[Record], None]]:
     """Give a function that shows a record of `metrics.jsonl`, for use until the block ends."""

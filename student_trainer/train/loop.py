@@ -69,6 +69,7 @@ def train(
     should_stop: Callable[[], bool] = lambda: False,
     on_record: Callable[[Record], None] = lambda _: None,
     on_begin: Callable[[int], None] = lambda _: None,
+    brought: int | None = None,
 ) -> TrainResult:
     """Start, continue or find finished the run in `config.train.out`; every worker of the group calls it.
 
@@ -78,6 +79,7 @@ def train(
         should_stop: asked after every step; when any worker's says yes, all write a checkpoint and return.
         on_record: called on rank 0 with every record of `metrics.jsonl`.
         on_begin: called on rank 0 when all is checked, with the step that the run goes on from, or -1.
+        brought: what `bring_run` gave, where it was called before.
 
     Raises:
         SpecMismatch: the folder holds a run of another config, corpus or teacher, or a teacher does not fit.
@@ -89,15 +91,16 @@ def train(
         PotstillError: whatever reading rows and targets raises.
     """
     group = group or Group(device=device_for(config.train.device))
-    if group.rank == 0:
-        bring_run(config)
+    if group.rank == 0 and brought is None:
+        brought = bring_run(config)
     group.barrier()
+    good = -1 if brought is None else brought
 
     def begin(step: int) -> None:
         on_begin(step)
         warn_of_jump(config, step)
 
-    result = run_session(config, group, should_stop=should_stop, on_record=on_record, on_begin=begin)
+    result = run_session(config, group, should_stop=should_stop, on_record=on_record, on_begin=begin, good=good)
     if result.problem:
         raise Unavailable(result.problem)
     return result

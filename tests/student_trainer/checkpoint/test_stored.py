@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from potstill.cache.errors import CorruptSegment, StoreError
 from potstill.cache.store.root import Root
 from potstill.clients.cli import main
+from potstill.student_trainer.checkpoint.marker import mark
 from potstill.student_trainer.checkpoint.stored import StoredRun
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.config.train_config import local_copy
@@ -185,3 +186,20 @@ def test_a_machine_that_was_thought_to_be_gone_removes_no_later_checkpoint(tmp_p
         StoredRun.open(f"file://{tmp_path}/store", tmp_path / machine, write=True).put_checkpoint(checkpoint)
         shutil.rmtree(checkpoint)
     assert groups(f"file://{tmp_path}/store") == ["checkpoints/step-00000005", "checkpoints/step-00000006"]
+
+
+def test_hashes_that_were_compared_while_bringing_are_not_compared_again(tmp_path: Path) -> None:
+    """But where a checkpoint was damaged before it was put, which its own mark tells."""
+    url = f"file://{tmp_path}/store"
+    for step, damaged in ((1, False), (2, True)):
+        checkpoint = tmp_path / f"here/checkpoints/step-{step:08d}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "state.json").write_text("{}")
+        mark(checkpoint)
+        if damaged:
+            (checkpoint / "state.json").write_text("[]")
+        for name in ("config.json", "metrics.jsonl"):
+            (tmp_path / "here" / name).write_text("")
+        StoredRun.open(url, tmp_path / "here", write=True).put_checkpoint(checkpoint)
+        for folder in ("here", "there"):
+            assert StoredRun.open(url, tmp_path / folder, write=False).bring() == (-1 if damaged else step)
