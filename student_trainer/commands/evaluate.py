@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,7 +54,11 @@ def run(args: argparse.Namespace) -> int:
         # Before rows are measured for hours: a task may be of no use.
         tasks = None if args.tasks is None else stack.enter_context(_tasks(args.tasks))
         subject = stack.enter_context(opened)
-        found, outcomes = _measured(subject, tasks)
+        try:
+            found, outcomes = _measured(subject, tasks)
+        except KeyboardInterrupt:
+            sys.stderr.write("stopped: nothing of it is kept; the same command begins again\n")
+            raise
         if args.html is not None:
             _write_page(args.html, subject, _titled(found), outcomes)
     if args.json:

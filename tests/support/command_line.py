@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 
 import pytest
 
@@ -23,6 +24,15 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1, lines
     return lines[0]
+
+
+class InterruptedStream(io.StringIO):
+    """In place of stderr: Ctrl-C is pressed when a line of progress is written to it, as at the end of the work."""
+
+    def write(self, text: str) -> int:
+        if "/s, " in text:
+            raise KeyboardInterrupt
+        return super().write(text)
 
 
 def run_command(command: Command, *arguments: object) -> int:

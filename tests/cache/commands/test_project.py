@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 from potstill.cache import Cache
 from potstill.cache.commands import export, project, verify
 from potstill.cache.errors import InvalidInput
-from tests.support.command_line import run_command
+from tests.support.command_line import InterruptedStream, run_command
 from tests.support.corpora import byte_tokenizer, topics
 from tests.support.tokenizers.small import of_letters, trained
 from tests.support.tokenizers.two_corpora import ingested, taught, write
@@ -52,20 +51,11 @@ def test_it_tells_what_aligned(root: Path, capsys: pytest.CaptureFixture[str]) -
     assert last == "fake: 0 shards of corpus students committed, 2 before"
 
 
-class _Interrupted(io.StringIO):
-    """A stream at which Ctrl-C is pressed when progress is written to it."""
-
-    def write(self, text: str) -> int:
-        if "positions/s" in text:
-            raise KeyboardInterrupt
-        return super().write(text)
-
-
 def test_ctrl_c_says_what_is_kept_and_the_same_command_goes_on(
     root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Progress is told at the end of the last shard, before it is committed."""
-    told = _Interrupted()
+    told = InterruptedStream()
     with monkeypatch.context() as at:
         at.setattr("sys.stderr", told)
         with pytest.raises(KeyboardInterrupt):

@@ -10,6 +10,7 @@ import pytest
 from potstill.cache.types import Fields
 from potstill.clients.cli import main
 from potstill.student_trainer.train.loop import train
+from tests.support.command_line import InterruptedStream
 from tests.support.tiny_runs import config_of, fill, write_cache
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -54,6 +55,17 @@ def test_a_run_with_nothing_to_be_judged_by(
     assert shown.out == ""
     assert told in shown.err
     assert shown.err.count("\n") == 1
+
+
+def test_ctrl_c_leaves_nothing_half_written_and_says_so(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr", told := InterruptedStream())
+    words = ["--cache", str(run.parent / "elsewhere"), "--corpus", "other", "--html", str(tmp_path / "page.html")]
+    assert main(["evaluate", str(run), *words]) == 130
+    assert told.getvalue() == "stopped: nothing of it is kept; the same command begins again\ninterrupted\n"
+    assert capsys.readouterr().out == ""
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_teacher_of_draws_alone_is_measured_by_its_whole_distributions(
