@@ -6,11 +6,12 @@ An event loop in between, with a task for each range, holds Python's lock longer
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Final, TypeAlias, TypeVar
 
 import numpy as np
@@ -23,8 +24,7 @@ from potstill.cache.store.object_stores import is_absent, store_error
 
 Stored: TypeAlias = NDArray[np.uint8]
 """Bytes as they are stored."""
-_THREADS: Final = PerProcess(partial(ThreadPoolExecutor, 32, thread_name_prefix="ranges"))
-"""They stay: to start some for each read costs more than the read."""
+_MOST_THREADS = 32
 T = TypeVar("T")
 
 
@@ -47,17 +47,12 @@ class ObjectRanges:
 
     def read(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[Stored]:
         """Read ranges (start, stop) of one object; a store is asked for those that adjoin by one request."""
-        starts, ends = zip(*ranges, strict=True)
-        with self._errors(key, max(ends)):
-            if self._folder is None:
-                # Not what lies in between: it would be read again when it is wanted.
-                found = self._store.get_ranges(key, starts=starts, ends=ends, coalesce=0)
-            else:
-                with (self._folder / key).open("rb", buffering=0) as file:
-                    found = [os.pread(file.fileno(), stop - start, start) for start, stop in ranges]
+        end = max(stop for _, stop in ranges)
+        with self._errors(key, end):
+            found = self._of_store(key, ranges) if self._folder is None else _of_file(self._folder / key, end, ranges)
         if any(len(data) != stop - start for data, (start, stop) in zip(found, ranges, strict=True)):
             raise _cut_short(key)
-        return [np.frombuffer(data, np.uint8) for data in found]
+        return found
 
     def read_end(self, key: str, length: int) -> Stored:
         """Read the last bytes of one object."""
@@ -70,6 +65,24 @@ class ObjectRanges:
         if len(data) != length:
             raise _cut_short(key)
         return np.frombuffer(data, np.uint8)
+
+    def _of_store(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[Stored]:
+        # obstore joins ranges, too, but panics where an object ends before one that it joined to others begins. What
+        # lies between ranges is not read: it would be read again when it is wanted.
+        spans: list[tuple[int, int]] = []
+        for start, stop in sorted(ranges):
+            if spans and start <= spans[-1][1]:
+                spans[-1] = spans[-1][0], max(spans[-1][1], stop)
+            else:
+                spans.append((start, stop))
+        starts, ends = zip(*spans, strict=True)
+        found = self._store.get_ranges(key, starts=starts, ends=ends, coalesce=0)
+        data = [np.frombuffer(each, np.uint8) for each in found]
+        places = np.searchsorted(starts, [start for start, _ in ranges], side="right") - 1
+        return [
+            data[at][start - starts[at] : stop - starts[at]]
+            for at, (start, stop) in zip(places.tolist(), ranges, strict=True)
+        ]
 
     def _end(self, key: str, length: int) -> Any:
         try:
@@ -97,14 +110,58 @@ class ObjectRanges:
             return False
 
 
+class _Threads:
+    """Daemon threads, as a process is not to wait for a store that does not answer before it ends.
+
+    They stay: to start some for each read costs more than the read.
+    """
+
+    def __init__(self) -> None:
+        self._calls = SimpleQueue[Callable[[], None]]()
+        self._number = 0
+
+    def submit(self, read: Callable[[], T]) -> Future[T]:
+        """Make a read in one of them."""
+        future = Future[T]()
+
+        def call() -> None:
+            try:
+                future.set_result(read())
+            except BaseException as error:  # noqa: BLE001 -- carried to the thread that asked, whatever it is
+                future.set_exception(error)
+
+        self._calls.put(call)
+        if self._number < _MOST_THREADS:
+            self._number += 1
+            threading.Thread(target=self._work, name=f"ranges-{self._number}", daemon=True).start()
+        return future
+
+    def _work(self) -> None:
+        while True:
+            self._calls.get()()
+
+
+_THREADS: Final = PerProcess(_Threads)
+
+
 def side_by_side(reads: Sequence[Callable[[], T]]) -> list[T]:
     """Make reads of stores at once; raises what the first of them raises, when all have ended."""
-    others = [_THREADS.get().submit(read) for read in reads[1:]]
+    # The main thread makes none: Ctrl-C would have to wait for the store.
+    own = int(threading.current_thread() is not threading.main_thread())
+    others = [_THREADS.get().submit(read) for read in reads[own:]]
     try:
-        found = [read() for read in reads[:1]]
+        found = [read() for read in reads[:own]]
     finally:
         wait(others)
     return [*found, *(each.result() for each in others)]
+
+
+def _of_file(file: Path, end: int, ranges: Sequence[tuple[int, int]]) -> list[Stored]:
+    with file.open("rb", buffering=0) as opened:
+        if end > os.fstat(opened.fileno()).st_size:  # by how much it may be: more than there is memory
+            return [np.empty(0, np.uint8)] * len(ranges)
+        found = [os.pread(opened.fileno(), stop - start, start) for start, stop in ranges]
+    return [np.frombuffer(data, np.uint8) for data in found]
 
 
 def _cut_short(key: str) -> CorruptSegment:

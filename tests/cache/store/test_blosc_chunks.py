@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from zarr.storage import LocalStore
 from potstill.cache.errors import CorruptSegment
 from potstill.cache.store import pipelines
 from potstill.cache.store.blosc_chunks import BloscChunks, Place, blosc_chunks, fetch
+from potstill.cache.store.object_ranges import side_by_side
 
 IDS = np.random.default_rng(0).integers(0, 900, (3000, 5), dtype=np.uint16)
 NOT_THERE = b"\xff" * 16
@@ -46,7 +49,7 @@ def rows(*those: int) -> list[Place]:
     return [(row, 0) for row in those]
 
 
-def test_the_chunks_of_an_object_come_by_one_call_and_its_index_once(tmp_path: Path) -> None:
+def test_chunks_that_adjoin_come_by_one_request_and_the_index_of_an_object_once(tmp_path: Path) -> None:
     asked: list[Any] = []
 
     class Counting(obstore.store.LocalStore):
@@ -66,7 +69,7 @@ def test_the_chunks_of_an_object_come_by_one_call_and_its_index_once(tmp_path: P
         stored = fetch({chunks: rows(*range(3, 30), *range(40, 47))})[chunks]
         np.testing.assert_array_equal(chunks.decoded(3, 30, 1, stored), IDS[3 * 64 : 30 * 64])
         np.testing.assert_array_equal(chunks.decoded(40, 47, 1, stored), IDS[40 * 64 :])
-    assert asked == [{"range": {"suffix": 47 * 16 + 4}}, 34, 34]
+    assert asked == [{"range": {"suffix": 47 * 16 + 4}}, 2, 2]
 
 
 def test_a_chunk_that_the_index_lacks_is_damage(tmp_path: Path) -> None:
@@ -90,6 +93,40 @@ def test_an_object_that_is_missing_or_cut_short_is_damage(tmp_path: Path, in_fol
     for chunks in (known, chunks_of(store)):
         with pytest.raises(CorruptSegment, match="group/values/c/0/0 is missing"):
             fetch({chunks: rows(0)})
+
+
+def test_a_chunk_that_is_said_to_be_larger_than_memory_is_damage(tmp_path: Path) -> None:
+    array_in(tmp_path, empty=False)
+    path = tmp_path / "group/values/c/0/0"
+    stored = path.read_bytes()
+    index = np.frombuffer(stored[-47 * 16 - 4 : -4], "<u8").copy()
+    index[1] = 1 << 61
+    lies = stored[: -47 * 16 - 4] + index.tobytes()
+    path.write_bytes(lies + google_crc32c.value(index.tobytes()).to_bytes(4, "little"))
+    with pytest.raises(CorruptSegment, match="is cut short: a chunk lies beyond its end"):
+        fetch({chunks_of(tmp_path): rows(0)})
+
+
+def test_no_read_of_a_store_keeps_a_process_from_ending_or_from_seeing_ctrl_c() -> None:
+    threads = side_by_side([threading.current_thread] * 3)
+    assert len(threads) == 3
+    assert all(thread.daemon for thread in threads), "as the main thread is not"
+
+
+def test_what_a_read_raises_comes_to_who_asked_when_all_have_ended() -> None:
+    ended: list[int] = []
+
+    def read(number: int) -> int:
+        ended.append(number)
+        if number in (1, 2):
+            raise CorruptSegment(f"segment {number}")
+        return number
+
+    with pytest.raises(CorruptSegment, match="segment 1"):
+        side_by_side([partial(read, number) for number in range(4)])
+    assert sorted(ended) == [0, 1, 2, 3]
+    assert side_by_side([partial(read, number) for number in (5, 3)]) == [5, 3]
+    assert side_by_side([]) == []
 
 
 def test_a_chunk_that_is_shorter_than_its_header_says_is_refused_before_it_is_read(tmp_path: Path) -> None:

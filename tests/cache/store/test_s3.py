@@ -15,10 +15,11 @@ import pytest
 from potstill.cache import Cache
 from potstill.cache.corpus.corpus import Corpus
 from potstill.cache.corpus.ingest import IngestPlan, ingest
-from potstill.cache.errors import InvalidInput, StoreError
+from potstill.cache.errors import CorruptSegment, InvalidInput, StoreError
 from potstill.cache.fill.loop import FillPlan, fill
 from potstill.cache.store.claims import Claims
 from potstill.cache.store.groups import GroupReader, GroupWriter, Layout
+from potstill.cache.store.object_ranges import ObjectRanges
 from potstill.cache.store.object_stores import PROBE
 from potstill.cache.store.root import Root
 from potstill.cache.upkeep.garbage import find_garbage, remove_garbage
@@ -71,6 +72,15 @@ def corpus_at(url: str, folder: Path, count: int = 8) -> tuple[Cache, Corpus]:
     source = write_texts(folder / "text", topics(count))
     plan = IngestPlan(row_tokens=50, shard_positions=1000)
     return cache, ingest(cache.root, "docs", [source], byte_tokenizer(), plan)
+
+
+def test_an_object_that_ends_before_one_of_the_chunks_that_adjoin_is_damage(url: str) -> None:
+    root = Root.open(url, create=True)
+    assert root.create("chunks", bytes(range(250)) * 2)
+    objects = ObjectRanges(root.store)
+    assert [part.tolist() for part in objects.read("chunks", [(3, 5), (0, 2), (2, 3)])] == [[3, 4], [0, 1], [2]]
+    with pytest.raises(CorruptSegment, match="chunks is cut short"):
+        objects.read("chunks", [(0, 400), (400, 700), (700, 900)])
 
 
 def test_create_listing_over_a_page_and_delete_are_as_on_a_local_root(url: str) -> None:
