@@ -179,8 +179,8 @@ class BatchReader:
         """Read the rows of some batches together, and lay one batch after the other; each raises as `read_packed`."""
         try:
             examples = iter(self.examples([row for bins in batches for each in bins for row in each]))
-        except PotstillError:
-            if len(batches) == 1:
+        except PotstillError as error:
+            if len(batches) == 1 or has_no_answer(error):
                 raise
             for bins in batches:  # so that those before the one to blame are there
                 yield self.read_packed(bins)

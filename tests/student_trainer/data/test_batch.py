@@ -15,6 +15,7 @@ from potstill.cache.errors import (
     InvalidInput,
     NotCommitted,
     SpecMismatch,
+    StoreSilent,
     TeacherFailed,
     UnknownTeacher,
     UnsupportedField,
@@ -174,6 +175,20 @@ def test_batches_that_are_read_together_are_those_that_are_read_alone_up_to_the_
     assert torch.equal(next(some).tokens, reader.read_packed([[3]]).tokens)
     with pytest.raises(CorruptSegment, match="segment 7"):
         next(some)
+
+
+def test_a_store_that_does_not_answer_is_not_asked_again_for_each_batch(root: Path) -> None:
+    asked: list[int] = []
+
+    def read(_: Sequence[int], rows: Sequence[Tokens]) -> list[Targets]:
+        asked.append(len(rows))
+        raise StoreSilent("the store does not answer")
+
+    source = TargetSource("silent", fake_teacher().identity, "k=3", read)
+    reader = BatchReader(Cache.open(root).corpus("docs"), (source,), (1.0,))
+    with pytest.raises(StoreSilent):
+        next(reader.read_many([[[0]], [[1]], [[2]]]))
+    assert asked == [3]
 
 
 def test_a_teacher_without_a_top_k_is_laid_as_tail_alone(root: Path) -> None:
