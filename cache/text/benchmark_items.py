@@ -48,21 +48,17 @@ def read_items(path: Path, fields: Sequence[str] = ()) -> list[Item]:
     Raises:
         InvalidInput: the file cannot be read, has no item, or an item's question is not found.
     """
-    items = [_item(path, number, record, fields) for number, record in enumerate(_records(path))]
+    items = [_item(path, number, record, fields) for number, record in enumerate(_records(path, fields))]
     if not items:
         raise InvalidInput(f"{path} has no item")
     return items
 
 
-def _records(path: Path) -> Iterator[Any]:
+def _records(path: Path, fields: Sequence[str]) -> Iterator[Any]:
     match path.suffix.lower():
         case ".json" | ".jsonl" | ".ndjson":
             found = read_json_records(path)
-            if path.suffix.lower() == ".json" and len(found) == 1 and isinstance(found[0], dict):
-                # The list in one, as {"data": [...]}, or a lone item.
-                lists = [value for value in found[0].values() if isinstance(value, list)]
-                found = lists[0] if len(lists) == 1 and lists[0] and isinstance(lists[0][0], dict) else found
-            yield from found
+            yield from _in_object(found[0], fields) if path.suffix.lower() == ".json" and len(found) == 1 else found
         case ".csv":
             yield from _csv_records(read_named(path), path)
         case ".parquet":
@@ -74,6 +70,14 @@ def _records(path: Path) -> Iterator[Any]:
                 raise InvalidInput(f"{path} cannot be read as Parquet: {error}") from error
         case _:
             raise InvalidInput(f"{str(path)!r} is not .json, .jsonl, .csv or .parquet; convert it")
+
+
+def _in_object(record: Any, fields: Sequence[str]) -> list[Any]:
+    """Find the items in the one value of a file: a list in an object, as {"data": [...]}, or itself."""
+    if not isinstance(record, dict) or not {*_QUESTIONS, *map(str.lower, fields)}.isdisjoint(map(str.lower, record)):
+        return [record]
+    lists = [value for value in record.values() if isinstance(value, list)]
+    return lists[0] if len(lists) == 1 and lists[0] and isinstance(lists[0][0], dict) else [record]
 
 
 def _csv_records(text: str, path: Path) -> Iterator[dict[str, Any]]:

@@ -76,6 +76,18 @@ def test_kinds_of_files(tmp_path: Path) -> None:
         ]
 
 
+def test_a_list_of_one_item_whose_choices_are_objects(tmp_path: Path) -> None:
+    choices = [{"label": "A", "text": "tails"}, {"label": "B", "text": "heads"}]
+    file = tmp_path / "one.json"
+    for record, fields in (
+        ({"question": QUESTION, "choices": choices, "answerKey": "B"}, []),
+        ({"Task": QUESTION, "choices": choices, "right": "heads"}, ["Task", "right"]),
+    ):
+        for text in (json.dumps([record]), json.dumps(record)):
+            file.write_text(text)
+            assert read_items(file, fields) == [Item("one.json", 0, QUESTION, ("heads",))]
+
+
 def test_marks_that_other_software_takes_for_the_end_of_a_line(tmp_path: Path) -> None:
     """JSON lines end in line feeds alone; a text may hold any other mark."""
     file = tmp_path / "bench.jsonl"
