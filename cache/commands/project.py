@@ -86,7 +86,7 @@ def _print(args: argparse.Namespace, report: ProjectionReport) -> None:
         columns: dict[str, Callable[[_Row], object]] = {"next token": lambda row: row[0], "positions": _positions}
         columns |= {told: partial(_share, name) for name, told in _HEADINGS.items()}
         print_table(columns, report.tally.to_json().items())
-    if report.shards_written and report.shards_before:
+    if report.shards_written and report.shards_before and not report.shards_waiting:
         print("the table is of the shards that were committed now; the same command again prints that of all")
     waiting = f", {report.shards_waiting} wait for targets of corpus {args.source}" if report.shards_waiting else ""
     print(

@@ -76,7 +76,8 @@ def project(
     )
     committed, tally = targets.committed, Tally()
     todo = [shard for shard in np.flatnonzero(~committed).tolist() if _is_ready(projector, shard)]
-    told = todo or [shard for shard in np.flatnonzero(committed).tolist() if _is_ready(projector, shard)]
+    # Not while some wait: whoever asks again and again when they are there would have all made each time.
+    told = todo or [shard for shard in range(len(committed)) if committed.all() and _is_ready(projector, shard)]
     total, done = int(np.diff(corpus.shard_starts)[told].sum()), 0
     if todo:
         _make_ranks(targets, projector)

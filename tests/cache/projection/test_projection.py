@@ -160,6 +160,7 @@ def test_a_shard_waits_for_the_teachers_targets(cache: Cache, text: Path) -> Non
     targets, report = projected(cache)
     assert report.shards_waiting
     assert report.shards_written == targets.committed.sum() > 0
+    assert projected(cache)[1].tally.num_positions == 0, "while it waits nothing is made again to be told"
     taught(cache, teachers)
     targets, again = projected(cache)
     assert again.shards_before == report.shards_written
