@@ -44,7 +44,7 @@ class ProjectionReport:
     shards_waiting: int
     """Shards that need targets which the teacher does not have yet."""
     tally: Tally
-    """What aligned, in the shards that were written; where there was none to write, in those of before."""
+    """Counts of what aligned, in the shards that were written; where there was none to write, in those of before."""
 
 
 def project(

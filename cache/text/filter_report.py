@@ -84,8 +84,9 @@ class FilterCounts:
         """Put text and place of documents in place of their numbers."""
         for dropped in self.dropped.values():
             for sample in dropped.samples:
-                if "copy_of" in sample:
-                    sample["copy_of"] = _shown(*found[sample["copy_of"]])
+                original = found.get(sample.pop("copy_of", -1))
+                if original is not None:  # else its file has changed since it was read
+                    sample["copy_of"] = _shown(*original)
 
     def _drop(self, reason: str, text: str, sample: dict[str, Any], *, alone: bool) -> None:
         dropped = self.dropped.setdefault(reason, Dropped())

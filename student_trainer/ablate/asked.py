@@ -19,7 +19,7 @@ class Asked:
     tasks: str
     """A folder's absolute path, or names of the harness's own."""
     fingerprint: str
-    """Of their questions."""
+    """A hash of their questions."""
 
 
 def asked_of(tasks: str, tokenizer: PreTrainedTokenizerBase) -> Asked:

@@ -14,6 +14,7 @@ from potstill.student_trainer.ablate.grid import GridConfig
 from potstill.student_trainer.ablate.intervals import Difference, difference, signed
 from potstill.student_trainer.ablate.measures import LOSS
 from potstill.student_trainer.ablate.outcome import Failure, Outcome, PerDocument, Point
+from potstill.student_trainer.config.leaves import leaves
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class Row:
     differences: Mapping[str, Difference]
     """Those less the baseline's, over the seeds that both have; none of the baseline itself."""
     reached: Reached | None
-    """None where no seed came to the target loss."""
+    """None where no seed came to the target loss, or its looks were at other rows than the baseline's."""
     seconds: float
     """Of a run, on average."""
     failures: tuple[str, ...]
@@ -60,7 +61,7 @@ class Comparison:
     """By measure; None where neither is."""
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
-    """What there is to say of the students' answers to tasks."""
+    """Remarks on the students' answers to tasks."""
 
     @property
     def measures(self) -> list[str]:
@@ -102,7 +103,7 @@ def compare(grid: GridConfig, outcomes: Mapping[tuple[str, int], Outcome], failu
                 seeds=len(ours),
                 means=_means(ours),
                 differences={} if name == grid.baseline else _differences(ours, base, grid.resamples),
-                reached=None if target is None else _reached(ours, target),
+                reached=None if target is None or _looks_elsewhere(ours, base) else _reached(ours, target),
                 seconds=float(np.mean([each.seconds for each in ours.values()])) if ours else 0.0,
                 failures=tuple(f"seed {each.seed}: {each.detail}" for each in failures if each.cell == name),
             )
@@ -155,6 +156,16 @@ def _differences(ours: Mapping[int, Outcome], base: Mapping[int, Outcome], resam
             there = counts > 0
             found[name] = difference(sums[:, there], theirs[:, there], counts[there], resamples=resamples)
     return found
+
+
+def _looks_elsewhere(ours: Mapping[int, Outcome], base: Mapping[int, Outcome]) -> bool:
+    """Tell whether a cell leaves out other rows than the baseline, of those that it looks at while it trains, too."""
+    key = "data.leave_out"
+    left_out, of_base = (
+        {pair for each in runs.values() for pair in leaves(each.config) if pair[0].startswith(key)}
+        for runs in (ours, base)
+    )
+    return bool(ours and base) and left_out != of_base
 
 
 def _reached(runs: Mapping[int, Outcome], target: float) -> Reached | None:

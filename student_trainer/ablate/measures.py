@@ -34,7 +34,7 @@ class Section:
 
     title: str
     about: str
-    """How they are to be read."""
+    """Words on what they tell."""
     measures: tuple[str, ...]
 
 

@@ -59,7 +59,7 @@ class Outcome:
     asked: str
     """Fingerprint of the questions that its student answered; empty where there were none."""
     notes: list[str]
-    """What there is to say of its answers."""
+    """Remarks on its answers."""
     curve: list[Point]
 
     def save(self, out: Path) -> None:

@@ -125,7 +125,7 @@ class ReadAhead(Generic[Wanted, Found]):
 
     @property
     def _share(self) -> int:
-        """How many a thread begins to read together."""
+        """Number of those that a thread begins to read together."""
         return min(self._together, max(_TOGETHER_BYTES // self._largest, 1)) if self._largest else 1
 
     @property

@@ -120,6 +120,15 @@ def test_seeds_that_only_one_of_two_cells_has_are_left_out(tmp_path: Path) -> No
     assert whole.rows[1].differences == compare(grid_of(tmp_path), of_two, []).rows[1].differences
 
 
+def test_cells_that_looked_at_other_rows_are_not_compared_by_their_looks(tmp_path: Path) -> None:
+    some = {key: replace(each, config={"data": {"leave_out": ["contaminated"]}}) for key, each in outcomes().items()}
+    assert compare(grid_of(tmp_path), some, []).rows[1].reached is not None
+    some |= {key: replace(each, config={"data": {"leave_out": []}}) for key, each in some.items() if key[0] == "kd"}
+    rows = {row.cell: row for row in compare(grid_of(tmp_path), some, []).rows}
+    assert rows["kd"].reached is None
+    assert rows["kd"].differences
+
+
 def test_runs_that_were_judged_on_different_documents_are_not_compared(tmp_path: Path) -> None:
     some = outcomes()
     one = some["kd", 0]
