@@ -70,7 +70,7 @@ def outcomes() -> dict[tuple[str, int], Outcome]:
 
 
 def calibration(random: np.random.Generator, tokens: NDArray[Any], effect: float) -> dict[str, PerDocument]:
-    """Of students that are the surer, the lower their loss is."""
+    """Measures of students that are the surer, the lower their loss is."""
     over = random.normal(0.02 - effect, 0.02, (DOCUMENTS, 3)) * tokens[:, None]
     return {
         TOP1: PerDocument(tokens.tolist(), (0.3 * tokens).tolist(), True),
