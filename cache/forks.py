@@ -27,11 +27,11 @@ class PerProcess(Generic[T]):
 
     def get(self) -> T:
         """This process's value; raises what making it raises."""
-        try:
-            return self._by_process[os.getpid()]
-        except KeyError:
+        process = os.getpid()
+        if process not in self._by_process:
             # Two threads may both make one; the first that is kept serves both.
-            return self._by_process.setdefault(os.getpid(), self._make())
+            return self._by_process.setdefault(process, self._make())
+        return self._by_process[process]
 
 
 class cached(cached_property[T]):  # noqa: N801 -- a decorator

@@ -26,6 +26,17 @@ def read_named(path: str | Path) -> str:
         raise InvalidInput(f"{path}: is not UTF-8: {error.reason} at byte {error.start}") from error
 
 
+def require_folder_of(file: str | Path, option: str) -> None:
+    """Check, before long work, that the folder of a file which is to be written is there.
+
+    Raises:
+        InvalidInput: it is not; the line names the option that gave the file.
+    """
+    folder = Path(file).parent
+    if not folder.is_dir():
+        raise InvalidInput(f"{option} {str(file)!r} cannot be written: there is no folder {str(folder)!r}")
+
+
 def read_toml(path: str | Path) -> dict[str, Any]:
     """Read a TOML file.
 

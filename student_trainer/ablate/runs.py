@@ -43,6 +43,11 @@ class Run:
     asked: Asked | None
     """Tasks that all are judged by."""
 
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the tasks' questions; empty where there are none."""
+        return "" if self.asked is None else self.asked.fingerprint
+
 
 def plan_runs(grid: GridConfig) -> list[Run]:
     """Make the runs, all cells of a seed after each other, and check that each can start.
@@ -126,8 +131,7 @@ def outcomes_there(runs: Sequence[Run], out: Path) -> dict[tuple[str, int], Outc
             raise SpecMismatch(
                 f"cell {run.cell!r} was begun otherwise: {error.detail}; or give the changed cell another name"
             ) from error
-        asked = "" if run.asked is None else run.asked.fingerprint
-        if outcome is None or before is None or outcome.asked != asked:
+        if outcome is None or before is None or outcome.asked != run.fingerprint:
             continue
         if before.train.steps == run.config.train.steps:
             found[run.cell, run.seed] = outcome
@@ -196,7 +200,7 @@ def train_and_judge(
         tokens=result.tokens,
         seconds=result.seconds,
         measures=measures,
-        asked="" if run.asked is None else run.asked.fingerprint,
+        asked=run.fingerprint,
         notes=notes,
         curve=_curve(run.config),
     )

@@ -42,11 +42,11 @@ def run(args: argparse.Namespace) -> int:
     """Measure the final model of a run, or its newest checkpoint, or another model; print what was found."""
     import json
 
-    from potstill.cache.errors import InvalidInput
+    from potstill.cache.named_files import require_folder_of
     from potstill.student_trainer.evaluate.result import HELD_OUT
 
-    if args.html is not None and not args.html.parent.is_dir():
-        raise InvalidInput(f"--html {str(args.html)!r} cannot be written: there is no folder {str(args.html.parent)!r}")
+    if args.html is not None:
+        require_folder_of(args.html, "--html")
     opened = _opened(args)
     from potstill.student_trainer.evaluate.evidence import evidence_json
 

@@ -51,7 +51,7 @@ class TeacherTargets:
     @property
     def tensors(self) -> list[Tensor]:
         """All tensors that are there."""
-        values = (getattr(self, name) for name in self.__dataclass_fields__)
+        values = (getattr(self, field.name) for field in fields(self))
         return [value for value in values if isinstance(value, Tensor)]
 
     def each(self, change: Callable[[Tensor], Tensor]) -> TeacherTargets:

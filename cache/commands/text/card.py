@@ -20,12 +20,12 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from potstill.cache.cache import Cache
-    from potstill.cache.errors import InvalidInput
+    from potstill.cache.named_files import require_folder_of
     from potstill.cache.text.filter_report import read_report
     from potstill.cache.upkeep.card import data_card
 
-    if args.out is not None and not Path(args.out).parent.is_dir():
-        raise InvalidInput(f"--out {args.out!r} cannot be written: there is no folder {str(Path(args.out).parent)!r}")
+    if args.out is not None:
+        require_folder_of(args.out, "--out")
     filtered = None if args.filter is None else read_report(Path(args.filter))
     card = data_card(Cache.open(args.cache), args.corpus, filtered)
     if args.out is None:

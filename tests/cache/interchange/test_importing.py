@@ -31,7 +31,7 @@ def tokenizer(tmp_path: Path) -> Path:
 
 
 def about(root: Path) -> dict[str, Any]:
-    """What `inspect --json` says of the only target set."""
+    """Inspect the only target set, as `inspect --json` does."""
     found: dict[str, Any] = inspect_cache(Cache.open(root)).to_json["targets"]["fake"]["docs"]
     return found
 

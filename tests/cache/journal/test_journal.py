@@ -138,7 +138,7 @@ def test_of_two_processes_scores_of_a_row_the_first_sealed_answers_before_and_af
 
 
 def replace_logprobs(tokens: Tokens) -> JournalRow:
-    """The same row scored by a process whose floats came out differently."""
+    """Score a row again by a process whose floats come out differently."""
     exact = TEACHER.distribution(tokens, K)
     logprobs = exact.logprobs - np.float32(0.5)
     tail = np.log1p(-np.exp(logprobs.astype(np.float64)).sum(axis=1)).astype(np.float32)

@@ -51,7 +51,7 @@ def url(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def faulty_url(url: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The same, reached through the proxy, which injects nothing until it is told to."""
+    """A root reached through the proxy, which injects nothing until it is told to."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
     yield url
     proxy.choose, proxy.drop_header = no_faults, ""

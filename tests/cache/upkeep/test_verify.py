@@ -220,7 +220,7 @@ def test_a_changed_teacher_is_found_out_and_measured(filled: TargetSet) -> None:
 
 
 def test_a_teacher_that_keeps_other_ids_is_found_out(filled: TargetSet) -> None:
-    """Where no id is shared there is no difference: a missing one counts by how far it is above the cut."""
+    """Missing ids count by how far they are above the cut, as ids that are not shared have no difference."""
 
     class Other(FakeTeacher):
         def dense_logprobs(self, row: Tokens) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
