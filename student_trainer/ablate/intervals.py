@@ -54,7 +54,7 @@ class Difference:
 
     value: float
     over_seeds: Interval | None
-    """None where there is one seed only."""
+    """None where there is one seed only, or all seeds came out alike, as counts of few questions do."""
     over_documents: Interval | None
     """None where there are fewer than ten documents on which the two differ."""
 
@@ -103,8 +103,8 @@ def signed(sums: NDArray[np.float64]) -> NDArray[np.float64]:
 def _of_seeds(by_seed: NDArray[np.float64]) -> Interval | None:
     """Student's t interval of a mean of S numbers."""
     number = len(by_seed)
-    if number < 2:
-        return None
+    if number < 2 or (by_seed[0] != 0.0 and np.all(by_seed == by_seed[0])):
+        return None  # seeds that tie do not tell by how much others would differ
     half = stats.t.ppf((1.0 + CONFIDENCE) / 2.0, number - 1) * by_seed.std(ddof=1) / math.sqrt(number)
     return Interval(float(by_seed.mean() - half), float(by_seed.mean() + half))
 

@@ -114,6 +114,16 @@ def test_students_that_do_not_differ_have_no_width() -> None:
     assert found.within_noise
 
 
+def test_seeds_that_tie_do_not_tell_how_others_would_differ() -> None:
+    """As where each seed's student has answered one question more than its twin."""
+    right = np.zeros((3, 36))
+    right[[0, 1, 2], [4, 9, 30]] = 1.0
+    found = difference(right, np.zeros_like(right), np.ones(36), resamples=50)
+    assert found.over_seeds is None
+    assert found.value == pytest.approx(1 / 36)
+    assert found.within_noise is None
+
+
 def test_too_few_documents_or_seeds_have_no_interval() -> None:
     random = np.random.default_rng(5)
     found = difference(random.normal(size=(1, 9)), np.zeros((1, 9)), np.ones(9), resamples=50)
