@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import numpy as np
 import pytest
-import schemathesis
 from hypothesis import HealthCheck, given, settings, strategies as st
-from schemathesis.core.result import Ok
 
 from potstill.cache import Cache, Fields
 from potstill.cache.wire import scores as wire
@@ -23,6 +21,9 @@ from tests.support import http
 from tests.support.fakes import FakeTeacher
 from tests.support.filled_caches import filled_cache
 from tests.support.processes.servers import hosted, opens, serving_teachers
+
+if TYPE_CHECKING:
+    import schemathesis
 
 GROWTH = 400 << 20
 RIGHT = {"name": "fake", "teacher": "fake", "corpus": "docs"}
@@ -47,6 +48,9 @@ def url(tmp_path: Path) -> Iterator[str]:
 @pytest.mark.parametrize("right_name", [True, False])
 @pytest.mark.parametrize("examples", [5, pytest.param(15, marks=pytest.mark.slow)])
 def test_nothing_that_the_api_describes_makes_it_fail(url: str, right_name: bool, examples: int) -> None:
+    import schemathesis
+    from schemathesis.core.result import Ok
+
     api = schemathesis.openapi.from_url(f"{url}/openapi.json")
     operations = [result.ok() for result in api.get_all_operations() if isinstance(result, Ok)]
     assert {operation.path for operation in operations} >= {"/v1/teachers/{name}/score", "/v1/corpora"}
