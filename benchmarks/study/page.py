@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,18 +47,19 @@ def _head(results: Results) -> str:
     plan = results.plan
     runs = [(cell.name, seed) for seed in plan.seeds for cell in plan.cells]
     lacking = [f"{cell} ({seed})" for cell, seed in runs if (cell, seed) not in results.found]
-    told = "All of them are there." if not lacking else f"**Not run yet**, with their seeds: {', '.join(lacking)}."
+    told = f" **Not run yet**, with their seeds: {', '.join(lacking)}." if lacking else ""
     return (
         "# A study of this project\n\n"
         "What is each choice worth? Small students learn from SmolLM2-135M's kept targets on real text, each in one "
         "way, with the same initial weights, rows and order within a seed, and are judged on the same held-out "
         "documents by the teacher's whole distributions. The page is written by `python -m benchmarks.study` from the "
         "results alone, verdicts included.\n\n"
-        f"{len(results.found)} of {len(runs)} runs are there ({len(plan.cells)} cells, {len(plan.seeds)} seeds). {told}"
+        f"{len(results.found)} of {len(runs)} runs are there ({len(plan.cells)} cells, {len(plan.seeds)} seeds).{told}"
     )
 
 
 def _claims(results: Results) -> str:
+    told = judged(results)
     rows = [
         (
             each.claim.told,
@@ -66,15 +68,32 @@ def _claims(results: Results) -> str:
             *(_intervals(each.difference)),
             f"**{each.verdict}**" + _seeds(each.seeds, len(results.plan.seeds)),
         )
-        for each in judged(results)
+        for each in told
     ]
+    verdicts = Counter(each.verdict for each in told)
     return (
         f"## Claims of {_PAPER}\n\n"
         "The paper's students have 300 million parameters and more and billions of tokens; these are far smaller, so "
         "what is refuted here is refuted for such students. A claim is reproduced or refuted only if both 95% "
         'intervals leave zero out: over seeds (Student\'s t) and over held-out documents (bootstrap-t). "As good as" '
         f"means within {EQUAL_SHARE:.0%} of what all probabilities gain over none.\n\n"
+        f"Of {len(told)} claims: {', '.join(f'{number} {verdict}' for verdict, number in verdicts.most_common())}."
+        + _least(results)
+        + "\n\n"
         + _table(("claim", "difference", "mean", "seeds", "documents", "verdict"), rows)
+    )
+
+
+def _least(results: Results) -> str:
+    """Say how large a difference must be to be told from another order of rows and other initial weights."""
+    found = [results.difference(cell.name, CROSS_ENTROPY) for cell in results.plan.cells if not cell.large]
+    over_seeds = [each.over_seeds for each in found if each is not None and each.over_seeds is not None]
+    if not over_seeds:
+        return ""
+    half = float(np.median([(each.high - each.low) / 2.0 for each in over_seeds]))
+    return (
+        f" Seeds are what is uncertain: half of the cells' losses less that of cross-entropy are known to ±{half:.2f} "
+        f"nats or worse over {len(results.plan.seeds)} seeds, so that smaller effects than that cannot be seen here."
     )
 
 
@@ -114,7 +133,7 @@ def _differences(results: Results, base: str) -> str:
         if not rows
         else (
             f"## Less {base}\n\nPaired differences, with 95% intervals over seeds and over documents. `noise`: one of "
-            "them has zero in it; `unknown`: there is one seed only.\n\n"
+            "them has zero in it; `unknown`: one is missing, for fewer than two seeds that differ or ten documents.\n\n"
             + _table(("cell", "loss", *one, "KL", *one), rows)
         )
     )
@@ -208,6 +227,7 @@ def _made(results: Results) -> str:
 
 def _plots(folder: Path, results: Results) -> Iterator[str]:
     small = [cell.name for cell in results.plan.cells if not cell.large]
+    yield "In the plots, the thick bar is the interval over seeds, and the thin one that over documents."
     for measure, base in ((LOSS, CROSS_ENTROPY), (LOSS, DENSE), (KL, DENSE)):
         every = {name: results.difference(name, base, measure) for name in small}
         found = {name: each for name, each in every.items() if each is not None}
