@@ -32,6 +32,8 @@ from scipy import stats
 CONFIDENCE = 0.95
 FEWEST_DOCUMENTS = 10
 """Below this the bootstrap knows too few documents, on which the cells differ, to say how others would."""
+_LEAST_OF_LARGEST = 0.01
+"""Below this share of the largest, a document's difference is none: it would not do for the error of a draw."""
 _NUMBERS_AT_ONCE = 1 << 22
 
 
@@ -118,7 +120,7 @@ def _of_documents(sums: NDArray[np.float64], tokens: NDArray[np.float64], resamp
     mean, error = (float(each[0]) for each in _ratio(sums[None], tokens[None]))
     if error == 0.0:
         return Interval(mean, mean)
-    if np.count_nonzero(sums) < FEWEST_DOCUMENTS:
+    if np.count_nonzero(np.abs(sums) > _LEAST_OF_LARGEST * np.abs(sums).max()) < FEWEST_DOCUMENTS:
         return None  # draws without any of them would have no error to be measured by
     at_once = max(1, _NUMBERS_AT_ONCE // number)
     shifts = []

@@ -50,6 +50,7 @@ def write_page(file: Path, found: Comparison, grid: GridConfig, outcomes: Mappin
     sections = sections_of(found.measures)
     measures = [name for section in sections for name in section.measures]
     page = pages_of("potstill.student_trainer.ablate").get_template("ablation.html.jinja")
+    plots = {name: plot for name in measures if (plot := _differences(found, name)) is not None}
     text = page.render(
         found=found,
         verdict=verdict,
@@ -57,7 +58,8 @@ def write_page(file: Path, found: Comparison, grid: GridConfig, outcomes: Mappin
         told={section.title: more_than_noise(found, section) for section in sections},
         titles={name: title_of(name) + ARROWS[found.higher_is_better[name]] for name in measures},
         counted_over=counted_over,
-        plots={name: plot for name in measures if (plot := _differences(found, name)) is not None},
+        plots=plots,
+        over_documents=[name for name, plot in plots.items() if any(span.documents for span in plot.spans)],
         curves=_curves(grid, outcomes),
         changes={cell.name: dict(leaves(cell.changes)) for cell in grid.all_cells},
         frame={"left": _LEFT, "right": _RIGHT, "top": _TOP},

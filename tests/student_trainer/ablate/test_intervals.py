@@ -114,6 +114,13 @@ def test_students_that_do_not_differ_have_no_width() -> None:
     assert found.within_noise
 
 
+def test_differences_in_a_few_documents_have_no_interval_though_others_differ_a_little() -> None:
+    """As answers that are sure to five places: their bootstrap reached far beyond every one of them."""
+    apart = np.full((3, 12), 1e-6) * np.arange(1, 4)[:, None]
+    apart[:, [2, 7]] -= 0.04
+    assert difference(apart, np.zeros_like(apart), np.ones(12), resamples=50).over_documents is None
+
+
 def test_seeds_that_tie_do_not_tell_how_others_would_differ() -> None:
     """As where each seed's student has answered one question more than its twin."""
     right = np.zeros((3, 36))
