@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -22,23 +23,24 @@ from potstill.cache.upkeep.inspection import against_text, inspect_cache
 _LISTED = 100
 
 
-def data_card(cache: Cache, name: str, filtered: Mapping[str, Any] | None = None) -> str:
+def data_card(cache: Cache, name: str, filtered: Mapping[str, Mapping[str, Any]] | None = None) -> str:
     """Write the card of a corpus.
 
     Args:
         cache: read only.
         name: the corpus's.
-        filtered: report of the filter whose files were ingested (`read_report`).
+        filtered: reports of the filters whose files were ingested (`read_report`), by folder.
 
     Raises:
-        UnknownCorpus: there is none of this name. InvalidInput: the report is of other files.
+        UnknownCorpus: there is none of this name. InvalidInput: a report is of other files.
+        FormatError: a report is damaged.
     """
     corpus = cache.corpus(name)
     found = inspect_cache(cache, name).to_json
     about = found["corpora"].get(name, {})
     lines = [f"# Corpus {_cell(name)}", ""]
     lines += [*_sizes(corpus, about), "", "## Sources", "", *_sources(corpus), "", "## Filter", ""]
-    lines += [*_filter(corpus, filtered), "", "## Benchmarks in it", ""]
+    lines += [*_filter(corpus, filtered or {}), "", "## Benchmarks in it", ""]
     annotations = about.get("annotations", {})
     lines += [*_contamination(annotations), "", "## Written by models", "", *_authors(annotations), ""]
     lines += ["## Annotations", "", *_annotations(annotations), "", "## Teachers", ""]
@@ -83,43 +85,59 @@ def _files(heading: str, files: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield f"And {counted(len(files) - _LISTED, 'file')} more."
 
 
-def _filter(corpus: Corpus, report: Mapping[str, Any] | None) -> Iterator[str]:
-    if report is None:
+def _filter(corpus: Corpus, reports: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    if not reports:
         yield "Not recorded; `potstill card --filter FOLDER` takes what `potstill filter` wrote beside what it kept."
         return
-    with values_read("the report of the filter is damaged"):
-        kept = {output["sha256"] for output in report["outputs"]}
+    kept: set[str] = set()
+    for folder, report in reports.items():
+        with values_read(f"the report of the filter in {folder} is damaged"):
+            mine = {output["sha256"] for output in report["outputs"]}
+        if mine.isdisjoint(source.sha256 for source in corpus.spec.sources):
+            raise InvalidInput(
+                f"no source of corpus {corpus.name!r} is a file that the filter kept in {folder!r}; give "
+                "folders that were ingested"
+            )
+        kept |= mine
     ours = sum(source.sha256 in kept for source in corpus.spec.sources)
-    if not ours:
-        raise InvalidInput(
-            f"no source of corpus {corpus.name!r} is a file that this filter kept; give the folder that was ingested"
-        )
-    with values_read("the report of the filter is damaged"):
-        yield from _filtered(corpus, report, ours)
+    with values_read(f"the report of the filter in {', '.join(reports)} is damaged"):
+        yield from _filtered(corpus, list(reports.values()), ours)
 
 
-def _filtered(corpus: Corpus, report: Mapping[str, Any], ours: int) -> Iterator[str]:
+def _filtered(corpus: Corpus, reports: Sequence[Mapping[str, Any]], ours: int) -> Iterator[str]:
     of = "All sources are" if ours == len(corpus.spec.sources) else f"{ours:,} of {len(corpus.spec.sources):,} are"
-    read, left = report["read"], report["kept"]
+    both = ("documents", "characters")
+    amounts = _added(({key: report[key] for key in ("read", "kept")} for report in reports), both)
+    read, left = amounts["read"], amounts["kept"]
     yield (
         f"{of} what a filter kept: {left['documents']:,} of {counted(read['documents'], 'document')}, "
         f"{left['characters']:,} of {read['characters']:,} characters."
     )
     yield ""
-    yield from _files("filtered file", report["sources"])
+    yield from _files("filtered file", [source for report in reports for source in report["sources"]])
     yield ""
-    dropped = report["dropped"].items()
-    columns = ["dropped by", "documents", "by it alone", "characters"]
-    amounts = ("documents", "alone", "characters")
-    yield from _table(columns, ([name, *(f"{each[key]:,}" for key in amounts)] for name, each in dropped))
+    dropped = _added((report["dropped"] for report in reports), ("documents", "alone", "characters"))
+    yield from _table(["dropped by", "documents", "by it alone", "characters"], _amounts(dropped))
     yield ""
-    languages = report["languages"].items()
-    columns = ["language of what is kept", "documents", "characters"]
-    yield from _table(
-        columns, ([name, *(f"{each[key]:,}" for key in amounts if key != "alone")] for name, each in languages)
-    )
+    languages = _added((report["languages"] for report in reports), both)
+    yield from _table(["language of what is kept", *both], _amounts(languages))
     yield ""
-    yield f"Settings: `{json.dumps(report['settings'])}`"
+    for settings in dict.fromkeys(json.dumps(report["settings"]) for report in reports):
+        yield f"Settings: `{settings}`"
+
+
+def _added(parts: Iterable[Mapping[str, Mapping[str, int]]], keys: Sequence[str]) -> dict[str, Counter[str]]:
+    """Add up the named amounts of several reports; the one with most documents stands first."""
+    total: dict[str, Counter[str]] = {}
+    for part in parts:
+        for name, amount in part.items():
+            total.setdefault(name, Counter()).update({key: amount[key] for key in keys})
+    return dict(sorted(total.items(), key=lambda item: -item[1]["documents"]))
+
+
+def _amounts(named: Mapping[str, Counter[str]]) -> Iterator[list[str]]:
+    for name, amount in named.items():
+        yield [name, *(f"{number:,}" for number in amount.values())]
 
 
 def _contamination(annotations: Mapping[str, Any]) -> Iterator[str]:

@@ -11,7 +11,7 @@ import ast
 import json
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -28,19 +28,20 @@ END = "<|endoftext|>"
 _LEFT_OUT = {"site-packages", "test", "tests", "idle_test"}
 
 
-def main(what: str, out: Path, source: Path | None = None) -> None:
+def main(arguments: Sequence[str]) -> None:
     """Do one of the three."""
-    if what == "text":
-        new = out.with_name(f"{out.name}.new")  # so that a folder of this name is whole
-        write(new / "text", topics_without_copies())
-        write(new / "more", docstrings())
-        new.rename(out)
-    elif what == "tokenizer" and source is not None:
-        train_tokenizer(out, source)
-    elif what == "smollm2":
-        out.symlink_to(materialise(default_models_folder()).absolute())
-    else:
-        raise SystemExit(__doc__)
+    match arguments:
+        case ["text", folder]:
+            new = Path(f"{folder}.new")  # so that a folder of this name is whole
+            write(new / "text", topics_without_copies())
+            write(new / "more", docstrings())
+            new.rename(folder)
+        case ["tokenizer", folder, source]:
+            train_tokenizer(Path(folder), Path(source))
+        case ["smollm2", link]:
+            Path(link).symlink_to(materialise(default_models_folder()).absolute())
+        case _:
+            raise SystemExit(__doc__)
 
 
 def write(folder: Path, documents: Iterator[tuple[str, str]]) -> None:
@@ -102,4 +103,4 @@ def train_tokenizer(out: Path, source: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(Path, sys.argv[2:]))
+    main(sys.argv[1:])

@@ -1,8 +1,15 @@
 #!/usr/bin/env bash
 # From raw text to the table of README.md: run.sh [FOLDER]. Stopped, the same command goes on.
 set -eu
-potstill=${POTSTILL:-potstill}
-python=${PYTHON:-python}
+program() { # NAME: its path, wherever we go
+    case $(type -P "$1") in
+        "") echo "run.sh: there is no program $1; name it by POTSTILL or PYTHON" >&2; exit 1 ;;
+        /*) type -P "$1" ;;
+        *) echo "$PWD/$(type -P "$1")" ;;
+    esac
+}
+potstill=$(program "${POTSTILL:-potstill}")
+python=$(program "${PYTHON:-python}")
 recipe=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "${1:-build/lokilm-tiny}"
 cd "${1:-build/lokilm-tiny}"

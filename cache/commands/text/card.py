@@ -11,7 +11,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("--cache", required=True, metavar="ROOT", help="folder or URL of the cache")
     parser.add_argument("--corpus", required=True, metavar="NAME", help="whose card")
-    parser.add_argument("--filter", metavar="FOLDER", help="that `potstill filter` made, and that was ingested")
+    parser.add_argument(
+        "--filter",
+        nargs="+",
+        default=[],
+        metavar="FOLDER",
+        help="those that `potstill filter` made and that were ingested; the counts of several are added up",
+    )
     parser.add_argument("--out", metavar="FILE", help="where to write it (default: print it)")
 
 
@@ -26,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.out is not None:
         require_folder_of(args.out, "--out")
-    filtered = None if args.filter is None else read_report(Path(args.filter))
+    filtered = {str(folder): read_report(folder) for folder in map(Path, args.filter)}
     card = data_card(Cache.open(args.cache), args.corpus, filtered)
     if args.out is None:
         print(card, end="")

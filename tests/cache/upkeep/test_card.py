@@ -69,6 +69,28 @@ def test_a_card_has_what_was_recorded(made: Path, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out == card
 
 
+def test_filters_of_parts_are_added_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = [tmp_path / "kept" / name for name in "ab"]
+    for folder, texts in zip(kept, (topics(2, characters=2000), [*topics(3, characters=900), "short"]), strict=True):
+        source = tmp_path / f"{folder.name}.jsonl"
+        source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        assert run_command(filter_command, source, "--out", folder, "--duplicates", "exact") == 0
+    cache = Cache.open(tmp_path / "cache", mode="r+")
+    ingest(cache.root, "docs", [tmp_path / "kept"], byte_tokenizer(), IngestPlan(row_tokens=50))
+    arguments = ("--cache", tmp_path / "cache", "--corpus", "docs", "--filter")
+    capsys.readouterr()
+    assert run_command(command, *arguments, *kept) == 0
+    card = capsys.readouterr().out
+    assert "All sources are what a filter kept: 5 of 6 documents" in card
+    filtered = table(card, "Filter")
+    assert filtered["en"][0] == "5"
+    assert filtered["words"][:2] == ["1", "1"]
+    assert (filtered["a.jsonl"][0], filtered["b.jsonl"][0]) == ("2", "4")
+    assert card.count("Settings: ") == 1
+    assert run_command(command, *arguments, kept[0]) == 0
+    assert "1 of 2 are what a filter kept: 2 of 2 documents" in capsys.readouterr().out
+
+
 def test_what_was_not_recorded_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_corpus(tmp_path / "c")
     assert run_command(command, "--cache", tmp_path / "c", "--corpus", "docs") == 0
@@ -83,13 +105,13 @@ def test_a_report_of_other_files_or_a_damaged_one_is_refused(made: Path, tmp_pat
     make_corpus(tmp_path / "c")
     kept = made.parent / "kept"
     arguments = ("--cache", tmp_path / "c", "--corpus", "docs", "--filter")
-    assert "no source of corpus 'docs' is a file that this filter kept" in refusal(command, *arguments, kept)
+    assert "no source of corpus 'docs' is a file that the filter kept in" in refusal(command, *arguments, kept)
     assert f"holds no {FILTER_REPORT}" in refusal(command, *arguments, tmp_path)
     report = json.loads((kept / FILTER_REPORT).read_text())
     del report["read"]
     (kept / FILTER_REPORT).write_text(json.dumps(report))
     said = refusal(command, "--cache", made, "--corpus", "docs", "--filter", kept)
-    assert said == "the report of the filter is damaged: KeyError('read')"
+    assert said == f"the report of the filter in {kept} is damaged: KeyError('read')"
     assert "no corpus 'other'" in refusal(command, "--cache", made, "--corpus", "other")
     out = tmp_path / "no" / "card.md"
     assert f"there is no folder '{out.parent}'" in refusal(command, "--cache", made, "--corpus", "docs", "--out", out)
