@@ -68,7 +68,9 @@ def _add_documents(parser: argparse.ArgumentParser) -> None:
         "(default %(default)s)",
     )
     parser.add_argument(
-        "--skip-bad", action="store_true", help="leave out records that hold no document, and count them"
+        "--skip-bad",
+        action="store_true",
+        help="leave out records that hold no document, and text files that are not UTF-8, and count them",
     )
     parser.add_argument("--skip-unknown", action="store_true", help="leave out files of unknown kinds in folders")
 

@@ -42,7 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text-field", default="text", metavar="F", help="key or column of records with text (default %(default)s)"
     )
-    parser.add_argument("--skip-bad", action="store_true", help="leave out records without text, and count them")
+    parser.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave out records without text, and text files that are not UTF-8, and count them",
+    )
     parser.add_argument("--skip-unknown", action="store_true", help="leave out files of unknown kinds in folders")
 
 

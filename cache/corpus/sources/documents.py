@@ -93,13 +93,13 @@ class BadRecords:
         """Message of the first that was left out."""
         self._skip = skip
 
-    def add(self, message: str) -> None:
-        """Count a record that is left out.
+    def add(self, message: str, *, mend: str = "mend it") -> None:
+        """Count a record that is left out; `mend` says what else can be done.
 
         Raises:
             InvalidInput: bad records are not to be left out.
         """
         if not self._skip:
-            raise InvalidInput(f"{message}; mend it, or leave bad records out with --skip-bad")
+            raise InvalidInput(f"{message}; {mend}, or leave bad records out with --skip-bad")
         self.first = self.first or message
         self.count += 1

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from potstill.cache.corpus.sources.documents import BadRecords, Document, Field, Text
+from potstill.cache.corpus.sources.documents import BadRecord, BadRecords, Document, Field, Text
 from potstill.cache.corpus.sources.files import SourceFile
 from potstill.cache.corpus.sources.tables import arrow_documents, parquet_documents
 from potstill.cache.corpus.sources.token_files import token_documents
-from potstill.cache.corpus.sources.written import json_lines, json_records, text_pieces
+from potstill.cache.corpus.sources.written import TO_UTF8, json_lines, json_records, text_pieces
 
 _RECORDS = {"lines": json_lines, "json": json_records, "parquet": parquet_documents, "arrow": arrow_documents}
 
@@ -21,7 +21,7 @@ def documents(
     Args:
         file: one of `list_sources`.
         field: where the document is in records.
-        bad: told of each record that holds none.
+        bad: told of each record that holds none, and of a text file that is not UTF-8.
         vocab_size: one more than the tokenizer's largest id, by which raw files of token ids are read.
         eos: id at which their documents end.
 
@@ -30,8 +30,18 @@ def documents(
         LimitExceeded: a record of JSON is too large.
     """
     if file.kind == "text":
-        yield Text(str(file.path), text_pieces(file))
+        yield from _text(file, bad)
     elif file.kind == "tokens":
         yield from token_documents(file, vocab_size, eos)
     else:
         yield from _RECORDS[file.kind](file, field, bad)
+
+
+def _text(file: SourceFile, bad: BadRecords) -> Iterator[Text]:
+    try:
+        for _ in text_pieces(file):
+            pass  # read to its end first: what was read of it has become rows when a later piece is found bad
+    except BadRecord as error:
+        bad.add(str(error), mend=f"{TO_UTF8}, take the file out")
+    else:
+        yield Text(str(file.path), text_pieces(file))

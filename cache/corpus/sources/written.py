@@ -14,6 +14,7 @@ from potstill.cache.corpus.sources.opening import MOST_RECORD_BYTES, opened
 from potstill.cache.corpus.sources.records import document, others
 from potstill.cache.errors import InvalidInput, LimitExceeded
 
+TO_UTF8 = "convert it, as by iconv -f LATIN1 -t UTF-8"
 _PIECE_BYTES = 1 << 18
 _SPACE = " \t\r\n"
 
@@ -22,7 +23,7 @@ def text_pieces(file: SourceFile) -> Iterator[str]:
     """Read a text file in pieces that part no character.
 
     Raises:
-        InvalidInput: bytes are not UTF-8.
+        BadRecord: bytes are not UTF-8. InvalidInput: it cannot be unpacked.
     """
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     with opened(file) as data:
@@ -177,9 +178,12 @@ class _Growing:
     def _grow(self, least: int) -> bool:
         """Read at least so many characters more if there are; False at the end."""
         parts, size = [self._text[self._at :]], 0
-        while size < least and (piece := next(self._pieces, "")):
-            parts.append(piece)
-            size += len(piece)
+        try:
+            while size < least and (piece := next(self._pieces, "")):
+                parts.append(piece)
+                size += len(piece)
+        except BadRecord as error:
+            raise InvalidInput(f"{error}; {TO_UTF8}, or take it out") from error
         if sum(map(len, parts)) > MOST_RECORD_BYTES:
             raise _too_large(self._where)
         self._text, self._at = "".join(parts), 0
@@ -191,4 +195,4 @@ def _decoded(decoder: codecs.IncrementalDecoder, data: bytes, where: str, at: in
     try:
         return decoder.decode(data, final=not data)
     except UnicodeDecodeError as error:
-        raise InvalidInput(f"{where} is not UTF-8: {error.reason} at byte {at + error.start}") from error
+        raise BadRecord(f"{where} is not UTF-8: {error.reason} at byte {at + error.start}") from error

@@ -12,9 +12,9 @@ from hypothesis import given, settings, strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from potstill.cache.corpus.sources import SourceFile
+from potstill.cache.corpus.sources.documents import BadRecord
 from potstill.cache.corpus.sources.written import text_pieces
 from potstill.cache.corpus.tokenization import encode_documents, windows
-from potstill.cache.errors import InvalidInput
 from tests.support.corpora import topics
 
 WINDOW, OVERLAP = 3000, 1500
@@ -114,7 +114,7 @@ def test_a_text_file_is_read_in_pieces_that_part_no_character(tmp_path: Path) ->
     assert sum(lengths) == 600_000
     assert max(lengths) < 300_000
     path.write_bytes(b"\xc3\xa9" * 200_000 + b"\xc3")
-    with pytest.raises(InvalidInput, match=r"is not UTF-8: unexpected end of data at byte 400000$"):
+    with pytest.raises(BadRecord, match=r"is not UTF-8: unexpected end of data at byte 400000$"):
         list(text_pieces(SourceFile(path, path.name, "text")))
 
 

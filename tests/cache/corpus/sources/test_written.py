@@ -95,6 +95,30 @@ def test_bad_lines_are_named_or_left_out_and_counted(tmp_path: Path, capsys: pyt
     assert f"7 bad records left out (first: {path}:2 has no text under 'text'" in capsys.readouterr().out
 
 
+def test_a_text_file_that_is_not_utf8_is_named_or_left_out_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("good")
+    (folder / "b.txt").write_bytes(b"good " * (written._PIECE_BYTES // 4) + b"\xff")
+    told = (
+        rf"b\.txt is not UTF-8: .* at byte {written._PIECE_BYTES // 4 * 5}; convert it, as by iconv .* with --skip-bad"
+    )
+    with pytest.raises(InvalidInput, match=told):
+        texts_of(folder)
+    assert texts_of(folder, skip_bad=True) == ["good"]
+    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    command = ["ingest", folder, "--cache", tmp_path / "c", "--corpus", "docs", "--tokenizer", tmp_path, "--skip-bad"]
+    assert run(*command) == 0
+    said = capsys.readouterr().out
+    assert "4 positions in 1 row and 1 shard from 1 document of 2 files" in said
+    assert f"1 bad record left out (first: {folder}/b.txt is not UTF-8" in said
+    (tmp_path / "a.json").write_bytes(b'[{"text": "good"}, {"text": "\xff"}]')  # no line says where the next begins
+    with pytest.raises(InvalidInput, match=r"a\.json is not UTF-8: .*; convert it, as by iconv .*, or take it out"):
+        texts_of(tmp_path / "a.json", skip_bad=True)
+
+
 @pytest.mark.parametrize(
     ("record", "told"),
     [
