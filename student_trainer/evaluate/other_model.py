@@ -11,12 +11,12 @@ import numpy as np
 
 from potstill.cache.cache import Cache
 from potstill.cache.corpus import Corpus
-from potstill.cache.corpus.tokenizer import load_tokenizer, token_table
-from potstill.cache.errors import SpecMismatch
+from potstill.cache.corpus.tokenizer import load_tokenizer
 from potstill.cache.plurals import counted
 from potstill.clients.http_targets import HttpCache
 from potstill.student_trainer.data import BatchReader
 from potstill.student_trainer.data.joined import JoinedCorpora
+from potstill.student_trainer.data.same_tokens import require_same_tokens
 from potstill.student_trainer.data.settings import DataConfig, TeacherConfig
 from potstill.student_trainer.data.sources import TargetSource, open_cache, open_sources
 from potstill.student_trainer.evaluate.judged import Judged, Subject
@@ -24,8 +24,6 @@ from potstill.student_trainer.models.build import build_student
 from potstill.student_trainer.models.corpus_tokenizer import load_model_tokenizer
 from potstill.student_trainer.models.settings import StudentConfig
 from potstill.student_trainer.parallel.group import device_for
-
-_BLOCK = 1 << 22
 
 
 @contextmanager
@@ -114,18 +112,5 @@ def _check_tokens(model: str, corpus: Corpus) -> list[str]:
     """
     if Path(model).is_dir() and not Path(model, "tokenizer.json").is_file():
         return [f"{model!r} has no tokenizer.json; it was taken to have the tokenizer of corpus {corpus.name!r}"]
-    ours, theirs = token_table(corpus.tokenizer), token_table(load_tokenizer(model))
-    differing = [token for token in ours if ours[token] != theirs.get(token)]
-    for start in range(0, corpus.num_positions if differing else 0, _BLOCK):
-        tokens = corpus.tokens(start, min(start + _BLOCK, corpus.num_positions))
-        found = tokens[np.isin(tokens, differing)]
-        if len(found):
-            token = int(found[0])
-            shown = [
-                repr(each[token][0].decode(errors="replace")) if token in each else "nothing" for each in (ours, theirs)
-            ]
-            raise SpecMismatch(
-                f"model {model!r} has another tokenizer than corpus {corpus.name!r}: id {token} is {shown[0]} in its "
-                f"rows, and {shown[1]} to the model; ingest the text again with the model's tokenizer"
-            )
+    require_same_tokens(corpus, load_tokenizer(model), f"model {model!r}")
     return []

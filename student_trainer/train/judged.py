@@ -19,6 +19,7 @@ from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.data import BatchReader
 from potstill.student_trainer.data.held_out import with_copies
 from potstill.student_trainer.data.joined import JoinedCorpora
+from potstill.student_trainer.data.same_tokens import require_tokens_of
 from potstill.student_trainer.data.sources import open_cache
 from potstill.student_trainer.evaluate.judged import Judged, Subject
 from potstill.student_trainer.evaluate.result import HELD_OUT
@@ -41,7 +42,7 @@ def run_to_judge(
 
     Raises:
         NotFound: no run, or nothing trained yet, in the folder.
-        InvalidInput: nothing to judge by is left.
+        InvalidInput: nothing to judge by is left. SpecMismatch: a further corpus has other tokens than the run's.
         PotstillError: whatever opening the cache or the teachers raises.
     """
     with opened_run(run, cache) as (config, read, student), open_cache(config.data) as opened, ExitStack() as stack:
@@ -63,6 +64,7 @@ def run_to_judge(
 
 
 def _further(config: TrainConfig, run: OpenRun, cache: Cache | HttpCache, corpus: Corpus, stack: ExitStack) -> Judged:
+    require_tokens_of(corpus, run.corpus)
     reader = eval_reader(config, cache, corpus, run.reader, stack)
     rows, seen = rows_with_targets(reader), _of_the_run(run, corpus)
     left = np.setdiff1d(rows, seen)

@@ -8,6 +8,7 @@ from pathlib import Path
 from potstill.cache.errors import InvalidInput
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.config.run_folder import read_config
+from potstill.student_trainer.data.same_tokens import require_tokens_of
 from potstill.student_trainer.data.settings import DataConfig
 from potstill.student_trainer.data.sources import open_cache
 
@@ -17,12 +18,15 @@ def require_named(config: TrainConfig, corpora: Sequence[str] = ()) -> None:
 
     Raises:
         InvalidInput: the cache is not there. UnknownCorpus, UnknownTeacher: it has none of a name.
+        SpecMismatch: a further corpus has other tokens than the run's.
         PotstillError: whatever else opening them raises.
     """
     own = [each.name for each in config.data.mixture]
     with open_cache(config.data) as cache:
         for name in (*own, *config.data.eval_corpora, *corpora):
             cache.corpus(name)
+        for name in corpora:
+            require_tokens_of(cache.corpus(name), cache.corpus(own[0]))
         for teacher in config.teachers:
             for name in own if teacher.source == "cache" else ():
                 cache.targets(teacher.name, name)

@@ -233,8 +233,8 @@ def test_a_model_of_another_vocabulary(folder: Path, tmp_path: Path, capsys: pyt
     assert "vocab_size is 300; the corpus's tokenizer has 512 ids" in line
     other = write_cache(tmp_path, documents=4, teachers=())
     line = refused(capsys, folder / "model", "--cache", other, "--corpus", "docs")
-    assert "has another tokenizer than corpus 'docs': id " in line
-    assert line.endswith("ingest the text again with the model's tokenizer")
+    assert line.startswith("spec_mismatch: corpus 'docs' has another tokenizer than model ")
+    assert "ingest the text again with the tokenizer of model " in line
 
 
 def test_a_model_that_diverged(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
+from potstill.cache.corpus.ingest import IngestPlan, ingest
+from potstill.cache.store.root import Root
 from potstill.cache.types import Fields
 from potstill.clients.cli import main
 from potstill.student_trainer.train.loop import train
 from tests.support.command_line import InterruptedStream
-from tests.support.tiny_runs import config_of, fill, write_cache
+from tests.support.tiny_runs import VOCAB, config_of, fill, write_cache
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -23,6 +26,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = write_cache(folder, documents=20)
     write_cache(folder, documents=4, corpus="other", seed=1)
     write_cache(folder, documents=5, corpus="part")  # the first documents of the run's corpus
+    turned = Tokenizer(models.WordLevel({f"w{VOCAB - 1 - i}": i for i in range(VOCAB)}, unk_token="w0"))
+    turned.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    ingest(Root.open(root), "turned", [folder / "other-source"], turned, IngestPlan(row_tokens=12))
     train(config_of(root, folder / "run", data={"held_out": 0}, train={"steps": 1, "eval_every": 1}))
     root.rename(folder / "elsewhere")
     return folder / "run"
@@ -44,6 +50,7 @@ def test_a_run_is_judged_by_a_further_corpus_in_a_cache_that_was_moved(
         ([], "no held-out rows: its data.held_out is 0, and it has no data.eval_corpora; name a corpus by --corpus"),
         (["part"], "no row of corpus 'part' is left to evaluate on: "),
         (["none"], "no corpus 'none'"),
+        (["turned"], "corpus 'turned' has another tokenizer than the run's corpus 'docs': id "),
     ],
 )
 def test_a_run_with_nothing_to_be_judged_by(
