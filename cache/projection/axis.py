@@ -93,9 +93,18 @@ class TextAxis:
         at = next((i for i in range(shorter) if ours[i] != others[i]), shorter)
         shown = [each[max(at - _SHOWN // 2, 0) : at + _SHOWN] for each in (ours, others)]
         raise SpecMismatch(
-            f"document {differs} differs at byte {at:,}: {shown[0]!r} in corpus {self.corpus.name!r}, {shown[1]!r} in "
-            f"{other.corpus.name!r}; ingest the same sources with both tokenizers, neither of which may change texts"
+            f"document {self._named(differs)} differs at byte {at:,}: {shown[0]!r} in corpus {self.corpus.name!r}, "
+            f"{shown[1]!r} in {other.corpus.name!r}; ingest the same sources with both tokenizers, neither of which "
+            "may change texts"
         )
+
+    def _named(self, document: int) -> str:
+        """Count a document from 1, with its file where that is known."""
+        sources = self.corpus.spec.sources
+        ends = np.cumsum([source.documents for source in sources])
+        known = len(ends) and ends[-1] == len(self.hashes)
+        file = f", of {sources[int(np.searchsorted(ends, document, side='right'))].name}," if known else ""
+        return f"{document + 1:,} of {len(self.hashes):,}{file}"
 
     def text(self, document: int) -> bytes:
         """Spell a document, at most about a million of its tokens."""

@@ -67,6 +67,11 @@ def open_object_store(url: str, *, write: bool) -> Any:
         StoreError: the bucket is missing, access is denied, or nobody answers; within about 20 seconds.
     """
     scheme = urlsplit(url).scheme
+    if scheme in ("http", "https"):
+        raise InvalidInput(
+            f"cannot open {url!r}: services are read by clients and by `data.cache` of a run; give the folder or "
+            "object store that the service has its cache in"
+        )
     if scheme not in _ENVIRONMENT:
         known = ", ".join(f"{name}://" for name in _ENVIRONMENT)
         raise InvalidInput(f"cannot open {url!r}: the scheme is not known; take a folder, file:// or {known}")

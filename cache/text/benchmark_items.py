@@ -55,6 +55,8 @@ def read_items(path: Path, fields: Sequence[str] = ()) -> list[Item]:
 
 
 def _records(path: Path, fields: Sequence[str]) -> Iterator[Any]:
+    if path.is_dir():
+        raise InvalidInput(f"{str(path)!r} is a folder; name the files in it, as {path}/*")
     match path.suffix.lower():
         case ".json" | ".jsonl" | ".ndjson":
             found = read_json_records(path)

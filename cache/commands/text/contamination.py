@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     """Look, annotate the rows, and print what was found."""
     from potstill.cache.cache import Cache
     from potstill.cache.corpus import annotate
-    from potstill.cache.corpus.annotations import CONTAMINATED, require_name
+    from potstill.cache.corpus.annotations import require_name
     from potstill.cache.text.contamination import look_for, open_index
 
     corpus = Cache.open(args.cache).corpus(args.corpus)
@@ -61,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
     if args.name in corpus.annotations():
         raise AlreadyExists(
             f"corpus {corpus.name!r} has an annotation {args.name!r}, which stays as it is; give another name, such as "
-            f"--name {CONTAMINATED}-2"
+            f"--name {args.name}-2, or remove it by potstill delete {args.cache} --corpus {corpus.name} --annotation "
+            f"{args.name}"
         )
     files = [Path(file) for file in args.against]
     index = open_index(files, args.field, args.ngram)

@@ -89,7 +89,9 @@ def test_a_text_that_a_tokenizer_composes_is_another_text(cache: Cache, tmp_path
     source = write(tmp_path / "decomposed", [TEXTS[0], "a\u030angstrom"])
     taught(cache, ingested(cache, "theirs", source, byte_tokenizer()), k=4)
     ingested(cache, "mine", source, tokenizer)
-    with pytest.raises(SpecMismatch, match=r"document 1 differs at byte 0: b'\\xc3\\xa5ngs.* in corpus 'mine'"):
+    with pytest.raises(
+        SpecMismatch, match=r"document 2 of 2, of 000001.txt, differs at byte 0: b'\\xc3\\xa5ngs.* in corpus 'mine'"
+    ):
         projected(cache, "mine", "theirs")
 
 
@@ -97,9 +99,12 @@ def test_a_text_that_a_tokenizer_composes_is_another_text(cache: Cache, tmp_path
     ("texts", "told"),
     [
         (TEXTS[:2], "corpus 'students' has 2 documents, corpus 'teachers' has 3; ingest the same sources"),
-        ([*TEXTS[:2], TEXTS[2][:-5] + "12345"], r"document 2 differs at byte 295: b'.*' in corpus 'students', b'"),
-        ([TEXTS[1], TEXTS[0], TEXTS[2]], "document 0 differs at byte"),
-        ([*TEXTS[:2], TEXTS[2] + "!"], "document 2 differs at byte 300"),
+        (
+            [*TEXTS[:2], TEXTS[2][:-5] + "12345"],
+            r"document 3 of 3, of 000002.txt, differs at byte 295: b'.*' in corpus 'students', b'",
+        ),
+        ([TEXTS[1], TEXTS[0], TEXTS[2]], "document 1 of 3, of 000000.txt, differs at byte"),
+        ([*TEXTS[:2], TEXTS[2] + "!"], "document 3 of 3, of 000002.txt, differs at byte 300"),
     ],
 )
 def test_other_documents(cache: Cache, tmp_path: Path, texts: list[str], told: str) -> None:

@@ -167,10 +167,15 @@ def test_a_file_url_is_the_folder_itself(tmp_path: Path) -> None:
     root.flush("a")
 
 
-@pytest.mark.parametrize("url", ["ftp://host/x", "http://host/x", "nothing://"])
+@pytest.mark.parametrize("url", ["ftp://host/x", "nothing://"])
 def test_a_scheme_that_cannot_hold_a_cache_is_refused_in_one_line(url: str) -> None:
     with pytest.raises(InvalidInput, match=r"the scheme is not known; take a folder, file:// or s3://"):
         Root.open(url)
+
+
+def test_a_service_is_no_folder_or_object_store() -> None:
+    with pytest.raises(InvalidInput, match=r"services are read by clients and .*; give the folder or object store"):
+        Root.open("http://host:8700")
 
 
 @pytest.mark.parametrize(

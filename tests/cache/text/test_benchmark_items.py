@@ -145,6 +145,11 @@ def test_files_that_are_refused(tmp_path: Path, name: str, text: str, message: s
         read_items(tmp_path / name)
 
 
+def test_a_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"is a folder; name the files in it, as .*/\*"):
+        read_items(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["a.json", "a.csv", "a.jsonl", "a.parquet"])
 def test_files_that_are_not_there(tmp_path: Path, name: str) -> None:
     with pytest.raises(InvalidInput, match="there is no file"):

@@ -153,7 +153,7 @@ def test_the_command_names_benchmark_item_and_row_and_flags_them(
     again = refusal(command, *arguments)
     assert again == (
         "corpus 'docs' has an annotation 'contaminated', which stays as it is; give another name, such as --name "
-        "contaminated-2"
+        f"contaminated-2, or remove it by potstill delete {cache.root.url} --corpus docs --annotation contaminated"
     )
     assert run_command(command, *arguments, "--name", "contaminated-again") == 0
     said = capsys.readouterr().out
@@ -162,6 +162,7 @@ def test_the_command_names_benchmark_item_and_row_and_flags_them(
     assert said.endswith("rows with items of benchmarks, which training leaves out\n")
     assert run_command(command, *arguments, "--name", "bench") == 0
     assert "which training does not leave out, as the name is not contaminated-" in capsys.readouterr().out
+    assert "such as --name bench-2, or" in refusal(command, *arguments, "--name", "bench")
 
 
 def test_what_a_machine_wrote_is_searched_as_any_text(tmp_path: Path) -> None:
