@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from potstill.cache.commands.progress import progress
@@ -110,8 +111,10 @@ def _ingested(
     from potstill.cache.cache import Cache
     from potstill.cache.corpus.ingest import IngestProgress, ingest
 
-    cache = Cache.open(args.cache, mode="r+")
-    with progress("ingest", "tokens") as show:
+    with ExitStack() as stack:
+        cache = Cache.open(args.cache, mode="r+")
+        stack.callback(cache.root.remove_if_unused)
+        show = stack.enter_context(progress("ingest", "tokens"))
 
         def on_progress(at: IngestProgress) -> None:
             show(at.tokens, None, f"{at.files_done}/{counted(at.files, 'file')}")

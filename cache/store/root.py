@@ -77,6 +77,7 @@ class Root:
         self.folder = folder
         """The local folder; None for an object store."""
         self._clock_began: float | None = None
+        self._made = False
 
     @classmethod
     def open(cls, url: str | Path, *, create: bool = False) -> Self:
@@ -100,11 +101,14 @@ class Root:
         with store_errors(text):
             if folder.exists() and not folder.is_dir():
                 raise InvalidInput(f"no cache at {text!r}: it is a file, not a folder")
+            made = create and not folder.exists()
             if create:
                 folder.mkdir(parents=True, exist_ok=True)
         if not folder.is_dir():
             raise InvalidInput(f"no cache at {text!r}: the folder does not exist; `potstill ingest` makes one")
-        return cls(text, folder, folder)
+        root = cls(text, folder, folder)
+        root._made = made
+        return root
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as the address, which is opened again.
@@ -286,6 +290,12 @@ class Root:
                 while folder != self.folder:
                     folder.rmdir()
                     folder = folder.parent
+
+    def remove_if_unused(self) -> None:
+        """Remove the folder of a local root that opening it made, as long as nothing is in it."""
+        if self._made and self.folder is not None:
+            with suppress(OSError):
+                self.folder.rmdir()
 
     def flush(self, prefix: str) -> None:
         """Return when everything below `prefix` is on stable storage."""

@@ -74,9 +74,11 @@ def filter_files(
     A text file becomes a record with its text and its name, as `source`.
 
     Raises:
-        AlreadyExists: there is something in `out`. InvalidInput: a source is bad, or nothing is kept.
+        AlreadyExists: there is something in `out`.
+        InvalidInput: a source is bad or has `out` in it, or nothing is kept.
         LimitExceeded: a document is too long. StoreError: the disk is full. In all cases nothing is left behind.
     """
+    _require_outside(out, sources)
     field = Field("text", text_field, whole=True)
     files, unknown = list_sources(sources, field, skip_unknown=skip_unknown)
     if tokens := [file.path for file in files if file.kind == "tokens"]:
@@ -200,6 +202,15 @@ def _batches(read: Iterator[_Read]) -> Iterator[list[_Read]]:
             batch, characters = [], 0
     if batch:
         yield batch
+
+
+def _require_outside(out: Path, sources: Sequence[str | Path]) -> None:
+    for source in map(Path, sources):
+        if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+            raise InvalidInput(
+                f"{str(out)!r} lies in the source {str(source)!r}, where the next reading would find it; name a folder "
+                "outside of it"
+            )
 
 
 @contextmanager

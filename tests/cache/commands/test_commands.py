@@ -127,7 +127,10 @@ def test_an_ingest_that_cannot_be_leaves_no_cache_behind(tmp_path: Path, capsys:
     ]
     for arguments, words in cases:
         assert words in refused(capsys, "ingest", *arguments)
-        assert not (tmp_path / "c").exists() or files(tmp_path / "c") == {}
+        assert not (tmp_path / "c").exists()
+    (tmp_path / "c").mkdir()
+    refused(capsys, "ingest", tmp_path / "empty.txt", *tail, "--tokenizer", tmp_path)
+    assert (tmp_path / "c").exists(), "a folder that was there is not ours"
 
 
 def test_a_cache_of_a_newer_format_is_refused_by_every_command(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

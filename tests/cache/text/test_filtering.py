@@ -180,6 +180,13 @@ def test_an_empty_result_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     assert "there is no document in" in refusal(command, tmp_path / "nothing.jsonl", "--out", tmp_path / "o")
 
 
+def test_a_result_within_its_source_is_refused(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "some.jsonl", [{"text": GERMAN}])
+    for out in (tmp_path / "out", tmp_path):
+        assert "lies in the source" in refusal(command, source, tmp_path, "--out", out)
+    assert [path.name for path in tmp_path.iterdir()] == ["some.jsonl"]
+
+
 def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     (tmp_path / "bad.txt").write_bytes(b"good \xff\xfe")
