@@ -16,20 +16,21 @@ def needed_of_cache(name: str, k: int, held: Fields, loss: LossConfig) -> Fields
     """Choose what to read of a cache that holds some fields of the teacher `name`.
 
     Raises:
-        UnsupportedField: the loss needs more; the option of `potstill prefill` that adds it is named.
+        UnsupportedField: the loss needs more; the option of `potstill prefill` that adds it is named, but for targets
+            that are projected, which have a top-k and no more.
     """
     if _draws(loss) and not held.draws:
-        raise _lacking(f"train.loss {loss.loss!r} needs draws", name, "--top-k 0 --draws 50")
+        raise _lacking(f"train.loss {loss.loss!r} needs draws", name, held, "--top-k 0 --draws 50")
     if loss.dense and not held.dense:
-        raise _lacking("train.dense needs the logprobs of all ids", name, "--top-k 0 --dense")
+        raise _lacking("train.dense needs the logprobs of all ids", name, held, "--top-k 0 --dense")
     if loss.weighting == "label" and not k:
-        raise _lacking("train.weighting 'label' needs logprobs of labels", name, "--top-k 64")
+        raise _lacking("train.weighting 'label' needs logprobs of labels", name, held, "--top-k 64")
     if _needs_log_z(loss) and loss.temperature not in held.temperatures:
         kept = f", only at {', '.join(f'{t:g}' for t in held.temperatures)}" if held.temperatures else ""
         told = f"train.temperature {loss.temperature:g} needs log Z at it"
-        raise _lacking(told, name, f"--top-k 0 --temperatures {loss.temperature:g}", kept)
+        raise _lacking(told, name, held, f"--top-k 0 --temperatures {loss.temperature:g}", kept)
     if loss.weighting == "entropy" and not held.entropy:
-        raise _lacking("train.weighting 'entropy' needs entropies", name, "--top-k 0 --entropy")
+        raise _lacking("train.weighting 'entropy' needs entropies", name, held, "--top-k 0 --entropy")
     return Fields(
         k=k,
         draws=held.draws if _draws(loss) else 0,
@@ -91,5 +92,10 @@ def _draws(loss: LossConfig) -> bool:
     return loss.loss in ("draws", "hybrid")
 
 
-def _lacking(told: str, name: str, option: str, kept: str = "") -> UnsupportedField:
+def _lacking(told: str, name: str, held: Fields, option: str, kept: str = "") -> UnsupportedField:
+    if held.alignment:
+        return UnsupportedField(
+            f"{told}, which targets of {name!r} cannot have: they are projected from another tokenizer's; leave "
+            f"{told.partition(' ')[0]} out"
+        )
     return UnsupportedField(f"{told}, which the cache has not of {name!r}{kept}; run `potstill prefill` with {option}")

@@ -17,7 +17,7 @@ from potstill.cache.errors import InvalidInput, NotCommitted, SpecMismatch, Unsu
 from potstill.cache.plurals import counted
 from potstill.cache.targets import TargetSet
 from potstill.cache.targets.names import require_one_identity
-from potstill.cache.types import Fields, Targets, TeacherIdentity, Tokens
+from potstill.cache.types import PROJECTED_FROM, Fields, Targets, TeacherIdentity, Tokens
 from potstill.clients.address import key_in
 from potstill.clients.http_targets import HttpCache, HttpTargets
 from potstill.clients.http_teacher import SyncHttpTeacher
@@ -178,10 +178,22 @@ def open_sources(
     Raises:
         SpecMismatch: a teacher with another tokenizer than the corpus, or with another's name in the cache.
         NotCommitted: shards without targets, where `missing` is "fail", or "ask" without a URL.
-        UnknownTeacher, UnsupportedField, Unavailable: as the cache or the service says.
+        UnsupportedField: the loss needs what they lack, or `alm` and no teacher's targets are projected.
+        UnknownTeacher, Unavailable: as the cache or the service says.
     """
     with ExitStack() as stack:
-        yield tuple(_open(teacher, cache, corpus, missing, loss, stack) for teacher in teachers)
+        opened = tuple(_open(teacher, cache, corpus, missing, loss, stack) for teacher in teachers)
+        if loss.alm and not any(map(is_projected, opened)):
+            raise UnsupportedField(
+                f"train.alm is {loss.alm:g}, but no teacher's targets of corpus {corpus.name!r} are made of another "
+                "tokenizer's by `potstill project`; leave it out"
+            )
+        yield opened
+
+
+def is_projected(source: TargetSource) -> bool:
+    """Tell whether targets are projected from those of another tokenizer."""
+    return PROJECTED_FROM in source.identity.overrides
 
 
 def common_prefix(sources: Sequence[TargetSource], chosen: tuple[int, ...] | None, vocab_size: int) -> tuple[int, ...]:
@@ -246,7 +258,8 @@ def _open(
     if theirs != corpus.tokenizer_sha256 and not compared:
         raise SpecMismatch(
             f"teacher {source.name!r} has tokenizer {theirs[:12]}, but the corpus was made with "
-            f"{corpus.tokenizer_sha256[:12]}; use a corpus of the teacher's tokenizer"
+            f"{corpus.tokenizer_sha256[:12]}; use a corpus of the teacher's tokenizer, or, in the cache, targets that "
+            "`potstill project` makes of such a corpus's"
         )
     return source
 
@@ -270,13 +283,18 @@ def _with_missing(
     """Do what is asked for about shards without targets, of which there are some."""
     if missing == "skip":
         return source
-    if missing == "ask" and teacher.url is not None:
+    projected = is_projected(source)
+    if missing == "ask" and teacher.url is not None and not projected:
         return asking_source(source, _open_service(teacher, loss, stack, seed), corpus)
     committed = source.committed
     assert committed is not None, "something is lacking"
     lacking, first = int((~committed).sum()), int(np.argmin(committed))
-    way_out = f"set teachers.url of {teacher.name!r}" if missing == "ask" else "set data.missing to 'skip' or 'ask'"
+    way_out = "`potstill prefill` for it, or set data.missing to 'skip' or 'ask'"
+    if projected:
+        way_out = "`potstill project` for it, or set data.missing to 'skip'"
+    elif missing == "ask":
+        way_out = f"`potstill prefill` for it, or set teachers.url of {teacher.name!r}"
     raise NotCommitted(
         f"teacher {teacher.name!r} lacks {lacking:,} of {counted(committed.size, 'shard')}, the first is {first}, of "
-        f"corpus {corpus.name!r}; run `potstill prefill` for it, or {way_out}"
+        f"corpus {corpus.name!r}; run {way_out}"
     )

@@ -91,7 +91,7 @@ def _incomplete(cache: Cache | HttpCache, teacher: str, corpus: Corpus) -> str:
         return ""
     return (
         f"teacher {teacher!r} lacks {lacking:,} of {counted(len(committed), 'shard')} of corpus {corpus.name!r}, and "
-        "is not compared with; run `potstill prefill` for it"
+        f"is not compared with; run `potstill {'project' if targets.fields.alignment else 'prefill'}` for it"
     )
 
 

@@ -45,7 +45,8 @@ class WholeTargets:
 
 def whole_targets(cache: Cache | HttpCache, teacher: str, corpora: JoinedCorpora) -> tuple[WholeTargets | None, str]:
     """Find a teacher's whole distributions; without any, None and one line that says how to make them."""
-    parts = {corpus.name: targets for corpus in corpora.corpora if (targets := _dense(cache, teacher, corpus))}
+    there = {corpus.name: targets for corpus in corpora.corpora if (targets := _targets(cache, teacher, corpus))}
+    parts = {name: targets for name, targets in there.items() if targets.fields.dense}
     if any(targets.unshared for targets in parts.values()):
         return None, (
             f"some ids are other tokens to teacher {teacher!r} than to the student, so its whole distributions were "
@@ -53,6 +54,11 @@ def whole_targets(cache: Cache | HttpCache, teacher: str, corpora: JoinedCorpora
         )
     if parts:
         return WholeTargets(corpora, parts), ""
+    if any(targets.fields.alignment for targets in there.values()):
+        return None, (
+            f"targets of teacher {teacher!r} are projected from another tokenizer's, which gives no whole "
+            "distributions, so the exact KLs, total variation and acceptance were not measured"
+        )
     name = corpora.corpora[0].name
     return None, (
         f"teacher {teacher!r} has no whole distributions of corpus {name!r}, which the exact KLs, total variation and "
@@ -61,9 +67,8 @@ def whole_targets(cache: Cache | HttpCache, teacher: str, corpora: JoinedCorpora
     )
 
 
-def _dense(cache: Cache | HttpCache, teacher: str, corpus: Corpus) -> TargetSet | HttpTargets | None:
+def _targets(cache: Cache | HttpCache, teacher: str, corpus: Corpus) -> TargetSet | HttpTargets | None:
     try:
-        targets = cache.targets(teacher, corpus.name)
+        return cache.targets(teacher, corpus.name)
     except UnknownTeacher:
         return None
-    return targets if targets.fields.dense else None

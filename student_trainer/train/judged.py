@@ -20,7 +20,7 @@ from potstill.student_trainer.data import BatchReader
 from potstill.student_trainer.data.held_out import with_copies
 from potstill.student_trainer.data.joined import JoinedCorpora
 from potstill.student_trainer.data.same_tokens import require_tokens_of
-from potstill.student_trainer.data.sources import open_cache
+from potstill.student_trainer.data.sources import TargetSource, is_projected, open_cache
 from potstill.student_trainer.evaluate.judged import Judged, Subject
 from potstill.student_trainer.evaluate.result import HELD_OUT
 from potstill.student_trainer.models.corpus_tokenizer import model_tokenizer
@@ -54,7 +54,7 @@ def run_to_judge(
             judged.append(Judged(HELD_OUT, read.corpora, read.reader, read.held_out, opened, told))
         for name, reader in read.eval_readers.items():
             joined = JoinedCorpora((opened.corpus(name),))
-            notes = _not_compared(config, reader, name)
+            notes = _not_compared(read, reader, name)
             judged.append(Judged(name, joined, reader, rows_with_targets(reader), opened, notes))
         further = [name for name in dict.fromkeys(corpora) if name not in read.eval_readers]
         judged += [_further(config, read, opened, opened.corpus(name), stack) for name in further]
@@ -74,19 +74,25 @@ def _further(config: TrainConfig, run: OpenRun, cache: Cache | HttpCache, corpus
             "are in the run's own corpora, and others lack targets; name another by --corpus"
         )
     told = f"{counted(len(seen), 'row')} of corpus {corpus.name!r} are in the run's own corpora, and were left out"
-    notes = (*([told] if len(seen) else []), *_not_compared(config, reader, corpus.name))
+    notes = (*([told] if len(seen) else []), *_not_compared(run, reader, corpus.name))
     return Judged(corpus.name, JoinedCorpora((corpus,)), reader, left, cache, notes)
 
 
-def _not_compared(config: TrainConfig, reader: BatchReader, corpus: str) -> tuple[str, ...]:
+def _not_compared(run: OpenRun, reader: BatchReader, corpus: str) -> tuple[str, ...]:
     """Name the teachers of a run that a reader has not."""
     there = {source.name for source in reader.sources}
     return tuple(
-        f"teacher {teacher.name!r} has no top-k for corpus {corpus!r}, so it was not compared with; run `potstill "
-        f"prefill --cache ROOT --corpus {corpus} --teacher {teacher.name}=MODEL --top-k 64`"
-        for teacher in config.teachers
-        if teacher.name not in there
+        f"teacher {source.name!r} has no top-k for corpus {corpus!r}, so it was not compared with; run `potstill "
+        f"{_way_to_fill(source, corpus)}`"
+        for source in run.reader.sources
+        if source.name not in there
     )
+
+
+def _way_to_fill(source: TargetSource, corpus: str) -> str:
+    if is_projected(source):
+        return f"project --cache ROOT --corpus {corpus} --teacher {source.name} --from TEACHERS"
+    return f"prefill --cache ROOT --corpus {corpus} --teacher {source.name}=MODEL --top-k 64"
 
 
 def _of_the_run(run: OpenRun, corpus: Corpus) -> NDArray[np.int64]:

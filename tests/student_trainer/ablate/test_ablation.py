@@ -112,6 +112,7 @@ def test_cells_that_cannot_run_are_all_named_before_the_first_starts(
     ce = { train.alpha = 0 }
     wide = { teachers.fake.k = 40 }
     drawn = { train.loss = "draws" }
+    chunks = { train.alm = 0.25 }
     apart = { data.held_out_seed = 3 }
     small = { student.config.vocab_size = 7 }
     begun = { data.prefix_ids = [3] }
@@ -120,9 +121,10 @@ def test_cells_that_cannot_run_are_all_named_before_the_first_starts(
     assert main(["ablate", str(write_grid(root, tmp_path, cells)), "--no-ray"]) == 1
     line = capsys.readouterr().err
     assert line.startswith(
-        "invalid_input: 6 of 7 cells cannot run: wide: teachers.k is 40 for 'fake', but the cache holds"
+        "invalid_input: 7 of 8 cells cannot run: wide: teachers.k is 40 for 'fake', but the cache holds"
     )
     assert "drawn: " in line
+    assert "chunks: train.alm is 0.25, but no teacher's targets of corpus 'docs' are made of another" in line
     assert "apart: it holds out other rows than the run that it changes" in line
     assert "small: student vocab_size is 7" in line
     assert "begun: its student sees [3] in front of each row, but is judged with []; set data.prefix_ids" in line

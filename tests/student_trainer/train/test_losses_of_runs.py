@@ -227,7 +227,9 @@ class _Projected(FakeTeacher):
 
 def test_a_step_tells_the_kl_to_a_projected_teacher_as_evaluation_does(root: Path, tmp_path: Path) -> None:
     """By what is resolved; and nothing of chunks in a step that reads no targets."""
-    fill(root, "projected", fields=Fields(k=2, alignment=True), teacher=_Projected(fake_teacher("projected").identity))
+    own = fake_teacher("projected").identity
+    identity = own.projected(own.tokenizer_sha256, VOCAB)
+    fill(root, "projected", fields=Fields(k=2, alignment=True), teacher=_Projected(identity))
     loop = {**SHORT, "alm": 0.1, "distil_every": 2}
     config = config_of(root, tmp_path / "run", teachers=[{"name": "projected"}], train=loop)
     train(config)
