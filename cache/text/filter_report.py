@@ -59,6 +59,10 @@ class FilterCounts:
         """What was kept, by language."""
         self.dropped: dict[str, Dropped] = {}
         """By the name of the measure, or `empty`, `exact_duplicate`, `language`, `near_duplicate`."""
+        self.left_out: Counter[str] = Counter()
+        """Bad records and files of unknown kinds."""
+        self.first_bad = ""
+        """Message of the first bad record."""
         self._chance = random.Random(0)  # noqa: S311 -- the same samples each time
 
     def keep(self, text: str, language: str) -> None:
@@ -116,7 +120,6 @@ def write_report(
     sources: Sequence[Source],
     outputs: Sequence[Source],
     counts: FilterCounts,
-    bad: Counter[str],
 ) -> None:
     """Write the report into the folder of what was kept."""
     report = {
@@ -125,7 +128,7 @@ def write_report(
         "sources": [asdict(each) for each in sources],
         "outputs": [asdict(each) for each in outputs],
         **counts.to_json(),
-        "left_out": dict(bad),
+        "left_out": dict(counts.left_out),
     }
     text = json.dumps(report, ensure_ascii=False, indent=1)
     (folder / FILTER_REPORT).write_text(text + "\n", encoding="utf-8")

@@ -97,9 +97,10 @@ def filter_files(
         if not counts.kept.documents:
             raise _nothing_left(sources, counts)
         counts.show_originals(_found_again(counts.originals, files, read, field, BadRecords(skip=skip_bad)))
-        left_out = Counter({"bad_records": bad.count, "files_of_unknown_kind": unknown})
+        counts.left_out = Counter({"bad_records": bad.count, "files_of_unknown_kind": unknown})
+        counts.first_bad = bad.first
         with store_errors(f"the report in {out}"):
-            write_report(folder, {**plan.to_json(), "text_field": text_field}, read, parts.sources, counts, left_out)
+            write_report(folder, {**plan.to_json(), "text_field": text_field}, read, parts.sources, counts)
     on_progress(_progress(len(files), files, counts))
     return counts
 

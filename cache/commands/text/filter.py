@@ -107,10 +107,12 @@ def _print(counts: FilterCounts, out: str) -> None:
         print(f"{name}{value}: {sample['where']}{copied}: {' '.join(sample['text'].split())[:_SAMPLE]!r}")
     languages = sorted(counts.languages.items(), key=lambda item: -item[1].documents)
     told = ", ".join(f"{name} {amount.documents:,}" for name, amount in languages[:8])
+    bad = counts.left_out["bad_records"]
+    left_out = f"; {counted(bad, 'bad record')} left out (first: {counts.first_bad})" if bad else ""
     print(
         f"kept {counts.kept.documents:,} of {counted(counts.read.documents, 'document')} and "
         f"{counts.kept.characters:,} of {counts.read.characters:,} characters in {out}; languages: {told}; "
-        f"more samples in {out}/{FILTER_REPORT}"
+        f"more samples in {out}/{FILTER_REPORT}{left_out}"
     )
 
 

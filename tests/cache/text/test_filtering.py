@@ -187,13 +187,14 @@ def test_a_result_within_its_source_is_refused(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["some.jsonl"]
 
 
-def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     (tmp_path / "bad.txt").write_bytes(b"good \xff\xfe")
     assert "is not UTF-8" in refusal(command, tmp_path / "bad.txt", "--out", out)
     source = write_lines(tmp_path / "some.jsonl", [{"text": GERMAN}, {"body": "x"}])
     assert run_command(command, source, tmp_path / "bad.txt", "--out", tmp_path / "both", "--skip-bad") == 0
     assert read_report(tmp_path / "both")["left_out"]["bad_records"] == 2
+    assert f"; 2 bad records left out (first: {source}:2 has no text under 'text';" in capsys.readouterr().out
     assert "it has body: name one with" in refusal(command, source, "--out", out)
     assert run_command(command, source, "--out", out, "--skip-bad") == 0
     assert read_report(out)["left_out"]["bad_records"] == 1
