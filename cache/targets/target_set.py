@@ -57,10 +57,11 @@ class TargetSet:
         """
         sets = _open_sets(root, teacher, corpus, reading)
         if not sets:
-            known = ", ".join(teachers_with_targets(root, corpus.name)) or "none"
+            known = ", ".join(teachers_with_targets(root, corpus.name))
+            there = f"there are those of: {known}; make its own" if known else "no teacher has any yet; make them"
             raise UnknownTeacher(
                 f"teacher {teacher!r} has no targets for corpus {corpus.name!r} in {root.url}; "
-                f"there are those of: {known}; make its own with "
+                f"{there} with "
                 f"`potstill prefill --cache {root.url} --corpus {corpus.name} --teacher {teacher}=MODEL_OR_URL`"
             )
         return cls(teacher, corpus, sets)

@@ -22,8 +22,8 @@ class Asked:
     """A hash of their questions."""
 
 
-def asked_of(tasks: str, tokenizer: PreTrainedTokenizerBase) -> Asked:
-    """Open tasks, and check that students with a tokenizer can be asked and compared by them.
+def asked_of(tasks: str, tokenizer: PreTrainedTokenizerBase, corpus: str) -> Asked:
+    """Open tasks, and check that students with the tokenizer of a corpus can be asked and compared by them.
 
     Raises:
         InvalidInput: they cannot be opened, no metric of them is a mean over questions, or the tokenizer has no special
@@ -32,7 +32,7 @@ def asked_of(tasks: str, tokenizer: PreTrainedTokenizerBase) -> Asked:
     # The harness is an extra of its own, and takes seconds to import.
     from potstill.student_trainer.evaluate.tasks.harness import check_tokenizer, open_tasks  # noqa: PLC0415
 
-    check_tokenizer(tokenizer)
+    check_tokenizer(tokenizer, corpus)
     folder = Path(tasks)
     asked = str(folder.absolute()) if folder.is_dir() else tasks
     with open_tasks(asked) as opened:

@@ -110,7 +110,7 @@ class GridConfig(Frozen):
         try:
             return cls.model_validate(value | ({} if out is None else {"out": out}))
         except ValidationError as error:
-            raise InvalidInput(one_line(error, lambda _: GridConfig.model_fields)) from error
+            raise InvalidInput(one_line(error, lambda _: GridConfig.model_fields, whole=repr(str(path)))) from error
 
     @property
     def all_cells(self) -> tuple[Cell, ...]:

@@ -91,7 +91,7 @@ def _asked(grid: GridConfig, base: TrainConfig, opened: OpenRun) -> Asked | None
     if not grid.tasks:
         return None
     settings = student_settings(base.student, opened.vocab_size)
-    return asked_of(grid.tasks, model_tokenizer(settings, opened.corpus))
+    return asked_of(grid.tasks, model_tokenizer(settings, opened.corpus), opened.corpus.name)
 
 
 def _check(config: TrainConfig, base: OpenRun) -> None:

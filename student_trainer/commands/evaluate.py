@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from potstill.student_trainer.evaluate.evidence import Evidence
     from potstill.student_trainer.evaluate.judged import Subject
     from potstill.student_trainer.evaluate.tasks.harness import Tasks
     from potstill.student_trainer.evaluate.tasks.outcome import TaskOutcomes
 
 SUMMARY = "measure a student on unseen text, and by its teachers"
+_NAMED = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,7 +85,7 @@ def _measured(subject: Subject, tasks: Tasks | None) -> tuple[dict[str, Evidence
     from potstill.cache.commands.progress import progress
     from potstill.student_trainer.evaluate.judged import judge
 
-    tokenizer = None if tasks is None else subject.tokenizer()
+    tokenizer = None if tasks is None else _tokenizer(subject)
     with progress("evaluate", "rows") as show:
         found = judge(subject, lambda done: show(done, subject.num_rows))
     if tasks is None or tokenizer is None:
@@ -91,6 +94,14 @@ def _measured(subject: Subject, tasks: Tasks | None) -> tuple[dict[str, Evidence
 
     with progress("tasks", "requests") as show:
         return found, run_tasks(tasks, subject.model, tokenizer, show)
+
+
+def _tokenizer(subject: Subject) -> PreTrainedTokenizerBase:
+    from potstill.student_trainer.evaluate.tasks.harness import check_tokenizer
+
+    tokenizer = subject.tokenizer()
+    check_tokenizer(tokenizer, subject.corpus)
+    return tokenizer
 
 
 def _opened(args: argparse.Namespace) -> AbstractContextManager[Subject]:
@@ -112,7 +123,9 @@ def _opened(args: argparse.Namespace) -> AbstractContextManager[Subject]:
 
         return run_to_judge(args.subject, cache=args.cache, corpora=args.corpus, rows_needed=args.tasks is None)
     if not may_be_hub_name(args.subject) and not (folder / "config.json").is_file():
-        raise NotFound(f"{args.subject!r} is neither the folder of a run nor of a model: there is no config.json")
+        inside = _runs_inside(folder)
+        also = f", but it holds the runs {inside}: name one" if inside else ""
+        raise NotFound(f"{args.subject!r} is neither the folder of a run nor of a model: there is no config.json{also}")
     if not folder.exists():
         require_reachable(args.subject, "RUN|MODEL")
     if args.tasks is not None and args.cache is None and not args.corpus:
@@ -139,6 +152,16 @@ def _is_run(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(value, dict) and "train" in value
+
+
+def _runs_inside(folder: Path) -> str:
+    """Name a few runs in a folder that somebody keeps them in, or in that of an ablation."""
+    for pattern in ("*/config.json", "runs/*/*/config.json", "*/*/config.json"):
+        runs = [str(file.parent) for file in sorted(folder.glob(pattern)) if _is_run(file.parent)]
+        if runs:
+            more = f" and {len(runs) - _NAMED:,} more" if len(runs) > _NAMED else ""
+            return ", ".join(map(repr, runs[:_NAMED])) + more
+    return ""
 
 
 def _titled(found: dict[str, Evidence]) -> dict[str, Evidence]:

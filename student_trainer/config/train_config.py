@@ -157,17 +157,20 @@ _SECTIONS: Mapping[str, type[BaseModel]] = {
 }
 
 
-def one_line(error: ValidationError, known: Callable[[Sequence[int | str]], Iterable[str]]) -> str:
+def one_line(
+    error: ValidationError, known: Callable[[Sequence[int | str]], Iterable[str]], *, whole: str = "config"
+) -> str:
     """Put the first error of settings into words.
 
     Args:
         error: pydantic's.
         known: gives the keys that there are beside one, by its place.
+        whole: names what all of them make, for an error of no single key.
     """
     errors = error.errors(include_url=False)
     # A misspelt key leaves the right one missing: name the former, which is what was typed.
     first = next((found for found in errors if found["type"] == "extra_forbidden"), errors[0])
-    key = ".".join(str(part) for part in first["loc"]) or "config"
+    key = ".".join(str(part) for part in first["loc"]) or whole
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         belongs = [section for section, model in _SECTIONS.items() if first["loc"][-1] in model.model_fields]

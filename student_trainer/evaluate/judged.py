@@ -52,6 +52,8 @@ class Subject:
     """Loads the student's tokenizer with all its settings; raises InvalidInput."""
     judged: Sequence[Judged]
     """All of one tokenizer; none where the student is to be judged by tasks alone."""
+    corpus: str | None = None
+    """The corpus whose tokenizer is the student's, of a run."""
 
     @property
     def num_rows(self) -> int:

@@ -58,9 +58,8 @@ def run_to_judge(
             judged.append(Judged(name, joined, reader, rows_with_targets(reader), opened, notes))
         further = [name for name in dict.fromkeys(corpora) if name not in read.eval_readers]
         judged += [_further(config, read, opened, opened.corpus(name), stack) for name in further]
-        yield Subject(
-            str(run), student, config.train.dtype, partial(model_tokenizer, student.config, read.corpus), judged
-        )
+        tokenizer = partial(model_tokenizer, student.config, read.corpus)
+        yield Subject(str(run), student, config.train.dtype, tokenizer, judged, read.corpus.name)
 
 
 def _further(config: TrainConfig, run: OpenRun, cache: Cache | HttpCache, corpus: Corpus, stack: ExitStack) -> Judged:

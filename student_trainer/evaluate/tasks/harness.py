@@ -98,13 +98,22 @@ def open_tasks(asked: str) -> Iterator[Tasks]:
         yield Tasks(loaded, warnings, notes)
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise InvalidInput if the harness cannot use a tokenizer, as it has no special tokens."""
-    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
-        raise InvalidInput(
-            "the tokenizer names no token that begins or ends a text, which lm_eval needs; put bos_token or eos_token "
-            "into the tokenizer_config.json of the model's folder, and evaluate that folder"
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, corpus: str | None) -> None:
+    """Raise InvalidInput if the harness cannot use a tokenizer, as it has no special tokens.
+
+    `corpus` names the one whose tokenizer it is, where no model brings it.
+    """
+    if tokenizer.bos_token_id is not None or tokenizer.eos_token_id is not None:
+        return
+    way_out = "put bos_token or eos_token into the tokenizer_config.json of the model's folder"
+    if corpus is not None:
+        way_out = (
+            f"ingest the text of corpus {corpus!r} again with --tokenizer FOLDER whose tokenizer_config.json names "
+            "eos_token, and project again where targets are projected"
         )
+    raise InvalidInput(
+        f"the tokenizer names no token that begins or ends a text, which lm_eval needs for tasks; {way_out}"
+    )
 
 
 def run_tasks(
@@ -120,14 +129,13 @@ def run_tasks(
     Args:
         tasks: from `open_tasks`.
         model: on its device; its weights' dtype is that of the forward passes.
-        tokenizer: the model's.
+        tokenizer: the model's, one that `check_tokenizer` takes.
         on_progress: see there.
         of_questions: also give the values of single questions.
 
     Raises:
-        InvalidInput: a task cannot be run, the tokenizer has no special tokens, or the model gives NaN.
+        InvalidInput: a task cannot be run, or the model gives NaN.
     """
-    check_tokenizer(tokenizer)
     student = _Student(model, tokenizer)
     student.set_cache_hook(_Answers(list(tasks.loaded["tasks"].values()), on_progress))
     random.seed(DEFAULT_RANDOM_SEED)
@@ -173,15 +181,30 @@ def _not_in_groups(manager: Any) -> list[str]:
 
 def _of_names(asked: str) -> tuple[Any, list[str]]:
     names = [name.strip() for name in asked.split(",") if name.strip()]
-    if not names or Path(asked).exists() or any("/" in name for name in names):
-        raise InvalidInput(f"tasks {asked!r} is no folder; give one with tasks, or names of the harness's own tasks")
+    if Path(asked).exists():
+        raise InvalidInput(f"tasks {asked!r} is a file; give its folder, {str(Path(asked).parent)!r}")
+    folders = _near_folders(asked)
+    also = f"; near are {', '.join(map(repr, folders))}" if folders else ""
+    if not names or any("/" in name for name in names):
+        raise InvalidInput(
+            f"tasks {asked!r} is no folder{also}; give one with tasks, or names of the harness's own tasks"
+        )
     manager = lm_eval.tasks.TaskManager()
     for name in names:
         if name not in manager.task_index:
+            if folders:
+                raise InvalidInput(f"there is no folder {asked!r}, nor such a task of the harness{also}")
             near = difflib.get_close_matches(name, manager.all_tasks, 3)
             also = f"; near are {', '.join(near)}" if near else ""
             raise InvalidInput(f"tasks {name!r} is neither a folder nor a task, group or tag of the harness{also}")
     return manager, names
+
+
+def _near_folders(asked: str) -> list[str]:
+    """Find folders whose names are like that of one that is not there."""
+    beside = Path(asked).parent
+    there = [each.name for each in beside.iterdir() if each.is_dir()] if beside.is_dir() else []
+    return [str(beside / name) for name in difflib.get_close_matches(Path(asked).name, there)]
 
 
 def _prepare(task: Any) -> None:

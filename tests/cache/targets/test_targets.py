@@ -199,7 +199,7 @@ def test_a_teacher_that_does_not_fit_the_corpus_is_refused_and_nothing_written(t
         Cache.open(tmp_path / "c").plan_targets("fake", "docs", teacher_for(corpus).identity, fields=Fields())
     with pytest.raises(
         UnknownTeacher,
-        match="has no targets for corpus .* there are those of: none; make its own with `potstill prefill --cache ",
+        match="has no targets for corpus .* no teacher has any yet; make them with `potstill prefill --cache ",
     ):
         cache.targets("fake", "docs")
     assert not (tmp_path / "c" / "targets").exists()

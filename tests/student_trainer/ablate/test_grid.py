@@ -54,7 +54,7 @@ def test_a_cell_may_have_some_of_the_teachers(tmp_path: Path) -> None:
     ("text", "told"),
     [
         ('baseline = "a"\n[cells]\na = {}', "there is nothing to compare"),
-        ('baseline = "c"\n[cells]\na = {}\nb = {}', "baseline 'c' is no cell; there are a, b"),
+        ('baseline = "c"\n[cells]\na = {}\nb = {}', "/grid.toml': baseline 'c' is no cell; there are a, b$"),
         ('baseline = "a"\n[cells]\na = {}\n"../b" = {}', "cell '../b': names are letters, digits"),
         (
             'baseline = "a"\nseeds = [1, 1]\n[cells]\na = {}\nb = {}',

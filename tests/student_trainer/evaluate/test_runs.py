@@ -64,6 +64,18 @@ def test_a_run_with_nothing_to_be_judged_by(
     assert shown.err.count("\n") == 1
 
 
+def test_a_folder_that_holds_runs_names_them(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(run.parent)]) == 1
+    assert capsys.readouterr().err.endswith(f"no config.json, but it holds the runs {str(run)!r}: name one\n")
+    config = (run / "config.json").read_text()
+    for i in range(5):
+        file = run.parent / "ablation" / "runs" / "ce" / str(i) / "config.json"
+        file.parent.mkdir(parents=True)
+        file.write_text(config)
+    assert main(["evaluate", str(run.parent / "ablation")]) == 1
+    assert "/ablation/runs/ce/2' and 2 more: name one" in capsys.readouterr().err
+
+
 def test_ctrl_c_leaves_nothing_half_written_and_says_so(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

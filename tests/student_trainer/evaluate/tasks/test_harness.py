@@ -26,7 +26,7 @@ from tests.student_trainer.evaluate.tasks.question_files import arc, mmlu, truth
 from tests.support.corpora import topics, write_texts
 from tests.support.fakes import FakeTeacher, fake_identity
 from tests.support.tiny_models import make_tiny_llama
-from tests.support.tiny_runs import STUDENT, config_of, fill
+from tests.support.tiny_runs import STUDENT, config_of, fill, write_cache
 
 pytestmark = [
     pytest.mark.usefixtures("one_torch_thread"),
@@ -201,7 +201,17 @@ def test_a_tokenizer_without_special_tokens(folder: Path, tmp_path: Path, capsys
     shutil.copytree(folder / "model", tmp_path / "model")
     (tmp_path / "model" / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     line = refused(capsys, tmp_path / "model", "--tasks", folder / "questions")
-    assert "the tokenizer names no token that begins or ends a text, which lm_eval needs; put bos_token" in line
+    assert (
+        "the tokenizer names no token that begins or ends a text, which lm_eval needs for tasks; put bos_token" in line
+    )
+
+
+def test_a_run_whose_tokenizer_ends_no_text_is_refused_before_its_rows_are_measured(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(config_of(write_cache(tmp_path, documents=20), tmp_path / "run", train={"steps": 1, "eval_every": 1}))
+    line = refused(capsys, tmp_path / "run", "--tasks", folder / "questions")
+    assert "ingest the text of corpus 'docs' again with --tokenizer FOLDER whose tokenizer_config.json names" in line
 
 
 def test_the_table_and_the_page_show_them_and_no_other_bar_is_drawn(
@@ -296,7 +306,19 @@ def test_a_folder_of_yaml_without_a_task(folder: Path, tmp_path: Path, capsys: p
     assert "is a task of the harness: none of its *.yaml" in refused(capsys, folder / "model", "--tasks", tmp_path)
 
 
-@pytest.mark.parametrize("asked", ["no/such/folder", "{folder}/questions/exam.jsonl", ","])
-def test_what_is_neither_a_folder_nor_a_name(folder: Path, capsys: pytest.CaptureFixture[str], asked: str) -> None:
-    line = refused(capsys, folder / "model", "--tasks", asked.format(folder=folder))
-    assert line.endswith("is no folder; give one with tasks, or names of the harness's own tasks")
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ("no/such/folder", "is no folder; give one with tasks, or names of the harness's own tasks"),
+        (",", "is no folder; give one with tasks, or names of the harness's own tasks"),
+        ("../{folder}/qestions", "is no folder; near are '../{folder}/questions'; give one with tasks, or names of"),
+        ("questionz", "there is no folder 'questionz', nor such a task of the harness; near are 'questions'"),
+        ("questions/exam.jsonl", "tasks 'questions/exam.jsonl' is a file; give its folder, 'questions'"),
+    ],
+)
+def test_what_is_neither_a_folder_nor_a_name(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, asked: str, told: str
+) -> None:
+    monkeypatch.chdir(folder)
+    line = refused(capsys, folder / "model", "--tasks", asked.format(folder=folder.name))
+    assert told.format(folder=folder.name) in line
