@@ -62,7 +62,8 @@ class TargetSet:
             raise UnknownTeacher(
                 f"teacher {teacher!r} has no targets for corpus {corpus.name!r} in {root.url}; "
                 f"{there} with "
-                f"`potstill prefill --cache {root.url} --corpus {corpus.name} --teacher {teacher}=MODEL_OR_URL`"
+                f"`potstill prefill --cache {root.url} --corpus {corpus.name} --teacher {teacher}=MODEL_OR_URL`, "
+                "or by `potstill project` if it has another tokenizer"
             )
         return cls(teacher, corpus, sets)
 
