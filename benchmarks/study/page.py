@@ -93,7 +93,7 @@ def _least(results: Results) -> str:
     half = float(np.median([(each.high - each.low) / 2.0 for each in over_seeds]))
     return (
         f" Seeds are what is uncertain: half of the cells' losses less that of cross-entropy are known to ±{half:.2f} "
-        f"nats or worse over {len(results.plan.seeds)} seeds, so that smaller effects than that cannot be seen here."
+        f"nats or worse over {len(results.plan.seeds)} seeds, and smaller effects than that are mostly not seen here."
     )
 
 

@@ -32,8 +32,9 @@ from scipy import stats
 CONFIDENCE = 0.95
 FEWEST_DOCUMENTS = 10
 """Below this the bootstrap knows too few documents, on which the cells differ, to say how others would."""
-_LEAST_OF_LARGEST = 0.01
-"""Below this share of the largest, a document's difference is none: it would not do for the error of a draw."""
+_LEAST_ERROR = 0.01
+"""A draw whose error is a smaller share of the sample's has missed the few documents that hold the difference."""
+_ROUNDING = 1e-12
 _NUMBERS_AT_ONCE = 1 << 22
 
 
@@ -58,7 +59,8 @@ class Difference:
     over_seeds: Interval | None
     """None where there is one seed only, or all seeds came out alike, as counts of few questions do."""
     over_documents: Interval | None
-    """None where there are fewer than ten documents on which the two differ."""
+    """None where there are fewer than ten documents on which the two differ, or so few hold nearly all of the spread
+    that many draws miss them."""
 
     @property
     def within_noise(self) -> bool | None:
@@ -105,7 +107,7 @@ def signed(sums: NDArray[np.float64]) -> NDArray[np.float64]:
 def _of_seeds(by_seed: NDArray[np.float64]) -> Interval | None:
     """Student's t interval of a mean of S numbers."""
     number = len(by_seed)
-    if number < 2 or (by_seed[0] != 0.0 and np.all(by_seed == by_seed[0])):
+    if number < 2 or (by_seed.any() and np.ptp(by_seed) <= _ROUNDING * np.abs(by_seed).max()):
         return None  # seeds that tie do not tell by how much others would differ
     half = stats.t.ppf((1.0 + CONFIDENCE) / 2.0, number - 1) * by_seed.std(ddof=1) / math.sqrt(number)
     return Interval(float(by_seed.mean() - half), float(by_seed.mean() + half))
@@ -120,15 +122,18 @@ def _of_documents(sums: NDArray[np.float64], tokens: NDArray[np.float64], resamp
     mean, error = (float(each[0]) for each in _ratio(sums[None], tokens[None]))
     if error == 0.0:
         return Interval(mean, mean)
-    if np.count_nonzero(np.abs(sums) > _LEAST_OF_LARGEST * np.abs(sums).max()) < FEWEST_DOCUMENTS:
+    if np.count_nonzero(sums) < FEWEST_DOCUMENTS:
         return None  # draws without any of them would have no error to be measured by
     at_once = max(1, _NUMBERS_AT_ONCE // number)
-    shifts = []
+    shifts, missed = [], 0
     for start in range(0, resamples, at_once):
         drawn = draw.integers(0, number, (min(at_once, resamples - start), number))
         means, errors = _ratio(sums[drawn], tokens[drawn])
         with np.errstate(divide="ignore", invalid="ignore"):  # a draw of one document again and again
             shifts.append((means - mean) / errors)
+        missed += int(np.count_nonzero(errors < _LEAST_ERROR * error))
+    if missed >= resamples * (1.0 - CONFIDENCE) / 2.0:
+        return None  # they would be the quantiles
     low, high = np.nanquantile(np.concatenate(shifts), [(1.0 - CONFIDENCE) / 2.0, (1.0 + CONFIDENCE) / 2.0])
     return Interval(mean - float(high) * error, mean - float(low) * error)
 

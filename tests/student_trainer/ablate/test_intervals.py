@@ -114,11 +114,20 @@ def test_students_that_do_not_differ_have_no_width() -> None:
     assert found.within_noise
 
 
-def test_differences_in_a_few_documents_have_no_interval_though_others_differ_a_little() -> None:
-    """As answers that are sure to five places: their bootstrap reached far beyond every one of them."""
-    apart = np.full((3, 12), 1e-6) * np.arange(1, 4)[:, None]
-    apart[:, [2, 7]] -= 0.04
-    assert difference(apart, np.zeros_like(apart), np.ones(12), resamples=50).over_documents is None
+@pytest.mark.parametrize("common", [1e-6, 0.001])
+def test_differences_that_few_documents_hold_have_no_interval(common: float) -> None:
+    """Draws without these have hardly an error, by which the bootstrap reached far beyond every document."""
+    apart = np.random.default_rng(6).normal(common, 1e-8, (3, 60))
+    apart[:, [2, 7, 30]] = 0.05
+    assert difference(apart, np.zeros_like(apart), np.ones(60), resamples=500).over_documents is None
+
+
+def test_one_document_that_is_far_longer_than_others_takes_no_interval_away() -> None:
+    tokens = np.array([200_000.0, *[500.0] * 60])
+    apart = np.random.default_rng(7).normal(0.5, 0.02, (3, 61)) * tokens
+    found = difference(apart, np.zeros_like(apart), tokens, resamples=500).over_documents
+    assert found is not None
+    assert 0.4 < found.low < found.high < 0.6
 
 
 def test_seeds_that_tie_do_not_tell_how_others_would_differ() -> None:
