@@ -91,15 +91,20 @@ class BadRecords:
         self.count = 0
         self.first = ""
         """Message of the first that was left out."""
-        self._skip = skip
+        self.skip = skip
 
-    def add(self, message: str, *, mend: str = "mend it") -> None:
-        """Count a record that is left out; `mend` says what else can be done.
+    def add(self, message: str) -> None:
+        """Count a record that is left out.
 
         Raises:
             InvalidInput: bad records are not to be left out.
         """
-        if not self._skip:
-            raise InvalidInput(f"{message}; {mend}, or leave bad records out with --skip-bad")
+        if not self.skip:
+            raise self.refusal(message, "mend it")
         self.first = self.first or message
         self.count += 1
+
+    @staticmethod
+    def refusal(message: str, mend: str) -> InvalidInput:
+        """Make the error of a record that is not left out; `mend` says what else can be done."""
+        return InvalidInput(f"{message}; {mend}, or leave bad records out with --skip-bad")

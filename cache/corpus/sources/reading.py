@@ -38,10 +38,18 @@ def documents(
 
 
 def _text(file: SourceFile, bad: BadRecords) -> Iterator[Text]:
+    if bad.skip:
+        try:
+            for _ in text_pieces(file):
+                pass  # to its end first: what was read has become rows when a later piece is found bad
+        except BadRecord as error:
+            bad.add(str(error))
+            return
+    yield Text(str(file.path), _pieces(file, bad))
+
+
+def _pieces(file: SourceFile, bad: BadRecords) -> Iterator[str]:
     try:
-        for _ in text_pieces(file):
-            pass  # read to its end first: what was read of it has become rows when a later piece is found bad
+        yield from text_pieces(file)
     except BadRecord as error:
-        bad.add(str(error), mend=f"{TO_UTF8}, take the file out")
-    else:
-        yield Text(str(file.path), text_pieces(file))
+        raise bad.refusal(str(error), f"{TO_UTF8}, take the file out") from error

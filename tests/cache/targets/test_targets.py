@@ -206,7 +206,7 @@ def test_a_teacher_that_does_not_fit_the_corpus_is_refused_and_nothing_written(t
 
 
 def corrupt(cache: Cache, shard: int) -> list[str]:
-    """What `verify` finds in one shard, opened anew."""
+    """Verify one shard, opened anew."""
     return corrupt_shard_objects(Cache.open(cache.root.url).targets("fake", "docs").sets[0], shard)
 
 
