@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import shutil
 import signal
@@ -57,6 +58,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         schedule.check(item)
     items.sort(key=lambda item: schedule.place_of(item.nodeid))
+
+
+def pytest_collection_finish() -> None:
+    # What was imported stays to the end: looking through it for garbage again and again took seconds of each process.
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)

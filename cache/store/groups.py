@@ -256,10 +256,10 @@ class GroupReader:
             raise CorruptSegment(f"{array.path} cannot be opened: {error}") from error
 
     def _stored(self, name: str) -> zarr.Array[Any]:
-        self._check_whole(f"{name}/zarr.json")
+        metadata = self._whole(f"{name}/zarr.json")
         path = f"{self.path}/{name}"
         try:
-            return open_array(self._root.store, path, self.reading.pipeline)
+            return open_array(self._root.store, path, metadata, self.reading.pipeline)
         except _OPEN_FAILURES as error:
             raise CorruptSegment(f"{path} cannot be opened: {error}") from error
 
@@ -273,7 +273,7 @@ class GroupReader:
             # checksums. Only the sha256 in the record tells them apart.
             for path in self._objects:
                 if path.startswith(f"{CHECKSUMS}/c/"):
-                    self._check_whole(path)
+                    self._whole(path)
             values = self._tiled(stored, None).read(0, stored.shape[0])
             ends = np.cumsum(list(counts.values()))
             self._checksums = {
@@ -297,14 +297,15 @@ class GroupReader:
             raise CorruptSegment(f"{self.path}/{CHECKSUMS} does not say which chunks it is of")
         return counts
 
-    def _check_whole(self, path: str) -> None:
-        """Compare a whole object with its recorded sha256: metadata and checksums have no crc32c of their own."""
+    def _whole(self, path: str) -> bytes:
+        """Read an object and compare its sha256 with the record: metadata and checksums have no crc32c of their own."""
         recorded = self._objects.get(path)
         if recorded is None:
             raise CorruptSegment(f"{self.path}/{path} is not among the objects that were committed")
         data = self._root.get(f"{self.path}/{path}")
         if data is None or hashlib.sha256(data).hexdigest() != recorded.sha256:
             raise CorruptSegment(f"{self.path}/{path} is not the one that was committed")
+        return data
 
 
 class _RecordingStore(WrapperStore[Store]):

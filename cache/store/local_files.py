@@ -7,7 +7,6 @@ The root itself may be reached through links.
 from __future__ import annotations
 
 import os
-import stat
 import time
 import uuid
 from collections.abc import Iterator
@@ -28,12 +27,12 @@ def local_path(root: Path, path: str) -> Path:
     Raises:
         CorruptSegment: a name on the way is a symbolic link.
     """
-    found = root
+    found = str(root)
     for name in filter(None, path.split("/")):
-        found /= name
-        if found.is_symlink():
-            raise _refusal(root, found)
-    return found
+        found = os.path.join(found, name)
+        if os.path.islink(found):
+            raise _refusal(root, Path(found))
+    return Path(found)
 
 
 def _refusal(root: Path, link: Path) -> CorruptSegment:
@@ -84,15 +83,19 @@ def files_below(root: Path, folder: Path) -> Iterator[tuple[str, tuple[int, floa
     Raises:
         CorruptSegment: there is a symbolic link.
     """
-    for parent, folders, names in os.walk(folder):
-        for path in (Path(parent) / name for name in (*folders, *names)):
+    folders = [""]
+    while folders:
+        below = folders.pop()
+        for entry in _entries(folder / below):
             # Others may be removing the same.
             with suppress(FileNotFoundError):
-                found = path.lstat()
-                if stat.S_ISLNK(found.st_mode):
-                    raise _refusal(root, path)
-                if not stat.S_ISDIR(found.st_mode):
-                    yield path.relative_to(folder).as_posix(), (found.st_size, found.st_mtime)
+                if entry.is_symlink():
+                    raise _refusal(root, Path(entry.path))
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(f"{below}{entry.name}/")
+                else:
+                    found = entry.stat(follow_symlinks=False)
+                    yield below + entry.name, (found.st_size, found.st_mtime)
 
 
 def folders_in(folder: Path) -> list[str]:
@@ -121,7 +124,7 @@ def flush_tree(folder: Path, root: Path) -> None:
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    with suppress(FileNotFoundError), os.scandir(folder) as entries:
+    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
         return list(entries)
     return []
 

@@ -14,6 +14,7 @@ crc32c of inner chunks: of 300 flipped bits in an object 271 gave wrong numbers 
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import os
 import struct
@@ -34,7 +35,7 @@ from zarr.core.array_spec import ArraySpec
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.core.metadata import ArrayV3Metadata
 from zarr.registry import register_codec
-from zarr.storage import LocalStore, ObjectStore, WrapperStore
+from zarr.storage import LocalStore, ObjectStore, StorePath, WrapperStore
 
 from potstill.cache.errors import CorruptSegment, InvalidInput, StoreError
 from potstill.cache.forks import PerProcess, is_inherited
@@ -81,33 +82,34 @@ def zarr_store(store: Any, *, read_only: bool = False) -> Store:
     )
 
 
-def open_array(store: Any, path: str, pipeline: str) -> zarr.Array[Any]:
+def open_array(store: Any, path: str, metadata: bytes, pipeline: str) -> zarr.Array[Any]:
     """Open the array at `path` of a folder or an obstore store, read-only, to be read by `pipeline`.
 
-    zarr's settings are restored afterwards. Errors that zarr raises for damaged metadata come through.
+    The store is not asked: `metadata` is what it has as `zarr.json` below the path. zarr's settings are restored
+    afterwards. Errors that zarr raises for damaged metadata come through.
     """
     with _OPENING.get():
-        array = _open(_StoreErrors(zarr_store(store, read_only=True)), path, _STOCK_SETTINGS)
-        if pipeline == "stock" or not isinstance(store, Path) or is_inherited("zarrs"):
-            return array
-        if not is_bounded_blosc(array):
-            return array
+        stock = _open(_StoreErrors(zarr_store(store, read_only=True)), path, json.loads(metadata), _STOCK_SETTINGS)
+        if not isinstance(stock.metadata, ArrayV3Metadata):
+            raise TypeError("it is no array of Zarr 3")
+        grids = [stock.chunks] if stock.shards is None else [stock.chunks, stock.shards]
+        if any(length < 1 for grid in grids for length in grid):
+            raise ValueError(f"its chunk grid is {grids[-1]}; a chunk has at least one entry along every axis")
+        if pipeline == "stock" or not isinstance(store, Path) or is_inherited("zarrs") or not is_bounded_blosc(stock):
+            return stock
         # Strict: an encoding that zarrs does not know is an error here, not a warning and a silent detour.
         unsupported = importlib.import_module("zarrs.pipeline").UnsupportedMetadataError
         try:
-            return _open(zarr_store(store, read_only=True), path, _ZARRS_SETTINGS)
+            return _open(zarr_store(store, read_only=True), path, stock.metadata, _ZARRS_SETTINGS)
         except unsupported as error:
             raise ValueError(str(error)) from error
 
 
-def _open(store: Store, path: str, settings: dict[str, Any]) -> zarr.Array[Any]:
+def _open(store: Store, path: str, metadata: Any, settings: dict[str, Any]) -> zarr.Array[Any]:
+    # `zarr.open_array` would read the metadata itself, by a task of zarr's event loop: most of the time of an opening.
     register_codec("blosc", BoundedBlosc)
     with zarr.config.set(settings):
-        array = zarr.open_array(store, path=path, mode="r", zarr_format=3)
-    grids = [array.chunks] if array.shards is None else [array.chunks, array.shards]
-    if any(length < 1 for grid in grids for length in grid):
-        raise ValueError(f"its chunk grid is {grids[-1]}; a chunk has at least one entry along every axis")
-    return array
+        return zarr.Array(zarr.AsyncArray(metadata, StorePath(store, path)))
 
 
 class BoundedBlosc(BloscCodec):
@@ -245,7 +247,7 @@ class _StoreErrors(WrapperStore[Store]):
             if await self._is_outside(key, byte_range):
                 raise CorruptSegment(f"{key} is cut short: a chunk lies beyond its end") from error
             raise store_error(key, error) from error
-        if not found and not key.endswith("zarr.json"):
+        if not found:
             raise CorruptSegment(f"{key} is {'missing' if found is None else 'empty'}")
         if suffix is not None and found is not None:
             self._keep(suffix, found)

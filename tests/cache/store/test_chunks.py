@@ -8,6 +8,7 @@ from typing import Any
 import google_crc32c
 import numcodecs.blosc
 import numpy as np
+import obstore
 import pytest
 import zarr
 from hypothesis import given, settings, strategies as st
@@ -54,7 +55,9 @@ def store_array(store: Any, data: NDArray[Any], chunk: tuple[int, ...], shard: t
 def tiled(
     store: Any, sums: NDArray[np.uint32] | None, pipeline: str = "stock", cache: ChunkCache | None = None
 ) -> TiledArray:
-    array = open_array(store, "group/values", pipeline)
+    path = "group/values/zarr.json"
+    metadata = (store / path).read_bytes() if isinstance(store, Path) else bytes(obstore.get(store, path).bytes())
+    array = open_array(store, "group/values", metadata, pipeline)
     return TiledArray(array, "group/values", sums, ChunkCache(1 << 20) if cache is None else cache, "key")
 
 
@@ -207,8 +210,9 @@ def test_a_store_that_does_not_answer_is_no_damage(tmp_path: Path) -> None:
         client_options={"allow_http": True, "connect_timeout": "1s"},
         retry_config={"max_retries": 0},
     )
-    with pytest.raises(StoreError, match="group/values/zarr.json"):
-        open_array(nobody, "group/values", "stock")
+    array = open_array(nobody, "group/values", (tmp_path / "group/values/zarr.json").read_bytes(), "stock")
+    with pytest.raises(StoreError, match="group/values/c/0/0"):
+        TiledArray(array, "group/values", None, ChunkCache(1 << 20), "key").read(0, 3)
 
 
 def test_any_store_is_read_with_any_pipeline() -> None:
