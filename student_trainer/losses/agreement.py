@@ -7,7 +7,7 @@ from torch import Tensor
 
 from potstill.student_trainer.losses.chunks import compute_dtype
 from potstill.student_trainer.losses.divergences import forward_kl
-from potstill.student_trainer.losses.engine import compare, scratch
+from potstill.student_trainer.losses.engine import Scratch, compare
 from potstill.student_trainer.losses.objective import Objective
 from potstill.student_trainer.losses.targets import TeacherTargets
 
@@ -26,7 +26,7 @@ def kl_and_overlap(logits: Tensor, teacher: TeacherTargets) -> tuple[Tensor, Ten
     with torch.no_grad():
         vocab, dtype = logits.shape[-1], compute_dtype(logits.dtype)
         best = logits.argmax(dim=-1)
-        z = scratch(len(logits), vocab, logits, dtype)
+        z = Scratch(vocab, logits, dtype).take(len(logits))
         z[:, :vocab] = logits
         aim, _ = Objective().aim(teacher, vocab, z.new_ones(len(z)))
         on = compare(z, aim)

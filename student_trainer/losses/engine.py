@@ -20,9 +20,8 @@ Shape legend:  n positions, V vocabulary, K ids of one loss, U those of all loss
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -96,11 +95,25 @@ class Divergence:
     """False for a loss that does not look at the rest: then nothing is done to know it."""
 
 
-def scratch(num_positions: int, vocab: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Make an array [n, V + 1] for logits, whose last column stands for ids that the student does not have."""
-    z = like.new_empty((num_positions, vocab + 1), dtype=dtype)
-    z[:, vocab] = -math.inf
-    return z
+class Scratch:
+    """An array [n, V + 1] for the logits of one chunk after another.
+
+    Its last column stands for ids that the student does not have.
+    """
+
+    def __init__(self, vocab: int, like: Tensor, dtype: torch.dtype) -> None:
+        self._like, self._columns, self._dtype = like, vocab + 1, dtype
+        self._held = like.new_empty((0, self._columns), dtype=dtype)
+
+    def take(self, num_positions: int) -> Tensor:
+        """Make an array for so many positions n; the one taken before is of no use any more."""
+        # On a CPU the pages of new memory for every chunk would take a fifth of the time of a cross-entropy.
+        if len(self._held) < num_positions:
+            self._held = self._like.new_empty((0,), dtype=self._dtype)  # two are never held
+            self._held = self._like.new_empty((num_positions, self._columns), dtype=self._dtype)
+        z = self._held[:num_positions]
+        z[:, -1] = -math.inf
+        return z
 
 
 def turn_into_gradient(
@@ -114,7 +127,7 @@ def turn_into_gradient(
     """Write the gradient of cross-entropy and of each aim's divergence, by their scales, over the logits.
 
     Args:
-        z: [n, V + 1] logits in `scratch`; float32 or float64.
+        z: [n, V + 1] logits in a `Scratch`; float32 or float64.
         labels: [n] int64; V where there is none.
         label_scale: [n] factor of the gradient of cross-entropy; 0 where there is no label.
         aims: what the divergence is measured to.
@@ -175,55 +188,60 @@ class _Union:
     """The logits of the ids of all aims, side by side."""
 
     z: Tensor  # [n, U] logits; -inf where the id stands further left already, so that each counts once
-    inside: tuple[Tensor, ...]  # [n, U] bool, by aim: true for an id that it has; none for one aim, which has them all
+    columns: list[int]  # K of each aim
+    shared: Mapping[tuple[int, int], Tensor]  # [n, K] bool by two aims: which ids of the second the first has, too
 
     @classmethod
     def empty(cls, z: Tensor) -> _Union:
-        return cls(z.new_empty((len(z), 0)), ())
+        return cls(z.new_empty((len(z), 0)), [], {})
 
     @classmethod
     def taken_from(cls, z: Tensor, ids: Sequence[Tensor], kept: Sequence[Tensor]) -> _Union:
         """Collect the logits `kept` of ids, and set them in `z` to -inf."""
         if not ids:
             return cls.empty(z)
-        all_ids, z_union = torch.cat(list(ids), dim=-1), torch.cat(list(kept), dim=-1)
-        inside: tuple[Tensor, ...] = ()
-        if len(ids) > 1:
-            inside = _inside(ids)
-            ends = itertools.accumulate(each.shape[-1] for each in ids)
-            twice = torch.zeros_like(inside[0])
-            for end, having in zip(ends, inside, strict=True):
-                twice[:, end:] |= having[:, end:]
-            z_union = z_union.masked_fill_(twice, -math.inf)
-        z.scatter_(-1, all_ids, -math.inf)
-        return cls(z_union, inside)
+        union = cls(torch.cat(list(kept), dim=-1), [each.shape[-1] for each in ids], _shared(ids))
+        for (m, other), those in union.shared.items():
+            if m < other:
+                union.of_aims(union.z)[other].masked_fill_(those, -math.inf)
+        z.scatter_(-1, torch.cat(list(ids), dim=-1), -math.inf)
+        return union
+
+    def of_aims(self, columns: Tensor) -> tuple[Tensor, ...]:
+        """Views [n, K] of the columns [n, U] of each aim."""
+        return torch.split_with_sizes(columns, self.columns, dim=-1)
 
     def lse(self, outside: int | None = None) -> Tensor:
         """[n] log-sum-exp of the logits, or of those that are not in one aim."""
         if outside is None:
             return torch.logsumexp(self.z, dim=-1)
-        if not self.inside:
-            return self.z.new_full((len(self.z),), -math.inf)
-        return torch.logsumexp(self.z.masked_fill(self.inside[outside], -math.inf), dim=-1)
+        z = self.of_aims(self.z)
+        rest = [z[m].masked_fill(those, -math.inf) for (aim, m), those in self.shared.items() if aim == outside]
+        return torch.logsumexp(torch.cat(rest, dim=-1) if rest else z[outside][:, :0], dim=-1)
 
-    def add_shares(self, to: Tensor, m: int, factor: Tensor, tail: Tensor) -> None:
-        """Add to [n, U] the share of each id in the tail [n] of aim m, by factors [n]; its own ids have none."""
-        if self.inside:
-            shares = torch.exp(self.z - tail[:, None]).masked_fill_(self.inside[m], 0.0)
-            to.addcmul_(shares, factor[:, None])
-
-
-def _inside(ids: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Tell for each aim which ids [n, U] of all aims it has."""
-    small = [each.int() for each in ids]
-    return tuple(torch.cat([_has(one, each) for each in small], dim=-1) for one in small)
+    def add_shares(self, to: Tensor, outside: int, factor: Tensor, tail: Tensor) -> None:
+        """Add to [n, U] the share of each id in the tail [n] of an aim, by factors [n]; its own ids have none."""
+        z, to_aims = self.of_aims(self.z), self.of_aims(to)
+        for (aim, m), those in self.shared.items():
+            if aim == outside:
+                shares = torch.exp(z[m] - tail[:, None]).masked_fill_(those, 0.0)
+                to_aims[m].addcmul_(shares, factor[:, None])
 
 
-def _has(some: Tensor, asked: Tensor) -> Tensor:
-    """Tell which `asked` ids [n, L] are among `some` [n, K] of the same row."""
-    if asked is some:
-        return torch.ones_like(asked, dtype=torch.bool)
+def _shared(ids: Sequence[Tensor]) -> dict[tuple[int, int], Tensor]:
+    """Tell for every two aims which ids [n, K] of the second the first has, too."""
     # Sorting a few ids costs a fraction of comparing all pairs, or of marks among logits that no cache holds.
-    in_order = some.sort(dim=-1).values
-    at = torch.searchsorted(in_order, asked).clamp_(max=some.shape[-1] - 1)
-    return in_order.gather(-1, at) == asked
+    in_order = [each.int().sort(dim=-1) for each in ids[1:]]
+    shared = {}
+    for second in range(1, len(ids)):
+        values, places = in_order[second - 1]
+        for first in range(second):
+            asked = ids[first].int()
+            at = torch.searchsorted(values, asked).clamp_(max=values.shape[-1] - 1)
+            found = values.gather(-1, at) == asked
+            shared[second, first] = found
+            # An id that is not found marks a column too many.
+            where = places.gather(-1, at).masked_fill_(~found, values.shape[-1])
+            marks = found.new_zeros((len(found), values.shape[-1] + 1)).scatter_(-1, where, value=True)
+            shared[first, second] = marks[:, :-1]
+    return shared

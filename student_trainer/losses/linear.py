@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from potstill.cache.errors import InvalidInput
 from potstill.student_trainer.losses.chunks import Positions, Shares, Sums, as_loss, check_agree, compute_dtype
-from potstill.student_trainer.losses.engine import scratch
+from potstill.student_trainer.losses.engine import Scratch
 from potstill.student_trainer.losses.objective import Objective
 from potstill.student_trainer.losses.targets import Loss, TeacherTargets
 
@@ -105,12 +105,13 @@ class _OfHidden(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             layer = _Layer(weight.to(dtype), None if bias is None else bias.to(dtype), logits)
             gradients = _Gradients.of(hidden, weight, bias, ctx.needs_input_grad, whole=positions.rows is None)
+            scratch = Scratch(positions.vocab, hidden, compute_dtype(dtype))
             for i, part in enumerate(positions.parts()):
                 h = hidden[part].to(dtype) * logits.scale
-                z, slope = layer.logits_of(h)
+                z, slope = layer.logits_of(h, scratch)
                 z = positions.turn_into_gradient(z, part, sums)[:, : positions.vocab]
                 gradients.add(part, h, layer, z if slope is None else z.mul_(slope), first=i == 0)
-                del z, slope  # before the next chunk's are made
+                del slope  # before the next chunk's is made
             ctx.gradients = gradients.in_dtypes_of(weight, bias)
             return positions.loss_of(sums, compute_dtype(dtype))
 
@@ -135,12 +136,11 @@ class _Layer:
     bias: Tensor | None  # [V]
     logits: Logits
 
-    def logits_of(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
+    def logits_of(self, h: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor | None]:
         """Make logits [n, V + 1] of scaled hidden states [n, H], and with a cap their derivative [n, V]."""
-        vocab, dtype = len(self.weight), compute_dtype(h.dtype)
-        z = scratch(len(h), vocab, h, dtype)
-        inner = z[:, :vocab]
-        if dtype == h.dtype:
+        z = scratch.take(len(h))
+        inner = z[:, : len(self.weight)]
+        if z.dtype == h.dtype:
             torch.mm(h, self.weight.t(), out=inner)
         else:
             inner.copy_(h @ self.weight.t())

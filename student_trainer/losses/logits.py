@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from potstill.student_trainer.losses.chunks import Positions, Shares, Sums, as_loss, check_agree, compute_dtype
-from potstill.student_trainer.losses.engine import scratch
+from potstill.student_trainer.losses.engine import Scratch
 from potstill.student_trainer.losses.objective import Objective
 from potstill.student_trainer.losses.targets import Loss, TeacherTargets
 
@@ -73,9 +73,10 @@ class _OfLogits(torch.autograd.Function):
         needed = ctx.needs_input_grad[0]
         if needed:
             ctx.gradient = torch.empty_like(logits) if positions.rows is None else torch.zeros_like(logits)
+        scratch = Scratch(vocab, logits, dtype)
         for part in positions.parts():
             chosen = logits[part]
-            z = scratch(len(chosen), vocab, logits, dtype)
+            z = scratch.take(len(chosen))
             z[:, :vocab] = chosen
             gradient = positions.turn_into_gradient(z, part, sums)
             if needed:
