@@ -170,7 +170,9 @@ class Learner:
 
     def _seed(self, step: int) -> None:
         """Begin a step's dropout; it depends on (seed, rank, step) only, so that a resumed run draws the same."""
-        torch.manual_seed(int(hashed(np.array([step]), self.config.train.seed, self.group.rank)[0]))
+        # Without a GPU `torch.manual_seed` keeps each seed, and how it was called, for one that may come.
+        seed = torch.manual_seed if self.group.device.type == "cuda" else torch.default_generator.manual_seed
+        seed(int(hashed(np.array([step]), self.config.train.seed, self.group.rank)[0]))
 
     def _read_all(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
         """Read this worker's micro-batches of a step before its first forward pass."""

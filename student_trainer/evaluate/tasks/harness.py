@@ -11,12 +11,14 @@ import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import lm_eval
 import lm_eval.tasks
+import lm_eval.utils
 import numpy as np
 import torch
 from lm_eval.api.metrics import mean
@@ -39,6 +41,7 @@ OnProgress = Callable[[int, int], None]
 _LOGITS = 1 << 26
 """Entries of a batch's logits: 256 MiB in float32; one row may have more."""
 _MOST_ROWS = 64
+_MOST_TEMPLATES = 1024
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,6 +74,18 @@ class Tasks:
 
 
 @contextmanager
+def _compiled_once() -> Iterator[None]:
+    """Compile each template of a task once: the harness does it again for each question, for most of its time."""
+    environment = lm_eval.utils.env
+    before = environment.from_string
+    environment.from_string = lru_cache(_MOST_TEMPLATES)(before)
+    try:
+        yield
+    finally:
+        environment.from_string = before
+
+
+@contextmanager
 def open_tasks(asked: str) -> Iterator[Tasks]:
     """Load tasks, whose questions lie in a temporary folder until the end.
 
@@ -82,7 +97,7 @@ def open_tasks(asked: str) -> Iterator[Tasks]:
         InvalidInput: it is neither, or a task cannot be loaded.
     """
     warnings = Warnings()
-    with TemporaryDirectory() as scratch:
+    with TemporaryDirectory() as scratch, _compiled_once():
         with quiet(warnings):
             if Path(asked).is_dir():
                 manager, names, notes = _of_folder(Path(asked), Path(scratch))
@@ -189,15 +204,24 @@ def _of_names(asked: str) -> tuple[Any, list[str]]:
         raise InvalidInput(
             f"tasks {asked!r} is no folder{also}; give one with tasks, or names of the harness's own tasks"
         )
+    of_folder = f"there is no folder {asked!r}, nor such a task of the harness{also}"
+    if folders and not all(map(_is_written, names)):
+        raise InvalidInput(of_folder)
     manager = lm_eval.tasks.TaskManager()
     for name in names:
         if name not in manager.task_index:
             if folders:
-                raise InvalidInput(f"there is no folder {asked!r}, nor such a task of the harness{also}")
+                raise InvalidInput(of_folder)
             near = difflib.get_close_matches(name, manager.all_tasks, 3)
             also = f"; near are {', '.join(near)}" if near else ""
             raise InvalidInput(f"tasks {name!r} is neither a folder nor a task, group or tag of the harness{also}")
     return manager, names
+
+
+def _is_written(name: str) -> bool:
+    """Look for a name in the text of the harness's files, as a task has it there; to parse them all takes seconds."""
+    files = Path(lm_eval.tasks.__file__).parent.rglob("*yaml")
+    return any(name.encode() in file.read_bytes() for file in files if file.is_file())
 
 
 def _near_folders(asked: str) -> list[str]:

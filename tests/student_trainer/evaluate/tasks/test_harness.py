@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 import lm_eval
 import lm_eval.tasks
+import lm_eval.utils
 import numpy as np
 import pytest
 import torch
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from potstill.cache.corpus.tokenizer import fingerprint, load_tokenizer
 from potstill.clients.cli import main
+from potstill.student_trainer.evaluate.tasks.harness import open_tasks
 from potstill.student_trainer.train.loop import train
 from tests.student_trainer.evaluate.tasks.question_files import arc, mmlu, truthful, write_jsonl
 from tests.support.corpora import topics, write_texts
@@ -299,6 +301,15 @@ def test_what_the_harness_warns_of_is_a_note(folder: Path, tmp_path: Path, evalu
     (note,) = evaluated(folder / "model", "--tasks", tmp_path / "tasks")["task_notes"]
     assert note.startswith("lm_eval: Label index was not in within range of available choices")
     assert note.endswith(" (and 5 more)")
+
+
+def test_a_template_is_compiled_once_and_only_while_tasks_are_open(folder: Path) -> None:
+    def compiled() -> jinja2.Template:
+        return lm_eval.utils.env.from_string("{{question}}")
+
+    with open_tasks(str(folder / "questions")):
+        assert compiled() is compiled()
+    assert compiled() is not compiled()
 
 
 def test_a_folder_of_yaml_without_a_task(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
