@@ -88,7 +88,7 @@ def write_texts_cache(
 ) -> Path:
     """Ingest one document per text, of words w0 to w47; returns the cache's folder."""
     source = write_texts(folder / f"{corpus}-source", texts)
-    plan = IngestPlan(row_tokens=ROW_TOKENS, shard_positions=100)
+    plan = IngestPlan(row_tokens=ROW_TOKENS, shard_positions=200)
     root = Root.open(folder / "cache", create=True)
     ingest(root, corpus, [source], word_tokenizer(), plan, tokenizer_files=tokenizer_files)
     return folder / "cache"

@@ -53,7 +53,7 @@ kd = { train.alpha = 1.0 }
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_cache(tmp_path_factory.mktemp("cache"), documents=90)
+    return write_cache(tmp_path_factory.mktemp("cache"), documents=60)
 
 
 def write_grid(root: Path, folder: Path, cells: str = CELLS, *, steps: int = 4, every: int = 2) -> Path:

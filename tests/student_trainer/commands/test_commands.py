@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -116,16 +118,38 @@ def test_many_processes_do_not_train_alone_in_one_folder(
     assert "torchrun -m potstill.student_trainer.launch.torchrun" in capsys.readouterr().err
 
 
-# One handler takes both.
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_writes_a_checkpoint_and_the_same_command_goes_on(
-    root: Path, tmp_path: Path, number: signal.Signals
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = write_config(root, tmp_path, steps=100_000)
-    process = started(file)
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("the command takes no signals"))
+
+    def terminate() -> None:
+        wait_for_step(tmp_path / "run", 3)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            sent = thread.submit(terminate)
+            status = main(["train", str(file), "--no-ray"])
+            sent.result()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    shown = capsys.readouterr()
+    check_stopped_and_going_on(root, tmp_path, signal.SIGTERM, (status, shown.out, shown.err))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_a_process_of_its_own(root: Path, tmp_path: Path, number: signal.Signals) -> None:
+    process = started(write_config(root, tmp_path, steps=100_000))
     wait_for_step(tmp_path / "run", 3)
     process.send_signal(number)
-    status, out, err = finish(process)
+    check_stopped_and_going_on(root, tmp_path, number, finish(process))
+
+
+def check_stopped_and_going_on(root: Path, tmp_path: Path, number: signal.Signals, ended: tuple[int, str, str]) -> None:
+    status, out, err = ended
     assert (status, err) == (128 + number, "")
     assert "the same command goes on from there" in out
     last = read_metrics(tmp_path / "run")[-1]["step"]

@@ -48,7 +48,8 @@ def url(root: Path) -> Iterator[str]:
 
 def two_teachers(cache: Path | str, out: Path) -> TrainConfig:
     teachers = [{"name": "fake"}, {"name": "second", "k": 3, "weight": 2.0}]
-    return config_of(Path("unused"), out, data={"cache": str(cache)}, teachers=teachers)
+    loop = {"steps": 6, "eval_every": 3, "checkpoint_every": 3}
+    return config_of(Path("unused"), out, data={"cache": str(cache)}, teachers=teachers, train=loop)
 
 
 def batches(config: TrainConfig) -> list[Batch]:
@@ -85,9 +86,9 @@ def test_a_run_over_http_has_the_same_losses_and_weights(root: Path, url: str, t
 
 def test_a_run_goes_on_over_http_where_it_stopped_on_files(root: Path, url: str, tmp_path: Path) -> None:
     config = two_teachers(root, tmp_path / "a")
-    train(config.model_copy(update={"train": config.train.model_copy(update={"steps": 5})}))
+    train(config.model_copy(update={"train": config.train.model_copy(update={"steps": 3})}))
     train(two_teachers(url, tmp_path / "a"))
-    assert read_metrics(tmp_path / "a")[-1]["step"] == 10
+    assert read_metrics(tmp_path / "a")[-1]["step"] == 6
 
 
 def without_answers(root: Path, first: int, last: float, of: str = "/targets/fake/rows") -> Any:
@@ -131,10 +132,10 @@ def test_a_run_outlasts_a_service_that_is_away(root: Path, tmp_path: Path) -> No
 
 def test_a_run_that_gets_no_answer_at_its_first_evaluation_can_go_on(root: Path, tmp_path: Path) -> None:
     with serving(without_answers(root, 1, math.inf)) as url:
-        config = config_of(Path("unused"), tmp_path / "run", data={"cache": url, "patience": 0.3})
+        config = config_of(Path("unused"), tmp_path / "run", data={"cache": url, "patience": 0.3}, train={"steps": 2})
         result = run_session(config, Group(device=torch.device("cpu")), should_stop=lambda: False)
     assert "a checkpoint of step 0 was written" in result.problem
-    assert train(config_of(root, tmp_path / "run")).finished
+    assert train(config_of(root, tmp_path / "run", train={"steps": 2})).finished
 
 
 def test_evaluation_on_another_corpus_outlasts_a_service_that_is_away(tmp_path: Path) -> None:
@@ -142,7 +143,7 @@ def test_evaluation_on_another_corpus_outlasts_a_service_that_is_away(tmp_path: 
     root = write_cache(tmp_path, documents=4, corpus="judge", seed=2)
     with serving(without_answers(root, 2, 3, of="/judge/targets/fake/rows")) as url:
         data = {"cache": url, "patience": 60.0, "eval_corpora": ["judge"]}
-        result = train(config_of(Path("unused"), tmp_path / "run", data=data))
+        result = train(config_of(Path("unused"), tmp_path / "run", data=data, train={"steps": 2}))
     assert set(result.evaluations["judge"].teachers) == {"fake"}
 
 

@@ -69,7 +69,7 @@ def test_a_run_learns_and_leaves_everything_it_promised(root: Path, tmp_path: Pa
     from transformers import AutoModelForCausalLM
 
     shown: list[Record] = []
-    config = config_of(root, tmp_path / "run", train={"steps": 60, "eval_every": 20})
+    config = config_of(root, tmp_path / "run", train={"steps": 30, "eval_every": 10})
     result = train(config, on_record=shown.append)
     assert result.finished
     assert result.held_out is not None
@@ -77,7 +77,7 @@ def test_a_run_learns_and_leaves_everything_it_promised(root: Path, tmp_path: Pa
     records = read_metrics(run)
     assert shown == records
     held_out = [record["held_out"] for record in records if "held_out" in record]
-    assert [record["step"] for record in records if "held_out" in record] == [0, 20, 40, 60]
+    assert [record["step"] for record in records if "held_out" in record] == [0, 10, 20, 30]
     assert held_out[-1]["teachers"]["fake"]["kl"] < held_out[0]["teachers"]["fake"]["kl"]
     summary = json.loads((run / "summary.json").read_text())
     assert summary["held_out"] == held_out[-1] == result.held_out.to_json()
@@ -151,13 +151,13 @@ def test_steps_after_the_checkpoint_are_taken_again(root: Path, tmp_path: Path) 
 
 def test_micro_batches_do_not_change_the_result(root: Path, tmp_path: Path) -> None:
     for size in (1, 8):
-        train(config_of(root, tmp_path / str(size), train={"micro_batch_rows": size}))
+        train(config_of(root, tmp_path / str(size), train={"micro_batch_rows": size, "steps": 5}))
     np.testing.assert_allclose(losses(tmp_path / "1"), losses(tmp_path / "8"), rtol=0, atol=1e-5)
 
 
 def test_plain_cross_entropy_shares_rows_and_initial_weights(root: Path, tmp_path: Path) -> None:
-    distilled = config_of(root, tmp_path / "kd")
-    plain = config_of(root, tmp_path / "ce", teachers=[], train={"alpha": 0.0})
+    distilled = config_of(root, tmp_path / "kd", train={"steps": 2})
+    plain = config_of(root, tmp_path / "ce", teachers=[], train={"alpha": 0.0, "steps": 2})
     train(distilled)
     train(plain)
     ours, theirs = (read_metrics(tmp_path / name) for name in ("kd", "ce"))
@@ -170,8 +170,8 @@ def test_plain_cross_entropy_shares_rows_and_initial_weights(root: Path, tmp_pat
 
 
 def test_teachers_of_plain_cross_entropy_are_measured_only(root: Path, tmp_path: Path) -> None:
-    measured = config_of(root, tmp_path / "measured", train={"alpha": 0.0})
-    plain = config_of(root, tmp_path / "plain", teachers=[], train={"alpha": 0.0})
+    measured = config_of(root, tmp_path / "measured", train={"alpha": 0.0, "steps": 4})
+    plain = config_of(root, tmp_path / "plain", teachers=[], train={"alpha": 0.0, "steps": 4})
     result = train(measured)
     train(plain)
     assert same_weights(tmp_path / "measured", tmp_path / "plain")
@@ -201,7 +201,7 @@ def test_a_running_service_teaches_like_the_cache(root: Path, tmp_path: Path) ->
 
 
 def test_a_student_continues_from_a_checkpoint(root: Path, tmp_path: Path) -> None:
-    train(config_of(root, tmp_path / "first"))
+    train(config_of(root, tmp_path / "first", train={"steps": 2}))
     checkpoint = {"config": None, "checkpoint": str(tmp_path / "first" / "model")}
     train(config_of(root, tmp_path / "next", student=checkpoint, train={"steps": 1}))
     last, first = read_metrics(tmp_path / "first")[-1], read_metrics(tmp_path / "next")[0]
@@ -209,11 +209,15 @@ def test_a_student_continues_from_a_checkpoint(root: Path, tmp_path: Path) -> No
 
 
 def test_a_student_of_some_layers_resumes_and_is_published_with_them(root: Path, tmp_path: Path) -> None:
-    train(config_of(root, tmp_path / "larger", student={"config": {**STUDENT, "num_hidden_layers": 3}}))
+    larger = {"config": {**STUDENT, "num_hidden_layers": 3}}
+    train(config_of(root, tmp_path / "larger", student=larger, train={"steps": 1}))
     layers = {"config": None, "checkpoint": str(tmp_path / "larger" / "model"), "layers": [0, 2]}
-    straight, resumed = (config_of(root, tmp_path / name, student=layers) for name in ("straight", "resumed"))
+    loop = {"steps": 4}
+    straight, resumed = (
+        config_of(root, tmp_path / name, student=layers, train=loop) for name in ("straight", "resumed")
+    )
     train(straight)
-    train_stopping_at(resumed, 4)
+    train_stopping_at(resumed, 2)
     train(resumed)
     assert same_weights(tmp_path / "straight", tmp_path / "resumed")
     assert load_student(tmp_path / "straight" / "model").config.num_hidden_layers == 2
@@ -237,10 +241,10 @@ def test_no_held_out_rows(root: Path, tmp_path: Path) -> None:
 
 def test_a_longer_run_goes_on_from_a_finished_one(root: Path, tmp_path: Path) -> None:
     constant = {"schedule": "constant"}
-    train(config_of(root, tmp_path / "run", train=constant))
-    result = train(config_of(root, tmp_path / "run", train={**constant, "steps": 12}))
-    assert result.step == 12
-    train(config_of(root, tmp_path / "straight", train={**constant, "steps": 12}))
+    train(config_of(root, tmp_path / "run", train={**constant, "steps": 4}))
+    result = train(config_of(root, tmp_path / "run", train={**constant, "steps": 6}))
+    assert result.step == 6
+    train(config_of(root, tmp_path / "straight", train={**constant, "steps": 6}))
     assert same_weights(tmp_path / "run", tmp_path / "straight")
 
 

@@ -305,7 +305,8 @@ def test_what_the_harness_warns_of_is_a_note(folder: Path, tmp_path: Path, evalu
 
 def test_a_template_is_compiled_once_and_only_while_tasks_are_open(folder: Path) -> None:
     def compiled() -> jinja2.Template:
-        return lm_eval.utils.env.from_string("{{question}}")
+        found: jinja2.Template = lm_eval.utils.env.from_string("{{question}}")
+        return found
 
     with open_tasks(str(folder / "questions")):
         assert compiled() is compiled()
