@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import multiprocessing
 import os
 import shutil
 import signal
@@ -99,8 +100,12 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def vllm_teacher(tiny_llama: Path) -> Iterator[VllmTeacher]:
     """The session's one engine inside this process; steps of 64 tokens, so longer rows come in chunks."""
+    import numba  # noqa: F401 -- vLLM stumbles over it without our help
+
+    before = multiprocessing.active_children()
     options = VllmOptions(model=str(tiny_llama), dtype="float32", max_batch_tokens=64)
     teacher = asyncio.run(VllmTeacher.open(options))
+    assert multiprocessing.active_children() == before
     yield teacher
     asyncio.run(teacher.close())
 

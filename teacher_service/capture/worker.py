@@ -63,7 +63,6 @@ class CaptureExtension:
 def _device(kind: str) -> CaptureDevice:
     if kind != "cpu":
         return torch_device()
-    # numba comes with it: while vLLM starts, it stumbles over that where it was loaded before (`vllm_engine`).
     from potstill.teacher_service.capture.cpu.device import cpu_device  # noqa: PLC0415
 
     return cpu_device()

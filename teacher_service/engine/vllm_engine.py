@@ -5,9 +5,7 @@ holds one engine: two built side by side do score, but closing either breaks the
 model parallel group is not initialized"). The first open engine of a process therefore runs inside
 it, and every further one in a process of its own, which costs about ten seconds more to start and
 one more import of vLLM. Such a process is spawned, so a script that opens a second teacher needs
-the usual `if __name__ == "__main__":`. So does one that starts where numba was loaded, by the `archive`
-encoding, a large read or an engine that was closed: while it starts, vLLM looks into every module's attributes
-and stumbles over one of llvmlite. When numba is loaded while it starts, it starts again.
+the usual `if __name__ == "__main__":`.
 
 A capture path turns answers into targets (`capture.paths`). The engine takes the best path that agrees with vLLM's
 public one on a few tokens (`capture.check`), and logs once why a better one was passed over.
@@ -20,15 +18,16 @@ Run with vLLM 0.32 on CPUs; not run on a GPU.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
 import shutil
-import sys
 import textwrap
 import threading
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,7 +96,7 @@ class VllmEngine:
     """
 
     def __init__(self, arguments: dict[str, Any], *, capture: str = "auto", lora: str = "") -> None:
-        self._inside = "llvmlite" not in sys.modules and _INSIDE_THIS_PROCESS.acquire(blocking=False)
+        self._inside = _INSIDE_THIS_PROCESS.acquire(blocking=False)
         try:
             with _ONE_START_AT_A_TIME:
                 self._vllm = _import_vllm()
@@ -105,7 +104,7 @@ class VllmEngine:
 
                 self._paths = capture_paths
                 self._lora = self._vllm.lora.request.LoRARequest("adapter", 1, lora) if lora else None
-                self._engine = self._start(arguments)
+                self._engine = self._build(arguments)
         except BaseException:
             self._free_process()
             raise
@@ -177,16 +176,6 @@ class VllmEngine:
         finally:
             del self._engine
             self._free_process()
-
-    def _start(self, arguments: dict[str, Any]) -> Any:
-        try:
-            return self._build(arguments)
-        except AttributeError as error:  # vLLM looked into llvmlite's attributes, see the module's docstring
-            if not (self._inside and error.name == "get" and type(error.obj).__module__.startswith("llvmlite")):
-                raise
-        _LOG.warning("numba was loaded while an engine started, which gets a process of its own; see vllm_engine")
-        self._free_process()
-        return self._build(arguments)
 
     def _build(self, arguments: dict[str, Any]) -> Any:
         arguments = {
@@ -309,7 +298,18 @@ def _import_vllm() -> Any:
     import vllm.lora.request  # noqa: PLC0415
     import vllm.platforms  # noqa: PLC0415
 
+    with contextlib.suppress(ImportError):  # other releases of vLLM look into nothing
+        import vllm.triton_utils.dispatcher  # noqa: PLC0415
+
+        # In place of the builtin: it looks into every module's attributes, and one of llvmlite has no dictionary.
+        vllm.triton_utils.dispatcher.vars = _dictionary_of
     return vllm
+
+
+def _dictionary_of(value: object) -> Mapping[str, object]:
+    """Give an object's `vars`, or nothing where that is no dictionary."""
+    found = vars(value)
+    return found if isinstance(found, Mapping) else {}
 
 
 def _import_model(vllm: Any, refusal: ValueError) -> None:

@@ -280,11 +280,8 @@ def test_a_seam_that_has_moved_is_passed_over_and_said_so(
 
 
 @pytest.mark.slow
-def test_numba_loaded_while_an_engine_starts_moves_it_to_a_process_of_its_own(
-    tiny_llama: Path, tiny_forward: Forward
-) -> None:
+def test_numba_may_be_loaded_while_an_engine_starts(tiny_llama: Path, tiny_forward: Forward) -> None:
     answer, log = sabotaged(tiny_llama, "reader")
-    assert answer["path"] == "sampler"
-    assert "numba was loaded while an engine started" in log
+    assert (answer["path"], log) == ("sampler", "")
     theirs = np.take_along_axis(tiny_forward(np.arange(100, dtype=np.uint32)), np.array(answer["ids"]), axis=1)
     np.testing.assert_allclose(answer["logprobs"], theirs, atol=TOLERANCE)
