@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import re
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -11,21 +11,30 @@ from pathlib import Path
 import pytest
 
 from potstill.cache.extras import missing_module
+from potstill.clients.cli import main
 from tests.support.corpora import make_corpus
 from tests.support.paths import ROOT
+from tests.support.processes.forked import Forked
 
-WITHOUT = """
-import sys
 
 class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == {module!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+    """Finds no module of one name."""
 
-sys.meta_path.insert(0, Absent())
-from potstill.clients.cli import main
-sys.exit(main({arguments!r}))
-"""
+    def __init__(self, module: str) -> None:
+        self._module = module
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name.partition(".")[0] == self._module:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def run_without(module: str, folder: Path, arguments: list[str]) -> int:
+    assert module not in sys.modules
+    sys.meta_path.insert(0, Absent(module))
+    os.chdir(folder)
+    return main(arguments)
+
+
 TRAINING = """
 [data]
 cache = "cache"
@@ -75,15 +84,13 @@ def folder(tmp_path: Path) -> Path:
 def test_what_is_not_installed_is_named_with_the_extra_that_has_it(
     folder: Path, module: str, line: str, extra: str
 ) -> None:
-    code = WITHOUT.format(module=module, arguments=line.split())
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 1, done.stderr
-    assert len(done.stderr.splitlines()) == 1, done.stderr
-    assert f"needs the module '{module}" in done.stderr
-    assert f"potstill[{extra}]" in done.stderr
-    assert 'pip install "potstill[' in done.stderr
+    with Forked(run_without, module, folder, line.split()) as process:
+        _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 1, stderr
+    assert len(stderr.splitlines()) == 1, stderr
+    assert f"needs the module '{module}" in stderr
+    assert f"potstill[{extra}]" in stderr
+    assert 'pip install "potstill[' in stderr
 
 
 def test_every_extra_that_is_named_has_the_module() -> None:

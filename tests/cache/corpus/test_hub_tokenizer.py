@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from potstill.clients.cli import main
 from tests.support.corpora import byte_tokenizer
+from tests.support.processes.forked import Forked
 
 REVISION = "0" * 40
 
@@ -26,19 +28,21 @@ def hub(tmp_path: Path) -> Path:
     return tmp_path / "hf"
 
 
+def ingest_in(folder: Path, words: list[str]) -> int:
+    assert "huggingface_hub" not in sys.modules
+    os.chdir(folder)
+    return main(words)
+
+
 def ingest(folder: Path, hub: Path, tokenizer: str) -> subprocess.CompletedProcess[str]:
     # In a process of its own: the hub's library reads its settings when it is imported.
     (folder / "text.txt").write_text("some words " * 9)
     words = ["ingest", "text.txt", "--cache", "cache", "--corpus", "docs", "--tokenizer", tokenizer]
-    return subprocess.run(
-        [sys.executable, "-m", "potstill.clients.cli", *words],
-        cwd=folder,
-        env={**os.environ, "HF_HOME": str(hub), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    environment = {**os.environ, "HF_HOME": str(hub), "HF_HUB_OFFLINE": "1"}
+    with Forked(ingest_in, folder, words, environment=environment) as process:
+        stdout, stderr = process.communicate(timeout=300)
+        assert process.returncode is not None
+        return subprocess.CompletedProcess(words, process.returncode, stdout, stderr)
 
 
 def test_a_tokenizer_is_named_as_on_the_hub(tmp_path: Path, hub: Path) -> None:
