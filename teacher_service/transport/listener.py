@@ -45,6 +45,9 @@ class BoundedListener(socket.socket):
 
     def __init__(self, listener: socket.socket, limits: LimitSettings, *, tls: bool = False) -> None:
         super().__init__(listener.family, listener.type, listener.proto, listener.detach())
+        # For the connections, too. asyncio does it for sockets that name their protocol, as these do not: a body would
+        # wait for the client's receipt of the head, which the kernel holds back for 40 ms.
+        self.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._limits = limits
         self._tls = tls
         self._open: Counter[str] = Counter()

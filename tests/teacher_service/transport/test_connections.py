@@ -19,7 +19,7 @@ from potstill.teacher_service.app import create_app
 from potstill.teacher_service.hosting.service import Service
 from potstill.teacher_service.routes.completions import prompt_logprobs
 from potstill.teacher_service.settings.service import LimitSettings
-from potstill.teacher_service.transport.listener import _origin, allow_files
+from potstill.teacher_service.transport.listener import BoundedListener, _origin, allow_files
 from tests.support import http
 from tests.support.fakes import FakeTeacher, fake_identity
 from tests.support.processes.certificate import make_certificate
@@ -114,6 +114,15 @@ def test_trailers_behind_an_answer_get_none_of_their_own(url: str) -> None:
         assert said.startswith(b"HTTP/1.1 415 ")
         connection.sendall(b"a:\r\n" * 300 + b"\r\n")
         assert connection.recv(65_536) == b""
+
+
+def test_a_body_does_not_wait_for_the_receipt_of_its_head() -> None:
+    with (
+        BoundedListener(socket.create_server(("127.0.0.1", 0)), LIMITS) as listener,
+        socket.create_connection(listener.getsockname(), timeout=300),
+        listener.accept()[0] as accepted,
+    ):
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
 
 
 def test_few_requests_wait_behind_one() -> None:
