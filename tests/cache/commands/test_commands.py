@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +15,9 @@ from potstill.clients.cli import main
 from tests.support.command_line import refused
 from tests.support.corpora import VOCAB, byte_tokenizer, make_corpus, teacher_for
 from tests.support.fakes import FakeTeacher, fake_identity
+from tests.support.processes.forked import Forked
 from tests.support.processes.servers import hosted, serving_teachers
+from tests.support.waiting import until
 
 
 @pytest.fixture
@@ -152,14 +153,13 @@ def test_a_cache_of_a_newer_format_is_refused_by_every_command(root: Path, capsy
 def test_a_prefill_stopped_by_sigterm_says_how_to_go_on(root: Path) -> None:
     corpus = Cache.open(root).corpus("docs")
     with serving_teachers(hosted("slow", teacher_for(corpus, tokens_per_second=2000))) as url:
-        command = [sys.executable, "-m", "potstill.clients.cli", "prefill", "--cache", str(root), "--corpus", "docs"]
+        command = ["prefill", "--cache", str(root), "--corpus", "docs"]
         command += ["--teacher", f"t={url}#slow", "--batch-tokens", "300", "--in-flight", "1"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         commits = root / "targets" / "t" / "docs" / "commits"
-        while process.poll() is None and not (commits.exists() and os.listdir(commits)):
-            pass
-        process.terminate()
-        out, err = process.communicate(timeout=300)
+        with Forked(main, command) as process:
+            until(lambda: process.returncode is not None or (commits.exists() and bool(os.listdir(commits))))
+            process.send_signal(signal.SIGTERM)
+            out, err = process.communicate(timeout=300)
     assert process.returncode == 130, err
     assert "the same command goes on with the rest" in out
     committed = Cache.open(root).targets("t", "docs").committed

@@ -188,19 +188,23 @@ def test_truncation_a_tokenizer_file_asks_for_is_not_applied(tmp_path: Path) -> 
 TOKENS = st.lists(st.lists(st.integers(0, 255), min_size=1, max_size=9), min_size=1, max_size=40)
 
 
-@settings(max_examples=40)
-@given(rows=TOKENS, shard_positions=st.integers(1, 50))
-def test_rows_of_tokens_are_kept_as_they_are(rows: list[list[int]], shard_positions: int) -> None:
-    plan = IngestPlan(row_tokens=9, shard_positions=shard_positions)
-    arrays = [np.array(row, dtype=np.uint32) for row in rows]
-    corpus = ingest_rows(Root.open("memory://", create=True), "rows", iter(arrays), byte_tokenizer(), plan)
-    assert [row.tolist() for row in corpus.rows(0, len(corpus))] == rows
-    assert corpus.find([corpus.key(row) for row in arrays]) == [rows.index(row) for row in rows]
-    assert corpus.spec.duplicate_rows == len(rows) - len(set(map(tuple, rows)))
-    assert (corpus.spec.longest_row, corpus.spec.max_token_id) == (max(map(len, rows)), max(map(max, rows)))
-    assert corpus.row_starts.tolist() == np.cumsum([0, *map(len, rows)]).tolist()
-    assert np.array_equal(corpus.shard_starts, corpus.row_starts[corpus.shard_rows])
-    assert np.array_equal(corpus.shard_rows, shard_bounds(corpus.row_starts, shard_positions))
+@pytest.mark.parametrize("examples", [12, pytest.param(40, marks=pytest.mark.slow)])
+def test_rows_of_tokens_are_kept_as_they_are(examples: int) -> None:
+    @settings(max_examples=examples)
+    @given(rows=TOKENS, shard_positions=st.integers(1, 50))
+    def check(rows: list[list[int]], shard_positions: int) -> None:
+        plan = IngestPlan(row_tokens=9, shard_positions=shard_positions)
+        arrays = [np.array(row, dtype=np.uint32) for row in rows]
+        corpus = ingest_rows(Root.open("memory://", create=True), "rows", iter(arrays), byte_tokenizer(), plan)
+        assert [row.tolist() for row in corpus.rows(0, len(corpus))] == rows
+        assert corpus.find([corpus.key(row) for row in arrays]) == [rows.index(row) for row in rows]
+        assert corpus.spec.duplicate_rows == len(rows) - len(set(map(tuple, rows)))
+        assert (corpus.spec.longest_row, corpus.spec.max_token_id) == (max(map(len, rows)), max(map(max, rows)))
+        assert corpus.row_starts.tolist() == np.cumsum([0, *map(len, rows)]).tolist()
+        assert np.array_equal(corpus.shard_starts, corpus.row_starts[corpus.shard_rows])
+        assert np.array_equal(corpus.shard_rows, shard_bounds(corpus.row_starts, shard_positions))
+
+    check()
 
 
 def test_the_same_rows_are_the_same_corpus_whether_they_came_as_text_or_as_tokens(tmp_path: Path) -> None:

@@ -49,20 +49,24 @@ def _teaches(documents: list[Document]) -> bool:
     return any(taught is None or any(taught) for document in documents for _, taught in document)
 
 
-@settings(max_examples=40)
-@given(documents=st.lists(st.lists(a_row(), max_size=4), min_size=1, max_size=8).filter(_teaches))
-def test_documents_and_mask_are_read_as_they_came(documents: list[Document]) -> None:
-    corpus = sealed(Root.open("memory://", create=True), "docs", documents)
-    lengths = [len(document) for document in documents if document]
-    rows = [row for document in documents for row in document]
-    masks = [[True] * len(row) if taught is None else taught for row, taught in rows]
-    assert corpus.document_rows.tolist() == np.cumsum([0, *lengths]).tolist()
-    assert corpus.num_documents == len(lengths)
-    assert corpus.has_loss_mask == (not all(map(all, masks)))
-    assert corpus.loss_mask(0, corpus.num_positions).tolist() == [each for mask in masks for each in mask]
-    backwards = range(len(corpus))[::-1]
-    assert [mask.tolist() for mask in corpus.take_loss_mask(backwards)] == masks[::-1]
-    assert all(mask.dtype == np.bool_ for mask in corpus.take_loss_mask(backwards))
+@pytest.mark.parametrize("examples", [12, pytest.param(40, marks=pytest.mark.slow)])
+def test_documents_and_mask_are_read_as_they_came(examples: int) -> None:
+    @settings(max_examples=examples)
+    @given(documents=st.lists(st.lists(a_row(), max_size=4), min_size=1, max_size=8).filter(_teaches))
+    def check(documents: list[Document]) -> None:
+        corpus = sealed(Root.open("memory://", create=True), "docs", documents)
+        lengths = [len(document) for document in documents if document]
+        rows = [row for document in documents for row in document]
+        masks = [[True] * len(row) if taught is None else taught for row, taught in rows]
+        assert corpus.document_rows.tolist() == np.cumsum([0, *lengths]).tolist()
+        assert corpus.num_documents == len(lengths)
+        assert corpus.has_loss_mask == (not all(map(all, masks)))
+        assert corpus.loss_mask(0, corpus.num_positions).tolist() == [each for mask in masks for each in mask]
+        backwards = range(len(corpus))[::-1]
+        assert [mask.tolist() for mask in corpus.take_loss_mask(backwards)] == masks[::-1]
+        assert all(mask.dtype == np.bool_ for mask in corpus.take_loss_mask(backwards))
+
+    check()
 
 
 def test_a_file_is_a_document_and_an_empty_one_is_none(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -100,6 +101,14 @@ def test_draws_are_kept_exactly_in_the_narrowest_types(seed: int, num_positions:
 LONG = 2 * BLOCK_POSITIONS + 77
 
 
+@functools.cache
+def stored_draws() -> tuple[Draws, StoredArrays]:
+    """Draws of `LONG` positions, and the arrays that keep them."""
+    draws = random_draws(1, LONG, 3, 100)
+    fields = Fields(k=0, draws=3)
+    return draws, encode_fields(Targets.of_other_fields(LONG, draws=draws), fields, U8, shuffled_ranks(100))
+
+
 @settings(deadline=None, max_examples=40)
 @given(bounds=st.tuples(st.integers(0, LONG), st.integers(0, LONG)).map(sorted))
 @example(bounds=[0, LONG])
@@ -107,8 +116,7 @@ LONG = 2 * BLOCK_POSITIONS + 77
 def test_a_range_of_draws_touches_only_its_blocks(bounds: list[int]) -> None:
     start, stop = bounds
     fields, ranks = Fields(k=0, draws=3), shuffled_ranks(100)
-    draws = random_draws(1, LONG, 3, 100)
-    stored = encode_fields(Targets.of_other_fields(LONG, draws=draws), fields, U8, ranks)
+    draws, stored = stored_draws()
     touched: list[tuple[str, int, int]] = []
 
     def read(name: str, a: int, b: int) -> np.ndarray:

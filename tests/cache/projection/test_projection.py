@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,13 @@ from tests.support.tokenizers.two_corpora import ingested, mixed_texts, projecte
 TEXTS = [*topics(2, characters=400), *mixed_texts(1500, prose=300)]
 
 
+@functools.cache
+def saved_bpe(vocab_size: int, words: bool) -> str:
+    return trained(topics(30), vocab_size, words=words).to_str()
+
+
 def bpe(vocab_size: int, *, words: bool = True) -> Tokenizer:
-    return trained(topics(30), vocab_size, words=words)
+    return Tokenizer.from_str(saved_bpe(vocab_size, words))
 
 
 @pytest.fixture
@@ -120,10 +126,11 @@ def test_a_student_of_bytes_has_the_teachers_first_bytes(cache: Cache, text: Pat
     ends = np.cumsum(lengths) - 1
     assert mine.alignment is not None
     assert np.array_equal(np.flatnonzero(mine.alignment[:, 0] < 1), ends)
+    vocab = students.tokenizer.get_vocab()
     for position, end in enumerate(ends[:200].tolist()):
         exact = np.zeros(256)
         alphabet = [piece(tokenizer, int(i))[0] for i in theirs.ids[position]]
-        np.add.at(exact, [students.tokenizer.get_vocab()[char] for char in alphabet], np.exp(theirs.logprobs[position]))
+        np.add.at(exact, [vocab[char] for char in alphabet], np.exp(theirs.logprobs[position]))
         found = np.zeros(256)
         found[mine.ids[end]] = np.exp(mine.logprobs[end])
         np.testing.assert_allclose(found, exact, atol=1e-6)

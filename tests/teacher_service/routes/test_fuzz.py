@@ -46,7 +46,7 @@ def url(tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("right_name", [True, False])
-@pytest.mark.parametrize("examples", [5, pytest.param(15, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [3, pytest.param(15, marks=pytest.mark.slow)])
 def test_nothing_that_the_api_describes_makes_it_fail(url: str, right_name: bool, examples: int) -> None:
     import schemathesis
     from schemathesis.core.result import Ok
@@ -107,11 +107,12 @@ def resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_damaged_arrow_bodies_are_refused_or_answered_within_bounded_memory(url: str) -> None:
+@pytest.mark.parametrize("examples", [100, pytest.param(400, marks=pytest.mark.slow)])
+def test_damaged_arrow_bodies_are_refused_or_answered_within_bounded_memory(url: str, examples: int) -> None:
     before = resident_bytes()
     with httpx.Client(timeout=http.SECONDS, base_url=url, headers={"content-type": wire.ARROW_MEDIA_TYPE}) as client:
 
-        @settings(max_examples=400, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=examples, suppress_health_check=list(HealthCheck))
         @given(damaged())
         def check(body: bytes) -> None:
             assert_refused_or_answered(client.post("/v1/teachers/fake/score", content=body).status_code)
