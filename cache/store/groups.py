@@ -11,28 +11,24 @@ wrong place (objects swapped, a shard copied over another) passes its codec's ow
 from __future__ import annotations
 
 import hashlib
-import math
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.abc.store import ByteRequest, Store
-from zarr.codecs import BloscCodec, Crc32cCodec
-from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.errors import BaseZarrError
-from zarr.storage import WrapperStore
 
 from potstill.cache.errors import CorruptSegment, StoreError
 from potstill.cache.forks import PerProcess
 from potstill.cache.store.chunks import ChunkCache, ReadRequest, TiledArray, chunk_checksums
-from potstill.cache.store.pipelines import codec_pipeline, open_array, zarr_store
+from potstill.cache.store.new_arrays import GROUP_METADATA, Layout, NewArray
+from potstill.cache.store.pipelines import codec_pipeline, open_array
 from potstill.cache.store.publishing import loss
-from potstill.cache.store.root import Root, StoredObject, store_errors
+from potstill.cache.store.root import Root, StoredObject
 
 CHECKSUMS = "checksums"
 # Errors that zarr raises for metadata that it cannot use, written by another version of it.
@@ -42,19 +38,6 @@ _LEAST_CHUNK_BYTES = 16
 _CHECKSUM_CHUNK = 1 << 16
 # What a reader keeps of decoded chunks when its opener gives it no larger cache to share.
 _OWN_CACHE_BYTES = 32 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Chunking and compression of one array."""
-
-    chunk: tuple[int, ...]
-    """Shape of the inner chunks."""
-    object_rows: int | None = None
-    """Elements of axis 0 that share one object (a Zarr shard); None for all."""
-    shuffle: Literal["noshuffle", "shuffle", "bitshuffle"] = "bitshuffle"
-    level: int = 5
-    """Compression level of zstd inside Blosc."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +78,11 @@ class GroupWriter:
     def __init__(self, root: Root, path: str) -> None:
         self._root = root
         self.path = path
-        self._store = _RecordingStore(zarr_store(root.store), path)
+        self._written: dict[str, tuple[int, str]] = {}
         self._checksums: dict[str, list[NDArray[np.uint32]]] = {}
-        root.refuse_link(path)
-        with store_errors(path):
-            self._group = zarr.create_group(self._store, path=path)
+        self._write("zarr.json", GROUP_METADATA)
 
-    def array(self, name: str, shape: tuple[int, ...], dtype: Any, layout: Layout) -> zarr.Array[Any]:
+    def array(self, name: str, shape: tuple[int, ...], dtype: Any, layout: Layout) -> NewArray:
         """Create an array, to be filled by `put` in order, in blocks of whole objects, each once."""
         self._checksums[name] = []
         return self._create(name, shape, dtype, layout, {})
@@ -112,9 +93,9 @@ class GroupWriter:
         if data.size:
             self.put(array, 0, data)
 
-    def put(self, array: zarr.Array[Any], start: int, block: NDArray[Any]) -> None:
+    def put(self, array: NewArray, start: int, block: NDArray[Any]) -> None:
         """Write one block of an array that `array` made, from `start` on axis 0."""
-        self._checksums[array.basename].append(chunk_checksums(block, array.chunks))
+        self._checksums[array.name].append(chunk_checksums(block, array.chunk))
         self._put(array, start, block)
 
     def finish(self) -> tuple[StoredObject, ...]:
@@ -130,10 +111,7 @@ class GroupWriter:
         if every.size:
             self._put(array, 0, every)
         self._root.flush(self.path)
-        cut = len(self.path) + 1
-        written = tuple(
-            StoredObject(path[cut:], size, sha256) for path, (size, sha256) in sorted(self._store.written.items())
-        )
+        written = tuple(StoredObject(path, size, sha256) for path, (size, sha256) in sorted(self._written.items()))
         # A writer that was stopped for long may have been taken for dead, and its group for garbage.
         problem = loss(self._root, self.path, written)
         if problem is not None:
@@ -142,26 +120,18 @@ class GroupWriter:
 
     def _create(
         self, name: str, shape: tuple[int, ...], dtype: Any, layout: Layout, attributes: dict[str, Any]
-    ) -> zarr.Array[Any]:
-        rows = layout.object_rows or max(shape[0], 1)
-        whole = (rows, *shape[1:])
-        shards = tuple(math.ceil(max(size, 1) / chunk) * chunk for size, chunk in zip(whole, layout.chunk, strict=True))
-        with store_errors(f"{self.path}/{name}"):
-            return self._group.create_array(
-                name,
-                shape=shape,
-                dtype=dtype,
-                chunks=layout.chunk,
-                shards=shards,
-                compressors=[BloscCodec(cname="zstd", clevel=layout.level, shuffle=layout.shuffle), Crc32cCodec()],
-                attributes=attributes,
-                # zarr leaves out chunks of zeros by default; here a missing chunk is always damage.
-                config={"write_empty_chunks": True},
-            )
+    ) -> NewArray:
+        array = NewArray(name, shape, dtype, layout)
+        self._write(f"{name}/zarr.json", array.metadata(attributes))
+        return array
 
-    def _put(self, array: zarr.Array[Any], start: int, block: NDArray[Any]) -> None:
-        with store_errors(f"{self.path}/{array.basename}"):
-            array[start : start + len(block)] = block
+    def _put(self, array: NewArray, start: int, block: NDArray[Any]) -> None:
+        for key, data in array.objects(start, block):
+            self._write(f"{array.name}/{key}", data)
+
+    def _write(self, path: str, data: bytes) -> None:
+        self._root.put(f"{self.path}/{path}", data)
+        self._written[path] = len(data), hashlib.sha256(data).hexdigest()
 
 
 class GroupReader:
@@ -306,40 +276,6 @@ class GroupReader:
         if data is None or hashlib.sha256(data).hexdigest() != recorded.sha256:
             raise CorruptSegment(f"{self.path}/{path} is not the one that was committed")
         return data
-
-
-class _RecordingStore(WrapperStore[Store]):
-    """A zarr store that notes size and sha256 of what is written below one path; the last write of a key counts.
-
-    Writes elsewhere are dropped: zarr would create the `zarr.json` of the groups above too, and those are records
-    that only `Root.create` may publish.
-    """
-
-    def __init__(self, store: Store, path: str = "") -> None:
-        super().__init__(store)
-        self._prefix = path + "/"
-        self.written: dict[str, tuple[int, str]] = {}
-
-    def _with_store(self, store: Store) -> _RecordingStore:
-        return _RecordingStore(store, self._prefix[:-1])
-
-    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        # zarr looks for groups above and for older objects. The name was never used, so each would be a wasted request.
-        return await super().get(key, prototype, byte_range) if key in self.written else None
-
-    async def set(self, key: str, value: Buffer) -> None:
-        if key.startswith(self._prefix):
-            await super().set(key, value)
-            data = value.as_buffer_like()
-            self.written[key] = (memoryview(data).nbytes, hashlib.sha256(data).hexdigest())
-
-    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
-        # The group's name was never used before, so the key is new.
-        await self.set(key, value)
-
-    async def _set_many(self, values: Iterable[tuple[str, Buffer]]) -> None:
-        for key, value in values:
-            await self.set(key, value)
 
 
 def objects_from_json(value: Iterable[Mapping[str, Any]]) -> tuple[StoredObject, ...]:

@@ -230,6 +230,15 @@ class Root:
                 digest.update(obstore.get_range(self.store, path, start=start, end=min(start + _HASH_BLOCK, size)))
         return digest.hexdigest()
 
+    def put(self, path: str, data: bytes) -> None:
+        """Put an object under a name that nobody else uses and nothing refers to yet; what is there is replaced."""
+        with self._access(path):
+            if self.folder is not None:
+                (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
+                (self.folder / path).write_bytes(data)
+                return
+            obstore.put(self.store, path, data)
+
     def put_file(self, path: str, file: Path) -> None:
         """Put a file's bytes, of any number, under a name that nothing refers to; what is there is replaced."""
         with self._access(path):
