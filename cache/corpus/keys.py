@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from potstill.cache.errors import CorruptSegment, InvalidInput
 from potstill.cache.store import GroupReader, GroupWriter
 from potstill.cache.store.chunks import read_together
-from potstill.cache.store.groups import Layout
+from potstill.cache.store.new_arrays import Layout
 from potstill.cache.types import Tokens
 
 KEY_BYTES = 16

@@ -17,7 +17,7 @@ from potstill.cache.corpus.tokenizer import SEALED_NAME
 from potstill.cache.corpus.tokenizer_files import SEALED_FILES, sealed_bytes
 from potstill.cache.row_batches import row_batches
 from potstill.cache.store import GroupWriter, StoredObject
-from potstill.cache.store.groups import Layout
+from potstill.cache.store.new_arrays import Layout
 
 _TOKEN_CHUNK = 1 << 16
 _ROW_CHUNK = 4096

@@ -30,7 +30,7 @@ from potstill.cache.journal.segment import (
     write_row_index,
 )
 from potstill.cache.store import GroupWriter, Root
-from potstill.cache.store.groups import Layout
+from potstill.cache.store.new_arrays import Layout
 from potstill.cache.targets.segment import array_layout
 
 MANY = 16

@@ -35,7 +35,8 @@ from potstill.cache.encoding.logprobs import Measured, StoredArrays, encoding_by
 from potstill.cache.errors import CorruptSegment, FormatError
 from potstill.cache.store import GroupReader, GroupWriter, Reading, Root, StoredObject
 from potstill.cache.store.chunks import read_together
-from potstill.cache.store.groups import CHECKSUMS, Layout, objects_from_json, removed_on_failure
+from potstill.cache.store.groups import CHECKSUMS, objects_from_json, removed_on_failure
+from potstill.cache.store.new_arrays import Layout
 from potstill.cache.store.publishing import publish as publish_group
 from potstill.cache.store.record import Record, read_record, record_bytes, values_read
 from potstill.cache.targets.packed import Text

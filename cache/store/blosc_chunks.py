@@ -17,14 +17,13 @@ from itertools import groupby
 from typing import Any, TypeAlias
 
 import numpy as np
-import zarr
 from numcodecs import blosc
 from numpy.typing import NDArray
-from zarr.core.metadata import ArrayV3Metadata
 
 from potstill.cache.errors import CorruptSegment
+from potstill.cache.store.array_metadata import ArrayMetadata
 from potstill.cache.store.object_ranges import ObjectRanges, Stored, side_by_side
-from potstill.cache.store.pipelines import blosc_problem, crc32c_problem, is_bounded_blosc, store_below
+from potstill.cache.store.pipelines import StoredArray, blosc_problem, crc32c_problem
 
 Place: TypeAlias = tuple[int, int]
 """Row and column of a chunk in the grid; an array of one axis has one column."""
@@ -44,12 +43,9 @@ class BloscChunks:
     Errors name the array, and are CorruptSegment for what is damaged, StoreError where the store fails.
     """
 
-    def __init__(self, array: zarr.Array[Any], objects: ObjectRanges) -> None:
-        assert array.shards is not None, "as `blosc_chunks` checked"
-        assert isinstance(array.metadata, ArrayV3Metadata), "as `blosc_chunks` checked"
-        self.objects, self._path, self._metadata = objects, array.path, array.metadata
-        self._per_object = tuple(s // c for s, c in zip(array.shards, array.chunks, strict=True))
-        self._shape, self._chunk, self._dtype = array.shape, array.chunks, array.dtype
+    def __init__(self, path: str, metadata: ArrayMetadata, objects: ObjectRanges) -> None:
+        self.objects, self._path, self._metadata, self._per_object = objects, path, metadata, metadata.grid
+        self._shape, self._chunk, self._dtype = metadata.shape, metadata.chunk, metadata.dtype
         self._indexes: dict[str, NDArray[np.uint64]] = {}
 
     def decoded(self, first: int, stop: int, columns: int, stored: Mapping[Place, Stored]) -> NDArray[Any]:
@@ -79,7 +75,7 @@ class BloscChunks:
         most = max(_TOGETHER_BYTES // (math.prod(self._chunk) * self._dtype.itemsize), 1)
         parts = []
         for coordinates, inside in groupby(sorted(places, key=self._object), self._object):
-            key, here = f"{self._path}/{self._metadata.encode_chunk_key(coordinates)}", list(inside)
+            key, here = f"{self._path}/{self._metadata.object_key(coordinates)}", list(inside)
             parts += [(key, here[at : at + most]) for at in range(0, len(here), most)]
         return parts
 
@@ -141,6 +137,6 @@ def fetch(wanted: Mapping[BloscChunks, Iterable[Place]]) -> dict[BloscChunks, di
     return found
 
 
-def blosc_chunks(array: zarr.Array[Any]) -> BloscChunks | None:
+def blosc_chunks(array: StoredArray) -> BloscChunks | None:
     """Make the reader of an array's chunks; None for one that is laid out otherwise."""
-    return BloscChunks(array, ObjectRanges(store_below(array))) if is_bounded_blosc(array) else None
+    return None if array.metadata is None else BloscChunks(array.path, array.metadata, ObjectRanges(array.store))

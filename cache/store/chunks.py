@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import google_crc32c
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 from zarr.core.sync import sync
 from zarr.errors import BaseZarrError
@@ -28,13 +27,15 @@ from potstill.cache.errors import CorruptSegment
 from potstill.cache.forks import PerProcess
 from potstill.cache.row_batches import row_batches, row_starts
 from potstill.cache.store.blosc_chunks import BloscChunks, Place, blosc_chunks, fetch
-from potstill.cache.store.pipelines import encoded_chunks
+from potstill.cache.store.pipelines import StoredArray, encoded_chunks
 
 # What a damaged or lying object can make zarr, numcodecs or zarrs raise while decoding.
 _DECODE_FAILURES = (BaseZarrError, ValueError, TypeError, KeyError, RuntimeError, IndexError, OSError)
 # Decoded bytes that one fetch may hold beside its answers: many chunks at a time hide the store's latency, but a
 # request for a whole shard must not hold it twice.
 _FETCH_BYTES = 64 << 20
+# Least number of chunks that zarrs reads where it can: it takes tasks of zarr's event loop and reads each chunk twice.
+_BY_ZARRS = 16
 
 
 def chunk_checksums(data: NDArray[Any], chunk: tuple[int, ...]) -> NDArray[np.uint32]:
@@ -107,23 +108,22 @@ class TiledArray:
 
     def __init__(
         self,
-        array: zarr.Array[Any],
+        array: StoredArray,
         path: str,
         checksums: NDArray[np.uint32] | None,
         cache: ChunkCache,
         key: Hashable,
     ) -> None:
-        rows, columns = (*(-(-size // step) for size, step in zip(array.shape, array.chunks, strict=True)), 1)[:2]
+        rows, columns = (*(-(-size // step) for size, step in zip(array.shape, array.chunk, strict=True)), 1)[:2]
         if checksums is not None and checksums.shape != (rows * columns,):
             raise CorruptSegment(f"{path} has {rows * columns} chunks, {checksums.size} checksums were recorded")
         self.path = path
         self.shape: tuple[int, ...] = array.shape
-        self.chunk: tuple[int, ...] = array.chunks
+        self.chunk: tuple[int, ...] = array.chunk
         self.dtype: np.dtype[Any] = array.dtype
         self._array = array
         self._encoded = encoded_chunks(array)
-        self.stored: BloscChunks | None = None if self._encoded else blosc_chunks(array)
-        """Reader of its chunks; None where zarr reads them."""
+        self._blosc = blosc_chunks(array)
         self._sums = None if checksums is None else checksums.reshape(rows, columns)
         self._cache = cache
         self._key = key
@@ -153,6 +153,10 @@ class TiledArray:
         chunk = None if width > self.chunk[1] else self._cache.get((self._key, row, 0), is_miss=False)
         return None if chunk is None else chunk[at : at + stop - start, :width]
 
+    def reader_of(self, num_chunks: int) -> BloscChunks | None:
+        """The reader of so many chunks; None where one of zarr's pipelines reads them."""
+        return None if self._encoded is not None and num_chunks >= _BY_ZARRS else self._blosc
+
     def keep(self, row: int, column: int, chunk: NDArray[Any]) -> None:
         """Keep a chunk for later reads."""
         self._cache.put((self._key, row, column), chunk)
@@ -164,10 +168,10 @@ class TiledArray:
         rows = slice(wanted.first * self.chunk[0], min(wanted.stop * self.chunk[0], self.shape[0]))
         try:
             if len(self.shape) == 1:
-                block = await self._array.async_array.getitem(rows)
+                block = await self._array.by_zarr.async_array.getitem(rows)
             else:
                 width = min(wanted.columns * self.chunk[1], self.shape[1])
-                block = await self._array.async_array.getitem((rows, slice(0, width)))
+                block = await self._array.by_zarr.async_array.getitem((rows, slice(0, width)))
         except _DECODE_FAILURES as error:
             raise CorruptSegment(f"{self.path} cannot be read: {error}") from error
         return np.asarray(block)
@@ -342,15 +346,15 @@ def _chunk_ranges(missing: dict[TiledArray, dict[int, int]]) -> Iterator[_ChunkR
 
 def _blocks(missing: dict[TiledArray, dict[int, int]]) -> Iterator[tuple[_ChunkRange, NDArray[Any]]]:
     """Read the missing chunks side by side, and give each range of them with its block."""
-    own = {array.stored: array for array in missing if array.stored is not None}
-    found = fetch({stored: _places(missing[array]) for stored, array in own.items()})
+    readers = {array: array.reader_of(sum(rows.values())) for array, rows in missing.items()}
+    found = fetch({reader: _places(missing[array]) for array, reader in readers.items() if reader is not None})
     rest = []
     for held in _chunk_ranges(missing):
-        stored = held.array.stored
-        if stored is None:
+        reader = readers[held.array]
+        if reader is None:
             rest.append(held)
         else:
-            yield held, stored.decoded(held.first, held.stop, held.columns, found[stored])
+            yield held, reader.decoded(held.first, held.stop, held.columns, found[reader])
     if rest:
         yield from zip(rest, sync(_by_zarr(rest)), strict=True)
 

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 from zarr.errors import BaseZarrError
 
@@ -26,7 +25,7 @@ from potstill.cache.errors import CorruptSegment, StoreError
 from potstill.cache.forks import PerProcess
 from potstill.cache.store.chunks import ChunkCache, ReadRequest, TiledArray, chunk_checksums
 from potstill.cache.store.new_arrays import GROUP_METADATA, Layout, NewArray
-from potstill.cache.store.pipelines import codec_pipeline, open_array
+from potstill.cache.store.pipelines import StoredArray, codec_pipeline, open_array
 from potstill.cache.store.publishing import loss
 from potstill.cache.store.root import Root, StoredObject
 
@@ -121,8 +120,8 @@ class GroupWriter:
     def _create(
         self, name: str, shape: tuple[int, ...], dtype: Any, layout: Layout, attributes: dict[str, Any]
     ) -> NewArray:
-        array = NewArray(name, shape, dtype, layout)
-        self._write(f"{name}/zarr.json", array.metadata(attributes))
+        array = NewArray(name, shape, dtype, layout, attributes)
+        self._write(f"{name}/zarr.json", array.metadata.to_json())
         return array
 
     def _put(self, array: NewArray, start: int, block: NDArray[Any]) -> None:
@@ -219,13 +218,13 @@ class GroupReader:
             if sha256 != item.sha256
         ]
 
-    def _tiled(self, array: zarr.Array[Any], checksums: NDArray[np.uint32] | None) -> TiledArray:
+    def _tiled(self, array: StoredArray, checksums: NDArray[np.uint32] | None) -> TiledArray:
         try:
             return TiledArray(array, array.path, checksums, self.reading.chunks, array.path)
         except _OPEN_FAILURES as error:
             raise CorruptSegment(f"{array.path} cannot be opened: {error}") from error
 
-    def _stored(self, name: str) -> zarr.Array[Any]:
+    def _stored(self, name: str) -> StoredArray:
         metadata = self._whole(f"{name}/zarr.json")
         path = f"{self.path}/{name}"
         try:
@@ -253,14 +252,14 @@ class GroupReader:
             raise CorruptSegment(f"{self.path}/{CHECKSUMS} has nothing about {name!r}")
         return self._checksums[name]
 
-    def _chunk_counts(self, stored: zarr.Array[Any]) -> dict[str, int]:
+    def _chunk_counts(self, stored: StoredArray) -> dict[str, int]:
         """Number of chunks of each array, checked: a damaged count must not make us allocate without bound."""
-        counts = stored.attrs.asdict().get("chunks")
+        counts = stored.attributes.get("chunks")
         most = sum(item.size for item in self._objects.values()) // _LEAST_CHUNK_BYTES
         if (
             not isinstance(counts, dict)
             or not all(type(count) is int and 0 <= count <= most for count in counts.values())
-            or (stored.shape, stored.dtype.name, stored.chunks)
+            or (stored.shape, stored.dtype.name, stored.chunk)
             != ((sum(counts.values()),), "uint32", (_CHECKSUM_CHUNK,))
             or stored.shape[0] > most
         ):

@@ -2,8 +2,6 @@
 
 Zarr-python makes tasks and threads of each chunk, each object and each metadata file: of a small group that was nine
 tenths of the CPU time. Here the thread that asked encodes, and others help with what is large.
-
-Shape legend:  n elements of an array on axis 0.
 """
 
 from __future__ import annotations
@@ -14,6 +12,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any, Literal
 
@@ -22,11 +21,10 @@ import numpy as np
 from numcodecs import blosc
 from numpy.typing import NDArray
 
+from potstill.cache.store.array_metadata import SHUFFLES, ArrayMetadata
+
 GROUP_METADATA = json.dumps({"attributes": {}, "zarr_format": 3, "node_type": "group"}, indent=2).encode()
 """Content of a group's `zarr.json`."""
-_SHUFFLES = ("noshuffle", "shuffle", "bitshuffle")
-_CRC32C = {"name": "crc32c"}
-_LITTLE_ENDIAN = {"name": "bytes", "configuration": {"endian": "little"}}
 # Offset and length of a chunk that is not there.
 _ABSENT = (1 << 64) - 1
 # Bytes of a block that more than one thread encodes: for less, starting them costs as much as some chunks.
@@ -49,69 +47,38 @@ class Layout:
 class NewArray:
     """An array of a group that is being written; it holds none of the data."""
 
-    def __init__(self, name: str, shape: tuple[int, ...], dtype: Any, layout: Layout) -> None:
+    def __init__(
+        self, name: str, shape: tuple[int, ...], dtype: Any, layout: Layout, attributes: dict[str, Any]
+    ) -> None:
         self.name, self.chunk = name, layout.chunk
-        self._shape, self._dtype, self._layout = shape, np.dtype(dtype).newbyteorder("<"), layout
         whole = (layout.object_rows or max(shape[0], 1), *shape[1:])
-        self._grid = tuple(
-            math.ceil(max(size, 1) / chunk) for size, chunk in zip(whole, layout.chunk, strict=True)
-        )  # chunks of an object along each axis
-
-    def metadata(self, attributes: dict[str, Any]) -> bytes:
-        """Make the content of its `zarr.json`."""
-        shard = [count * size for count, size in zip(self._grid, self.chunk, strict=True)]
-        found = {
-            "shape": list(self._shape),
-            "data_type": self._dtype.name,
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shard}},
-            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-            "fill_value": self._dtype.type(0).item(),
-            "codecs": [{"name": "sharding_indexed", "configuration": self._sharding()}],
-            "attributes": attributes,
-            "zarr_format": 3,
-            "node_type": "array",
-            "storage_transformers": [],
-        }
-        return json.dumps(found, indent=2).encode()
+        grid = tuple(math.ceil(max(size, 1) / chunk) for size, chunk in zip(whole, layout.chunk, strict=True))
+        kind = np.dtype(dtype).newbyteorder("<")
+        self.metadata = ArrayMetadata(shape, kind, layout.chunk, grid, layout.shuffle, layout.level, attributes)
 
     def objects(self, start: int, block: NDArray[Any]) -> Iterator[tuple[str, bytes]]:
         """Encode a block that begins at `start` on axis 0 and ends with an object; gives each object's key and bytes.
 
         The keys are relative to the array's path.
         """
-        rows = self._grid[0] * self.chunk[0]
+        shape, rows = self.metadata.shape, self.metadata.grid[0] * self.chunk[0]
         assert start % rows == 0, "a block begins with an object"
-        assert block.shape[1:] == self._shape[1:], "all columns are written at once"
+        assert block.shape[1:] == shape[1:], "all columns are written at once"
         for at in range(0, len(block), rows):
-            key = "/".join(["c", str((start + at) // rows), *["0"] * (len(self._shape) - 1)])
+            key = self.metadata.object_key(((start + at) // rows, *[0] * (len(shape) - 1)))
             yield key, self._object(block[at : at + rows])
-
-    def _sharding(self) -> dict[str, Any]:
-        compression = {
-            "typesize": self._dtype.itemsize,
-            "cname": "zstd",
-            "clevel": self._layout.level,
-            "shuffle": self._layout.shuffle,
-            "blocksize": 0,
-        }
-        in_order = {"name": "bytes"} if self._dtype.itemsize == 1 else _LITTLE_ENDIAN
-        return {
-            "chunk_shape": list(self.chunk),
-            "codecs": [in_order, {"name": "blosc", "configuration": compression}, _CRC32C],
-            "index_codecs": [_LITTLE_ENDIAN, _CRC32C],
-            "index_location": "end",
-        }
 
     def _object(self, block: NDArray[Any]) -> bytes:
         """Encode one object: chunks in zarr's order, then where each of them lies."""
         held = [range(-(-size // chunk)) for size, chunk in zip(block.shape, self.chunk, strict=True)]
         places = sorted(product(*held), key=self._morton)
+        encode = partial(self._chunk, block)
         if block.nbytes >= _IN_THREADS_BYTES and len(places) > 1:
             with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="encode") as threads:
-                parts = list(threads.map(lambda place: self._chunk(block, place), places))
+                parts = list(threads.map(encode, places))
         else:
-            parts = [self._chunk(block, place) for place in places]
-        index = np.full((*self._grid, 2), _ABSENT, "<u8")
+            parts = [encode(place) for place in places]
+        index = np.full((*self.metadata.grid, 2), _ABSENT, "<u8")
         end = 0
         for place, part in zip(places, parts, strict=True):
             index[place] = end, len(part)
@@ -119,23 +86,24 @@ class NewArray:
         return b"".join([*parts, _with_crc32c(index.tobytes())])
 
     def _chunk(self, block: NDArray[Any], place: tuple[int, ...]) -> bytes:
+        dtype = self.metadata.dtype
         within = tuple(slice(at * size, (at + 1) * size) for at, size in zip(place, self.chunk, strict=True))
-        chunk = np.ascontiguousarray(block[within], self._dtype)
+        chunk = np.ascontiguousarray(block[within], dtype)
         if chunk.shape != self.chunk:
             # A chunk at the array's edge is stored whole.
-            padded = np.zeros(self.chunk, self._dtype)
+            padded = np.zeros(self.chunk, dtype)
             padded[tuple(map(slice, chunk.shape))] = chunk
             chunk = padded
-        shuffle = _SHUFFLES.index(self._layout.shuffle)
-        flat = chunk.reshape(-1).view(np.uint8)
-        return _with_crc32c(blosc.compress(flat, b"zstd", self._layout.level, shuffle, 0, self._dtype.itemsize))
+        shuffle, flat = SHUFFLES.index(self.metadata.shuffle), chunk.reshape(-1).view(np.uint8)
+        return _with_crc32c(blosc.compress(flat, b"zstd", self.metadata.level, shuffle, 0, dtype.itemsize))
 
     def _morton(self, place: tuple[int, ...]) -> int:
         """Number of a chunk in an object: the bits of its coordinates in turn, from the lowest, as far as each goes."""
-        bits = [(count - 1).bit_length() for count in self._grid]
+        bits = [(count - 1).bit_length() for count in self.metadata.grid]
         turns = [(axis, bit) for bit in range(max(bits)) for axis in range(len(bits)) if bit < bits[axis]]
         return sum((place[axis] >> bit & 1) << number for number, (axis, bit) in enumerate(turns))
 
 
 def _with_crc32c(data: bytes) -> bytes:
-    return data + google_crc32c.value(data).to_bytes(4, "little")
+    checksum: int = google_crc32c.value(data)
+    return data + checksum.to_bytes(4, "little")

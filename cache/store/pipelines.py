@@ -20,6 +20,9 @@ import os
 import struct
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,8 +32,7 @@ import zarr
 from numpy.typing import NDArray
 from obstore.exceptions import BaseError
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
-from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec
-from zarr.codecs.sharding import ShardingCodecIndexLocation
+from zarr.codecs import BloscCodec
 from zarr.core.array_spec import ArraySpec
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.core.metadata import ArrayV3Metadata
@@ -38,7 +40,8 @@ from zarr.registry import register_codec
 from zarr.storage import LocalStore, ObjectStore, StorePath, WrapperStore
 
 from potstill.cache.errors import CorruptSegment, InvalidInput, StoreError
-from potstill.cache.forks import PerProcess, is_inherited
+from potstill.cache.forks import PerProcess, cached, is_inherited
+from potstill.cache.store.array_metadata import ArrayMetadata
 from potstill.cache.store.object_stores import store_error
 
 PIPELINES: Final = ("stock", "zarrs")
@@ -82,34 +85,69 @@ def zarr_store(store: Any, *, read_only: bool = False) -> Store:
     )
 
 
-def open_array(store: Any, path: str, metadata: bytes, pipeline: str) -> zarr.Array[Any]:
+@dataclass(frozen=True)
+class StoredArray:
+    """One array of a folder (a `Path`) or an obstore store, as its metadata describes it."""
+
+    store: Any
+    path: str
+    shape: tuple[int, ...]
+    chunk: tuple[int, ...]
+    dtype: np.dtype[Any]
+    attributes: dict[str, Any]
+    metadata: ArrayMetadata | None
+    """The metadata; None where the array is laid out otherwise than by `GroupWriter`."""
+    by_zarrs: bool
+    """Whether zarrs reads it."""
+    open_zarr: Callable[[], zarr.Array[Any]]
+
+    @cached
+    def by_zarr(self) -> zarr.Array[Any]:
+        """The array to be read by zarr's pipelines, opened when it is first asked for.
+
+        Raises:
+            ValueError: the pipeline does not know how the array is encoded.
+        """
+        return self.open_zarr()
+
+
+def open_array(store: Any, path: str, metadata: bytes, pipeline: str) -> StoredArray:
     """Open the array at `path` of a folder or an obstore store, read-only, to be read by `pipeline`.
 
     The store is not asked: `metadata` is what it has as `zarr.json` below the path. zarr's settings are restored
     afterwards. Errors that zarr raises for damaged metadata come through.
     """
-    with _OPENING.get():
-        stock = _open(_StoreErrors(zarr_store(store, read_only=True)), path, json.loads(metadata), _STOCK_SETTINGS)
-        if not isinstance(stock.metadata, ArrayV3Metadata):
-            raise TypeError("it is no array of Zarr 3")
-        grids = [stock.chunks] if stock.shards is None else [stock.chunks, stock.shards]
-        if any(length < 1 for grid in grids for length in grid):
-            raise ValueError(f"its chunk grid is {grids[-1]}; a chunk has at least one entry along every axis")
-        if pipeline == "stock" or not isinstance(store, Path) or is_inherited("zarrs") or not is_bounded_blosc(stock):
-            return stock
-        # Strict: an encoding that zarrs does not know is an error here, not a warning and a silent detour.
-        unsupported = importlib.import_module("zarrs.pipeline").UnsupportedMetadataError
-        try:
-            return _open(zarr_store(store, read_only=True), path, stock.metadata, _ZARRS_SETTINGS)
-        except unsupported as error:
-            raise ValueError(str(error)) from error
+    ours = ArrayMetadata.parse(metadata)
+    if ours is not None:
+        by_zarrs = pipeline != "stock" and isinstance(store, Path) and not is_inherited("zarrs")
+        open_zarr = partial(_open_zarrs, store, path, metadata)
+        return StoredArray(store, path, ours.shape, ours.chunk, ours.dtype, ours.attributes, ours, by_zarrs, open_zarr)
+    found = _open(_StoreErrors(zarr_store(store, read_only=True)), path, metadata, _STOCK_SETTINGS)
+    if not isinstance(found.metadata, ArrayV3Metadata):
+        raise TypeError("it is no array of Zarr 3")
+    grids = [found.chunks] if found.shards is None else [found.chunks, found.shards]
+    if any(length < 1 for grid in grids for length in grid):
+        raise ValueError(f"its chunk grid is {grids[-1]}; a chunk has at least one entry along every axis")
+    attributes = found.attrs.asdict()
+    return StoredArray(
+        store, path, found.shape, found.chunks, found.dtype, attributes, None, by_zarrs=False, open_zarr=lambda: found
+    )
 
 
-def _open(store: Store, path: str, metadata: Any, settings: dict[str, Any]) -> zarr.Array[Any]:
+def _open_zarrs(store: Any, path: str, metadata: bytes) -> zarr.Array[Any]:
+    # Strict: an encoding that zarrs does not know is an error here, not a warning and a silent detour.
+    unsupported = importlib.import_module("zarrs.pipeline").UnsupportedMetadataError
+    try:
+        return _open(zarr_store(store, read_only=True), path, metadata, _ZARRS_SETTINGS)
+    except unsupported as error:
+        raise ValueError(str(error)) from error
+
+
+def _open(store: Store, path: str, metadata: bytes, settings: dict[str, Any]) -> zarr.Array[Any]:
     # `zarr.open_array` would read the metadata itself, by a task of zarr's event loop: most of the time of an opening.
     register_codec("blosc", BoundedBlosc)
-    with zarr.config.set(settings):
-        return zarr.Array(zarr.AsyncArray(metadata, StorePath(store, path)))
+    with _OPENING.get(), zarr.config.set(settings):
+        return zarr.Array(zarr.AsyncArray(json.loads(metadata), StorePath(store, path)))
 
 
 class BoundedBlosc(BloscCodec):
@@ -129,12 +167,9 @@ class EncodedChunks:
     An array of one axis counts as having one chunk on axis 1.
     """
 
-    def __init__(self, array: zarr.Array[Any], folder: Path) -> None:
-        assert array.shards is not None, "checked when the array was opened"
-        self._folder = folder
-        self._metadata = array.metadata
-        self._per_object = tuple(s // c for s, c in zip(array.shards, array.chunks, strict=True))
-        self._nbytes = math.prod(array.chunks) * array.dtype.itemsize
+    def __init__(self, metadata: ArrayMetadata, folder: Path) -> None:
+        self._folder, self._metadata, self._per_object = folder, metadata, metadata.grid
+        self._nbytes = math.prod(metadata.chunk) * metadata.dtype.itemsize
         self._indexes: dict[tuple[int, ...], NDArray[np.uint64]] = {}
 
     def check(self, first: int, stop: int, columns: int) -> None:
@@ -153,8 +188,7 @@ class EncodedChunks:
                 self._check_object((row, column)[: len(self._per_object)], inside, width)
 
     def _check_object(self, coordinates: tuple[int, ...], rows: slice, columns: int) -> None:
-        assert isinstance(self._metadata, ArrayV3Metadata)
-        path = self._folder / self._metadata.encode_chunk_key(coordinates)
+        path = self._folder / self._metadata.object_key(coordinates)
         try:
             with path.open("rb", buffering=0) as file:
                 size = os.fstat(file.fileno()).st_size
@@ -181,29 +215,11 @@ class EncodedChunks:
         return self._indexes[coordinates]
 
 
-def encoded_chunks(array: zarr.Array[Any]) -> EncodedChunks | None:
-    """The checks to make before reading `array`; None when its pipeline makes them itself."""
-    if not isinstance(array.store, LocalStore):
+def encoded_chunks(array: StoredArray) -> EncodedChunks | None:
+    """The checks to make before reading `array`; None when zarrs does not read it."""
+    if array.metadata is None or not array.by_zarrs:
         return None
-    return EncodedChunks(array, array.store.root / array.path)
-
-
-def store_below(array: zarr.Array[Any]) -> Any:
-    """The folder (a `Path`) or obstore store that an array was opened from by `open_array` to be read as `stock`."""
-    assert isinstance(array.store, _StoreErrors), "as it was opened"
-    below: Any = array.store._store  # noqa: SLF001 -- it has no other name
-    return below.root if isinstance(below, LocalStore) else below.store
-
-
-def is_bounded_blosc(array: zarr.Array[Any]) -> bool:
-    """Tell whether an array is chunked and compressed as `GroupWriter` does it, so that headers are where we look."""
-    metadata = array.metadata
-    codecs = metadata.codecs if isinstance(metadata, ArrayV3Metadata) else ()
-    if len(codecs) != 1 or not isinstance(codecs[0], ShardingCodec):
-        return False
-    kinds = tuple(type(codec) for codec in codecs[0].codecs)
-    at_end = codecs[0].index_location == ShardingCodecIndexLocation.end
-    return at_end and kinds == (BytesCodec, BoundedBlosc, Crc32cCodec) and array.ndim <= 2
+    return EncodedChunks(array.metadata, array.store / array.path)
 
 
 def blosc_problem(encoded: bytes | NDArray[np.uint8], expected: int) -> str | None:

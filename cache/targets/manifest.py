@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from potstill.cache.errors import CorruptSegment, FormatError
 from potstill.cache.store import GroupReader, GroupWriter, Root, StoredObject
 from potstill.cache.store.chunks import read_together
-from potstill.cache.store.groups import Layout, attempt_name, objects_from_json, removed_on_failure
+from potstill.cache.store.groups import attempt_name, objects_from_json, removed_on_failure
+from potstill.cache.store.new_arrays import Layout
 from potstill.cache.store.publishing import publish
 from potstill.cache.store.record import Record, read_record, record_bytes, values_read
 from potstill.cache.store.root import check_name

@@ -16,7 +16,8 @@ from potstill.cache.corpus import Corpus
 from potstill.cache.encoding import RankTable
 from potstill.cache.errors import CorruptSegment, TeacherFailed
 from potstill.cache.store import GroupReader, GroupWriter
-from potstill.cache.store.groups import Layout, attempt_name, objects_from_json, removed_on_failure
+from potstill.cache.store.groups import attempt_name, objects_from_json, removed_on_failure
+from potstill.cache.store.new_arrays import Layout
 from potstill.cache.store.publishing import publish
 from potstill.cache.store.record import Record, read_record, record_bytes, values_read
 from potstill.cache.store.root import check_name

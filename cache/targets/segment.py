@@ -24,7 +24,7 @@ from potstill.cache.errors import CorruptSegment, FormatError
 from potstill.cache.fields import COLUMNS, TOP_K
 from potstill.cache.store import GroupReader, GroupWriter, Reading
 from potstill.cache.store.chunks import ReadRequest, TiledArray, read_together
-from potstill.cache.store.groups import Layout
+from potstill.cache.store.new_arrays import Layout
 from potstill.cache.targets.packed import PackedReader, Text, encode_packed
 from potstill.cache.types import Fields, Targets
 

@@ -43,7 +43,6 @@ HEAVY = {
         "teacher_service/replicas/ray_serve.py",
     },
     "zarr": {
-        "cache/store/blosc_chunks.py",
         "cache/store/groups.py",
         "cache/store/chunks.py",
         "cache/store/pipelines.py",

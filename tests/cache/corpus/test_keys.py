@@ -25,7 +25,8 @@ from potstill.cache.corpus.keys import (
     write_key_index,
 )
 from potstill.cache.errors import CorruptSegment, InvalidInput
-from potstill.cache.store.groups import GroupReader, GroupWriter, Layout
+from potstill.cache.store.groups import GroupReader, GroupWriter
+from potstill.cache.store.new_arrays import Layout
 from potstill.cache.store.root import Root
 
 ANY_KEY = st.binary(min_size=KEY_BYTES, max_size=KEY_BYTES)

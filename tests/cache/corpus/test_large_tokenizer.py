@@ -14,7 +14,7 @@ from potstill.cache.corpus.ingest import IngestPlan, ingest_rows
 from potstill.cache.corpus.tokenizer import MAX_TOKENIZER_BYTES
 from potstill.cache.errors import CorruptSegment, InvalidInput
 from potstill.cache.store import GroupReader, GroupWriter
-from potstill.cache.store.groups import Layout
+from potstill.cache.store.new_arrays import Layout
 from tests.support.corpora import make_corpus
 
 ROW = np.arange(9, dtype=np.uint32)

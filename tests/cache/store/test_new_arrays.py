@@ -1,7 +1,8 @@
-"""What is written is byte for byte what zarr-python writes."""
+"""What is written is byte for byte what zarr-python writes, and its metadata are read without it."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 
-from potstill.cache.store.groups import GroupWriter, Layout
+from potstill.cache.store.array_metadata import ArrayMetadata
+from potstill.cache.store.groups import GroupWriter
+from potstill.cache.store.new_arrays import Layout
 from potstill.cache.store.root import Root
 
 
@@ -37,6 +40,41 @@ def test_objects_and_metadata_are_those_of_zarr(
     ours, theirs = (_files(tmp_path / name / "group") for name in ("ours", "zarrs"))
     assert {path: len(content) for path, content in ours.items()} == written
     assert {path: content for path, content in ours.items() if not path.startswith("checksums/")} == theirs
+    metadata = ArrayMetadata.parse(theirs["values/zarr.json"])
+    assert metadata is not None
+    assert (metadata.shape, metadata.dtype, metadata.chunk) == (data.shape, data.dtype, layout.chunk)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("shape", [500, -4]),
+        ("shape", [500, 4, 1]),
+        ("shape", 7),
+        ("data_type", "object"),
+        ("data_type", "int32"),
+        ("fill_value", 1),
+        ("codecs", []),
+        ("codecs/0/configuration/chunk_shape", [0, 4]),
+        ("codecs/0/configuration/chunk_shape", [True, 4]),
+        ("codecs/0/configuration/chunk_shape", [100, 4]),
+        ("codecs/0/configuration/index_location", "start"),
+        ("codecs/0/configuration/codecs/1/configuration/cname", "lz4"),
+        ("codecs/0/configuration/codecs/1/configuration/shuffle", ["shuffle"]),
+        ("attributes", []),
+        ("dimension_names", ["p", "k"]),
+    ],
+)
+def test_metadata_that_say_anything_else_are_left_to_zarr(path: str, value: object) -> None:
+    good = ArrayMetadata((500, 4), np.dtype("float16"), (128, 4), (4, 1), "shuffle", 5, {})
+    assert ArrayMetadata.parse(good.to_json()) == good
+    found: Any = json.loads(good.to_json())
+    *folders, name = path.split("/")
+    inner = found
+    for key in folders:
+        inner = inner[int(key) if key.isdigit() else key]
+    inner[name] = value
+    assert ArrayMetadata.parse(json.dumps(found).encode()) is None
 
 
 def _write_by_zarr(folder: Path, data: np.ndarray[Any, Any], layout: Layout) -> None:

@@ -23,7 +23,8 @@ from potstill.cache.errors import (
     TeacherFailed,
     UnsupportedField,
 )
-from potstill.cache.store.groups import GroupReader, GroupWriter, Layout
+from potstill.cache.store.groups import GroupReader, GroupWriter
+from potstill.cache.store.new_arrays import Layout
 from potstill.cache.store.root import Root, StoredObject
 from potstill.cache.targets.target_set import TargetSet
 from potstill.cache.upkeep.integrity import corrupt_shard_objects, corrupt_shared_objects
