@@ -15,6 +15,8 @@ from potstill.cache.encoding.draws import check_num_draws, draw_rows
 from potstill.cache.errors import LimitExceeded, UnsupportedField
 from potstill.cache.types import TeacherLimits, Tokens
 
+_WAVE = 8.0 * np.sin(np.arange(10_007, dtype=np.float64))
+
 
 def fake_identity(*, vocab_size: int = 64, tokenizer_sha256: str = "0" * 64, model: str = "fake") -> TeacherIdentity:
     """Another model has other weights."""
@@ -85,12 +87,11 @@ class FakeTeacher:
         """[T, V] full logprobs in float64: what a test compares with."""
         state = np.cumsum((row.astype(np.int64) + 1) * 2654435761 % 1_000_003)
         vocab = np.arange(self._identity.vocab_size, dtype=np.int64)
-        phase = (state[:, None] * 31 + vocab[None, :] * 7919) % 10_007
-        logits = 8.0 * np.sin(phase.astype(np.float64)) - 0.5 * np.log1p(vocab)
-        logprobs: np.ndarray[tuple[int, int], np.dtype[np.float64]] = logits - np.logaddexp.reduce(
-            logits, axis=1, keepdims=True
-        )
-        return logprobs
+        phase = (state[:, None] * 31 + vocab[None, :] * 7919) % len(_WAVE)
+        logits: np.ndarray[tuple[int, int], np.dtype[np.float64]] = _WAVE[phase] - 0.5 * np.log1p(vocab)
+        logits -= logits.max(axis=1, keepdims=True)
+        logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        return logits
 
     def targets(self, row: Tokens, want: Fields) -> Targets:
         """Everything that is wanted of one row, computed plainly in float64."""

@@ -54,10 +54,9 @@ def test_every_kind_of_fault_is_told_and_nothing_wrong_is_read(patient: Patient,
 def test_an_intact_cache_is_found_so_with_and_without_decoding(flip_cache: Path, tmp_path: Path) -> None:
     copytree(flip_cache, tmp_path / "c")
     root = Root.open(tmp_path / "c")
-    for decode in (False, True):
-        for jobs in (1, 3):
-            checked = list(check_cache(root, decode=decode, jobs=jobs))
-            assert [each.problems for each in checked] == [()] * count_checks(root)
+    for decode, jobs in ((False, 1), (True, 3)):
+        checked = list(check_cache(root, decode=decode, jobs=jobs))
+        assert [each.problems for each in checked] == [()] * count_checks(root)
 
 
 def test_the_command_names_what_is_damaged_and_the_way_out(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from tests.support.paths import ROOT
 
 REGION = "us-east-1"
-PAGE = 100
+PAGE = 40
 """The most objects in one answer to a listing, which are 1,000 at Amazon's."""
 
 
