@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Protocol, cast
 
@@ -33,7 +34,13 @@ class TeacherFactory(Protocol):
 
 def command_entry_points() -> dict[str, EntryPoint]:
     """Entry points of all commands, by name; loading one gives its `Command` module."""
-    return {point.name: point for point in sorted(entry_points(group="potstill.commands"), key=lambda p: p.name)}
+    return {point.name: point for point in sorted(_points("potstill.commands"), key=lambda p: p.name)}
+
+
+@cache
+def _points(group: str) -> tuple[EntryPoint, ...]:
+    # Reads the metadata of every installed package, which takes 30 ms where there are many.
+    return tuple(entry_points(group=group))
 
 
 def name_and_model(text: str, option: str = "--teacher") -> tuple[str, str]:
@@ -56,7 +63,7 @@ def open_teacher(spec: str, *, options: Mapping[str, JSON] | None = None) -> Abs
         PotstillError: whatever the factory raises on entering.
     """
     scheme = spec.split("://", 1)[0] if "://" in spec else "vllm"
-    factories = {point.name: point for point in entry_points(group="potstill.teachers")}
+    factories = {point.name: point for point in _points("potstill.teachers")}
     if scheme not in factories:
         known = ", ".join(sorted(factories))
         raise InvalidInput(f"no teacher for {spec!r}: scheme {scheme!r} is unknown, known are {known}")
