@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from tokenizers import Tokenizer
 
 from potstill.cache import Cache, Fields, Targets
 from potstill.cache.errors import SpecMismatch
+from potstill.cache.projection.__main__ import main as compile_ahead
+from potstill.cache.projection.kernels import path_logprobs, project_rows, sum_staying
 from potstill.cache.types import PROJECTED_FROM
 from tests.support.corpora import byte_tokenizer, topics
 from tests.support.tokenizers.mistral import sentencepiece
@@ -202,3 +205,12 @@ def test_targets_go_where_others_do(cache: Cache, text: Path) -> None:
     assert commit.provenance.whole_path == "fake, projected from corpus teachers, projection"
     with pytest.raises(SpecMismatch, match="tokenizer"):
         cache.fresh().plan_targets("fake", "students", targets.identity.source, fields=Fields(k=16))
+
+
+def test_the_loops_that_are_compiled_ahead_are_those_of_a_projection(cache: Cache, text: Path) -> None:
+    compile_ahead()
+    ingested(cache, "students", text, bpe(300))
+    taught(cache, ingested(cache, "teachers", text, bpe(330)))
+    projected(cache)
+    loops: tuple[Any, ...] = (path_logprobs, sum_staying, project_rows)
+    assert [len(loop.signatures) for loop in loops] == [1, 1, 1]
