@@ -25,11 +25,11 @@ import torch
 from potstill.cache.errors import PotstillError, Unavailable
 from potstill.cache.ray_folder import ray_folder
 from potstill.clients.address import API_KEY_VARIABLE
-from potstill.clients.patience import has_no_answer
 from potstill.student_trainer.checkpoint.folders import newest_checkpoint, step_of
 from potstill.student_trainer.checkpoint.stored import bring_run
 from potstill.student_trainer.config import TrainConfig
 from potstill.student_trainer.evaluate.result import TrainResult, finished_before
+from potstill.student_trainer.launch.failures import EndOnOurErrors, error_of_ours
 from potstill.student_trainer.launch.placement import Node, Placement, check_one_machine, place_some
 from potstill.student_trainer.metrics.records import MetricsFollower, Record
 from potstill.student_trainer.parallel.fsdp import group_class
@@ -112,16 +112,6 @@ def _fit(trainer: ray.train.torch.TorchTrainer, found: Future[TrainResult]) -> N
         found.set_result(trainer.fit().return_value)
     except BaseException as error:  # noqa: BLE001 -- carried to the thread that waits, whatever it is
         found.set_exception(error)
-
-
-class _EndOnOurErrors(ray.train.UserCallback):  # type: ignore[misc]
-    """Ends the run where a worker raises an error that a restart cannot mend; Ray would start it again and again."""
-
-    def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:  # noqa: ARG002 -- Ray's
-        for error in map(_ours, worker_exceptions.values()):
-            # Raised in Ray's controller, it ends the run: only errors of workers are tried again.
-            if error is not None and not has_no_answer(error):
-                raise error
 
 
 class _NodesLeaving:
@@ -210,7 +200,7 @@ def _trainer(config: TrainConfig, good: int) -> ray.train.torch.TorchTrainer:
             name=f"session-{uuid.uuid4().hex[:8]}",
             storage_path=str(config.run_dir / "ray"),
             failure_config=failures,
-            callbacks=[_EndOnOurErrors()],
+            callbacks=[EndOnOurErrors()],
             worker_runtime_env=loop.worker_runtime_env,
         ),
     )
@@ -240,19 +230,13 @@ def connected(address: str | None, workers: int) -> Iterator[None]:
         ray.shutdown()
 
 
-def _ours(failure: BaseException | None) -> PotstillError | None:
-    """Find the error of ours that a worker raised, or that ended the run; None if it was another."""
-    cause = getattr(failure, "cause", None) or getattr(failure, "__cause__", None) or failure
-    return cause if isinstance(cause, PotstillError) else None
-
-
 def _cause(error: ray.train.TrainingFailedError) -> PotstillError:
     """Make one error of ours of Ray's."""
     if isinstance(error, ray.train.ControllerError):
         failures: list[Exception] = [error.controller_failure]
     else:
         failures = list(getattr(error, "worker_failures", {}).values())
-    ours = next((found for found in map(_ours, failures) if found is not None), None)
+    ours = next((found for found in map(error_of_ours, failures) if found is not None), None)
     if ours is not None:
         return ours
     first = failures[0] if failures else error

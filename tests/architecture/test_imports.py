@@ -36,6 +36,7 @@ HEAVY = {
     },
     "ray": {
         "student_trainer/ablate/on_ray.py",
+        "student_trainer/launch/failures.py",
         "student_trainer/launch/ray.py",
         "teacher_service/replicas/ray_losses.py",
         "teacher_service/replicas/ray_pool.py",

@@ -18,38 +18,17 @@ from tests.support.paths import ROOT
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 """Largest error of an entry, relative to the largest entry."""
 
-# Triton reads its variables as it is imported: each of these runs in a process of its own.
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-
-COMPILE = """
-import os, torch
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
-from potstill.student_trainer.losses import rows, triton_rows
-
-for kernel in (triton_rows.sums_kernel, triton_rows.write_kernel):
-    pointers = dict.fromkeys(kernel.arg_names[:3], "*fp32")
-    signature = {**pointers, "stride": "i32", "columns": "i32", "block": "constexpr"}
-    source = ASTSource(fn=kernel, signature=signature, constexprs={"block": triton_rows.BLOCK})
-    assert "ld.global" in compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
-
-os.environ["TRITON_INTERPRET"] = "1"  # too late for kernels that are imported: here they can run nowhere
-assert rows.rows_for(torch.device("cpu")) == rows.PLAIN
-"""
-
-
-def run(*arguments: str, **variables: str) -> str:
-    """Run a Python process, and return what it writes to stderr."""
-    env = {**os.environ, **variables}
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
 
 
 @needs_triton
 def test_interpreted_kernels_give_what_plain_torch_and_float64_give(tmp_path: Path) -> None:
     saved = tmp_path / "found.pt"
-    run("-m", "tests.student_trainer.losses.interpreted", str(saved), TRITON_INTERPRET="1")
+    # Triton reads it as it is imported.
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "tests.student_trainer.losses.interpreted", str(saved)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     plain, exact = losses_and_gradients(), losses_and_gradients(exact=True)
     by_kernels = torch.load(saved)
     assert by_kernels.keys() == plain.keys()
@@ -67,9 +46,26 @@ def test_interpreted_kernels_give_what_plain_torch_and_float64_give(tmp_path: Pa
 
 
 @needs_triton
-def test_kernels_compile_for_a_gpu_and_plain_torch_stands_in_where_they_fail(tmp_path: Path) -> None:
-    told = run("-c", COMPILE, TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
-    assert "the loss runs without Triton's kernels, which fail on cpu: 0 active drivers" in told
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")  # of its next version
+def test_kernels_compile_for_a_gpu_and_plain_torch_stands_in_where_they_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from triton import compiler
+    from triton.backends.compiler import GPUTarget
+
+    from potstill.student_trainer.losses import triton_rows
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for kernel in (triton_rows.sums_kernel, triton_rows.write_kernel):
+        pointers = dict.fromkeys(kernel.arg_names[:3], "*fp32")
+        signature = {**pointers, "stride": "i32", "columns": "i32", "block": "constexpr"}
+        source = compiler.ASTSource(fn=kernel, signature=signature, constexprs={"block": triton_rows.BLOCK})
+        assert "ld.global" in compiler.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+    # Too late for kernels that are imported: here they can run nowhere.
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert rows_for.__wrapped__(torch.device("cpu")) == PLAIN
+    (told,) = caplog.messages
+    assert told.startswith("the loss runs without Triton's kernels, which fail on cpu: 0 active drivers")
 
 
 def test_a_cpu_has_plain_torch_and_kernels_that_are_wrong_are_found_out() -> None:
