@@ -245,12 +245,14 @@ class _Power:
 async def test_stopped_at_any_record_it_goes_on_and_no_answer_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    power = _Power(monkeypatch)
+    asked = Cache.open(tmp_path / "asked", mode="r+")
     rows = ROWS[:8]
+    first = await ask(asked, rows[:4]) + await ask(asked, rows[4:])
+    power = _Power(monkeypatch)
     stops = 0
     for moment in range(1, 40):
+        shutil.copytree(tmp_path / "asked", tmp_path / str(moment))
         cache = Cache.open(tmp_path / str(moment), mode="r+")
-        first = await ask(cache, rows[:4]) + await ask(cache, rows[4:])
         power.left = moment
         try:
             compact(cache, PLAN)
@@ -295,8 +297,10 @@ def kept(tokens: Tokens) -> JournalRow:
 async def test_it_goes_on_when_a_service_joins_the_segments_under_it(
     cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    services = Journal(cache.root, "smol", IDENTITY, JournalPolicy())
     for tokens in ROWS[:18]:
-        await ask(cache, [tokens])
+        services.add([kept(tokens)])
+        services.flush(FakeTeacher(IDENTITY).provenance)
     write = SegmentSet.write_encoded
 
     def join(self: SegmentSet, shard: int, *args: object, **kwargs: object) -> bool:

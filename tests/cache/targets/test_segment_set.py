@@ -54,13 +54,22 @@ def objects(cache: Cache, *, ending: str = "") -> list[Path]:
     return sorted(p for p in (Path(cache.root.url) / "targets").rglob("*") if p.is_file() and str(p).endswith(ending))
 
 
-@pytest.fixture
-def written(tmp_path: Path) -> tuple[Cache, FakeTeacher]:
-    """A top-k of every shard."""
-    cache, corpus = make_corpus(tmp_path / "c")
+@pytest.fixture(scope="module")
+def top_k(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with a top-k of every shard, to be copied."""
+    root = tmp_path_factory.mktemp("top-k") / "c"
+    cache, corpus = make_corpus(root)
     teacher = teacher_for(corpus)
     fill(planned(cache, teacher, TOP_K), teacher, range(corpus.num_shards))
-    return cache, teacher
+    return root
+
+
+@pytest.fixture
+def written(top_k: Path, tmp_path: Path) -> tuple[Cache, FakeTeacher]:
+    """A top-k of every shard."""
+    shutil.copytree(top_k, tmp_path / "c")
+    cache = Cache.open(tmp_path / "c", mode="r+")
+    return cache, teacher_for(cache.corpus("docs"))
 
 
 @pytest.mark.parametrize("encoding", ["u8", "archive", pytest.param("f32", marks=pytest.mark.slow)])

@@ -218,7 +218,7 @@ class StoppingRoot(Root):
     ],
     ids=["teacher", "corpus", "shards"],
 )
-@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [6, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_deletion_that_stops_anywhere_leaves_no_commit_of_nothing_and_can_be_finished(
     flip_cache: Path, tmp_path: Path, plan: Callable[[Root], list[object]], every: int
 ) -> None:
