@@ -39,12 +39,16 @@ def draw_rows(logprobs: NDArray[np.floating], n: int, seed: int, row_key: bytes)
         TeacherFailed: the logprobs are no distribution.
     """
     check_num_draws(n)
-    parts = [_unique(_draw(*at)) for at in zip(logprobs, uniforms(len(logprobs), n, seed, row_key), strict=True)]
-    offsets = np.zeros(len(parts) + 1, np.int64)
-    np.cumsum([len(ids) for ids, _ in parts], out=offsets[1:])
-    ids = np.concatenate([np.empty(0, np.uint32), *(ids for ids, _ in parts)])
-    counts = np.concatenate([np.empty(0, np.uint16), *(counts for _, counts in parts)])
-    return Draws(offsets, ids, counts)
+    drawn = np.empty((len(logprobs), n), np.intp)
+    for position, at in enumerate(zip(logprobs, uniforms(len(logprobs), n, seed, row_key), strict=True)):
+        drawn[position] = _draw(*at)
+    drawn.sort(axis=1)
+    is_first = np.ones(drawn.shape, np.bool_)
+    is_first[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
+    offsets = np.zeros(len(drawn) + 1, np.int64)
+    np.cumsum(is_first.sum(axis=1), out=offsets[1:])
+    counts = np.diff(np.flatnonzero(is_first), append=drawn.size)
+    return Draws(offsets, drawn[is_first].astype(np.uint32), counts.astype(np.uint16))
 
 
 def uniforms(num_positions: int, n: int, seed: int, row_key: bytes, *, start: int = 0) -> NDArray[np.float64]:
@@ -81,8 +85,3 @@ def _draw(logprobs: NDArray[np.floating], uniform: NDArray[np.float64]) -> NDArr
         cumulative, np.minimum(uniform * mass, np.nextafter(mass, 0.0)), side="right"
     )
     return drawn
-
-
-def _unique(drawn: NDArray[np.intp]) -> tuple[NDArray[np.uint32], NDArray[np.uint16]]:
-    ids, counts = np.unique(drawn, return_counts=True)
-    return ids.astype(np.uint32), counts.astype(np.uint16)

@@ -17,7 +17,7 @@ Fault = Literal["500", "503", "drop before", "drop after", "truncate", "delay"]
 """Before: the request is never carried out. After: it is, and only its answer is lost. Truncate: half a body."""
 
 FAULTS: tuple[Fault, ...] = ("500", "503", "drop before", "drop after", "truncate", "delay")
-DELAY_SECONDS = 0.3
+DELAY_SECONDS = 0.1
 
 Choose = Callable[[str, str], Fault | None]
 """Chooses the fault that a request meets, by its method and target."""
