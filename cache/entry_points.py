@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from functools import cache
@@ -37,9 +38,13 @@ def command_entry_points() -> dict[str, EntryPoint]:
     return {point.name: point for point in sorted(_points("potstill.commands"), key=lambda p: p.name)}
 
 
-@cache
 def _points(group: str) -> tuple[EntryPoint, ...]:
-    # Reads the metadata of every installed package, which takes 30 ms where there are many.
+    return _points_of(group, tuple(sys.path))
+
+
+@cache
+def _points_of(group: str, _path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    # Reads the metadata of every package on the path, which takes 30 ms where there are many.
     return tuple(entry_points(group=group))
 
 

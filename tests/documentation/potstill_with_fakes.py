@@ -13,13 +13,15 @@ import sys
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from potstill.cache.corpus.tokenizer import fingerprint, load_tokenizer
 from potstill.cache.types import JSON, Teacher
 from potstill.clients.cli import main
 from potstill.teacher_service.engine.vllm_teacher import VllmOptions
 from tests.support.fakes import FakeTeacher, fake_identity
+
+INSTALLED = Path(__file__).parent / "fakes_installed"
+"""A folder for the path, with what an installed package has beside its modules."""
 
 
 @asynccontextmanager
@@ -36,17 +38,12 @@ async def open_fake(spec: str, *, options: Mapping[str, JSON] | None = None) -> 
 @contextmanager
 def fakes_in_place_of_vllm() -> Iterator[None]:
     """Open a fake for every model folder that is named to a command of this process meanwhile."""
-    with TemporaryDirectory() as folder:
-        package = Path(folder) / "documentation_fakes-0.dist-info"
-        package.mkdir()
-        (package / "METADATA").write_text("Metadata-Version: 2.1\nName: documentation-fakes\nVersion: 0\n")
-        factory = "tests.documentation.potstill_with_fakes:open_fake"
-        (package / "entry_points.txt").write_text(f"[potstill.teachers]\nvllm = {factory}\n")
-        sys.path.append(folder)
-        try:
-            yield
-        finally:
-            sys.path.remove(folder)
+    folder = str(INSTALLED)
+    sys.path.append(folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
 
 
 def serve_with_fakes(folder: Path, line: str) -> int:
