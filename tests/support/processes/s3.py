@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from tests.support.paths import ROOT
 
@@ -69,10 +70,15 @@ def s3_server() -> Iterator[S3Server]:
 
 
 def main() -> None:
-    from moto.server import DomainDispatcherApplication, create_backend_app
+    from moto.server import create_backend_app
     from werkzeug.serving import make_server
 
-    app = DomainDispatcherApplication(create_backend_app)
+    # moto's own dispatcher looks its services up on the disk for every request.
+    s3, control = create_backend_app("s3"), create_backend_app("moto_api")
+
+    def app(environ: dict[str, Any], start_response: Any) -> Any:
+        return (control if environ["PATH_INFO"].startswith("/moto-api/") else s3)(environ, start_response)
+
     server = make_server("127.0.0.1", 0, app, threaded=True)
     print(server.server_port, flush=True)
     server.serve_forever()
