@@ -76,8 +76,13 @@ def module_of(path: Path) -> str:
 MODULES = {module_of(path) for package in PACKAGES for path in sources(package)}
 
 
-def imports_of(path: Path) -> Iterator[str]:
+@cache
+def imports_of(path: Path) -> tuple[str, ...]:
     """Imported modules by full name, ours without `potstill.`."""
+    return tuple(_imports_of(path))
+
+
+def _imports_of(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name.removeprefix("potstill.") for alias in node.names)

@@ -16,9 +16,12 @@ from potstill.cache.projection.__main__ import main as compile_ahead
 from potstill.cache.projection.kernels import path_logprobs, project_rows, sum_staying
 from potstill.cache.types import PROJECTED_FROM
 from tests.support.corpora import byte_tokenizer, topics
+from tests.support.tokenizers import two_corpora
 from tests.support.tokenizers.mistral import sentencepiece
 from tests.support.tokenizers.small import piece, trained
-from tests.support.tokenizers.two_corpora import ingested, mixed_texts, projected, taught, with_special, write
+from tests.support.tokenizers.two_corpora import mixed_texts, projected, taught, with_special, write
+
+ingested = functools.partial(two_corpora.ingested, shard_positions=700)
 
 TEXTS = [*topics(2, characters=400), *mixed_texts(1500, prose=300)]
 

@@ -63,10 +63,19 @@ def write(folder: Path, texts: Sequence[str]) -> Path:
 
 
 def ingested(
-    cache: Cache, name: str, source: Path, tokenizer: Tokenizer, *, framed: str = "", row_tokens: int = 50
+    cache: Cache,
+    name: str,
+    source: Path,
+    tokenizer: Tokenizer,
+    *,
+    framed: str = "",
+    row_tokens: int = 50,
+    shard_positions: int = 400,
 ) -> Corpus:
     """A corpus; `framed` has `b` where documents begin with a token of their own, `e` where they end with one."""
-    plan = IngestPlan(row_tokens=row_tokens, shard_positions=400, prepend_bos="b" in framed, append_eos="e" in framed)
+    plan = IngestPlan(
+        row_tokens=row_tokens, shard_positions=shard_positions, prepend_bos="b" in framed, append_eos="e" in framed
+    )
     files = {"tokenizer_config.json": NAMED} if framed else {}
     return ingest(cache.root, name, [source], tokenizer, plan, tokenizer_files=files)
 
