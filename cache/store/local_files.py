@@ -21,18 +21,19 @@ TEMPORARY = ".potstill-tmp"
 _LINK_SECONDS = 10.0
 
 
-def local_path(root: Path, path: str) -> Path:
+def local_path(root: Path, path: str) -> str:
     """The place of `path` below the root.
 
     Raises:
         CorruptSegment: a name on the way is a symbolic link.
     """
+    # Text, here and below: a path object for each name would take most of the time.
     found = str(root)
     for name in filter(None, path.split("/")):
-        found = os.path.join(found, name)
+        found = f"{found}/{name}"
         if os.path.islink(found):
             raise _refusal(root, Path(found))
-    return Path(found)
+    return found
 
 
 def _refusal(root: Path, link: Path) -> CorruptSegment:
@@ -44,7 +45,7 @@ def _refusal(root: Path, link: Path) -> CorruptSegment:
 
 def create_file(root: Path, path: Path, data: bytes, *, durable: bool) -> bool:
     """Create a file only if there is none, by a hard link to a complete temporary file: no reader sees half of it."""
-    folder = local_path(root, TEMPORARY)
+    folder = Path(local_path(root, TEMPORARY))
     folder.mkdir(exist_ok=True)
     temporary = folder / uuid.uuid4().hex
     try:
@@ -86,7 +87,7 @@ def files_below(root: Path, folder: Path) -> Iterator[tuple[str, tuple[int, floa
     folders = [""]
     while folders:
         below = folders.pop()
-        for entry in _entries(folder / below):
+        for entry in _entries(f"{folder}/{below}"):
             # Others may be removing the same.
             with suppress(FileNotFoundError):
                 if entry.is_symlink():
@@ -123,7 +124,7 @@ def flush_tree(folder: Path, root: Path) -> None:
     fsync_parents(folder, root)
 
 
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
+def _entries(folder: Path | str) -> list[os.DirEntry[str]]:
     with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
         return list(entries)
     return []

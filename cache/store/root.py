@@ -136,7 +136,8 @@ class Root:
         with self._access(path):
             try:
                 if self.folder is not None:
-                    return (self.folder / path).read_bytes()
+                    with open(f"{self.folder}/{path}", "rb") as file:
+                        return file.read()
                 return _whole(lambda: bytes(obstore.get(self.store, path).bytes()))
             except FileNotFoundError as error:
                 if is_absent(error):
@@ -223,7 +224,7 @@ class Root:
         digest = hashlib.sha256()
         with self._access(path):
             if self.folder is not None:
-                with (self.folder / path).open("rb") as file:
+                with open(f"{self.folder}/{path}", "rb") as file:
                     return hashlib.file_digest(file, "sha256").hexdigest()
             size = int(obstore.head(self.store, path)["size"])
             for start in range(0, size, _HASH_BLOCK):
