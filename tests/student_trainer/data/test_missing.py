@@ -36,7 +36,7 @@ def root(tmp_path: Path) -> Path:
 def test_skipped_rows_are_in_no_step_and_counted(root: Path, tmp_path: Path) -> None:
     corpus = Cache.open(root).corpus("docs")
     first = int(corpus.shard_rows[3])
-    config = config_of(root, tmp_path / "run", teachers=PARTIAL, data={"missing": "skip"})
+    config = config_of(root, tmp_path / "run", teachers=PARTIAL, data={"missing": "skip"}, train={"steps": 2})
     with open_run(config) as run:
         assert run.skipped_rows == len(corpus) - first
         assert run.order.take(0, 3 * first).max() < first
@@ -70,7 +70,7 @@ def test_what_is_missing_is_asked_of_the_running_teacher(root: Path, tmp_path: P
             assert source.held == f"k={K}, encoding f32"
             answers = source.read(rows, corpus.take(rows))
         asked = len(teacher.scored)
-        assert train(config_of(root, tmp_path / "run", teachers=teachers, data={"missing": "ask"})).finished
+        assert train(config.model_copy(update={"train": config.train.model_copy(update={"steps": 2})})).finished
     for row, found in zip(rows, answers, strict=True):
         expected = teacher.distribution(corpus.row(row), K)
         np.testing.assert_array_equal(found.ids, expected.ids)
@@ -146,7 +146,7 @@ def test_draws_of_missing_shards_are_asked_of_the_running_teacher(root: Path, tm
     rows = [0, len(corpus) - 1]
     with serving_teachers(hosted("partial", teacher)) as url:
         changes = {"teachers": [{"name": "partial", "url": url}], "data": {"missing": "ask"}}
-        config = config_of(root, tmp_path / "run", train={"loss": "draws"}, **changes)
+        config = config_of(root, tmp_path / "run", train={"loss": "draws", "steps": 2}, **changes)
         with open_sources(config.teachers, cache, corpus, "ask", config.train) as [source]:
             answers = source.read(rows, corpus.take(rows))
         assert train(config).finished

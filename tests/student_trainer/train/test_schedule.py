@@ -66,13 +66,13 @@ def test_a_jump_of_the_rate_is_told(root: Path, tmp_path: Path, caplog: pytest.L
 
 @pytest.mark.parametrize(
     "longer",
-    [{"steps": 12, "schedule_steps": 12}, pytest.param({"steps": 12, "schedule": "constant"}, marks=pytest.mark.slow)],
+    [{"steps": 6, "schedule_steps": 6}, pytest.param({"steps": 6, "schedule": "constant"}, marks=pytest.mark.slow)],
 )
 def test_a_planned_extension_has_no_jump(
     root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, longer: dict[str, object]
 ) -> None:
     caplog.set_level(logging.WARNING, "potstill.student_trainer")
-    train(config_of(root, tmp_path / "run", train={**longer, "steps": 6}))
+    train(config_of(root, tmp_path / "run", train={**longer, "steps": 3}))
     train(config_of(root, tmp_path / "run", train=longer))
     train(config_of(root, tmp_path / "straight", train=longer))
     assert rates_of(tmp_path / "run") == rates_of(tmp_path / "straight")
