@@ -51,12 +51,22 @@ def test_every_kind_of_fault_is_told_and_nothing_wrong_is_read(patient: Patient,
     assert problems == []
 
 
-def test_an_intact_cache_is_found_so_with_and_without_decoding(flip_cache: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("decode", "jobs"),
+    [
+        (False, 1),
+        (True, 3),
+        pytest.param(False, 3, marks=pytest.mark.slow),
+        pytest.param(True, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_an_intact_cache_is_found_so_with_and_without_decoding(
+    flip_cache: Path, tmp_path: Path, decode: bool, jobs: int
+) -> None:
     copytree(flip_cache, tmp_path / "c")
     root = Root.open(tmp_path / "c")
-    for decode, jobs in ((False, 1), (True, 3)):
-        checked = list(check_cache(root, decode=decode, jobs=jobs))
-        assert [each.problems for each in checked] == [()] * count_checks(root)
+    checked = list(check_cache(root, decode=decode, jobs=jobs))
+    assert [each.problems for each in checked] == [()] * count_checks(root)
 
 
 def test_the_command_names_what_is_damaged_and_the_way_out(
