@@ -116,7 +116,10 @@ def _killed_at(point: Point, run_dir: str) -> Callable[[str, tuple[Any, ...]], N
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """A process group of this process alone."""
+    """A process group of this process alone; an engine of vLLM in this process has made one already."""
+    if distributed.is_initialized():
+        yield
+        return
     distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         yield
