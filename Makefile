@@ -17,9 +17,9 @@ demo: setup
 test: setup
 	@$(MAKE) --no-print-directory -j3 lint docs suite
 
-# Three processes on two cores, as those of Ray's tests wait.
+# Four processes on two cores, as those of Ray's tests and of an engine wait.
 suite: setup
-	$(BIN)/pytest -q -n 3
+	$(BIN)/pytest -q -n 4
 
 test-slow: setup
 	$(BIN)/pytest -q -m slow

@@ -64,6 +64,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     # What was imported stays to the end: looking through it for garbage again and again took seconds of each process.
     gc.freeze()
+    gc.set_threshold(20_000, 10, 20)
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or nanobind tells at the end of what is left
 
 
 @pytest.hookimpl(optionalhook=True)
